@@ -1,0 +1,293 @@
+"""Solvers: from noise at t = 1 to data at t = 0 in a given number of steps.
+
+A solver is a function of one step, `step(denoiser, x, now, state) -> (x, state)`; a
+row of `SOLVERS`. `solve` runs it over all steps in one `lax.scan`. Each noise level
+of a row has its own times, so clips of any size, each with its own shift, are solved
+together; a level that stays at t = 0 (clean tokens, padding) is left untouched.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from jvdit.diffusion.denoise import Denoiser
+from jvdit.diffusion.flow import Path
+from jvdit.shapes import Tokens
+
+
+class Now(NamedTuple):
+    """Where a solver stands: everything it may know besides x and its own state."""
+
+    index: Int[Array, ""]
+    steps: int
+    t: Float[Array, "b g"]
+    t_next: Float[Array, "b g"]
+    path: Path
+    keys: Key[Array, "b g"]
+
+    @property
+    def first(self):
+        """Whether nothing came before this step."""
+        return self.index == 0
+
+    @property
+    def last(self):
+        """Whether this step ends at t = 0."""
+        return self.index == self.steps - 1
+
+
+Step = Callable[[Denoiser, Tokens, Now, Any], tuple[Float[Array, "b n c"], Any]]
+
+
+def clip_noise(keys: Key[Array, "b g"], tokens: Tokens) -> Float[Array, "b n c"]:
+    """Normal noise that depends only on a clip's own key and its own tokens.
+
+    So a clip comes out the same wherever in a batch, and with whatever, it is packed.
+    """
+    b, n, c = tokens.latents.shape
+    if tokens.level is None:
+        level, rank = jnp.zeros((b, n), int), jnp.arange(n)[None].repeat(b, 0)
+    else:
+        level = tokens.level
+        member = jax.nn.one_hot(level, keys.shape[1], dtype=int)
+        rank = jnp.take_along_axis(member.cumsum(1) - 1, level[..., None], 2)[..., 0]
+
+    def draw(keys, level, rank):
+        return jax.random.normal(jax.random.fold_in(keys[level], rank), (c,))
+
+    return jax.vmap(jax.vmap(draw, (None, 0, 0)))(keys, level, rank)
+
+
+def _zeros(x: Tokens):
+    return jnp.zeros_like(x.latents)
+
+
+def _half_log_snr(path: Path, t):
+    """Half the log signal-to-noise ratio, finite at both ends."""
+    alpha, sigma = path.alpha_sigma(t)
+    return jnp.log(jnp.maximum(alpha, 1e-6)) - jnp.log(jnp.maximum(sigma, 1e-6))
+
+
+def _predict(denoiser, x: Tokens, now: Now):
+    velocity = denoiser(x, now.t)
+    return now.path.x0_noise(velocity, x.latents, x.per_token(now.t))
+
+
+def euler(denoiser, x, now, state):
+    """One step along the velocity; order 1."""
+    clock = now.path.clock
+    stride = x.per_token(clock(now.t_next) - clock(now.t))
+    return x.latents + stride * denoiser(x, now.t), state
+
+
+def heun(denoiser, x, now, state):
+    """Euler, then again with the mean of both ends' velocities; order 2.
+
+    Two evaluations a step, one in the last (Algorithm 1, arXiv:2206.00364).
+    """
+    clock = now.path.clock
+    stride = x.per_token(clock(now.t_next) - clock(now.t))
+    velocity = denoiser(x, now.t)
+    ahead = x.latents + stride * velocity
+
+    def correct(ahead):
+        end = denoiser(x.replace(latents=ahead), now.t_next)
+        return x.latents + stride * (velocity + end) / 2
+
+    return jax.lax.cond(now.last, lambda ahead: ahead, correct, ahead), state
+
+
+def ddim(denoiser, x, now, state):
+    """Mixes the predicted data and noise anew at the next time; order 1.
+
+    Eq. 12 of arXiv:2010.02502 with eta = 0.
+    """
+    x0, noise = _predict(denoiser, x, now)
+    return now.path.mix(x0, noise, x.per_token(now.t_next)), state
+
+
+def ancestral(denoiser, x, now, state):
+    """Draws from the posterior q(x_next | x_t, x0): DDPM's sampler.
+
+    Eqs. 6-7 of arXiv:2006.11239, for any alpha and sigma (Eq. 31, arXiv:2107.00630).
+    """
+    x0, _ = _predict(denoiser, x, now)
+    alpha, sigma = now.path.alpha_sigma(now.t)
+    alpha_next, sigma_next = now.path.alpha_sigma(now.t_next)
+    ratio = alpha / jnp.maximum(alpha_next, 1e-6)
+    variance = jnp.maximum(sigma, 1e-6) ** 2
+    added = jnp.maximum(variance - (ratio * sigma_next) ** 2, 0)
+    keep = x.per_token(ratio * sigma_next**2 / variance)
+    take = x.per_token(alpha_next * added / variance)
+    spread = x.per_token(jnp.sqrt(added) * sigma_next / jnp.sqrt(variance))
+    noise = clip_noise(now.keys, x)
+    return keep * x.latents + take * x0 + spread * noise, state
+
+
+def dpmpp_2m(denoiser, x, now, state):
+    """DPM-Solver++(2M): extrapolates the data prediction of two steps; order 2.
+
+    Algorithm 2 of arXiv:2211.01095; the first and last steps are of order 1.
+    """
+    x0, _ = _predict(denoiser, x, now)
+    previous_x0, previous_lambda = state
+    lambda_now = _half_log_snr(now.path, now.t)
+    h = _half_log_snr(now.path, now.t_next) - lambda_now
+    ratio = _divide(lambda_now - previous_lambda, h)
+    weight = jnp.where(now.first | now.last, 0.0, _divide(0.5, ratio))
+    weight = x.per_token(weight)
+    data = (1 + weight) * x0 - weight * previous_x0
+    return _exponential_step(x, data, now.t, now.t_next, now.path), (x0, lambda_now)
+
+
+def unipc(denoiser, x, now, state):
+    """UniPC, order 2, B(h) = expm1(-h), predicting data.
+
+    Algorithms 1-2 of arXiv:2302.04867: each evaluation first corrects the step that
+    led to it, then predicts the next; the last step is of order 1.
+    """
+    corrected, x0 = _unipc_correct(denoiser, x, now, state)
+    x = x.replace(latents=corrected)
+    lambda_now = _half_log_snr(now.path, now.t)
+    h = _half_log_snr(now.path, now.t_next) - lambda_now
+    last_lambda = state["t_lambda"]
+    weight = jnp.where(
+        now.first | now.last, 0.0, 0.5 * _divide(h, last_lambda - lambda_now)
+    )
+    alpha, _ = now.path.alpha_sigma(now.t_next)
+    curve = x.per_token(weight * alpha * jnp.expm1(-h)) * (state["x0"] - x0)
+    ahead = _exponential_step(x, x0, now.t, now.t_next, now.path) - curve
+    state = {
+        "x": corrected,
+        "x0": x0,
+        "earlier_x0": state["x0"],
+        "t": now.t,
+        "t_lambda": lambda_now,
+        "earlier_lambda": last_lambda,
+    }
+    return ahead, state
+
+
+def _unipc_correct(denoiser, x, now, state):
+    x0, _ = _predict(denoiser, x, now)
+    lambda_now = _half_log_snr(now.path, now.t)
+    h = lambda_now - state["t_lambda"]
+    r = _divide(state["earlier_lambda"] - state["t_lambda"], h)
+    phi_1 = jnp.expm1(-h)
+    b1 = _divide(_divide(phi_1, -h) - 1, phi_1)
+    b2 = 2 * _divide(_divide(_divide(phi_1, -h) - 1, -h) - 0.5, phi_1)
+    second_order = now.index >= 2
+    older = jnp.where(second_order, _divide(b1 - b2, 1 - r), 0.0)
+    newer = jnp.where(second_order, b1 - older, 0.5)
+    older = _divide(older, r)
+    curve = x.per_token(older) * (state["earlier_x0"] - state["x0"])
+    curve += x.per_token(newer) * (x0 - state["x0"])
+    alpha, _ = now.path.alpha_sigma(now.t)
+    start = x.replace(latents=state["x"])
+    corrected = _exponential_step(start, state["x0"], state["t"], now.t, now.path)
+    corrected -= x.per_token(alpha * phi_1) * curve
+    still = x.per_token(now.t) == 0
+    return jnp.where(now.first | still, x.latents, corrected), x0
+
+
+def _divide(a, b):
+    """Divides, giving 0 where b is 0: at levels that don't move."""
+    return jnp.where(b == 0, 0.0, a / jnp.where(b == 0, 1.0, b))
+
+
+def _exponential_step(x: Tokens, data, t, t_next, path: Path):
+    """Exact from t to t_next if the data prediction stayed `data`."""
+    alpha, sigma = path.alpha_sigma(t)
+    alpha_next, sigma_next = path.alpha_sigma(t_next)
+    ratio = _divide(sigma_next, sigma)
+    keep = x.per_token(ratio)
+    return keep * x.latents + x.per_token(alpha_next - alpha * ratio) * data
+
+
+def _fold(keys, index):
+    return jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys, index)
+
+
+def _no_state(x, t):
+    return ()
+
+
+def _dpmpp_state(x, t):
+    return _zeros(x), jnp.zeros_like(t)
+
+
+def _unipc_state(x, t):
+    names = ("x", "x0", "earlier_x0")
+    levels = ("t", "t_lambda", "earlier_lambda")
+    return {name: _zeros(x) for name in names} | {
+        name: jnp.zeros_like(t) for name in levels
+    }
+
+
+# name -> (step, its first state)
+SOLVERS: dict[str, tuple[Step, Callable[[Tokens, Array], Any]]] = {
+    "euler": (euler, _no_state),
+    "heun": (heun, _no_state),
+    "ddim": (ddim, _no_state),
+    "dpmpp_2m": (dpmpp_2m, _dpmpp_state),
+    "unipc": (unipc, _unipc_state),
+    "ancestral": (ancestral, _no_state),
+}
+
+
+def check_solver(name: str) -> str:
+    """Returns the name, or raises ValueError with the names there are."""
+    if name not in SOLVERS:
+        raise ValueError(f"`solver` (={name!r}) is unknown; choose one of {[*SOLVERS]}")
+    return name
+
+
+def solve(
+    denoiser: Denoiser,
+    tokens: Tokens,
+    times: Float[Array, "times b g"],
+    path: Path,
+    keys: Key[Array, "b g"],
+    solver: str = "unipc",
+    on_step: Callable[[Any, Any], None] | None = None,
+) -> Float[Array, "b n c"]:
+    """Solves from noise to data.
+
+    Args:
+        denoiser: the velocity at (tokens, t); see `guided`.
+        tokens: `latents` is noise where tokens are generated and data where they are
+            given (level 0).
+        times: where each noise level stands before, between and after the steps,
+            falling from 1 to 0; a given level is 0 throughout.
+        path: the path that the network was trained on.
+        keys: a key for each noise level (each clip), for solvers that draw noise.
+        solver: a name of `SOLVERS`.
+        on_step: called on the host after each step with its number (0 first) and the
+            latents that it led to.
+
+    Returns:
+        The latents at t = 0.
+
+    Raises:
+        ValueError: the solver is unknown.
+    """
+    step, first_state = SOLVERS[check_solver(solver)]
+    steps = times.shape[0] - 1
+
+    def body(carry, now_at):
+        x, state = carry
+        index, t, t_next = now_at
+        now = Now(index, steps, t, t_next, path, _fold(keys, index))
+        moved, state = step(denoiser, x, now, state)
+        latents = jnp.where(x.per_token(t) == x.per_token(t_next), x.latents, moved)
+        if on_step is not None:
+            jax.debug.callback(on_step, index, latents, ordered=False)
+        return (x.replace(latents=latents), state), None
+
+    tokens = tokens.replace(latents=tokens.latents.astype(jnp.float32))
+    carry = (tokens, first_state(tokens, times[0]))
+    (x, _), _ = jax.lax.scan(body, carry, (jnp.arange(steps), times[:-1], times[1:]))
+    return x.latents

@@ -1,0 +1,66 @@
+"""The dimension key, and the two pytrees that every model call takes.
+
+Dimension names used in jaxtyping annotations and einsum strings all over jvdit:
+
+====  =====================================  ====  ================================
+name  meaning                                name  meaning
+====  =====================================  ====  ================================
+b     rows of a batch                        T H W pixel frames, height, width
+n     tokens of a row                        f h w latent frames, height, width
+m     clips packed into a row                c     channels
+g     noise levels of a row (m + 1)          d     model width
+s     text tokens of a row                   q     attention heads
+a     audio samples                          k     channels of a head
+====  =====================================  ====  ================================
+
+`t` is always diffusion time: 0 is data, 1 is noise.
+"""
+
+import flax.struct
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+@flax.struct.dataclass
+class Tokens:
+    """Latent tokens of one or more clips, packed into rows.
+
+    Attributes:
+        latents: the (noisy or clean) latent patches.
+        position: RoPE coordinates (t, y, x). In our own models t is in seconds, so
+            that every frame rate shares one clock, and y, x count latent cells.
+        segment: which clip of its row a token belongs to, 1 to m; 0 is padding.
+            Attention never crosses segments. None: every row is exactly one clip
+            without padding, and attention takes the maskless kernel.
+        level: which of the row's noise levels `t[b g]` a token is at. None: all are
+            at level 0. With segments, level 0 is pinned to t = 0 (clean: padding and
+            conditioning tokens) and a clip's generated tokens are at its own segment.
+    """
+
+    latents: Float[Array, "b n c"]
+    position: Float[Array, "b n 3"]
+    segment: Int[Array, "b n"] | None = None
+    level: Int[Array, "b n"] | None = None
+
+    def per_token(self, values: Float[Array, "b g"]) -> Float[Array, "b #n 1"]:
+        """Spreads one value for each noise level to the tokens at that level.
+
+        The token axis of the result has size 1 where all tokens share a level.
+        """
+        if self.level is None:
+            return values[:, :1, None]
+        return jnp.take_along_axis(values, self.level, axis=1)[..., None]
+
+
+@flax.struct.dataclass
+class Text:
+    """Text states that the tokens of the same segment attend to.
+
+    Attributes:
+        embeds: states of the text encoder.
+        segment: which clip of its row a state describes; 0 is padding. None: every
+            token of the row sees every state.
+    """
+
+    embeds: Float[Array, "b s e"]
+    segment: Int[Array, "b s"] | None = None

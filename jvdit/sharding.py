@@ -1,0 +1,157 @@
+"""The mesh, and the two tables that place every array on it.
+
+Activations are placed by the *names* of their axes (`ACTIVATIONS`, through
+`constrain`), parameters by the *path* under which the model keeps them
+(`PARAMETERS`, through `parameter_shardings`). Changing how jvdit is parallelised
+means changing a row of these tables, not a model.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "context", "tensor")
+
+# Name of an activation axis -> mesh axes that divide it.
+ACTIVATIONS: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "tokens": ("context",),
+    "text": (),
+    "heads": ("tensor",),
+    "width": (),
+    "ffn": ("tensor",),
+    "frames": (),
+    "height": ("context",),
+    "channels": (),
+}
+
+# Parameter path (a regular expression, first match wins) -> rule. "fsdp" divides the
+# largest divisible axis; "replicate" copies. Scalars and vectors are small enough to
+# copy everywhere.
+PARAMETERS: tuple[tuple[str, str], ...] = (
+    (r".*/(bias|scale|gamma|logit_scale)", "replicate"),
+    (r".*/(kernel|embedding|table|modulation|relative_bias)", "fsdp"),
+)
+
+
+def make_mesh(
+    sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """Builds the mesh `data x fsdp x context x tensor`.
+
+    Args:
+        sizes: devices along each axis; axes left out have 1, and one of them may be
+            -1: whatever remains. Default: all devices on `data`.
+        devices: the devices to use. Default: all.
+
+    Raises:
+        ValueError: an axis is unknown, or the sizes don't multiply to the devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = dict({"data": -1} if sizes is None else sizes)
+    for name in sizes:
+        if name not in AXES:
+            raise ValueError(f"mesh axis `{name}` is unknown; the axes are {AXES}.")
+    shape = [int(sizes.get(axis, 1)) for axis in AXES]
+    if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
+        raise ValueError(
+            f"mesh sizes {sizes} must be positive, with -1 for at most one axis."
+        )
+    known = math.prod(size for size in shape if size != -1)
+    if -1 in shape:
+        shape[shape.index(-1)] = max(len(devices) // known, 1)
+    if math.prod(shape) != len(devices):
+        raise ValueError(
+            f"mesh sizes {sizes} make {math.prod(shape)} devices but there are "
+            f"{len(devices)}; use -1 for one axis to take what remains."
+        )
+    grid = np.asarray(devices).reshape(shape)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def activation_spec(*axes: str | None) -> PartitionSpec:
+    """The partition of an activation whose axes have these names.
+
+    Raises:
+        ValueError: a name is not in the table.
+    """
+    for axis in axes:
+        if axis is not None and axis not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise ValueError(f"activation axis `{axis}` is unknown; known are {known}.")
+    return PartitionSpec(*(ACTIVATIONS[a] or None if a else None for a in axes))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Places an activation on the current mesh by the names of its axes.
+
+    Does nothing without a mesh (`jax.set_mesh`), so that modules run anywhere. An
+    axis whose size the mesh doesn't divide stays whole.
+
+    Raises:
+        ValueError: a name is unknown, or there is not one name for each axis.
+    """
+    spec = activation_spec(*axes)
+    if len(axes) != x.ndim:
+        raise ValueError(f"{len(axes)} axis names {axes} for an array of {x.ndim} axes")
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, fit(spec, x.shape, mesh.shape))
+
+
+def fit(
+    spec: PartitionSpec, shape: Sequence[int], sizes: Mapping[str, int]
+) -> PartitionSpec:
+    """Drops from a partition what doesn't divide the shape."""
+    fitted = []
+    for size, names in zip(shape, spec, strict=True):
+        names = (names,) if isinstance(names, str) else (names or ())
+        divides = size % math.prod(sizes[name] for name in names) == 0
+        fitted.append(tuple(names) if names and divides else None)
+    return PartitionSpec(*fitted)
+
+
+def parameter_spec(
+    path: str, shape: Sequence[int], sizes: Mapping[str, int]
+) -> PartitionSpec:
+    """The partition of one parameter (or of its moment or average).
+
+    Raises:
+        ValueError: no rule of `PARAMETERS` matches the path.
+    """
+    rules = [rule for pattern, rule in PARAMETERS if re.fullmatch(pattern, path)]
+    if not rules:
+        raise ValueError(f"no rule in sharding.PARAMETERS places parameter `{path}`.")
+    ways = sizes["fsdp"]
+    divisible = [axis for axis, size in enumerate(shape) if size % ways == 0]
+    if rules[0] == "replicate" or ways == 1 or len(shape) < 2 or not divisible:
+        return PartitionSpec()
+    largest = max(divisible, key=lambda axis: shape[axis])
+    return PartitionSpec(*("fsdp" if a == largest else None for a in range(len(shape))))
+
+
+def parameter_shardings(params: Any, mesh: Mesh) -> Any:
+    """Shardings for a tree of parameters, by `PARAMETERS`."""
+
+    def place(path, leaf):
+        name = "/".join(str(getattr(key, "key", key)) for key in path)
+        spec = parameter_spec(name, leaf.shape, mesh.shape)
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(place, params)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over `data` and `fsdp`; everything else of a batch whole."""
+    return NamedSharding(mesh, PartitionSpec(ACTIVATIONS["batch"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())

@@ -1,0 +1,98 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jvdit.diffusion.flow import SCHEDULES, TARGETS, Path, TimestepPolicy
+
+
+@pytest.fixture(params=SCHEDULES)
+def schedule(request):
+    return request.param
+
+
+def pair(key=0):
+    keys = jax.random.split(jax.random.key(key), 2)
+    return [jax.random.normal(k, (4, 6)) for k in keys]
+
+
+def test_ends_are_data_and_noise(schedule):
+    alpha, sigma = Path(schedule).alpha_sigma(jnp.array([0.0, 1.0]))
+    np.testing.assert_allclose(alpha[0], 1, atol=1e-6)
+    np.testing.assert_allclose(sigma[0], 0, atol=1e-3)
+    assert alpha[1] < 0.01 and sigma[1] > 0.99
+
+
+def test_velocity_is_the_derivative_along_the_clock(schedule):
+    path, (x0, noise) = Path(schedule), pair()
+
+    def x_of(t):
+        return path.mix(x0, noise, t)
+
+    for t in (0.2, 0.5, 0.9):
+        t = jnp.float32(t)
+        _, dx = jax.jvp(x_of, (t,), (jnp.float32(1),))
+        _, dclock = jax.jvp(path.clock, (t,), (jnp.float32(1),))
+        wanted = path.true_velocity(x0, noise, t) * dclock
+        np.testing.assert_allclose(dx, wanted, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_target_gives_the_velocity_data_and_noise(schedule, target):
+    path, (x0, noise) = Path(schedule, target), pair()
+    for t in (0.1, 0.5, 0.95):
+        t = jnp.float32(t)
+        x, velocity = path.mix(x0, noise, t), path.true_velocity(x0, noise, t)
+        output = {"velocity": velocity, "noise": noise, "x0": x0}[target]
+        np.testing.assert_allclose(path.velocity(output, x, t), velocity, atol=1e-4)
+        for got, wanted in zip(path.x0_noise(velocity, x, t), (x0, noise), strict=True):
+            np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_weighted_velocity_error_is_the_error_of_the_target(schedule, target):
+    path, (x0, noise) = Path(schedule, target), pair()
+    t = jnp.float32(0.6)
+    x, velocity = path.mix(x0, noise, t), path.true_velocity(x0, noise, t)
+    output = {"velocity": velocity, "noise": noise, "x0": x0}[target]
+    wrong = path.velocity(output + 0.1, x, t)
+    error = path.loss_weight(t) * jnp.mean((wrong - velocity) ** 2)
+    np.testing.assert_allclose(error, 0.01, rtol=1e-3)
+
+
+def test_shift_grows_with_tokens_inside_its_bounds():
+    policy = TimestepPolicy(shift=2.0, shift_tokens=100, shift_range=(1.0, 3.0))
+    shifts = policy.shift_for(jnp.array([1.0, 100.0, 169.0, 1e6]))
+    np.testing.assert_allclose(shifts, [1.0, 2.0, 2.6, 3.0], rtol=1e-6)
+
+
+def test_training_times_follow_the_quantile_and_are_shifted():
+    policy = TimestepPolicy(shift=3.0)
+    t = policy.sample(jax.random.key(0), jnp.full((64,), 7.0))
+    np.testing.assert_allclose(jnp.median(t), 0.75, atol=0.01)  # 3 * .5 / (1 + 2 * .5)
+    # Stratified: far closer to the distribution than independent draws would be.
+    shares = (jnp.arange(64) + 0.5) / 64
+    wanted = policy.quantile(shares, jnp.full((64,), 7.0))
+    assert jnp.abs(jnp.sort(t) - wanted).mean() < 0.008
+    assert (jnp.diff(t) > 0).any() and (jnp.diff(t) < 0).any()  # in random order
+
+
+def test_times_fall_from_one_to_zero_for_each_clip():
+    policy = TimestepPolicy(shift=2.0, shift_tokens=16)
+    times = policy.times(5, jnp.array([[16.0, 64.0]]))
+    assert times.shape == (6, 1, 2)
+    np.testing.assert_allclose(times[0], 1)
+    np.testing.assert_allclose(times[-1], 0)
+    assert (jnp.diff(times, axis=0) < 0).all()
+    assert (times[1:-1, 0, 1] > times[1:-1, 0, 0]).all()
+
+
+def test_bad_values_are_named():
+    with pytest.raises(ValueError, match="schedule.*'flw'"):
+        Path("flw")
+    with pytest.raises(ValueError, match="target.*'eps'"):
+        Path(target="eps")
+    with pytest.raises(ValueError, match="shift.*20"):
+        TimestepPolicy(shift=20.0)
+    with pytest.raises(ValueError, match="steps.*0"):
+        TimestepPolicy().times(0, jnp.ones(1))

@@ -1,0 +1,58 @@
+"""Imports go down only: entry points, then training, then siblings, then shapes."""
+
+import ast
+import pathlib
+
+ROOT = pathlib.Path(__file__).parent.parent / "jvdit"
+LOWEST = {"shapes", "sharding"}
+MAY_IMPORT = {
+    "shapes": set(),
+    "sharding": set(),
+    "data": {"data"},
+    "models": {"models"} | LOWEST,
+    "diffusion": {"diffusion"} | LOWEST,
+    "evaluation": {"evaluation", "data"} | LOWEST,
+    "pretrained": {"pretrained", "models"} | LOWEST,
+    "training": {"training", "models", "diffusion", "data"} | LOWEST,
+}
+ENTRY_POINTS = {"train", "sample", "encode", "evaluate"}
+FORBIDDEN = {"torch", "tensorflow", "transformers", "diffusers", "pickle"}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from names if node.module == "jvdit" else [node.module]
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def modules():
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts != ("__init__",):
+            yield parts[0], path
+
+
+def test_rooms_import_only_what_lies_below():
+    for room, path in modules():
+        allowed = MAY_IMPORT.get(room, set(MAY_IMPORT) | {"encode"})
+        assert room in MAY_IMPORT or room in ENTRY_POINTS, f"{path}: unknown room"
+        for name in imports(path):
+            if name.split(".")[0] == "jvdit" and "." in name:
+                assert name.split(".")[1] in allowed, f"{path} imports {name}"
+
+
+def test_no_foreign_framework_at_run_time():
+    for _, path in modules():
+        found = {name.split(".")[0] for name in imports(path)} & FORBIDDEN
+        assert not found, f"{path} imports {found}"
+
+
+def test_data_never_imports_jax():
+    for room, path in modules():
+        if room == "data":
+            found = {name.split(".")[0] for name in imports(path)}
+            assert not found & {"jax", "flax", "optax", "orbax"}, f"{path}: {found}"
