@@ -1,0 +1,150 @@
+"""Default settings of every kind of run; `configs/` change what an experiment needs.
+
+Every value can be changed on the command line, `--config.optim.lr=3e-4`; a name that
+isn't here is refused with the nearest one that is.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from jvdit.diffusion.flow import Path, TimestepPolicy
+from jvdit.models import dit, text_encoder, video_vae
+from jvdit.training.state import Optim
+
+
+def fields_of(module: type, values: dict[str, Any], *decided: str) -> ConfigDict:
+    """All fields of a Linen module as settings.
+
+    Args:
+        module: the class.
+        values: a row of its table of sizes.
+        decided: fields left out, because other parts of the system decide them.
+    """
+    fields = {}
+    for field in dataclasses.fields(module):
+        if field.name in ("parent", "name", *decided):
+            continue
+        value = values.get(field.name, field.default)
+        if field.name.endswith("dtype"):
+            value = jnp.dtype(value).name
+        fields[field.name] = tuple(value) if isinstance(value, list) else value
+    return ConfigDict(fields)
+
+
+def run(objective: str) -> ConfigDict:
+    """What every training has."""
+    config = ConfigDict()
+    config.objective = objective
+    config.seed = 0
+    config.steps = 10_000
+    # Devices along each mesh axis; -1: those that remain.
+    config.mesh = {"data": -1, "fsdp": 1, "context": 1, "tensor": 1}
+    config.optim = dataclasses.asdict(Optim())
+    config.checkpoint_every = 500
+    config.keep_checkpoints = 3
+    config.log_every = 20
+    config.evaluate_every = 1000
+    config.sample_every = 2000
+    # Steps in a row with a loss or gradient that isn't finite after which to stop.
+    config.max_skipped = 20
+    config.data = {
+        # What to train on, each a source as `jvdit.data.sources.open_source` reads it.
+        "sources": ("",),
+        # Share of the clips from each source; (): as many as each has.
+        "weights": (),
+        # Held out: the same kinds of source. "": no validation.
+        "validation": "",
+        "validation_clips": 64,
+        "threads": 2,
+        # Seconds after which a batch that doesn't come is reported as stuck.
+        "timeout": 600.0,
+        # Bound of the batches that wait to be trained on.
+        "prefetch_bytes": 1 << 28,
+    }
+    return config
+
+
+def vae(variant: str = "world") -> ConfigDict:
+    """Training a video autoencoder of a row of `video_vae.VARIANTS`."""
+    config = run("video_vae")
+    config.vae = fields_of(
+        video_vae.VideoVAE,
+        video_vae.VARIANTS[variant],
+        "latents_mean",
+        "latents_std",
+    )
+    config.loss = {"perceptual": 0.5, "kl": 3e-4, "temporal": 0.5}
+    config.data.batch_size = 8
+    return config
+
+
+def flow(variant: str = "world-s", text_variant: str = "world") -> ConfigDict:
+    """Training a DiT on cached latents.
+
+    Args:
+        variant: a row of `dit.VARIANTS`.
+        text_variant: a row of `text_encoder.VARIANTS` to train along with it. "": take
+            the text embeddings that the cache holds.
+    """
+    config = run("flow")
+    # Folder of an autoencoder whose latents the cache must hold. "": whichever
+    # autoencoder wrote the cache.
+    config.autoencoder = ""
+    config.dit = fields_of(
+        dit.DiT, dit.VARIANTS[variant], "in_channels", "out_channels", "text_width"
+    )
+    config.text_encoder = ConfigDict()
+    if text_variant:
+        config.text_encoder = fields_of(
+            text_encoder.TextEncoder,
+            text_encoder.VARIANTS[text_variant],
+            "vocab_size",
+        )
+    # A sentencepiece model; "": one of this many pieces is trained on the captions.
+    config.tokenizer = ""
+    config.vocab_size = 512
+    config.patch_size = (1, 2, 2)
+    config.path = dataclasses.asdict(Path())
+    config.timesteps = dataclasses.asdict(TimestepPolicy())
+    config.data.update(
+        # Rows of a batch, and what a row holds at the most.
+        rows=16,
+        token_budget=1024,
+        text_budget=256,
+        max_clips=4,
+        # Tokens of a caption at the most.
+        text_length=64,
+        caption_dropout=0.1,
+    )
+    config.validation_times = (0.1, 0.3, 0.5, 0.7, 0.9)
+    config.sample = {
+        "prompts": (),
+        "frames": 17,
+        "height": 64,
+        "width": 64,
+        "fps": 8.0,
+        "steps": 30,
+        "solver": "unipc",
+        "guidance_scale": 4.0,
+    }
+    return config
+
+
+def encode(source: str, vae: str, validation: str = "") -> ConfigDict:
+    """Encoding a source to latents, as a stage of a config of several.
+
+    Args:
+        source: what to encode.
+        vae: folder of the autoencoder.
+        validation: what to encode as the split val. "": nothing.
+    """
+    names = {"source": source, "vae": vae, "validation": validation}
+    return ConfigDict({"objective": "encode", **names})
+
+
+def stages(**configs: ConfigDict) -> ConfigDict:
+    """Several runs one after another, each in its own folder of the workdir."""
+    return ConfigDict({"stages": configs, "order": tuple(configs)})

@@ -1,0 +1,183 @@
+"""Encodes a data set to latents: `python -m jvdit.encode --source … --vae … --out …`.
+
+What is written is a data set of the same record format. Its settings say which
+autoencoder made it (hash, fields), of which source; a copy of the autoencoder, with the
+statistics of its latents, lies beside the shards. Killed and started again, encoding
+goes on after its last finished shard.
+"""
+
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from rich.progress import Progress
+
+from jvdit.data.catalog import open_source
+from jvdit.data.records import RecordDataset, RecordWriter, latent_features
+from jvdit.data.sources import BadClip, Source
+from jvdit.models.video_vae import VideoVAE
+from jvdit.training.checkpoint import (
+    build,
+    load_weights,
+    save_weights,
+    weights_hash,
+)
+from jvdit.training.vae_objective import to_float
+
+_SOURCE = flags.DEFINE_string("source", None, "What to encode: see jvdit.data.catalog.")
+_VALIDATION = flags.DEFINE_string("validation", "", "Goes to the split val.")
+_VAE = flags.DEFINE_string("vae", None, "The `model` folder of an autoencoder.")
+_OUT = flags.DEFINE_string("out", None, "Folder of the latents.")
+
+SHARD = 2048  # clips
+BATCH = 32  # clips
+
+
+def encode(source: str, vae: str, out: str, validation: str = "") -> None:
+    """Encodes a source, and another one for validation.
+
+    Args:
+        source: name of the clips of the split train.
+        vae: folder of the autoencoder: its workdir, `model` or weights.
+        out: folder of the latents; what is finished there is not done again.
+        validation: name of the clips of the split val. "": none.
+
+    Raises:
+        ValueError: the folder holds other latents, or a clip is of a size that the
+            autoencoder doesn't take.
+        FileNotFoundError: there is no such source or autoencoder.
+    """
+    params, fields = load_weights(_weights_folder(vae))
+    module = build(VideoVAE, fields)
+    splits = {"train": open_source(source)}
+    if validation:
+        splits["val"] = open_source(validation)
+    for each in splits.values():
+        index = each.index
+        sizes = np.stack([index["frames"], index["height"], index["width"]], 1)
+        for size in np.unique(sizes, axis=0):
+            module.latent_shape(*map(int, size))
+    folder = pathlib.Path(out).absolute()
+    settings = {
+        "vae": {"hash": weights_hash(params), "fields": fields},
+        "sources": {name: each.fingerprint for name, each in splits.items()},
+    }
+    shards = {name: -(-len(each) // SHARD) for name, each in splits.items()}
+    writer = RecordWriter(
+        folder, latent_features(text=False), shards=shards, settings=settings
+    )
+    if not writer.finished:
+        _write(writer, splits, shards, module, params)
+        writer.finish()
+    mean, std = _statistics(folder)
+    fields |= {"latents_mean": mean, "latents_std": std}
+    save_weights(folder / "vae", params, fields)
+
+
+def _weights_folder(vae: str) -> pathlib.Path:
+    folder = pathlib.Path(vae)
+    for inside in ("model/vae", "vae"):
+        if (folder / inside / "config.json").exists():
+            return folder / inside
+    return folder
+
+
+def _write(writer: RecordWriter, splits, shards, module: VideoVAE, params) -> None:
+    run = jax.jit(partial(module.apply, {"params": params}, method="encode"))
+    with Progress() as progress:
+        total = sum(map(len, splits.values()))
+        task = progress.add_task("encoding", total=total)
+        for split, source in splits.items():
+            for shard in range(shards[split]):
+                ids = range(shard * SHARD, min((shard + 1) * SHARD, len(source)))
+                if not writer.is_done(split, shard):
+                    examples = _examples(source, ids, run, split, progress, task)
+                    writer.write_shard(split, shard, examples)
+                else:
+                    progress.advance(task, len(ids))
+
+
+def _examples(
+    source: Source, ids: Sequence[int], run, split, progress, task
+) -> Iterator[dict[str, Any]]:
+    index = source.index
+    for size_ids in _by_size(index, ids):
+        for start in range(0, len(size_ids), BATCH):
+            chunk = size_ids[start : start + BATCH]
+            clips = source.read(chunk)
+            progress.advance(task, len(chunk))
+            good = [
+                (i, c)
+                for i, c in zip(chunk, clips, strict=True)
+                if not isinstance(c, BadClip)
+            ]
+            for i, clip in zip(chunk, clips, strict=True):
+                if isinstance(clip, BadClip):
+                    progress.console.print(f"left out {split} clip {i}: {clip.reason}")
+            if not good:
+                continue
+            video = np.stack([clip["video"] for _, clip in good])
+            full = np.concatenate(
+                [video, np.zeros((BATCH - len(video), *video.shape[1:]), np.uint8)]
+            )
+            mean, logvar = map(np.asarray, run(to_float(full)))
+            for (i, clip), m, v in zip(good, mean, logvar, strict=False):
+                yield {
+                    "key": f"{split}-{i:09d}",
+                    "mean": m.astype(jnp.bfloat16),
+                    "logvar": v.astype(jnp.bfloat16),
+                    "caption": clip["caption"],
+                    "meta": "{}",
+                    "frames": m.shape[0],
+                    "height": m.shape[1],
+                    "width": m.shape[2],
+                    "text_length": 0,
+                    "fps": float(clip["fps"]),
+                    "has_audio": clip.get("audio") is not None,
+                }
+
+
+def _by_size(index, ids: Sequence[int]) -> list[list[int]]:
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i in ids:
+        size = tuple(int(index[name][i]) for name in ("frames", "height", "width"))
+        groups.setdefault(size, []).append(i)
+    return list(groups.values())
+
+
+def _statistics(folder: pathlib.Path) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel of latents drawn from the cache."""
+    records = RecordDataset(folder, "train")
+    stride = max(len(records) // 4096, 1)
+    total = square = 0.0
+    count = 0
+    for i in range(0, len(records), stride):
+        record = records[i]
+        mean = np.asarray(record["mean"], np.float64)
+        variance = np.exp(np.asarray(record["logvar"], np.float64))
+        total = total + mean.sum((0, 1, 2))
+        square = square + (mean**2 + variance).sum((0, 1, 2))
+        count += mean[..., 0].size
+    mean = np.asarray(total) / count
+    std = np.sqrt(np.maximum(np.asarray(square) / count - mean**2, 1e-8))
+    return mean.tolist(), std.tolist()
+
+
+def main(argv: list[str]) -> None:
+    """Parses, encodes, and turns mistakes of the user into one line."""
+    try:
+        encode(_SOURCE.value, _VAE.value, _OUT.value, _VALIDATION.value)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    print(f"latents: {_OUT.value}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["source", "vae", "out"])
+    app.run(main)

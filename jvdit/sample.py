@@ -1,0 +1,162 @@
+"""Generates clips: `python -m jvdit.sample "a large red rubber circle …" --workdir …`.
+
+Writes an mp4 for each prompt, with its settings and seed in the file, and one PNG
+sheet of all of them.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+import sys
+from typing import Any
+
+from absl import app, flags, logging
+from rich.console import Console
+from rich.progress import Progress
+
+from jvdit.data.media_encode import encode_clip
+from jvdit.data.sheets import contact_sheet, write_png
+from jvdit.diffusion.denoise import Guidance
+from jvdit.diffusion.solvers import SOLVERS
+from jvdit.generator import Generator, Request
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Of a training, or its model folder.")
+_PROMPTS = flags.DEFINE_string(
+    "prompts", None, "File: a prompt a line, or JSON lines with fields of a request."
+)
+_OUT = flags.DEFINE_string("out", "samples", "Folder of the clips.")
+_NEGATIVE = flags.DEFINE_string("negative_prompt", "", "What to turn away from.")
+_SIZE = flags.DEFINE_string("size", None, "HEIGHTxWIDTH in pixels.")
+_FRAMES = flags.DEFINE_integer("frames", None, "Frames of a clip.", lower_bound=1)
+_FPS = flags.DEFINE_float("fps", None, "Frames per second.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the first prompt; the others follow.")
+_STEPS = flags.DEFINE_integer("steps", None, "Steps of the solver.")
+_SOLVER = flags.DEFINE_string("solver", None, f"One of {', '.join(SOLVERS)}.")
+_SCALE = flags.DEFINE_float("guidance_scale", None, "1: as trained, faster.")
+_INTERVAL = flags.DEFINE_list(
+    "guidance_interval", ["0", "1"], "Times to guide between."
+)
+_RESCALE = flags.DEFINE_float("guidance_rescale", 0.0, "0 to 1.")
+_ROWS = flags.DEFINE_integer("rows", 8, "Rows solved at once; fewer need less memory.")
+
+
+def read_requests(prompts: list[str], defaults: dict[str, Any]) -> list[Request]:
+    """Requests from prompts and from lines of JSON, with consecutive seeds.
+
+    Args:
+        prompts: each is a prompt, or a JSON object with fields of `Request`.
+        defaults: fields that a line doesn't give.
+
+    Raises:
+        ValueError: a line isn't a prompt or has an unknown field.
+    """
+    names = {field.name for field in dataclasses.fields(Request)}
+    requests = []
+    for number, line in enumerate(prompts):
+        fields = defaults | {"prompt": line, "seed": defaults["seed"] + number}
+        if line.lstrip().startswith("{"):
+            try:
+                given = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number + 1} is no JSON: {error}") from error
+            if unknown := set(given) - names:
+                raise ValueError(
+                    f"line {number + 1} has the unknown fields {sorted(unknown)}; "
+                    f"known are {sorted(names)}."
+                )
+            if "prompt" not in given:
+                raise ValueError(f"line {number + 1} has no `prompt`.")
+            fields |= given
+        requests.append(Request(**fields))
+    return requests
+
+
+def file_name(request: Request) -> str:
+    """A readable name: the prompt's first words and the seed."""
+    words = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower()).strip("-")
+    return f"{words[:60].rstrip('-') or 'empty'}_{request.seed}.mp4"
+
+
+def _request_defaults(model: dict[str, Any]) -> dict[str, Any]:
+    names = ("frames", "height", "width", "fps")
+    fields = {name: model[name] for name in names if name in model}
+    if _SIZE.value is not None:
+        match = re.fullmatch(r"(\d+)x(\d+)", _SIZE.value)
+        if match is None:
+            raise ValueError(
+                f"`size` (={_SIZE.value!r}) must read HEIGHTxWIDTH, such as 64x96."
+            )
+        fields |= {"height": int(match[1]), "width": int(match[2])}
+    given = {"frames": _FRAMES.value, "fps": _FPS.value}
+    fields |= {name: value for name, value in given.items() if value is not None}
+    return fields | {"negative_prompt": _NEGATIVE.value, "seed": _SEED.value}
+
+
+def _given(flag: Any, defaults: dict[str, Any], fallback: Any) -> Any:
+    return flag.value if flag.value is not None else defaults.get(flag.name, fallback)
+
+
+def sample(prompts: list[str]) -> list[pathlib.Path]:
+    """Generates and writes what the flags and prompts ask for; returns the files."""
+    if not prompts:
+        raise ValueError('give a prompt, "…", or --prompts=FILE.')
+    generator = Generator.load(_WORKDIR.value)
+    defaults = generator.defaults
+    requests = read_requests(prompts, _request_defaults(defaults))
+    steps = _given(_STEPS, defaults, 30)
+    solver = _given(_SOLVER, defaults, "unipc")
+    scale = _given(_SCALE, defaults, 4.0)
+    low, high = (float(x) for x in _INTERVAL.value)
+    guidance = Guidance(scale, (low, high), _RESCALE.value)
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("compiling", total=None)
+
+        def on_step(batch: int, batches: int, step: int) -> None:
+            done = batch * steps + step + 1
+            progress.update(
+                task, description="denoising", total=batches * steps, completed=done
+            )
+
+        videos = generator(
+            requests,
+            steps=steps,
+            solver=solver,
+            guidance=guidance,
+            rows=_ROWS.value,
+            on_step=on_step,
+        )
+    settings = {"steps": steps, "solver": solver, **dataclasses.asdict(guidance)}
+    folder = pathlib.Path(_OUT.value)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for request, video in zip(requests, videos, strict=True):
+        path = folder / file_name(request)
+        metadata = {"jvdit": dataclasses.asdict(request) | settings}
+        encode_clip(path, video, request.fps, metadata=metadata)
+        files.append(path)
+    sheet = contact_sheet(videos, [request.prompt for request in requests])
+    write_png(folder / "sheet.png", sheet)
+    return [*files, folder / "sheet.png"]
+
+
+def main(argv: list[str]) -> None:
+    """Parses, generates, and turns mistakes of the user into one line."""
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+    prompts = argv[1:]
+    try:
+        if _PROMPTS.value is not None:
+            lines = pathlib.Path(_PROMPTS.value).read_text().splitlines()
+            prompts += [line for line in lines if line.strip()]
+        for path in sample(prompts):
+            print(path)
+    except (ValueError, FileNotFoundError) as error:
+        if flags.FLAGS["verbosity"].present:
+            raise
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["workdir"])
+    app.run(main)

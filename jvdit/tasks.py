@@ -1,0 +1,475 @@
+"""The kinds of training: what each reads, trains, measures and shows.
+
+A task joins data, models and an objective; the loop in `train.py` knows nothing else.
+"""
+
+import pathlib
+from abc import ABC, abstractmethod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from jvdit.data.catalog import open_source
+from jvdit.data.media_encode import encode_clip
+from jvdit.data.pipeline import Batches, ClipBatches, PackedBatches
+from jvdit.data.plan import BucketPlan, PackPlan
+from jvdit.data.sheets import contact_sheet, write_png
+from jvdit.data.sources import BadClip, LatentSource, Source
+from jvdit.data.tokenizer import Tokenizer, train_tokenizer
+from jvdit.diffusion.denoise import Guidance
+from jvdit.diffusion.flow import Path, TimestepPolicy
+from jvdit.diffusion.solvers import check_solver
+from jvdit.generator import Generator, Request
+from jvdit.models.dit import DiT
+from jvdit.models.text_encoder import TextEncoder
+from jvdit.models.video_vae import VideoVAE
+from jvdit.sharding import batch_sharding
+from jvdit.training.checkpoint import (
+    build,
+    differences,
+    load_weights,
+    module_fields,
+    save_weights,
+    weights_hash,
+)
+from jvdit.training.metrics import Metrics
+from jvdit.training.objectives import FlowObjective
+from jvdit.training.step import Batch, Objective
+from jvdit.training.vae_objective import VAEObjective
+
+
+class Task(ABC):
+    """One kind of training.
+
+    Attributes:
+        objective: what is minimised.
+        identity: what makes a workdir this run's.
+        fingerprint: of the order of the data.
+        example: a batch, for its shapes.
+        flops: of the model in one step, forward and backward; 0 if not known.
+        summary: a line about data and batches.
+    """
+
+    objective: Objective
+    identity: dict[str, Any]
+    fingerprint: str
+    example: dict[str, np.ndarray]
+    flops: float = 0.0
+    summary: str = ""
+    _host_only = ("clip_id", "fps")
+
+    def __init__(self, config: ConfigDict, mesh: Mesh, workdir: pathlib.Path):
+        self.config, self.mesh, self.workdir = config, mesh, workdir
+        data = config.data
+        self.sources = [self.open(name) for name in data.sources]
+        if data.weights and len(data.weights) != len(self.sources):
+            raise ValueError(
+                f"`data.weights` (={data.weights}) must have one number for each of "
+                f"the {len(self.sources)} `data.sources`, or be ()."
+            )
+
+    def open(self, name: str) -> Source:
+        """Opens one of the config's sources."""
+        return open_source(name)
+
+    @abstractmethod
+    def _builder(self) -> PackedBatches | ClipBatches: ...
+
+    @abstractmethod
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Clips (and tokens) of a batch, all hosts together."""
+
+    @abstractmethod
+    def validate(self, params: Any) -> dict[str, float]:
+        """Measures on held-out clips."""
+
+    @abstractmethod
+    def show(self, params: Any, metrics: Metrics, step: int, folder: pathlib.Path):
+        """Writes pictures and films of what the model can."""
+
+    @abstractmethod
+    def save(self, params: Any, folder: pathlib.Path) -> None:
+        """Writes finished weights."""
+
+    def batches(self, start: int) -> Batches:
+        """The batches from a step on."""
+        data = self.config.data
+        return Batches(
+            self._builder(),
+            start=start,
+            num_threads=data.threads,
+            buffer_bytes=data.prefetch_bytes,
+        )
+
+    def place(self, batch: Batch) -> dict[str, jax.Array]:
+        """Puts this host's part of a batch on the mesh."""
+        sharding = batch_sharding(self.mesh)
+        return {
+            name: jax.make_array_from_process_local_data(sharding, value)
+            for name, value in batch.items()
+            if name not in self._host_only
+        }
+
+    def names(self, batch: Batch) -> list[str]:
+        """The clips of a batch as "source:number"."""
+        located = [
+            self._builder().locate(int(i)) for i in batch["clip_id"].flat if i >= 0
+        ]
+        return [f"{self.config.data.sources[s]}:{i}" for s, i in located]
+
+    def compare_data(self, saved: dict[str, Any]) -> str:
+        """What to warn of when a checkpoint was made with other data."""
+        if not saved or saved["fingerprint"] == self.fingerprint:
+            return ""
+        return (
+            "the data or its order differ from those of the checkpoint: training goes "
+            "on, but not through the clips that it would have seen."
+        )
+
+    def check_rows(self, accumulate: int) -> None:
+        """ValueError if the rows don't divide over devices and parts."""
+        rows = len(self.example["clip_id"]) * jax.process_count()
+        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"] * accumulate
+        if rows % ways:
+            raise ValueError(
+                f"rows of a batch (={rows}) must be divisible by {ways}, the devices "
+                f"along data and fsdp times `optim.accumulate` (={accumulate}); try "
+                f"{-(-rows // ways) * ways}."
+            )
+
+
+def _held_out(source: Source, count: int) -> list[dict[str, Any]]:
+    clips = source.read(range(min(count, len(source))))
+    return [clip for clip in clips if not isinstance(clip, BadClip)]
+
+
+class VAETask(Task):
+    """Trains a video autoencoder on clips of pixels."""
+
+    objective: VAEObjective
+
+    def __init__(self, config: ConfigDict, mesh: Mesh, workdir: pathlib.Path):
+        super().__init__(config, mesh, workdir)
+        self.vae = build(VideoVAE, config.vae.to_dict())
+        self.plan = BucketPlan.of(
+            self.sources,
+            batch_size=config.data.batch_size,
+            weights=config.data.weights or None,
+            seed=config.seed,
+        )
+        for size in self.plan.batches:
+            self.vae.latent_shape(*size)
+        self.fingerprint = self.plan.fingerprint
+        self.objective = VAEObjective(self.vae, **config.loss)
+        fields = module_fields(self.vae)
+        self.identity = {"objective": "video_vae", "vae": fields, "seed": config.seed}
+        size = next(iter(self.plan.batches))
+        rows = config.data.batch_size // jax.process_count()
+        self.example = {
+            "video": np.zeros((rows, *size, 3), np.uint8),
+            "valid": np.ones(rows, bool),
+            "clip_id": np.zeros(rows, np.int64),
+        }
+        clips = sum(map(len, self.sources))
+        self.summary = f"{clips} clips of sizes {[*self.plan.batches]}"
+        self._validation = self._validation_clips()
+        self._reconstruct = jax.jit(self.objective.validate)
+
+    def _validation_clips(self):
+        data = self.config.data
+        if not data.validation:
+            return []
+        return _held_out(self.open(data.validation), data.validation_clips)
+
+    def _builder(self):
+        return ClipBatches(
+            self.sources,
+            self.plan,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+            timeout=self.config.data.timeout,
+        )
+
+    def counts(self, batch):  # noqa: D102
+        videos = float(batch["valid"].sum()) * jax.process_count()
+        return {"clips": videos}
+
+    def _reconstructed(self, params):
+        """Pairs of original and reconstruction, and the PSNR of each."""
+        out = []
+        for clip in self._validation:
+            batch = {"video": clip["video"][None]}
+            decoded, psnr = self._reconstruct(params, batch)
+            out.append((clip["video"], np.asarray(decoded[0]), float(psnr[0])))
+        return out
+
+    def validate(self, params):  # noqa: D102
+        found = [psnr for _, _, psnr in self._reconstructed(params)]
+        return {"validation/psnr": float(np.mean(found))} if found else {}
+
+    def show(self, params, metrics, step, folder):
+        """Originals over their reconstructions."""
+        pairs = self._reconstructed(params)[:6]
+        if not pairs:
+            return
+        videos = [v for original, decoded, _ in pairs for v in (original, decoded)]
+        captions = [
+            text for _, _, psnr in pairs for text in ("original", f"{psnr:.1f} dB")
+        ]
+        sheet = contact_sheet(videos, captions)
+        metrics.sheet(step, "reconstructions", sheet)
+        write_png(folder / f"step_{step:07d}.png", sheet)
+
+    def save(self, params, folder):  # noqa: D102
+        save_weights(folder / "vae", params["vae"], module_fields(self.vae))
+
+
+class FlowTask(Task):
+    """Trains a DiT, and perhaps a text encoder, on cached latents."""
+
+    objective: FlowObjective
+    sources: list[LatentSource]  # type: ignore[assignment]
+
+    def __init__(self, config: ConfigDict, mesh: Mesh, workdir: pathlib.Path):
+        super().__init__(config, mesh, workdir)
+        data = config.data
+        self.vae, self.vae_params, self.vae_hash = self._autoencoder()
+        self.tokenizer = self._tokenizer()
+        self.plan = PackPlan.of(
+            self.sources,
+            token_budget=data.token_budget,
+            text_budget=data.text_budget,
+            max_clips=data.max_clips,
+            rows_per_step=data.rows,
+            patch_size=tuple(config.patch_size),
+            weights=data.weights or None,
+            seed=config.seed,
+        )
+        self.fingerprint = self.plan.fingerprint
+        self.batch_builder = self._packed(self.sources, self.plan, data.caption_dropout)
+        self.example, _ = self.batch_builder[0]
+        one_clip = data.max_clips == 1 and self.plan.padding == 0
+        self.objective = self._objective(one_clip)
+        self.identity = self._identity()
+        clips = sum(map(len, self.sources))
+        self.summary = f"{clips} clips, {self.plan.padding:.1%} padding"
+        self.flops = 3.0 * self._forward_flops()
+        self._check_samples()
+        self._validation = self._validation_batch()
+        self._measure = jax.jit(self.objective.validate)
+        self._generator: Generator | None = None
+
+    # Building
+
+    def open(self, name):  # noqa: D102
+        source = open_source(name, max_text=self.config.data.text_length)
+        if not isinstance(source, LatentSource):
+            raise ValueError(
+                f"source {name!r} holds pixels, but config.objective 'flow' trains on "
+                "latents; encode it first with python -m jvdit.encode."
+            )
+        return source
+
+    def _autoencoder(self):
+        """The autoencoder of the cache; refuses caches of several, or of another."""
+        cache = self.config.data.sources[0].partition("#")[0]
+        folder = pathlib.Path(cache) / "vae"
+        for name, source in zip(self.config.data.sources, self.sources, strict=True):
+            differing = differences(
+                self.sources[0].settings["vae"], source.settings["vae"]
+            )
+            if differing:
+                raise ValueError(
+                    f"the latents of {self.config.data.sources[0]} and {name} come "
+                    f"from two autoencoders: {'; '.join(differing)}. Encode one anew."
+                )
+        params, fields = load_weights(folder)
+        held = self.sources[0].settings["vae"]
+        if self.config.autoencoder:
+            ours, our_fields = load_weights(self.config.autoencoder)
+            asked = {"hash": weights_hash(ours)}
+            differing = differences({"hash": held["hash"]}, asked)
+            if differing:
+                raise ValueError(
+                    f"the latent cache {self.config.data.sources[0]} is stale: it was "
+                    f"encoded by another autoencoder than {self.config.autoencoder} "
+                    f"({'; '.join(differing)}). Encode it anew with "
+                    f"python -m jvdit.encode --vae {self.config.autoencoder}."
+                )
+        return build(VideoVAE, fields), params, held["hash"]
+
+    def _tokenizer(self) -> Tokenizer:
+        if self.config.tokenizer:
+            return Tokenizer(self.config.tokenizer)
+        kept = self.workdir / "tokenizer.model"
+        if kept.exists():
+            return Tokenizer(kept)
+        captions = []
+        for source in self.sources:
+            stride = max(len(source) // 20_000, 1)
+            captions += source.captions(range(0, len(source), stride))
+        return Tokenizer(train_tokenizer(captions, self.config.vocab_size))
+
+    def _packed(self, sources, plan, dropout):
+        return PackedBatches(
+            sources,
+            plan,
+            latent_mean=np.asarray(self.vae.latents_mean),
+            latent_std=np.asarray(self.vae.latents_std),
+            temporal_compression=self.vae.temporal_compression,
+            tokenizer=self.tokenizer,
+            caption_dropout=dropout,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+            timeout=self.config.data.timeout,
+        )
+
+    def _objective(self, one_clip: bool) -> FlowObjective:
+        config = self.config
+        text = config.text_encoder.to_dict() | {"vocab_size": self.tokenizer.vocab_size}
+        channels = self.example["latents"].shape[-1]
+        network = config.dit.to_dict() | {
+            "in_channels": channels,
+            "out_channels": channels,
+            "text_width": text["width"],
+        }
+        times = config.timesteps.to_dict()
+        return FlowObjective(
+            dit=build(DiT, network),
+            text_encoder=build(TextEncoder, text),
+            path=Path(**config.path),
+            policy=TimestepPolicy(
+                **times | {"shift_range": tuple(times["shift_range"])}
+            ),
+            one_clip=one_clip,
+        )
+
+    def _identity(self) -> dict[str, Any]:
+        objective = self.objective
+        return {
+            "objective": "flow",
+            "seed": self.config.seed,
+            "dit": module_fields(objective.dit),
+            "text_encoder": module_fields(objective.text_encoder),
+            "path": self.config.path.to_dict(),
+            "patch_size": list(self.config.patch_size),
+            "tokenizer": self.tokenizer.fingerprint,
+            "autoencoder": self.vae_hash,
+        }
+
+    def _forward_flops(self) -> float:
+        rows, tokens = self.example["segment"].shape
+        text = self.example["text_segment"].shape[1]
+        return rows * jax.process_count() * self.objective.dit.flops(tokens, text)
+
+    def _check_samples(self):
+        sample = self.config.sample
+        check_solver(sample.solver)
+        generator = self._generator_of(None)
+        for request in self._requests():
+            generator.check(request)
+
+    def _validation_batch(self):
+        data = self.config.data
+        if not data.validation:
+            return None
+        source = self.open(data.validation)
+        rows = data.rows
+        plan = PackPlan.of(
+            [source],
+            token_budget=data.token_budget,
+            text_budget=data.text_budget,
+            max_clips=data.max_clips,
+            rows_per_step=rows,
+            patch_size=tuple(self.config.patch_size),
+            seed=0,
+        )
+        return self._packed([source], plan, 0.0)
+
+    # The loop's questions
+
+    def _builder(self):
+        return self.batch_builder
+
+    def counts(self, batch):  # noqa: D102
+        hosts = jax.process_count()
+        return {
+            "clips": float(batch["valid"].sum()) * hosts,
+            "tokens": float((batch["segment"] > 0).sum()) * hosts,
+        }
+
+    def validate(self, params):
+        """The error at fixed times, with fixed clips and noise."""
+        if self._validation is None:
+            return {}
+        times = jnp.asarray(self.config.validation_times, jnp.float32)
+        batches = max(self.config.data.validation_clips // self.config.data.rows, 1)
+        total = np.zeros(len(times))
+        for i in range(batches):
+            batch, _ = self._validation[i]
+            keys = jax.random.split(jax.random.key(i), len(batch["segment"]))
+            total += np.asarray(self._measure(params, self.place(batch), keys, times))
+        errors = dict(zip(self.config.validation_times, total / batches, strict=True))
+        found = {f"validation/t={t:g}": float(e) for t, e in errors.items()}
+        return found | {"validation/loss": float(np.mean(total / batches))}
+
+    def _requests(self) -> list[Request]:
+        sample = self.config.sample
+        return [
+            Request(
+                prompt,
+                frames=sample.frames,
+                height=sample.height,
+                width=sample.width,
+                fps=sample.fps,
+                seed=seed,
+            )
+            for seed, prompt in enumerate(sample.prompts)
+        ]
+
+    def _generator_of(self, params) -> Generator:
+        sample, objective = self.config.sample, self.objective
+        weights = {**(params or {}), "vae": self.vae_params}
+        return Generator(
+            dit=objective.dit,
+            text_encoder=objective.text_encoder,
+            vae=self.vae,
+            params=weights,
+            tokenizer=self.tokenizer,
+            path=objective.path,
+            policy=objective.policy,
+            patch_size=tuple(self.config.patch_size),
+            text_length=self.config.data.text_length,
+            defaults={k: v for k, v in sample.items() if k != "prompts"},
+            mesh=self.mesh,
+        )
+
+    def show(self, params, metrics, step, folder):
+        """Clips from the config's prompts, by the solver that ships."""
+        requests, sample = self._requests(), self.config.sample
+        if not requests:
+            return
+        if self._generator is None:
+            self._generator = self._generator_of(params)
+        self._generator.load_params(params)
+        videos = self._generator(
+            requests,
+            steps=sample.steps,
+            solver=sample.solver,
+            guidance=Guidance(sample.guidance_scale),
+        )
+        sheet = contact_sheet(videos, [request.prompt for request in requests])
+        metrics.sheet(step, "samples", sheet)
+        write_png(folder / f"step_{step:07d}.png", sheet)
+        for i, video in enumerate(videos):
+            encode_clip(folder / f"step_{step:07d}_{i}.mp4", video, sample.fps)
+
+    def save(self, params, folder):  # noqa: D102
+        self._generator_of(jax.device_get(params)).save(folder)
+
+
+TASKS: dict[str, type[Task]] = {"video_vae": VAETask, "flow": FlowTask}

@@ -1,0 +1,253 @@
+"""Trains what a config describes: `python -m jvdit.train --config … --workdir …`.
+
+Killed at any moment and started again with the same command, a run goes on from its
+newest checkpoint and ends with the same bits as one that was never stopped.
+"""
+
+import collections
+import pathlib
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, config_flags
+
+from jvdit.encode import encode
+from jvdit.sharding import batch_sharding, make_mesh
+from jvdit.tasks import TASKS, Task
+from jvdit.training.checkpoint import Checkpoints, claim_workdir, write_json
+from jvdit.training.metrics import Metrics, Throughput
+from jvdit.training.state import Optim, new_state, state_shardings
+from jvdit.training.step import make_train_step
+
+CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where everything of the run goes.")
+
+
+class StopRequest:
+    """Notices SIGTERM and Ctrl-C, so that the loop can save and end.
+
+    A second signal ends the process at once.
+    """
+
+    def __init__(self):
+        self.asked = False
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._notice)
+
+    def _notice(self, number, frame):
+        self.asked = True
+        signal.signal(number, signal.SIG_DFL)
+
+
+def train(config: ConfigDict, workdir: str) -> int:
+    """Runs a training to its end, or until it is asked to stop.
+
+    Args:
+        config: from `jvdit.config`.
+        workdir: made if need be; a run that is there goes on.
+
+    Returns:
+        The steps done.
+
+    Raises:
+        ValueError: the config contradicts itself, the data or the workdir; raised
+            before anything is compiled or written.
+        FloatingPointError: `config.max_skipped` steps in a row weren't finite.
+    """
+    mesh = make_mesh(config.mesh)
+    optim = Optim(**config.optim)
+    task = TASKS[config.objective](config, mesh, pathlib.Path(workdir))
+    task.check_rows(optim.accumulate)
+    claim_workdir(workdir, {"identity": task.identity, "config": config.to_dict()})
+    checkpoints = Checkpoints(workdir, config.keep_checkpoints)
+    try:
+        with jax.set_mesh(mesh):
+            return _Loop(config, workdir, mesh, task, optim, checkpoints).run()
+    finally:
+        checkpoints.close()
+
+
+class _Loop:
+    def __init__(self, config, workdir, mesh: Mesh, task: Task, optim, checkpoints):
+        self.config, self.workdir, self.mesh = config, workdir, mesh
+        self.task, self.checkpoints = task, checkpoints
+        self.stop = StopRequest()
+        self.recent: collections.deque[Any] = collections.deque(
+            maxlen=config.max_skipped
+        )
+        step = make_train_step(task.objective, optim, config.steps, config.seed)
+        optimizer = optim.optimizer(config.steps)
+
+        def init(key, batch):
+            return new_state(task.objective.init(key, batch), optimizer)
+
+        key = jax.random.key(config.seed)
+        shapes = jax.eval_shape(init, key, task.example)
+        self.shardings = state_shardings(shapes, mesh)
+        if checkpoints.latest is None:
+            make = jax.jit(init, out_shardings=self.shardings)
+            self.state, data = make(key, task.example), {}
+        else:
+            self.state, data = checkpoints.restore(shapes, self.shardings)
+        self.start = int(self.state.step)
+        self.data_note = task.compare_data(data)
+        self.step = jax.jit(
+            step,
+            in_shardings=(self.shardings, batch_sharding(mesh)),
+            out_shardings=(self.shardings, None),
+            donate_argnums=0,
+        )
+
+    def run(self) -> int:
+        config, task = self.config, self.task
+        metrics = Metrics(self.workdir, config.steps, self.start, config.objective)
+        with metrics, task.batches(self.start) as batches:
+            self._greet(metrics)
+            rates, pending, done = Throughput(task.flops), None, self.start
+            for number in range(self.start, config.steps):
+                waiting = time.perf_counter()
+                batch = next(batches)
+                idle = time.perf_counter() - waiting
+                self.state, values = self.step(self.state, task.place(batch))
+                # The step before is finished by now: reading it stalls nothing.
+                self._account(metrics, pending, rates, batches)
+                pending = (number, values, batch, idle)
+                done = number + 1
+                if done % config.checkpoint_every == 0 or self.stop.asked:
+                    self._save(done)
+                self._look(metrics, done)
+                if self.stop.asked:
+                    break
+            self._account(metrics, pending, rates, batches)
+            self._save(done)
+            self.checkpoints.wait()
+            if self.stop.asked:
+                metrics.say(f"stopped at step {done}, saved; the same command goes on")
+            else:
+                task.save(self.state.ema, pathlib.Path(self.workdir) / "model")
+                metrics.say(f"finished: {self.workdir}/model")
+        return done
+
+    def _greet(self, metrics):
+        parameters = sum(x.size for x in jax.tree.leaves(self.state.params))
+        metrics.say(
+            f"{self.config.objective}: {parameters / 1e6:.2f} M parameters on "
+            f"{self.mesh.size} x {jax.devices()[0].device_kind}; {self.task.summary}"
+        )
+        if self.start:
+            metrics.say(f"going on from step {self.start}")
+        if self.data_note:
+            metrics.say(f"WARNING: {self.data_note}")
+
+    def _save(self, done):
+        data = {"step": done, "fingerprint": self.task.fingerprint}
+        self.checkpoints.save(done, self.state, data)
+
+    def _account(self, metrics, pending, rates, batches):
+        if pending is None:
+            return
+        number, values, batch, idle = pending
+        skipped = int(values["skipped_in_a_row"])
+        rates.add(idle, **self.task.counts(batch))
+        self.recent.append(self.task.names(batch))
+        if skipped >= self.config.max_skipped:
+            write_json(pathlib.Path(self.workdir) / "bad_clips.json", [*self.recent])
+            raise FloatingPointError(
+                f"{skipped} steps in a row up to {number} had a loss or gradient that "
+                "isn't finite. Their clips are listed in "
+                f"{self.workdir}/bad_clips.json, the last of them "
+                f"{self.recent[-1][:8]}; lower `optim.lr`, or remove the clips."
+            )
+        if (number + 1) % self.config.log_every == 0:
+            found = {name: float(value) for name, value in values.items()}
+            speed = rates.rates()
+            metrics.scalars(number + 1, found)
+            metrics.scalars(number + 1, {f"speed/{k}": v for k, v in speed.items()})
+            metrics.scalars(number + 1, {"bad_clips": batches.bad})
+            metrics.show(number + 1, _status(found, speed, batches.bad))
+            while batches.reports:
+                step, clip, reason = batches.reports.popleft()
+                metrics.say(f"step {step}: left out clip {clip}: {reason}")
+
+    def _look(self, metrics, done):
+        """Validation and samples, from the average, at their intervals."""
+        ema, last = self.state.ema, done == self.config.steps
+        if done % self.config.evaluate_every == 0 or last:
+            metrics.scalars(done, self.task.validate(ema))
+        if done % self.config.sample_every == 0 or last:
+            folder = pathlib.Path(self.workdir)
+            self.task.save(ema, folder / "model")
+            self.task.show(ema, metrics, done, folder / "samples")
+            metrics.flush()
+
+
+def _status(values: dict[str, float], speed: dict[str, float], bad: int) -> str:
+    parts = [f"loss {values['loss']:.4f}"]
+    if "psnr" in values:
+        parts.append(f"psnr {values['psnr']:.1f} dB")
+    parts += [
+        f"{speed[name]:.3g} {name.removesuffix('_per_s')}/s"
+        for name in ("steps_per_s", "clips_per_s", "tokens_per_s")
+        if name in speed
+    ]
+    if "mfu" in speed:
+        parts.append(f"MFU {speed['mfu']:.0%}")
+    parts.append(f"idle {speed['idle']:.0%}")
+    if values["skipped"]:
+        parts.append(f"skipped {values['skipped']:.0f}")
+    if bad:
+        parts.append(f"bad clips {bad}")
+    return " ".join(parts)
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+    """Runs a config, stage after stage if it has several."""
+    if "stages" not in config:
+        train(config, workdir)
+        return
+    for name in config.order:
+        stage = config.stages[name].copy_and_resolve_references()
+        folder = str(pathlib.Path(workdir) / name)
+        with stage.unlocked():
+            _fill_workdir(stage, workdir)
+        if stage.objective == "encode":
+            encode(stage.source, stage.vae, folder, stage.validation)
+        elif train(stage, folder) < stage.steps:
+            return
+
+
+def _fill_workdir(config: ConfigDict, workdir: str) -> None:
+    """Replaces {workdir} in the strings of a stage."""
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            _fill_workdir(value, workdir)
+        elif isinstance(value, str):
+            config[name] = value.replace("{workdir}", workdir)
+        elif isinstance(value, tuple) and value and isinstance(value[0], str):
+            config[name] = tuple(v.replace("{workdir}", workdir) for v in value)
+
+
+def main(argv: list[str]) -> None:
+    """Parses, runs, and turns mistakes of the user into one line."""
+    if len(argv) > 1:
+        sys.exit(f"unexpected argument {argv[1]!r}; settings are --config.NAME=VALUE")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+    try:
+        run(CONFIG.value, WORKDIR.value)
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        if flags.FLAGS["verbosity"].present:
+            raise
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)

@@ -1,0 +1,215 @@
+"""Checkpoints of training (orbax) and folders of finished weights (safetensors).
+
+A workdir holds `config.json`, `checkpoints/STEP/` (state, and where the data stands)
+and, for inference, `model/`: a folder of finished weights that needs nothing else.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from safetensors.numpy import load_file, save_file
+
+PathLike = str | os.PathLike[str]
+
+
+def write_json(path: PathLike, value: Any) -> None:
+    """Writes JSON so that a reader sees all of it or the file that was there before."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    scratch.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    os.replace(scratch, path)
+
+
+class Checkpoints:
+    """Saves and restores training states in a workdir, asynchronously.
+
+    Args:
+        workdir: the folder; `checkpoints/` is made inside.
+        keep: how many to keep, the newest.
+    """
+
+    def __init__(self, workdir: PathLike, keep: int = 3):
+        path = pathlib.Path(workdir).absolute() / "checkpoints"
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, enable_async_checkpointing=True
+        )
+        self._manager = ocp.CheckpointManager(path, options=options)
+
+    @property
+    def latest(self) -> int | None:
+        """The newest finished step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, data: Mapping[str, Any]) -> None:
+        """Starts saving; returns as soon as the state is copied to the host.
+
+        Args:
+            step: under which to save; saving a step twice does nothing.
+            state: a `TrainState`.
+            data: where the data stands, as JSON values.
+        """
+        if step == self.latest:
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data))
+            ),
+        )
+
+    def restore(self, shapes: Any, shardings: Any) -> tuple[Any, dict[str, Any]]:
+        """The newest state, placed by `shardings`, and where its data stood.
+
+        Args:
+            shapes: of the state, from `jax.eval_shape`.
+            shardings: of each array; another mesh than at saving is fine.
+        """
+        abstract = jax.tree.map(
+            lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
+            shapes,
+            shardings,
+        )
+        restored = self._manager.restore(
+            self.latest,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
+            ),
+        )
+        # Restored buffers may be borrowed from the reader; donation needs our own.
+        state = jax.tree.map(lambda x: x.copy(), restored["state"])
+        return state, dict(restored["data"])
+
+    def wait(self) -> None:
+        """Returns when everything is on disk; raises what went wrong on the way."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and ends the background threads."""
+        self._manager.close()
+
+
+def claim_workdir(workdir: PathLike, config: Mapping[str, Any]) -> None:
+    """Makes a workdir this run's own, or checks that it already is.
+
+    Everything under `config["identity"]` must agree with what the folder was made for;
+    the rest (steps, intervals, device counts) may change between restarts.
+
+    Raises:
+        ValueError: the folder holds another model; the message says what differs.
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    if path.exists():
+        held = json.loads(path.read_text())
+        ours = json.loads(json.dumps(config))
+        differing = differences(held.get("identity", {}), ours["identity"])
+        if differing:
+            raise ValueError(
+                f"workdir {workdir} holds another model: {'; '.join(differing)}. "
+                "Choose another --workdir, or restore those settings."
+            )
+    write_json(path, config)
+
+
+def differences(held: Any, asked: Any, name: str = "") -> list[str]:
+    """What differs between two nested settings, as "name: held X, asked Y"."""
+    if isinstance(held, Mapping) and isinstance(asked, Mapping):
+        lines = []
+        for key in sorted({*held, *asked}):
+            below = f"{name}.{key}" if name else key
+            missing = "(nothing)"
+            lines += differences(held.get(key, missing), asked.get(key, missing), below)
+        return lines
+    return [] if held == asked else [f"`{name}` is {held!r} there but {asked!r} here"]
+
+
+# Finished weights
+
+
+def module_fields(module: Any) -> dict[str, Any]:
+    """The fields of a Linen module as JSON values."""
+    fields = {}
+    for field in dataclasses.fields(module):
+        if field.name in ("parent", "name"):
+            continue
+        value = getattr(module, field.name)
+        if field.name.endswith("dtype"):
+            value = jnp.dtype(value).name
+        fields[field.name] = value
+    return fields
+
+
+def build(module: type, fields: dict[str, Any]) -> Any:
+    """A Linen module from its fields; lists (of JSON) become tuples."""
+    return module(
+        **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    )
+
+
+def save_weights(folder: PathLike, params: Any, config: Mapping[str, Any]) -> None:
+    """Writes `weights.safetensors` and `config.json`: a model that others can load.
+
+    Args:
+        folder: made if need be; files are replaced whole.
+        params: a nested dict of arrays.
+        config: what `load_weights` gives back beside them.
+    """
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    flat = {
+        "/".join(str(key.key) for key in path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    scratch = folder / f"weights.{os.getpid()}.tmp"
+    save_file(flat, scratch)
+    os.replace(scratch, folder / "weights.safetensors")
+    write_json(folder / "config.json", config)
+
+
+def load_weights(folder: PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads what `save_weights` wrote: (params, config).
+
+    Raises:
+        FileNotFoundError: there is no model in the folder.
+        ValueError: the weights can't be read, for example because they were cut off.
+    """
+    folder = pathlib.Path(folder)
+    weights, config = folder / "weights.safetensors", folder / "config.json"
+    if not weights.exists() or not config.exists():
+        raise FileNotFoundError(
+            f"{folder} holds no model (weights.safetensors and config.json); give the "
+            "`model` folder of a workdir that has saved a checkpoint."
+        )
+    try:
+        flat = load_file(weights)
+    except Exception as error:
+        raise ValueError(f"{weights} can't be read ({error}); copy it anew.") from error
+    params: dict[str, Any] = {}
+    for name, value in flat.items():
+        *parents, leaf = name.split("/")
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return params, json.loads(config.read_text())
+
+
+def weights_hash(params: Any) -> str:
+    """A short digest of names, shapes and values: which weights these are."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        value = np.asarray(leaf)
+        digest.update(
+            f"{jax.tree_util.keystr(path)} {value.shape} {value.dtype}".encode()
+        )
+        digest.update(np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()[:16]

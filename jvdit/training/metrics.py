@@ -1,0 +1,162 @@
+"""Where training tells how it goes: TensorBoard, a terminal line, utilisation."""
+
+import math
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from tensorboardX import SummaryWriter
+
+# Dense bf16 peaks of a device as jax counts devices, in FLOP/s, by device_kind.
+PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops() -> float:
+    """FLOP/s that one device reaches at best: published, or measured by a matmul."""
+    kind = jax.devices()[0].device_kind
+    for name in sorted(PEAKS, key=len, reverse=True):
+        if kind.startswith(name):
+            return PEAKS[name]
+    size, tries = 1024, 5
+    x = jnp.ones((size, size))
+    product = jax.jit(lambda x: x @ x)
+    product(x).block_until_ready()
+    best = math.inf
+    for _ in range(tries):
+        start = time.perf_counter()
+        product(x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    # Simulated CPU devices share the cores that this product used.
+    return 2 * size**3 / best / jax.local_device_count()
+
+
+class Metrics:
+    """Writes scalars, pictures and films; shows progress with throughput and ETA.
+
+    Only the first host writes. Use as a context manager.
+
+    Args:
+        workdir: TensorBoard files go to `tensorboard/` inside.
+        steps: of the whole run.
+        start: steps already done.
+        title: shown in front of the line.
+    """
+
+    def __init__(
+        self, workdir: str | os.PathLike[str], steps: int, start: int, title: str
+    ):
+        self._lead = jax.process_index() == 0
+        self._console, self._steps = Console(quiet=not self._lead), steps
+        self._writer = (
+            SummaryWriter(os.path.join(workdir, "tensorboard")) if self._lead else None
+        )
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=self._console,
+            refresh_per_second=2,
+        )
+        self._task = self._progress.add_task(
+            title, total=steps, completed=start, status="compiling"
+        )
+
+    def __enter__(self):
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_):
+        self._progress.stop()
+        if self._writer is not None:
+            self._writer.close()
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes finite numbers under their names; nan means "nothing to say"."""
+        for name, value in values.items():
+            value = float(value)
+            if self._writer is not None and not math.isnan(value):
+                self._writer.add_scalar(name, value, step)
+
+    def sheet(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes a picture `[H W 3]`, uint8."""
+        if self._writer is not None:
+            self._writer.add_image(name, image, step, dataformats="HWC")
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Writes text."""
+        if self._writer is not None:
+            self._writer.add_text(name, text, step)
+
+    def show(self, step: int, status: str) -> None:
+        """Moves the bar to a step; `status` stands beside it.
+
+        Where there is no terminal to draw a bar on, it prints a line instead.
+        """
+        if not self._console.is_terminal:
+            self.say(f"step {step}/{self._steps} {status}")
+        self._progress.update(self._task, completed=step, status=status)
+
+    def say(self, message: str) -> None:
+        """Prints a line above the bar."""
+        self._console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+    def flush(self) -> None:
+        """Makes what was written visible to TensorBoard."""
+        if self._writer is not None:
+            self._writer.flush()
+
+
+class Throughput:
+    """Rates over the steps since it was last asked.
+
+    Args:
+        flops_per_step: of the model, forward and backward, without recomputation.
+    """
+
+    def __init__(self, flops_per_step: float = 0.0):
+        self._flops = flops_per_step
+        self._peak = peak_flops() * jax.device_count() if flops_per_step else 0.0
+        self._time, self._counts = time.perf_counter(), {"steps": 0.0}
+        self._idle = 0.0
+
+    def add(self, idle: float, **counts: float) -> None:
+        """Counts a step: seconds waited for its data, and clips, tokens, …."""
+        self._idle += idle
+        for name, count in {"steps": 1.0, **counts}.items():
+            self._counts[name] = self._counts.get(name, 0.0) + count
+
+    def rates(self) -> dict[str, float]:
+        """Per second since the last call, `idle` and `mfu` as shares of 1; restarts."""
+        now = time.perf_counter()
+        seconds = max(now - self._time, 1e-9)
+        rates = {f"{k}_per_s": v / seconds for k, v in self._counts.items()}
+        rates["idle"] = self._idle / seconds
+        if self._peak:
+            rates["mfu"] = rates["steps_per_s"] * self._flops / self._peak
+        self._time, self._counts, self._idle = now, {"steps": 0.0}, 0.0
+        return rates

@@ -1,0 +1,172 @@
+"""What can be trained: the loss of the DiT on packed latents.
+
+The video autoencoder's is in `vae_objective.py`; both follow `step.Objective`.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jvdit.diffusion.denoise import denoise
+from jvdit.diffusion.flow import Path, TimestepPolicy
+from jvdit.models.dit import DiT
+from jvdit.models.text_encoder import TextEncoder
+from jvdit.shapes import Text, Tokens
+from jvdit.training.step import Batch, Metrics
+
+BUCKETS = 5  # of noise levels, for the loss by noise level
+
+
+def text_of(text_encoder: TextEncoder | None, params: Any, batch: Batch) -> Text:
+    """The text states of a packed batch: encoded here, or as they were cached."""
+    if text_encoder is None:
+        embeds = batch["text_embeds"]
+    else:
+        embeds = text_encoder.apply(
+            {"params": params["text_encoder"]},
+            batch["text_ids"],
+            batch["text_segment"],
+        )
+    return Text(embeds, batch["text_segment"])
+
+
+def tokens_of(batch: Batch, latents: Float[Array, "b n c"], one_clip: bool) -> Tokens:
+    """The tokens of a packed batch.
+
+    Args:
+        batch: a packed batch.
+        latents: clean or noisy.
+        one_clip: every row of every batch is exactly one clip without padding: no mask
+            and a single noise level.
+    """
+    if one_clip:
+        return Tokens(latents, batch["position"])
+    segment = batch["segment"]
+    return Tokens(latents, batch["position"], segment, segment)
+
+
+def clip_sizes(batch: Batch) -> Float[Array, "b m"]:
+    """How many tokens each clip of each row has; 0 for an empty place."""
+    clips = batch["valid"].shape[1]
+    member = jax.nn.one_hot(batch["segment"], clips + 1)
+    return member.sum(1)[:, 1:]
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowObjective:
+    """Trains a DiT, and a text encoder with it, to denoise packed latents.
+
+    The squared error of the velocity (Eq. 14 of arXiv:2210.02747 for the flow path),
+    weighted so that it is the squared error of the path's target, averaged over
+    tokens. Each clip has its own time.
+
+    Attributes:
+        dit: the network.
+        text_encoder: trained along; None: batches carry cached `text_embeds`.
+        path: from latents to noise.
+        policy: the times.
+        one_clip: see `tokens_of`.
+    """
+
+    dit: DiT
+    text_encoder: TextEncoder | None
+    path: Path
+    policy: TimestepPolicy
+    one_clip: bool = False
+
+    def init(self, key: PRNGKeyArray, batch: Batch) -> Any:
+        """Fresh parameters: {"dit"} and, where it is trained, {"text_encoder"}."""
+        keys = jax.random.split(key)
+        batch = {name: value[:1] for name, value in batch.items()}
+        params = {}
+        if self.text_encoder is not None:
+            ids, segment = batch["text_ids"], batch["text_segment"]
+            params["text_encoder"] = self.text_encoder.init(keys[0], ids, segment)[
+                "params"
+            ]
+        text = text_of(self.text_encoder, params, batch)
+        tokens = tokens_of(batch, batch["latents"], self.one_clip)
+        levels = 1 if self.one_clip else batch["valid"].shape[1] + 1
+        t = jnp.zeros((1, levels))
+        params["dit"] = self.dit.init(keys[1], tokens, t, text)["params"]
+        return params
+
+    def prepare(self, batch: Batch, key: PRNGKeyArray) -> Batch:
+        """Draws a time for each clip and a key for each row."""
+        time_key, row_key = jax.random.split(key)
+        t = self.policy.sample(time_key, jnp.maximum(clip_sizes(batch), 1))
+        rows = jax.random.split(row_key, len(batch["segment"]))
+        return {**batch, "t": t, "key": rows}
+
+    def weight(self, batch: Batch) -> Float[Array, ""]:
+        """Tokens that belong to a clip."""
+        return (batch["segment"] > 0).sum().astype(jnp.float32)
+
+    def loss(self, params: Any, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
+        """Sum over tokens of the squared error, and the loss by noise level."""
+        x0, noise = jax.vmap(_draw)(batch["key"], batch["latents"], batch["logvar"])
+        error, t = self.error(params, batch, x0, noise, batch["t"])
+        metrics: Metrics = {}
+        for i in range(BUCKETS):
+            inside = (t >= i / BUCKETS) & (t < (i + 1) / BUCKETS + (i == BUCKETS - 1))
+            inside = inside & (batch["segment"] > 0)
+            name = f"loss_at_t/{i / BUCKETS:.1f}-{(i + 1) / BUCKETS:.1f}"
+            count = inside.sum().astype(jnp.float32)
+            metrics[name] = (jnp.where(inside, error, 0.0).sum(), count)
+        return error.sum(), metrics
+
+    def error(
+        self,
+        params: Any,
+        batch: Batch,
+        x0: Float[Array, "b n c"],
+        noise: Float[Array, "b n c"],
+        t: Float[Array, "b m"],
+    ) -> tuple[Float[Array, "b n"], Float[Array, "b n"]]:
+        """Squared error of each token (0 for padding), and the token's time."""
+        levels = t if self.one_clip else jnp.pad(t, ((0, 0), (1, 0)))
+        clean = tokens_of(batch, x0, self.one_clip)
+        token_t = clean.per_token(levels)
+        tokens = clean.replace(latents=self.path.mix(x0, noise, token_t))
+        model = partial(self.dit.apply, {"params": params["dit"]})
+        text = text_of(self.text_encoder, params, batch)
+        velocity = denoise(model, tokens, levels, text, self.path)
+        wanted = self.path.true_velocity(x0, noise, token_t)
+        weight = self.path.loss_weight(token_t) * (batch["segment"] > 0)[..., None]
+        error = (weight * (velocity - wanted) ** 2).mean(-1)
+        return error, jnp.broadcast_to(token_t[..., 0], error.shape)
+
+    def validate(
+        self, params: Any, batch: Batch, keys: Any, times: Float[Array, " times"]
+    ) -> Float[Array, " times"]:
+        """Mean squared error at fixed times with fixed noise: comparable for ever.
+
+        Args:
+            params: for example the average.
+            batch: a packed batch.
+            keys: one for each row.
+            times: at which to measure.
+        """
+        x0, noise = jax.vmap(_draw)(keys, batch["latents"], batch["logvar"])
+        weight = jnp.maximum(self.weight(batch), 1)
+
+        def at(t):
+            everywhere = jnp.full(batch["valid"].shape, t)
+            error, _ = self.error(params, batch, x0, noise, everywhere)
+            return error.sum() / weight
+
+        return jax.lax.map(at, times)
+
+
+def _draw(
+    key: PRNGKeyArray, mean: Float[Array, "n c"], logvar: Float[Array, "n c"]
+) -> tuple[Float[Array, "n c"], Float[Array, "n c"]]:
+    """A latent from the autoencoder's posterior, and the noise to mix it with."""
+    latent_key, noise_key = jax.random.split(key)
+    spread = jnp.exp(0.5 * logvar.astype(jnp.float32))
+    latent = mean + spread * jax.random.normal(latent_key, mean.shape)
+    return latent.astype(jnp.float32), jax.random.normal(noise_key, mean.shape)

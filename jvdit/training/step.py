@@ -1,0 +1,128 @@
+"""One update of the weights: the same for every objective."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jvdit.training.state import Optim, TrainState
+
+Batch = Mapping[str, Array]
+Metrics = dict[str, Array]
+
+
+class Objective(Protocol):
+    """What is trained: parameters, and a loss over batches of them."""
+
+    def init(self, key: PRNGKeyArray, batch: Batch) -> Any:
+        """Fresh parameters."""
+        ...
+
+    def prepare(self, batch: Batch, key: PRNGKeyArray) -> Batch:
+        """Adds what is drawn for the whole batch: times, a key for each row."""
+        ...
+
+    def weight(self, batch: Batch) -> Float[Array, ""]:
+        """How much there is to average over in a prepared batch: tokens, pixels."""
+        ...
+
+    def loss(self, params: Any, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
+        """The *sum* of the loss over a prepared batch, and sums of metrics.
+
+        A metric is `name: sum / weight` or, where it has a weight of its own, a pair
+        (sum, weight).
+        """
+        ...
+
+
+def make_train_step(
+    objective: Objective, optim: Optim, steps: int, seed: int
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The function `(state, batch) -> (state, metrics)` to jit with the mesh.
+
+    Sums of loss and gradient are taken over the parts of the batch
+    (`optim.accumulate`) and divided once by the weight of the whole, so the update is
+    the same in any number of parts. A step whose loss or gradient isn't finite changes
+    nothing but its count.
+    """
+    optimizer = optim.optimizer(steps)
+    learning_rate = optim.learning_rate(steps)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        batch = objective.prepare(batch, key)
+        weight = jnp.maximum(objective.weight(batch), 1)
+        gradient = jax.value_and_grad(objective.loss, has_aux=True)
+        (loss, metrics), grads = _accumulated(
+            lambda part: gradient(state.params, part), batch, optim.accumulate
+        )
+        loss, grads = loss / weight, jax.tree.map(lambda g: g / weight, grads)
+        norm = optax.global_norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        applied = state.step - state.skipped
+        decay = jnp.minimum(optim.ema, (1.0 + applied) / (10.0 + applied))
+        ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        params, ema, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (params, ema, opt_state),
+            (state.params, state.ema, state.opt_state),
+        )
+        bad = 1 - finite.astype(jnp.int32)
+        metrics = {name: _mean(value, weight) for name, value in metrics.items()}
+        metrics |= {
+            "loss": loss,
+            "gradient_norm": norm,
+            "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
+            "skipped": state.skipped + bad,
+            "skipped_in_a_row": bad * (state.skipped_in_a_row + 1),
+        }
+        state = TrainState(
+            step=state.step + 1,
+            params=params,
+            ema=ema,
+            opt_state=opt_state,
+            skipped=state.skipped + bad,
+            skipped_in_a_row=bad * (state.skipped_in_a_row + 1),
+        )
+        return state, metrics
+
+    return train_step
+
+
+def _mean(value, weight):
+    if isinstance(value, tuple):
+        total, weight = value
+        return jnp.where(weight > 0, total / jnp.maximum(weight, 1e-9), jnp.nan)
+    return value / weight
+
+
+def _accumulated(compute: Callable[[Batch], Any], batch: Batch, parts: int) -> Any:
+    """Sums `compute` over equal parts of the batch's rows."""
+    if parts == 1:
+        return compute(batch)
+    rows = len(next(iter(batch.values())))
+    if rows % parts:
+        raise ValueError(
+            f"rows of a batch (={rows}) must be divisible by `optim.accumulate` "
+            f"(={parts}); try {-(-rows // parts) * parts} rows."
+        )
+
+    # Rows i, i + parts, ...: each part keeps rows of every device.
+    def split(x):
+        return jnp.moveaxis(x.reshape(rows // parts, parts, *x.shape[1:]), 1, 0)
+
+    split_batch = jax.tree.map(split, dict(batch))
+    zeros = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+        jax.eval_shape(compute, jax.tree.map(lambda x: x[0], split_batch)),
+    )
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, compute(part)), None
+
+    return jax.lax.scan(add, zeros, split_batch)[0]

@@ -1,0 +1,142 @@
+"""Training the video autoencoder."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jvdit.models.video_vae import VideoVAE
+from jvdit.training.step import Batch, Metrics
+
+
+def random_features(
+    frames: Float[Array, "n H W 3"], channels: tuple[int, ...] = (16, 32, 64)
+) -> list[Float[Array, "n h w c"]]:
+    """Features of a fixed random convolution stack at several scales.
+
+    Random filters, normalised over channels, already tell blur and ringing from sharp
+    edges (arXiv:1801.03924 finds random networks above pixel distances), need no
+    weights to be downloaded and are the same everywhere: seeded by a constant.
+    """
+    features, x = [], frames
+    for i, width in enumerate(channels):
+        key = jax.random.fold_in(jax.random.key(20_221), i)
+        kernel = jax.random.normal(key, (3, 3, x.shape[-1], width))
+        kernel = kernel - kernel.mean((0, 1), keepdims=True) * 0.5
+        kernel = kernel / jnp.sqrt(9 * x.shape[-1])
+        stride = 1 if i == 0 else 2
+        x = jax.lax.conv_general_dilated(
+            x,
+            kernel.astype(x.dtype),
+            (stride, stride),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        x = jax.nn.leaky_relu(x, 0.2) * 1.4
+        features.append(x)
+    return features
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEObjective:
+    """Trains a video autoencoder to give back its input through small latents.
+
+    Per video: L1 + perceptual distance on seeded random features + KL of the
+    posterior to a unit normal (arXiv:1312.6114, App. B; mean over latents) + L1 of the
+    difference between frames, which is what shows as flicker.
+
+    Attributes:
+        vae: the autoencoder.
+        perceptual, kl, temporal: weights of the terms; the L1 has weight 1.
+    """
+
+    vae: VideoVAE
+    perceptual: float = 0.5
+    kl: float = 3e-4
+    temporal: float = 0.5
+
+    def init(self, key: PRNGKeyArray, batch: Batch) -> Any:
+        """Fresh parameters: {"vae"}."""
+        video = jnp.zeros((1, *batch["video"].shape[1:]))
+        return {"vae": self.vae.init(key, video)["params"]}
+
+    def prepare(self, batch: Batch, key: PRNGKeyArray) -> Batch:
+        """Draws a key for each video."""
+        return {**batch, "key": jax.random.split(key, len(batch["video"]))}
+
+    def weight(self, batch: Batch) -> Float[Array, ""]:
+        """Videos that could be read."""
+        return batch["valid"].sum().astype(jnp.float32)
+
+    def loss(self, params: Any, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
+        """Sum over videos of the loss, and its terms."""
+        variables = {"params": params["vae"]}
+        video = to_float(batch["video"])
+        mean, logvar = self.vae.apply(variables, video, method="encode")
+        draw = jax.vmap(lambda k, m: jax.random.normal(k, m.shape))
+        latents = mean + jnp.exp(0.5 * logvar) * draw(batch["key"], mean)
+        decoded = self.vae.apply(variables, latents, method="decode")
+        decoded = decoded.astype(jnp.float32)
+        valid = batch["valid"].astype(jnp.float32)
+        terms = {
+            "l1": _per_video(jnp.abs(decoded - video)),
+            "perceptual": _perceptual(decoded, video),
+            "kl": 0.5 * _per_video(mean**2 + jnp.exp(logvar) - 1 - logvar),
+            "temporal": _temporal(decoded, video),
+        }
+        total = (
+            terms["l1"]
+            + self.perceptual * terms["perceptual"]
+            + self.kl * terms["kl"]
+            + self.temporal * terms["temporal"]
+        )
+        metrics: Metrics = {k: (valid * v).sum() for k, v in terms.items()}
+        metrics["psnr"] = (valid * psnr(decoded, video)).sum()
+        return (valid * total).sum(), metrics
+
+    def validate(self, params: Any, batch: Batch) -> tuple[Array, Array]:
+        """Reconstruction from the posterior's mean, uint8, and each video's PSNR."""
+        variables = {"params": params["vae"]}
+        video = to_float(batch["video"])
+        mean, _ = self.vae.apply(variables, video, method="encode")
+        decoded = self.vae.apply(variables, mean, method="decode")
+        decoded = to_uint8(decoded)
+        return decoded, psnr(to_float(decoded), video)
+
+
+def to_float(video: Array) -> Float[Array, "b T H W 3"]:
+    """uint8 pixels to [-1, 1]."""
+    return video.astype(jnp.float32) / 127.5 - 1
+
+
+def to_uint8(video: Float[Array, "b T H W 3"]) -> Array:
+    """[-1, 1] to uint8 pixels, rounded and clipped."""
+    return jnp.round(jnp.clip(video * 127.5 + 127.5, 0, 255)).astype(jnp.uint8)
+
+
+def psnr(a: Float[Array, "b T H W 3"], b: Float[Array, "b T H W 3"]) -> Array:
+    """Peak signal-to-noise ratio of each video in dB; pixels in [-1, 1]."""
+    error = jnp.mean((jnp.clip(a, -1, 1) - b) ** 2, axis=(1, 2, 3, 4))
+    return 10 * jnp.log10(4.0 / jnp.maximum(error, 1e-10))
+
+
+def _per_video(x):
+    return x.mean((1, 2, 3, 4))
+
+
+def _perceptual(decoded, video):
+    b, T = video.shape[:2]
+    both = jnp.concatenate([decoded, video]).reshape(2 * b * T, *video.shape[2:])
+    distance = jnp.zeros((b,))
+    for feature in random_features(both):
+        ours, theirs = jnp.split(feature, 2)
+        distance += jnp.abs(ours - theirs).reshape(b, -1).mean(1)
+    return distance / 3
+
+
+def _temporal(decoded, video):
+    if video.shape[1] == 1:
+        return jnp.zeros(len(video))
+    return _per_video(jnp.abs(jnp.diff(decoded, axis=1) - jnp.diff(video, axis=1)))
