@@ -1,7 +1,7 @@
 """One update of the weights: the same for every objective."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jvdit.training.state import Optim, TrainState
 
 Batch = Mapping[str, Array]
-Metrics = dict[str, Array]
+Metrics = dict[str, Any]  # an array each, or a pair of them
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What is trained: parameters, and a loss over batches of them."""
 

@@ -1,0 +1,346 @@
+"""Builders: the batch of any step, made on demand.
+
+`PackedBatches` packs latents for the diffusion transformer, `ClipBatches` stacks
+pixels for the video VAE. What a batch holds is a function of the plan and the step; a
+clip that cannot be read is masked and reported, never left out, so that all hosts
+have batches of the same shape.
+"""
+
+import queue
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from jvdit.data.clips import BadClip, Clip, Source
+from jvdit.data.order import stable_uniform
+from jvdit.data.packing import Item, pack_rows, patchify, positions
+from jvdit.data.plan import TEXT_MULTIPLE, BucketPlan, PackPlan, Slot
+from jvdit.data.tokenizer import Tokenizer
+
+Batch = dict[str, np.ndarray]
+Bad = list[tuple[int, str]]  # (clip id, reason)
+
+_DROPOUT = 17  # tells this use of the seed from others
+_NAMED = 16  # clips that an error names
+
+
+class StalledError(TimeoutError):
+    """A batch, or the reading of clips for it, that does not arrive."""
+
+
+class Builder:
+    """What makes batches of a plan.
+
+    Attributes:
+      timeout: Seconds that one reading of clips may take.
+      nbytes: Bytes of the largest batch of a host.
+    """
+
+    nbytes: int
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        plan: PackPlan | BucketPlan,
+        host: int,
+        hosts: int,
+        timeout: float,
+    ):
+        found = [len(source) for source in sources]
+        if found != plan.sizes:
+            raise ValueError(
+                f"The plan is of sources with {plan.sizes} clips, and these have "
+                f"{found}; make the plan of the same sources."
+            )
+        self.sources, self.plan = list(sources), plan
+        self.host, self.hosts, self.timeout = host, hosts, timeout
+        self._first_id = np.cumsum([0, *found])
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def clip_id(self, slot: Slot) -> int:
+        """Returns the number of a clip among those of all sources."""
+        return int(self._first_id[slot.source]) + slot.clip
+
+    def locate(self, clip_id: int) -> tuple[int, int]:
+        """Returns the source of a clip id, and which clip of it that is."""
+        source = int(np.searchsorted(self._first_id, clip_id, side="right")) - 1
+        return source, clip_id - int(self._first_id[source])
+
+    def slots(self, step: int) -> list[Slot]:
+        """Returns the clips of a step, in order."""
+        rows = self.plan.rows(step, self.host, self.hosts)
+        return [s for row in rows for s in (row if isinstance(row, list) else [row])]
+
+    def read(self, step: int, slots: Sequence[Slot]) -> list[Clip | BadClip]:
+        """Returns the clips of a step, those of one source being read together.
+
+        Raises:
+          StalledError: If a source takes longer than `timeout`. What hangs is a thread
+            that the process does not wait for when it ends.
+        """
+        clips: list[Clip | BadClip] = [BadClip("not read")] * len(slots)
+        for number, source in enumerate(self.sources):
+            mine = [i for i, slot in enumerate(slots) if slot.source == number]
+            if not mine:
+                continue
+            ids = [slots[i].clip for i in mine]
+            what = f"clips {few(ids)} of source {number} ({type(source).__name__})"
+            read = _within(self.timeout, source.read, ids, f"step {step}: {what}")
+            if len(read) != len(ids):
+                raise ValueError(f"{len(ids)} {what} were asked for, {len(read)} came.")
+            for i, clip in zip(mine, read, strict=True):
+                clips[i] = clip
+        return clips
+
+
+def _within(timeout: float, function: Any, argument: Any, what: str) -> Any:
+    """Calls `function(argument)`, and raises if it takes longer than `timeout`."""
+    outcome: queue.SimpleQueue = queue.SimpleQueue()
+
+    def call() -> None:
+        try:
+            outcome.put((function(argument), None))
+        except BaseException as error:
+            error.add_note(f"While reading {what}.")
+            outcome.put((None, error))
+
+    threading.Thread(target=call, name=f"read {what}", daemon=True).start()
+    try:
+        result, error = outcome.get(timeout=timeout)
+    except queue.Empty:
+        raise StalledError(
+            f"Reading {what} has taken {timeout:g} s and has not ended. Is its storage "
+            "reachable? If it is only slow, raise `timeout`."
+        ) from None
+    if error is not None:
+        raise error
+    return result
+
+
+def few(ids: Sequence[int]) -> str:
+    """Writes the first of many ids."""
+    more = f", … ({len(ids)} in all)" if len(ids) > _NAMED else ""
+    return f"[{', '.join(map(str, ids[:_NAMED]))}{more}]"
+
+
+class PackedBatches(Builder):
+    """Packed latents for the diffusion transformer: the batch of every step.
+
+    Args:
+      sources: Sources of latents.
+      plan: Plan of the same sources.
+      latent_mean: Mean of each channel that is subtracted from the latents.
+      latent_std: Standard deviation that they are then divided by; the variance of
+        the posterior is scaled with them.
+      temporal_compression: Pixel frames that a latent frame after the first covers.
+      tokenizer: Makes `text_ids` of captions. None: `text_embeds` are those that the
+        sources hold.
+      null_embeds: Text states of the empty caption; needed without a tokenizer.
+      caption_dropout: Probability that a caption is replaced by the empty one; which
+        ones is a function of (seed, step, row, place).
+      seconds: Whether positions count seconds (our own models) or latent frames
+        (imported ones).
+      host: Which host this is.
+      hosts: How many there are.
+      timeout: Seconds that one reading of clips may take.
+
+    Raises:
+      ValueError: If the hosts cannot share a step, or the text has no form.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        plan: PackPlan,
+        *,
+        latent_mean: Float[np.ndarray, "c"],
+        latent_std: Float[np.ndarray, "c"],
+        temporal_compression: int,
+        tokenizer: Tokenizer | None = None,
+        null_embeds: Float[np.ndarray, "s e"] | None = None,
+        caption_dropout: float = 0.0,
+        seconds: bool = True,
+        host: int = 0,
+        hosts: int = 1,
+        timeout: float = 300.0,
+    ):
+        super().__init__(sources, plan, host, hosts, timeout)
+        if (tokenizer is None) == (null_embeds is None):
+            raise ValueError("Give exactly one of `tokenizer` and `null_embeds`.")
+        if null_embeds is not None and len(null_embeds) > TEXT_MULTIPLE:
+            raise ValueError(
+                f"`null_embeds` has {len(null_embeds)} text tokens, and a caption may "
+                f"have room for {TEXT_MULTIPLE} only; trim it to its length."
+            )
+        if not (np.asarray(latent_std) > 0).all():
+            raise ValueError(f"`latent_std` (={latent_std}) must be positive.")
+        if not 0 <= caption_dropout <= 1:
+            raise ValueError(
+                f"`caption_dropout` (={caption_dropout}) must be from 0 to 1."
+            )
+        self._mean = np.asarray(latent_mean, np.float32)
+        self._std = np.asarray(latent_std, np.float32)
+        self._temporal = temporal_compression
+        self._tokenizer, self._null = tokenizer, null_embeds
+        self._dropout, self._seconds = caption_dropout, seconds
+        self.packing = plan
+        plan.rows(0, host, hosts)  # raises if the hosts cannot share a step
+        self._channels = len(self._mean) * int(np.prod(plan.patch_size))
+        text = 4 if null_embeds is None else 4 * null_embeds.shape[1]
+        row = plan.token_budget * (8 * self._channels + 16)
+        row += plan.text_budget * (text + 4) + 9 * plan.max_clips
+        self.nbytes = row * plan.rows_per_step // hosts
+
+    def __getitem__(self, step: int) -> tuple[Batch, Bad]:
+        """Returns the batch of a step and what could not be read for it."""
+        rows = self.packing.rows(step, self.host, self.hosts)
+        slots = [slot for row in rows for slot in row]
+        clips = iter(self.read(step, slots))
+        first_row = self.host * len(rows)
+        bad: Bad = []
+        packed: list[list[Item]] = []
+        for r, row in enumerate(rows):
+            places = np.arange(len(row))
+            drawn = stable_uniform(
+                self.plan.seed, _DROPOUT, step, first_row + r, places
+            )
+            packed.append([])
+            for slot, dropped in zip(row, drawn < self._dropout, strict=True):
+                item = self._item(slot, next(clips), bool(dropped))
+                if isinstance(item, BadClip):
+                    bad.append((self.clip_id(slot), item.reason))
+                    item = self._empty_item(slot)
+                packed[r].append(item)
+        plan = self.packing
+        batch = pack_rows(packed, plan.token_budget, plan.text_budget, plan.max_clips)
+        return batch, bad
+
+    def _fault(self, slot: Slot, clip: Clip) -> str | None:
+        """Returns why a clip cannot be trained on, if it cannot."""
+        mean = clip["mean"]
+        pieces = [
+            size // patch
+            for size, patch in zip(mean.shape, self.packing.patch_size, strict=False)
+        ]
+        if int(np.prod(pieces)) != slot.tokens or mean.shape[3] != len(self._mean):
+            return (
+                f"latents of {mean.shape}, planned as {slot.tokens} tokens of "
+                f"{len(self._mean)} channels"
+            )
+        if not np.isfinite(mean).all():
+            return "latents that are not finite"
+        if not np.isfinite(clip.get("logvar", 0.0)).all():
+            return "log variances that are not finite"
+        return None
+
+    def _item(self, slot: Slot, clip: Clip | BadClip, dropped: bool) -> Item | BadClip:
+        if isinstance(clip, BadClip):
+            return clip
+        if reason := self._fault(slot, clip):
+            return BadClip(reason)
+        patch, std = self.packing.patch_size, self._std
+        mean = (np.asarray(clip["mean"], np.float32) - self._mean) / std
+        logvar = clip.get("logvar")
+        if logvar is not None:
+            logvar = np.asarray(logvar, np.float32) - 2 * np.log(std)
+        fps = float(clip["fps"]) if self._seconds else None
+        f, h, w = mean.shape[:3]
+        return Item(
+            patchify(mean, patch),
+            positions((f, h, w), patch, fps, self._temporal),
+            logvar=None if logvar is None else patchify(logvar, patch),
+            clip_id=self.clip_id(slot),
+            **self._text(slot, clip, dropped),
+        )
+
+    def _text(self, slot: Slot, clip: Clip, dropped: bool) -> dict[str, Any]:
+        if self._tokenizer is not None:
+            caption = "" if dropped else clip["caption"]
+            ids = self._tokenizer.encode(caption, slot.text)
+            return {"text_ids": np.array(ids, np.int32)}
+        if clip.get("text_embeds") is None:
+            raise ValueError(
+                f"Clip {slot.clip} of source {slot.source} has no `text_embeds`; give "
+                "a `tokenizer`, or encode the captions into the data set."
+            )
+        embeds = self._null if dropped else clip["text_embeds"][: slot.text]
+        return {"text_embeds": np.asarray(embeds, np.float32)}
+
+    def _empty_item(self, slot: Slot) -> Item:
+        """Returns what takes the place of a bad clip: padding of its size."""
+        text: dict[str, Any] = {"text_ids": np.zeros(0, np.int32)}
+        if self._null is not None:
+            text = {"text_embeds": np.zeros((0, self._null.shape[1]), np.float32)}
+        return Item(
+            np.zeros((slot.tokens, self._channels), np.float32),
+            np.zeros((slot.tokens, 3), np.float32),
+            clip_id=self.clip_id(slot),
+            valid=False,
+            **text,
+        )
+
+
+class ClipBatches(Builder):
+    """Clips of pixels, all of one size within a step: the batch of every step.
+
+    `video` uint8 [b T H W 3], `fps` float32 [b], `valid` bool [b], `clip_id` int64
+    [b]. A clip that cannot be read is black and not valid.
+
+    Args:
+      sources: Sources of pixels.
+      plan: Plan of the same sources.
+      host: Which host this is.
+      hosts: How many there are.
+      timeout: Seconds that one reading of clips may take.
+
+    Raises:
+      ValueError: If the hosts cannot share the clips of some size.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        plan: BucketPlan,
+        *,
+        host: int = 0,
+        hosts: int = 1,
+        timeout: float = 300.0,
+    ):
+        super().__init__(sources, plan, host, hosts, timeout)
+        self.buckets = plan
+        for size, count in plan.batches.items():
+            if count % hosts:
+                raise ValueError(
+                    f"The {count} clips of size {size} of a step must be divisible by "
+                    f"`hosts` (={hosts}); make the plan with `multiple={hosts}`."
+                )
+        largest = max(int(np.prod(size)) * n for size, n in plan.batches.items())
+        self.nbytes = 3 * largest // hosts
+
+    def __getitem__(self, step: int) -> tuple[Batch, Bad]:
+        """Returns the batch of a step and what could not be read for it."""
+        slots = self.buckets.rows(step, self.host, self.hosts)
+        shape = (*self.buckets.size(step), 3)
+        batch = {
+            "video": np.zeros((len(slots), *shape), np.uint8),
+            "fps": np.ones(len(slots), np.float32),
+            "valid": np.zeros(len(slots), np.bool_),
+            "clip_id": np.array([self.clip_id(slot) for slot in slots], np.int64),
+        }
+        bad: Bad = []
+        for i, clip in enumerate(self.read(step, slots)):
+            if isinstance(clip, BadClip):
+                bad.append((int(batch["clip_id"][i]), clip.reason))
+            elif clip["video"].shape != shape:
+                reason = f"a video of {clip['video'].shape}, planned as {shape}"
+                bad.append((int(batch["clip_id"][i]), reason))
+            else:
+                batch["video"][i], batch["fps"][i] = clip["video"], clip["fps"]
+                batch["valid"][i] = True
+        return batch, bad

@@ -1,0 +1,70 @@
+"""What a clip is, a clip that cannot be had, and a source of clips."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+Clip = dict[str, Any]
+Ids = Sequence[int | np.integer] | np.ndarray
+
+
+@dataclass(frozen=True)
+class BadClip:
+    """What a source returns in place of a clip that it could not read.
+
+    Attributes:
+      reason: Why, in a line.
+    """
+
+    reason: str
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A set of clips that can be read in any order.
+
+    Attributes:
+      index: One entry a clip: `frames`, `height` and `width` (pixels, or latents for
+        a source of latents), `fps` (pixel frames per second), `has_audio`, and
+        `text_length` (text tokens; 0 where it is unknown).
+      fingerprint: Equal for sources that return equal clips.
+    """
+
+    index: dict[str, np.ndarray]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        """Returns the number of clips."""
+        ...
+
+    def read(self, ids: Ids) -> list[Clip | BadClip]:
+        """Returns clips in the order asked for.
+
+        A clip of pixels has `video` uint8 [T H W 3], `fps`, `caption`, `audio` float32
+        [a channels] in [-1, 1] or None, and `audio_rate`. A clip of latents has `mean`
+        [f h w c], `fps`, `caption`, and may have `logvar` [f h w c] and `text_embeds`
+        [s e].
+        """
+        ...
+
+
+def make_index(
+    count: int, *, text_length: Any = 0, has_audio: Any = False, **columns: Any
+) -> dict[str, np.ndarray]:
+    """Returns the index of `count` clips; every column may be one value for all."""
+    types = {"frames": np.int32, "height": np.int32, "width": np.int32}
+    types |= {"fps": np.float64, "has_audio": np.bool_, "text_length": np.int32}
+    columns |= {"text_length": text_length, "has_audio": has_audio}
+    if columns.keys() != types.keys():
+        raise ValueError(
+            f"An index has the columns {sorted(types)}, and these differ: "
+            f"{sorted(columns.keys() ^ types.keys())}."
+        )
+    if count < 1:
+        raise ValueError(f"A source must hold clips, and this one holds {count}.")
+    return {
+        name: np.broadcast_to(np.asarray(columns[name], dtype), (count,)).copy()
+        for name, dtype in types.items()
+    }

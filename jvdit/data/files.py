@@ -1,0 +1,69 @@
+"""Files that are either whole or absent, whatever kills the process."""
+
+import os
+import re
+import socket
+import time
+from pathlib import Path
+
+
+def local_path(path: str | Path) -> Path:
+    """Returns `path` as a local path.
+
+    Raises:
+      ValueError: If it is a URL. The record reader does understand `gs://`, but
+        without network or credentials it blocks for minutes and says nothing; a
+        mounted bucket fails at once and loudly.
+    """
+    if match := re.match(r"([a-z][a-z0-9+.-]*)://([^/]*)", str(path)):
+        raise ValueError(
+            f"{path} is a URL, and records are read from a file system; mount it "
+            f"first, e.g. `gcsfuse --implicit-dirs {match[2]} /mnt/{match[2]}`, and "
+            f"pass /mnt/{match[2]}{str(path)[match.end() :]}."
+        )
+    return Path(path).expanduser()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file that is either whole or absent, whatever kills the process."""
+    temporary = temporary_path(path)
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def temporary_path(path: Path) -> Path:
+    """Returns where to write `path` before it is renamed into place."""
+    return path.with_name(f".tmp@{socket.gethostname()}@{os.getpid()}@{path.name}")
+
+
+def sweep_temporary(directory: Path, *, max_age_seconds: float = 86400) -> list[str]:
+    """Removes what dead writers left, and returns the names.
+
+    A file of a live process of this host is kept; one of another host, whose
+    processes cannot be seen from here, is kept until it is a day old.
+    """
+    swept = []
+    for file in directory.rglob(".tmp@*"):
+        match = re.match(r"\.tmp@([^@]*)@(\d+)@", file.name)
+        if match is None:
+            continue
+        local = match[1] == socket.gethostname()
+        old = time.time() - file.stat().st_mtime > max_age_seconds
+        if (local and not _is_running(int(match[2]))) or (not local and old):
+            file.unlink(missing_ok=True)
+            swept.append(file.name)
+    return swept
+
+
+def _is_running(pid: int) -> bool:
+    """Whether this host has a process of that number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True

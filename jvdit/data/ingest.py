@@ -1,0 +1,271 @@
+"""Videos to a data set of clips: in parallel, supervised, resumable.
+
+The unit of work is a shard, which is a fixed group of source files: a job that was
+killed repeats the shard it was at and nothing else, and the result is the same to the
+byte. What a file holds decides its split, so no picture of it is in two of them.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from jvdit.data.files import write_atomically
+from jvdit.data.ingest_file import Item, Job, Recipe, prepare_file
+from jvdit.data.ingest_inputs import list_items
+from jvdit.data.ingest_report import Report, describe_file
+from jvdit.data.record_format import CLIP_FEATURES
+from jvdit.data.records import RecordWriter
+from jvdit.data.supervisor import Event, supervise
+
+_SAMPLE = 2**20  # bytes hashed at either end of a file
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which files go into which shard, and which into none.
+
+    Attributes:
+      shards: Items by (split, shard).
+      refused: (item, reason, detail) of the files that are not even tried.
+      digest: Hash of all of it: a resumed job must find the same.
+    """
+
+    shards: Mapping[tuple[str, int], list[Item]]
+    refused: list[tuple[Item, str, str]]
+    digest: str
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of shards by split."""
+        counts: dict[str, int] = {}
+        for split, shard in self.shards:
+            counts[split] = max(counts.get(split, 0), shard + 1)
+        return counts
+
+
+def file_digest(path: str) -> str | None:
+    """Returns a hash of a file's size, first and last megabyte; None if unreadable."""
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(size.to_bytes(8, "little") + file.read(_SAMPLE))
+            file.seek(max(_SAMPLE, size - _SAMPLE))
+            digest.update(file.read(_SAMPLE))
+    except OSError:
+        return None
+    return digest.hexdigest()
+
+
+def plan_shards(
+    items: Sequence[Item], *, val_fraction: float | int, shard_size: int
+) -> Plan:
+    """Assigns every file to a split, by its content, and to a shard.
+
+    Args:
+      items: The files.
+      val_fraction: Share of them, about, that goes to "val"; the rest to "train".
+      shard_size: Files of a shard.
+
+    Returns:
+      The plan. Missing files, and copies of a file with the same caption, are refused.
+    """
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"`val_fraction` (={val_fraction}) must be in [0, 1).")
+    if shard_size < 1:
+        raise ValueError(f"`shard_size` (={shard_size}) must be positive.")
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        digests = list(pool.map(file_digest, [item.path for item in items]))
+    refused, seen = [], {}
+    by_split: dict[str, list[Item]] = {"train": [], "val": []}
+    for item, digest in zip(items, digests, strict=True):
+        if digest is None:
+            refused.append((item, "missing", item.path))
+        elif (other := seen.setdefault((digest, item.caption), item)) is not item:
+            refused.append((item, "duplicate", f"of {other.key}"))
+        else:
+            held_out = int(digest[:8], 16) < val_fraction * 2**32
+            by_split["val" if held_out else "train"].append(item)
+    shards = {
+        (split, start // shard_size): members[start : start + shard_size]
+        for split, members in by_split.items()
+        for start in range(0, len(members), shard_size)
+    }
+    names = [[item.key, item.caption] for item in items]
+    identity = json.dumps([names, digests, val_fraction, shard_size])
+    digest = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
+    return Plan(shards, refused, digest)
+
+
+def ingest(
+    inputs: Iterable[str | Path],
+    out: str | Path,
+    recipe: Recipe,
+    *,
+    root: str | Path | None = None,
+    val_fraction: float | int = 0.0,
+    shard_size: int = 64,
+    workers: int | None = None,
+    timeout: float | int = 120.0,
+    overwrite: bool = False,
+    work: Callable[[Job], Iterable[Mapping[str, Any]]] = prepare_file,
+) -> Report:
+    """Makes a data set of clips out of videos, or finishes one that was begun.
+
+    Args:
+      inputs: Folders, tables and videos; see `list_items`.
+      out: Directory of the data set.
+      recipe: How clips are cut.
+      root: What relative paths in tables are relative to.
+      val_fraction: Share of the files that goes to split "val".
+      shard_size: Source files of a shard: what a kill can cost.
+      workers: Number of processes; None: one for each core.
+      timeout: Seconds that one clip may take.
+      overwrite: Whether a data set that is already there is removed first.
+      work: What is done to a file; another one than `prepare_file` only in tests.
+
+    Returns:
+      What became of every file. It is also in `report.json` and `report.md`.
+
+    Raises:
+      FileNotFoundError: If an input does not exist.
+      ValueError: If there is no video, if none could be used, or if `out` holds
+        something else.
+    """
+    items = list_items(inputs, root=root)
+    plan = plan_shards(items, val_fraction=val_fraction, shard_size=shard_size)
+    if not plan.shards:
+        raise ValueError(
+            f"None of the {len(items)} videos can be read; e.g. {items[0]}"
+        )
+    settings = {"recipe": dataclasses.asdict(recipe), "files": plan.digest}
+    writer = RecordWriter(
+        out, CLIP_FEATURES, shards=plan.counts, settings=settings, overwrite=overwrite
+    )
+    if writer.finished:
+        return Report.read(writer.path)
+    with _alone(writer), _progress(len(items)) as advance:
+        entries = _fill(writer, plan, recipe, work, workers, timeout, advance)
+        report = Report(sorted(entries, key=lambda e: e["file"]), settings["recipe"])
+        report.write(writer.path)
+        if not report.clips:
+            raise ValueError(
+                f"None of the {len(items)} videos could be used: {report.summary()}; "
+                f"see {writer.path / 'report.md'}."
+            )
+        writer.finish()
+    return report
+
+
+def _fill(writer, plan, recipe, work, workers, timeout, advance) -> list[dict]:
+    """Writes the shards that are missing; returns the entries of all files."""
+    entries = [
+        describe_file(item.key, None, [{"reason": reason, "detail": detail}])
+        for item, reason, detail in plan.refused
+    ]
+    for entry in entries:
+        advance(entry)
+    jobs = [
+        Job(item, recipe)
+        for place, files in plan.shards.items()
+        if not writer.is_done(*place)
+        for item in files
+    ]
+    workers = min(workers or os.cpu_count() or 1, len(jobs))
+    events = supervise(work, jobs, workers=workers, timeout=timeout)
+    with contextlib.closing(events):
+        for (split, shard), files in plan.shards.items():
+            record = writer.work / f"report-{split}-{shard:05d}.json"
+            if writer.is_done(split, shard):
+                for entry in json.loads(record.read_text()):
+                    advance(entry)
+            else:
+                examples = _examples(events, split, files, record, advance)
+                writer.write_shard(split, shard, examples)
+            entries += json.loads(record.read_text())
+    return entries
+
+
+def _examples(
+    events: Iterator[Event],
+    split: str,
+    files: Sequence[Item],
+    record: Path,
+    advance: Callable[[dict], None],
+) -> Iterator[Mapping[str, Any]]:
+    """Yields the examples of a shard's files, and then writes down what they gave."""
+    entries = []
+    for item in files:
+        outcomes = []
+        for event in events:
+            if event.kind == "end":
+                break
+            if event.kind != "result":
+                reason = "failed" if event.kind == "error" else event.kind
+                outcomes.append({"reason": reason, "detail": event.value})
+                break
+            outcomes.append({k: v for k, v in event.value.items() if k != "clip"})
+            if "clip" in event.value:
+                yield event.value["clip"]
+        entries.append(describe_file(item.key, split, outcomes))
+        advance(entries[-1])
+    write_atomically(record, json.dumps(entries).encode())
+
+
+@contextlib.contextmanager
+def _alone(writer: RecordWriter) -> Iterator[None]:
+    """Keeps a second process from working on the same data set."""
+    with open(writer.work / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"Another process is working on {writer.path}; wait for it or end it."
+            ) from None
+        yield
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[dict], None]]:
+    """Shows how far the work is; yields what is to be called for every file."""
+    taken, skipped = 0, 0
+    console = Console(stderr=True)
+    text = TextColumn("{task.fields[clips]} clips, {task.fields[skipped]} skipped")
+    bar = Progress(
+        TextColumn("files"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        text,
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task("", total=total, clips=0, skipped=0)
+
+        def advance(entry: dict) -> None:
+            nonlocal taken, skipped
+            taken += entry["clips"]
+            skipped += not entry["clips"]
+            bar.update(task, advance=1, clips=taken, skipped=skipped)
+
+        yield advance

@@ -1,0 +1,178 @@
+"""Batches in the order of steps: grain over a plan, with prefetching and a watchdog.
+
+A builder makes the batch of any step of this host; `Batches` iterates over a builder
+with threads or processes. Its state is one integer.
+"""
+
+import os
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+
+from jvdit.data.builders import (
+    Batch,
+    ClipBatches,
+    PackedBatches,
+    StalledError,
+    few,
+)
+
+__all__ = ["Batches", "ClipBatches", "PackedBatches", "StalledError"]
+
+_MOST_PREFETCHED = 64  # batches
+_KEPT_REPORTS = 1000
+
+
+class Batches:
+    """The batches of a builder in the order of steps, made ahead of time.
+
+        with Batches(builder, start=restored_step) as batches:
+            for batch in batches:
+                ...
+
+    Args:
+      builder: Makes the batch of a step.
+      start: First step.
+      num_threads: Batches that are made at once (in each process).
+      buffer_bytes: Most bytes of batches that are made ahead; but never fewer than 2
+        batches, nor more than 64.
+      num_workers: Processes; 0: threads of this one. A worker imports the main module
+        again, so that must do nothing when imported.
+      timeout: Seconds to wait for a batch. None: twice that of the builder, so that a
+        reading which hangs is named by its clips.
+
+    Attributes:
+      bad: Number of clips that could not be read, in the batches returned so far.
+      reports: (step, clip id, reason) of the latest of those.
+      fingerprint: Of the plan; a step means nothing without it.
+    """
+
+    def __init__(
+        self,
+        builder: PackedBatches | ClipBatches,
+        *,
+        start: int = 0,
+        num_threads: int | None = None,
+        buffer_bytes: int = 1 << 30,
+        num_workers: int = 0,
+        timeout: float | None = None,
+    ):
+        self._builder = builder
+        self._threads = num_threads or min(16, os.cpu_count() or 1)
+        self._workers = num_workers
+        self.prefetched = max(2, min(_MOST_PREFETCHED, buffer_bytes // builder.nbytes))
+        self._timeout = 2 * builder.timeout if timeout is None else timeout
+        self.bad = 0
+        self.reports: deque[tuple[int, int, str]] = deque(maxlen=_KEPT_REPORTS)
+        self.fingerprint = builder.plan.fingerprint
+        self._pump: _Pump | None = None
+        self._step = start
+
+    @property
+    def step(self) -> int:
+        """Step of the next batch; the whole state. Setting it goes there."""
+        return self._step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        if step < 0:
+            raise ValueError(f"`step` (={step}) must not be negative.")
+        self.close()
+        self._step = step
+
+    def _iterate(self) -> Any:
+        source: Any = self._builder
+        dataset = grain.MapDataset.source(source)[self._step :]
+        # The default would keep 500 batches, whatever their size.
+        each = max(1, self.prefetched // max(1, self._workers))
+        options = grain.ReadOptions(
+            num_threads=self._threads, prefetch_buffer_size=each
+        )
+        iterator = dataset.to_iter_dataset(options)
+        if self._workers:
+            from absl import flags
+
+            if not flags.FLAGS.is_parsed():  # grain reads flags of its own
+                flags.FLAGS.mark_as_parsed()
+            iterator = iterator.mp_prefetch(
+                grain.MultiprocessingOptions(
+                    num_workers=self._workers, per_worker_buffer_size=1
+                )
+            )
+        return iter(iterator)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        """Returns the next batch.
+
+        Raises:
+          StalledError: If it does not arrive; it names the step and its clips.
+        """
+        if self._pump is None:
+            self._pump = _Pump(self._iterate())
+        try:
+            batch, bad = self._pump.get(self._timeout)
+        except queue.Empty:
+            self.close()
+            ids = [self._builder.clip_id(x) for x in self._builder.slots(self._step)]
+            raise StalledError(
+                f"The batch of step {self._step} has not arrived for "
+                f"{self._timeout:g} s, made of clips {few(ids)} by "
+                f"{self._workers or 'no'} worker processes. Was a worker stopped, or "
+                "is a clip that slow? Then raise `timeout`."
+            ) from None
+        except BaseException:
+            self.close()
+            raise
+        self.bad += len(bad)
+        self.reports.extend((self._step, clip, reason) for clip, reason in bad)
+        self._step += 1
+        return batch
+
+    def close(self) -> None:
+        """Ends threads and processes. Iterating again starts them again."""
+        if self._pump is not None:
+            self._pump.close()
+            self._pump = None
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+class _Pump:
+    """Waits for an iterator in a thread of its own, so that waiting can be given up."""
+
+    def __init__(self, iterator: Any):
+        self._iterator = iterator
+        self._wanted: queue.SimpleQueue = queue.SimpleQueue()
+        self._arrived: queue.SimpleQueue = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="batches", daemon=True).start()
+
+    def _run(self) -> None:
+        while self._wanted.get():
+            try:
+                self._arrived.put((next(self._iterator), None))
+            except BaseException as error:
+                self._arrived.put((None, error))
+
+    def get(self, timeout: float) -> Any:
+        """Returns the next element, or raises what kept it from coming."""
+        self._wanted.put(True)
+        element, error = self._arrived.get(timeout=timeout)
+        if error is not None:
+            raise error
+        return element
+
+    def close(self) -> None:
+        """Ends the thread, and what the iterator runs."""
+        self._wanted.put(False)
+        self._iterator.close()

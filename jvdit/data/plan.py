@@ -1,0 +1,398 @@
+"""The order of training, as a function of (seed, step).
+
+A plan knows the sizes of all clips and says which of them every step is made of. It
+has no state: a step is computed from its number, in a time that depends neither on
+the step nor on the size of the data set. So a run can be resumed at any step, on any
+number of hosts, processes or threads, and sees what it would have seen.
+
+Clips of one source and one size form a *stream*: an endless sequence in which every
+pass over the clips is a new permutation of them. What a plan fixes is which stream
+every place of every row draws from, and which element of the stream it draws.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jvdit.data.order import (
+    Streams,
+    fingerprint,
+    host_share,
+    permute,
+    rank_by_kind,
+    stable_hash,
+)
+from jvdit.data.packing import Size, best_fit, token_grid
+
+Index = Mapping[str, np.ndarray]
+
+TEXT_MULTIPLE = 16  # captions take places in steps of it, so that sizes repeat
+_SMALLEST_BLOCK = 1 << 15  # places; the last rows of a packing are ill filled
+_MOST_BLOCKS = 1 << 16
+_LONGEST_CYCLE = 1 << 20  # steps
+
+
+class Slot(NamedTuple):
+    """A place in a row, and the clip that takes it.
+
+    Attributes:
+      source: Which source.
+      clip: Which clip of it.
+      tokens: Tokens that the clip has.
+      text: Text tokens that are kept for its caption.
+    """
+
+    source: int
+    clip: int
+    tokens: int
+    text: int
+
+
+class PackPlan:
+    """Which clips sit in which row of every step, in rows of one token budget.
+
+    An epoch is packed once, from sizes alone, and every epoch draws other clips into
+    the same places; so all epochs have the same number of rows. A large epoch is
+    divided into blocks: each holds the same rows, in an order of its own, and what
+    does not divide is packed by itself and spread evenly. Packing time and memory so
+    depend on the number of different sizes and hardly on that of clips.
+
+    Without weights an epoch holds every clip exactly once. With weights it is as long
+    as the source that is seen least often needs to be seen once, and the streams of
+    the others go on from epoch to epoch: no clip is ever skipped, and the sizes of a
+    source keep their proportions to within one clip of each size an epoch.
+
+    Args:
+      indexes: The index of each source: `frames`, `height`, `width` of the latents
+        and `text_length`, one entry a clip.
+      weights: Share of the clips (not of the tokens) that each source gets, in any
+        unit. None: as many as it has.
+      patch_size: Latent frames, height and width of a patch.
+      token_budget: Tokens of a row.
+      text_budget: Text tokens of a row; a caption takes a multiple of 16.
+      max_clips: Most clips of a row.
+      rows_per_step: Rows of a batch, all hosts together.
+      seed: Of the order.
+      fingerprints: Of the sources; they make that of the plan.
+
+    Attributes:
+      rows_per_epoch: Rows of an epoch; steps run across its end.
+      clips_per_epoch: Places of an epoch, all sources together.
+      padding: Fraction of the tokens of an epoch that are padding.
+      fingerprint: Equal for plans that give equal rows at every step.
+
+    Raises:
+      ValueError: If a clip exceeds a budget, a size does not fit the patch, or a
+        weight is not positive.
+    """
+
+    def __init__(
+        self,
+        indexes: Sequence[Index],
+        *,
+        token_budget: int,
+        text_budget: int,
+        max_clips: int,
+        rows_per_step: int,
+        patch_size: Size = (1, 2, 2),
+        weights: Sequence[float | int] | None = None,
+        seed: int = 0,
+        fingerprints: Sequence[str] = (),
+    ):
+        self.token_budget, self.text_budget = token_budget, text_budget
+        self.max_clips, self.rows_per_step = max_clips, rows_per_step
+        self.patch_size, self.seed = patch_size, seed
+        self.sizes = [len(index["frames"]) for index in indexes]
+        keys = []
+        for source, index in enumerate(indexes):
+            tokens = _token_counts(source, index, patch_size)
+            text = np.maximum(np.asarray(index["text_length"], np.int64), 1)
+            text = -(-text // TEXT_MULTIPLE) * TEXT_MULTIPLE
+            _check_budget(source, "token_budget", token_budget, tokens)
+            _check_budget(source, "text_budget", text_budget, text)
+            keys.append(np.stack([tokens, text], axis=1))
+        self._streams = Streams(keys, weights, seed)
+        self._pack()
+        shape = (patch_size, token_budget, text_budget, max_clips, rows_per_step)
+        self.fingerprint = fingerprint(
+            "pack", shape, weights, seed, self.sizes, fingerprints
+        )
+
+    @classmethod
+    def of(cls, sources: Sequence[Any], **kwargs: Any) -> "PackPlan":
+        """Makes the plan of sources; the rest is as for `PackPlan`."""
+        return cls(
+            [source.index for source in sources],
+            fingerprints=[source.fingerprint for source in sources],
+            **kwargs,
+        )
+
+    def _pack(self) -> None:
+        """Packs one block and what remains, and lays both out in arrays."""
+        streams = self._streams
+        places = streams.places
+        self.clips_per_epoch = total = int(places.sum())
+        # The fastest source should not begin a second pass within a block.
+        blocks = math.ceil((places / streams.clips).max())
+        # Places to pack: total / blocks + sizes * blocks / 2, least at the square root.
+        fewest = math.isqrt(2 * total // len(streams))
+        blocks = max(blocks, min(fewest, total // _SMALLEST_BLOCK), 1)
+        self._blocks = min(blocks, _MOST_BLOCKS)
+        self._per_block = places // self._blocks
+        rows: list[list[int]] = []
+        drawn: list[np.ndarray] = []
+        for part, count in enumerate((self._per_block, places % self._blocks)):
+            rng = np.random.Generator(np.random.Philox(key=[self.seed, part]))
+            stream = rng.permutation(np.repeat(np.arange(len(streams)), count))
+            tokens, text = streams.key[stream].T.tolist()
+            first = sum(map(len, drawn))
+            packed = best_fit(
+                tokens, text, self.token_budget, self.text_budget, self.max_clips
+            )
+            rows += [[first + item for item in row] for row in packed]
+            drawn.append(stream)
+            if part == 0:
+                self._block_rows = len(rows)
+        self._rest_rows = len(rows) - self._block_rows
+        self.rows_per_epoch = self._blocks * self._block_rows + self._rest_rows
+        # Which element of its stream a place draws, within its part.
+        ranks = np.concatenate([rank_by_kind(stream) for stream in drawn])
+        order = np.fromiter(itertools.chain.from_iterable(rows), np.int64)
+        self._stream, self._rank = np.concatenate(drawn)[order], ranks[order]
+        self._row_start = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
+        self._block_start = np.arange(self._blocks + 1) * self._block_rows + (
+            np.arange(self._blocks + 1) * self._rest_rows // self._blocks
+        )
+        used = int((places * streams.key[:, 0]).sum())
+        self.padding = 1 - used / (self.rows_per_epoch * self.token_budget)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps of an epoch; not an integer, as steps run across its end."""
+        return self.rows_per_epoch / self.rows_per_step
+
+    def __getitem__(self, step: int) -> list[list[Slot]]:
+        """Returns the rows of a step: the clips in each."""
+        return self.rows(step)
+
+    def rows(self, step: int, host: int = 0, hosts: int = 1) -> list[list[Slot]]:
+        """Returns the rows of a step that a host reads.
+
+        Args:
+          step: Which step, from 0.
+          host: Which host.
+          hosts: How many there are. Host i has the i-th of as many equal parts.
+
+        Raises:
+          ValueError: If the rows cannot be shared equally, or `step` is negative.
+        """
+        mine = host_share("rows_per_step", self.rows_per_step, step, host, hosts)
+        epoch, row = np.divmod(step * self.rows_per_step + mine, self.rows_per_epoch)
+        template, block = self._templates(epoch, row)
+        sizes = self._row_start[template + 1] - self._row_start[template]
+        which = np.repeat(np.arange(len(mine)), sizes)
+        place = np.arange(len(which)) + np.repeat(
+            self._row_start[template] - np.cumsum(sizes) + sizes, sizes
+        )
+        stream, block = self._stream[place], block[which]
+        element = self._rank[place] + block * self._per_block[stream]
+        element += epoch[which] * self._streams.places[stream]
+        clip = self._streams.take(stream, element)
+        tokens, text = self._streams.key[stream].T
+        source = self._streams.source[stream]
+        slots = map(
+            Slot, source.tolist(), clip.tolist(), tokens.tolist(), text.tolist()
+        )
+        return [list(itertools.islice(slots, size)) for size in sizes.tolist()]
+
+    def _templates(
+        self, epoch: np.ndarray, row: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns which packed row a row of an epoch is, and in which block.
+
+        A row of what remains counts as of the block after the last.
+        """
+        block = np.searchsorted(self._block_start, row, side="right") - 1
+        first, after = self._block_start[block], self._block_start[block + 1]
+        key = stable_hash(self.seed, 2, epoch, block)
+        template = permute(row - first, after - first, key)
+        rest = template >= self._block_rows
+        if rest.any():
+            number = template[rest] - self._block_rows
+            number += block[rest] * self._rest_rows // self._blocks
+            key = stable_hash(self.seed, 3, epoch[rest])
+            number = permute(number, self._rest_rows, key)
+            template[rest] = self._block_rows + number
+        return template, np.where(rest, self._blocks, block)
+
+
+class BucketPlan:
+    """Which clips make up every step, all clips of a step being of one size.
+
+    For models that take pixels, such as the video VAE. Every size has its own endless
+    stream and its own number of clips a step; a fixed cycle of steps gives each size
+    its share. Nothing is dropped: where the clips of a size do not divide into
+    steps, a step takes the last of one pass and the first of the next.
+
+    Args:
+      indexes: The index of each source: `frames`, `height`, `width` in pixels.
+      batch_size: Clips of a step, whatever their size. Give this or `pixel_budget`.
+      pixel_budget: Most pixels (frames * height * width, summed over clips) of a step.
+      multiple: The clips of a step are a multiple of it; the number of devices of all
+        hosts, say.
+      weights: Share of the clips that each source gets. None: as many as it has.
+      seed: Of the order.
+      fingerprints: Of the sources; they make that of the plan.
+
+    Attributes:
+      batches: Clips of a step by size (frames, height, width).
+      cycle: Steps after which the sequence of sizes repeats.
+      distortion: Largest relative error of the share of clips that a size gets, which
+        comes of the cycle having whole steps.
+      fingerprint: Equal for plans that give equal clips at every step.
+
+    Raises:
+      ValueError: If a clip exceeds the budget, or not exactly one of `batch_size` and
+        `pixel_budget` is given.
+    """
+
+    def __init__(
+        self,
+        indexes: Sequence[Index],
+        *,
+        batch_size: int | None = None,
+        pixel_budget: int | None = None,
+        multiple: int = 1,
+        weights: Sequence[float | int] | None = None,
+        seed: int = 0,
+        fingerprints: Sequence[str] = (),
+    ):
+        if (batch_size is None) == (pixel_budget is None):
+            raise ValueError("Give exactly one of `batch_size` and `pixel_budget`.")
+        self.seed = seed
+        self.sizes = [len(index["frames"]) for index in indexes]
+        axes = ("frames", "height", "width")
+        keys = [
+            np.stack([np.asarray(index[axis], np.int64) for axis in axes], axis=1)
+            for index in indexes
+        ]
+        self._streams = streams = Streams(keys, weights, seed)
+        found, self._size_of = np.unique(streams.key, axis=0, return_inverse=True)
+        self._sizes: list[Size] = [(f, h, w) for f, h, w in found.tolist()]
+        self._batch = np.array(
+            [_batch_size(s, batch_size, pixel_budget, multiple) for s in self._sizes]
+        )
+        self.batches = dict(zip(self._sizes, self._batch.tolist(), strict=True))
+        self._schedule_sizes()
+        shape = (batch_size, pixel_budget, multiple)
+        self.fingerprint = fingerprint(
+            "bucket", shape, weights, seed, self.sizes, fingerprints
+        )
+
+    @classmethod
+    def of(cls, sources: Sequence[Any], **kwargs: Any) -> "BucketPlan":
+        """Makes the plan of sources; the rest is as for `BucketPlan`."""
+        return cls(
+            [source.index for source in sources],
+            fingerprints=[source.fingerprint for source in sources],
+            **kwargs,
+        )
+
+    def _schedule_sizes(self) -> None:
+        """Gives every step of the cycle its size, and its rank among those."""
+        places = np.bincount(self._size_of, self._streams.places).astype(np.int64)
+        self._places = places
+        self.clips_per_epoch = int(places.sum())
+        steps = places / self._batch
+        if (steps % 1 == 0).all() and steps.sum() <= _LONGEST_CYCLE:
+            turns = steps.astype(np.int64)
+        else:  # at least 50 steps of each size: shares to within 1 %
+            length = min(_LONGEST_CYCLE, math.ceil(50 / (steps / steps.sum()).min()))
+            turns = np.maximum(np.round(steps * (length / steps.sum())), 1)
+            turns = turns.astype(np.int64)
+        share = turns * self._batch / (turns @ self._batch)
+        self.distortion = float(np.abs(share * places.sum() / places - 1).max())
+        rng = np.random.Generator(np.random.Philox(key=[self.seed, 0]))
+        self._turns = turns
+        self._schedule = rng.permutation(np.repeat(np.arange(len(turns)), turns))
+        self._rank = rank_by_kind(self._schedule)
+        self.cycle = len(self._schedule)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps in which every clip is seen once (without weights), on average."""
+        return float((self._places / self._batch).sum())
+
+    def size(self, step: int) -> Size:
+        """Returns the frames, height and width of all clips of a step."""
+        return self._sizes[self._schedule[step % self.cycle]]
+
+    def __getitem__(self, step: int) -> list[Slot]:
+        """Returns the clips of a step."""
+        return self.rows(step)
+
+    def rows(self, step: int, host: int = 0, hosts: int = 1) -> list[Slot]:
+        """Returns the clips of a step that a host reads; see `PackPlan.rows`."""
+        cycle, at = divmod(step, self.cycle)
+        size = self._schedule[at]
+        mine = host_share("batch", int(self._batch[size]), step, host, hosts)
+        turn = cycle * self._turns[size] + self._rank[at]
+        turn, place = np.divmod(turn * self._batch[size] + mine, self._places[size])
+        place = permute(
+            place, self._places[size], stable_hash(self.seed, 4, size, turn)
+        )
+        streams = np.flatnonzero(self._size_of == size)
+        ends = np.cumsum(self._streams.places[streams])
+        which = np.searchsorted(ends, place, side="right")
+        stream = streams[which]
+        count = self._streams.places[stream]
+        clip = self._streams.take(stream, place - ends[which] + count * (turn + 1))
+        source = self._streams.source[stream].tolist()
+        return [Slot(s, c, 0, 0) for s, c in zip(source, clip.tolist(), strict=True)]
+
+
+def _token_counts(source: int, index: Index, patch_size: Size) -> np.ndarray:
+    sizes = np.stack(
+        [np.asarray(index[axis], np.int64) for axis in ("frames", "height", "width")]
+    )
+    bad = ((sizes % np.array(patch_size)[:, None] != 0) | (sizes < 1)).any(axis=0)
+    if bad.any():
+        clip = int(np.argmax(bad))
+        try:
+            token_grid(tuple(sizes[:, clip].tolist()), patch_size)
+        except ValueError as error:
+            raise ValueError(f"Clip {clip} of source {source}: {error}") from None
+    return sizes.prod(axis=0) // math.prod(patch_size)
+
+
+def _check_budget(source: int, name: str, budget: int, needs: np.ndarray) -> None:
+    clip = int(np.argmax(needs))
+    if needs[clip] > budget:
+        raise ValueError(
+            f"Clip {clip} of source {source} needs {needs[clip]} of `{name}` "
+            f"(={budget}); raise the budget to {needs[clip]} or use smaller clips."
+        )
+
+
+def _batch_size(
+    size: Size, batch_size: int | None, pixel_budget: int | None, multiple: int
+) -> int:
+    if pixel_budget is not None:
+        pixels = math.prod(size)
+        count = pixel_budget // pixels // multiple * multiple
+        if count == 0:
+            raise ValueError(
+                f"{multiple} clips of {size} have {multiple * pixels} pixels, which "
+                f"exceeds `pixel_budget` (={pixel_budget}); raise it."
+            )
+        return count
+    count = batch_size or 0
+    if count < 1 or count % multiple:
+        raise ValueError(
+            f"`batch_size` (={count}) must be a positive multiple of `multiple` "
+            f"(={multiple}); try {max(multiple, count // multiple * multiple)}."
+        )
+    return count

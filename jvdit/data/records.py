@@ -1,0 +1,407 @@
+"""The record format: ArrayRecord shards that TFDS can read, an index, a manifest.
+
+A data set is one directory, `<name>/<version>/`:
+
+    <name>-<split>.array_record-00000-of-00004   tf.Example records, uncompressed
+    features.json, dataset_info.json             what TFDS needs to read them
+    index.parquet                                the scalars of every record
+    manifest.json                                features, settings, shards, digests
+
+A tf.Example can only be read whole, so everything that a plan needs (sizes, lengths,
+rates) is repeated in the index and no video byte is touched before training. The
+manifest is written last: a directory without one is unfinished and will not open.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tensorflow_datasets as tfds
+from array_record.python import (
+    array_record_data_source,
+    array_record_module,  # pyright: ignore[reportAttributeAccessIssue]
+)
+from etils import epath
+from tensorflow_datasets.core import example_serializer
+
+from jvdit.data.files import sweep_temporary, temporary_path, write_atomically
+from jvdit.data.record_format import (
+    CLIP_FEATURES,
+    FORMAT,
+    SCALARS,
+    dataset_directory,
+    difference,
+    is_version,
+    latent_features,
+    read_manifest,
+    tensor_spec,
+    tfds_features,
+)
+
+__all__ = ["CLIP_FEATURES", "RecordDataset", "RecordWriter", "latent_features"]
+
+WRITER_OPTIONS = "group_size:1,uncompressed"  # larger groups make random reads slow
+MAX_RECORD_BYTES = 2**31 - 2**20  # protobuf refuses a message of 2 GiB
+
+
+class RecordWriter:
+    """Writes one data set directory, a shard at a time, in any order and process.
+
+    A shard is the unit of work: it appears whole or not at all, `is_done` says
+    whether it is there, and writing the same examples again gives the same bytes.
+    So a killed job is resumed by building the same writer and skipping what is done,
+    and shards may be written by many processes.
+
+    Args:
+      path: The data set directory, `<name>` or `<name>/<version>`.
+      features: Feature kind by name: "text", "bytes", "int64", "float32", "bool" or
+        a tensor such as "bfloat16[f h w c]" (the letters only count the axes). There
+        must be a text feature `key` that is unique in the data set.
+      shards: Number of shards by split, e.g. {"train": 8, "val": 1}.
+      settings: What made the data; kept in the manifest. A data set begun with
+        other settings is not continued.
+      overwrite: Whether a data set that is already there is removed first.
+
+    Raises:
+      ValueError: If the directory holds something else than this data set, finished
+        or unfinished.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        features: Mapping[str, str],
+        *,
+        shards: Mapping[str, int],
+        settings: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+    ):
+        if features.get("key") != "text":
+            raise ValueError("`features` must have a text feature named 'key'.")
+        self.path = dataset_directory(path)
+        named = self.path.parent if is_version(self.path.name) else self.path
+        self.name = re.sub(r"\W", "_", named.resolve().name)
+        self.features = dict(features)
+        self.shards = {split: int(count) for split, count in shards.items()}
+        self.work = self.path / "_work"
+        self._tfds = tfds_features(self.features)
+        specs: Any = self._tfds.get_serialized_info()
+        self._serializer = example_serializer.ExampleSerializer(specs)
+        plan = {
+            "features": self.features,
+            "shards": self.shards,
+            "settings": dict(settings or {}),
+        }
+        self.plan = json.loads(json.dumps(plan))  # as it will be read back
+        if overwrite:
+            self._remove()
+        self._open_plan()
+
+    def _remove(self) -> None:
+        """Removes a data set of ours, and refuses to remove anything else."""
+        if not self.path.exists():
+            return
+        ours = (self.path / "manifest.json").exists() or self.work.exists()
+        if not ours and any(self.path.iterdir()):
+            raise ValueError(
+                f"{self.path} holds no data set of this format; it is not overwritten."
+            )
+        shutil.rmtree(self.path)
+
+    def _open_plan(self) -> None:
+        """Starts the data set, or checks that the one that is there is this one."""
+        manifest, plan = self.path / "manifest.json", self.work / "plan.json"
+        if manifest.exists():
+            found = json.loads(manifest.read_text())["plan"]
+        elif plan.exists():
+            found = json.loads(plan.read_text())
+        elif self.path.exists() and any(
+            x.name != "_work" and not x.name.startswith(".")
+            for x in self.path.iterdir()
+        ):
+            raise ValueError(f"{self.path} is not empty and holds no data set.")
+        else:
+            self.work.mkdir(parents=True, exist_ok=True)
+            write_atomically(plan, json.dumps(self.plan, indent=1).encode())
+            return
+        if found != self.plan:
+            differing = [k for k in self.plan if found.get(k) != self.plan[k]]
+            detail = "; ".join(
+                f"{k}: {difference(found.get(k), self.plan[k])}" for k in differing
+            )
+            raise ValueError(
+                f"{self.path} holds a data set made differently ({detail}); name "
+                "another directory, or allow overwriting it."
+            )
+        if manifest.exists():  # finished, and perhaps killed while tidying up
+            shutil.rmtree(self.work, ignore_errors=True)
+        sweep_temporary(self.path)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the whole data set is there."""
+        return (self.path / "manifest.json").exists()
+
+    def _files(self, split: str, shard: int) -> tuple[Path, Path]:
+        """Returns a shard's record file and the state that marks it as done."""
+        count = self.shards[split]
+        if not 0 <= shard < count:
+            raise ValueError(f"`shard` (={shard}) must be below `shards` (={count}).")
+        suffix = f"array_record-{shard:05d}-of-{count:05d}"
+        return (
+            self.path / f"{self.name}-{split}.{suffix}",
+            self.work / f"{split}-{shard:05d}.json",
+        )
+
+    def is_done(self, split: str, shard: int) -> bool:
+        """Whether a shard is complete."""
+        return self.finished or self._files(split, shard)[1].exists()
+
+    def write_shard(
+        self, split: str, shard: int, examples: Iterable[Mapping[str, Any]]
+    ) -> int:
+        """Writes one shard and returns its number of records.
+
+        Examples are taken one at a time, so they may be produced lazily; they end
+        before the shard is marked as done. A shard that is done is left alone.
+        """
+        file, state = self._files(split, shard)
+        if self.is_done(split, shard):
+            return 0 if self.finished else json.loads(state.read_text())["records"]
+        temporary, rows = temporary_path(file), []
+        digest, size = hashlib.blake2b(digest_size=16), 0
+        writer = array_record_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
+        try:
+            for example in examples:
+                record = self.serialize(example)
+                writer.write(record)
+                digest.update(len(record).to_bytes(8, "little") + record)
+                size += len(record)
+                rows.append(self._index_row(example))
+        except BaseException:
+            writer.close()
+            temporary.unlink(missing_ok=True)
+            raise
+        writer.close()
+        os.replace(temporary, file)
+        done = {
+            "file": file.name,
+            "file_bytes": file.stat().st_size,
+            "records": len(rows),
+            "bytes": size,
+            "digest": digest.hexdigest(),
+            "rows": rows,
+        }
+        write_atomically(state, json.dumps(done).encode())
+        return len(rows)
+
+    def serialize(self, example: Mapping[str, Any]) -> bytes:
+        """Returns the tf.Example bytes of one example; the same in every process."""
+        if set(example) != set(self.features):
+            wrong = sorted(set(example) ^ set(self.features))
+            raise ValueError(
+                f"Example {example.get('key')!r} and the features differ in {wrong}."
+            )
+        for name, kind in self.features.items():
+            if kind not in ("text", "bytes", *SCALARS):
+                dtype, rank = tensor_spec(kind)
+                value = np.asarray(example[name])
+                if value.dtype != dtype or value.ndim != rank:
+                    raise ValueError(
+                        f"{name} of {example['key']!r} is {value.dtype} of rank "
+                        f"{value.ndim}; the feature is {kind}."
+                    )
+                if not value.size:  # TFDS writes it, and fails to read it
+                    raise ValueError(f"{name} of {example['key']!r} is empty.")
+        proto = self._serializer.get_tf_example(self._tfds.encode_example(example))
+        record = proto.SerializeToString(deterministic=True)
+        if len(record) > MAX_RECORD_BYTES:
+            raise ValueError(
+                f"Example {example['key']!r} has {len(record)} bytes; a record holds "
+                f"at most {MAX_RECORD_BYTES}. Cut it into shorter clips."
+            )
+        return record
+
+    def _index_row(self, example: Mapping[str, Any]) -> dict[str, Any]:
+        row = {"key": example["key"]}
+        for name, kind in self.features.items():
+            if kind in SCALARS:
+                row[name] = SCALARS[kind](example[name]).item()
+        if "caption" in self.features:
+            row["caption_length"] = len(example["caption"])
+        return row
+
+    def finish(self) -> Path:
+        """Writes index, TFDS metadata and, last, the manifest; returns the directory.
+
+        Raises:
+          ValueError: If a shard is missing, or two records have the same key.
+        """
+        if self.finished:
+            return self.path
+        splits: dict[str, list[dict]] = {}
+        missing = []
+        for split, count in self.shards.items():
+            states = [self._files(split, i)[1] for i in range(count)]
+            missing += [s.stem for s in states if not s.exists()]
+            splits[split] = [json.loads(s.read_text()) for s in states if s.exists()]
+        if missing:
+            raise ValueError(f"Unfinished shards of {self.path}: {missing[:8]}.")
+        self._write_index(splits)
+        self._write_tfds(splits)
+        manifest = {"format": FORMAT, "name": self.name, "plan": self.plan}
+        manifest["splits"] = {
+            split: [{k: v for k, v in s.items() if k != "rows"} for s in states]
+            for split, states in splits.items()
+        }
+        for stale in self.path.glob(".tmp@*"):
+            stale.unlink(missing_ok=True)
+        data = json.dumps(manifest, indent=1).encode()
+        write_atomically(self.path / "manifest.json", data)
+        shutil.rmtree(self.work)
+        return self.path
+
+    def _write_index(self, splits: Mapping[str, list[dict]]) -> None:
+        types = {"key": pa.string()}
+        for name, kind in self.features.items():
+            if kind in SCALARS:
+                types[name] = pa.from_numpy_dtype(SCALARS[kind])
+        if "caption" in self.features:
+            types["caption_length"] = pa.int64()
+        rows: dict[str, list] = {k: [] for k in ("split", "shard", "record", *types)}
+        for split, states in splits.items():
+            for shard, state in enumerate(states):
+                for record, row in enumerate(state["rows"]):
+                    place = {"split": split, "shard": shard, "record": record}
+                    for name, value in (place | row).items():
+                        rows[name].append(value)
+        if len(set(rows["key"])) != len(rows["key"]):
+            seen: set[str] = set()
+            twice = [k for k in rows["key"] if k in seen or seen.add(k)]
+            raise ValueError(f"Keys must be unique; {twice[0]!r} is not.")
+        place_types = {"split": pa.string(), "shard": pa.int64(), "record": pa.int64()}
+        table = pa.table(rows, schema=pa.schema(list((place_types | types).items())))
+        temporary = temporary_path(self.path / "index.parquet")
+        pq.write_table(table, temporary)
+        os.replace(temporary, self.path / "index.parquet")
+
+    def _write_tfds(self, splits: Mapping[str, list[dict]]) -> None:
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=epath.Path(self.path),
+            dataset_name=self.name,
+            filetype_suffix="array_record",
+        )
+        infos = [
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=[s["records"] for s in states],
+                num_bytes=sum(s["bytes"] for s in states),
+                filename_template=template,
+            )
+            for split, states in splits.items()
+        ]
+        tfds.folder_dataset.write_metadata(
+            data_dir=str(self.path),
+            features=self._tfds,
+            split_infos=infos,
+            filename_template=template,
+            description="Written by jvdit; see manifest.json.",
+            check_data=False,
+        )
+
+
+class RecordDataset:
+    """Random access to a finished data set.
+
+    Args:
+      path: The data set directory, `<name>` or `<name>/<version>`.
+      split: Which split.
+
+    Attributes:
+      index: Column by name, one entry per record: `key` (str), every scalar feature
+        and `caption_length` (characters).
+      fingerprint: Hash of the features and of every record's bytes in order: equal
+        for equal data wherever it lies.
+      features: Feature kind by name.
+      settings: What made the data.
+
+    Raises:
+      FileNotFoundError: If there is no data set, or a shard is missing.
+      ValueError: If it is unfinished, damaged, empty, or has no such split.
+    """
+
+    def __init__(self, path: str | Path, split: str = "train"):
+        self.path = dataset_directory(path)
+        self.split = split
+        manifest = read_manifest(self.path)
+        shards = manifest["splits"].get(split)
+        if shards is None:
+            known = ", ".join(manifest["splits"])
+            raise ValueError(f"{self.path} has no split {split!r}; it has: {known}.")
+        for shard in shards:
+            file = self.path / shard["file"]
+            if not file.exists():
+                raise FileNotFoundError(
+                    f"{file} is missing; copy the data set again or rebuild it."
+                )
+            if file.stat().st_size != shard["file_bytes"]:
+                raise ValueError(
+                    f"{file} has {file.stat().st_size} bytes instead of "
+                    f"{shard['file_bytes']}; copy it again."
+                )
+        self.features: dict[str, str] = manifest["plan"]["features"]
+        self.settings: dict[str, Any] = manifest["plan"]["settings"]
+        self._tfds = tfds_features(self.features)
+        identity = [sorted(self.features.items()), [s["digest"] for s in shards]]
+        self.fingerprint = hashlib.blake2b(
+            json.dumps(identity).encode(), digest_size=16
+        ).hexdigest()
+        self.index = self._read_index(sum(s["records"] for s in shards))
+        self._records = array_record_data_source.ArrayRecordDataSource(
+            [str(self.path / s["file"]) for s in shards if s["records"]]
+        )
+
+    def _read_index(self, count: int) -> dict[str, np.ndarray]:
+        if count == 0:
+            raise ValueError(f"Split {self.split!r} of {self.path} holds no record.")
+        file = self.path / "index.parquet"
+        if not file.exists():
+            raise FileNotFoundError(f"{file} is missing; copy the data set again.")
+        table = pq.read_table(file, filters=[("split", "==", self.split)])
+        if table.num_rows != count:
+            raise ValueError(
+                f"{file} has {table.num_rows} rows of {self.split!r} and the shards "
+                f"{count} records; copy the data set again."
+            )
+        return {
+            name: table[name].to_numpy(zero_copy_only=False)
+            for name in table.column_names
+            if name not in ("split", "shard", "record")
+        }
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, record: int) -> dict[str, Any]:
+        """Returns one example: str, bytes, numbers, arrays by feature name."""
+        count = len(self)
+        if not 0 <= record < count:  # IndexError, so that iteration ends
+            raise IndexError(f"Record {record} of a data set of {count}.")
+        record_bytes = self._records[int(record)]
+        example: Any = self._tfds.deserialize_example_np(record_bytes)
+        for name, kind in self.features.items():
+            if kind == "text":
+                example[name] = example[name].decode()
+        return example
+
+    def read(self, records: Sequence[int]) -> list[dict[str, Any]]:
+        """Returns several examples, in the order asked for."""
+        return [self[int(i)] for i in records]

@@ -1,0 +1,102 @@
+"""Contact sheets: clips as rows of frames, to be looked at."""
+
+import io
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from jvdit.data.files import write_atomically
+
+_LEAST = 96  # pixels of a frame's height in a sheet; smaller clips are enlarged
+_MOST = 192  # larger ones are reduced
+_FONT = 16  # pixels
+_GAP = 4  # pixels between frames
+_PAPER, _INK = (255, 255, 255), (20, 20, 20)
+
+
+def contact_sheet(
+    videos: Sequence[UInt8[np.ndarray, "_ _ _ 3"]],
+    captions: Sequence[str] | None = None,
+    columns: int = 8,
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Draws one row of evenly spaced frames for each clip, its caption above it.
+
+    Small clips are enlarged by a whole factor, pixel by pixel, so that what is seen
+    is what is there; large ones are reduced.
+
+    Args:
+      videos: Clips, which may differ in size and length.
+      captions: A text for each clip, wrapped to the width of the sheet.
+      columns: Most frames of a row; the first and last frame are always among them.
+
+    Returns:
+      The sheet: RGB in [0, 255].
+
+    Raises:
+      ValueError: If there is no clip, or not one caption for each.
+    """
+    if not videos:
+        raise ValueError("A contact sheet needs at least one clip.")
+    if captions is not None and len(captions) != len(videos):
+        raise ValueError(
+            f"`captions` (of {len(captions)}) must be as many as `videos` "
+            f"({len(videos)})."
+        )
+    rows = [_frames(video, columns) for video in videos]
+    width = _GAP + max(sum(f.width + _GAP for f in row) for row in rows)
+    font = ImageFont.load_default(size=_FONT)
+    texts = [
+        _wrapped(text, width - 2 * _GAP, font)
+        for text in (captions if captions is not None else [""] * len(rows))
+    ]
+    heights = [
+        (_FONT + 4) * len(text) + row[0].height + 2 * _GAP
+        for text, row in zip(texts, rows, strict=True)
+    ]
+    sheet = Image.new("RGB", (width, sum(heights) + _GAP), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    top = _GAP
+    for text, row, height in zip(texts, rows, heights, strict=True):
+        y = top
+        for line in text:
+            draw.text((_GAP, y), line, fill=_INK, font=font)
+            y += _FONT + 4
+        x = _GAP
+        for frame in row:
+            sheet.paste(frame, (x, y))
+            x += frame.width + _GAP
+        top += height
+    return np.asarray(sheet)
+
+
+def _frames(video: UInt8[np.ndarray, "T H W 3"], columns: int) -> list[Image.Image]:
+    """Returns evenly spaced frames of a clip at a size that can be seen."""
+    count, height, width, _ = video.shape
+    chosen = np.linspace(0, count - 1, min(columns, count)).round().astype(int)
+    size = (width, height)
+    method = Image.Resampling.NEAREST
+    if height < _LEAST:
+        factor = -(-_LEAST // height)
+        size = (width * factor, height * factor)
+    elif height > _MOST:
+        size = (max(1, round(width * _MOST / height)), _MOST)
+        method = Image.Resampling.LANCZOS
+    return [Image.fromarray(video[k]).resize(size, method) for k in chosen]
+
+
+def _wrapped(text: str, width: int, font) -> list[str]:
+    """Breaks a text into lines of at most `width` pixels."""
+    letters = max(12, int(width / font.getlength("n")))
+    return textwrap.wrap(text, letters)
+
+
+def write_png(path: str | Path, image: UInt8[np.ndarray, "h w 3"]) -> None:
+    """Writes a picture, RGB in [0, 255], as a PNG file that is whole or absent."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(Path(path), buffer.getvalue())

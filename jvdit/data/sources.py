@@ -1,0 +1,344 @@
+"""Random-access sources of clips: the world, record and TFDS data sets, arrays.
+
+A source knows the size of every clip before it reads one, which is all that a plan
+needs. What cannot be read comes back as a `BadClip`, in its place: a step has the
+clips that its plan says, on every host, whatever the disks hold.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jvdit.data.clips import BadClip, Clip, Ids, Source, make_index
+from jvdit.data.media import MediaError, probe
+from jvdit.data.order import fingerprint
+from jvdit.data.record_format import local_path
+from jvdit.data.records import RecordDataset
+from jvdit.data.windows import VideoWindows
+from jvdit.data.world import World, captions
+
+__all__ = [
+    "ArraySource",
+    "BadClip",
+    "Clip",
+    "LatentSource",
+    "RecordSource",
+    "Source",
+    "TfdsSource",
+    "WorldSource",
+    "make_index",
+]
+
+
+class ArraySource:
+    """Clips that are in memory already, for what is small.
+
+    Args:
+      clips: Clips of pixels or of latents, as `Source.read` returns them.
+      text_length: Text tokens kept for each caption, one number or one a clip. None:
+        the length of `text_embeds`, or where there are none a bound from the number of
+        characters.
+    """
+
+    def __init__(
+        self,
+        clips: Sequence[Clip],
+        text_length: int | Sequence[int] | None = None,
+    ):
+        self._clips = list(clips)
+        arrays = [clip["mean" if "mean" in clip else "video"] for clip in clips]
+        sizes = np.array([x.shape[:3] for x in arrays]).reshape(-1, 3)
+        if text_length is None:
+            text_length = [
+                len(clip["text_embeds"])
+                if clip.get("text_embeds") is not None
+                else len(clip.get("caption", "")) + 2
+                for clip in clips
+            ]
+        self.index = make_index(
+            len(clips),
+            frames=sizes[:, 0],
+            height=sizes[:, 1],
+            width=sizes[:, 2],
+            fps=[clip["fps"] for clip in clips],
+            has_audio=[clip.get("audio") is not None for clip in clips],
+            text_length=text_length,
+        )
+        sums = [float(np.sum(x, dtype=np.float64)) for x in arrays]
+        told = [clip.get("caption", "") for clip in clips]
+        self.fingerprint = fingerprint("arrays", sizes.tolist(), sums, told)
+
+    def __len__(self) -> int:
+        return len(self._clips)
+
+    def read(self, ids: Ids) -> list[Clip | BadClip]:
+        """Returns clips in the order asked for; see `Source.read`."""
+        return [dict(self._clips[int(i)]) for i in ids]
+
+
+class WorldSource:
+    """Clips of the procedural world, rendered when they are read.
+
+    Args:
+      world: Split, size and rates.
+      num_clips: How many clips of the split, from the first.
+      audio: Whether to render the sound.
+    """
+
+    def __init__(self, world: World, num_clips: int, *, audio: bool = True):
+        self.world = world
+        self._audio = audio
+        self.index = make_index(
+            num_clips,
+            frames=world.frames,
+            height=world.height,
+            width=world.width,
+            fps=world.fps,
+            has_audio=audio,
+        )
+        self.fingerprint = fingerprint("world", repr(world), num_clips, audio)
+
+    def __len__(self) -> int:
+        return len(self.index["frames"])
+
+    def read(self, ids: Ids) -> list[Clip | BadClip]:
+        """Returns clips in the order asked for, rendered together."""
+        which = np.asarray(ids, np.int64)
+        scenes = self.world.scenes(which)
+        motion = self.world.simulate(scenes)
+        video = self.world.render(scenes, motion)
+        told = captions(scenes)
+        audio: Any = [None] * len(ids)
+        if self._audio:
+            audio = self.world.synthesize(scenes, motion)
+        return [
+            {
+                "video": video[i],
+                "fps": float(self.world.fps),
+                "caption": told[i],
+                "audio": audio[i],
+                "audio_rate": self.world.audio_rate if self._audio else 0,
+            }
+            for i in range(len(ids))
+        ]
+
+
+class RecordSource(VideoWindows):
+    """Videos of a record data set.
+
+    Args:
+      path: The data set directory.
+      split: Which split.
+      frames: Frames of a clip. None: all that the video has.
+      height: Pixels; the video is scaled to cover the size and cropped. None: as is.
+      width: Pixels. None: as is.
+      fps: Frames per second of a clip. None: those of the video.
+      windows: "first": one clip a video, from its start; "all": as many clips, one
+        after another, as fit.
+      audio_rate: Hz of the sound; 0: none.
+      channels: Of the sound.
+
+    Raises:
+      ValueError: If the data set holds no videos, or none is long enough.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        split: str = "train",
+        *,
+        frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        fps: float | None = None,
+        windows: str = "first",
+        audio_rate: int = 0,
+        channels: int = 2,
+    ):
+        self._records = RecordDataset(path, split)
+        if self._records.features.get("video") != "bytes":
+            raise ValueError(
+                f"{path} holds {sorted(self._records.features)} and no encoded videos; "
+                "read latents with `LatentSource`."
+            )
+        super().__init__(
+            self._records.index,
+            frames=frames,
+            height=height,
+            width=width,
+            fps=fps,
+            windows=windows,
+            audio_rate=audio_rate,
+            channels=channels,
+        )
+        self.fingerprint = fingerprint(
+            "records", self._records.fingerprint, *self._settings
+        )
+
+    def _encoded(self, video: int) -> tuple[bytes, str]:
+        record = self._records[video]
+        return record["video"], record["caption"]
+
+
+class TfdsSource(VideoWindows):
+    """Encoded videos of any TFDS data set that can be read at random.
+
+    The data set is read once to learn its sizes; videos that cannot be probed are
+    left out and listed in `rejects`.
+
+    Args:
+      name: Name of a data set, such as "clips:1.0.0", or its directory.
+      split: Which split.
+      data_dir: Where data sets lie, if `name` is a name.
+      video: Feature that holds the bytes of a video file.
+      caption: Feature that holds the caption. None: captions are empty.
+      **kwargs: `frames`, `height`, `width`, `fps`, `windows`, `audio_rate` and
+        `channels`, as for `RecordSource`.
+
+    Attributes:
+      rejects: (example, reason) of what was left out.
+
+    Raises:
+      ValueError: If there is no such feature, or no video can be read.
+    """
+
+    def __init__(
+        self,
+        name: str | Path,
+        split: str = "train",
+        *,
+        data_dir: str | Path | None = None,
+        video: str = "video",
+        caption: str | None = "caption",
+        **kwargs: Any,
+    ):
+        self._examples, identity = _open_tfds(name, split, data_dir)
+        self._features = (video, caption)
+        self.rejects: list[tuple[int, str]] = []
+        rows = []
+        for i in range(len(self._examples)):
+            try:
+                data, _ = self._example(i)
+                info = probe(data, scan=True)
+            except MediaError as error:
+                self.rejects.append((i, str(error)))
+                continue
+            size = (info.frames, info.height, info.width, info.fps, info.has_audio)
+            rows.append((i, *size))
+        if not rows:
+            raise ValueError(
+                f"None of the {len(self._examples)} examples of {name} is a video; the "
+                f"first: {self.rejects[:1]}."
+            )
+        names = ("example", "frames", "height", "width", "fps", "has_audio")
+        columns: dict[str, np.ndarray] = {
+            name: np.array(column)
+            for name, column in zip(names, zip(*rows, strict=True), strict=True)
+        }
+        self._kept = columns.pop("example")
+        options: dict[str, Any] = dict.fromkeys(("frames", "height", "width", "fps"))
+        options |= {"windows": "first", "audio_rate": 0, "channels": 2}
+        super().__init__(columns, **(options | kwargs))
+        self.fingerprint = fingerprint(
+            "tfds", identity, rows, video, caption, *self._settings
+        )
+
+    def _example(self, i: int) -> tuple[bytes, str]:
+        example = self._examples[i]
+        video, caption = self._features
+        for feature in filter(None, self._features):
+            if feature not in example:
+                raise ValueError(
+                    f"The examples have no feature {feature!r}; they have: "
+                    f"{', '.join(sorted(example))}."
+                )
+        text = "" if caption is None else example[caption]
+        text = text.decode() if isinstance(text, bytes) else str(text)
+        return bytes(example[video]), text
+
+    def _encoded(self, video: int) -> tuple[bytes, str]:
+        return self._example(int(self._kept[video]))
+
+
+def _open_tfds(
+    name: str | Path, split: str, data_dir: str | Path | None
+) -> tuple[Any, list[Any]]:
+    """Returns a TFDS data source and what identifies it."""
+    import tensorflow_datasets as tfds  # slow to import, and used by few
+
+    path = local_path(name)
+    if path.is_dir():
+        builder: Any = tfds.builder_from_directory(path)
+    else:
+        place = None if data_dir is None else str(local_path(data_dir))
+        builder = tfds.builder(str(name), data_dir=place)
+    info = builder.info.splits[split]
+    identity = [builder.info.full_name, split, info.num_examples, info.num_bytes]
+    return builder.as_data_source(split=split), identity
+
+
+class LatentSource:
+    """Latents (and text states) of a record data set.
+
+    Args:
+      path: The data set directory.
+      split: Which split.
+      max_text: Most text tokens kept for a caption that has no stored states.
+
+    Attributes:
+      settings: What made the latents: the VAE, its normalisation and so on.
+
+    Raises:
+      ValueError: If the data set holds no latents.
+    """
+
+    def __init__(self, path: str | Path, split: str = "train", *, max_text: int = 512):
+        self._records = RecordDataset(path, split)
+        features, index = self._records.features, self._records.index
+        if "mean" not in features:
+            raise ValueError(
+                f"{path} holds {sorted(features)} and no latents; encode it first, or "
+                "read its videos with `RecordSource`."
+            )
+        self.settings = self._records.settings
+        text = index["text_length"]
+        if not text.all():
+            # No tokenizer makes more tokens of a caption than it has characters, but
+            # for what its vocabulary lacks; that is cut off.
+            bound = np.minimum(index["caption_length"] + 2, max_text)
+            text = np.where(text > 0, text, bound)
+        columns = ("frames", "height", "width", "fps", "has_audio")
+        self.index = make_index(
+            len(self._records),
+            text_length=text,
+            **{name: index[name] for name in columns},
+        )
+        self.fingerprint = fingerprint("latents", self._records.fingerprint, max_text)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def read(self, ids: Ids) -> list[Clip | BadClip]:
+        """Returns clips in the order asked for; see `Source.read`."""
+        return [self._read_one(int(i)) for i in ids]
+
+    def captions(self, ids: Ids) -> list[str]:
+        """Returns the captions of clips, leaving out those that cannot be read."""
+        clips = self.read(ids)
+        return [clip["caption"] for clip in clips if not isinstance(clip, BadClip)]
+
+    def _read_one(self, i: int) -> Clip | BadClip:
+        try:
+            record = self._records[i]
+        except Exception as error:  # a damaged record raises anything
+            return BadClip(f"{type(error).__name__}: {error}")
+        clip = {name: record[name] for name in ("caption", "fps", "has_audio")}
+        for name in ("mean", "logvar", "text_embeds"):
+            if name in record:
+                clip[name] = np.asarray(record[name], np.float32)
+        size = tuple(int(self.index[name][i]) for name in ("frames", "height", "width"))
+        if clip["mean"].shape[:3] != size:
+            return BadClip(f"latents of {clip['mean'].shape}, indexed as {size}")
+        return clip

@@ -1,0 +1,213 @@
+"""Work in child processes that may crash or hang, its results in order.
+
+A decoder is native code that is fed what strangers made. Each worker is a process
+of its own with a deadline for its next result; one that dies or hangs costs the item
+it had, and is replaced. Workers die with the process that started them, however it
+ends, and leave no core files.
+"""
+
+import collections
+import ctypes
+import dataclasses
+import itertools
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Generator, Iterable
+from multiprocessing import connection
+from typing import Any
+
+_READY, _RESULT, _END, _ERROR = "ready", "result", "end", "error"
+_START_SECONDS = 300.0  # to import the libraries, on a busy machine
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_BUFFERED = 32  # results of one item that may wait for the items before it
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """Something that came of an item.
+
+    Attributes:
+      item: The item.
+      kind: "result" (any number of them), and then once "end", "error" (the work
+        raised; value: the traceback), "crash" (value: how the process ended) or
+        "timeout" (value: the seconds).
+      value: See `kind`.
+    """
+
+    item: Any
+    kind: str
+    value: Any = None
+
+
+def supervise(
+    work: Callable[[Any], Iterable[Any]],
+    items: Iterable[Any],
+    *,
+    workers: int,
+    timeout: float | int,
+) -> Generator[Event, None, None]:
+    """Runs `work` on items in parallel; yields what comes of each, in their order.
+
+    Args:
+      work: Function of a module (it is pickled by name) that yields the results of
+        an item.
+      items: The items; pickled, and taken as needed.
+      workers: Number of processes.
+      timeout: Seconds that a worker may take for each next result.
+
+    Yields:
+      The events of the first item, then those of the second, and so on.
+
+    Raises:
+      RuntimeError: If the workers cannot be started at all.
+    """
+    pool = [_Worker(work) for _ in range(max(1, workers))]
+    queue = enumerate(items)
+    ahead = 4 * len(pool)  # bounds what waits for a slow item
+    waiting: dict[int, collections.deque[Event]] = {}
+    head = 0  # the item whose events are being yielded
+    exhausted = False
+    try:
+        while True:
+            for worker in pool:
+                if worker.ready and worker.number is None and not exhausted:
+                    entry = next(queue, None) if len(waiting) < ahead else None
+                    if entry is not None:
+                        waiting[entry[0]] = collections.deque()
+                        worker.give(*entry, timeout)
+                    exhausted = exhausted or (entry is None and len(waiting) < ahead)
+            while head in waiting:
+                events = waiting[head]
+                ended = False
+                while events:
+                    event = events.popleft()
+                    ended = event.kind != _RESULT
+                    yield event
+                if not ended:
+                    break
+                del waiting[head]
+                head += 1
+            if exhausted and not waiting:
+                return
+            _collect(pool, waiting, head, work, timeout)
+    finally:
+        for worker in pool:
+            worker.kill()
+
+
+def _collect(pool, waiting, head, work, timeout) -> None:
+    """Waits for messages, deaths and deadlines, and puts them into `waiting`."""
+    # A worker far ahead of the head is left unread: its pipe fills and it waits.
+    heard = [
+        w
+        for w in pool
+        if w.number in (None, head) or len(waiting[w.number]) < _BUFFERED
+    ]
+    for worker in pool:
+        if worker not in heard:
+            worker.deadline = time.monotonic() + timeout
+    patience = min(w.deadline for w in heard) - time.monotonic()
+    ready = connection.wait([w.pipe for w in heard], max(0.0, min(patience, 1.0)))
+    for k, worker in enumerate(pool):
+        event = None
+        if worker.pipe in ready:
+            event = worker.receive(timeout)
+        elif worker in heard and time.monotonic() > worker.deadline:
+            event = worker.expire(timeout)
+        if event is None:
+            continue
+        number, event = event
+        waiting[number].append(event)
+        if event.kind in ("crash", "timeout"):
+            worker.kill()
+            pool[k] = _Worker(work)
+
+
+class _Worker:
+    """A child process, the pipe to it, and what it is doing."""
+
+    def __init__(self, work: Callable[[Any], Iterable[Any]]):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(
+            target=_serve, args=(theirs, work, os.getpid()), daemon=True
+        )
+        self.process.start()
+        theirs.close()
+        self.ready, self.number, self.item = False, None, None
+        self.deadline = time.monotonic() + _START_SECONDS
+
+    def give(self, number: int, item: Any, timeout: float | int) -> None:
+        """Sends an item to work on."""
+        self.number, self.item = number, item
+        self.deadline = time.monotonic() + timeout
+        try:
+            self.pipe.send(item)
+        except OSError:  # it died idle; `receive` sees that
+            pass
+
+    def receive(self, timeout: float | int) -> tuple[int, Event] | None:
+        """Returns what came through the pipe, and for which item."""
+        try:
+            kind, value = self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join(5)
+            how = _ending(self.process.exitcode)
+            if self.number is None:
+                raise RuntimeError(f"A worker could not start: {how}.") from None
+            return self.number, Event(self.item, "crash", how)
+        if kind == _READY:
+            self.ready, self.deadline = True, float("inf")
+            return None
+        assert self.number is not None, "a worker says nothing unasked"
+        number, event = self.number, Event(self.item, kind, value)
+        self.deadline = time.monotonic() + timeout
+        if kind != _RESULT:
+            self.number, self.item, self.deadline = None, None, float("inf")
+        return number, event
+
+    def expire(self, timeout: float | int) -> tuple[int, Event]:
+        """Returns the event of a deadline that has passed."""
+        if self.number is None:
+            raise RuntimeError(f"A worker did not start within {_START_SECONDS} s.")
+        return self.number, Event(self.item, "timeout", f"{timeout:g} s")
+
+    def kill(self) -> None:
+        """Ends the process, whatever it is doing."""
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+
+def _ending(code: int | None) -> str:
+    """Says how a process ended."""
+    if code is not None and code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return f"exit status {code}"
+
+
+def _serve(pipe, work: Callable[[Any], Iterable[Any]], parent: int) -> None:
+    """Works on items until the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before it could be watched
+            return
+    pipe.send((_READY, None))
+    for _ in itertools.count():
+        try:
+            item = pipe.recv()
+        except EOFError:
+            return
+        try:
+            for result in work(item):
+                pipe.send((_RESULT, result))
+            pipe.send((_END, None))
+        except Exception:
+            pipe.send((_ERROR, traceback.format_exc(limit=-4)))

@@ -1,0 +1,278 @@
+"""Captions to token ids and back: sentencepiece, with the conventions of T5."""
+
+import hashlib
+import io
+import os
+import re
+import tempfile
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+
+# T5 numbers its special pieces so; pad is 0, which is also how batches are filled.
+PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
+BYTE_PIECES = 256
+_LONGEST_PART = 16  # characters of a piece that is no whole word
+_TRAINING = {
+    "model_type": "unigram",
+    "hard_vocab_limit": False,  # else a small corpus is refused
+    "normalization_rule_name": "nmt_nfkc",
+    "character_coverage": 0.9995,
+    "pad_id": PAD_ID,
+    "eos_id": EOS_ID,
+    "unk_id": UNK_ID,
+    "bos_id": -1,
+    "pad_piece": "<pad>",
+    "eos_piece": "</s>",
+    "unk_piece": "<unk>",
+    "num_threads": 1,  # sums of floats depend on how sentences are dealt out
+    "max_sentence_length": 1 << 20,  # bytes; longer ones are silently left out
+    "minloglevel": 2,
+}
+_BYTE_FALLBACK = ("bytes", "unk")
+
+
+class Tokenizer:
+    """A sentencepiece model read as T5 reads it.
+
+    Ids are those of transformers' `T5Tokenizer` on the same model file. The two
+    disagree in two places, and the arguments choose a side in each.
+
+    Args:
+      model: Path of a sentencepiece model file, or its bytes.
+      byte_fallback: What a run of characters outside the vocabulary becomes in a
+        model that has byte pieces: "bytes" (the pieces, lossless; sentencepiece) or
+        "unk" (one unknown id for the whole run; transformers). Without byte pieces
+        it is always one unknown id.
+      parse_special: Whether a literal "</s>", "<pad>", "<unk>" or "<extra_id_3>" in
+        a caption is that special token (transformers) or plain text. A caption is
+        foreign data, so it is plain text unless asked for otherwise.
+      extra_ids: Number of `<extra_id_…>` tokens which T5 appends to the vocabulary of
+        the file, counted down from its end. Only text that is parsed can reach them.
+
+    Attributes:
+      fingerprint: Hash of the model and of the choices above; part of the key of
+        anything computed from the ids.
+
+    Raises:
+      ValueError: If the file is no sentencepiece model, its special ids are not
+        T5's, or `byte_fallback` is unknown.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | bytes,
+        byte_fallback: str = "bytes",
+        *,
+        parse_special: bool = False,
+        extra_ids: int = 0,
+    ):
+        if byte_fallback not in _BYTE_FALLBACK:
+            raise ValueError(
+                f"`byte_fallback` (={byte_fallback!r}) must be in {_BYTE_FALLBACK}."
+            )
+        where = f"{len(model)} bytes" if isinstance(model, bytes) else str(model)
+        data = model if isinstance(model, bytes) else Path(model).read_bytes()
+        self._processor = processor = sentencepiece.SentencePieceProcessor()
+        try:
+            processor.LoadFromSerializedProto(data)
+        except RuntimeError as error:
+            raise ValueError(f"{where} is no sentencepiece model: {error}") from error
+        found = (processor.pad_id(), processor.eos_id(), processor.unk_id())
+        if found != (PAD_ID, EOS_ID, UNK_ID):
+            raise ValueError(
+                f"The model ({where}) has (pad, eos, unk) ids {found} and T5 has "
+                f"{(PAD_ID, EOS_ID, UNK_ID)}; train it with `train_tokenizer`."
+            )
+        self._pieces = processor.vocab_size()
+        self.vocab_size = self._pieces + extra_ids
+        self.byte_fallback = byte_fallback
+        self._bytes = frozenset(i for i in range(self._pieces) if processor.IsByte(i))
+        self._special = _special_tokens(self.vocab_size, extra_ids)
+        self._pattern: re.Pattern | None = None
+        if parse_special:
+            names = sorted(self._special, key=len, reverse=True)
+            self._pattern = re.compile(f"({'|'.join(map(re.escape, names))})")
+        choices = f"{byte_fallback} {parse_special} {extra_ids}".encode()
+        self.fingerprint = hashlib.blake2b(data + choices, digest_size=16).hexdigest()
+
+    @property
+    def model(self) -> bytes:
+        """The sentencepiece model: what to write to a file to have it again."""
+        return self._processor.serialized_model_proto()
+
+    @property
+    def pad_id(self) -> int:
+        """Id of what fills a row of ids."""
+        return PAD_ID
+
+    @property
+    def eos_id(self) -> int:
+        """Id that ends every caption."""
+        return EOS_ID
+
+    @property
+    def unk_id(self) -> int:
+        """Id of what the vocabulary lacks."""
+        return UNK_ID
+
+    def encode(self, text: str, max_length: int | None = None) -> list[int]:
+        """Returns the ids of a caption, ending in `eos_id`, without padding.
+
+        Args:
+          text: Any text; the empty one is `[eos_id]`.
+          max_length: Most ids to return, the ending one included; what is beyond is
+            cut off. None: all.
+
+        Raises:
+          ValueError: If `max_length` leaves no room for the ending id.
+        """
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"`max_length` (={max_length}) must be at least 1.")
+        ids = []
+        for part in [text] if self._pattern is None else self._pattern.split(text):
+            if self._pattern is not None and part in self._special:
+                ids.append(self._special[part])
+            else:
+                ids += self._encode_plain(part)
+        if max_length is not None:
+            ids = ids[: max_length - 1]
+        return [*ids, EOS_ID]
+
+    def _encode_plain(self, text: str) -> list[int]:
+        ids = self._processor.EncodeAsIds(text)
+        if self.byte_fallback == "bytes" or not self._bytes:
+            return ids
+        fused: list[int] = []
+        in_run = False
+        for i in ids:
+            is_byte = i in self._bytes
+            if not is_byte:
+                fused.append(i)
+            elif not in_run:
+                fused.append(UNK_ID)
+            in_run = is_byte
+        return fused
+
+    def decode(self, ids: Iterable[int | np.integer]) -> str:
+        """Returns the text of ids up to the first `eos_id`; padding says nothing."""
+        kept = []
+        for i in map(int, ids):
+            if i == EOS_ID:
+                break
+            if not 0 <= i < self.vocab_size:
+                raise ValueError(
+                    f"Id {i} is not in the vocabulary (`vocab_size` = "
+                    f"{self.vocab_size}); was it made by another tokenizer?"
+                )
+            if i != PAD_ID and i < self._pieces:
+                kept.append(i)
+        return self._processor.DecodeIds(kept)
+
+
+def _special_tokens(vocab_size: int, extra_ids: int) -> dict[str, int]:
+    special = {"</s>": EOS_ID, "<pad>": PAD_ID, "<unk>": UNK_ID}
+    return special | {f"<extra_id_{i}>": vocab_size - 1 - i for i in range(extra_ids)}
+
+
+def train_tokenizer(
+    captions: Iterable[str],
+    vocab_size: int,
+    path: str | Path | None = None,
+    *,
+    byte_fallback: bool = True,
+) -> bytes:
+    """Trains a unigram model with T5's special ids; the same bytes every time.
+
+    Args:
+      captions: The text to learn from, one caption at a time.
+      vocab_size: Most pieces to keep: 3 special ones, 256 bytes if `byte_fallback`,
+        and the rest learned. A small corpus gives fewer; the model says how many.
+      path: Where to write the model as well.
+      byte_fallback: Whether what the vocabulary lacks is spelled in bytes.
+
+    Returns:
+      The bytes of the model, which `Tokenizer` takes.
+
+    Raises:
+      ValueError: If there is no text, or `vocab_size` has no room for the characters.
+    """
+    reserved = 3 + BYTE_PIECES * byte_fallback
+    if vocab_size <= reserved:
+        raise ValueError(
+            f"`vocab_size` (={vocab_size}) must exceed the {reserved} pieces that are "
+            f"reserved; try {2 * reserved}."
+        )
+    texts = [caption for caption in captions if caption.strip()]
+    if not texts:
+        raise ValueError("`captions` holds no text to train a tokenizer on.")
+    model = io.BytesIO()
+    with tempfile.NamedTemporaryFile("w", suffix=".tsv", encoding="utf-8") as seeds:
+        options = {}
+        if pieces := _seed_pieces(texts, vocab_size - reserved):
+            seeds.write("".join(f"{piece}\t{count}\n" for piece, count in pieces))
+            seeds.flush()
+            options["seed_sentencepieces_file"] = seeds.name
+        try:
+            sentencepiece.SentencePieceTrainer.Train(
+                sentence_iterator=iter(texts),
+                model_writer=model,
+                vocab_size=vocab_size,
+                byte_fallback=byte_fallback,
+                **_TRAINING,
+                **options,
+            )
+        except RuntimeError as error:
+            raise ValueError(
+                f"No tokenizer of `vocab_size` (={vocab_size}) from {len(texts)} "
+                f"captions: {error}. If it is smaller than the number of characters, "
+                "raise it."
+            ) from error
+    messages: Any = sentencepiece_model_pb2  # made when imported
+    proto = messages.ModelProto.FromString(model.getvalue())
+    proto.trainer_spec.ClearField("seed_sentencepieces_file")  # its name is a chance
+    data = proto.SerializeToString(deterministic=True)
+    if path is not None:
+        _write_whole(Path(path), data)
+    return data
+
+
+def _seed_pieces(texts: list[str], room: int) -> list[tuple[str, int]]:
+    """Returns what to learn pieces from, where the vocabulary can hold every word.
+
+    Left to itself, sentencepiece considers the substrings that several different words
+    share. A language of a hundred words has few of them, and its words, however
+    frequent, are spelled out in letters: twice as many tokens as they are.
+    """
+    words: Counter[str] = Counter()
+    for text in texts:
+        words.update("▁" + w for w in unicodedata.normalize("NFKC", text).split())
+        if len(words) > room:
+            return []
+    counts, kinds = Counter(words), Counter(words.keys())
+    for word, count in words.items():
+        ends = range(1, len(word) + 1)
+        parts = {word[i:j] for j in ends for i in range(max(0, j - _LONGEST_PART), j)}
+        for part in parts - {word}:
+            counts[part] += count
+            kinds[part] += 1
+    shared = ((n, p) for p, n in counts.items() if kinds[p] > 1 or p in words)
+    # Words are wanted without the comma that follows them, too.
+    bare = {m[0] for word in words for m in re.finditer(r"▁?\w+", word)} - words.keys()
+    alone = ((counts[p], p) for p in bare if kinds[p] == 1)
+    ordered = sorted([*shared, *alone], key=lambda x: (-x[0], x[1]))
+    return [(piece, count) for count, piece in ordered]
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """Writes a file that is never seen half written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)

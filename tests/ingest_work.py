@@ -1,0 +1,39 @@
+"""What children of the supervisor are made to do in tests."""
+
+import os
+import signal
+import time
+
+from jvdit.data.ingest_file import prepare_file
+
+
+def slow(job):
+    """Prepares a file, but takes its time."""
+    time.sleep(0.15)
+    yield from prepare_file(job)
+
+
+def nasty(job):
+    """Dies, hangs or raises if the name of the file says so."""
+    misbehave(job.item.key)
+    yield from prepare_file(job)
+
+
+def count(number):
+    """Yields as many results as the number says, the larger ones slowly."""
+    for k in range(abs(number)):
+        time.sleep(0.02 if number > 3 else 0)
+        yield number, k
+    if number < 0:
+        misbehave({-1: "segv", -2: "hang", -3: "raise"}[number])
+
+
+def misbehave(name):
+    if "segv" in name:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if "leave" in name:
+        os._exit(3)
+    if "hang" in name:
+        time.sleep(1000)
+    if "raise" in name:
+        raise RuntimeError("an unforeseen failure")

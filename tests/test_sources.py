@@ -1,0 +1,205 @@
+"""Sources return what their index promises, or say why not."""
+
+import io
+import pickle
+
+import numpy as np
+import pytest
+
+from jvdit.data.clips import BadClip, Source, make_index
+from jvdit.data.media import encode_clip
+from jvdit.data.records import CLIP_FEATURES, RecordWriter, latent_features
+from jvdit.data.sources import (
+    ArraySource,
+    LatentSource,
+    RecordSource,
+    TfdsSource,
+    WorldSource,
+)
+from jvdit.data.world import World
+
+
+def assert_keeps_its_word(source, kind, last=None):
+    """Checks a source against the protocol: sizes, order, repetition, pickling."""
+    assert isinstance(source, Source) and len(source.fingerprint) == 32
+    assert {len(column) for column in source.index.values()} == {len(source)}
+    last = len(source) - 1 if last is None else last
+    ids = [last, 0, last]
+    clips = source.read(ids)
+    for i, clip in zip(ids, clips, strict=True):
+        size = tuple(source.index[k][i] for k in ("frames", "height", "width"))
+        assert clip[kind].shape[:3] == size
+        assert clip["fps"] == pytest.approx(source.index["fps"][i])
+        assert isinstance(clip["caption"], str)
+    np.testing.assert_array_equal(clips[0][kind], clips[2][kind])
+    copy = pickle.loads(pickle.dumps(source))
+    np.testing.assert_array_equal(copy.read(ids)[1][kind], clips[1][kind])
+    assert copy.fingerprint == source.fingerprint
+    return clips
+
+
+def encode(i, frames, fps=8.0):
+    """Returns an mp4 whose frame k is a grey of 40 + 10 k + i."""
+    grey = (40 + 10 * np.arange(frames) + i).astype(np.uint8)
+    video = np.broadcast_to(grey[:, None, None, None], (frames, 32, 48, 3))
+    file = io.BytesIO()
+    encode_clip(file, np.ascontiguousarray(video), fps)
+    return file.getvalue()
+
+
+def make_example(i, frames, video=None):
+    example = {"key": f"clip-{i}", "video": video or encode(i, frames)}
+    example |= {"caption": f"grey {i}", "meta": "{}", "has_audio": False}
+    return example | {"frames": frames, "height": 32, "width": 48, "fps": 8.0}
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """Six videos of 4 to 14 frames; the last is no video at all."""
+    path = tmp_path_factory.mktemp("data") / "clips"
+    writer = RecordWriter(path, CLIP_FEATURES, shards={"train": 1})
+    examples = [make_example(i, 4 + 2 * i) for i in range(5)]
+    examples.append(make_example(5, 14, video=b"this is not a video" * 9))
+    writer.write_shard("train", 0, examples)
+    return writer.finish()
+
+
+def test_the_world_renders_what_is_asked_for():
+    world = World(frames=3, height=16, width=32)
+    source = WorldSource(world, 20)
+    first, *_ = assert_keeps_its_word(source, "video")
+    expected = world.clips(np.array([19]))
+    np.testing.assert_array_equal(first["video"], expected["video"][0])
+    np.testing.assert_array_equal(first["audio"], expected["audio"][0])
+    assert first["caption"] == expected["caption"][0]
+    assert WorldSource(world, 20, audio=False).read([3])[0]["audio"] is None
+    assert WorldSource(world, 21).fingerprint != source.fingerprint
+    with pytest.raises(ValueError, match="holds 0"):
+        WorldSource(world, 0)
+
+
+def test_arrays_are_a_source():
+    rng = np.random.default_rng(0)
+    clips = [
+        {"mean": rng.normal(size=(i + 1, 4, 2, 3)), "fps": 8.0, "caption": "x" * i}
+        for i in range(3)
+    ]
+    source = ArraySource(clips)
+    assert_keeps_its_word(source, "mean")
+    assert list(source.index["text_length"]) == [2, 3, 4]
+    assert list(ArraySource(clips, text_length=7).index["text_length"]) == [7] * 3
+    with pytest.raises(ValueError, match="text_len"):
+        make_index(2, frames=1, height=1, width=1, fps=1, text_len=3)
+
+
+def test_recorded_videos_are_decoded(records):
+    source = RecordSource(records)
+    assert len(source) == 6 and list(source.index["frames"]) == [4, 6, 8, 10, 12, 14]
+    assert_keeps_its_word(source, "video", last=4)
+    *_, bad = source.read(range(6))
+    assert isinstance(bad, BadClip) and "unreadable" in bad.reason
+    for i, clip in enumerate(source.read(range(5))):
+        assert clip["video"].shape == (4 + 2 * i, 32, 48, 3)
+        assert clip["caption"] == f"grey {i}" and clip["audio"] is None
+        grey = clip["video"].mean(axis=(1, 2, 3))
+        np.testing.assert_allclose(grey, 40 + 10 * np.arange(4 + 2 * i) + i, atol=3)
+
+
+def test_windows_cover_a_video_once(records):
+    source = RecordSource(records, frames=4, height=16, width=16, windows="all")
+    # 4, 6, 8, 10, 12 and 14 frames hold 1, 1, 2, 2, 3 and 3 windows of 4.
+    assert len(source) == 12 and source.left_out == 0
+    assert {clip["video"].shape for clip in source.read(range(9))} == {(4, 16, 16, 3)}
+    third = source.read(range(6, 9))  # the windows of video 4
+    grey = np.concatenate([clip["video"].mean(axis=(1, 2, 3)) for clip in third])
+    np.testing.assert_allclose(grey, 44 + 10 * np.arange(12), atol=3)
+    assert [type(clip) for clip in source.read(range(9, 12))] == [BadClip] * 3
+    first = RecordSource(records, frames=8)
+    assert len(first) == 4 and first.left_out == 2
+    assert len(RecordSource(records, frames=7)) == 4  # and 6 frames are not 7
+    # Half the frames a second: 4 of them last as long as 8 did.
+    slow = RecordSource(records, frames=4, fps=4.0)
+    assert len(slow) == 4 and set(slow.index["fps"]) == {4.0}
+    grey = slow.read([0])[0]["video"].mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(grey, 42 + 20 * np.arange(4), atol=3)
+    assert first.fingerprint != slow.fingerprint != source.fingerprint
+    with pytest.raises(ValueError, match=r"`frames` \(=99\).*14 frames"):
+        RecordSource(records, frames=99)
+    with pytest.raises(ValueError, match="'some'"):
+        RecordSource(records, windows="some")
+
+
+def test_tfds_data_sets_are_scanned(records, tmp_path):
+    writer = RecordWriter(tmp_path / "x", CLIP_FEATURES, shards={"train": 1})
+    examples = [make_example(i, 4, video=b"bad" if i == 0 else None) for i in range(3)]
+    writer.write_shard("train", 0, examples)
+    found = TfdsSource(writer.finish())
+    assert [clip["caption"] for clip in found.read([0, 1])] == ["grey 1", "grey 2"]
+    source = TfdsSource(records)
+    assert [i for i, _ in source.rejects] == [5] and "unreadable" in source.rejects[0][
+        1
+    ]
+    clips = assert_keeps_its_word(source, "video")
+    assert clips[1]["caption"] == "grey 0"
+    assert list(source.index["frames"]) == [4, 6, 8, 10, 12]
+    nameless = TfdsSource(records, caption=None, frames=8, height=16, width=16)
+    assert len(nameless) == 3 and nameless.read([0])[0]["caption"] == ""
+    with pytest.raises(ValueError, match="no feature 'film'.*video"):
+        TfdsSource(records, video="film")
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_latents_are_read_as_stored(tmp_path, text):
+    rng = np.random.default_rng(0)
+    features = latent_features("float16", text=text)
+    examples = []
+    for i in range(3):
+        size = (1 + i, 4, 6)
+        example = {name: rng.normal(size=(*size, 5)) for name in ("mean", "logvar")}
+        example = {k: v.astype(np.float16) for k, v in example.items()}
+        example |= dict(zip(("frames", "height", "width"), size, strict=True))
+        example |= {"key": str(i), "caption": "x" * (10 * i), "meta": "{}", "fps": 8.0}
+        example |= {"has_audio": False, "text_length": 0}
+        if text:
+            example["text_embeds"] = rng.normal(size=(i + 2, 7)).astype(np.float16)
+            example["text_length"] = i + 2
+        examples.append(example)
+    writer = RecordWriter(
+        tmp_path / "x", features, shards={"train": 1}, settings={"v": 1}
+    )
+    writer.write_shard("train", 0, examples)
+    source = LatentSource(writer.finish(), max_text=16)
+    assert_keeps_its_word(source, "mean")
+    assert source.settings == {"v": 1}
+    assert source.captions([1, 0]) == ["x" * 10, ""]
+    for example, clip in zip(examples, source.read(range(3)), strict=True):
+        for name in ("mean", "logvar", "text_embeds")[: 2 + text]:
+            assert clip[name].dtype == np.float32
+            np.testing.assert_array_equal(clip[name], example[name])
+    lengths = [2, 3, 4] if text else [2, 12, 16]
+    assert list(source.index["text_length"]) == lengths
+    with pytest.raises(ValueError, match="LatentSource"):
+        RecordSource(tmp_path / "x")
+
+
+def test_videos_are_no_latents(records):
+    with pytest.raises(ValueError, match="encode it first"):
+        LatentSource(records)
+
+
+def test_a_damaged_record_is_one_bad_clip(tmp_path):
+    features = latent_features("float32", text=False)
+    writer = RecordWriter(tmp_path / "x", features, shards={"train": 1})
+    example = {"caption": "", "meta": "", "fps": 8.0, "has_audio": False}
+    example |= {"frames": 8, "height": 32, "width": 32, "text_length": 0}
+    latents = np.random.default_rng(0).normal(size=(8, 32, 32, 4)).astype(np.float32)
+    example |= {"mean": latents, "logvar": latents}
+    writer.write_shard("train", 0, [example | {"key": str(i)} for i in range(3)])
+    path = writer.finish()
+    (file,) = path.glob("*array_record*")
+    data = bytearray(file.read_bytes())
+    middle = len(data) // 2  # within the second of three equal records
+    data[middle : middle + 64] = bytes(64)
+    file.write_bytes(data)
+    kinds = [type(clip) for clip in LatentSource(path).read(range(3))]
+    assert kinds == [dict, BadClip, dict]
