@@ -12,7 +12,7 @@ from jvdit import config as defaults
 def get_config():
     """Settings of the run."""
     config = defaults.vae("world")
-    config.steps = 5000
+    config.steps = 4000
     config.data.sources = (
         "world:train:9x32x32@8:1000000",
         "world:train:17x32x32@8:1000000",

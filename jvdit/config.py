@@ -76,7 +76,7 @@ def vae(variant: str = "world") -> ConfigDict:
         "latents_mean",
         "latents_std",
     )
-    config.loss = {"perceptual": 0.5, "kl": 3e-4, "temporal": 0.5}
+    config.loss = {"mse": 5.0, "perceptual": 0.5, "kl": 3e-4, "temporal": 0.5}
     config.data.batch_size = 8
     return config
 

@@ -8,17 +8,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
 
 from jvdit.sharding import parameter_shardings, replicated
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a checkpoint holds.
+    """Everything that a checkpoint holds; or a sharding in the place of each array.
 
     Attributes:
-        step: batches consumed. With the seed it decides data and randomness.
+        step: batches consumed, int32 like the other counts. With the seed it decides data and randomness.
         params: float32 master weights.
         ema: their exponential moving average: what samples and evaluations use.
         opt_state: of the optimizer.
@@ -26,12 +25,12 @@ class TrainState:
         skipped_in_a_row: the same, since the last step that was applied.
     """
 
-    step: Int[Array, ""]
+    step: Any
     params: Any
     ema: Any
     opt_state: Any
-    skipped: Int[Array, ""]
-    skipped_in_a_row: Int[Array, ""]
+    skipped: Any
+    skipped_in_a_row: Any
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,223 @@
+"""Attention over packed tokens, and rotary positions in three dimensions.
+
+`attention` is one function with several forms: the fastest differs by backend.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange, repeat
+from jaxtyping import Array, Bool, Float, Int
+
+IMPLEMENTATIONS = ("auto", "mapped", "xla", "cudnn")
+
+# Added to the score of a hidden key. Finite, so that a query that sees no key at all
+# has a finite gradient.
+HIDDEN = -1e30
+
+
+def attention(
+    q: Float[Array, "b n q k"],
+    k: Float[Array, "b s q k"],
+    v: Float[Array, "b s q k"],
+    q_segment: Int[Array, "b n"] | None = None,
+    kv_segment: Int[Array, "b s"] | None = None,
+    *,
+    implementation: str = "auto",
+) -> Float[Array, "b n q k"]:
+    """Softmax attention of each query to the keys of its own segment.
+
+    Scores are divided by the root of the head's channels; the softmax is float32. A
+    query that no key shares a segment with gets zeros.
+
+    Args:
+        q: queries; the heads are the third axis.
+        k: keys.
+        v: values.
+        q_segment: clip of each query. None: every query sees every key.
+        kv_segment: clip of each key; given exactly when `q_segment` is.
+        implementation: "mapped", one head of one row at a time, recomputed in the
+            backward pass (CPU); "xla", plain; "cudnn", GPU flash attention
+            in half precision; "auto", the best of them on this backend.
+
+    Raises:
+        ValueError: the form is unknown, or one segment is given without the other.
+    """
+    if (q_segment is None) != (kv_segment is None):
+        given = "kv_segment" if q_segment is None else "q_segment"
+        raise ValueError(f"`{given}` is given alone; give both segments or neither.")
+    if implementation not in IMPLEMENTATIONS:
+        known = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"`implementation` (={implementation!r}) must be in: {known}.")
+    if implementation == "auto":
+        implementation = _best_implementation(q)
+    segments = ()
+    if q_segment is not None and kv_segment is not None:
+        segments = (q_segment, kv_segment)
+    if implementation == "mapped":
+        out = _mapped(q, k, v, segments)
+    else:
+        mask = _visible(*segments)[:, None] if segments else None
+        out = jax.nn.dot_product_attention(
+            q, k, v, mask=mask, implementation=implementation
+        )
+    if segments and q_segment is not kv_segment:
+        seen = _visible(*segments).any(axis=-1)
+        out = jnp.where(seen[:, :, None, None], out, 0)
+    return out
+
+
+def _visible(q_segment: Array, kv_segment: Array) -> Bool[Array, "b n s"]:
+    return q_segment[:, :, None] == kv_segment[:, None, :]
+
+
+def _best_implementation(q: Array) -> str:
+    backend = jax.default_backend()
+    mesh = jax.sharding.get_abstract_mesh()
+    # A loop over rows and heads can't be divided over the devices of a mesh.
+    if backend == "cpu" and (mesh.empty or mesh.size == 1):
+        return "mapped"
+    # cuDNN's flash kernel takes half precision and heads of a multiple of 8 channels.
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    if backend == "gpu" and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
+        return "cudnn"
+    return "xla"
+
+
+def _mapped(q: Array, k: Array, v: Array, segments: tuple[Array, ...]) -> Array:
+    """One head of one row at a time: its scores stay in the processor's cache."""
+    scale = q.shape[-1] ** -0.5
+
+    @jax.checkpoint
+    def head(inputs: tuple[Array, ...]) -> Array:
+        q, k, v, *segment = inputs
+        scores = jnp.einsum(
+            "nk,sk->ns", q * scale, k, preferred_element_type=jnp.float32
+        )
+        if segment:
+            visible = segment[0][:, None] == segment[1][None, :]
+            scores = jnp.where(visible, scores, HIDDEN)
+        weights = jax.nn.softmax(scores, axis=-1)
+        return jnp.einsum("ns,sk->nk", weights.astype(v.dtype), v)
+
+    heads = [rearrange(x, "b n q k -> (b q) n k") for x in (q, k, v)]
+    spread = [repeat(x, "b n -> (b q) n", q=q.shape[2]) for x in segments]
+    out = jax.lax.map(head, (*heads, *spread))
+    return rearrange(out, "(b q) n k -> b n q k", q=q.shape[2])
+
+
+def wan_axes_dims(head_dim: int) -> tuple[int, int, int]:
+    """Wan's split of a head's channels over (t, y, x): 44, 42, 42 of 128.
+
+    Raises:
+        ValueError: the head has an odd number of channels.
+    """
+    if head_dim % 2:
+        raise ValueError(f"head dim (={head_dim}) must be even; try {head_dim + 1}.")
+    side = 2 * (head_dim // 6)
+    return head_dim - 2 * side, side, side
+
+
+def rope_tables(
+    position: Float[Array, "b n a"],
+    axes_dims: Sequence[int],
+    theta: float = 1e4,
+    scale: Sequence[float] | None = None,
+) -> tuple[Float[Array, "b n k"], Float[Array, "b n k"]]:
+    """Cosines and sines of the rotary angles, accurate at far positions too.
+
+    Channel pair i of an axis with d channels turns by `theta ** (-2 i / d)` radians
+    for each unit of position (arXiv:2104.09864, eq. 15). A float32 product would lose
+    `position * 6e-8` radians; here the error stays near 1e-6 up to positions of 1e5.
+
+    Args:
+        position: coordinates along each axis, in any unit.
+        axes_dims: channels given to each axis, even numbers.
+        theta: base of the wavelengths.
+        scale: multiplies the positions along each axis. Default: 1.
+
+    Returns:
+        For every channel the cosine of its pair's angle, and the sine: negative at the
+        first channel of a pair, as `rotate` takes it.
+
+    Raises:
+        ValueError: a number of channels is odd, or there isn't one for each axis.
+    """
+    if len(axes_dims) != position.shape[-1] or any(dim % 2 for dim in axes_dims):
+        raise ValueError(
+            f"`axes_dims` (={tuple(axes_dims)}) must be {position.shape[-1]} even "
+            "numbers, one for each axis of the positions."
+        )
+    scale = [1.0] * len(axes_dims) if scale is None else scale
+    turns = []
+    for axis, (dim, unit) in enumerate(zip(axes_dims, scale, strict=True)):
+        frequency = unit * theta ** (-np.arange(0, dim, 2) / dim) / (2 * np.pi)
+        turns.append(_turns(position[..., axis], frequency))
+    angle = 2 * np.pi * jnp.concatenate(turns, axis=-1)
+    # Both channels of a pair get its values by a product: XLA would fuse an indexed
+    # read, and the sinusoids with it, into every head of every layer.
+    pair = np.repeat(np.eye(angle.shape[-1], dtype=np.float32), 2, axis=1)
+    sign = np.tile(np.float32([-1, 1]), angle.shape[-1])
+    spread = partial(jnp.einsum, "bnp,pk->bnk", precision=jax.lax.Precision.HIGHEST)
+    return spread(jnp.cos(angle), pair), spread(jnp.sin(angle), pair * sign[None])
+
+
+def _turns(
+    position: Float[Array, "b n"], frequency: np.ndarray
+) -> Float[Array, "b n k"]:
+    """The fraction of a turn in `position * frequency`, within [-1, 1].
+
+    Both factors are cut into pieces of 12 bits, whose products float32 holds exactly;
+    whole turns are dropped from each product before they are added.
+    """
+    position = position.astype(jnp.float32)
+    high = jax.lax.reduce_precision(position, exponent_bits=8, mantissa_bits=11)
+    total = jnp.zeros((*position.shape, len(frequency)), jnp.float32)
+    for _ in range(3):
+        exponent = np.exp2(11 - np.floor(np.log2(np.abs(frequency) + 1e-300)))
+        piece = np.round(frequency * exponent) / exponent
+        frequency = frequency - piece
+        for part in (high, position - high):
+            product = part[..., None] * piece.astype(np.float32)[None, None]
+            total = total + (product - jnp.round(product))
+    return total - jnp.round(total)
+
+
+def rotate(
+    x: Float[Array, "b n q k"],
+    cos: Float[Array, "b n k"],
+    sin: Float[Array, "b n k"],
+) -> Float[Array, "b n q k"]:
+    """Turns each pair of neighbouring channels (2i, 2i + 1) of every head, in float32.
+
+    Args:
+        x: queries or keys.
+        cos: from `rope_tables`.
+        sin: from `rope_tables`, with alternating sign.
+    """
+    pairs = rearrange(x.astype(jnp.float32), "b n q (p c) -> b n q p c", c=2)
+    cos, sin = (rearrange(y, "b n (p c) -> b n 1 p c", c=2) for y in (cos, sin))
+    turned = pairs * cos + pairs[..., ::-1] * sin
+    return rearrange(turned, "b n q p c -> b n q (p c)").astype(x.dtype)
+
+
+def rope(
+    x: Float[Array, "b n q k"],
+    position: Float[Array, "b n a"],
+    axes_dims: Sequence[int],
+    theta: float = 1e4,
+) -> Float[Array, "b n q k"]:
+    """Rotary position embedding of queries or keys: `rotate` by `rope_tables`.
+
+    Raises:
+        ValueError: `axes_dims` don't sum to the head's channels.
+    """
+    if sum(axes_dims) != x.shape[-1]:
+        raise ValueError(
+            f"`axes_dims` (={tuple(axes_dims)}) must sum to the head's channels "
+            f"(={x.shape[-1]}); try {wan_axes_dims(x.shape[-1])}."
+        )
+    return rotate(x, *rope_tables(position, axes_dims, theta))

@@ -1,0 +1,450 @@
+"""The diffusion transformer: packed noisy tokens to velocity.
+
+Wan-shaped (arXiv:2503.20314): the released Wan 2.1 and 2.2 networks are rows of
+`VARIANTS`, and our own models differ from them in fields only.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from jvdit.models.attention import attention, rope_tables, rotate, wan_axes_dims
+from jvdit.models.layers import (
+    REMAT_POLICIES,
+    LayerNorm,
+    Mlp,
+    RMSNorm,
+    fusion_boundary,
+    layer_norm,
+    rematerialise,
+    timestep_embedding,
+)
+from jvdit.shapes import Text, Tokens
+from jvdit.sharding import constrain
+
+_WAN_14B = {
+    "width": 5120,
+    "depth": 40,
+    "num_heads": 40,
+    "ffn_width": 13824,
+    "in_channels": 64,
+    "out_channels": 64,
+    "text_width": 4096,
+}
+_WORLD = {"width": 256, "depth": 6, "num_heads": 4, "ffn_width": 1024}
+
+# Sizes by name: `DiT(**VARIANTS[name])`. Channels count a whole patch: Wan's 16 latent
+# channels in patches of 1 x 2 x 2 make 64. Rows without channels belong to our own
+# models, where the autoencoder and the text encoder decide them.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "wan2.1-t2v-1.3b": {
+        **_WAN_14B,
+        "width": 1536,
+        "depth": 30,
+        "num_heads": 12,
+        "ffn_width": 8960,
+    },
+    "wan2.1-t2v-14b": _WAN_14B,
+    "wan2.2-t2v-a14b": _WAN_14B,
+    "wan2.2-i2v-a14b": {**_WAN_14B, "in_channels": 144},
+    "wan2.2-ti2v-5b": {
+        **_WAN_14B,
+        "width": 3072,
+        "depth": 30,
+        "num_heads": 24,
+        "ffn_width": 14336,
+        "in_channels": 192,
+        "out_channels": 192,
+    },
+    "world-s": _WORLD,
+    "world-m": {**_WORLD, "depth": 8},
+    "tiny": {"width": 32, "depth": 2, "num_heads": 2, "ffn_width": 64},
+}
+
+_text_init = nn.initializers.normal(0.02)
+
+
+class Modulation(nn.Module):
+    """Shift, scale and gate rows for the tokens: AdaLN with a table (arXiv:2212.09748).
+
+    A learned table, one row for each use, is added to an embedding of the noise level.
+    That is done once for each distinct level; tokens then pick their level.
+
+    Attributes:
+        rows: how many vectors of `d` channels there are.
+    """
+
+    rows: int
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        embedding: Float[Array, "b g #r d"],
+        level: Int[Array, "b n"] | None,
+    ) -> list[Float[Array, "b #n d"]]:
+        """Spreads the rows over the tokens.
+
+        Args:
+            embedding: of each noise level, in float32.
+            level: index of each token's level. None: there is one level.
+        """
+        width = embedding.shape[-1]
+        table = self.param(
+            "table",
+            nn.initializers.normal(width**-0.5),
+            (self.rows, width),
+            self.param_dtype,
+        )
+        rows = embedding + table.astype(jnp.float32)[None, None]
+        if level is None:
+            return [rows[:, :, i] for i in range(self.rows)]
+        return [_pick(rows[:, :, i], level) for i in range(self.rows)]
+
+
+@jax.custom_jvp
+def _pick(row: Array, level: Array) -> Array:
+    """The vector of each token's level."""
+    return jnp.take_along_axis(row, level[:, :, None], axis=1)
+
+
+@_pick.defjvp
+def _pick_tangent(primals, tangents):
+    # The gradient of an indexed read is a scatter, which is slow. Written as a product
+    # with the one-hot levels, the gradient is a product as well.
+    row, level = primals
+    tangent = jnp.einsum(
+        "bng,bgd->bnd",
+        jax.nn.one_hot(level, row.shape[1]),
+        tangents[0],
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return _pick(row, level), tangent
+
+
+class Attention(nn.Module):
+    """Multi-head attention with RMS-normalised queries and keys.
+
+    Attributes:
+        num_heads: heads; they divide the channels of the input.
+        qk_norm: normalise queries and keys over all heads together.
+        implementation: form of `attention`.
+    """
+
+    num_heads: int
+    qk_norm: bool = True
+    eps: float = 1e-6
+    implementation: str = "auto"
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b n d"],
+        context: Float[Array, "b s d"],
+        segment: Int[Array, "b n"] | None,
+        context_segment: Int[Array, "b s"] | None,
+        rotation: tuple[Array, Array] | None = None,
+    ) -> Float[Array, "b n d"]:
+        """Lets the tokens of `x` attend to those of `context`.
+
+        Args:
+            x: tokens that ask.
+            context: tokens that answer; `x` itself in self-attention.
+            segment: clip of each asking token, or None.
+            context_segment: clip of each answering token, or None.
+            rotation: tables of `rope_tables` for queries and keys, or None.
+        """
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+        def linear(name: str) -> nn.Dense:
+            kernel_init = nn.initializers.xavier_uniform()
+            return nn.Dense(x.shape[-1], kernel_init=kernel_init, name=name, **kinds)
+
+        q, k, v = linear("query")(x), linear("key")(context), linear("value")(context)
+        if self.qk_norm:
+            q = RMSNorm(self.eps, name="query_norm", **kinds)(q)
+            k = RMSNorm(self.eps, name="key_norm", **kinds)(k)
+        q, k, v = (
+            rearrange(y, "b n (q k) -> b n q k", q=self.num_heads) for y in (q, k, v)
+        )
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        out = attention(
+            q, k, v, segment, context_segment, implementation=self.implementation
+        )
+        return linear("out")(rearrange(out, "b n q k -> b n (q k)"))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to the text, and an MLP, each a residual.
+
+    Attributes: as in `DiT`.
+    """
+
+    num_heads: int
+    ffn_width: int
+    qk_norm: bool = True
+    cross_norm: bool = True
+    eps: float = 1e-6
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+    attention_implementation: str = "auto"
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b n d"],
+        text: Float[Array, "b s d"],
+        embedding: Float[Array, "b g 6 d"],
+        level: Int[Array, "b n"] | None,
+        segment: Int[Array, "b n"] | None,
+        text_segment: Int[Array, "b s"] | None,
+        rotation: tuple[Array, Array],
+    ) -> Float[Array, "b n d"]:
+        """Updates the tokens; norms, modulation and residual sums are float32."""
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        heads = (self.num_heads, self.qk_norm, self.eps, self.attention_implementation)
+        modulation = Modulation(6, self.param_dtype, name="modulation")
+        rows = modulation(embedding, level)
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = rows
+        text_by = (None, None) if text_segment is None else (segment, text_segment)
+
+        y = modulate(x, shift, scale, self.eps).astype(self.dtype)
+        y = Attention(*heads, name="self_attention", **kinds)(
+            y, y, segment, segment, rotation
+        )
+        x = (x + y * gate).astype(self.dtype)
+
+        y = LayerNorm(self.eps, name="cross_norm")(x) if self.cross_norm else x
+        y = Attention(*heads, name="cross_attention", **kinds)(
+            y.astype(self.dtype), text, *text_by
+        )
+        x = x + y
+
+        y = modulate(x, mlp_shift, mlp_scale, self.eps).astype(self.dtype)
+        y = Mlp(self.ffn_width, x.shape[-1], name="mlp", **kinds)(y)
+        x = (x + y * mlp_gate).astype(self.dtype)
+        return constrain(x, "batch", "tokens", None)
+
+
+class _ScanBlock(Block):
+    """A block as the body of `nn.scan`: its carry is the tokens."""
+
+    @nn.compact
+    def __call__(self, x, *context):
+        return super().__call__(x, *context), None
+
+
+def modulate(
+    x: Float[Array, "b n d"],
+    shift: Float[Array, "b #n d"],
+    scale: Float[Array, "b #n d"],
+    eps: float,
+) -> Float[Array, "b n d"]:
+    """Layer norm whose scale and shift come from the noise level, in float32."""
+    return layer_norm(x, eps) * (1 + scale) + shift
+
+
+class DiT(nn.Module):
+    """Predicts the velocity of noisy latent tokens, given text.
+
+    A new network predicts zero: the last layer starts at zero.
+
+    Attributes:
+        width: channels of a token inside the network.
+        depth: number of blocks.
+        num_heads: attention heads.
+        ffn_width: hidden channels of the MLPs.
+        in_channels: channels of an input token: a whole patch, ordered (pt ph pw c).
+        out_channels: channels of an output token, in the same order.
+        text_width: channels of the text states.
+        freq_dim: sinusoids of the noise level.
+        qk_norm: RMS-normalise queries and keys over all heads together.
+        cross_norm: affine layer norm before the cross-attention.
+        eps: of every norm.
+        rope_dims: channels of a head that turn with (t, y, x). None: Wan's split.
+        rope_theta: base of the rotary wavelengths.
+        position_scale: multiplies the positions (t, y, x) before RoPE: with t in
+            seconds, rotary units of time in each second.
+        time_scale: multiplies the noise level, in [0, 1], before its sinusoids.
+        dtype: type of the computation; norms, softmax and modulation stay float32.
+        param_dtype: type of the parameters.
+        remat: what the backward pass recomputes: "none", "full" (whole blocks) or
+            "dots" (all but matrix products).
+        scan_layers: stack the parameters of the blocks on a leading axis and loop over
+            it: compiles once for all blocks. Unrolled is faster on CPU.
+        attention_implementation: form of `attention`.
+    """
+
+    width: int
+    depth: int
+    num_heads: int
+    ffn_width: int
+    in_channels: int
+    out_channels: int
+    text_width: int
+    freq_dim: int = 256
+    qk_norm: bool = True
+    cross_norm: bool = True
+    eps: float = 1e-6
+    rope_dims: Sequence[int] | None = None
+    rope_theta: float = 1e4
+    position_scale: Sequence[float] = (1.0, 1.0, 1.0)
+    time_scale: float = 1000.0
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+    remat: str = "none"
+    scan_layers: bool = False
+    attention_implementation: str = "auto"
+
+    @nn.compact
+    def __call__(
+        self, tokens: Tokens, t: Float[Array, "b g"], text: Text
+    ) -> Float[Array, "b n o"]:
+        """Predicts the velocity dx/dt of every token.
+
+        Args:
+            tokens: noisy latents with their positions, segments and levels.
+            t: noise levels of each row: 0 is data, 1 is noise.
+            text: text states; tokens attend to those of their own segment.
+
+        Returns:
+            Velocity in float32. Padding tokens have values without meaning.
+
+        Raises:
+            ValueError: a field or an argument doesn't fit the others.
+        """
+        self._check(tokens, t)
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+        x = nn.Dense(
+            self.width,
+            kernel_init=nn.initializers.xavier_uniform(),
+            name="patch_embed",
+            **kinds,
+        )(tokens.latents.astype(self.dtype))
+        x = constrain(x, "batch", "tokens", None)
+        states = Mlp(
+            self.width, self.width, kernel_init=_text_init, name="text_embed", **kinds
+        )(text.embeds.astype(self.dtype))
+        time, rows = self._time_embedding(t)
+
+        level = tokens.level if t.shape[1] > 1 else None
+        segment = tokens.segment
+        if segment is None and text.segment is not None:
+            segment = jnp.ones(tokens.position.shape[:2], jnp.int32)
+        rotation = rope_tables(
+            tokens.position, self._rope_dims, self.rope_theta, self.position_scale
+        )
+        x = self._blocks(x, states, rows, level, segment, text.segment, rotation)
+
+        head = Modulation(2, self.param_dtype, name="head_modulation")
+        shift, scale = head(time[:, :, None], level)
+        x = modulate(x, shift, scale, self.eps).astype(self.dtype)
+        x = nn.Dense(
+            self.out_channels, kernel_init=nn.initializers.zeros, name="head", **kinds
+        )(x)
+        return constrain(x.astype(jnp.float32), "batch", "tokens", None)
+
+    def _time_embedding(self, t: Array) -> tuple[Array, Array]:
+        """Embeds the noise levels: one vector each, and six rows for the blocks."""
+        kinds = {"dtype": jnp.float32, "param_dtype": self.param_dtype}
+        x = timestep_embedding(t * self.time_scale, self.freq_dim)
+        x = Mlp(
+            self.width, self.width, nn.silu, _text_init, name="time_embed", **kinds
+        )(x)
+        rows = nn.Dense(
+            6 * self.width,
+            kernel_init=nn.initializers.xavier_uniform(),
+            name="time_proj",
+            **kinds,
+        )(nn.silu(x))
+        return x, rearrange(rows, "b g (r d) -> b g r d", r=6)
+
+    def _blocks(self, x: Array, *context) -> Array:
+        fields = {
+            "num_heads": self.num_heads,
+            "ffn_width": self.ffn_width,
+            "qk_norm": self.qk_norm,
+            "cross_norm": self.cross_norm,
+            "eps": self.eps,
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+            "attention_implementation": self.attention_implementation,
+        }
+        if not self.scan_layers:
+            block = rematerialise(Block, self.remat)
+            for i in range(self.depth):
+                x = fusion_boundary(block(name=f"block_{i}", **fields)(x, *context))
+            return x
+        stack = nn.scan(
+            rematerialise(_ScanBlock, self.remat),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.depth,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        x, _ = stack(name="blocks", **fields)(x, *context)
+        return x
+
+    @property
+    def _rope_dims(self) -> tuple[int, ...]:
+        if self.rope_dims is None:
+            return wan_axes_dims(self.width // self.num_heads)
+        return tuple(self.rope_dims)
+
+    def _check(self, tokens: Tokens, t: Array) -> None:
+        head_dim, rest = divmod(self.width, self.num_heads)
+        if rest:
+            raise ValueError(
+                f"`width` (={self.width}) must be divisible by `num_heads` "
+                f"(={self.num_heads}); try {(head_dim + 1) * self.num_heads}."
+            )
+        if sum(self._rope_dims) != head_dim:
+            raise ValueError(
+                f"`rope_dims` (={self._rope_dims}) must sum to the channels of a head, "
+                f"`width` / `num_heads` (={head_dim}); try {wan_axes_dims(head_dim)}."
+            )
+        if self.remat not in ("none", *REMAT_POLICIES):
+            known = ", ".join(["none", *REMAT_POLICIES])
+            raise ValueError(f"`remat` (={self.remat!r}) must be one of: {known}.")
+        channels = tokens.latents.shape[-1]
+        if channels != self.in_channels:
+            raise ValueError(
+                f"tokens have {channels} channels but `in_channels` is "
+                f"{self.in_channels}: the channels of a patch times its cells."
+            )
+        if tokens.level is None and t.shape[1] != 1:
+            raise ValueError(
+                f"`t` has {t.shape[1]} levels in a row but `tokens.level` is None; "
+                "give every token its level."
+            )
+
+    def flops(self, tokens: int, text: int) -> int:
+        """Floating-point operations of one forward pass over one row.
+
+        Counts two for each multiply-add of every matrix product, attention over all
+        pairs of the row included; a training step takes three times this.
+
+        Args:
+            tokens: latent tokens of the row.
+            text: text states of the row.
+        """
+        d, ffn = self.width, self.ffn_width
+        each_token = 6 * d * d + 2 * d * ffn
+        each_text = 2 * d * d
+        pairs = 2 * tokens * (tokens + text) * d
+        block = tokens * each_token + text * each_text + pairs
+        ends = tokens * d * (self.in_channels + self.out_channels)
+        ends += text * (self.text_width * d + d * d)
+        ends += self.freq_dim * d + 7 * d * d
+        return 2 * (self.depth * block + ends)

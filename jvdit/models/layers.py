@@ -1,0 +1,189 @@
+"""Small layers that several models share: norms, MLP, sinusoids, layer stacks."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+Initializer = Callable[..., Array]
+
+# What a rematerialised block keeps for its backward pass; "none" keeps everything.
+REMAT_POLICIES: dict[str, Callable[..., bool]] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class RMSNorm(nn.Module):
+    """Divides by the root mean square of the last axis, computed in float32.
+
+    Attributes:
+        eps: added to the mean square.
+        dtype: type of the result.
+    """
+
+    eps: float = 1e-6
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        """Normalises; a learned `scale` follows (arXiv:1910.07467, eq. 4)."""
+        shape = x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
+        x = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
+        gain = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + shape)
+        return (x * inverse * gain).astype(self.dtype)
+
+
+def layer_norm(
+    x: Float[Array, "*batch d"], eps: float = 1e-6
+) -> Float[Array, "*batch d"]:
+    """Standardises the last axis in float32, without learned parameters."""
+    x = x.astype(jnp.float32)
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+class LayerNorm(nn.Module):
+    """`layer_norm` with a learned `scale` and `bias`; the result is float32."""
+
+    eps: float = 1e-6
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        """Normalises, scales and shifts."""
+        shape, last = x.shape[-1:], (1,) * (x.ndim - 1) + x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
+        x = layer_norm(x, self.eps) * scale.astype(jnp.float32).reshape(last)
+        return x + bias.astype(jnp.float32).reshape(last)
+
+
+class Mlp(nn.Module):
+    """Two linear layers, `fc_in` and `fc_out`, with an activation between.
+
+    Attributes:
+        width: channels between the two layers.
+        out_width: channels of the result.
+        activation: applied between the layers.
+        kernel_init: initialiser of both kernels.
+        dtype: type of the computation.
+    """
+
+    width: int
+    out_width: int
+    activation: Callable[[Array], Array] = nn.gelu
+    kernel_init: Initializer = nn.initializers.xavier_uniform()
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
+        """Maps the last axis to `out_width` channels."""
+
+        def linear(features: int, name: str) -> nn.Dense:
+            return nn.Dense(
+                features,
+                kernel_init=self.kernel_init,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                name=name,
+            )
+
+        x = self.activation(linear(self.width, "fc_in")(x))
+        return linear(self.out_width, "fc_out")(x)
+
+
+def timestep_embedding(
+    t: Float[Array, "*batch"], width: int, max_period: float = 1e4
+) -> Float[Array, "*batch {width}"]:
+    """Sinusoids of `t`: `width / 2` cosines, then as many sines.
+
+    Angular frequencies fall geometrically from 1 to almost `1 / max_period`
+    (arXiv:1706.03762, section 3.5), so `t` should span hundreds: scale it first.
+
+    Raises:
+        ValueError: `width` is odd.
+    """
+    if width % 2:
+        raise ValueError(f"`width` (={width}) must be even; try {width + 1}.")
+    half = width // 2
+    frequency = max_period ** (-np.arange(half) / half)
+    angle = t[..., None].astype(jnp.float32) * frequency.astype(np.float32).reshape(
+        (1,) * t.ndim + (half,)
+    )
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+def rematerialise(block: type[nn.Module], policy: str) -> type[nn.Module]:
+    """Makes a block recompute its activations in the backward pass.
+
+    Args:
+        block: a module class.
+        policy: "none", or a row of `REMAT_POLICIES`.
+
+    Raises:
+        ValueError: the policy is unknown.
+    """
+    if policy == "none":
+        return block
+    if policy not in REMAT_POLICIES:
+        known = ", ".join(["none", *REMAT_POLICIES])
+        raise ValueError(f"`remat` (={policy!r}) must be one of: {known}.")
+    return nn.remat(block, policy=REMAT_POLICIES[policy], prevent_cse=False)
+
+
+def fusion_boundary(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns `x`, and keeps XLA on CPU from fusing across it, gradients included.
+
+    In an unrolled stack of residual blocks XLA otherwise adds up the gradients of all
+    later blocks again wherever one block uses their sum: a training step of six blocks
+    takes a fifth longer. It fuses across `optimization_barrier`, but not across a
+    conditional. The other branch, taken where `x` begins with NaN, is all NaN.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if jax.default_backend() != "cpu" or not (mesh.empty or mesh.size == 1):
+        return x
+    first = x.reshape(-1)[0]
+    return jax.lax.cond(
+        first == first, lambda x: x, lambda x: jnp.full_like(x, jnp.nan), x
+    )
+
+
+def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Joins the subtrees `block_0`, `block_1`, ... into `blocks`, as `scan_layers`.
+
+    Raises:
+        ValueError: there is no `block_0`.
+    """
+    rest = {k: v for k, v in params.items() if not k.startswith("block_")}
+    depth = len(params) - len(rest)
+    if not depth:
+        raise ValueError(f"no `block_0` to stack among {sorted(params)}.")
+    layers = [params[f"block_{i}"] for i in range(depth)]
+    return rest | {"blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
+
+
+def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Splits the subtree `blocks` into `block_0`, ...: undoes `stack_layers`.
+
+    Raises:
+        ValueError: there are no `blocks`.
+    """
+    if "blocks" not in params:
+        raise ValueError(f"no `blocks` to unstack among {sorted(params)}.")
+    blocks = params["blocks"]
+    depth = jax.tree.leaves(blocks)[0].shape[0]
+    layers = {
+        f"block_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], blocks)
+        for i in range(depth)
+    }
+    return {k: v for k, v in params.items() if k != "blocks"} | layers

@@ -1,0 +1,378 @@
+"""Layers of the video autoencoder: causal, and able to continue from a cache.
+
+Each layer that looks back in time keeps the frames it will want again in the
+collection "cache". Where that collection is mutable, a call continues where the cache
+it was given ends, and without a cache it begins a new video; where it is not, every
+call is a whole video. Whole and chunked are therefore the same layers and the same
+arithmetic.
+
+The architecture is that of the Wan 2.1 and 2.2 VAEs (Wan team 2025, arXiv:2503.20314,
+section 4.1).
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange, reduce
+from jaxtyping import Array, Float
+
+from jvdit.models.convolution import Convolution, recall
+from jvdit.sharding import constrain
+
+# Largest number of attention scores held at once; more frames than fit go in turns.
+SCORES_AT_ONCE = 2**26
+
+
+class ChannelNorm(nn.Module):
+    """Divides each position by the root mean square of its channels, and scales."""
+
+    eps: float = 1e-12
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
+        """Normalises in float32 and returns the type of `x`."""
+        ones = nn.initializers.ones_init()
+        scale = self.param("scale", ones, (x.shape[-1],), self.param_dtype)
+        wide = x.astype(jnp.float32)
+        power = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+        return (wide * jax.lax.rsqrt(power + self.eps) * scale).astype(x.dtype)
+
+
+class ResBlock(nn.Module):
+    """Two normalised causal convolutions beside a (projected) identity."""
+
+    features: int
+    taps: int = 3
+    eps: float = 1e-12
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b f h w d"]:
+        """Transforms frames; the size stays, the channels become `features`."""
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        shortcut = x
+        if x.shape[-1] != self.features:
+            project = Convolution(self.features, (1, 1, 1), **types, name="shortcut")
+            shortcut = project(x)
+        for i in (1, 2):
+            norm = ChannelNorm(self.eps, self.param_dtype, name=f"norm_{i}")
+            kernel_size = (self.taps, 3, 3)
+            conv = Convolution(self.features, kernel_size, **types, name=f"conv_{i}")
+            x = conv(nn.silu(norm(x)))
+        return x + shortcut
+
+
+class FrameAttention(nn.Module):
+    """Self-attention with one head among the positions of each frame."""
+
+    eps: float = 1e-12
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b f h w c"]:
+        """Adds to each position what it attends to in its own frame."""
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        batch, _, height, width, channels = x.shape
+        y = ChannelNorm(self.eps, self.param_dtype, name="norm")(x)
+        y = Convolution(3 * channels, (1, 1), **types, name="qkv")(y)
+        y = rearrange(y, "b f h w c -> (b f) (h w) c")
+        at_once = max(1, SCORES_AT_ONCE // y.shape[1] ** 2)
+        if at_once < y.shape[0]:
+            y = jax.lax.map(jax.checkpoint(_attend), y, batch_size=at_once)
+        else:
+            y = jax.vmap(_attend)(y)
+        y = rearrange(y, "(b f) (h w) c -> b f h w c", b=batch, h=height, w=width)
+        return x + Convolution(channels, (1, 1), **types, name="proj")(y)
+
+
+def _attend(qkv: Array) -> Array:
+    query, key, value = jnp.split(qkv, 3, axis=-1)
+    scores = jnp.einsum("nc,mc->nm", query, key, preferred_element_type=jnp.float32)
+    weights = nn.softmax(scores * query.shape[-1] ** -0.5, axis=-1)
+    return jnp.einsum("nm,mc->nc", weights.astype(value.dtype), value)
+
+
+class Downsample(nn.Module):
+    """Halves height and width, and with `temporal` the frames after the first."""
+
+    temporal: bool
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b g i j c"]:
+        """Pads below and to the right only, so that an even size halves exactly."""
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        right = ((0, 1), (0, 1))
+        channels = x.shape[-1]
+        conv = Convolution(channels, (3, 3), (2, 2), right, **types, name="conv")
+        x = conv(x)
+        if not self.temporal:
+            return x
+        past = recall(self, x, 1)
+        shape = {"kernel_size": (3, 1, 1), "strides": (2, 1, 1)}
+        time_conv = Convolution(channels, **shape, **types, name="time_conv")
+        if past is not None:
+            return time_conv(x, past)
+        # The first frame stays as it is; it is also the first that a window sees.
+        return jnp.concatenate([x[:, :1], time_conv(x, x[:, :0])], axis=1)
+
+
+class Upsample(nn.Module):
+    """Doubles height and width, and with `temporal` the frames after the first."""
+
+    features: int
+    temporal: bool
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b g i j d"]:
+        """Makes two frames of each one, but one of the first frame of a video."""
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        if self.temporal:
+            # The first frame stays as it is, and no window ever sees it.
+            first = 0 if self.has_variable("cache", "frames") else 1
+            later = x[:, first:]
+            past = recall(self, later, 2)
+            if past is None:
+                past = jnp.zeros_like(x, shape=(x.shape[0], 2, *x.shape[2:]))
+            shape = {"features": 2 * x.shape[-1], "kernel_size": (3, 1, 1)}
+            time_conv = Convolution(**shape, **types, name="time_conv")
+            later = time_conv(later, past)
+            later = rearrange(later, "b f h w (r c) -> b (f r) h w c", r=2)
+            x = jnp.concatenate([x[:, :first], later], axis=1)
+        shape = {"features": self.features, "kernel_size": (3, 3), "upsample": True}
+        return Convolution(**shape, **types, name="conv")(x)
+
+
+class DownStage(nn.Module):
+    """Residual blocks at one resolution, then halving.
+
+    Attributes:
+        features: channels.
+        blocks: how many residual blocks.
+        taps: time taps of their kernels.
+        downsample: halve height and width at the end.
+        temporal: halve the frames too.
+        residual: add to the result the input, averaged down to its shape.
+        block: makes a residual block.
+    """
+
+    features: int
+    blocks: int
+    downsample: bool
+    temporal: bool
+    residual: bool
+    block: Callable[..., nn.Module]
+    types: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b g i j d"]:
+        """Codes the input at the next coarser resolution."""
+        y = x
+        for i in range(self.blocks):
+            y = self.block(self.features, name=f"res_{i}")(y)
+        if self.downsample:
+            y = Downsample(self.temporal, **self.types, name="resample")(y)
+        if self.residual:
+            factors = (1 + self.temporal, 1 + self.downsample)
+            y = y + average_down(x, self.features, *factors)
+        return constrain(y, "batch", "frames", "height", None, None)
+
+
+class UpStage(nn.Module):
+    """Residual blocks at one resolution, then doubling: the inverse of a DownStage."""
+
+    features: int
+    out_features: int
+    blocks: int
+    upsample: bool
+    temporal: bool
+    residual: bool
+    block: Callable[..., nn.Module]
+    types: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b g i j d"]:
+        """Decodes the input at the next finer resolution."""
+        y = x
+        for i in range(self.blocks):
+            y = self.block(self.features, name=f"res_{i}")(y)
+        if self.upsample:
+            resample = Upsample(
+                self.out_features, self.temporal, **self.types, name="resample"
+            )
+            y = resample(y)
+        if self.residual and self.upsample:
+            copies = duplicate_up(x, y.shape[-1], 1 + self.temporal, 2)
+            # At the start of a video the first frame is one frame, not two.
+            y = y + copies[:, copies.shape[1] - y.shape[1] :]
+        return constrain(y, "batch", "frames", "height", None, None)
+
+
+def average_down(
+    x: Float[Array, "b f h w c"], features: int, time: int, space: int
+) -> Float[Array, "b g i j d"]:
+    """Moves cells of time x space x space to the channels, and averages groups.
+
+    Zeros before the first frame complete its cell (Wan 2.2 VAE; the idea is that of
+    DC-AE, arXiv:2410.10733).
+
+    Raises:
+        ValueError: the channels don't form equal groups.
+    """
+    x = jnp.pad(x, ((0, 0), (-x.shape[1] % time, 0), (0, 0), (0, 0), (0, 0)))
+    cell = {"u": time, "r": space, "q": space}
+    x = rearrange(x, "b (f u) (h r) (w q) c -> b f h w (c u r q)", **cell)
+    if features % x.shape[-1] == 0:
+        return jnp.repeat(x, features // x.shape[-1], axis=-1)
+    if x.shape[-1] % features:
+        raise ValueError(
+            f"a residual shortcut averages {x.shape[-1]} channels to {features}, which "
+            "must divide them; choose multipliers that are powers of two."
+        )
+    return reduce(x, "b f h w (d g) -> b f h w d", "mean", d=features)
+
+
+def duplicate_up(
+    x: Float[Array, "b f h w c"], features: int, time: int, space: int
+) -> Float[Array, "b g i j d"]:
+    """Repeats channels, and moves them to cells of time x space x space.
+
+    Raises:
+        ValueError: the channels can't be repeated equally.
+    """
+    wanted = features * time * space**2
+    if wanted % x.shape[-1]:
+        raise ValueError(
+            f"a residual shortcut repeats {x.shape[-1]} channels to {wanted}, which "
+            "they must divide; choose multipliers that are powers of two."
+        )
+    x = jnp.repeat(x, wanted // x.shape[-1], axis=-1)
+    cell = {"u": time, "r": space, "q": space}
+    return rearrange(x, "b f h w (d u r q) -> b (f u) (h r) (w q) d", **cell)
+
+
+def _save_products(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name in ("conv_general_dilated", "dot_general")
+
+
+# Name -> what the backward pass finds saved; None: everything.
+REMAT: dict[str, Any] = {
+    "none": None,
+    "dots": _save_products,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class Encoder(nn.Module):
+    """Stages from fine to coarse, then the middle."""
+
+    widths: Sequence[int]
+    taps: Sequence[int]
+    temporal: Sequence[bool]
+    out_channels: int
+    num_res_blocks: int
+    residual: bool
+    attention: bool
+    eps: float
+    remat: str
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b F i j c"]) -> Float[Array, "b f h w d"]:
+        """Codes patches of pixels as moments of latents."""
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        kernel_size = (self.taps[0], 3, 3)
+        x = Convolution(self.widths[0], kernel_size, **types, name="conv_in")(x)
+        for i, width in enumerate(self.widths):
+            last = i == len(self.widths) - 1
+            x = DownStage(
+                width,
+                self.num_res_blocks,
+                downsample=not last,
+                temporal=not last and self.temporal[i],
+                residual=self.residual,
+                block=_res_block(self, self.taps[i]),
+                types=types,
+                name=f"down_{i}",
+            )(x)
+        x = _middle(self, x)
+        return _head(self, x, self.out_channels, self.taps[-1])
+
+
+class Decoder(nn.Module):
+    """The middle, then stages from coarse to fine; `widths` are fine to coarse."""
+
+    widths: Sequence[int]
+    taps: Sequence[int]
+    temporal: Sequence[bool]
+    out_channels: int
+    num_res_blocks: int
+    residual: bool
+    attention: bool
+    eps: float
+    remat: str
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b F i j d"]:
+        """Decodes latents to patches of pixels."""
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        kernel_size = (self.taps[-1], 3, 3)
+        x = Convolution(self.widths[-1], kernel_size, **types, name="conv_in")(x)
+        x = _middle(self, x)
+        for i, width in reversed(list(enumerate(self.widths))):
+            x = UpStage(
+                width,
+                # Wan 2.1 narrows while it upsamples, 2.2 in the next stage.
+                width if self.residual else width // 2,
+                self.num_res_blocks + 1,
+                upsample=i > 0,
+                temporal=i > 0 and self.temporal[i - 1],
+                residual=self.residual,
+                block=_res_block(self, self.taps[i]),
+                types=types,
+                name=f"up_{i}",
+            )(x)
+        return _head(self, x, self.out_channels, self.taps[0])
+
+
+def _res_block(coder: Encoder | Decoder, taps: int) -> Any:
+    """A maker of residual blocks under the coder's rematerialisation policy."""
+    policy = REMAT[coder.remat]
+    block = ResBlock if policy is None else nn.remat(ResBlock, policy=policy)
+    return functools.partial(
+        block,
+        taps=taps,
+        eps=coder.eps,
+        dtype=coder.dtype,
+        param_dtype=coder.param_dtype,
+    )
+
+
+def _middle(coder: Encoder | Decoder, x: Array) -> Array:
+    """Two residual blocks at the coarsest resolution around attention."""
+    block = _res_block(coder, coder.taps[-1])
+    x = block(x.shape[-1], name="mid_res_0")(x)
+    if coder.attention:
+        types = {"dtype": coder.dtype, "param_dtype": coder.param_dtype}
+        x = FrameAttention(coder.eps, **types, name="mid_attention")(x)
+    return block(x.shape[-1], name="mid_res_1")(x)
+
+
+def _head(coder: Encoder | Decoder, x: Array, features: int, taps: int) -> Array:
+    x = nn.silu(ChannelNorm(coder.eps, coder.param_dtype, name="norm_out")(x))
+    types = {"dtype": coder.dtype, "param_dtype": coder.param_dtype}
+    return Convolution(features, (taps, 3, 3), **types, name="conv_out")(x)

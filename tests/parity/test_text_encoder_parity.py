@@ -1,0 +1,107 @@
+"""The text encoder against transformers' UMT5 and T5 v1.1, on equal random weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jvdit.models.text_encoder import TextEncoder, relative_buckets
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+DEPTH, LENGTHS, ROW = 2, (150, 40), 160
+SIZES = {"width": 32, "num_heads": 4, "head_dim": 6, "ffn_width": 40, "vocab_size": 99}
+
+# Their parameter -> ours; {i} runs over the blocks.
+NAMES = {
+    "shared.weight": "token_embed/embedding",
+    "encoder.final_layer_norm.weight": "final_norm/scale",
+} | {
+    f"encoder.block.{{i}}.layer.{theirs}.weight": f"block_{{i}}/{ours}"
+    for theirs, ours in {
+        "0.SelfAttention.q": "query/kernel",
+        "0.SelfAttention.k": "key/kernel",
+        "0.SelfAttention.v": "value/kernel",
+        "0.SelfAttention.o": "out/kernel",
+        "0.layer_norm": "attention_norm/scale",
+        "1.DenseReluDense.wi_0": "gate/kernel",
+        "1.DenseReluDense.wi_1": "fc_in/kernel",
+        "1.DenseReluDense.wo": "fc_out/kernel",
+        "1.layer_norm": "mlp_norm/scale",
+    }.items()
+}
+BIAS = "encoder.block.{i}.layer.0.SelfAttention.relative_attention_bias.weight"
+
+
+def oracle(family):
+    """Their encoder, every parameter drawn at random."""
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=SIZES["vocab_size"],
+        d_model=SIZES["width"],
+        d_kv=SIZES["head_dim"],
+        d_ff=SIZES["ffn_width"],
+        num_layers=DEPTH,
+        num_heads=SIZES["num_heads"],
+        feed_forward_proj="gated-gelu",
+    )
+    model = getattr(transformers, f"{family}EncoderModel")(config).eval()
+    for seed, (name, value) in enumerate(model.named_parameters()):
+        drawn = np.random.default_rng(seed).normal(size=value.shape)
+        if value.ndim == 1:
+            drawn = 1 + 0.2 * drawn
+        elif "bias" not in name and "shared" not in name:
+            drawn = drawn / np.sqrt(value.shape[1])
+        value.data = torch.from_numpy(drawn.astype(np.float32))
+    return model
+
+
+def imported(model, shared_bias):
+    """Their parameters under our names; every one of them is used once."""
+    state = {k: value.detach().numpy() for k, value in model.named_parameters()}
+    params = {}
+    bias = "relative_bias/embedding"
+    names = NAMES | {BIAS: bias if shared_bias else f"block_{{i}}/{bias}"}
+    for i in range(DEPTH):
+        for theirs, ours in names.items():
+            value = state.pop(theirs.format(i=i), None)
+            if value is None:
+                continue
+            *parents, last = ours.format(i=i).split("/")
+            node = params
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[last] = jnp.asarray(value.T if last == "kernel" else value)
+    assert not state, f"not imported: {sorted(state)}"
+    return params
+
+
+@pytest.mark.parametrize(
+    ("family", "shared_bias"), [("UMT5", False), ("T5", True)], ids=["umt5", "t5"]
+)
+def test_states_are_theirs(family, shared_bias):
+    theirs = oracle(family)
+    rng = np.random.default_rng(50)
+    ids = rng.integers(2, 99, (len(LENGTHS), ROW)).astype(np.int32)
+    segment = (np.arange(ROW)[None] < np.array(LENGTHS)[:, None]).astype(np.int32)
+    ids = ids * segment
+    with torch.no_grad():
+        want = theirs(
+            input_ids=torch.from_numpy(ids).long(),
+            attention_mask=torch.from_numpy(segment).long(),
+        ).last_hidden_state.numpy()
+    want = want * segment[..., None]
+    model = TextEncoder(**SIZES, depth=DEPTH, shared_bias=shared_bias)
+    params = {"params": imported(theirs, shared_bias)}
+    out = jax.jit(model.apply)(params, jnp.asarray(ids), jnp.asarray(segment))
+    error = np.linalg.norm(out - want) / np.linalg.norm(want)
+    print(f"relative error {error:.1e}, state rms {np.sqrt(np.mean(want**2)):.2f}")
+    assert error < 2e-5
+
+
+def test_buckets_are_theirs_up_to_a_long_caption():
+    model = oracle("T5")
+    attention = model.encoder.block[0].layer[0].SelfAttention
+    offset = torch.arange(512)[None] - torch.arange(512)[:, None]
+    want = attention._relative_position_bucket(offset, True, 32, 128).numpy()
+    np.testing.assert_array_equal(relative_buckets(512, 32, 128), want)

@@ -1,0 +1,158 @@
+"""Attention: all its forms against float64, its segments, and rotary positions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jvdit.models.attention import (
+    attention,
+    rope,
+    rope_tables,
+    rotate,
+    wan_axes_dims,
+)
+
+FORMS = ["mapped", "xla", "auto"]
+if jax.default_backend() == "gpu":
+    FORMS.append("cudnn")
+
+# The third query's segment has no key; the last two tokens are padding.
+Q_SEGMENT = np.array([[1, 1, 4, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 1]], np.int32)
+KV_SEGMENT = np.array([[1, 2, 2, 2, 0], [1, 1, 1, 1, 0]], np.int32)
+
+
+def draw(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def qkv():
+    return draw(2, 7, 3, 8), draw(2, 5, 3, 8, seed=1), draw(2, 5, 3, 8, seed=2)
+
+
+def reference(q, k, v, visible):
+    """Written out in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    weights = np.exp(np.einsum("bnqk,bsqk->bnqs", q, k) / np.sqrt(q.shape[-1]))
+    weights = weights * visible[:, :, None]
+    total = weights.sum(-1, keepdims=True)
+    weights = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+    return np.einsum("bnqs,bsqk->bnqk", weights, v)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_form_agrees_with_float64_and_in_its_gradients(form, packed, qkv):
+    segments = (jnp.asarray(Q_SEGMENT), jnp.asarray(KV_SEGMENT)) if packed else ()
+    visible = np.ones((2, 7, 5), bool)
+    if packed:
+        visible = Q_SEGMENT[:, :, None] == KV_SEGMENT[:, None, :]
+
+    def run(form):
+        def loss(q, k, v):
+            out = attention(q, k, v, *segments, implementation=form)
+            return jnp.sum(out * draw(*out.shape, seed=3)), out
+
+        grads, out = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*qkv)
+        return out, grads
+
+    out, grads = run(form)
+    np.testing.assert_allclose(out, reference(*qkv, visible), atol=2e-6)
+    for ours, plain in zip(grads, run("xla")[1], strict=True):
+        np.testing.assert_allclose(ours, plain, atol=5e-6)
+        assert np.abs(ours).max() > 0.01
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_query_without_keys_gets_zeros_and_finite_gradients(form, qkv):
+    alone = jnp.full((2, 7), 9)
+
+    def total(q, k, v):
+        out = attention(q, k, v, alone, jnp.asarray(KV_SEGMENT), implementation=form)
+        return jnp.sum(out), out
+
+    grads, out = jax.grad(total, argnums=(0, 1, 2), has_aux=True)(*qkv)
+    np.testing.assert_array_equal(out, 0)
+    for grad in grads:
+        np.testing.assert_array_equal(grad, 0)
+
+
+def test_half_precision_keeps_a_float32_softmax(qkv):
+    q, k, v = (x.astype(jnp.bfloat16) for x in qkv)
+    out = attention(q * 4, k * 4, v, implementation="mapped")
+    assert out.dtype == jnp.bfloat16
+    want = reference(q * 4, k * 4, v, np.ones((2, 7, 5), bool))
+    np.testing.assert_allclose(out.astype(jnp.float32), want, atol=0.03)
+
+
+def test_arguments_that_do_not_fit_raise(qkv):
+    with pytest.raises(ValueError, match="`q_segment` is given alone"):
+        attention(*qkv, jnp.asarray(Q_SEGMENT))
+    with pytest.raises(ValueError, match="'flash'.*mapped"):
+        attention(*qkv, implementation="flash")
+
+
+def test_rope_turns_neighbouring_pairs_by_axis():
+    x, position = draw(1, 4, 2, 12), draw(1, 4, 3, seed=1) * 30
+    out = np.asarray(rope(x, position, (6, 4, 2), theta=100.0), np.float64)
+    frequencies = [100.0 ** (-np.arange(0, dim, 2) / dim) for dim in (6, 4, 2)]
+    angle = np.concatenate(
+        [
+            np.asarray(position, np.float64)[..., axis, None] * f
+            for axis, f in enumerate(frequencies)
+        ],
+        axis=-1,
+    )
+    pairs = np.asarray(x, np.float64).reshape(1, 4, 2, 6, 2)
+    turned = (pairs[..., 0] + 1j * pairs[..., 1]) * np.exp(1j * angle)[:, :, None]
+    np.testing.assert_allclose(out[..., 0::2], turned.real, atol=3e-6)
+    np.testing.assert_allclose(out[..., 1::2], turned.imag, atol=3e-6)
+
+
+@pytest.mark.parametrize("reach", [1.0, 1e3, 1e5])
+def test_rope_tables_are_accurate_at_far_positions(reach):
+    position = draw(1, 64, 2) * reach
+    scale = (1.0, 7.3)
+    cos, sin = jax.jit(lambda p: rope_tables(p, (16, 16), scale=scale))(position)
+    frequency = 1e4 ** (-np.arange(0, 16, 2) / 16)
+    exact = np.asarray(position, np.float64)
+    angle = np.concatenate(
+        [exact[..., axis, None] * s * frequency for axis, s in enumerate(scale)], -1
+    )
+    for channel in (0, 1):
+        np.testing.assert_allclose(cos[..., channel::2], np.cos(angle), atol=2e-6)
+    np.testing.assert_allclose(sin[..., 1::2], np.sin(angle), atol=2e-6)
+    np.testing.assert_array_equal(sin[..., 0::2], -sin[..., 1::2])
+
+
+def test_scores_depend_on_differences_of_position_only():
+    q, k = draw(1, 6, 1, 16), draw(1, 6, 1, 16, seed=1)
+    position = draw(1, 6, 3, seed=2) * 8
+
+    def scores(position):
+        turn = rope_tables(position, wan_axes_dims(16))
+        return jnp.einsum("bnqk,bsqk->bns", rotate(q, *turn), rotate(k, *turn))
+
+    far = position + jnp.asarray([512.0, -64.0, 2048.0])[None, None]
+    exact = far - jnp.asarray([512.0, -64.0, 2048.0])[None, None]
+    np.testing.assert_allclose(scores(far), scores(exact), atol=2e-5)
+    moved = position.at[:, 0].add(3.0)
+    assert np.abs(scores(moved) - scores(position)).max() > 0.1
+
+
+def test_wan_splits_128_channels_as_44_42_42():
+    assert wan_axes_dims(128) == (44, 42, 42)
+    assert wan_axes_dims(64) == (24, 20, 20)
+    with pytest.raises(ValueError, match=r"\(=15\) must be even; try 16"):
+        wan_axes_dims(15)
+
+
+def test_axes_that_do_not_fit_the_head_raise():
+    x, position = draw(1, 4, 2, 12), draw(1, 4, 3)
+    with pytest.raises(ValueError, match=r"must sum to the head's channels \(=12\)"):
+        rope(x, position, (6, 4, 4))
+    with pytest.raises(ValueError, match="3 even numbers"):
+        rope(x, position, (6, 6))
+    with pytest.raises(ValueError, match="3 even numbers"):
+        rope(x, position, (6, 3, 3))

@@ -1,0 +1,164 @@
+"""The loss of the DiT, and that training and sampling are one step."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jvdit.diffusion.denoise import denoise
+from jvdit.diffusion.flow import Path, TimestepPolicy
+from jvdit.models import dit, text_encoder
+from jvdit.models.dit import DiT
+from jvdit.models.text_encoder import TextEncoder
+from jvdit.sharding import batch_sharding, make_mesh
+from jvdit.shapes import Text
+from jvdit.training.objectives import FlowObjective, clip_sizes, text_of, tokens_of
+from jvdit.training.state import Optim, new_state, state_shardings
+from jvdit.training.step import make_train_step
+
+CHANNELS, WORDS = 4, 40
+
+
+@pytest.fixture(scope="module")
+def objective():
+    text = TextEncoder(**text_encoder.VARIANTS["tiny"], vocab_size=WORDS)
+    network = DiT(
+        **dit.VARIANTS["tiny"],
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        text_width=text.width,
+    )
+    return FlowObjective(network, text, Path(), TimestepPolicy())
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Eight rows of two clips and padding."""
+    rng = np.random.default_rng(0)
+    segment = np.repeat([[1] * 4 + [2] * 5 + [0] * 3], 8, 0)
+    text_segment = np.repeat([[1] * 3 + [2] * 4 + [0]], 8, 0)
+    batch = {
+        "latents": rng.normal(size=(8, 12, CHANNELS)).astype(np.float32),
+        "logvar": np.full((8, 12, CHANNELS), -2.0, np.float32),
+        "position": rng.normal(size=(8, 12, 3)).astype(np.float32),
+        "segment": segment.astype(np.int32),
+        "text_ids": rng.integers(1, WORDS, (8, 8)).astype(np.int32),
+        "text_segment": text_segment.astype(np.int32),
+        "valid": np.ones((8, 2), bool),
+    }
+    return {name: jnp.asarray(value) for name, value in batch.items()}
+
+
+@pytest.fixture(scope="module")
+def params(objective, batch):
+    params = jax.jit(objective.init)(jax.random.key(0), batch)
+    # The head starts at zero and would hide everything behind it.
+    head = params["dit"]["head"]
+    head["kernel"] = 0.1 * jax.random.normal(jax.random.key(1), head["kernel"].shape)
+    return params
+
+
+def test_clip_sizes(batch):
+    np.testing.assert_array_equal(clip_sizes(batch), [[4, 5]] * 8)
+
+
+def test_training_and_sampling_share_one_step(objective, params, batch):
+    """The loss is the error of `denoise`, on the same tokens with the same shardings."""
+    mesh = make_mesh({"data": 4, "fsdp": 2})
+    keys = jax.random.split(jax.random.key(2), 2)
+    x0 = batch["latents"]
+    noise = jax.random.normal(keys[0], x0.shape)
+    t = jax.random.uniform(keys[1], (8, 2))
+    placed = jax.device_put(
+        {**batch, "x0": x0, "noise": noise, "t": t}, batch_sharding(mesh)
+    )
+    with jax.set_mesh(mesh):
+        error, _ = jax.jit(objective.error)(
+            params, placed, placed["x0"], placed["noise"], placed["t"]
+        )
+
+        def sampled(params, batch):
+            levels = jnp.pad(batch["t"], ((0, 0), (1, 0)))
+            tokens = tokens_of(batch, batch["x0"], False)
+            t = tokens.per_token(levels)
+            tokens = tokens.replace(latents=Path().mix(batch["x0"], batch["noise"], t))
+            model = partial(objective.dit.apply, {"params": params["dit"]})
+            text = text_of(objective.text_encoder, params, batch)
+            return denoise(model, tokens, levels, text, Path())
+
+        velocity = jax.jit(sampled)(params, placed)
+    wanted = ((velocity - (noise - x0)) ** 2).mean(-1) * (batch["segment"] > 0)
+    np.testing.assert_allclose(error, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_padding_and_other_clips_do_not_count(objective, params, batch):
+    """What stands in padding, or in another clip, changes no loss of a clip."""
+    noise = jax.random.normal(jax.random.key(3), batch["latents"].shape)
+    t = jnp.full((8, 2), 0.4)
+    run = jax.jit(objective.error)
+    before, _ = run(params, batch, batch["latents"], noise, t)
+    other = (batch["segment"] != 1)[..., None]
+    changed = jnp.where(other, batch["latents"] + 3.0, batch["latents"])
+    after, _ = run(params, batch, changed, noise, t.at[:, 1].set(0.9))
+    np.testing.assert_allclose(before[:, :4], after[:, :4], rtol=1e-5)
+    assert jnp.abs(before[:, 4:9] - after[:, 4:9]).min() > 1e-4
+    np.testing.assert_array_equal(after[:, 9:], 0)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"data": 8}, {"data": 2, "fsdp": 4}, {"data": 1, "fsdp": 8}]
+)
+def test_sharded_update_is_that_of_one_device(objective, params, batch, sizes):
+    optim = Optim(warmup=0, lr=1e-2, clip=1e9)
+    step = make_train_step(objective, optim, 10, seed=0)
+
+    def run(mesh):
+        state = new_state(params, optim.optimizer(10))
+        places = state_shardings(state, mesh)
+        rows = batch_sharding(mesh)
+        with jax.set_mesh(mesh):
+            jitted = jax.jit(
+                step, in_shardings=(places, rows), out_shardings=(places, None)
+            )
+            return jitted(jax.device_put(state, places), jax.device_put(batch, rows))
+
+    one, one_metrics = run(make_mesh({"data": 1}, jax.devices()[:1]))
+    many, metrics = run(make_mesh(sizes))
+    for name in ("loss", "gradient_norm"):
+        np.testing.assert_allclose(metrics[name], one_metrics[name], rtol=1e-5)
+    # Adam divides by the gradient's own size, so compare its first moment: (1 - b1) g.
+    for a, b in zip(
+        jax.tree.leaves(one.opt_state[1][0].mu),
+        jax.tree.leaves(many.opt_state[1][0].mu),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-7)
+    kernel = many.params["dit"]["block_0"]["mlp"]
+    spec = jax.tree.leaves(kernel)[-1].sharding.spec
+    assert ("fsdp" in str(spec)) == (sizes.get("fsdp", 1) > 1)
+
+
+def test_validation_is_the_same_every_time(objective, params, batch):
+    keys = jax.random.split(jax.random.key(0), 8)
+    times = jnp.array([0.1, 0.9])
+    run = jax.jit(objective.validate)
+    first = run(params, batch, keys, times)
+    np.testing.assert_array_equal(first, run(params, batch, keys, times))
+    assert first.shape == (2,) and first[0] != first[1]
+
+
+def test_loss_by_noise_level_adds_up(objective, params, batch):
+    prepared = objective.prepare(batch, jax.random.key(4))
+    loss, metrics = jax.jit(objective.loss)(params, prepared)
+    np.testing.assert_allclose(sum(s for s, _ in metrics.values()), loss, rtol=1e-5)
+    assert sum(n for _, n in metrics.values()) == objective.weight(prepared) == 72
+
+
+def test_cached_text_embeddings_take_the_encoder_s_place(objective, params, batch):
+    states = text_of(objective.text_encoder, params, batch)
+    cached = {**batch, "text_embeds": states.embeds}
+    found = text_of(None, params, cached)
+    assert isinstance(found, Text)
+    np.testing.assert_array_equal(found.embeds, states.embeds)
