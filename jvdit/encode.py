@@ -8,19 +8,19 @@ goes on after its last finished shard.
 
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from rich.progress import Progress
 
 from jvdit.data.catalog import open_source
 from jvdit.data.records import RecordDataset, RecordWriter, latent_features
-from jvdit.data.sources import BadClip, Source
+from jvdit.data.sources import BadClip, Clip, Source
 from jvdit.models.video_vae import VideoVAE
 from jvdit.training.checkpoint import (
     build,
@@ -89,7 +89,12 @@ def _weights_folder(vae: str) -> pathlib.Path:
 
 
 def _write(writer: RecordWriter, splits, shards, module: VideoVAE, params) -> None:
-    run = jax.jit(partial(module.apply, {"params": params}, method="encode"))
+    @jax.jit
+    def encoded(params, video):
+        return module.apply({"params": params}, to_float(video), method="encode")
+
+    run = partial(encoded, jax.device_put(params))
+
     with Progress() as progress:
         total = sum(map(len, splits.values()))
         task = progress.add_task("encoding", total=total)
@@ -97,50 +102,48 @@ def _write(writer: RecordWriter, splits, shards, module: VideoVAE, params) -> No
             for shard in range(shards[split]):
                 ids = range(shard * SHARD, min((shard + 1) * SHARD, len(source)))
                 if not writer.is_done(split, shard):
-                    examples = _examples(source, ids, run, split, progress, task)
-                    writer.write_shard(split, shard, examples)
-                else:
-                    progress.advance(task, len(ids))
+                    writer.write_shard(split, shard, _examples(source, ids, run, split))
+                progress.advance(task, len(ids))
 
 
 def _examples(
-    source: Source, ids: Sequence[int], run, split, progress, task
+    source: Source, ids: Sequence[int], run: Callable[..., Any], split: str
 ) -> Iterator[dict[str, Any]]:
-    index = source.index
-    for size_ids in _by_size(index, ids):
-        for start in range(0, len(size_ids), BATCH):
-            chunk = size_ids[start : start + BATCH]
-            clips = source.read(chunk)
-            progress.advance(task, len(chunk))
-            good = [
-                (i, c)
-                for i, c in zip(chunk, clips, strict=True)
-                if not isinstance(c, BadClip)
-            ]
-            for i, clip in zip(chunk, clips, strict=True):
+    """The records of clips, those of one size after another."""
+    for alike in _by_size(source.index, ids):
+        for start in range(0, len(alike), BATCH):
+            chunk = alike[start : start + BATCH]
+            clips = dict(zip(chunk, source.read(chunk), strict=True))
+            for i, clip in clips.items():
                 if isinstance(clip, BadClip):
-                    progress.console.print(f"left out {split} clip {i}: {clip.reason}")
-            if not good:
-                continue
-            video = np.stack([clip["video"] for _, clip in good])
-            full = np.concatenate(
-                [video, np.zeros((BATCH - len(video), *video.shape[1:]), np.uint8)]
-            )
-            mean, logvar = map(np.asarray, run(to_float(full)))
-            for (i, clip), m, v in zip(good, mean, logvar, strict=False):
-                yield {
-                    "key": f"{split}-{i:09d}",
-                    "mean": m.astype(jnp.bfloat16),
-                    "logvar": v.astype(jnp.bfloat16),
-                    "caption": clip["caption"],
-                    "meta": "{}",
-                    "frames": m.shape[0],
-                    "height": m.shape[1],
-                    "width": m.shape[2],
-                    "text_length": 0,
-                    "fps": float(clip["fps"]),
-                    "has_audio": clip.get("audio") is not None,
-                }
+                    logging.warning("left out clip %d of %s: %s", i, split, clip.reason)
+            good = {i: c for i, c in clips.items() if not isinstance(c, BadClip)}
+            if good:
+                videos = np.stack([clip["video"] for clip in good.values()])
+                # One shape, one compilation: the last batch is filled up.
+                spare = np.repeat(videos[:1], BATCH - len(videos), axis=0)
+                mean, logvar = run(np.concatenate([videos, spare]))
+                for (i, clip), *moments in zip(
+                    good.items(), np.asarray(mean), np.asarray(logvar), strict=False
+                ):
+                    yield _record(f"{split}-{i:09d}", clip, *moments)
+
+
+def _record(key: str, clip: Clip, mean: np.ndarray, logvar: np.ndarray) -> Clip:
+    frames, height, width = mean.shape[:3]
+    return {
+        "key": key,
+        "mean": mean.astype(jnp.bfloat16),
+        "logvar": logvar.astype(jnp.bfloat16),
+        "caption": clip["caption"],
+        "meta": "{}",
+        "frames": frames,
+        "height": height,
+        "width": width,
+        "text_length": 0,
+        "fps": float(clip["fps"]),
+        "has_audio": clip.get("audio") is not None,
+    }
 
 
 def _by_size(index, ids: Sequence[int]) -> list[list[int]]:
@@ -171,6 +174,8 @@ def _statistics(folder: pathlib.Path) -> tuple[list[float], list[float]]:
 
 def main(argv: list[str]) -> None:
     """Parses, encodes, and turns mistakes of the user into one line."""
+    if len(argv) > 1:
+        sys.exit(f"unexpected argument {argv[1]!r}; see --help")
     try:
         encode(_SOURCE.value, _VAE.value, _OUT.value, _VALIDATION.value)
     except (ValueError, FileNotFoundError) as error:

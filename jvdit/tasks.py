@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from jvdit.data.catalog import open_source
 from jvdit.data.media_encode import encode_clip
-from jvdit.data.pipeline import Batches, ClipBatches, PackedBatches
+from jvdit.data.pipeline import Batch, Batches, ClipBatches, PackedBatches
 from jvdit.data.plan import BucketPlan, PackPlan
 from jvdit.data.sheets import contact_sheet, write_png
 from jvdit.data.sources import BadClip, LatentSource, Source
@@ -38,7 +38,7 @@ from jvdit.training.checkpoint import (
 )
 from jvdit.training.metrics import Metrics
 from jvdit.training.objectives import FlowObjective
-from jvdit.training.step import Batch, Objective
+from jvdit.training.step import Objective
 from jvdit.training.vae_objective import VAEObjective
 
 
@@ -364,7 +364,8 @@ class FlowTask(Task):
     def _forward_flops(self) -> float:
         rows, tokens = self.example["segment"].shape
         text = self.example["text_segment"].shape[1]
-        return rows * jax.process_count() * self.objective.dit.flops(tokens, text)
+        forward = self.objective.dit.flops(tokens, text)
+        return float(rows * jax.process_count() * forward)
 
     def _check_samples(self):
         sample = self.config.sample

@@ -61,7 +61,7 @@ def train(config: ConfigDict, workdir: str) -> int:
             before anything is compiled or written.
         FloatingPointError: `config.max_skipped` steps in a row weren't finite.
     """
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh.to_dict())
     optim = Optim(**config.optim)
     task = TASKS[config.objective](config, mesh, pathlib.Path(workdir))
     task.check_rows(optim.accumulate)

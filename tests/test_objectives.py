@@ -12,8 +12,8 @@ from jvdit.diffusion.flow import Path, TimestepPolicy
 from jvdit.models import dit, text_encoder
 from jvdit.models.dit import DiT
 from jvdit.models.text_encoder import TextEncoder
-from jvdit.sharding import batch_sharding, make_mesh
 from jvdit.shapes import Text
+from jvdit.sharding import batch_sharding, make_mesh
 from jvdit.training.objectives import FlowObjective, clip_sizes, text_of, tokens_of
 from jvdit.training.state import Optim, new_state, state_shardings
 from jvdit.training.step import make_train_step
@@ -65,7 +65,7 @@ def test_clip_sizes(batch):
 
 
 def test_training_and_sampling_share_one_step(objective, params, batch):
-    """The loss is the error of `denoise`, on the same tokens with the same shardings."""
+    """The loss is the error of `denoise`: same tokens, same shardings."""
     mesh = make_mesh({"data": 4, "fsdp": 2})
     keys = jax.random.split(jax.random.key(2), 2)
     x0 = batch["latents"]
@@ -107,25 +107,31 @@ def test_padding_and_other_clips_do_not_count(objective, params, batch):
     np.testing.assert_array_equal(after[:, 9:], 0)
 
 
-@pytest.mark.parametrize(
-    "sizes", [{"data": 8}, {"data": 2, "fsdp": 4}, {"data": 1, "fsdp": 8}]
-)
-def test_sharded_update_is_that_of_one_device(objective, params, batch, sizes):
+def updated(objective, params, batch, mesh):
+    """State and metrics after one update on a mesh."""
     optim = Optim(warmup=0, lr=1e-2, clip=1e9)
-    step = make_train_step(objective, optim, 10, seed=0)
+    state = new_state(params, optim.optimizer(10))
+    places, rows = state_shardings(state, mesh), batch_sharding(mesh)
+    with jax.set_mesh(mesh):
+        step = jax.jit(
+            make_train_step(objective, optim, 10, seed=0),
+            in_shardings=(places, rows),
+            out_shardings=(places, None),
+        )
+        return step(jax.device_put(state, places), jax.device_put(batch, rows))
 
-    def run(mesh):
-        state = new_state(params, optim.optimizer(10))
-        places = state_shardings(state, mesh)
-        rows = batch_sharding(mesh)
-        with jax.set_mesh(mesh):
-            jitted = jax.jit(
-                step, in_shardings=(places, rows), out_shardings=(places, None)
-            )
-            return jitted(jax.device_put(state, places), jax.device_put(batch, rows))
 
-    one, one_metrics = run(make_mesh({"data": 1}, jax.devices()[:1]))
-    many, metrics = run(make_mesh(sizes))
+@pytest.fixture(scope="module")
+def on_one_device(objective, params, batch):
+    return updated(objective, params, batch, make_mesh({}, jax.devices()[:1]))
+
+
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 4}])
+def test_sharded_update_is_that_of_one_device(
+    objective, params, batch, on_one_device, sizes
+):
+    one, one_metrics = on_one_device
+    many, metrics = updated(objective, params, batch, make_mesh(sizes))
     for name in ("loss", "gradient_norm"):
         np.testing.assert_allclose(metrics[name], one_metrics[name], rtol=1e-5)
     # Adam divides by the gradient's own size, so compare its first moment: (1 - b1) g.
@@ -135,9 +141,8 @@ def test_sharded_update_is_that_of_one_device(objective, params, batch, sizes):
         strict=True,
     ):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-7)
-    kernel = many.params["dit"]["block_0"]["mlp"]
-    spec = jax.tree.leaves(kernel)[-1].sharding.spec
-    assert ("fsdp" in str(spec)) == (sizes.get("fsdp", 1) > 1)
+    kernel = jax.tree.leaves(many.params["dit"]["block_0"]["mlp"])[-1]
+    assert ("fsdp" in str(kernel.sharding.spec)) == (sizes.get("fsdp", 1) > 1)
 
 
 def test_validation_is_the_same_every_time(objective, params, batch):

@@ -78,9 +78,7 @@ def test_ancestral_draws_from_the_data(schedule):
     noise = jax.random.normal(jax.random.key(0), (1, 4096, 4))
     tokens = Tokens(noise, jnp.zeros((1, 4096, 3)))
     times = TimestepPolicy().times(100, jnp.ones((1, 1)))
-    x = solve(
-        gaussian_denoiser(path), tokens, times, path, keys(1, 1, 3), "ancestral"
-    )
+    x = solve(gaussian_denoiser(path), tokens, times, path, keys(1, 1, 3), "ancestral")
     np.testing.assert_allclose(x.mean(), MEAN, atol=0.02)
     np.testing.assert_allclose(x.std(), STD, atol=0.04)
     # It draws: x does not follow from the first noise alone.

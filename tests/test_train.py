@@ -1,0 +1,270 @@
+"""The whole way, from clips to samples; and that a run survives what happens to it."""
+
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import thread_config
+from jax import tree
+
+from jvdit.data.media import read_metadata
+from jvdit.data.records import RecordDataset
+from jvdit.diffusion.denoise import Guidance
+from jvdit.encode import encode
+from jvdit.generator import Generator, Request
+from jvdit.train import run, train
+from jvdit.training.checkpoint import load_weights, save_weights, weights_hash
+
+HERE = pathlib.Path(__file__).parent
+
+
+@pytest.fixture(scope="session")
+def workdir(tmp_path_factory):
+    """A folder in which all stages have run."""
+    folder = tmp_path_factory.mktemp("thread")
+    run(thread_config.get_config(), str(folder))
+    return folder
+
+
+def flow_config(workdir):
+    config = thread_config.get_config().stages.dit.copy_and_resolve_references()
+    config.data.sources = (f"{workdir}/latents",)
+    config.data.validation = f"{workdir}/latents#val"
+    return config
+
+
+@pytest.fixture(scope="session")
+def generator(workdir):
+    return Generator.load(workdir / "dit")
+
+
+# What a run leaves
+
+
+def test_every_stage_leaves_what_the_next_and_the_user_need(workdir):
+    for stage in ("vae", "dit"):
+        folder = workdir / stage
+        assert (folder / "config.json").exists()
+        assert any((folder / "tensorboard").iterdir())
+        assert [*(folder / "samples").glob("*.png")]
+        assert (folder / "model").is_dir()
+    films = [*(workdir / "dit" / "samples").glob("*.mp4")]
+    assert len(films) == 2
+    steps = {int(path.name) for path in (workdir / "dit/checkpoints").glob("[0-9]*")}
+    assert steps == {4, 6, 8}  # the newest three
+
+
+def test_latents_are_those_of_the_autoencoder(workdir):
+    params, _ = load_weights(workdir / "vae/model/vae")
+    records = RecordDataset(workdir / "latents", "train")
+    assert len(records) == 64 and len(RecordDataset(workdir / "latents", "val")) == 8
+    assert records.settings["vae"]["hash"] == weights_hash(params)
+    record = records[3]
+    assert record["mean"].shape == record["logvar"].shape == (2, 2, 2, 4)
+    assert record["caption"].split()[1].startswith("object")
+    _, fields = load_weights(workdir / "latents/vae")
+    assert len(fields["latents_std"]) == 4 and min(fields["latents_std"]) > 0
+
+
+def test_encoding_again_writes_nothing_anew(workdir):
+    shard = next((workdir / "latents").rglob("*array_record*"))
+    before = shard.stat().st_mtime_ns
+    encode(
+        "world:train:5x16x16@8:64",
+        str(workdir / "vae"),
+        str(workdir / "latents"),
+        "world:val:5x16x16@8:8",
+    )
+    assert shard.stat().st_mtime_ns == before
+
+
+# Sampling
+
+
+def test_a_clip_is_the_same_whatever_else_is_in_the_batch(generator):
+    ours = Request("one object: a red circle", frames=5, height=16, width=16, seed=7)
+    larger = Request("two objects", frames=9, height=16, width=32, seed=1)
+    settings = {"steps": 3, "solver": "unipc", "guidance": Guidance(2.0)}
+    alone = generator.latents([ours], **settings)
+    among = generator.latents([larger, ours, ours], **settings)
+    np.testing.assert_allclose(among[1], alone[0], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(among[1], among[2], rtol=1e-3, atol=1e-4)
+    assert among[0].shape == (3, 2, 4, 4)
+    other = Request("one object: a red circle", frames=5, height=16, width=16, seed=8)
+    assert np.abs(generator.latents([other], **settings)[0] - alone[0]).max() > 0.1
+
+
+def test_videos_come_in_the_order_of_the_requests(generator):
+    sizes = [(5, 16, 16), (1, 16, 32), (5, 16, 16)]
+    requests = [Request("x", "", *size, seed=i) for i, size in enumerate(sizes)]
+    seen = []
+    videos = generator(
+        requests,
+        steps=2,
+        solver="euler",
+        guidance=Guidance(1.0),
+        on_step=lambda *at: seen.append(at),
+    )
+    assert [video.shape for video in videos] == [(*size, 3) for size in sizes]
+    assert all(video.dtype == np.uint8 for video in videos)
+    assert sorted(seen) == [(0, 1, 0), (0, 1, 1)]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"frames": 6}, "frames.*6.*try 5 or 9"),
+        ({"height": 20}, "height.*20.*16"),
+        ({"width": 24}, "width.*24.*16 "),
+        ({"fps": 0.0}, "fps.*0"),
+    ],
+)
+def test_impossible_sizes_are_named(generator, change, message):
+    request = {"prompt": "x", "frames": 5, "height": 16, "width": 16} | change
+    with pytest.raises(ValueError, match=message):
+        generator([Request(**request)])
+
+
+def test_sampling_from_the_command_line(workdir, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(
+        'two objects\n\n{"prompt": "one object", "frames": 1, "seed": 40}\n'
+    )
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "jvdit.sample", "a red circle"]
+    command += [f"--workdir={workdir}/dit", f"--prompts={prompts}", f"--out={out}"]
+    command += ["--steps=2", "--solver=ddim", "--seed=5"]
+    subprocess.run(command, check=True, timeout=300)
+    names = {path.name for path in out.iterdir()}
+    films = {"a-red-circle_5.mp4", "two-objects_6.mp4", "one-object_40.mp4"}
+    assert names == films | {"sheet.png"}
+    settings = read_metadata(out / "two-objects_6.mp4")["jvdit"]
+    assert settings["seed"] == 6 and settings["solver"] == "ddim"
+    assert settings["prompt"] == "two objects" and settings["steps"] == 2
+
+
+# A run that is stopped, killed, misused
+
+
+def final_state(workdir):
+    manager = ocp.CheckpointManager(pathlib.Path(workdir).absolute() / "checkpoints")
+    restored = manager.restore(
+        manager.latest_step(), args=ocp.args.Composite(state=ocp.args.PyTreeRestore())
+    )
+    manager.close()
+    return tree.map(np.asarray, restored["state"])
+
+
+def launch(thread, workdir, cache, steps=300):
+    """Trains the flow stage in a process of its own."""
+    config = workdir.parent / "flow_config.py"
+    config.write_text(
+        f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
+        "from test_train import flow_config\n"
+        f"def get_config():\n    return flow_config({str(thread)!r})\n"
+    )
+    command = [sys.executable, "-m", "jvdit.train", f"--config={config}"]
+    command += [f"--workdir={workdir}", f"--config.steps={steps}"]
+    command += ["--config.checkpoint_every=20", "--config.sample_every=1000"]
+    command += ["--config.evaluate_every=1000", "--config.sample.prompts=()"]
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    return subprocess.Popen(command, env=environment)
+
+
+def wait_for_step(process, workdir, step):
+    deadline = time.monotonic() + 300
+    while not (workdir / "checkpoints" / str(step)).exists():
+        assert process.poll() is None, "ended before it could be stopped"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_killed_and_restarted_is_bit_identical(workdir, tmp_path):
+    """SIGKILL, then SIGTERM, then to the end: as if it had never stopped."""
+    cache = tmp_path / "cache"
+    whole = launch(workdir, tmp_path / "whole", cache)
+    assert whole.wait(timeout=300) == 0
+    broken = tmp_path / "broken"
+    killed = launch(workdir, broken, cache)
+    wait_for_step(killed, broken, 40)
+    killed.kill()
+    killed.wait()
+    ended = launch(workdir, broken, cache)
+    wait_for_step(ended, broken, 120)
+    ended.send_signal(signal.SIGTERM)
+    assert ended.wait(timeout=300) == 0
+    assert launch(workdir, broken, cache).wait(timeout=300) == 0
+    a, b = final_state(tmp_path / "whole"), final_state(broken)
+    assert int(a["step"]) == int(b["step"]) == 300
+    for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_a_workdir_of_another_model_is_refused_and_untouched(workdir, tmp_path):
+    folder = tmp_path / "dit"
+    shutil.copytree(workdir / "dit", folder)
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+    config = flow_config(workdir)
+    config.dit.width = 64
+    with pytest.raises(ValueError, match="another model.*dit.width.*32.*64"):
+        train(config, str(folder))
+    assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_stale_cache_is_refused(workdir, tmp_path):
+    params, fields = load_weights(workdir / "vae/model/vae")
+    config = flow_config(workdir)
+    config.autoencoder = str(workdir / "vae/model/vae")
+    params["quant_conv"]["bias"] = params["quant_conv"]["bias"] + 1
+    save_weights(tmp_path / "vae", params, fields)
+    config.autoencoder = str(tmp_path / "vae")
+    with pytest.raises(ValueError, match="stale.*hash.*Encode it anew"):
+        train(config, str(tmp_path / "dit"))
+    assert not (tmp_path / "dit").exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda c: c.sample.update(solver="eulr"), "solver.*'eulr'.*euler"),
+        (lambda c: c.sample.update(height=17), "height.*17.*16"),
+        (lambda c: c.data.update(rows=6), "rows.*6.*divisible by 8.*try 8"),
+        (lambda c: c.data.update(sources=("world:train:5x16x16@8:9",)), "pixels"),
+        (lambda c: c.data.update(sources=("world:train",)), "must read world:SPLIT"),
+        (lambda c: c.data.update(sources=("nowhere",)), "nowhere"),
+        (lambda c: c.dit.update(num_heads=5), "width.*32.*num_heads.*5"),
+        (lambda c: c.mesh.update(data=3), "3 devices but there are 8"),
+    ],
+)
+def test_bad_settings_are_one_line_and_touch_nothing(
+    workdir, tmp_path, change, message
+):
+    config = flow_config(workdir)
+    change(config)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(config, str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_typo_on_the_command_line_is_answered_with_the_right_name(tmp_path):
+    command = [sys.executable, "-m", "jvdit.train", f"--workdir={tmp_path}/new"]
+    command += [f"--config={HERE}/../configs/world_vae.py", "--config.optim.lrr=1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and 'Did you mean "lr"' in done.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    command = [sys.executable, "-m", "jvdit.sample", "x", f"--workdir={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "holds no text-to-video model" in done.stderr
+    assert "Traceback" not in done.stderr
