@@ -5,7 +5,7 @@ isn't here is refused with the nearest one that is.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
@@ -14,8 +14,11 @@ from jvdit.diffusion.flow import Path, TimestepPolicy
 from jvdit.models import dit, text_encoder, video_vae
 from jvdit.training.state import Optim
 
+# A ConfigDict. Its attributes have no types that a checker could know.
+Config: TypeAlias = Any
 
-def fields_of(module: type, values: dict[str, Any], *decided: str) -> ConfigDict:
+
+def fields_of(module: type, values: dict[str, Any], *decided: str) -> Config:
     """All fields of a Linen module as settings.
 
     Args:
@@ -34,9 +37,9 @@ def fields_of(module: type, values: dict[str, Any], *decided: str) -> ConfigDict
     return ConfigDict(fields)
 
 
-def run(objective: str) -> ConfigDict:
+def run(objective: str) -> Config:
     """What every training has."""
-    config = ConfigDict()
+    config: Config = ConfigDict()
     config.objective = objective
     config.seed = 0
     config.steps = 10_000
@@ -67,7 +70,7 @@ def run(objective: str) -> ConfigDict:
     return config
 
 
-def vae(variant: str = "world") -> ConfigDict:
+def vae(variant: str = "world") -> Config:
     """Training a video autoencoder of a row of `video_vae.VARIANTS`."""
     config = run("video_vae")
     config.vae = fields_of(
@@ -81,7 +84,7 @@ def vae(variant: str = "world") -> ConfigDict:
     return config
 
 
-def flow(variant: str = "world-s", text_variant: str = "world") -> ConfigDict:
+def flow(variant: str = "world-s", text_variant: str = "world") -> Config:
     """Training a DiT on cached latents.
 
     Args:
@@ -133,7 +136,7 @@ def flow(variant: str = "world-s", text_variant: str = "world") -> ConfigDict:
     return config
 
 
-def encode(source: str, vae: str, validation: str = "") -> ConfigDict:
+def encode(source: str, vae: str, validation: str = "") -> Config:
     """Encoding a source to latents, as a stage of a config of several.
 
     Args:
@@ -145,6 +148,6 @@ def encode(source: str, vae: str, validation: str = "") -> ConfigDict:
     return ConfigDict({"objective": "encode", **names})
 
 
-def stages(**configs: ConfigDict) -> ConfigDict:
+def stages(**configs: Config) -> Config:
     """Several runs one after another, each in its own folder of the workdir."""
     return ConfigDict({"stages": configs, "order": tuple(configs)})

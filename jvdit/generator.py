@@ -333,7 +333,7 @@ class Generator:
             if one_clip:
                 tokens = Tokens(batch["latents"], batch["position"])
                 times, keys = times[:, :, 1:], keys[:, 1:]
-            tokens = tokens.replace(latents=clip_noise(keys, tokens))
+            tokens = tokens.with_latents(clip_noise(keys, tokens))
             texts = [
                 Text(
                     self.text_encoder.apply(

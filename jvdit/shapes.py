@@ -16,6 +16,8 @@ a     audio samples                          k     channels of a head
 `t` is always diffusion time: 0 is data, 1 is noise.
 """
 
+import dataclasses
+
 import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -41,6 +43,10 @@ class Tokens:
     position: Float[Array, "b n 3"]
     segment: Int[Array, "b n"] | None = None
     level: Int[Array, "b n"] | None = None
+
+    def with_latents(self, latents: Float[Array, "b n c"]) -> "Tokens":
+        """The same tokens, noisier or cleaner."""
+        return dataclasses.replace(self, latents=latents)
 
     def per_token(self, values: Float[Array, "b g"]) -> Float[Array, "b #n 1"]:
         """Spreads one value for each noise level to the tokens at that level.

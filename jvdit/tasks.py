@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
+from jvdit.config import Config
 from jvdit.data.catalog import open_source
 from jvdit.data.media_encode import encode_clip
 from jvdit.data.pipeline import Batch, Batches, ClipBatches, PackedBatches
@@ -62,7 +62,7 @@ class Task(ABC):
     summary: str = ""
     _host_only = ("clip_id", "fps")
 
-    def __init__(self, config: ConfigDict, mesh: Mesh, workdir: pathlib.Path):
+    def __init__(self, config: Config, mesh: Mesh, workdir: pathlib.Path):
         self.config, self.mesh, self.workdir = config, mesh, workdir
         data = config.data
         self.sources = [self.open(name) for name in data.sources]
@@ -152,7 +152,7 @@ class VAETask(Task):
 
     objective: VAEObjective
 
-    def __init__(self, config: ConfigDict, mesh: Mesh, workdir: pathlib.Path):
+    def __init__(self, config: Config, mesh: Mesh, workdir: pathlib.Path):
         super().__init__(config, mesh, workdir)
         self.vae = build(VideoVAE, config.vae.to_dict())
         self.plan = BucketPlan.of(
@@ -234,7 +234,7 @@ class FlowTask(Task):
     objective: FlowObjective
     sources: list[LatentSource]  # type: ignore[assignment]
 
-    def __init__(self, config: ConfigDict, mesh: Mesh, workdir: pathlib.Path):
+    def __init__(self, config: Config, mesh: Mesh, workdir: pathlib.Path):
         super().__init__(config, mesh, workdir)
         data = config.data
         self.vae, self.vae_params, self.vae_hash = self._autoencoder()

@@ -17,6 +17,7 @@ from absl import app, flags, logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
+from jvdit.config import Config
 from jvdit.encode import encode
 from jvdit.sharding import batch_sharding, make_mesh
 from jvdit.tasks import TASKS, Task
@@ -46,7 +47,7 @@ class StopRequest:
         signal.signal(number, signal.SIG_DFL)
 
 
-def train(config: ConfigDict, workdir: str) -> int:
+def train(config: Config, workdir: str) -> int:
     """Runs a training to its end, or until it is asked to stop.
 
     Args:
@@ -207,7 +208,7 @@ def _status(values: dict[str, float], speed: dict[str, float], bad: int) -> str:
     return " ".join(parts)
 
 
-def run(config: ConfigDict, workdir: str) -> None:
+def run(config: Config, workdir: str) -> None:
     """Runs a config, stage after stage if it has several."""
     if "stages" not in config:
         train(config, workdir)
@@ -223,7 +224,7 @@ def run(config: ConfigDict, workdir: str) -> None:
             return
 
 
-def _fill_workdir(config: ConfigDict, workdir: str) -> None:
+def _fill_workdir(config: Config, workdir: str) -> None:
     """Replaces {workdir} in the strings of a stage."""
     for name, value in config.items():
         if isinstance(value, ConfigDict):

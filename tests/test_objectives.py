@@ -83,7 +83,7 @@ def test_training_and_sampling_share_one_step(objective, params, batch):
             levels = jnp.pad(batch["t"], ((0, 0), (1, 0)))
             tokens = tokens_of(batch, batch["x0"], False)
             t = tokens.per_token(levels)
-            tokens = tokens.replace(latents=Path().mix(batch["x0"], batch["noise"], t))
+            tokens = tokens.with_latents(Path().mix(batch["x0"], batch["noise"], t))
             model = partial(objective.dit.apply, {"params": params["dit"]})
             text = text_of(objective.text_encoder, params, batch)
             return denoise(model, tokens, levels, text, Path())

@@ -94,7 +94,7 @@ def heun(denoiser, x, now, state):
     ahead = x.latents + stride * velocity
 
     def correct(ahead):
-        end = denoiser(x.replace(latents=ahead), now.t_next)
+        end = denoiser(x.with_latents(ahead), now.t_next)
         return x.latents + stride * (velocity + end) / 2
 
     return jax.lax.cond(now.last, lambda ahead: ahead, correct, ahead), state
@@ -150,7 +150,7 @@ def unipc(denoiser, x, now, state):
     led to it, then predicts the next; the last step is of order 1.
     """
     corrected, x0 = _unipc_correct(denoiser, x, now, state)
-    x = x.replace(latents=corrected)
+    x = x.with_latents(corrected)
     lambda_now = _half_log_snr(now.path, now.t)
     h = _half_log_snr(now.path, now.t_next) - lambda_now
     last_lambda = state["t_lambda"]
@@ -186,7 +186,7 @@ def _unipc_correct(denoiser, x, now, state):
     curve = x.per_token(older) * (state["earlier_x0"] - state["x0"])
     curve += x.per_token(newer) * (x0 - state["x0"])
     alpha, _ = now.path.alpha_sigma(now.t)
-    start = x.replace(latents=state["x"])
+    start = x.with_latents(state["x"])
     corrected = _exponential_step(start, state["x0"], state["t"], now.t, now.path)
     corrected -= x.per_token(alpha * phi_1) * curve
     still = x.per_token(now.t) == 0
@@ -285,9 +285,9 @@ def solve(
         latents = jnp.where(x.per_token(t) == x.per_token(t_next), x.latents, moved)
         if on_step is not None:
             jax.debug.callback(on_step, index, latents, ordered=False)
-        return (x.replace(latents=latents), state), None
+        return (x.with_latents(latents), state), None
 
-    tokens = tokens.replace(latents=tokens.latents.astype(jnp.float32))
+    tokens = tokens.with_latents(tokens.latents.astype(jnp.float32))
     carry = (tokens, first_state(tokens, times[0]))
     (x, _), _ = jax.lax.scan(body, carry, (jnp.arange(steps), times[:-1], times[1:]))
     return x.latents

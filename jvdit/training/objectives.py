@@ -131,7 +131,7 @@ class FlowObjective:
         levels = t if self.one_clip else jnp.pad(t, ((0, 0), (1, 0)))
         clean = tokens_of(batch, x0, self.one_clip)
         token_t = clean.per_token(levels)
-        tokens = clean.replace(latents=self.path.mix(x0, noise, token_t))
+        tokens = clean.with_latents(self.path.mix(x0, noise, token_t))
         model = partial(self.dit.apply, {"params": params["dit"]})
         text = text_of(self.text_encoder, params, batch)
         velocity = denoise(model, tokens, levels, text, self.path)

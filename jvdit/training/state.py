@@ -17,7 +17,8 @@ class TrainState:
     """Everything that a checkpoint holds; or a sharding in the place of each array.
 
     Attributes:
-        step: batches consumed, int32 like the other counts. With the seed it decides data and randomness.
+        step: batches consumed, int32 like the other counts. With the seed it decides
+            data and randomness.
         params: float32 master weights.
         ema: their exponential moving average: what samples and evaluations use.
         opt_state: of the optimizer.

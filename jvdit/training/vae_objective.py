@@ -43,9 +43,9 @@ def random_features(
 class VAEObjective:
     """Trains a video autoencoder to give back its input through small latents.
 
-    Per video: L1 + squared error + perceptual distance on seeded random features + KL of the
-    posterior to a unit normal (arXiv:1312.6114, App. B; mean over latents) + L1 of the
-    difference between frames, which is what shows as flicker.
+    Per video: L1 + squared error + perceptual distance on seeded random features + KL
+    of the posterior to a unit normal (arXiv:1312.6114, App. B; mean over latents) + L1
+    of the difference between frames, which is what shows as flicker.
 
     Attributes:
         vae: the autoencoder.
@@ -63,7 +63,7 @@ class VAEObjective:
     def init(self, key: PRNGKeyArray, batch: Batch) -> Any:
         """Fresh parameters: {"vae"}."""
         video = jnp.zeros((1, *batch["video"].shape[1:]))
-        params = self.vae.init(key, video)["params"]
+        params: Any = self.vae.init(key, video)["params"]
         # A narrow posterior lets the decoder learn from the means first.
         bias = params["quant_conv"]["bias"]
         params["quant_conv"]["bias"] = bias.at[len(bias) // 2 :].set(-6.0)
@@ -81,11 +81,10 @@ class VAEObjective:
         """Sum over videos of the loss, and its terms."""
         variables = {"params": params["vae"]}
         video = to_float(batch["video"])
-        mean, logvar = self.vae.apply(variables, video, method="encode")
+        mean, logvar = self._encode(variables, video)
         draw = jax.vmap(lambda k, m: jax.random.normal(k, m.shape))
         latents = mean + jnp.exp(0.5 * logvar) * draw(batch["key"], mean)
-        decoded = self.vae.apply(variables, latents, method="decode")
-        decoded = decoded.astype(jnp.float32)
+        decoded = self._decode(variables, latents)
         valid = batch["valid"].astype(jnp.float32)
         terms = {
             "l1": _per_video(jnp.abs(decoded - video)),
@@ -105,13 +104,18 @@ class VAEObjective:
         metrics["psnr"] = (valid * psnr(decoded, video)).sum()
         return (valid * total).sum(), metrics
 
+    def _encode(self, variables: Any, video: Array) -> Any:
+        return self.vae.apply(variables, video, method="encode")
+
+    def _decode(self, variables: Any, latents: Array) -> Any:
+        return self.vae.apply(variables, latents, method="decode")
+
     def validate(self, params: Any, batch: Batch) -> tuple[Array, Array]:
         """Reconstruction from the posterior's mean, uint8, and each video's PSNR."""
         variables = {"params": params["vae"]}
         video = to_float(batch["video"])
-        mean, _ = self.vae.apply(variables, video, method="encode")
-        decoded = self.vae.apply(variables, mean, method="decode")
-        decoded = to_uint8(decoded)
+        mean, _ = self._encode(variables, video)
+        decoded = to_uint8(self._decode(variables, mean))
         return decoded, psnr(to_float(decoded), video)
 
 
