@@ -66,47 +66,52 @@ def train(config: Config, workdir: str) -> int:
     optim = Optim(**config.optim)
     task = TASKS[config.objective](config, mesh, pathlib.Path(workdir))
     task.check_rows(optim.accumulate)
-    claim_workdir(workdir, {"identity": task.identity, "config": config.to_dict()})
-    checkpoints = Checkpoints(workdir, config.keep_checkpoints)
-    try:
-        with jax.set_mesh(mesh):
-            return _Loop(config, workdir, mesh, task, optim, checkpoints).run()
-    finally:
-        checkpoints.close()
+    with jax.set_mesh(mesh):
+        loop = _Loop(config, pathlib.Path(workdir), mesh, task, optim)
+        claim_workdir(workdir, {"identity": task.identity, "config": config.to_dict()})
+        return loop.run()
 
 
 class _Loop:
-    def __init__(self, config, workdir, mesh: Mesh, task: Task, optim, checkpoints):
-        self.config, self.workdir, self.mesh = config, workdir, mesh
-        self.task, self.checkpoints = task, checkpoints
+    def __init__(self, config, workdir, mesh: Mesh, task: Task, optim: Optim):
+        self.config, self.workdir, self.mesh, self.task = config, workdir, mesh, task
         self.stop = StopRequest()
         self.recent: collections.deque[Any] = collections.deque(
             maxlen=config.max_skipped
         )
-        step = make_train_step(task.objective, optim, config.steps, config.seed)
         optimizer = optim.optimizer(config.steps)
 
         def init(key, batch):
             return new_state(task.objective.init(key, batch), optimizer)
 
-        key = jax.random.key(config.seed)
-        shapes = jax.eval_shape(init, key, task.example)
-        self.shardings = state_shardings(shapes, mesh)
-        if checkpoints.latest is None:
-            make = jax.jit(init, out_shardings=self.shardings)
-            self.state, data = make(key, task.example), {}
-        else:
-            self.state, data = checkpoints.restore(shapes, self.shardings)
-        self.start = int(self.state.step)
-        self.data_note = task.compare_data(data)
+        # Shapes alone already tell whether the sizes of the network fit together.
+        self.init, self.key = init, jax.random.key(config.seed)
+        self.shapes = jax.eval_shape(init, self.key, task.example)
+        self.shardings = state_shardings(self.shapes, mesh)
         self.step = jax.jit(
-            step,
+            make_train_step(task.objective, optim, config.steps, config.seed),
             in_shardings=(self.shardings, batch_sharding(mesh)),
             out_shardings=(self.shardings, None),
             donate_argnums=0,
         )
 
     def run(self) -> int:
+        """Trains from the newest checkpoint, or the beginning; returns steps done."""
+        self.checkpoints = Checkpoints(self.workdir, self.config.keep_checkpoints)
+        try:
+            if self.checkpoints.latest is None:
+                make = jax.jit(self.init, out_shardings=self.shardings)
+                self.state, data = make(self.key, self.task.example), {}
+            else:
+                restored = self.checkpoints.restore(self.shapes, self.shardings)
+                self.state, data = restored
+            self.start = int(self.state.step)
+            self.data_note = self.task.compare_data(data)
+            return self._train()
+        finally:
+            self.checkpoints.close()
+
+    def _train(self) -> int:
         config, task = self.config, self.task
         metrics = Metrics(self.workdir, config.steps, self.start, config.objective)
         with metrics, task.batches(self.start) as batches:
@@ -132,7 +137,7 @@ class _Loop:
             if self.stop.asked:
                 metrics.say(f"stopped at step {done}, saved; the same command goes on")
             else:
-                task.save(self.state.ema, pathlib.Path(self.workdir) / "model")
+                task.save(self.state.ema, self.workdir / "model")
                 metrics.say(f"finished: {self.workdir}/model")
         return done
 
@@ -159,7 +164,7 @@ class _Loop:
         rates.add(idle, **self.task.counts(batch))
         self.recent.append(self.task.names(batch))
         if skipped >= self.config.max_skipped:
-            write_json(pathlib.Path(self.workdir) / "bad_clips.json", [*self.recent])
+            write_json(self.workdir / "bad_clips.json", [*self.recent])
             raise FloatingPointError(
                 f"{skipped} steps in a row up to {number} had a loss or gradient that "
                 "isn't finite. Their clips are listed in "
@@ -183,9 +188,8 @@ class _Loop:
         if done % self.config.evaluate_every == 0 or last:
             metrics.scalars(done, self.task.validate(ema))
         if done % self.config.sample_every == 0 or last:
-            folder = pathlib.Path(self.workdir)
-            self.task.save(ema, folder / "model")
-            self.task.show(ema, metrics, done, folder / "samples")
+            self.task.save(ema, self.workdir / "model")
+            self.task.show(ema, metrics, done, self.workdir / "samples")
             metrics.flush()
 
 

@@ -36,3 +36,11 @@ def get_config():
     dit.sample.frames = 5
     dit.sample.height = dit.sample.width = 16
     return defaults.stages(vae=vae, latents=latents, dit=dit)
+
+
+def flow_config(workdir):
+    """The last stage alone, in another folder than that of `workdir`'s stages."""
+    config = get_config().stages.dit.copy_and_resolve_references()
+    config.data.sources = (f"{workdir}/latents",)
+    config.data.validation = f"{workdir}/latents#val"
+    return config

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax.typing import DTypeLike
@@ -19,9 +18,10 @@ from jvdit.models.layers import (
     REMAT_POLICIES,
     LayerNorm,
     Mlp,
+    Modulation,
     RMSNorm,
     fusion_boundary,
-    layer_norm,
+    modulate,
     rematerialise,
     timestep_embedding,
 )
@@ -68,64 +68,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 _text_init = nn.initializers.normal(0.02)
-
-
-class Modulation(nn.Module):
-    """Shift, scale and gate rows for the tokens: AdaLN with a table (arXiv:2212.09748).
-
-    A learned table, one row for each use, is added to an embedding of the noise level.
-    That is done once for each distinct level; tokens then pick their level.
-
-    Attributes:
-        rows: how many vectors of `d` channels there are.
-    """
-
-    rows: int
-    param_dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self,
-        embedding: Float[Array, "b g #r d"],
-        level: Int[Array, "b n"] | None,
-    ) -> list[Float[Array, "b #n d"]]:
-        """Spreads the rows over the tokens.
-
-        Args:
-            embedding: of each noise level, in float32.
-            level: index of each token's level. None: there is one level.
-        """
-        width = embedding.shape[-1]
-        table = self.param(
-            "table",
-            nn.initializers.normal(width**-0.5),
-            (self.rows, width),
-            self.param_dtype,
-        )
-        rows = embedding + table.astype(jnp.float32)[None, None]
-        if level is None:
-            return [rows[:, :, i] for i in range(self.rows)]
-        return [_pick(rows[:, :, i], level) for i in range(self.rows)]
-
-
-@jax.custom_jvp
-def _pick(row: Array, level: Array) -> Array:
-    """The vector of each token's level."""
-    return jnp.take_along_axis(row, level[:, :, None], axis=1)
-
-
-@_pick.defjvp
-def _pick_tangent(primals, tangents):
-    # The gradient of an indexed read is a scatter, which is slow. Written as a product
-    # with the one-hot levels, the gradient is a product as well.
-    row, level = primals
-    tangent = jnp.einsum(
-        "bng,bgd->bnd",
-        jax.nn.one_hot(level, row.shape[1]),
-        tangents[0],
-        precision=jax.lax.Precision.HIGHEST,
-    )
-    return _pick(row, level), tangent
 
 
 class Attention(nn.Module):
@@ -215,7 +157,11 @@ class Block(nn.Module):
         modulation = Modulation(6, self.param_dtype, name="modulation")
         rows = modulation(embedding, level)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = rows
-        text_by = (None, None) if text_segment is None else (segment, text_segment)
+        text_by = (None, None)
+        if text_segment is not None:
+            # One clip a row: self-attention needs no mask, padded text still does.
+            asking = jnp.ones(x.shape[:2], jnp.int32) if segment is None else segment
+            text_by = (asking, text_segment)
 
         y = modulate(x, shift, scale, self.eps).astype(self.dtype)
         y = Attention(*heads, name="self_attention", **kinds)(
@@ -241,16 +187,6 @@ class _ScanBlock(Block):
     @nn.compact
     def __call__(self, x, *context):
         return super().__call__(x, *context), None
-
-
-def modulate(
-    x: Float[Array, "b n d"],
-    shift: Float[Array, "b #n d"],
-    scale: Float[Array, "b #n d"],
-    eps: float,
-) -> Float[Array, "b n d"]:
-    """Layer norm whose scale and shift come from the noise level, in float32."""
-    return layer_norm(x, eps) * (1 + scale) + shift
 
 
 class DiT(nn.Module):
@@ -338,13 +274,10 @@ class DiT(nn.Module):
         time, rows = self._time_embedding(t)
 
         level = tokens.level if t.shape[1] > 1 else None
-        segment = tokens.segment
-        if segment is None and text.segment is not None:
-            segment = jnp.ones(tokens.position.shape[:2], jnp.int32)
         rotation = rope_tables(
             tokens.position, self._rope_dims, self.rope_theta, self.position_scale
         )
-        x = self._blocks(x, states, rows, level, segment, text.segment, rotation)
+        x = self._blocks(x, states, rows, level, tokens.segment, text.segment, rotation)
 
         head = Modulation(2, self.param_dtype, name="head_modulation")
         shift, scale = head(time[:, :, None], level)

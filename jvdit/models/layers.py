@@ -1,4 +1,4 @@
-"""Small layers that several models share: norms, MLP, sinusoids, layer stacks."""
+"""Small layers that models share: norms, modulation, MLP, sinusoids, layer stacks."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 Initializer = Callable[..., Array]
 
@@ -65,6 +65,74 @@ class LayerNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
         x = layer_norm(x, self.eps) * scale.astype(jnp.float32).reshape(last)
         return x + bias.astype(jnp.float32).reshape(last)
+
+
+def modulate(
+    x: Float[Array, "b n d"],
+    shift: Float[Array, "b #n d"],
+    scale: Float[Array, "b #n d"],
+    eps: float = 1e-6,
+) -> Float[Array, "b n d"]:
+    """Layer norm whose scale and shift come from the noise level, in float32."""
+    return layer_norm(x, eps) * (1 + scale) + shift
+
+
+class Modulation(nn.Module):
+    """Shift, scale and gate rows for the tokens: AdaLN with a table (arXiv:2212.09748).
+
+    A learned table, one row for each use, is added to an embedding of the noise level.
+    That is done once for each distinct level; tokens then pick their level.
+
+    Attributes:
+        rows: how many vectors of `d` channels there are.
+    """
+
+    rows: int
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        embedding: Float[Array, "b g #r d"],
+        level: Int[Array, "b n"] | None,
+    ) -> list[Float[Array, "b #n d"]]:
+        """Spreads the rows over the tokens.
+
+        Args:
+            embedding: of each noise level, in float32.
+            level: index of each token's level. None: there is one level.
+        """
+        width = embedding.shape[-1]
+        table = self.param(
+            "table",
+            nn.initializers.normal(width**-0.5),
+            (self.rows, width),
+            self.param_dtype,
+        )
+        rows = embedding + table.astype(jnp.float32)[None, None]
+        if level is None:
+            return [rows[:, :, i] for i in range(self.rows)]
+        return [_pick(rows[:, :, i], level) for i in range(self.rows)]
+
+
+@jax.custom_jvp
+def _pick(row: Array, level: Array) -> Array:
+    """The vector of each token's level."""
+    return jnp.take_along_axis(row, level[:, :, None], axis=1)
+
+
+@_pick.defjvp
+def _pick_tangent(primals, tangents):
+    # The gradient of an indexed read is a scatter, which is slow. Written as a product
+    # with the one-hot levels, the gradient is a product as well.
+    row, level = primals
+    tangent = jnp.einsum(
+        "bng,bgd->bnd",
+        jax.nn.one_hot(level, row.shape[1]),
+        tangents[0],
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return _pick(row, level), tangent
 
 
 class Mlp(nn.Module):
