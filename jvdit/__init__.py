@@ -1,0 +1,46 @@
+"""JAX Video DiT: a latent diffusion transformer for video, whole.
+
+Names are loaded when they are first used, because workers that read data import this
+package too and must not load jax.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jvdit.data.world import World as World
+    from jvdit.diffusion.denoise import Guidance as Guidance
+    from jvdit.diffusion.flow import Path as Path
+    from jvdit.diffusion.flow import TimestepPolicy as TimestepPolicy
+    from jvdit.generator import Generator as Generator
+    from jvdit.generator import Request as Request
+    from jvdit.models.dit import DiT as DiT
+    from jvdit.models.text_encoder import TextEncoder as TextEncoder
+    from jvdit.models.video_vae import VideoVAE as VideoVAE
+    from jvdit.shapes import Text as Text
+    from jvdit.shapes import Tokens as Tokens
+
+_HOMES = {
+    "DiT": "jvdit.models.dit",
+    "Generator": "jvdit.generator",
+    "Guidance": "jvdit.diffusion.denoise",
+    "Path": "jvdit.diffusion.flow",
+    "Request": "jvdit.generator",
+    "Text": "jvdit.shapes",
+    "TextEncoder": "jvdit.models.text_encoder",
+    "TimestepPolicy": "jvdit.diffusion.flow",
+    "Tokens": "jvdit.shapes",
+    "VideoVAE": "jvdit.models.video_vae",
+    "World": "jvdit.data.world",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"jvdit has no {name!r}; it has {', '.join(_HOMES)}.")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(_HOMES)

@@ -80,7 +80,9 @@ def vae(variant: str = "world") -> Config:
         "latents_std",
     )
     config.loss = {"mse": 5.0, "perceptual": 0.5, "kl": 3e-4, "temporal": 0.5}
-    config.data.batch_size = 8
+    # Pixels of a batch, frames x height x width over its clips: a batch holds clips of
+    # one size, many if they are small.
+    config.data.pixel_budget = 8 * 17 * 64 * 64
     return config
 
 

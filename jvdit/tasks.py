@@ -60,6 +60,7 @@ class Task(ABC):
     example: dict[str, np.ndarray]
     flops: float = 0.0
     summary: str = ""
+    batch_builder: PackedBatches | ClipBatches
     _host_only = ("clip_id", "fps")
 
     def __init__(self, config: Config, mesh: Mesh, workdir: pathlib.Path):
@@ -75,9 +76,6 @@ class Task(ABC):
     def open(self, name: str) -> Source:
         """Opens one of the config's sources."""
         return open_source(name)
-
-    @abstractmethod
-    def _builder(self) -> PackedBatches | ClipBatches: ...
 
     @abstractmethod
     def counts(self, batch: Batch) -> dict[str, float]:
@@ -99,7 +97,7 @@ class Task(ABC):
         """The batches from a step on."""
         data = self.config.data
         return Batches(
-            self._builder(),
+            self.batch_builder,
             start=start,
             num_threads=data.threads,
             buffer_bytes=data.prefetch_bytes,
@@ -117,7 +115,7 @@ class Task(ABC):
     def names(self, batch: Batch) -> list[str]:
         """The clips of a batch as "source:number"."""
         located = [
-            self._builder().locate(int(i)) for i in batch["clip_id"].flat if i >= 0
+            self.batch_builder.locate(int(i)) for i in batch["clip_id"].flat if i >= 0
         ]
         return [f"{self.config.data.sources[s]}:{i}" for s, i in located]
 
@@ -155,9 +153,11 @@ class VAETask(Task):
     def __init__(self, config: Config, mesh: Mesh, workdir: pathlib.Path):
         super().__init__(config, mesh, workdir)
         self.vae = build(VideoVAE, config.vae.to_dict())
+        ways = mesh.shape["data"] * mesh.shape["fsdp"] * config.optim.accumulate
         self.plan = BucketPlan.of(
             self.sources,
-            batch_size=config.data.batch_size,
+            pixel_budget=config.data.pixel_budget,
+            multiple=ways,
             weights=config.data.weights or None,
             seed=config.seed,
         )
@@ -167,15 +167,16 @@ class VAETask(Task):
         self.objective = VAEObjective(self.vae, **config.loss)
         fields = module_fields(self.vae)
         self.identity = {"objective": "video_vae", "vae": fields, "seed": config.seed}
-        size = next(iter(self.plan.batches))
-        rows = config.data.batch_size // jax.process_count()
-        self.example = {
-            "video": np.zeros((rows, *size, 3), np.uint8),
-            "valid": np.ones(rows, bool),
-            "clip_id": np.zeros(rows, np.int64),
-        }
+        self.batch_builder = ClipBatches(
+            self.sources,
+            self.plan,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+            timeout=config.data.timeout,
+        )
+        self.example, _ = self.batch_builder[0]
         clips = sum(map(len, self.sources))
-        self.summary = f"{clips} clips of sizes {[*self.plan.batches]}"
+        self.summary = f"{clips} clips, batches {self.plan.batches}"
         self._validation = self._validation_clips()
         self._reconstruct = jax.jit(self.objective.validate)
 
@@ -184,15 +185,6 @@ class VAETask(Task):
         if not data.validation:
             return []
         return _held_out(self.open(data.validation), data.validation_clips)
-
-    def _builder(self):
-        return ClipBatches(
-            self.sources,
-            self.plan,
-            host=jax.process_index(),
-            hosts=jax.process_count(),
-            timeout=self.config.data.timeout,
-        )
 
     def counts(self, batch):  # noqa: D102
         videos = float(batch["valid"].sum()) * jax.process_count()
@@ -392,9 +384,6 @@ class FlowTask(Task):
         return self._packed([source], plan, 0.0)
 
     # The loop's questions
-
-    def _builder(self):
-        return self.batch_builder
 
     def counts(self, batch):  # noqa: D102
         hosts = jax.process_count()

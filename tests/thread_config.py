@@ -18,7 +18,7 @@ def get_config():
     vae = intervals(defaults.vae("tiny"), 4)
     vae.data.sources = ("world:train:5x16x16@8:1000",)
     vae.data.validation = "world:val:5x16x16@8:2"
-    vae.data.batch_size = 8
+    vae.data.pixel_budget = 8 * 5 * 16 * 16
     latents = defaults.encode(
         "world:train:5x16x16@8:64", "{workdir}/vae", "world:val:5x16x16@8:8"
     )
