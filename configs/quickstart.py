@@ -15,6 +15,8 @@ def get_config():
     """Settings of the runs, one after another."""
     vae = world_vae.get_config()
     vae.steps = 150
+    vae.data.sources = ("world:train:5x32x32@8:1000000",)
+    vae.data.weights = ()
     latents = defaults.encode(
         "world:train:17x32x32@8:2048",
         vae="{workdir}/vae",

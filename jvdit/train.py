@@ -134,10 +134,10 @@ class _Loop:
             self._account(metrics, pending, rates, batches)
             self._save(done)
             self.checkpoints.wait()
+            task.save(self.state.ema, self.workdir / "model")
             if self.stop.asked:
                 metrics.say(f"stopped at step {done}, saved; the same command goes on")
             else:
-                task.save(self.state.ema, self.workdir / "model")
                 metrics.say(f"finished: {self.workdir}/model")
         return done
 

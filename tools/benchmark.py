@@ -1,0 +1,250 @@
+"""Times jvdit beside PyTorch on the CPU: equal sizes, float32, interleaved.
+
+    python tools/benchmark.py denoise train --tokens 320 --rounds 7 --json times.json
+
+Ours and the peer (diffusers' Wan models, torch eager) run in turn, after one uncounted
+call each; a ratio is of one round. On a busy machine trust the ratio of CPU times.
+"""
+
+import argparse
+import functools
+import importlib.metadata
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from einops import rearrange
+
+from jvdit.data.pipeline import Batches, PackedBatches
+from jvdit.data.plan import BucketPlan, PackPlan
+from jvdit.data.sources import ArraySource
+from jvdit.models.dit import DiT
+from jvdit.models.video_vae import VideoVAE
+from jvdit.shapes import Text, Tokens
+
+BATCH, DEPTH, WIDTH, HEADS, CHANNELS, TEXT, STATES = 4, 6, 256, 4, 16, 256, 64
+# Two videos: torch takes a slow path for convolutions over time of a single one.
+VAE_WIDTH, VIDEO = 32, (2, 17, 64, 64)
+# Latent frames, height and width of the clips that are packed.
+PIPELINE_SIZES = [(1, 16, 16), (3, 8, 16), (5, 8, 8), (5, 16, 8), (5, 16, 16)]
+PACKING_SIZES = [(1, 32, 32), (5, 32, 32), (5, 24, 40), (9, 30, 52), (21, 30, 52)]
+Run = Callable[[], Any]
+Row = dict[str, Any]
+
+
+def timed(run: Run) -> tuple[float, float]:
+    """Returns the seconds (wall, CPU) that a call takes."""
+    time.sleep(0.05)  # idle threads of the call before spin for a while
+    wall, cpu = time.perf_counter(), time.process_time()
+    jax.block_until_ready(run())
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def measure(what: str, rounds: int, ours: Run, peer: Run | None) -> Row:
+    """Times both in turn; a list has an entry for each round."""
+    runs = {"ours": ours} | ({"peer": peer} if peer else {})
+    row: Row = {"what": what, "rounds": rounds, "load": os.getloadavg()[0]}
+    row["first_call"] = {side: timed(run)[0] for side, run in runs.items()}
+    times = [{side: timed(run) for side, run in runs.items()} for _ in range(rounds)]
+    for i, clock in enumerate(("wall", "cpu")):
+        row[clock] = {side: [t[side][i] for t in times] for side in runs}
+    return row
+
+
+def show(row: Row) -> None:
+    """Prints medians and ranges by each clock, and the note."""
+    for clock in filter(row.__contains__, ("wall", "cpu")):
+        ours, peer = row[clock]["ours"], row[clock].get("peer", [])
+        cells = f"{row['what']:25} {clock:5}{row['rounds']:>3}"
+        for x in filter(len, (ours, peer, np.divide(ours[: len(peer)], peer))):
+            cell = f"{statistics.median(x):.3g} ({min(x):.3g}-{max(x):.3g})"
+            cells += f"   {cell:22}"
+        print(f"{cells} [{row['load']:.1f}]", flush=True)
+    if "note" in row:
+        print(f"{row['what']:25} {row['note']}", flush=True)
+
+
+def check_sizes(params: Any, model: Any) -> None:
+    """Makes sure that both networks have as many parameters."""
+    if optax.tree.size(params) != sum(x.numel() for x in model.parameters()):
+        raise RuntimeError("The numbers of parameters differ: not the same network.")
+
+
+def our_dit(inputs: tuple[Any, ...], train: bool) -> tuple[Any, Run]:
+    """Our parameters, and a forward pass or a training step on (tokens, t, text, y)."""
+    patch = 4 * CHANNELS
+    model = DiT(WIDTH, DEPTH, HEADS, 4 * WIDTH, patch, patch, TEXT)
+    params = jax.jit(model.init)(jax.random.key(0), *inputs[:3])
+    forward, optimizer = jax.jit(model.apply), optax.adamw(1e-4, weight_decay=0.01)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state: Any, *inputs: Any) -> Any:
+        params, moments = state
+        grad = jax.grad(lambda p: ((forward(p, *inputs[:3]) - inputs[3]) ** 2).mean())
+        changes, moments = optimizer.update(grad(params), moments, params)
+        return optax.apply_updates(params, changes), moments
+
+    state = jax.tree.map(jnp.copy, (params, optimizer.init(params)))
+
+    def step() -> Any:
+        nonlocal state
+        return (state := update(state, *inputs))
+
+    return params, step if train else functools.partial(forward, params, *inputs[:3])
+
+
+def their_dit(params: Any, peers: Any, inputs: tuple[Any, ...], train: bool) -> Run:
+    """The same of diffusers, on (latents, t, text, y); `params` are ours."""
+    torch, diffusers = peers
+    heads = {"num_attention_heads": HEADS, "attention_head_dim": WIDTH // HEADS}
+    sizes = {"text_dim": TEXT, "ffn_dim": 4 * WIDTH, "num_layers": DEPTH}
+    model = diffusers.WanTransformer3DModel(**heads, **sizes, rope_max_seq_len=64)
+    check_sizes(params, model)
+    *arrays, target = map(torch.from_numpy, inputs)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        ((model(*arrays).sample - target) ** 2).mean().backward()
+        optimizer.step()
+
+    return step if train else torch.inference_mode()(lambda: model(*arrays))
+
+
+def dit(args: argparse.Namespace, peers: Any, train: bool = False) -> Iterator[Row]:
+    """The transformer on whole clips of 5 latent frames."""
+    for tokens in args.tokens:
+        area = tokens // 5
+        h = max(x for x in range(1, math.isqrt(area) + 1) if area % x == 0)
+        rng = np.random.default_rng(0)
+        size = (2, BATCH, CHANNELS, 5, 2 * h, 2 * area // h)
+        x, y = rng.normal(size=size).astype(np.float32)
+        states = rng.normal(size=(BATCH, STATES, TEXT)).astype(np.float32)
+        t = np.linspace(0.1, 0.9, BATCH, dtype=np.float32)
+        pattern = "a b c f (h p) (w q) -> a b (f h w) (p q c)"
+        patches = jnp.asarray(rearrange(np.stack([x, y]), pattern, p=2, q=2))
+        cells = np.indices((5, h, area // h)).reshape(1, 3, tokens)
+        position = jnp.asarray(np.repeat(cells, BATCH, 0), jnp.float32).mT
+        packed, text = Tokens(patches[0], position), Text(jnp.asarray(states))
+        params, ours = our_dit((packed, t[:, None], text, patches[1]), train)
+        theirs = peers and their_dit(params, peers, (x, 1000 * t, states, y), train)
+        what = f"{'train' if train else 'denoise'} {BATCH} x {tokens} tokens"
+        yield measure(what, args.rounds, ours, theirs)
+
+
+def vae(args: argparse.Namespace, peers: Any) -> Iterator[Row]:
+    """The Wan 2.1 autoencoder at a third of its width, both halves."""
+    model = VideoVAE(encoder_width=VAE_WIDTH, decoder_width=VAE_WIDTH)
+    rng = np.random.default_rng(0)
+    latents = (VIDEO[0], *model.latent_shape(*VIDEO[1:]), CHANNELS)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((*VIDEO, 3)))
+    theirs = peers and peers[1].AutoencoderKLWan(base_dim=VAE_WIDTH).eval()
+    for half, shape in (("encode", (*VIDEO, 3)), ("decode", latents)):
+        x = rng.uniform(-1, 1, shape).astype(np.float32)
+        apply = jax.jit(functools.partial(model.apply, method=half))
+        ours, peer = functools.partial(apply, params, jnp.asarray(x)), None
+        if peers:
+            check_sizes(params, theirs)
+            given = peers[0].from_numpy(np.moveaxis(x, -1, 1).copy())
+            peer = functools.partial(getattr(theirs.requires_grad_(False), half), given)
+        yield measure(f"vae {half} {VIDEO}", args.rounds, ours, peer)
+
+
+def pipeline(args: argparse.Namespace, _: Any) -> Iterator[Row]:
+    """Packed batches beside the training step on one, and how long a step waits."""
+    draw, f32 = np.random.default_rng(0).random, np.float32
+    clips = [
+        {
+            "mean": draw((*x, CHANNELS), f32),
+            "text_embeds": draw((16, TEXT), f32),
+            "fps": 8,
+        }
+        for x in PIPELINE_SIZES * 40
+    ]
+    budgets: Row = {"token_budget": 320, "text_budget": STATES, "max_clips": 4}
+    plan = PackPlan.of([source := ArraySource(clips)], rows_per_step=BATCH, **budgets)
+    how: Row = {"latent_mean": np.zeros(CHANNELS), "latent_std": np.ones(CHANNELS)}
+    how |= {"temporal_compression": 4, "null_embeds": draw((1, TEXT))}
+    builder = PackedBatches([source], plan, **how)
+    x = {name: jnp.asarray(value) for name, value in builder[0][0].items()}
+    tokens = Tokens(x["latents"], x["position"], x["segment"], x["segment"])
+    text, t = Text(x["text_embeds"], x["text_segment"]), jnp.full((BATCH, 5), 0.5)
+    step = our_dit((tokens, t.at[:, 0].set(0), text, x["latents"]), train=True)[1]
+    with Batches(builder, num_threads=args.threads, buffer_bytes=1) as batches:
+        some = functools.partial(lambda k: [next(batches) for _ in k], range(50))
+        row = measure("50 packed batches : step", args.rounds, some, step)
+        clock, waited = time.perf_counter(), 0.0
+        for _ in range(2 * args.rounds):
+            waited -= time.perf_counter()
+            next(batches)
+            waited += time.perf_counter()
+            jax.block_until_ready(step())
+    row["wait_share"] = waited / (time.perf_counter() - clock)
+    made, taken = map(statistics.median, row["wall"].values())
+    row["note"] = f"{50 / made:.0f} batches/s, {1 / taken:.2g} steps/s; "
+    row["note"] += f"steps wait {row['wait_share']:.2%} of the time"
+    yield row
+
+
+def packing(args: argparse.Namespace, _: Any) -> Iterator[Row]:
+    """Unused tokens of rows of 16,384: 20,000 clips of five sizes, equally many."""
+    sizes, budget = np.array(PACKING_SIZES * 4000), 16384
+    index = {k: sizes[:, i] for i, k in enumerate(("frames", "height", "width"))}
+    index["text_length"] = np.random.default_rng(0).integers(1, 200, len(sizes))
+    limits: Row = {"text_budget": 4096, "max_clips": 32, "rows_per_step": 8}
+    packed = PackPlan([index], token_budget=budget, **limits).padding
+    rows = BucketPlan([index], pixel_budget=4 * budget).steps_per_epoch
+    shares = packed, 1 - sizes.prod(axis=1).sum() / 4 / (rows * budget)
+    note = "padding {:.2%} packed, {:.2%} in rows of one size each".format(*shares)
+    yield {"what": "packing 5 sizes", "padding": shares, "note": note}
+
+
+CASES = {"denoise": dit, "train": functools.partial(dit, train=True), "vae": vae}
+CASES |= {"pipeline": pipeline, "packing": packing}
+
+
+def main() -> None:
+    """Runs the cases that are asked for."""
+    parser = argparse.ArgumentParser(description="Times jvdit beside PyTorch.")
+    parser.add_argument("cases", nargs="*", default="all", choices=[*CASES, "all"])
+    parser.add_argument("--rounds", type=int, default=5, help="pairs of each row")
+    parser.add_argument("--threads", type=int, default=1, choices=(1, 2))
+    parser.add_argument("--tokens", type=int, nargs="+", default=[320, 1280])
+    parser.add_argument("--json", help="file for every single time")
+    args = parser.parse_args()
+    if args.rounds < 1 or any(x < 5 or x % 5 for x in args.tokens):
+        parser.error("--rounds must be positive, --tokens multiples of 5; try 320")
+    # Both libraries start their threads at first use, on the CPUs then allowed.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
+    jax.config.update("jax_platforms", "cpu")
+    rows, peers = [], None
+    try:
+        peers = tuple(map(importlib.import_module, ("torch", "diffusers")))
+        peers[0].set_num_threads(args.threads)
+    except ImportError as error:
+        print(f"No peers ({error}); install them with: pip install 'jvdit[parity]'")
+    host = f"{os.cpu_count()} CPUs, {args.threads} used"
+    for package in ("jax", "torch", "diffusers")[: 3 if peers else 1]:
+        host += f", {package} {importlib.metadata.version(package)}"
+    print(
+        f"{host}\n{'seconds':25} clock  n   {'ours':25}{'peer':25}ours / peer  [load]"
+    )
+    for case in CASES if "all" in args.cases else args.cases:
+        for row in CASES[case](args, peers):
+            show(row)
+            rows.append(row)
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({"machine": host, "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
