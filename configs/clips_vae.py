@@ -15,7 +15,7 @@ def get_config():
     config.data.sources = ("data/clips",)
     config.data.validation = "data/clips#val"
     config.data.pixel_budget = 2 * 17 * 64 * 96
-    config.optim.lr = 5e-4
+    config.optim.lr = 2e-4
     config.optim.schedule = "cosine"
     config.optim.warmup = 200
     return config

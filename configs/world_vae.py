@@ -25,7 +25,8 @@ def get_config():
     config.data.weights = (28.8, 4.2, 1.2)
     config.data.pixel_budget = 72 * 32 * 32
     config.data.validation = "world:val:17x32x32@8:64"
-    config.optim.lr = 1e-3
+    # At 1e-3 it learns no colour at all: measured by overfitting 16 images.
+    config.optim.lr = 2e-4
     config.optim.schedule = "cosine"
     config.optim.warmup = 100
     config.checkpoint_every = 200
