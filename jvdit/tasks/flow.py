@@ -1,10 +1,6 @@
-"""The kinds of training: what each reads, trains, measures and shows.
-
-A task joins data, models and an objective; the loop in `train.py` knows nothing else.
-"""
+"""Training the DiT, and a text encoder with it, on cached latents."""
 
 import pathlib
-from abc import ABC, abstractmethod
 from typing import Any
 
 import jax
@@ -15,10 +11,10 @@ from jax.sharding import Mesh
 from jvdit.config import Config
 from jvdit.data.catalog import open_source
 from jvdit.data.media_encode import encode_clip
-from jvdit.data.pipeline import Batch, Batches, ClipBatches, PackedBatches
-from jvdit.data.plan import BucketPlan, PackPlan
+from jvdit.data.pipeline import PackedBatches
+from jvdit.data.plan import PackPlan
 from jvdit.data.sheets import contact_sheet, write_png
-from jvdit.data.sources import BadClip, LatentSource, Source
+from jvdit.data.sources import LatentSource
 from jvdit.data.tokenizer import Tokenizer, train_tokenizer
 from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.flow import Path, TimestepPolicy
@@ -27,197 +23,15 @@ from jvdit.generator import Generator, Request
 from jvdit.models.dit import DiT
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.models.video_vae import VideoVAE
-from jvdit.sharding import batch_sharding
+from jvdit.tasks.task import Task
 from jvdit.training.checkpoint import (
     build,
     differences,
     load_weights,
     module_fields,
-    save_weights,
     weights_hash,
 )
-from jvdit.training.metrics import Metrics
 from jvdit.training.objectives import FlowObjective
-from jvdit.training.step import Objective
-from jvdit.training.vae_objective import VAEObjective
-
-
-class Task(ABC):
-    """One kind of training.
-
-    Attributes:
-        objective: what is minimised.
-        identity: what makes a workdir this run's.
-        fingerprint: of the order of the data.
-        example: a batch, for its shapes.
-        flops: of the model in one step, forward and backward; 0 if not known.
-        summary: a line about data and batches.
-    """
-
-    objective: Objective
-    identity: dict[str, Any]
-    fingerprint: str
-    example: dict[str, np.ndarray]
-    flops: float = 0.0
-    summary: str = ""
-    batch_builder: PackedBatches | ClipBatches
-    _host_only = ("clip_id", "fps")
-
-    def __init__(self, config: Config, mesh: Mesh, workdir: pathlib.Path):
-        self.config, self.mesh, self.workdir = config, mesh, workdir
-        data = config.data
-        self.sources = [self.open(name) for name in data.sources]
-        if data.weights and len(data.weights) != len(self.sources):
-            raise ValueError(
-                f"`data.weights` (={data.weights}) must have one number for each of "
-                f"the {len(self.sources)} `data.sources`, or be ()."
-            )
-
-    def open(self, name: str) -> Source:
-        """Opens one of the config's sources."""
-        return open_source(name)
-
-    @abstractmethod
-    def counts(self, batch: Batch) -> dict[str, float]:
-        """Clips (and tokens) of a batch, all hosts together."""
-
-    @abstractmethod
-    def validate(self, params: Any) -> dict[str, float]:
-        """Measures on held-out clips."""
-
-    @abstractmethod
-    def show(self, params: Any, metrics: Metrics, step: int, folder: pathlib.Path):
-        """Writes pictures and films of what the model can."""
-
-    @abstractmethod
-    def save(self, params: Any, folder: pathlib.Path) -> None:
-        """Writes finished weights."""
-
-    def batches(self, start: int) -> Batches:
-        """The batches from a step on."""
-        data = self.config.data
-        return Batches(
-            self.batch_builder,
-            start=start,
-            num_threads=data.threads,
-            buffer_bytes=data.prefetch_bytes,
-        )
-
-    def place(self, batch: Batch) -> dict[str, jax.Array]:
-        """Puts this host's part of a batch on the mesh."""
-        sharding = batch_sharding(self.mesh)
-        return {
-            name: jax.make_array_from_process_local_data(sharding, value)
-            for name, value in batch.items()
-            if name not in self._host_only
-        }
-
-    def names(self, batch: Batch) -> list[str]:
-        """The clips of a batch as "source:number"."""
-        located = [
-            self.batch_builder.locate(int(i)) for i in batch["clip_id"].flat if i >= 0
-        ]
-        return [f"{self.config.data.sources[s]}:{i}" for s, i in located]
-
-    def compare_data(self, saved: dict[str, Any]) -> str:
-        """What to warn of when a checkpoint was made with other data."""
-        if not saved or saved["fingerprint"] == self.fingerprint:
-            return ""
-        return (
-            "the data or its order differ from those of the checkpoint: training goes "
-            "on, but not through the clips that it would have seen."
-        )
-
-    def check_rows(self, accumulate: int) -> None:
-        """ValueError if the rows don't divide over devices and parts."""
-        rows = len(self.example["clip_id"]) * jax.process_count()
-        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"] * accumulate
-        if rows % ways:
-            raise ValueError(
-                f"rows of a batch (={rows}) must be divisible by {ways}, the devices "
-                f"along data and fsdp times `optim.accumulate` (={accumulate}); try "
-                f"{-(-rows // ways) * ways}."
-            )
-
-
-def _held_out(source: Source, count: int) -> list[dict[str, Any]]:
-    clips = source.read(range(min(count, len(source))))
-    return [clip for clip in clips if not isinstance(clip, BadClip)]
-
-
-class VAETask(Task):
-    """Trains a video autoencoder on clips of pixels."""
-
-    objective: VAEObjective
-
-    def __init__(self, config: Config, mesh: Mesh, workdir: pathlib.Path):
-        super().__init__(config, mesh, workdir)
-        self.vae = build(VideoVAE, config.vae.to_dict())
-        ways = mesh.shape["data"] * mesh.shape["fsdp"] * config.optim.accumulate
-        self.plan = BucketPlan.of(
-            self.sources,
-            pixel_budget=config.data.pixel_budget,
-            multiple=ways,
-            weights=config.data.weights or None,
-            seed=config.seed,
-        )
-        for size in self.plan.batches:
-            self.vae.latent_shape(*size)
-        self.fingerprint = self.plan.fingerprint
-        self.objective = VAEObjective(self.vae, **config.loss)
-        fields = module_fields(self.vae)
-        self.identity = {"objective": "video_vae", "vae": fields, "seed": config.seed}
-        self.batch_builder = ClipBatches(
-            self.sources,
-            self.plan,
-            host=jax.process_index(),
-            hosts=jax.process_count(),
-            timeout=config.data.timeout,
-        )
-        self.example, _ = self.batch_builder[0]
-        clips = sum(map(len, self.sources))
-        self.summary = f"{clips} clips, batches {self.plan.batches}"
-        self._validation = self._validation_clips()
-        self._reconstruct = jax.jit(self.objective.validate)
-
-    def _validation_clips(self):
-        data = self.config.data
-        if not data.validation:
-            return []
-        return _held_out(self.open(data.validation), data.validation_clips)
-
-    def counts(self, batch):  # noqa: D102
-        videos = float(batch["valid"].sum()) * jax.process_count()
-        return {"clips": videos}
-
-    def _reconstructed(self, params):
-        """Pairs of original and reconstruction, and the PSNR of each."""
-        out = []
-        for clip in self._validation:
-            batch = {"video": clip["video"][None]}
-            decoded, psnr = self._reconstruct(params, batch)
-            out.append((clip["video"], np.asarray(decoded[0]), float(psnr[0])))
-        return out
-
-    def validate(self, params):  # noqa: D102
-        found = [psnr for _, _, psnr in self._reconstructed(params)]
-        return {"validation/psnr": float(np.mean(found))} if found else {}
-
-    def show(self, params, metrics, step, folder):
-        """Originals over their reconstructions."""
-        pairs = self._reconstructed(params)[:6]
-        if not pairs:
-            return
-        videos = [v for original, decoded, _ in pairs for v in (original, decoded)]
-        captions = [
-            text for _, _, psnr in pairs for text in ("original", f"{psnr:.1f} dB")
-        ]
-        sheet = contact_sheet(videos, captions)
-        metrics.sheet(step, "reconstructions", sheet)
-        write_png(folder / f"step_{step:07d}.png", sheet)
-
-    def save(self, params, folder):  # noqa: D102
-        save_weights(folder / "vae", params["vae"], module_fields(self.vae))
 
 
 class FlowTask(Task):
@@ -460,6 +274,3 @@ class FlowTask(Task):
 
     def save(self, params, folder):  # noqa: D102
         self._generator_of(jax.device_get(params)).save(folder)
-
-
-TASKS: dict[str, type[Task]] = {"video_vae": VAETask, "flow": FlowTask}

@@ -1,0 +1,115 @@
+"""What the training loop asks of every kind of training."""
+
+import pathlib
+from abc import ABC, abstractmethod
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jvdit.config import Config
+from jvdit.data.catalog import open_source
+from jvdit.data.pipeline import Batch, Batches, ClipBatches, PackedBatches
+from jvdit.data.sources import Source
+from jvdit.sharding import batch_sharding
+from jvdit.training.metrics import Metrics
+from jvdit.training.step import Objective
+
+
+class Task(ABC):
+    """One kind of training.
+
+    Attributes:
+        objective: what is minimised.
+        identity: what makes a workdir this run's.
+        fingerprint: of the order of the data.
+        example: a batch, for its shapes.
+        flops: of the model in one step, forward and backward; 0 if not known.
+        summary: a line about data and batches.
+    """
+
+    objective: Objective
+    identity: dict[str, Any]
+    fingerprint: str
+    example: dict[str, np.ndarray]
+    flops: float = 0.0
+    summary: str = ""
+    batch_builder: PackedBatches | ClipBatches
+    _host_only = ("clip_id", "fps")
+
+    def __init__(self, config: Config, mesh: Mesh, workdir: pathlib.Path):
+        self.config, self.mesh, self.workdir = config, mesh, workdir
+        data = config.data
+        self.sources = [self.open(name) for name in data.sources]
+        if data.weights and len(data.weights) != len(self.sources):
+            raise ValueError(
+                f"`data.weights` (={data.weights}) must have one number for each of "
+                f"the {len(self.sources)} `data.sources`, or be ()."
+            )
+
+    def open(self, name: str) -> Source:
+        """Opens one of the config's sources."""
+        return open_source(name)
+
+    @abstractmethod
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Clips (and tokens) of a batch, all hosts together."""
+
+    @abstractmethod
+    def validate(self, params: Any) -> dict[str, float]:
+        """Measures on held-out clips."""
+
+    @abstractmethod
+    def show(self, params: Any, metrics: Metrics, step: int, folder: pathlib.Path):
+        """Writes pictures and films of what the model can."""
+
+    @abstractmethod
+    def save(self, params: Any, folder: pathlib.Path) -> None:
+        """Writes finished weights."""
+
+    def batches(self, start: int) -> Batches:
+        """The batches from a step on."""
+        data = self.config.data
+        return Batches(
+            self.batch_builder,
+            start=start,
+            num_threads=data.threads,
+            buffer_bytes=data.prefetch_bytes,
+        )
+
+    def place(self, batch: Batch) -> dict[str, jax.Array]:
+        """Puts this host's part of a batch on the mesh."""
+        sharding = batch_sharding(self.mesh)
+        return {
+            name: jax.make_array_from_process_local_data(sharding, value)
+            for name, value in batch.items()
+            if name not in self._host_only
+        }
+
+    def names(self, batch: Batch) -> list[str]:
+        """The clips of a batch as "source:number"."""
+        located = [
+            self.batch_builder.locate(int(i)) for i in batch["clip_id"].flat if i >= 0
+        ]
+        return [f"{self.config.data.sources[s]}:{i}" for s, i in located]
+
+    def compare_data(self, saved: dict[str, Any]) -> str:
+        """What to warn of when a checkpoint was made with other data."""
+        if not saved or saved["fingerprint"] == self.fingerprint:
+            return ""
+        return (
+            "the data or its order differ from those of the checkpoint: training goes "
+            "on, but not through the clips that it would have seen."
+        )
+
+    def check_rows(self, accumulate: int) -> None:
+        """ValueError if the rows don't divide over devices and parts."""
+        rows = len(self.example["clip_id"]) * jax.process_count()
+        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"] * accumulate
+        if rows % ways:
+            raise ValueError(
+                f"rows of a batch (={rows}) must be divisible by {ways}, the devices "
+                f"along data and fsdp times `optim.accumulate` (={accumulate}); try "
+                f"{-(-rows // ways) * ways}."
+            )

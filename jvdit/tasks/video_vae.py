@@ -1,0 +1,102 @@
+"""Training the video autoencoder on clips of pixels."""
+
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jvdit.config import Config
+from jvdit.data.pipeline import ClipBatches
+from jvdit.data.plan import BucketPlan
+from jvdit.data.sheets import contact_sheet, write_png
+from jvdit.data.sources import BadClip, Source
+from jvdit.models.video_vae import VideoVAE
+from jvdit.tasks.task import Task
+from jvdit.training.checkpoint import (
+    build,
+    module_fields,
+    save_weights,
+)
+from jvdit.training.vae_objective import VAEObjective
+
+
+class VAETask(Task):
+    """Trains a video autoencoder on clips of pixels."""
+
+    objective: VAEObjective
+
+    def __init__(self, config: Config, mesh: Mesh, workdir: pathlib.Path):
+        super().__init__(config, mesh, workdir)
+        self.vae = build(VideoVAE, config.vae.to_dict())
+        ways = mesh.shape["data"] * mesh.shape["fsdp"] * config.optim.accumulate
+        self.plan = BucketPlan.of(
+            self.sources,
+            pixel_budget=config.data.pixel_budget,
+            multiple=ways,
+            weights=config.data.weights or None,
+            seed=config.seed,
+        )
+        for size in self.plan.batches:
+            self.vae.latent_shape(*size)
+        self.fingerprint = self.plan.fingerprint
+        self.objective = VAEObjective(self.vae, **config.loss)
+        fields = module_fields(self.vae)
+        self.identity = {"objective": "video_vae", "vae": fields, "seed": config.seed}
+        self.batch_builder = ClipBatches(
+            self.sources,
+            self.plan,
+            host=jax.process_index(),
+            hosts=jax.process_count(),
+            timeout=config.data.timeout,
+        )
+        self.example, _ = self.batch_builder[0]
+        clips = sum(map(len, self.sources))
+        self.summary = f"{clips} clips, batches {self.plan.batches}"
+        self._validation = self._validation_clips()
+        self._reconstruct = jax.jit(self.objective.validate)
+
+    def _validation_clips(self):
+        data = self.config.data
+        if not data.validation:
+            return []
+        return _held_out(self.open(data.validation), data.validation_clips)
+
+    def counts(self, batch):  # noqa: D102
+        videos = float(batch["valid"].sum()) * jax.process_count()
+        return {"clips": videos}
+
+    def _reconstructed(self, params):
+        """Pairs of original and reconstruction, and the PSNR of each."""
+        out = []
+        for clip in self._validation:
+            batch = {"video": clip["video"][None]}
+            decoded, psnr = self._reconstruct(params, batch)
+            out.append((clip["video"], np.asarray(decoded[0]), float(psnr[0])))
+        return out
+
+    def validate(self, params):  # noqa: D102
+        found = [psnr for _, _, psnr in self._reconstructed(params)]
+        return {"validation/psnr": float(np.mean(found))} if found else {}
+
+    def show(self, params, metrics, step, folder):
+        """Originals over their reconstructions."""
+        pairs = self._reconstructed(params)[:6]
+        if not pairs:
+            return
+        videos = [v for original, decoded, _ in pairs for v in (original, decoded)]
+        captions = [
+            text for _, _, psnr in pairs for text in ("original", f"{psnr:.1f} dB")
+        ]
+        sheet = contact_sheet(videos, captions)
+        metrics.sheet(step, "reconstructions", sheet)
+        write_png(folder / f"step_{step:07d}.png", sheet)
+
+    def save(self, params, folder):  # noqa: D102
+        save_weights(folder / "vae", params["vae"], module_fields(self.vae))
+
+
+def _held_out(source: Source, count: int) -> list[dict[str, Any]]:
+    clips = source.read(range(min(count, len(source))))
+    return [clip for clip in clips if not isinstance(clip, BadClip)]
