@@ -13,10 +13,10 @@ from jvdit import config as defaults
 
 def get_config():
     """Settings of the runs, one after another."""
-    vae = world_vae.get_config()
+    vae = world_vae.stage()
     vae.steps = 150
     vae.data.sources = ("world:train:5x32x32@8:1000000",)
-    vae.data.weights = ()
+    vae.data.pixel_budget = 8 * 5 * 32 * 32
     latents = defaults.encode(
         "world:train:17x32x32@8:2048",
         vae="{workdir}/vae",

@@ -1,35 +1,45 @@
-"""The video autoencoder of the procedural world, at 32 x 32.
+"""The video autoencoder of the procedural world, at 32 x 32: images, then videos.
 
     python -m jvdit.train --config configs/world_vae.py --workdir runs/world/vae
 
-Most clips are images or short: frames of one clip resemble each other, so that a batch
-of many images teaches more than one of few long clips (Wan, arXiv:2503.20314, section
-4.1, goes from images to short and then to long clips).
+A new network treats every frame as an image, so that images, of which a step holds
+many more, teach it first what objects look like (Wan, arXiv:2503.20314, section 4.1).
+The finished autoencoder is runs/world/vae/videos.
 """
 
 from jvdit import config as defaults
 
 
-def get_config():
-    """Settings of the run."""
+def stage():
+    """What both stages have in common."""
     config = defaults.vae("world")
-    config.steps = 12_000
     # Objects are only a few pixels wide here, so that a latent has much to say.
     config.vae.latent_channels = 32
-    config.data.sources = (
-        "world:train:1x32x32@8:1000000",
-        "world:train:5x32x32@8:1000000",
-        "world:train:17x32x32@8:1000000",
-    )
-    # A step has 72, 14 or 4 clips: these weights make 40, 30 and 30 % of the steps.
-    config.data.weights = (28.8, 4.2, 1.2)
-    config.data.pixel_budget = 72 * 32 * 32
     config.data.validation = "world:val:17x32x32@8:64"
-    # At 1e-3 it learns no colour at all: measured by overfitting 16 images.
-    config.optim.lr = 2e-4
-    config.optim.schedule = "cosine"
+    config.optim.name = "muon"
+    config.optim.lr = 2e-3
+    config.optim.schedule = "linear"
     config.optim.warmup = 100
-    config.checkpoint_every = 200
+    config.checkpoint_every = 250
     config.evaluate_every = 500
     config.sample_every = 1000
     return config
+
+
+def get_config():
+    """Settings of the stages."""
+    images = stage()
+    images.steps = 2000
+    images.data.sources = ("world:train:1x32x32@8:1000000",)
+    images.data.pixel_budget = 32 * 32 * 32
+    videos = stage()
+    videos.steps = 8000
+    videos.start_from = "{workdir}/images/model"
+    videos.data.sources = (
+        "world:train:5x32x32@8:1000000",
+        "world:train:17x32x32@8:1000000",
+    )
+    # A step has 13 or 4 clips: a third of the steps are short ones.
+    videos.data.weights = (13, 8)
+    videos.data.pixel_budget = 4 * 17 * 32 * 32
+    return defaults.stages(images=images, videos=videos)

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from jvdit.diffusion.flow import Path, TimestepPolicy
 from jvdit.models import dit, text_encoder, video_vae
-from jvdit.training.state import Optim
+from jvdit.training.optim import Optim
 
 # A ConfigDict. Its attributes have no types that a checker could know.
 Config: TypeAlias = Any
@@ -43,6 +43,8 @@ def run(objective: str) -> Config:
     config.objective = objective
     config.seed = 0
     config.steps = 10_000
+    # Folder of finished weights, the `model` of another run, to begin with. "": fresh.
+    config.start_from = ""
     # Devices along each mesh axis; -1: those that remain.
     config.mesh = {"data": -1, "fsdp": 1, "context": 1, "tensor": 1}
     config.optim = dataclasses.asdict(Optim())

@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import app, flags, logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
@@ -21,9 +22,15 @@ from jvdit.config import Config
 from jvdit.encode import encode
 from jvdit.sharding import batch_sharding, make_mesh
 from jvdit.tasks import TASKS, Task
-from jvdit.training.checkpoint import Checkpoints, claim_workdir, write_json
+from jvdit.training.checkpoint import (
+    Checkpoints,
+    claim_workdir,
+    load_parameters,
+    write_json,
+)
 from jvdit.training.metrics import Metrics, Throughput
-from jvdit.training.state import Optim, new_state, state_shardings
+from jvdit.training.optim import Optim
+from jvdit.training.state import new_state, state_shardings
 from jvdit.training.step import make_train_step
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
@@ -88,6 +95,8 @@ class _Loop:
         self.init, self.key = init, jax.random.key(config.seed)
         self.shapes = jax.eval_shape(init, self.key, task.example)
         self.shardings = state_shardings(self.shapes, mesh)
+        folder, networks = config.start_from, self.shapes.params
+        self.given = load_parameters(folder, networks) if folder else None
         self.step = jax.jit(
             make_train_step(task.objective, optim, config.steps, config.seed),
             in_shardings=(self.shardings, batch_sharding(mesh)),
@@ -102,6 +111,15 @@ class _Loop:
             if self.checkpoints.latest is None:
                 make = jax.jit(self.init, out_shardings=self.shardings)
                 self.state, data = make(self.key, self.task.example), {}
+                if self.given is not None:
+                    # Copies: the state is donated, and must hold no array twice.
+                    params, ema = (
+                        jax.device_put(
+                            jax.tree.map(jnp.array, self.given), self.shardings.params
+                        )
+                        for _ in range(2)
+                    )
+                    self.state = self.state.replace(params=params, ema=ema)
             else:
                 restored = self.checkpoints.restore(self.shapes, self.shardings)
                 self.state, data = restored

@@ -15,7 +15,8 @@ from jvdit.models.text_encoder import TextEncoder
 from jvdit.shapes import Text
 from jvdit.sharding import batch_sharding, make_mesh
 from jvdit.training.objectives import FlowObjective, clip_sizes, text_of, tokens_of
-from jvdit.training.state import Optim, new_state, state_shardings
+from jvdit.training.optim import Optim
+from jvdit.training.state import new_state, state_shardings
 from jvdit.training.step import make_train_step
 
 CHANNELS, WORDS = 4, 40

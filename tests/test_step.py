@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from jvdit.training.state import Optim, new_state
+from jvdit.training.optim import Optim
+from jvdit.training.state import new_state
 from jvdit.training.step import make_train_step
 
 

@@ -5,6 +5,7 @@ same sum is better taken as one two-dimensional convolution over frames whose ch
 are the time taps laid side by side. `causal_conv3d` hides the choice.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -181,6 +182,24 @@ def _same(sizes: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple(((size - 1) // 2, size // 2) for size in sizes)
 
 
+def inflated(key: Any, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+    """Random kernels for the current frame, zeros for those before it.
+
+    A new video network treats each frame as an image, so that what it learns of images
+    carries over to videos (arXiv:2503.20314, section 4.1).
+    """
+    spatial, taps = shape[-4:], math.prod(shape[:-4])
+    now = nn.initializers.lecun_normal()(key, spatial, dtype)
+    return jnp.zeros((taps, *spatial), dtype).at[-1].set(now).reshape(shape)
+
+
+def copies(key: Any, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+    """Kernels kt x 1 x 1 that copy the current frame's channels, as often as fits."""
+    channels, features = shape[-2:]
+    eye = jnp.tile(jnp.eye(channels, dtype=dtype), (1, -(-features // channels)))
+    return jnp.zeros(shape, dtype).at[-1, 0, 0].set(eye[:, :features])
+
+
 class Convolution(nn.Module):
     """Convolution over frames (two kernel sizes) or, causally, over video (three).
 
@@ -190,6 +209,7 @@ class Convolution(nn.Module):
         strides: steps, as many as kernel sizes.
         padding: zeros before and after height and width; None keeps the size.
         upsample: double height and width by repetition first.
+        kernel_init: of the kernel.
     """
 
     features: int
@@ -197,6 +217,7 @@ class Convolution(nn.Module):
     strides: Sequence[int] | None = None
     padding: Sequence[tuple[int, int]] | None = None
     upsample: bool = False
+    kernel_init: nn.initializers.Initializer = inflated
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -208,8 +229,7 @@ class Convolution(nn.Module):
     ) -> Float[Array, "b g i j d"]:
         """Convolves frames; `past` overrides the cached (or zero) frames before."""
         shape = (*self.kernel_size, x.shape[-1], self.features)
-        init = nn.initializers.lecun_normal()
-        kernel = self.param("kernel", init, shape, self.param_dtype)
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         zeros = nn.initializers.zeros_init()
         bias = self.param("bias", zeros, (self.features,), self.param_dtype)
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))

@@ -240,9 +240,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # The procedural world, trained on a CPU: the finest stage works at half
     # resolution and within frames; time is the coarser stages' business.
     "world": {
-        "encoder_width": 32,
-        "decoder_width": 32,
-        "multipliers": (1, 2, 4),
+        "encoder_width": 16,
+        "decoder_width": 24,
+        "multipliers": (1, 2, 2),
         "num_res_blocks": 1,
         "temporal_downsample": (True, True),
         "stage_taps": (1, 3, 3),

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from einops import rearrange, reduce
 from jaxtyping import Array, Float
 
-from jvdit.models.convolution import Convolution, recall
+from jvdit.models.convolution import Convolution, copies, inflated, recall
 from jvdit.sharding import constrain
 
 # Largest number of attention scores held at once; more frames than fit go in turns.
@@ -45,7 +45,11 @@ class ChannelNorm(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two normalised causal convolutions beside a (projected) identity."""
+    """Two normalised causal convolutions beside a (projected) identity.
+
+    A new block changes nothing: the last kernel starts at zero. Without this the
+    world's autoencoder still has no colour after hundreds of steps.
+    """
 
     features: int
     taps: int = 3
@@ -61,10 +65,13 @@ class ResBlock(nn.Module):
         if x.shape[-1] != self.features:
             project = Convolution(self.features, (1, 1, 1), **types, name="shortcut")
             shortcut = project(x)
-        for i in (1, 2):
+        inits = (inflated, nn.initializers.zeros_init())
+        for i, init in enumerate(inits, start=1):
             norm = ChannelNorm(self.eps, self.param_dtype, name=f"norm_{i}")
             kernel_size = (self.taps, 3, 3)
-            conv = Convolution(self.features, kernel_size, **types, name=f"conv_{i}")
+            conv = Convolution(
+                self.features, kernel_size, kernel_init=init, **types, name=f"conv_{i}"
+            )
             x = conv(nn.silu(norm(x)))
         return x + shortcut
 
@@ -118,7 +125,7 @@ class Downsample(nn.Module):
         if not self.temporal:
             return x
         past = recall(self, x, 1)
-        shape = {"kernel_size": (3, 1, 1), "strides": (2, 1, 1)}
+        shape = {"kernel_size": (3, 1, 1), "strides": (2, 1, 1), "kernel_init": copies}
         time_conv = Convolution(channels, **shape, **types, name="time_conv")
         if past is not None:
             return time_conv(x, past)
@@ -145,8 +152,10 @@ class Upsample(nn.Module):
             past = recall(self, later, 2)
             if past is None:
                 past = jnp.zeros_like(x, shape=(x.shape[0], 2, *x.shape[2:]))
-            shape = {"features": 2 * x.shape[-1], "kernel_size": (3, 1, 1)}
-            time_conv = Convolution(**shape, **types, name="time_conv")
+            features, shape = 2 * x.shape[-1], {"kernel_size": (3, 1, 1)}
+            time_conv = Convolution(
+                features, **shape, kernel_init=copies, **types, name="time_conv"
+            )
             later = time_conv(later, past)
             later = rearrange(later, "b f h w (r c) -> b (f r) h w c", r=2)
             x = jnp.concatenate([x[:, :first], later], axis=1)

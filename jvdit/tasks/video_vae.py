@@ -12,6 +12,7 @@ from jvdit.data.pipeline import ClipBatches
 from jvdit.data.plan import BucketPlan
 from jvdit.data.sheets import contact_sheet, write_png
 from jvdit.data.sources import BadClip, Source
+from jvdit.evaluation.reconstruction import psnr, ssim
 from jvdit.models.video_vae import VideoVAE
 from jvdit.tasks.task import Task
 from jvdit.training.checkpoint import (
@@ -20,6 +21,8 @@ from jvdit.training.checkpoint import (
     save_weights,
 )
 from jvdit.training.vae_objective import VAEObjective
+
+MEASURES = {"psnr": psnr, "ssim": ssim}
 
 
 class VAETask(Task):
@@ -55,7 +58,7 @@ class VAETask(Task):
         clips = sum(map(len, self.sources))
         self.summary = f"{clips} clips, batches {self.plan.batches}"
         self._validation = self._validation_clips()
-        self._reconstruct = jax.jit(self.objective.validate)
+        self._reconstruct = jax.jit(self.objective.reconstruct)
 
     def _validation_clips(self):
         data = self.config.data
@@ -68,26 +71,30 @@ class VAETask(Task):
         return {"clips": videos}
 
     def _reconstructed(self, params):
-        """Pairs of original and reconstruction, and the PSNR of each."""
-        out = []
-        for clip in self._validation:
-            batch = {"video": clip["video"][None]}
-            decoded, psnr = self._reconstruct(params, batch)
-            out.append((clip["video"], np.asarray(decoded[0]), float(psnr[0])))
-        return out
+        """Held-out videos beside their reconstructions."""
+        originals = [clip["video"] for clip in self._validation]
+        decoded = [np.asarray(self._reconstruct(params, v[None])[0]) for v in originals]
+        return list(zip(originals, decoded, strict=True))
 
-    def validate(self, params):  # noqa: D102
-        found = [psnr for _, _, psnr in self._reconstructed(params)]
-        return {"validation/psnr": float(np.mean(found))} if found else {}
+    def validate(self, params):
+        """Mean over held-out videos, images counting as videos."""
+        pairs = self._reconstructed(params)
+        return {
+            f"validation/{name}": float(np.mean([measure(b, a) for a, b in pairs]))
+            for name, measure in MEASURES.items()
+            if pairs
+        }
 
     def show(self, params, metrics, step, folder):
         """Originals over their reconstructions."""
         pairs = self._reconstructed(params)[:6]
         if not pairs:
             return
-        videos = [v for original, decoded, _ in pairs for v in (original, decoded)]
+        videos = [video for pair in pairs for video in pair]
         captions = [
-            text for _, _, psnr in pairs for text in ("original", f"{psnr:.1f} dB")
+            text
+            for a, b in pairs
+            for text in ("original", f"{psnr(b, a):.1f} dB, SSIM {ssim(b, a):.3f}")
         ]
         sheet = contact_sheet(videos, captions)
         metrics.sheet(step, "reconstructions", sheet)

@@ -203,6 +203,32 @@ def load_weights(folder: PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
     return params, json.loads(config.read_text())
 
 
+def load_parameters(folder: PathLike, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads the weights that a run is to start from.
+
+    Args:
+        folder: the `model` folder of another run: one folder of weights each network.
+        wanted: the run's parameters, or their shapes.
+
+    Raises:
+        FileNotFoundError: a network is missing there.
+        ValueError: its parameters have other names or shapes.
+    """
+    params = {name: load_weights(pathlib.Path(folder) / name)[0] for name in wanted}
+    held, asked = (
+        {jax.tree_util.keystr(k): v.shape for k, v in jax.tree.leaves_with_path(tree)}
+        for tree in (params, dict(wanted))
+    )
+    differing = differences(held, asked)
+    if differing:
+        raise ValueError(
+            f"{folder} holds other networks than this config's: {differing[0]}"
+            f" ({len(differing)} parameters differ in all); change `start_from` or the "
+            "sizes of the networks."
+        )
+    return params
+
+
 def weights_hash(params: Any) -> str:
     """A short digest of names, shapes and values: which weights these are."""
     digest = hashlib.sha256()

@@ -1,6 +1,5 @@
-"""What training carries from step to step, and the optimizer that moves it."""
+"""What training carries from step to step."""
 
-import dataclasses
 from typing import Any
 
 import flax.struct
@@ -34,76 +33,6 @@ class TrainState:
     skipped_in_a_row: Any
 
 
-@dataclasses.dataclass(frozen=True)
-class Optim:
-    """AdamW with warm-up and decay, clipping, EMA and accumulation.
-
-    Attributes:
-        lr: peak learning rate.
-        schedule: after warm-up, "constant", "cosine" (to 0 at the last step) or
-            "linear" (likewise).
-        warmup: steps of linear warm-up.
-        b1, b2, eps, weight_decay: of AdamW (arXiv:1711.05101). Only matrices decay.
-        clip: largest global norm of a gradient.
-        ema: decay of the average; smaller at first, min(ema, (1 + n) / (10 + n)).
-        accumulate: parts that a batch is taken in, to save memory; the update is that
-            of the whole batch.
-
-    Raises:
-        ValueError: a value is out of range.
-    """
-
-    lr: float = 1e-4
-    schedule: str = "constant"
-    warmup: int = 500
-    b1: float = 0.9
-    b2: float = 0.99
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    ema: float = 0.999
-    accumulate: int = 1
-
-    def __post_init__(self):
-        if self.schedule not in ("constant", "cosine", "linear"):
-            raise ValueError(
-                f"`optim.schedule` (={self.schedule!r}) must be constant, cosine or "
-                "linear."
-            )
-        for name in ("lr", "clip", "accumulate"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`optim.{name}` (={getattr(self, name)}) must be > 0")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"`optim.ema` (={self.ema}) must lie in [0, 1).")
-
-    def learning_rate(self, steps: int) -> optax.Schedule:
-        """The learning rate at each step of a run of `steps`."""
-        rest = max(steps - self.warmup, 1)
-        after = {
-            "constant": optax.constant_schedule(self.lr),
-            "cosine": optax.cosine_decay_schedule(self.lr, rest),
-            "linear": optax.linear_schedule(self.lr, 0.0, rest),
-        }[self.schedule]
-        if self.warmup == 0:
-            return after
-        warmup = optax.linear_schedule(self.lr / self.warmup, self.lr, self.warmup)
-        return optax.join_schedules([warmup, after], [self.warmup])
-
-    def optimizer(self, steps: int) -> optax.GradientTransformation:
-        """Clipped AdamW for a run of `steps`."""
-        return optax.chain(
-            optax.clip_by_global_norm(self.clip),
-            optax.adamw(
-                self.learning_rate(steps),
-                b1=self.b1,
-                b2=self.b2,
-                eps=self.eps,
-                weight_decay=self.weight_decay,
-                mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
-            ),
-        )
-
-
 def new_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
     # Separate buffers: a donated state must not hold one twice.
@@ -122,19 +51,29 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     """
     params = parameter_shardings(state.params, mesh)
     whole = replicated(mesh)
-    structure = jax.tree.structure(state.params)
+    by_path = {
+        _names(path): p for path, p in jax.tree_util.tree_leaves_with_path(params)
+    }
 
-    def is_params(node):
-        return jax.tree.structure(node) == structure
-
-    def place(node):
-        return params if is_params(node) else whole
+    def place(path, leaf):
+        # A moment lies under the path of its parameter, behind the optimizer's own.
+        return by_path.get(_names(path), whole) if leaf.ndim else whole
 
     return TrainState(
         step=whole,
         params=params,
         ema=params,
-        opt_state=jax.tree.map(place, state.opt_state, is_leaf=is_params),
+        opt_state=jax.tree_util.tree_map_with_path(place, state.opt_state),
         skipped=whole,
         skipped_in_a_row=whole,
     )
+
+
+def _names(path: Any) -> tuple[str, ...]:
+    """The dictionary keys at the end of a path: which parameter it leads to."""
+    names = []
+    for key in reversed(path):
+        if not isinstance(key, jax.tree_util.DictKey):
+            break
+        names.append(str(key.key))
+    return tuple(reversed(names))

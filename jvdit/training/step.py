@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jvdit.training.state import Optim, TrainState
+from jvdit.training.optim import Optim
+from jvdit.training.state import TrainState
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Any]  # an array each, or a pair of them

@@ -110,13 +110,11 @@ class VAEObjective:
     def _decode(self, variables: Any, latents: Array) -> Any:
         return self.vae.apply(variables, latents, method="decode")
 
-    def validate(self, params: Any, batch: Batch) -> tuple[Array, Array]:
-        """Reconstruction from the posterior's mean, uint8, and each video's PSNR."""
+    def reconstruct(self, params: Any, video: Array) -> Array:
+        """What the autoencoder makes of the posterior's mean: uint8 to uint8."""
         variables = {"params": params["vae"]}
-        video = to_float(batch["video"])
-        mean, _ = self._encode(variables, video)
-        decoded = to_uint8(self._decode(variables, mean))
-        return decoded, psnr(to_float(decoded), video)
+        mean, _ = self._encode(variables, to_float(video))
+        return to_uint8(self._decode(variables, mean))
 
 
 def to_float(video: Array) -> Float[Array, "b T H W 3"]:

@@ -1,0 +1,45 @@
+"""How near a video comes to the one that it should be."""
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from scipy.ndimage import gaussian_filter
+
+Frames = UInt8[np.ndarray, "*b T H W 3"]
+
+
+def psnr(video: Frames, wanted: Frames) -> Float[np.ndarray, "*b"]:
+    """Peak signal-to-noise ratio of each video in dB; at most 100."""
+    error = np.square(video.astype(np.float64) - wanted).mean((-4, -3, -2, -1))
+    return 10 * np.log10(255**2 / np.maximum(error, 255**2 * 1e-10))
+
+
+def ssim(video: Frames, wanted: Frames) -> Float[np.ndarray, "*b"]:
+    """Structural similarity of each video, 1 at the most.
+
+    Wang et al., "Image quality assessment: from error visibility to structural
+    similarity" (2004), Eq. 13, with its Gaussian window of 11 x 11 pixels and standard
+    deviation 1.5: of each frame and colour, where the whole window fits, averaged.
+
+    Raises:
+        ValueError: frames are smaller than the window.
+    """
+    if min(video.shape[-3:-1]) < 11:
+        raise ValueError(
+            f"frames of {video.shape[-3]} x {video.shape[-2]} pixels are smaller than "
+            "the window of SSIM, 11 x 11 pixels."
+        )
+    x, y = video.astype(np.float64), wanted.astype(np.float64)
+
+    def blurred(values):
+        sigma = [0.0] * values.ndim
+        sigma[-3] = sigma[-2] = 1.5
+        return gaussian_filter(values, sigma, truncate=3.5)[..., 5:-5, 5:-5, :]
+
+    mean_x, mean_y = blurred(x), blurred(y)
+    variance_x = blurred(x * x) - mean_x**2
+    variance_y = blurred(y * y) - mean_y**2
+    covariance = blurred(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    likeness = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    likeness /= (mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2)
+    return likeness.mean((-4, -3, -2, -1))

@@ -1,0 +1,130 @@
+"""The optimizers, and how their steps grow and shrink over a run."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers, muon
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+    """AdamW or Muon with warm-up and decay, clipping, EMA and accumulation.
+
+    Attributes:
+        name: "adamw" (arXiv:1711.05101), or "muon": matrices and convolutions move by
+            their orthogonalised momentum, whatever else by AdamW.
+        lr: peak learning rate. Muon's steps are scaled to the size of AdamW's
+            (arXiv:2502.16982, Eq. 4), so that both take the same.
+        schedule: after warm-up, "constant", "cosine" (to 0 at the last step) or
+            "linear" (likewise).
+        warmup: steps of linear warm-up.
+        b1, b2, eps: of AdamW.
+        weight_decay: of matrices; vectors never decay.
+        clip: largest global norm of a gradient.
+        ema: decay of the average; smaller at first, min(ema, (1 + n) / (10 + n)).
+        accumulate: parts that a batch is taken in, to save memory; the update is that
+            of the whole batch.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    name: str = "adamw"
+    lr: float = 1e-4
+    schedule: str = "constant"
+    warmup: int = 500
+    b1: float = 0.9
+    b2: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema: float = 0.999
+    accumulate: int = 1
+
+    def __post_init__(self):
+        if self.name not in OPTIMIZERS:
+            raise ValueError(
+                f"`optim.name` (={self.name!r}) must be one of: "
+                f"{', '.join(OPTIMIZERS)}."
+            )
+        if self.schedule not in ("constant", "cosine", "linear"):
+            raise ValueError(
+                f"`optim.schedule` (={self.schedule!r}) must be constant, cosine or "
+                "linear."
+            )
+        for name in ("lr", "clip", "accumulate"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`optim.{name}` (={getattr(self, name)}) must be > 0")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"`optim.ema` (={self.ema}) must lie in [0, 1).")
+
+    def learning_rate(self, steps: int) -> optax.Schedule:
+        """The learning rate at each step of a run of `steps`."""
+        rest = max(steps - self.warmup, 1)
+        after = {
+            "constant": optax.constant_schedule(self.lr),
+            "cosine": optax.cosine_decay_schedule(self.lr, rest),
+            "linear": optax.linear_schedule(self.lr, 0.0, rest),
+        }[self.schedule]
+        if self.warmup == 0:
+            return after
+        warmup = optax.linear_schedule(self.lr / self.warmup, self.lr, self.warmup)
+        return optax.join_schedules([warmup, after], [self.warmup])
+
+    def optimizer(self, steps: int) -> optax.GradientTransformation:
+        """The clipped optimizer for a run of `steps`."""
+        return optax.chain(
+            optax.clip_by_global_norm(self.clip),
+            OPTIMIZERS[self.name](self, self.learning_rate(steps)),
+        )
+
+
+def _adamw(optim: Optim, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+    return optax.adamw(
+        learning_rate,
+        b1=optim.b1,
+        b2=optim.b2,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        mask=_matrices,
+    )
+
+
+def _muon(optim: Optim, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+    return muon(
+        learning_rate,
+        weight_decay=optim.weight_decay,
+        weight_decay_mask=_matrices,
+        adam_b1=optim.b1,
+        adam_b2=optim.b2,
+        eps=optim.eps,
+        muon_weight_dimension_numbers=matrix_axes,
+        consistent_rms=0.2,
+    )
+
+
+OPTIMIZERS: dict[str, Any] = {"adamw": _adamw, "muon": _muon}
+
+
+def _matrices(params: Any) -> Any:
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+def matrix_axes(params: Any) -> Any:
+    """Which axes of each parameter are the rows and columns of one matrix.
+
+    The kernels of dense layers and convolutions are: from all axes but the last to the
+    last. Those of a scanned stack of layers are one matrix for each layer. Tables and
+    vectors are none (None).
+    """
+
+    def axes(path, leaf):
+        names = [str(getattr(key, "key", key)) for key in path]
+        if names[-1] != "kernel":
+            return None
+        stacked = int("blocks" in names)
+        return MuonDimensionNumbers(tuple(range(stacked, leaf.ndim - 1)), leaf.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(axes, params)
