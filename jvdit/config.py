@@ -66,6 +66,8 @@ def run(objective: str) -> Config:
         "threads": 2,
         # Seconds after which a batch that doesn't come is reported as stuck.
         "timeout": 600.0,
+        # Share of clips that may be unreadable before the run stops.
+        "max_bad": 0.1,
         # Bound of the batches that wait to be trained on.
         "prefetch_bytes": 1 << 28,
     }
@@ -140,16 +142,32 @@ def flow(variant: str = "world-s", text_variant: str = "world") -> Config:
     return config
 
 
-def encode(source: str, vae: str, validation: str = "") -> Config:
+def encode(
+    source: str,
+    vae: str,
+    validation: str = "",
+    text_encoder: str = "",
+    text_length: int = 64,
+) -> Config:
     """Encoding a source to latents, as a stage of a config of several.
 
     Args:
         source: what to encode.
         vae: folder of the autoencoder.
         validation: what to encode as the split val. "": nothing.
+        text_encoder: folder of the text encoder for the captions. "": none.
+        text_length: tokens of a caption at the most.
     """
-    names = {"source": source, "vae": vae, "validation": validation}
-    return ConfigDict({"objective": "encode", **names})
+    return ConfigDict(
+        {
+            "objective": "encode",
+            "source": source,
+            "vae": vae,
+            "validation": validation,
+            "text_encoder": text_encoder,
+            "text_length": text_length,
+        }
+    )
 
 
 def stages(**configs: Config) -> Config:

@@ -2,8 +2,9 @@
 
 What is written is a data set of the same record format. Its settings say which
 autoencoder made it (hash, fields), of which source; a copy of the autoencoder, with the
-statistics of its latents, lies beside the shards. Killed and started again, encoding
-goes on after its last finished shard.
+statistics of its latents, lies beside the shards. So do, with `--text_encoder`, states
+of the captions, settings and a copy of the text encoder. Killed and started again,
+encoding goes on after its last finished shard.
 """
 
 import pathlib
@@ -18,6 +19,7 @@ import numpy as np
 from absl import app, flags, logging
 from rich.progress import Progress
 
+from jvdit.caption_encoder import CaptionEncoder
 from jvdit.data.catalog import open_source
 from jvdit.data.records import RecordDataset, RecordWriter, latent_features
 from jvdit.data.sources import BadClip, Clip, Source
@@ -34,12 +36,25 @@ _SOURCE = flags.DEFINE_string("source", None, "What to encode: see jvdit.data.ca
 _VALIDATION = flags.DEFINE_string("validation", "", "Goes to the split val.")
 _VAE = flags.DEFINE_string("vae", None, "The `model` folder of an autoencoder.")
 _OUT = flags.DEFINE_string("out", None, "Folder of the latents.")
+_TEXT_ENCODER = flags.DEFINE_string(
+    "text_encoder", "", "Workdir or `model` folder; encodes the captions too."
+)
+_TEXT_LENGTH = flags.DEFINE_integer("text_length", 64, "Tokens of a caption at most.")
+
+_States = Callable[[Sequence[str]], list[np.ndarray]]
 
 SHARD = 2048  # clips
 BATCH = 32  # clips
 
 
-def encode(source: str, vae: str, out: str, validation: str = "") -> None:
+def encode(
+    source: str,
+    vae: str,
+    out: str,
+    validation: str = "",
+    text_encoder: str = "",
+    text_length: int = 64,
+) -> None:
     """Encodes a source, and another one for validation.
 
     Args:
@@ -47,6 +62,9 @@ def encode(source: str, vae: str, out: str, validation: str = "") -> None:
         vae: folder of the autoencoder: its workdir, `model` or weights.
         out: folder of the latents; what is finished there is not done again.
         validation: name of the clips of the split val. "": none.
+        text_encoder: folder of the text encoder that encodes the captions. "": leave
+            them to the training.
+        text_length: tokens of a caption at the most.
 
     Raises:
         ValueError: the folder holds other latents, or a clip is of a size that the
@@ -69,15 +87,25 @@ def encode(source: str, vae: str, out: str, validation: str = "") -> None:
         "sources": {name: each.fingerprint for name, each in splits.items()},
     }
     shards = {name: -(-len(each) // SHARD) for name, each in splits.items()}
+    states: _States | None = None
+    if text_encoder:
+        captions = CaptionEncoder.load(text_encoder)
+        settings["text"] = captions.settings | {"length": text_length}
+        states = partial(captions, max_length=text_length)
     writer = RecordWriter(
-        folder, latent_features(text=False), shards=shards, settings=settings
+        folder,
+        latent_features(text=states is not None),
+        shards=shards,
+        settings=settings,
     )
     if not writer.finished:
-        _write(writer, splits, shards, module, params)
+        _write(writer, splits, shards, _encoder(module, params), states)
         writer.finish()
     mean, std = _statistics(folder)
     fields |= {"latents_mean": mean, "latents_std": std}
     save_weights(folder / "vae", params, fields)
+    if states is not None:
+        captions.save(folder)
 
 
 def _weights_folder(vae: str) -> pathlib.Path:
@@ -88,13 +116,15 @@ def _weights_folder(vae: str) -> pathlib.Path:
     return folder
 
 
-def _write(writer: RecordWriter, splits, shards, module: VideoVAE, params) -> None:
+def _encoder(module: VideoVAE, params: Any) -> Callable[[Any], Any]:
     @jax.jit
     def encoded(params, video):
         return module.apply({"params": params}, to_float(video), method="encode")
 
-    run = partial(encoded, jax.device_put(params))
+    return partial(encoded, jax.device_put(params))
 
+
+def _write(writer: RecordWriter, splits, shards, run, states: _States | None) -> None:
     with Progress() as progress:
         total = sum(map(len, splits.values()))
         task = progress.add_task("encoding", total=total)
@@ -102,12 +132,17 @@ def _write(writer: RecordWriter, splits, shards, module: VideoVAE, params) -> No
             for shard in range(shards[split]):
                 ids = range(shard * SHARD, min((shard + 1) * SHARD, len(source)))
                 if not writer.is_done(split, shard):
-                    writer.write_shard(split, shard, _examples(source, ids, run, split))
+                    examples = _examples(source, ids, split, run, states)
+                    writer.write_shard(split, shard, examples)
                 progress.advance(task, len(ids))
 
 
 def _examples(
-    source: Source, ids: Sequence[int], run: Callable[..., Any], split: str
+    source: Source,
+    ids: Sequence[int],
+    split: str,
+    run: Callable[[Any], Any],
+    states: _States | None,
 ) -> Iterator[dict[str, Any]]:
     """The records of clips, those of one size after another."""
     for alike in _by_size(source.index, ids):
@@ -123,15 +158,19 @@ def _examples(
                 # One shape, one compilation: the last batch is filled up.
                 spare = np.repeat(videos[:1], BATCH - len(videos), axis=0)
                 mean, logvar = run(np.concatenate([videos, spare]))
-                for (i, clip), *moments in zip(
-                    good.items(), np.asarray(mean), np.asarray(logvar), strict=False
-                ):
-                    yield _record(f"{split}-{i:09d}", clip, *moments)
+                texts: list[Any] = [None] * len(good)
+                if states is not None:
+                    texts = states([clip["caption"] for clip in good.values()])
+                moments = np.asarray(mean), np.asarray(logvar), texts
+                for (i, clip), *found in zip(good.items(), *moments, strict=False):
+                    yield _record(f"{split}-{i:09d}", clip, *found)
 
 
-def _record(key: str, clip: Clip, mean: np.ndarray, logvar: np.ndarray) -> Clip:
+def _record(
+    key: str, clip: Clip, mean: np.ndarray, logvar: np.ndarray, text: np.ndarray | None
+) -> Clip:
     frames, height, width = mean.shape[:3]
-    return {
+    record = {
         "key": key,
         "mean": mean.astype(jnp.bfloat16),
         "logvar": logvar.astype(jnp.bfloat16),
@@ -140,10 +179,13 @@ def _record(key: str, clip: Clip, mean: np.ndarray, logvar: np.ndarray) -> Clip:
         "frames": frames,
         "height": height,
         "width": width,
-        "text_length": 0,
+        "text_length": 0 if text is None else len(text),
         "fps": float(clip["fps"]),
         "has_audio": clip.get("audio") is not None,
     }
+    if text is not None:
+        record["text_embeds"] = text.astype(jnp.bfloat16)
+    return record
 
 
 def _by_size(index, ids: Sequence[int]) -> list[list[int]]:
@@ -177,7 +219,14 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"unexpected argument {argv[1]!r}; see --help")
     try:
-        encode(_SOURCE.value, _VAE.value, _OUT.value, _VALIDATION.value)
+        encode(
+            _SOURCE.value,
+            _VAE.value,
+            _OUT.value,
+            _VALIDATION.value,
+            _TEXT_ENCODER.value,
+            _TEXT_LENGTH.value,
+        )
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     print(f"latents: {_OUT.value}")

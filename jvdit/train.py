@@ -241,7 +241,8 @@ def run(config: Config, workdir: str) -> None:
         with stage.unlocked():
             _fill_workdir(stage, workdir)
         if stage.objective == "encode":
-            encode(stage.source, stage.vae, folder, stage.validation)
+            settings = {k: v for k, v in stage.items() if k != "objective"}
+            encode(out=folder, **settings)
         elif train(stage, folder) < stage.steps:
             return
 

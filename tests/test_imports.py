@@ -18,7 +18,15 @@ MAY_IMPORT = {
     "pretrained": {"pretrained", "models"} | LOWEST,
     "training": {"training", "models", "diffusion", "data"} | LOWEST,
 }
-ENTRY_POINTS = ["config", "generator", "encode", "sample", "tasks", "train"]
+ENTRY_POINTS = [
+    "config",
+    "caption_encoder",
+    "generator",
+    "encode",
+    "sample",
+    "tasks",
+    "train",
+]
 FORBIDDEN = {"torch", "tensorflow", "transformers", "diffusers", "pickle"}
 
 

@@ -10,7 +10,13 @@ import pytest
 
 from jvdit.data.clips import BadClip
 from jvdit.data.packing import patchify, positions
-from jvdit.data.pipeline import Batches, ClipBatches, PackedBatches, StalledError
+from jvdit.data.pipeline import (
+    BadDataError,
+    Batches,
+    ClipBatches,
+    PackedBatches,
+    StalledError,
+)
 from jvdit.data.plan import BucketPlan, PackPlan
 from jvdit.data.sources import ArraySource, WorldSource
 from jvdit.data.tokenizer import Tokenizer, train_tokenizer
@@ -230,6 +236,20 @@ def test_bad_clips_are_masked_and_reported(source, tokenizer):
     assert "not finite" in reasons[1] and "planned as 20 tokens" in reasons[2]
     ids, valid = np.concatenate(ids), np.concatenate(valid)
     assert set(ids[~valid & (ids >= 0)]) == bad and not set(ids[valid]) & bad
+
+
+def test_too_many_bad_clips_end_the_run(source, tokenizer):
+    faulty = Faulty(source.read(range(40)))  # one clip of five
+    builder = make_builder([faulty], tokenizer)
+    with Batches(builder, max_bad=0.3) as batches:
+        while batches.clips < 400:
+            next(batches)
+    seen = 0
+    with Batches(builder, max_bad=0.1) as batches:
+        with pytest.raises(BadDataError, match="share of 0.1.*broken"):
+            while batches.clips < 400:
+                seen += next(batches)["valid"].size
+    assert seen >= 150  # not for the first few
 
 
 def test_a_stuck_source_is_named(source, tokenizer):

@@ -13,12 +13,15 @@ import orbax.checkpoint as ocp
 import pytest
 import thread_config
 from jax import tree
+from ml_collections import ConfigDict
 
 from jvdit.data.media import read_metadata
 from jvdit.data.records import RecordDataset
 from jvdit.diffusion.denoise import Guidance
 from jvdit.encode import encode
 from jvdit.generator import Generator, Request
+from jvdit.sharding import make_mesh
+from jvdit.tasks.flow import FlowTask
 from jvdit.train import run, train
 from jvdit.training.checkpoint import load_weights, save_weights, weights_hash
 
@@ -76,6 +79,42 @@ def test_encoding_again_writes_nothing_anew(workdir):
         "world:val:5x16x16@8:8",
     )
     assert shard.stat().st_mtime_ns == before
+
+
+def test_cached_captions_train_like_those_encoded_along(workdir, tmp_path):
+    encode(
+        "world:train:5x16x16@8:64",
+        str(workdir / "vae"),
+        str(tmp_path / "latents"),
+        text_encoder=str(workdir / "dit"),
+    )
+    along = thread_config.flow_config(workdir)
+    along.data.update(max_clips=1, token_budget=4, caption_dropout=0.5, validation="")
+    cached = along.copy_and_resolve_references()
+    cached.data.sources = (str(tmp_path / "latents"),)
+    cached.text_encoder = ConfigDict()
+    params = {
+        name: load_weights(workdir / "dit/model" / name)[0]
+        for name in ("dit", "text_encoder")
+    }
+    # A new DiT hardly heeds its text: make it.
+    params["dit"]["text_embed"] = tree.map(
+        lambda x: 30 * x, params["dit"]["text_embed"]
+    )
+    errors = []
+    for config in (along, cached):
+        task = FlowTask(config, make_mesh(), tmp_path)
+        batch, bad = task.batch_builder[0]
+        assert not bad and (batch["text_segment"] > 0).sum() > 8
+        x0, noise = batch["latents"], np.full_like(batch["latents"], 0.3)
+        t = np.full(batch["valid"].shape, 0.5, np.float32)
+        errors.append(task.objective.error(params, batch, x0, noise, t)[0])
+        if config is cached:
+            batch["text_embeds"] = batch["text_embeds"][::-1]
+            errors.append(task.objective.error(params, batch, x0, noise, t)[0])
+    along_error, cached_error, mixed_up = errors
+    np.testing.assert_allclose(cached_error, along_error, rtol=1e-2)
+    assert np.abs(mixed_up / along_error - 1).max() > 0.02
 
 
 # Sampling

@@ -21,10 +21,15 @@ from jvdit.data.builders import (
     few,
 )
 
-__all__ = ["Batches", "ClipBatches", "PackedBatches", "StalledError"]
+__all__ = ["BadDataError", "Batches", "ClipBatches", "PackedBatches", "StalledError"]
 
 _MOST_PREFETCHED = 64  # batches
 _KEPT_REPORTS = 1000
+_TOO_FEW = 200  # clips to judge a data set by
+
+
+class BadDataError(ValueError):
+    """A data set of which too much cannot be read."""
 
 
 class Batches:
@@ -44,8 +49,10 @@ class Batches:
         again, so that must do nothing when imported.
       timeout: Seconds to wait for a batch. None: twice that of the builder, so that a
         reading which hangs is named by its clips.
+      max_bad: Share of clips that may be unreadable.
 
     Attributes:
+      clips: Number of clips in the batches returned so far, bad ones included.
       bad: Number of clips that could not be read, in the batches returned so far.
       reports: (step, clip id, reason) of the latest of those.
       fingerprint: Of the plan; a step means nothing without it.
@@ -60,13 +67,15 @@ class Batches:
         buffer_bytes: int = 1 << 30,
         num_workers: int = 0,
         timeout: float | None = None,
+        max_bad: float = 1.0,
     ):
         self._builder = builder
         self._threads = num_threads or min(16, os.cpu_count() or 1)
         self._workers = num_workers
         self.prefetched = max(2, min(_MOST_PREFETCHED, buffer_bytes // builder.nbytes))
         self._timeout = 2 * builder.timeout if timeout is None else timeout
-        self.bad = 0
+        self._max_bad = max_bad
+        self.clips = self.bad = 0
         self.reports: deque[tuple[int, int, str]] = deque(maxlen=_KEPT_REPORTS)
         self.fingerprint = builder.plan.fingerprint
         self._pump: _Pump | None = None
@@ -113,6 +122,7 @@ class Batches:
 
         Raises:
           StalledError: If it does not arrive; it names the step and its clips.
+          BadDataError: If too many clips could not be read.
         """
         if self._pump is None:
             self._pump = _Pump(self._iterate())
@@ -131,7 +141,15 @@ class Batches:
             self.close()
             raise
         self.bad += len(bad)
+        self.clips += int((batch["clip_id"] >= 0).sum())
         self.reports.extend((self._step, clip, reason) for clip, reason in bad)
+        if self.clips >= _TOO_FEW and self.bad > self._max_bad * self.clips:
+            latest = [f"{clip}: {reason}" for _, clip, reason in self.reports]
+            raise BadDataError(
+                f"{self.bad} of {self.clips} clips could not be read, more than the "
+                f"share of {self._max_bad:g} that `max_bad` allows; the latest: "
+                f"{'; '.join(latest[-3:])}. Mend the data set, or raise `max_bad`."
+            )
         self._step += 1
         return batch
 

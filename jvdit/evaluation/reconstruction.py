@@ -10,7 +10,7 @@ Frames = UInt8[np.ndarray, "*b T H W 3"]
 def psnr(video: Frames, wanted: Frames) -> Float[np.ndarray, "*b"]:
     """Peak signal-to-noise ratio of each video in dB; at most 100."""
     error = np.square(video.astype(np.float64) - wanted).mean((-4, -3, -2, -1))
-    return 10 * np.log10(255**2 / np.maximum(error, 255**2 * 1e-10))
+    return np.asarray(10 * np.log10(255**2 / np.maximum(error, 255**2 * 1e-10)))
 
 
 def ssim(video: Frames, wanted: Frames) -> Float[np.ndarray, "*b"]:
@@ -42,4 +42,4 @@ def ssim(video: Frames, wanted: Frames) -> Float[np.ndarray, "*b"]:
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     likeness = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
     likeness /= (mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2)
-    return likeness.mean((-4, -3, -2, -1))
+    return np.asarray(likeness.mean((-4, -3, -2, -1)))

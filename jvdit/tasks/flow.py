@@ -1,4 +1,4 @@
-"""Training the DiT, and a text encoder with it, on cached latents."""
+"""Training the DiT on cached latents, with a text encoder or on cached text states."""
 
 import pathlib
 from typing import Any
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jvdit.caption_encoder import CaptionEncoder
 from jvdit.config import Config
 from jvdit.data.catalog import open_source
 from jvdit.data.media_encode import encode_clip
@@ -44,17 +45,9 @@ class FlowTask(Task):
         super().__init__(config, mesh, workdir)
         data = config.data
         self.vae, self.vae_params, self.vae_hash = self._autoencoder()
-        self.tokenizer = self._tokenizer()
-        self.plan = PackPlan.of(
-            self.sources,
-            token_budget=data.token_budget,
-            text_budget=data.text_budget,
-            max_clips=data.max_clips,
-            rows_per_step=data.rows,
-            patch_size=tuple(config.patch_size),
-            weights=data.weights or None,
-            seed=config.seed,
-        )
+        self.captions = self._cached_captions()
+        self.tokenizer = self.captions.tokenizer if self.captions else self._tokenizer()
+        self.plan = self._plan(self.sources, config.seed, data.weights or None)
         self.fingerprint = self.plan.fingerprint
         self.batch_builder = self._packed(self.sources, self.plan, data.caption_dropout)
         self.example, _ = self.batch_builder[0]
@@ -108,6 +101,39 @@ class FlowTask(Task):
                 )
         return build(VideoVAE, fields), params, held["hash"]
 
+    def _cached_captions(self) -> CaptionEncoder | None:
+        """What made the text states of the cache; None if an encoder is trained."""
+        if self.config.text_encoder:
+            return None
+        names = self.config.data.sources
+        found = [source.settings.get("text") for source in self.sources]
+        for name, settings in zip(names, found, strict=True):
+            if settings is None:
+                raise ValueError(
+                    f"`text_encoder` is empty but the latents {name} hold no states of "
+                    "their captions; encode them with --text_encoder, or give the "
+                    "sizes of a text encoder to train."
+                )
+            if differing := differences(found[0], settings):
+                raise ValueError(
+                    f"the captions of {names[0]} and {name} were encoded differently: "
+                    f"{'; '.join(differing)}. Encode one anew."
+                )
+        return CaptionEncoder.load(names[0].partition("#")[0])
+
+    def _plan(self, sources, seed: int, weights=None) -> PackPlan:
+        data = self.config.data
+        return PackPlan.of(
+            sources,
+            token_budget=data.token_budget,
+            text_budget=data.text_budget,
+            max_clips=data.max_clips,
+            rows_per_step=data.rows,
+            patch_size=tuple(self.config.patch_size),
+            weights=weights,
+            seed=seed,
+        )
+
     def _tokenizer(self) -> Tokenizer:
         if self.config.tokenizer:
             return Tokenizer(self.config.tokenizer)
@@ -121,32 +147,41 @@ class FlowTask(Task):
         return Tokenizer(train_tokenizer(captions, self.config.vocab_size))
 
     def _packed(self, sources, plan, dropout):
+        text: dict[str, Any] = {"tokenizer": self.tokenizer}
+        if self.captions:
+            text = {"null_embeds": self.captions([""], 1)[0]}
         return PackedBatches(
             sources,
             plan,
             latent_mean=np.asarray(self.vae.latents_mean),
             latent_std=np.asarray(self.vae.latents_std),
             temporal_compression=self.vae.temporal_compression,
-            tokenizer=self.tokenizer,
             caption_dropout=dropout,
             host=jax.process_index(),
             hosts=jax.process_count(),
             timeout=self.config.data.timeout,
+            **text,
         )
 
     def _objective(self, one_clip: bool) -> FlowObjective:
         config = self.config
-        text = config.text_encoder.to_dict() | {"vocab_size": self.tokenizer.vocab_size}
+        if self.captions:
+            text_encoder, text_width = None, self.captions.module.width
+        else:
+            fields = config.text_encoder.to_dict()
+            fields["vocab_size"] = self.tokenizer.vocab_size
+            text_encoder = build(TextEncoder, fields)
+            text_width = text_encoder.width
         channels = self.example["latents"].shape[-1]
         network = config.dit.to_dict() | {
             "in_channels": channels,
             "out_channels": channels,
-            "text_width": text["width"],
+            "text_width": text_width,
         }
         times = config.timesteps.to_dict()
         return FlowObjective(
             dit=build(DiT, network),
-            text_encoder=build(TextEncoder, text),
+            text_encoder=text_encoder,
             path=Path(**config.path),
             policy=TimestepPolicy(
                 **times | {"shift_range": tuple(times["shift_range"])}
@@ -156,11 +191,12 @@ class FlowTask(Task):
 
     def _identity(self) -> dict[str, Any]:
         objective = self.objective
+        text = self.captions.settings if self.captions else None
         return {
             "objective": "flow",
             "seed": self.config.seed,
             "dit": module_fields(objective.dit),
-            "text_encoder": module_fields(objective.text_encoder),
+            "text_encoder": text or module_fields(objective.text_encoder),
             "path": self.config.path.to_dict(),
             "patch_size": list(self.config.patch_size),
             "tokenizer": self.tokenizer.fingerprint,
@@ -185,16 +221,7 @@ class FlowTask(Task):
         if not data.validation:
             return None
         source = self.open(data.validation)
-        rows = data.rows
-        plan = PackPlan.of(
-            [source],
-            token_budget=data.token_budget,
-            text_budget=data.text_budget,
-            max_clips=data.max_clips,
-            rows_per_step=rows,
-            patch_size=tuple(self.config.patch_size),
-            seed=0,
-        )
+        plan = self._plan([source], 0)
         return self._packed([source], plan, 0.0)
 
     # The loop's questions
@@ -238,9 +265,13 @@ class FlowTask(Task):
     def _generator_of(self, params) -> Generator:
         sample, objective = self.config.sample, self.objective
         weights = {**(params or {}), "vae": self.vae_params}
+        text_encoder = objective.text_encoder
+        if self.captions:
+            text_encoder = self.captions.module
+            weights["text_encoder"] = self.captions.params
         return Generator(
             dit=objective.dit,
-            text_encoder=objective.text_encoder,
+            text_encoder=text_encoder,
             vae=self.vae,
             params=weights,
             tokenizer=self.tokenizer,

@@ -76,6 +76,7 @@ class Task(ABC):
             start=start,
             num_threads=data.threads,
             buffer_bytes=data.prefetch_bytes,
+            max_bad=data.max_bad,
         )
 
     def place(self, batch: Batch) -> dict[str, jax.Array]:
