@@ -1,21 +1,43 @@
-"""The video autoencoder on one's own clips, as tools/prepare_clips.py made them.
+"""The video autoencoder on one's own clips: their frames first, then the clips.
 
-python -m jvdit.train --config configs/clips_vae.py --workdir runs/clips/vae \
-        --config.data.sources='("data/clips",)' \
-        --config.data.validation='data/clips#val'
+    python tools/prepare_clips.py VIDEOS --out data/clips --frames 17 --fps 8 \
+        --size 64x96 --windows all --val 0.15
+    python -m jvdit.train --config configs/clips_vae.py --workdir runs/clips/vae
+
+The finished autoencoder is runs/clips/vae/videos. Clips of another size or place:
+--config.stages.videos.data.sources='("…#train:17x128x128@8",)' and so on.
 """
 
 from jvdit import config as defaults
 
+CLIPS = "data/clips"
+
+
+def stage():
+    """What both stages have in common."""
+    config = defaults.vae("world")
+    config.data.validation = f"{CLIPS}#val:17x64x96@8"
+    config.optim.name = "muon"
+    config.optim.lr = 2e-3
+    config.optim.schedule = "linear"
+    config.optim.warmup = 100
+    config.checkpoint_every = 200
+    config.evaluate_every = 500
+    config.sample_every = 1000
+    return config
+
 
 def get_config():
-    """Settings of the run."""
-    config = defaults.vae("world")
-    config.steps = 10_000
-    config.data.sources = ("data/clips",)
-    config.data.validation = "data/clips#val"
-    config.data.pixel_budget = 2 * 17 * 64 * 96
-    config.optim.lr = 2e-4
-    config.optim.schedule = "cosine"
-    config.optim.warmup = 200
-    return config
+    """Settings of the stages."""
+    images = stage()
+    images.steps = 1500
+    images.data.sources = (f"{CLIPS}#train:1x64x96@8",)
+    images.data.pixel_budget = 16 * 64 * 96
+    videos = stage()
+    videos.steps = 3000
+    videos.start_from = "{workdir}/images/model"
+    videos.data.sources = (f"{CLIPS}#train:5x64x96@8", f"{CLIPS}#train:17x64x96@8")
+    # A step has 7 or 2 clips: half of the steps are short ones.
+    videos.data.weights = (7, 2)
+    videos.data.pixel_budget = 2 * 17 * 64 * 96
+    return defaults.stages(images=images, videos=videos)

@@ -204,7 +204,11 @@ class _Loop:
         """Validation and samples, from the average, at their intervals."""
         ema, last = self.state.ema, done == self.config.steps
         if done % self.config.evaluate_every == 0 or last:
-            metrics.scalars(done, self.task.validate(ema))
+            found = self.task.validate(ema)
+            metrics.scalars(done, found)
+            if found:
+                told = (f"{k.partition('/')[2]} {v:.4g}" for k, v in found.items())
+                metrics.say(f"step {done}, held out: {', '.join(told)}")
         if done % self.config.sample_every == 0 or last:
             self.task.save(ema, self.workdir / "model")
             self.task.show(ema, metrics, done, self.workdir / "samples")

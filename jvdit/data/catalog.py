@@ -5,11 +5,13 @@
                                frames per second, clips
 `world:val:17x64x64@8:64:7`    the same, of another seed (default 0)
 `FOLDER`, `FOLDER#val`         prepared data set of clips or latents, and split
+`FOLDER#train:5x64x96@8`       all windows of that size, of a data set of clips
 `tfds:NAME`, `tfds:NAME#test`  a TFDS data set with encoded videos
 =============================  ==================================================
 """
 
 import re
+from typing import Any
 
 from jvdit.data.record_format import local_path
 from jvdit.data.records import RecordDataset
@@ -22,7 +24,9 @@ from jvdit.data.sources import (
 )
 from jvdit.data.world import World
 
-_WORLD = re.compile(r"world:(\w+):(\d+)x(\d+)x(\d+)@([\d.]+):(\d+)(?::(\d+))?")
+_SIZE = r"(\d+)x(\d+)x(\d+)@([\d.]+)"
+_WORLD = re.compile(rf"world:(\w+):{_SIZE}:(\d+)(?::(\d+))?")
+_SPLIT = re.compile(rf"(\w*)(?::{_SIZE})?")
 
 
 def open_source(name: str, *, audio: bool = False, max_text: int = 64) -> Source:
@@ -59,10 +63,24 @@ def open_source(name: str, *, audio: bool = False, max_text: int = 64) -> Source
             "a source is empty; name one, such as world:train:17x64x64@8:100000, the "
             "folder of a prepared data set, or tfds:NAME."
         )
-    path, _, split = name.partition("#")
+    path, _, part = name.partition("#")
+    match = _SPLIT.fullmatch(part)
+    if match is None:
+        raise ValueError(
+            f"source {name!r} must read FOLDER, FOLDER#SPLIT or "
+            "FOLDER#SPLIT:FRAMESxHEIGHTxWIDTH@FPS; for example clips#train:5x64x96@8."
+        )
+    split = match[1] or "train"
+    options: dict[str, Any] = {"audio_rate": 16000 if audio else 0}
+    if match[2]:
+        sizes = zip(("frames", "height", "width"), match.groups()[1:4], strict=True)
+        options |= {axis: int(size) for axis, size in sizes}
+        options |= {"fps": float(match[5]), "windows": "all"}
     if path.startswith("tfds:"):
-        return TfdsSource(path.removeprefix("tfds:"), split or "train")
+        return TfdsSource(path.removeprefix("tfds:"), split, **options)
     path = str(local_path(path))
-    if "mean" in RecordDataset(path, split or "train").features:
-        return LatentSource(path, split or "train", max_text=max_text)
-    return RecordSource(path, split or "train", audio_rate=16000 if audio else 0)
+    if "mean" not in RecordDataset(path, split).features:
+        return RecordSource(path, split, **options)
+    if match[2]:
+        raise ValueError(f"source {name!r} holds latents, whose size is what it is.")
+    return LatentSource(path, split, max_text=max_text)
