@@ -1,7 +1,7 @@
 """Text to video in the procedural world, at 17 x 32 x 32.
 
     python -m jvdit.encode --source world:train:17x32x32@8:65536 \
-        --validation world:val:17x32x32@8:256 --vae runs/world/vae \
+        --validation world:val:17x32x32@8:256 --vae runs/world/vae/videos \
         --out runs/world/latents
     python -m jvdit.train --config configs/world_dit.py --workdir runs/world/dit
 
@@ -33,21 +33,22 @@ PROMPTS = (
 def get_config():
     """Settings of the run."""
     config = defaults.flow("world-s", "world")
-    config.steps = 30_000
+    config.steps = 8000
     config.data.sources = ("runs/world/latents",)
     config.data.validation = "runs/world/latents#val"
     config.data.rows = 48
     config.data.token_budget = 20
     config.data.max_clips = 1
-    config.data.text_length = 64
-    config.data.text_budget = 64
+    config.data.text_length = 48
+    config.data.text_budget = 48
     # One second of the clip is to RoPE what one cell is in height and width.
     config.dit.position_scale = (4.0, 1.0, 1.0)
-    config.optim.lr = 6e-4
-    config.optim.schedule = "cosine"
-    config.optim.warmup = 300
-    config.evaluate_every = 1000
-    config.sample_every = 2000
+    config.optim.lr = 1.5e-3
+    config.optim.schedule = "linear"
+    config.optim.warmup = 200
+    config.checkpoint_every = 250
+    config.evaluate_every = 500
+    config.sample_every = 1000
     config.sample.prompts = PROMPTS
     config.sample.height = config.sample.width = 32
     return config

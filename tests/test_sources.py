@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
+from jvdit.data.catalog import open_source
 from jvdit.data.clips import BadClip, Source, make_index
 from jvdit.data.media import encode_clip
 from jvdit.data.records import CLIP_FEATURES, RecordWriter, latent_features
@@ -127,6 +128,32 @@ def test_windows_cover_a_video_once(records):
         RecordSource(records, frames=99)
     with pytest.raises(ValueError, match="'some'"):
         RecordSource(records, windows="some")
+
+
+def test_sources_have_names(records):
+    def size(source, i=0):
+        return [int(source.index[k][i]) for k in ("frames", "height", "width")]
+
+    world = open_source("world:val:3x16x32@4:20:7")
+    assert len(world) == 20 and size(world) == [3, 16, 32]
+    assert world.fingerprint != open_source("world:val:3x16x32@4:20").fingerprint
+    whole, windows = (
+        open_source(str(records)),
+        open_source(f"{records}#train:4x16x16@8"),
+    )
+    assert len(whole) == 6 and size(whole, 3) == [10, 32, 48]
+    assert len(windows) == 12 and size(windows) == [4, 16, 16]
+    assert windows.read([2])[0]["video"].shape == (4, 16, 16, 3)
+    for name, message in {
+        "": "a source is empty",
+        "world:val:3x16@4:20": "world:SPLIT:FRAMES",
+        f"{records}#test": "no split 'test'",
+        f"{records}#train:4x16": "FOLDER#SPLIT:FRAMESxHEIGHTxWIDTH@FPS",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            open_source(name)
+    with pytest.raises(FileNotFoundError, match="no such directory"):
+        open_source(f"{records}-elsewhere")
 
 
 def test_tfds_data_sets_are_scanned(records, tmp_path):

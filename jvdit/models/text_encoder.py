@@ -35,11 +35,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "shared_bias": True,
     },
     "world": {
-        "width": 192,
-        "depth": 3,
+        "width": 128,
+        "depth": 2,
         "num_heads": 4,
-        "head_dim": 48,
-        "ffn_width": 512,
+        "head_dim": 32,
+        "ffn_width": 384,
     },
     "tiny": {"width": 32, "depth": 2, "num_heads": 2, "head_dim": 16, "ffn_width": 48},
 }
