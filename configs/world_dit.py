@@ -33,7 +33,7 @@ PROMPTS = (
 def get_config():
     """Settings of the run."""
     config = defaults.flow("world-s", "world")
-    config.steps = 8000
+    config.steps = 7000
     config.data.sources = ("runs/world/latents",)
     config.data.validation = "runs/world/latents#val"
     config.data.rows = 48
@@ -43,7 +43,7 @@ def get_config():
     config.data.text_budget = 48
     # One second of the clip is to RoPE what one cell is in height and width.
     config.dit.position_scale = (4.0, 1.0, 1.0)
-    config.optim.lr = 1.5e-3
+    config.optim.lr = 2e-3
     config.optim.schedule = "linear"
     config.optim.warmup = 200
     config.checkpoint_every = 250

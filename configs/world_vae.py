@@ -4,7 +4,7 @@
 
 A new network treats every frame as an image, so that images, of which a step holds
 many more, teach it first what objects look like (Wan, arXiv:2503.20314, section 4.1).
-The finished autoencoder is runs/world/vae/videos.
+The finished autoencoder is runs/world/vae/long.
 """
 
 from jvdit import config as defaults
@@ -33,7 +33,7 @@ def get_config():
     images.data.sources = ("world:train:1x32x32@8:1000000",)
     images.data.pixel_budget = 32 * 32 * 32
     videos = stage()
-    videos.steps = 8000
+    videos.steps = 5000
     videos.start_from = "{workdir}/images/model"
     videos.data.sources = (
         "world:train:5x32x32@8:1000000",
@@ -42,4 +42,12 @@ def get_config():
     # A step has 13 or 4 clips: a third of the steps are short ones.
     videos.data.weights = (13, 8)
     videos.data.pixel_budget = 4 * 17 * 32 * 32
-    return defaults.stages(images=images, videos=videos)
+    long = stage()
+    long.steps = 4000
+    long.start_from = "{workdir}/videos/model"
+    long.data.sources = ("world:train:17x32x32@8:1000000",)
+    long.data.pixel_budget = 4 * 17 * 32 * 32
+    long.optim.lr = 1e-3
+    # By now the squared error counts: it is what PSNR is made of.
+    long.loss.mse = 20.0
+    return defaults.stages(images=images, videos=videos, long=long)

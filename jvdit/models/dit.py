@@ -37,7 +37,6 @@ _WAN_14B = {
     "out_channels": 64,
     "text_width": 4096,
 }
-_WORLD = {"width": 256, "depth": 6, "num_heads": 4, "ffn_width": 1024}
 
 # Sizes by name: `DiT(**VARIANTS[name])`. Channels count a whole patch: Wan's 16 latent
 # channels in patches of 1 x 2 x 2 make 64. Rows without channels belong to our own
@@ -62,8 +61,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "in_channels": 192,
         "out_channels": 192,
     },
-    "world-s": _WORLD,
-    "world-m": {**_WORLD, "depth": 8},
+    "world-s": {"width": 192, "depth": 6, "num_heads": 4, "ffn_width": 768},
+    "world-m": {"width": 256, "depth": 8, "num_heads": 4, "ffn_width": 1024},
     "tiny": {"width": 32, "depth": 2, "num_heads": 2, "ffn_width": 64},
 }
 

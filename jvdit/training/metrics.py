@@ -18,6 +18,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from tensorboardX import SummaryWriter
 
 # Dense bf16 peaks of a device as jax counts devices, in FLOP/s, by device_kind.
@@ -71,15 +72,18 @@ class Metrics:
         self._writer = (
             SummaryWriter(os.path.join(workdir, "tensorboard")) if self._lead else None
         )
+        status = Column(ratio=1, no_wrap=True, overflow="ellipsis")
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=10),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(elapsed_when_finished=False),
+            # What a narrow terminal has no room for is the end of the status.
+            TextColumn("{task.fields[status]}", table_column=status),
             console=self._console,
+            expand=True,
             refresh_per_second=2,
         )
         self._task = self._progress.add_task(
