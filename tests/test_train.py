@@ -253,6 +253,27 @@ def test_a_workdir_of_another_model_is_refused_and_untouched(workdir, tmp_path):
     assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
 
 
+def test_a_run_starts_from_the_weights_of_another(workdir, tmp_path):
+    config = thread_config.flow_config(workdir)
+    config.start_from = str(workdir / "dit/model")
+    config.steps = 2
+    config.sample.prompts = ()
+    config.optim.update(lr=1e-9, weight_decay=0.0)
+    train(config, str(tmp_path / "on"))
+    for name in ("dit", "text_encoder"):
+        given, _ = load_weights(workdir / "dit/model" / name)
+        found, _ = load_weights(tmp_path / "on/model" / name)
+        for a, b in zip(tree.leaves(given), tree.leaves(found), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-7)
+    config.dit.width = 64
+    with pytest.raises(ValueError, match="other networks.*32.*64.*start_from"):
+        train(config, str(tmp_path / "wider"))
+    config.start_from = str(tmp_path)
+    with pytest.raises(FileNotFoundError, match="holds no model"):
+        train(config, str(tmp_path / "wider"))
+    assert not (tmp_path / "wider").exists()
+
+
 def test_a_stale_cache_is_refused(workdir, tmp_path):
     params, fields = load_weights(workdir / "vae/model/vae")
     config = thread_config.flow_config(workdir)
@@ -290,7 +311,7 @@ def test_bad_settings_are_one_line_and_touch_nothing(
 
 def test_a_typo_on_the_command_line_is_answered_with_the_right_name(tmp_path):
     command = [sys.executable, "-m", "jvdit.train", f"--workdir={tmp_path}/new"]
-    command += [f"--config={HERE}/../configs/world_vae.py", "--config.optim.lrr=1"]
+    command += [f"--config={HERE}/../configs/world_dit.py", "--config.optim.lrr=1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and 'Did you mean "lr"' in done.stderr
     assert not (tmp_path / "new").exists()

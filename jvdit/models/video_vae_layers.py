@@ -283,8 +283,8 @@ REMAT: dict[str, Any] = {
 }
 
 
-class Encoder(nn.Module):
-    """Stages from fine to coarse, then the middle."""
+class _Coder(nn.Module):
+    """What both halves share: the fields of `VideoVAE`; widths are fine to coarse."""
 
     widths: Sequence[int]
     taps: Sequence[int]
@@ -298,12 +298,39 @@ class Encoder(nn.Module):
     dtype: Any
     param_dtype: Any
 
+    @property
+    def _types(self) -> dict[str, Any]:
+        return {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+    def _res_block(self, taps: int) -> Any:
+        """A maker of residual blocks under the policy of rematerialisation."""
+        policy = REMAT[self.remat]
+        block = ResBlock if policy is None else nn.remat(ResBlock, policy=policy)
+        return functools.partial(block, taps=taps, eps=self.eps, **self._types)
+
+    def _conv(self, name: str, features: int, taps: int, x: Array) -> Array:
+        return Convolution(features, (taps, 3, 3), **self._types, name=name)(x)
+
+    def _middle(self, x: Array) -> Array:
+        """Two residual blocks at the coarsest resolution around attention."""
+        block = self._res_block(self.taps[-1])
+        x = block(x.shape[-1], name="mid_res_0")(x)
+        if self.attention:
+            x = FrameAttention(self.eps, **self._types, name="mid_attention")(x)
+        return block(x.shape[-1], name="mid_res_1")(x)
+
+    def _head(self, x: Array, taps: int) -> Array:
+        x = nn.silu(ChannelNorm(self.eps, self.param_dtype, name="norm_out")(x))
+        return self._conv("conv_out", self.out_channels, taps, x)
+
+
+class Encoder(_Coder):
+    """Stages from fine to coarse, then the middle."""
+
     @nn.compact
     def __call__(self, x: Float[Array, "b F i j c"]) -> Float[Array, "b f h w d"]:
         """Codes patches of pixels as moments of latents."""
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        kernel_size = (self.taps[0], 3, 3)
-        x = Convolution(self.widths[0], kernel_size, **types, name="conv_in")(x)
+        x = self._conv("conv_in", self.widths[0], self.taps[0], x)
         for i, width in enumerate(self.widths):
             last = i == len(self.widths) - 1
             x = DownStage(
@@ -312,36 +339,20 @@ class Encoder(nn.Module):
                 downsample=not last,
                 temporal=not last and self.temporal[i],
                 residual=self.residual,
-                block=_res_block(self, self.taps[i]),
-                types=types,
+                block=self._res_block(self.taps[i]),
+                types=self._types,
                 name=f"down_{i}",
             )(x)
-        x = _middle(self, x)
-        return _head(self, x, self.out_channels, self.taps[-1])
+        return self._head(self._middle(x), self.taps[-1])
 
 
-class Decoder(nn.Module):
-    """The middle, then stages from coarse to fine; `widths` are fine to coarse."""
-
-    widths: Sequence[int]
-    taps: Sequence[int]
-    temporal: Sequence[bool]
-    out_channels: int
-    num_res_blocks: int
-    residual: bool
-    attention: bool
-    eps: float
-    remat: str
-    dtype: Any
-    param_dtype: Any
+class Decoder(_Coder):
+    """The middle, then stages from coarse to fine."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b F i j d"]:
         """Decodes latents to patches of pixels."""
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        kernel_size = (self.taps[-1], 3, 3)
-        x = Convolution(self.widths[-1], kernel_size, **types, name="conv_in")(x)
-        x = _middle(self, x)
+        x = self._middle(self._conv("conv_in", self.widths[-1], self.taps[-1], x))
         for i, width in reversed(list(enumerate(self.widths))):
             x = UpStage(
                 width,
@@ -351,37 +362,8 @@ class Decoder(nn.Module):
                 upsample=i > 0,
                 temporal=i > 0 and self.temporal[i - 1],
                 residual=self.residual,
-                block=_res_block(self, self.taps[i]),
-                types=types,
+                block=self._res_block(self.taps[i]),
+                types=self._types,
                 name=f"up_{i}",
             )(x)
-        return _head(self, x, self.out_channels, self.taps[0])
-
-
-def _res_block(coder: Encoder | Decoder, taps: int) -> Any:
-    """A maker of residual blocks under the coder's rematerialisation policy."""
-    policy = REMAT[coder.remat]
-    block = ResBlock if policy is None else nn.remat(ResBlock, policy=policy)
-    return functools.partial(
-        block,
-        taps=taps,
-        eps=coder.eps,
-        dtype=coder.dtype,
-        param_dtype=coder.param_dtype,
-    )
-
-
-def _middle(coder: Encoder | Decoder, x: Array) -> Array:
-    """Two residual blocks at the coarsest resolution around attention."""
-    block = _res_block(coder, coder.taps[-1])
-    x = block(x.shape[-1], name="mid_res_0")(x)
-    if coder.attention:
-        types = {"dtype": coder.dtype, "param_dtype": coder.param_dtype}
-        x = FrameAttention(coder.eps, **types, name="mid_attention")(x)
-    return block(x.shape[-1], name="mid_res_1")(x)
-
-
-def _head(coder: Encoder | Decoder, x: Array, features: int, taps: int) -> Array:
-    x = nn.silu(ChannelNorm(coder.eps, coder.param_dtype, name="norm_out")(x))
-    types = {"dtype": coder.dtype, "param_dtype": coder.param_dtype}
-    return Convolution(features, (taps, 3, 3), **types, name="conv_out")(x)
+        return self._head(x, self.taps[0])
