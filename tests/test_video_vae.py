@@ -302,3 +302,19 @@ def test_the_mesh_changes_no_latent():
     assert "collective-permute" in text or "all-gather" in text
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_new_autoencoder_treats_every_frame_as_an_image():
+    """What it learns of images will then hold for videos.
+
+    But for residual shortcuts: they give the channels of a cell to different frames.
+    """
+    vae = build("plain")[0]
+    image = np.random.RandomState(0).uniform(-1, 1, (1, 1, 16, 16, 3))
+    still = jnp.asarray(np.repeat(image, 9, axis=1), jnp.float32)
+    params = jax.jit(vae.init)(jax.random.key(0), still[:, :1])["params"]
+    reconstruction, mean, _ = vae.apply({"params": params}, still)
+    assert jnp.std(reconstruction) > 0.01
+    for frames in (reconstruction, mean):
+        later = frames[:, 1:]
+        np.testing.assert_allclose(later, later[:, :1] + 0 * later, atol=1e-5)
