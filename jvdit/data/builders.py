@@ -36,8 +36,8 @@ class Builder:
     """What makes batches of a plan.
 
     Attributes:
-      timeout: Seconds that one reading of clips may take.
-      nbytes: Bytes of the largest batch of a host.
+        timeout: seconds that one reading of clips may take.
+        nbytes: bytes of the largest batch of a host.
     """
 
     nbytes: int
@@ -81,8 +81,8 @@ class Builder:
         """Returns the clips of a step, those of one source being read together.
 
         Raises:
-          StalledError: If a source takes longer than `timeout`. What hangs is a thread
-            that the process does not wait for when it ends.
+            StalledError: a source takes longer than `timeout`. What hangs is a thread
+                that the process does not wait for when it ends.
         """
         clips: list[Clip | BadClip] = [BadClip("not read")] * len(slots)
         for number, source in enumerate(self.sources):
@@ -133,25 +133,25 @@ class PackedBatches(Builder):
     """Packed latents for the diffusion transformer: the batch of every step.
 
     Args:
-      sources: Sources of latents.
-      plan: Plan of the same sources.
-      latent_mean: Mean of each channel that is subtracted from the latents.
-      latent_std: Standard deviation that they are then divided by; the variance of
-        the posterior is scaled with them.
-      temporal_compression: Pixel frames that a latent frame after the first covers.
-      tokenizer: Makes `text_ids` of captions. None: `text_embeds` are those that the
-        sources hold.
-      null_embeds: Text states of the empty caption; needed without a tokenizer.
-      caption_dropout: Probability that a caption is replaced by the empty one; which
-        ones is a function of (seed, step, row, place).
-      seconds: Whether positions count seconds (our own models) or latent frames
-        (imported ones).
-      host: Which host this is.
-      hosts: How many there are.
-      timeout: Seconds that one reading of clips may take.
+        sources: sources of latents.
+        plan: plan of the same sources.
+        latent_mean: mean of each channel that is subtracted from the latents.
+        latent_std: standard deviation that they are then divided by; the variance of
+            the posterior is scaled with them.
+        temporal_compression: pixel frames that a latent frame after the first covers.
+        tokenizer: makes `text_ids` of captions. None: `text_embeds` are those that the
+            sources hold.
+        null_embeds: text states of the empty caption; needed without a tokenizer.
+        caption_dropout: probability that a caption is replaced by the empty one; which
+            ones is a function of (seed, step, row, place).
+        seconds: whether positions count seconds (our own models) or latent frames
+            (imported ones).
+        host: which host this is.
+        hosts: how many there are.
+        timeout: seconds that one reading of clips may take.
 
     Raises:
-      ValueError: If the hosts cannot share a step, or the text has no form.
+        ValueError: the hosts cannot share a step, or the text has no form.
     """
 
     def __init__(
@@ -293,14 +293,14 @@ class ClipBatches(Builder):
     [b]. A clip that cannot be read is black and not valid.
 
     Args:
-      sources: Sources of pixels.
-      plan: Plan of the same sources.
-      host: Which host this is.
-      hosts: How many there are.
-      timeout: Seconds that one reading of clips may take.
+        sources: sources of pixels.
+        plan: plan of the same sources.
+        host: which host this is.
+        hosts: how many there are.
+        timeout: seconds that one reading of clips may take.
 
     Raises:
-      ValueError: If the hosts cannot share the clips of some size.
+        ValueError: the hosts cannot share the clips of some size.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ class BadClip:
     """What a source returns in place of a clip that it could not read.
 
     Attributes:
-      reason: Why, in a line.
+        reason: why, in a line.
     """
 
     reason: str
@@ -26,10 +26,10 @@ class Source(Protocol):
     """A set of clips that can be read in any order.
 
     Attributes:
-      index: One entry a clip: `frames`, `height` and `width` (pixels, or latents for
-        a source of latents), `fps` (pixel frames per second), `has_audio`, and
-        `text_length` (text tokens; 0 where it is unknown).
-      fingerprint: Equal for sources that return equal clips.
+        index: one entry a clip: `frames`, `height` and `width` (pixels, or latents for
+            a source of latents), `fps` (pixel frames per second), `has_audio`, and
+            `text_length` (text tokens; 0 where it is unknown).
+        fingerprint: equal for sources that return equal clips.
     """
 
     index: dict[str, np.ndarray]

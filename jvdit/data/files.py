@@ -11,9 +11,9 @@ def local_path(path: str | Path) -> Path:
     """Returns `path` as a local path.
 
     Raises:
-      ValueError: If it is a URL. The record reader does understand `gs://`, but
-        without network or credentials it blocks for minutes and says nothing; a
-        mounted bucket fails at once and loudly.
+        ValueError: it is a URL. The record reader does understand `gs://`, but without
+            network or credentials it blocks for minutes and says nothing; a mounted
+            bucket fails at once and loudly.
     """
     if match := re.match(r"([a-z][a-z0-9+.-]*)://([^/]*)", str(path)):
         raise ValueError(

@@ -42,9 +42,9 @@ class Plan:
     """Which files go into which shard, and which into none.
 
     Attributes:
-      shards: Items by (split, shard).
-      refused: (item, reason, detail) of the files that are not even tried.
-      digest: Hash of all of it: a resumed job must find the same.
+        shards: items by (split, shard).
+        refused: (item, reason, detail) of the files that are not even tried.
+        digest: hash of all of it: a resumed job must find the same.
     """
 
     shards: Mapping[tuple[str, int], list[Item]]
@@ -80,12 +80,13 @@ def plan_shards(
     """Assigns every file to a split, by its content, and to a shard.
 
     Args:
-      items: The files.
-      val_fraction: Share of them, about, that goes to "val"; the rest to "train".
-      shard_size: Files of a shard.
+        items: the files.
+        val_fraction: share of them, about, that goes to "val"; the rest to "train".
+        shard_size: files of a shard.
 
     Returns:
-      The plan. Missing files, and copies of a file with the same caption, are refused.
+        The plan. Missing files, and copies of a file with the same caption, are
+        refused.
     """
     if not 0 <= val_fraction < 1:
         raise ValueError(f"`val_fraction` (={val_fraction}) must be in [0, 1).")
@@ -130,24 +131,24 @@ def ingest(
     """Makes a data set of clips out of videos, or finishes one that was begun.
 
     Args:
-      inputs: Folders, tables and videos; see `list_items`.
-      out: Directory of the data set.
-      recipe: How clips are cut.
-      root: What relative paths in tables are relative to.
-      val_fraction: Share of the files that goes to split "val".
-      shard_size: Source files of a shard: what a kill can cost.
-      workers: Number of processes; None: one for each core.
-      timeout: Seconds that one clip may take.
-      overwrite: Whether a data set that is already there is removed first.
-      work: What is done to a file; another one than `prepare_file` only in tests.
+        inputs: folders, tables and videos; see `list_items`.
+        out: directory of the data set.
+        recipe: how clips are cut.
+        root: what relative paths in tables are relative to.
+        val_fraction: share of the files that goes to split "val".
+        shard_size: source files of a shard: what a kill can cost.
+        workers: number of processes; None: one for each core.
+        timeout: seconds that one clip may take.
+        overwrite: whether a data set that is already there is removed first.
+        work: what is done to a file; another one than `prepare_file` only in tests.
 
     Returns:
-      What became of every file. It is also in `report.json` and `report.md`.
+        What became of every file. It is also in `report.json` and `report.md`.
 
     Raises:
-      FileNotFoundError: If an input does not exist.
-      ValueError: If there is no video, if none could be used, or if `out` holds
-        something else.
+        FileNotFoundError: an input does not exist.
+        ValueError: there is no video, none can be used, or `out` holds something
+            else.
     """
     items = list_items(inputs, root=root)
     plan = plan_shards(items, val_fraction=val_fraction, shard_size=shard_size)

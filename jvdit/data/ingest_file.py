@@ -26,9 +26,9 @@ class Item(NamedTuple):
     """A video to prepare.
 
     Attributes:
-      key: Name that is unique among the items.
-      path: Where the file is.
-      caption: "" if there is none.
+        key: name that is unique among the items.
+        path: where the file is.
+        caption: "" if there is none.
     """
 
     key: str
@@ -41,19 +41,19 @@ class Recipe:
     """How clips are cut out of videos.
 
     Attributes:
-      frames: Frames of a clip.
-      fps: Frames per second of a clip.
-      sizes: (height, width) in pixels of the buckets; a video goes into the one
-        whose aspect ratio is nearest to its own.
-      windows: "first", "all" (consecutive) or a number of evenly spaced ones.
-      audio_rate: Hz of the stereo sound; 0: none.
-      crf: x264's quality of the stored clips.
-      preset: x264's preset.
-      max_upsample: Largest enlargement of a picture.
-      max_repeat: Largest share of frames that may repeat the one before, because
-        the video's own rate is lower than `fps`.
-      max_pixels: Most pixels of a source frame.
-      require_caption: Whether videos without a caption are left out.
+        frames: frames of a clip.
+        fps: frames per second of a clip.
+        sizes: (height, width) in pixels of the buckets; a video goes into the one whose
+            aspect ratio is nearest to its own.
+        windows: "first", "all" (consecutive) or a number of evenly spaced ones.
+        audio_rate: Hz of the stereo sound; 0: none.
+        crf: x264's quality of the stored clips.
+        preset: x264's preset.
+        max_upsample: largest enlargement of a picture.
+        max_repeat: largest share of frames that may repeat the one before, because the
+            video's own rate is lower than `fps`.
+        max_pixels: most pixels of a source frame.
+        require_caption: whether videos without a caption are left out.
     """
 
     frames: int = 81
@@ -98,9 +98,9 @@ def prepare_file(job: Job) -> Iterator[dict[str, Any]]:
     """Cuts the clips out of one video.
 
     Yields:
-      {"clip": example of `CLIP_FEATURES`, "notes": [str]} for every clip taken, and
-      {"reason", "detail", "start"} for every window that was not; `start` is in
-      seconds, or None if the whole file was refused.
+        {"clip": example of `CLIP_FEATURES`, "notes": [str]} for every clip taken, and
+        {"reason", "detail", "start"} for every window that was not; `start` is in
+        seconds, or None if the whole file was refused.
     """
     item, recipe = job.item, job.recipe
     budget = Budget(pixels=recipe.max_pixels, seconds=math.inf)
@@ -123,7 +123,7 @@ def choose_size(info: MediaInfo, recipe: Recipe) -> tuple[int, int]:
     """Returns the bucket of a video: nearest aspect ratio, then the largest that fits.
 
     Raises:
-      MediaError: If even that one would enlarge the picture too much.
+        MediaError: even that one would enlarge the picture too much.
     """
 
     def distance(size: tuple[int, int]) -> float:

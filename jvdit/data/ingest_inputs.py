@@ -33,15 +33,15 @@ def list_items(
     file `prompt.txt` or `prompts.txt` beside it then holds the captions.
 
     Args:
-      inputs: Folders, tables and videos.
-      root: What relative paths in tables are relative to; None: the table's folder.
+        inputs: folders, tables and videos.
+        root: what relative paths in tables are relative to; None: the table's folder.
 
     Returns:
-      The videos, sorted by key; rows that say the same thing twice only once.
+        The videos, sorted by key; rows that say the same thing twice only once.
 
     Raises:
-      FileNotFoundError: If an input does not exist.
-      ValueError: If an input is of no known form, or there is no video at all.
+        FileNotFoundError: an input does not exist.
+        ValueError: an input is of no known form, or there is no video at all.
     """
     found: dict[tuple[str, str], str] = {}
     for entry in inputs:

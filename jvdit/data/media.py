@@ -57,14 +57,14 @@ class MediaInfo:
     """What a file holds, as a viewer would see it.
 
     Attributes:
-      duration: Seconds; 0 if unknown.
-      fps: Average frames per second; 0 if unknown.
-      frames: Frames declared, or found if the file was scanned; 0 if unknown.
-      height: Pixels, after rotation and with square pixels.
-      width: Pixels, after rotation and with square pixels.
-      codec: FFmpeg's name of the video decoder.
-      has_audio: Whether there is a sound track, silent or not.
-      audio_rate: Hz; 0 without a sound track.
+        duration: seconds; 0 if unknown.
+        fps: average frames per second; 0 if unknown.
+        frames: frames declared, or found if the file was scanned; 0 if unknown.
+        height: pixels, after rotation and with square pixels.
+        width: pixels, after rotation and with square pixels.
+        codec: FFmpeg's name of the video decoder.
+        has_audio: whether there is a sound track, silent or not.
+        audio_rate: Hz; 0 without a sound track.
     """
 
     duration: float
@@ -87,8 +87,8 @@ def _nearest(
     """Yields for every time, `step` seconds apart, the frame that is nearest to it.
 
     Raises:
-      MediaError: "short" if the frames end before the times do, or if the first one
-        comes more than `late` seconds after the first time.
+        MediaError: "short" if the frames end before the times do, or if the first one
+            comes more than `late` seconds after the first time.
     """
     k, before = 0, None
     for seconds, frame in frames:
@@ -197,25 +197,25 @@ def decode_clip(
     cropped around its centre.
 
     Args:
-      source: Path or content of a file.
-      frames: Number of frames T.
-      fps: Frames per second of the result.
-      height: Pixels of the result.
-      width: Pixels of the result.
-      start_seconds: Start of the window, from the start of the video.
-      audio_rate: Hz of the sound; 0: no sound.
-      channels: 1 or 2: the sound is mixed to mono or stereo.
-      budget: What decoding may cost.
+        source: path or content of a file.
+        frames: number of frames T.
+        fps: frames per second of the result.
+        height: pixels of the result.
+        width: pixels of the result.
+        start_seconds: start of the window, from the start of the video.
+        audio_rate: Hz of the sound; 0: no sound.
+        channels: 1 or 2: the sound is mixed to mono or stereo.
+        budget: what decoding may cost.
 
     Returns:
-      A clip: `video` uint8 [T H W 3], `fps`, `caption` (""), `audio` float32
-      [a channels] in [-1, 1] with a = round(T / fps * audio_rate) samples, the first
-      one at the time of the first frame, zero where the file has none (None if
-      `audio_rate` is 0), `audio_rate`; and `has_audio`: whether there is sound over
-      the whole window (and not digital silence), `source`: what was done to it.
+        A clip: `video` uint8 [T H W 3], `fps`, `caption` (""), `audio` float32
+        [a channels] in [-1, 1] with a = round(T / fps * audio_rate) samples, the first
+        one at the time of the first frame, zero where the file has none (None if
+        `audio_rate` is 0), `audio_rate`; and `has_audio`: whether there is sound over
+        the whole window (and not digital silence), `source`: what was done to it.
 
     Raises:
-      MediaError: If the window cannot be had, for one of `REASONS`.
+        MediaError: the window cannot be had, for one of `REASONS`.
     """
     if channels not in (1, 2):
         raise ValueError(f"`channels` (={channels}) must be 1 or 2.")
@@ -307,16 +307,16 @@ def probe(
     """Describes a file, of which at least one frame is decoded.
 
     Args:
-      source: Path or content of a file.
-      scan: Whether to read the whole file to find its true length. Declared lengths
-        are wrong in truncated files and with edit lists, and absent in streams.
-      budget: What decoding may cost.
+        source: path or content of a file.
+        scan: whether to read the whole file to find its true length. Declared lengths
+            are wrong in truncated files and with edit lists, and absent in streams.
+        budget: what decoding may cost.
 
     Returns:
-      What the file holds.
+        What the file holds.
 
     Raises:
-      MediaError: If no frame can be decoded, for one of `REASONS`.
+        MediaError: no frame can be decoded, for one of `REASONS`.
     """
     deadline = time.monotonic() + budget.seconds
     with open_media(source) as container, media_errors():
@@ -370,7 +370,7 @@ def read_metadata(source: Media) -> dict[str, Any]:
     """Returns the metadata that `encode_clip` put into a file; {} if there is none.
 
     Raises:
-      MediaError: If the file cannot be opened.
+        MediaError: the file cannot be opened.
     """
     with open_media(source) as container:
         comment = container.metadata.get("comment", "")

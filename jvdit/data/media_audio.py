@@ -27,19 +27,19 @@ def decode_audio(
     """Decodes a window of a file's sound.
 
     Args:
-      container: The file, opened anew.
-      start_seconds: Start of the window on the container's clock.
-      count: Number of samples a.
-      rate: Hz of the result.
-      channels: 1 or 2.
-      deadline: Value of `time.monotonic` after which decoding stops.
-      seek: Whether to start near the window. Not every file can seek in its sound;
-        then the window comes back "missing" or "corrupt".
+        container: the file, opened anew.
+        start_seconds: start of the window on the container's clock.
+        count: number of samples a.
+        rate: Hz of the result.
+        channels: 1 or 2.
+        deadline: value of `time.monotonic` after which decoding stops.
+        seek: whether to start near the window. Not every file can seek in its sound;
+            then the window comes back "missing" or "corrupt".
 
     Returns:
-      Samples float32 [a channels] in [-1, 1], zero where there are none, and what
-      there is: "whole", "partial", "silent" (digital silence), "corrupt" (zeros) or
-      "missing" (zeros).
+        Samples float32 [a channels] in [-1, 1], zero where there are none, and what
+        there is: "whole", "partial", "silent" (digital silence), "corrupt" (zeros) or
+        "missing" (zeros).
     """
     samples = np.zeros((count, channels), np.float32)
     stream: Any = container.streams.best("audio")

@@ -41,19 +41,19 @@ def encode_clip(
     the same bytes.
 
     Args:
-      target: Path, which appears whole or not at all, or a buffer.
-      video: uint8 [T H W 3].
-      fps: Frames per second.
-      audio: float32 [a channels] in [-1, 1] with 1 or 2 channels, or None.
-      audio_rate: Hz of `audio`.
-      crf: x264's quality: 0 is lossless in 4:2:0, 18 looks it, 28 is coarse.
-      gop: Most frames between key frames; None: one second of them. A short one
-        makes random access cheap.
-      preset: x264's trade of time for size.
-      metadata: JSON values kept in the file; see `read_metadata`.
+        target: path, which appears whole or not at all, or a buffer.
+        video: uint8 [T H W 3].
+        fps: frames per second.
+        audio: float32 [a channels] in [-1, 1] with 1 or 2 channels, or None.
+        audio_rate: Hz of `audio`.
+        crf: x264's quality: 0 is lossless in 4:2:0, 18 looks it, 28 is coarse.
+        gop: most frames between key frames; None: one second of them. A short one makes
+            random access cheap.
+        preset: x264's trade of time for size.
+        metadata: JSON values kept in the file; see `read_metadata`.
 
     Raises:
-      ValueError: If the arrays are of another shape or type.
+        ValueError: the arrays are of another shape or type.
     """
     _check(video, fps, audio, audio_rate)
     if isinstance(target, io.BytesIO):

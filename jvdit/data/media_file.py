@@ -47,8 +47,8 @@ class MediaError(ValueError):
     """A file, or a window of it, that cannot be used.
 
     Args:
-      reason: One of `REASONS`.
-      detail: What was found.
+        reason: one of `REASONS`.
+        detail: what was found.
     """
 
     def __init__(self, reason: str, detail: str = ""):
@@ -66,10 +66,10 @@ class Budget:
     """What one window may cost.
 
     Attributes:
-      frames: Most frames to decode, those before the window included.
-      pixels: Most pixels of a frame.
-      side: Least pixels of a frame's height and width.
-      seconds: Most wall time, checked between frames.
+        frames: most frames to decode, those before the window included.
+        pixels: most pixels of a frame.
+        side: least pixels of a frame's height and width.
+        seconds: most wall time, checked between frames.
     """
 
     frames: int = 20_000

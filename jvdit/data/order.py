@@ -70,10 +70,10 @@ class Streams:
     """Every (source, size) as an endless sequence of clips.
 
     Attributes:
-      source: Source of each stream.
-      key: What its clips have in common, [k ...].
-      clips: Number of its clips.
-      places: How many clips an epoch takes from it.
+        source: source of each stream.
+        key: what its clips have in common, [k ...].
+        clips: number of its clips.
+        places: how many clips an epoch takes from it.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ def token_grid(latent_size: Size, patch_size: Size) -> Size:
     """Returns how many tokens a latent grid gives along each axis.
 
     Raises:
-      ValueError: If a side is no positive multiple of its patch.
+        ValueError: a side is no positive multiple of its patch.
     """
     for name, size, patch in zip(
         ("frames", "height", "width"), latent_size, patch_size, strict=True
@@ -47,13 +47,13 @@ def patchify(
     """Cuts latents into patches; a patch is one token.
 
     Args:
-      latents: Latents of one clip.
-      patch_size: Latent frames, height and width of a patch.
+        latents: latents of one clip.
+        patch_size: latent frames, height and width of a patch.
 
     Returns:
-      Tokens in the order of (frame, height, width), the last fastest. The channels of
-      a token are in the order of (frame, height, width, channel) within the patch, as
-      the kernel of a channels-last strided convolution has them.
+        Tokens in the order of (frame, height, width), the last fastest. The channels of
+        a token are in the order of (frame, height, width, channel) within the patch, as
+        the kernel of a channels-last strided convolution has them.
     """
     token_grid(latents.shape[:3], patch_size)
     pt, ph, pw = patch_size
@@ -113,16 +113,16 @@ def positions(
     """Returns the (t, y, x) coordinates of the tokens of one clip.
 
     Args:
-      latent_size: Latent frames, height and width.
-      patch_size: Latent frames, height and width of a patch.
-      fps: Pixel frames per second of the clip. None: t counts tokens like y and x, as
-        imported models do.
-      temporal_compression: Pixel frames that a latent frame after the first covers.
+        latent_size: latent frames, height and width.
+        patch_size: latent frames, height and width of a patch.
+        fps: pixel frames per second of the clip. None: t counts tokens like y and x, as
+            imported models do.
+        temporal_compression: pixel frames that a latent frame after the first covers.
 
     Returns:
-      t in seconds, the mean over the latent frames of the patch, so that clips of
-      different frame rates share one clock; y and x in patches, so that neighbouring
-      tokens differ by 1. float32, in the order of `patchify`.
+        t in seconds, the mean over the latent frames of the patch, so that clips of
+        different frame rates share one clock; y and x in patches, so that neighbouring
+        tokens differ by 1. float32, in the order of `patchify`.
     """
     f, h, w = token_grid(latent_size, patch_size)
     if fps is None:
@@ -144,7 +144,7 @@ def best_fit(
     """Packs items in the order given, each into the fullest row that takes it.
 
     Returns:
-      The items of each row.
+        The items of each row.
     """
     smallest = min(tokens, default=0)
     rows: list[list[int]] = []
@@ -175,15 +175,15 @@ class Item:
     """One clip (or one request) in tokens, ready to be put in a row.
 
     Attributes:
-      latents: Its tokens.
-      position: (t, y, x) of each.
-      logvar: Log variance of each, where `latents` is the mean of a posterior. None:
-        `latents` is exact.
-      text_ids: Ids of its caption. Exactly one of this and `text_embeds` is given.
-      text_embeds: States of a text encoder for its caption.
-      clip_id: Which clip it is, at least 0.
-      valid: False for a clip that could not be read: it keeps its place and its id,
-        but its tokens are padding.
+        latents: its tokens.
+        position: (t, y, x) of each.
+        logvar: log variance of each, where `latents` is the mean of a posterior. None:
+            `latents` is exact.
+        text_ids: ids of its caption. Exactly one of this and `text_embeds` is given.
+        text_embeds: states of a text encoder for its caption.
+        clip_id: which clip it is, at least 0.
+        valid: False for a clip that could not be read: it keeps its place and its id,
+            but its tokens are padding.
     """
 
     latents: Float[np.ndarray, "n c"]
@@ -220,19 +220,19 @@ def pack_rows(
     """Puts items side by side in rows of one static shape.
 
     Args:
-      rows: The items of each row, in order.
-      token_budget: Tokens of a row, n.
-      text_budget: Text tokens of a row, s.
-      max_clips: Most items of a row, m.
+        rows: the items of each row, in order.
+        token_budget: tokens of a row, n.
+        text_budget: text tokens of a row, s.
+        max_clips: most items of a row, m.
 
     Returns:
-      `latents`, `logvar` [b n c], `position` [b n 3], `segment` [b n], `text_ids`
-      [b s] or `text_embeds` [b s e], `text_segment` [b s], `valid` [b m] and
-      `clip_id` [b m] (-1: empty place). Item i of a row is segment i + 1 in its tokens
-      and in its text; segment 0 is padding, whose latents are zero.
+        `latents`, `logvar` [b n c], `position` [b n 3], `segment` [b n], `text_ids`
+        [b s] or `text_embeds` [b s e], `text_segment` [b s], `valid` [b m], `clip_id`
+        [b m] (-1: empty place). Item i of a row is segment i + 1 in its tokens and in
+        its text; segment 0 is padding, whose latents are zero.
 
     Raises:
-      ValueError: If a row exceeds one of the three bounds, or there is no item.
+        ValueError: a row exceeds one of the three bounds, or there is no item.
     """
     items = [item for row in rows for item in row]
     if not items:
@@ -306,12 +306,12 @@ def unpack_rows(
     """Takes rows apart into the latents of their items; undoes `pack_rows`.
 
     Args:
-      tokens: Packed tokens, such as the `latents` of a batch after denoising.
-      latent_sizes: Latent frames, height and width of each item of each row.
-      patch_size: Latent frames, height and width of a patch.
+        tokens: packed tokens, such as the `latents` of a batch after denoising.
+        latent_sizes: latent frames, height and width of each item of each row.
+        patch_size: latent frames, height and width of a patch.
 
     Returns:
-      The latents of each item of each row.
+        The latents of each item of each row.
     """
     tokens = np.asarray(tokens)
     if len(tokens) != len(latent_sizes):

@@ -40,22 +40,22 @@ class Batches:
                 ...
 
     Args:
-      builder: Makes the batch of a step.
-      start: First step.
-      num_threads: Batches that are made at once (in each process).
-      buffer_bytes: Most bytes of batches that are made ahead; but never fewer than 2
-        batches, nor more than 64.
-      num_workers: Processes; 0: threads of this one. A worker imports the main module
-        again, so that must do nothing when imported.
-      timeout: Seconds to wait for a batch. None: twice that of the builder, so that a
-        reading which hangs is named by its clips.
-      max_bad: Share of clips that may be unreadable.
+        builder: makes the batch of a step.
+        start: first step.
+        num_threads: batches that are made at once (in each process).
+        buffer_bytes: most bytes of batches that are made ahead; but never fewer than 2
+            batches, nor more than 64.
+        num_workers: processes; 0: threads of this one. A worker imports the main module
+            again, so that must do nothing when imported.
+        timeout: seconds to wait for a batch. None: twice that of the builder, so that a
+            reading which hangs is named by its clips.
+        max_bad: share of clips that may be unreadable.
 
     Attributes:
-      clips: Number of clips in the batches returned so far, bad ones included.
-      bad: Number of clips that could not be read, in the batches returned so far.
-      reports: (step, clip id, reason) of the latest of those.
-      fingerprint: Of the plan; a step means nothing without it.
+        clips: number of clips in the batches returned so far, bad ones included.
+        bad: number of clips that could not be read, in the batches returned so far.
+        reports: (step, clip id, reason) of the latest of those.
+        fingerprint: of the plan; a step means nothing without it.
     """
 
     def __init__(
@@ -121,8 +121,8 @@ class Batches:
         """Returns the next batch.
 
         Raises:
-          StalledError: If it does not arrive; it names the step and its clips.
-          BadDataError: If too many clips could not be read.
+            StalledError: it does not arrive; it names the step and its clips.
+            BadDataError: too many clips could not be read.
         """
         if self._pump is None:
             self._pump = _Pump(self._iterate())

@@ -39,10 +39,10 @@ class Slot(NamedTuple):
     """A place in a row, and the clip that takes it.
 
     Attributes:
-      source: Which source.
-      clip: Which clip of it.
-      tokens: Tokens that the clip has.
-      text: Text tokens that are kept for its caption.
+        source: which source.
+        clip: which clip of it.
+        tokens: tokens that the clip has.
+        text: text tokens that are kept for its caption.
     """
 
     source: int
@@ -66,27 +66,27 @@ class PackPlan:
     source keep their proportions to within one clip of each size an epoch.
 
     Args:
-      indexes: The index of each source: `frames`, `height`, `width` of the latents
-        and `text_length`, one entry a clip.
-      weights: Share of the clips (not of the tokens) that each source gets, in any
-        unit. None: as many as it has.
-      patch_size: Latent frames, height and width of a patch.
-      token_budget: Tokens of a row.
-      text_budget: Text tokens of a row; a caption takes a multiple of 16.
-      max_clips: Most clips of a row.
-      rows_per_step: Rows of a batch, all hosts together.
-      seed: Of the order.
-      fingerprints: Of the sources; they make that of the plan.
+        indexes: the index of each source: `frames`, `height`, `width` of the latents
+            and `text_length`, one entry a clip.
+        weights: share of the clips (not of the tokens) that each source gets, in any
+            unit. None: as many as it has.
+        patch_size: latent frames, height and width of a patch.
+        token_budget: tokens of a row.
+        text_budget: text tokens of a row; a caption takes a multiple of 16.
+        max_clips: most clips of a row.
+        rows_per_step: rows of a batch, all hosts together.
+        seed: of the order.
+        fingerprints: of the sources; they make that of the plan.
 
     Attributes:
-      rows_per_epoch: Rows of an epoch; steps run across its end.
-      clips_per_epoch: Places of an epoch, all sources together.
-      padding: Fraction of the tokens of an epoch that are padding.
-      fingerprint: Equal for plans that give equal rows at every step.
+        rows_per_epoch: rows of an epoch; steps run across its end.
+        clips_per_epoch: places of an epoch, all sources together.
+        padding: fraction of the tokens of an epoch that are padding.
+        fingerprint: equal for plans that give equal rows at every step.
 
     Raises:
-      ValueError: If a clip exceeds a budget, a size does not fit the patch, or a
-        weight is not positive.
+        ValueError: a clip exceeds a budget, a size does not fit the patch, or a weight
+            is not positive.
     """
 
     def __init__(
@@ -182,12 +182,12 @@ class PackPlan:
         """Returns the rows of a step that a host reads.
 
         Args:
-          step: Which step, from 0.
-          host: Which host.
-          hosts: How many there are. Host i has the i-th of as many equal parts.
+            step: which step, from 0.
+            host: which host.
+            hosts: how many there are. Host i has the i-th of as many equal parts.
 
         Raises:
-          ValueError: If the rows cannot be shared equally, or `step` is negative.
+            ValueError: the rows cannot be shared equally, or `step` is negative.
         """
         mine = host_share("rows_per_step", self.rows_per_step, step, host, hosts)
         epoch, row = np.divmod(step * self.rows_per_step + mine, self.rows_per_epoch)
@@ -238,25 +238,26 @@ class BucketPlan:
     steps, a step takes the last of one pass and the first of the next.
 
     Args:
-      indexes: The index of each source: `frames`, `height`, `width` in pixels.
-      batch_size: Clips of a step, whatever their size. Give this or `pixel_budget`.
-      pixel_budget: Most pixels (frames * height * width, summed over clips) of a step.
-      multiple: The clips of a step are a multiple of it; the number of devices of all
-        hosts, say.
-      weights: Share of the clips that each source gets. None: as many as it has.
-      seed: Of the order.
-      fingerprints: Of the sources; they make that of the plan.
+        indexes: the index of each source: `frames`, `height`, `width` in pixels.
+        batch_size: clips of a step, whatever their size. Give this or `pixel_budget`.
+        pixel_budget: most pixels (frames * height * width, summed over clips) of a
+            step.
+        multiple: the clips of a step are a multiple of it; the number of devices of all
+            hosts, say.
+        weights: share of the clips that each source gets. None: as many as it has.
+        seed: of the order.
+        fingerprints: of the sources; they make that of the plan.
 
     Attributes:
-      batches: Clips of a step by size (frames, height, width).
-      cycle: Steps after which the sequence of sizes repeats.
-      distortion: Largest relative error of the share of clips that a size gets, which
-        comes of the cycle having whole steps.
-      fingerprint: Equal for plans that give equal clips at every step.
+        batches: clips of a step by size (frames, height, width).
+        cycle: steps after which the sequence of sizes repeats.
+        distortion: largest relative error of the share of clips that a size gets, which
+            comes of the cycle having whole steps.
+        fingerprint: equal for plans that give equal clips at every step.
 
     Raises:
-      ValueError: If a clip exceeds the budget, or not exactly one of `batch_size` and
-        `pixel_budget` is given.
+        ValueError: a clip exceeds the budget, or not exactly one of `batch_size` and
+            `pixel_budget` is given.
     """
 
     def __init__(

@@ -61,18 +61,18 @@ class RecordWriter:
     and shards may be written by many processes.
 
     Args:
-      path: The data set directory, `<name>` or `<name>/<version>`.
-      features: Feature kind by name: "text", "bytes", "int64", "float32", "bool" or
-        a tensor such as "bfloat16[f h w c]" (the letters only count the axes). There
-        must be a text feature `key` that is unique in the data set.
-      shards: Number of shards by split, e.g. {"train": 8, "val": 1}.
-      settings: What made the data; kept in the manifest. A data set begun with
-        other settings is not continued.
-      overwrite: Whether a data set that is already there is removed first.
+        path: the data set directory, `<name>` or `<name>/<version>`.
+        features: feature kind by name: "text", "bytes", "int64", "float32", "bool" or a
+            tensor such as "bfloat16[f h w c]" (the letters only count the axes). There
+            must be a text feature `key` that is unique in the data set.
+        shards: number of shards by split, e.g. {"train": 8, "val": 1}.
+        settings: what made the data; kept in the manifest. A data set begun with other
+            settings is not continued.
+        overwrite: whether a data set that is already there is removed first.
 
     Raises:
-      ValueError: If the directory holds something else than this data set, finished
-        or unfinished.
+        ValueError: the directory holds something else than this data set, finished or
+            unfinished.
     """
 
     def __init__(
@@ -243,7 +243,7 @@ class RecordWriter:
         """Writes index, TFDS metadata and, last, the manifest; returns the directory.
 
         Raises:
-          ValueError: If a shard is missing, or two records have the same key.
+            ValueError: a shard is missing, or two records have the same key.
         """
         if self.finished:
             return self.path
@@ -322,20 +322,20 @@ class RecordDataset:
     """Random access to a finished data set.
 
     Args:
-      path: The data set directory, `<name>` or `<name>/<version>`.
-      split: Which split.
+        path: the data set directory, `<name>` or `<name>/<version>`.
+        split: which split.
 
     Attributes:
-      index: Column by name, one entry per record: `key` (str), every scalar feature
-        and `caption_length` (characters).
-      fingerprint: Hash of the features and of every record's bytes in order: equal
-        for equal data wherever it lies.
-      features: Feature kind by name.
-      settings: What made the data.
+        index: column by name, one entry per record: `key` (str), every scalar feature
+            and `caption_length` (characters).
+        fingerprint: hash of the features and of every record's bytes in order: equal
+            for equal data wherever it lies.
+        features: feature kind by name.
+        settings: what made the data.
 
     Raises:
-      FileNotFoundError: If there is no data set, or a shard is missing.
-      ValueError: If it is unfinished, damaged, empty, or has no such split.
+        FileNotFoundError: there is no data set, or a shard is missing.
+        ValueError: it is unfinished, damaged, empty, or has no such split.
     """
 
     def __init__(self, path: str | Path, split: str = "train"):

@@ -29,15 +29,15 @@ def contact_sheet(
     is what is there; large ones are reduced.
 
     Args:
-      videos: Clips, which may differ in size and length.
-      captions: A text for each clip, wrapped to the width of the sheet.
-      columns: Most frames of a row; the first and last frame are always among them.
+        videos: clips, which may differ in size and length.
+        captions: a text for each clip, wrapped to the width of the sheet.
+        columns: most frames of a row; the first and last frame are always among them.
 
     Returns:
-      The sheet: RGB in [0, 255].
+        The sheet: RGB in [0, 255].
 
     Raises:
-      ValueError: If there is no clip, or not one caption for each.
+        ValueError: there is no clip, or not one caption for each.
     """
     if not videos:
         raise ValueError("A contact sheet needs at least one clip.")

@@ -36,10 +36,10 @@ class ArraySource:
     """Clips that are in memory already, for what is small.
 
     Args:
-      clips: Clips of pixels or of latents, as `Source.read` returns them.
-      text_length: Text tokens kept for each caption, one number or one a clip. None:
-        the length of `text_embeds`, or where there are none a bound from the number of
-        characters.
+        clips: clips of pixels or of latents, as `Source.read` returns them.
+        text_length: text tokens kept for each caption, one number or one a clip. None:
+            the length of `text_embeds`, or where there are none a bound from the number
+            of characters.
     """
 
     def __init__(
@@ -82,9 +82,9 @@ class WorldSource:
     """Clips of the procedural world, rendered when they are read.
 
     Args:
-      world: Split, size and rates.
-      num_clips: How many clips of the split, from the first.
-      audio: Whether to render the sound.
+        world: split, size and rates.
+        num_clips: how many clips of the split, from the first.
+        audio: whether to render the sound.
     """
 
     def __init__(self, world: World, num_clips: int, *, audio: bool = True):
@@ -129,19 +129,19 @@ class RecordSource(VideoWindows):
     """Videos of a record data set.
 
     Args:
-      path: The data set directory.
-      split: Which split.
-      frames: Frames of a clip. None: all that the video has.
-      height: Pixels; the video is scaled to cover the size and cropped. None: as is.
-      width: Pixels. None: as is.
-      fps: Frames per second of a clip. None: those of the video.
-      windows: "first": one clip a video, from its start; "all": as many clips, one
-        after another, as fit.
-      audio_rate: Hz of the sound; 0: none.
-      channels: Of the sound.
+        path: the data set directory.
+        split: which split.
+        frames: frames of a clip. None: all that the video has.
+        height: pixels; the video is scaled to cover the size and cropped. None: as is.
+        width: pixels. None: as is.
+        fps: frames per second of a clip. None: those of the video.
+        windows: "first": one clip a video, from its start; "all": as many clips, one
+            after another, as fit.
+        audio_rate: Hz of the sound; 0: none.
+        channels: of the sound.
 
     Raises:
-      ValueError: If the data set holds no videos, or none is long enough.
+        ValueError: the data set holds no videos, or none is long enough.
     """
 
     def __init__(
@@ -189,19 +189,19 @@ class TfdsSource(VideoWindows):
     left out and listed in `rejects`.
 
     Args:
-      name: Name of a data set, such as "clips:1.0.0", or its directory.
-      split: Which split.
-      data_dir: Where data sets lie, if `name` is a name.
-      video: Feature that holds the bytes of a video file.
-      caption: Feature that holds the caption. None: captions are empty.
-      **kwargs: `frames`, `height`, `width`, `fps`, `windows`, `audio_rate` and
-        `channels`, as for `RecordSource`.
+        name: name of a data set, such as "clips:1.0.0", or its directory.
+        split: which split.
+        data_dir: where data sets lie, if `name` is a name.
+        video: feature that holds the bytes of a video file.
+        caption: feature that holds the caption. None: captions are empty.
+        **kwargs: `frames`, `height`, `width`, `fps`, `windows`, `audio_rate` and
+            `channels`, as for `RecordSource`.
 
     Attributes:
-      rejects: (example, reason) of what was left out.
+        rejects: (example, reason) of what was left out.
 
     Raises:
-      ValueError: If there is no such feature, or no video can be read.
+        ValueError: there is no such feature, or no video can be read.
     """
 
     def __init__(
@@ -283,15 +283,15 @@ class LatentSource:
     """Latents (and text states) of a record data set.
 
     Args:
-      path: The data set directory.
-      split: Which split.
-      max_text: Most text tokens kept for a caption that has no stored states.
+        path: the data set directory.
+        split: which split.
+        max_text: most text tokens kept for a caption that has no stored states.
 
     Attributes:
-      settings: What made the latents: the VAE, its normalisation and so on.
+        settings: what made the latents: the VAE, its normalisation and so on.
 
     Raises:
-      ValueError: If the data set holds no latents.
+        ValueError: the data set holds no latents.
     """
 
     def __init__(self, path: str | Path, split: str = "train", *, max_text: int = 512):

@@ -32,11 +32,11 @@ class Event:
     """Something that came of an item.
 
     Attributes:
-      item: The item.
-      kind: "result" (any number of them), and then once "end", "error" (the work
-        raised; value: the traceback), "crash" (value: how the process ended) or
-        "timeout" (value: the seconds).
-      value: See `kind`.
+        item: the item.
+        kind: "result" (any number of them), and then once "end", "error" (the work
+            raised; value: the traceback), "crash" (value: how the process ended) or
+            "timeout" (value: the seconds).
+        value: see `kind`.
     """
 
     item: Any
@@ -54,17 +54,17 @@ def supervise(
     """Runs `work` on items in parallel; yields what comes of each, in their order.
 
     Args:
-      work: Function of a module (it is pickled by name) that yields the results of
-        an item.
-      items: The items; pickled, and taken as needed.
-      workers: Number of processes.
-      timeout: Seconds that a worker may take for each next result.
+        work: function of a module (it is pickled by name) that yields the results of an
+            item.
+        items: the items; pickled, and taken as needed.
+        workers: number of processes.
+        timeout: seconds that a worker may take for each next result.
 
     Yields:
-      The events of the first item, then those of the second, and so on.
+        The events of the first item, then those of the second, and so on.
 
     Raises:
-      RuntimeError: If the workers cannot be started at all.
+        RuntimeError: the workers cannot be started at all.
     """
     pool = [_Worker(work) for _ in range(max(1, workers))]
     queue = enumerate(items)

@@ -45,24 +45,25 @@ class Tokenizer:
     disagree in two places, and the arguments choose a side in each.
 
     Args:
-      model: Path of a sentencepiece model file, or its bytes.
-      byte_fallback: What a run of characters outside the vocabulary becomes in a
-        model that has byte pieces: "bytes" (the pieces, lossless; sentencepiece) or
-        "unk" (one unknown id for the whole run; transformers). Without byte pieces
-        it is always one unknown id.
-      parse_special: Whether a literal "</s>", "<pad>", "<unk>" or "<extra_id_3>" in
-        a caption is that special token (transformers) or plain text. A caption is
-        foreign data, so it is plain text unless asked for otherwise.
-      extra_ids: Number of `<extra_id_…>` tokens which T5 appends to the vocabulary of
-        the file, counted down from its end. Only text that is parsed can reach them.
+        model: path of a sentencepiece model file, or its bytes.
+        byte_fallback: what a run of characters outside the vocabulary becomes in a
+            model that has byte pieces: "bytes" (the pieces, lossless; sentencepiece) or
+            "unk" (one unknown id for the whole run; transformers). Without byte pieces
+            it is always one unknown id.
+        parse_special: whether a literal "</s>", "<pad>", "<unk>" or "<extra_id_3>" in a
+            caption is that special token (transformers) or plain text. A caption is
+            foreign data, so it is plain text unless asked for otherwise.
+        extra_ids: number of `<extra_id_…>` tokens which T5 appends to the vocabulary of
+            the file, counted down from its end. Only text that is parsed can reach
+            them.
 
     Attributes:
-      fingerprint: Hash of the model and of the choices above; part of the key of
-        anything computed from the ids.
+        fingerprint: hash of the model and of the choices above; part of the key of
+            anything computed from the ids.
 
     Raises:
-      ValueError: If the file is no sentencepiece model, its special ids are not
-        T5's, or `byte_fallback` is unknown.
+        ValueError: the file is no sentencepiece model, its special ids are not T5's, or
+            `byte_fallback` is unknown.
     """
 
     def __init__(
@@ -126,12 +127,12 @@ class Tokenizer:
         """Returns the ids of a caption, ending in `eos_id`, without padding.
 
         Args:
-          text: Any text; the empty one is `[eos_id]`.
-          max_length: Most ids to return, the ending one included; what is beyond is
-            cut off. None: all.
+            text: any text; the empty one is `[eos_id]`.
+            max_length: most ids to return, the ending one included; what is beyond is
+                cut off. None: all.
 
         Raises:
-          ValueError: If `max_length` leaves no room for the ending id.
+            ValueError: `max_length` leaves no room for the ending id.
         """
         if max_length is not None and max_length < 1:
             raise ValueError(f"`max_length` (={max_length}) must be at least 1.")
@@ -191,17 +192,17 @@ def train_tokenizer(
     """Trains a unigram model with T5's special ids; the same bytes every time.
 
     Args:
-      captions: The text to learn from, one caption at a time.
-      vocab_size: Most pieces to keep: 3 special ones, 256 bytes if `byte_fallback`,
-        and the rest learned. A small corpus gives fewer; the model says how many.
-      path: Where to write the model as well.
-      byte_fallback: Whether what the vocabulary lacks is spelled in bytes.
+        captions: the text to learn from, one caption at a time.
+        vocab_size: most pieces to keep: 3 special ones, 256 bytes if `byte_fallback`,
+            and the rest learned. A small corpus gives fewer; the model says how many.
+        path: where to write the model as well.
+        byte_fallback: whether what the vocabulary lacks is spelled in bytes.
 
     Returns:
-      The bytes of the model, which `Tokenizer` takes.
+        The bytes of the model, which `Tokenizer` takes.
 
     Raises:
-      ValueError: If there is no text, or `vocab_size` has no room for the characters.
+        ValueError: there is no text, or `vocab_size` has no room for the characters.
     """
     reserved = 3 + BYTE_PIECES * byte_fallback
     if vocab_size <= reserved:

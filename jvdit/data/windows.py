@@ -12,7 +12,7 @@ class VideoWindows:
     """Windows of encoded videos, decoded when they are read.
 
     Attributes:
-      left_out: Number of videos that are shorter than a window.
+        left_out: number of videos that are shorter than a window.
     """
 
     def __init__(
