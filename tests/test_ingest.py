@@ -16,7 +16,8 @@ from media_files import clicks, frames_of, mux, numbered, numbers
 
 from jvdit.data.ingest import ingest, plan_shards
 from jvdit.data.ingest_file import Item, Recipe
-from jvdit.data.media import decode_clip, encode_clip
+from jvdit.data.media import decode_clip
+from jvdit.data.media_encode import encode_clip
 from jvdit.data.records import RecordDataset
 from jvdit.data.supervisor import supervise
 

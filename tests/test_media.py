@@ -21,15 +21,9 @@ from media_files import (
     numbers,
 )
 
-from jvdit.data.media import (
-    REASONS,
-    Budget,
-    MediaError,
-    decode_clip,
-    encode_clip,
-    probe,
-    read_metadata,
-)
+from jvdit.data.media import Budget, MediaError, decode_clip, probe, read_metadata
+from jvdit.data.media_encode import encode_clip
+from jvdit.data.media_file import REASONS
 from jvdit.data.sheets import contact_sheet, write_png
 
 CLIPS = Path(__file__).parents[2] / "shared" / "clips"

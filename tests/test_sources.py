@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jvdit.data.clips import BadClip, Source, make_index
-from jvdit.data.media import encode_clip
+from jvdit.data.media_encode import encode_clip
 from jvdit.data.records import CLIP_FEATURES, RecordWriter, latent_features
 from jvdit.data.sources import (
     ArraySource,

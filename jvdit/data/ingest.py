@@ -5,6 +5,7 @@ killed repeats the shard it was at and nothing else, and the result is the same 
 byte. What a file holds decides its split, so no picture of it is in two of them.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -16,15 +17,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from jvdit.data.files import write_atomically
 from jvdit.data.ingest_file import Item, Job, Recipe, prepare_file
@@ -54,10 +48,7 @@ class Plan:
     @property
     def counts(self) -> dict[str, int]:
         """Number of shards by split."""
-        counts: dict[str, int] = {}
-        for split, shard in self.shards:
-            counts[split] = max(counts.get(split, 0), shard + 1)
-        return counts
+        return collections.Counter(split for split, _ in self.shards)
 
 
 def file_digest(path: str) -> str | None:
@@ -85,8 +76,7 @@ def plan_shards(
         shard_size: files of a shard.
 
     Returns:
-        The plan. Missing files, and copies of a file with the same caption, are
-        refused.
+        The plan, which refuses what is missing or has a copy with the same caption.
     """
     if not 0 <= val_fraction < 1:
         raise ValueError(f"`val_fraction` (={val_fraction}) must be in [0, 1).")
@@ -95,7 +85,7 @@ def plan_shards(
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         digests = list(pool.map(file_digest, [item.path for item in items]))
     refused, seen = [], {}
-    by_split: dict[str, list[Item]] = {"train": [], "val": []}
+    by_split = {"train": [], "val": []}
     for item, digest in zip(items, digests, strict=True):
         if digest is None:
             refused.append((item, "missing", item.path))
@@ -248,15 +238,14 @@ def _progress(total: int) -> Iterator[Callable[[dict], None]]:
     """Shows how far the work is; yields what is to be called for every file."""
     taken, skipped = 0, 0
     console = Console(stderr=True)
-    text = TextColumn("{task.fields[clips]} clips, {task.fields[skipped]} skipped")
-    bar = Progress(
-        TextColumn("files"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        text,
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
+    bar = progress.Progress(
+        "files",
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        "{task.fields[clips]} clips, {task.fields[skipped]} skipped",
+        progress.TimeElapsedColumn(),
+        "ETA",
+        progress.TimeRemainingColumn(),
         console=console,
         disable=not console.is_terminal,
     )

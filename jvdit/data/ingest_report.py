@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jvdit.data.files import write_atomically
-from jvdit.data.media import REASONS
+from jvdit.data.media_file import REASONS
 
 _ROWS = 500  # of a table in the readable report; report.json has all
 

@@ -20,10 +20,8 @@ from av.error import FFmpegError
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
 from jvdit.data.media_audio import decode_audio
-from jvdit.data.media_encode import encode_clip
 from jvdit.data.media_file import (
     DEFAULT_BUDGET,
-    REASONS,
     Budget,
     Media,
     MediaError,
@@ -33,17 +31,6 @@ from jvdit.data.media_file import (
     open_media,
     video_stream,
 )
-
-__all__ = [
-    "REASONS",
-    "Budget",
-    "MediaError",
-    "MediaInfo",
-    "decode_clip",
-    "encode_clip",
-    "probe",
-    "read_metadata",
-]
 
 # What another attempt from the start of the file may mend: a seek can land late, or
 # on a frame whose references are missing.
@@ -60,8 +47,7 @@ class MediaInfo:
         duration: seconds; 0 if unknown.
         fps: average frames per second; 0 if unknown.
         frames: frames declared, or found if the file was scanned; 0 if unknown.
-        height: pixels, after rotation and with square pixels.
-        width: pixels, after rotation and with square pixels.
+        height, width: pixels, after rotation and with square pixels.
         codec: FFmpeg's name of the video decoder.
         has_audio: whether there is a sound track, silent or not.
         audio_rate: Hz; 0 without a sound track.
@@ -83,7 +69,7 @@ def _nearest(
     step: float,
     period: float,
     late: float,
-) -> Iterator[tuple[float, av.VideoFrame]]:
+) -> Iterator[av.VideoFrame]:
     """Yields for every time, `step` seconds apart, the frame that is nearest to it.
 
     Raises:
@@ -97,7 +83,7 @@ def _nearest(
         while before and k < len(times):
             if times[k] > (before[0] + seconds) / 2 + _EPSILON:
                 break
-            yield before
+            yield before[1]
             k += 1
         if k == len(times):
             return
@@ -109,7 +95,7 @@ def _nearest(
     # 17 frames at 8 fps are to be had of 2 s at 24 fps, but not of 2 s at 8 fps.
     reach = max(lasts - _EPSILON, step / 2 + _EPSILON)
     while k < len(times) and times[k] < before[0] + reach:
-        yield before
+        yield before[1]
         k += 1
     if k < len(times):
         raise MediaError("short", f"{k} of {len(times)} frames")
@@ -220,14 +206,14 @@ def decode_clip(
     if channels not in (1, 2):
         raise ValueError(f"`channels` (={channels}) must be 1 or 2.")
     deadline = time.monotonic() + budget.seconds
-    video, start, notes = _seek_window(
-        source,
-        times=start_seconds + np.arange(frames) / fps,
-        step=1 / fps,
-        size=(height, width),
-        budget=budget,
-        deadline=deadline,
-    )
+    times = start_seconds + np.arange(frames) / fps
+    window = source, times, 1 / fps, (height, width), budget, deadline
+    try:
+        video, start, notes = _decode_window(*window, seek=start_seconds > 0)
+    except MediaError as e:
+        if start_seconds <= 0 or e.reason not in _SEEK_FAULTS:
+            raise
+        video, start, notes = _decode_window(*window, seek=False)
     clip = {"video": video, "fps": float(fps), "caption": "", "audio": None}
     clip |= {"audio_rate": audio_rate, "has_audio": False, "source": notes}
     if audio_rate:
@@ -235,17 +221,6 @@ def decode_clip(
         clip["audio"], state = _sound(source, start, size, audio_rate, deadline)
         clip["has_audio"], notes["audio"] = state == "whole", state
     return clip
-
-
-def _seek_window(source, *, times, **window):
-    """Returns what `_decode_window` does, and starts near the window if it can."""
-    if times[0] > 0:
-        try:
-            return _decode_window(source, times=times, seek=True, **window)
-        except MediaError as e:
-            if e.reason not in _SEEK_FAULTS:
-                raise
-    return _decode_window(source, times=times, seek=False, **window)
 
 
 def _sound(source, start, size, rate, deadline) -> tuple[np.ndarray, str]:
@@ -256,9 +231,8 @@ def _sound(source, start, size, rate, deadline) -> tuple[np.ndarray, str]:
             samples, state = decode_audio(
                 container,
                 start_seconds=start,
-                count=size[0],
+                size=size,
                 rate=rate,
-                channels=size[1],
                 deadline=deadline,
                 seek=seek,
             )
@@ -269,12 +243,12 @@ def _sound(source, start, size, rate, deadline) -> tuple[np.ndarray, str]:
 
 def _decode_window(
     source: Media,
-    *,
     times: np.ndarray,
     step: float,
     size: tuple[int, int],
     budget: Budget,
     deadline: float,
+    *,
     seek: bool,
 ) -> tuple[np.ndarray, float, dict[str, Any]]:
     """Returns (video at `times`, their start on the container's clock, notes)."""
@@ -291,7 +265,7 @@ def _decode_window(
         late = period if seek else max(1.0, period)
         shown, distinct = None, 0
         chosen = _nearest(decoded, times, step, period, late)
-        for k, (_, frame) in enumerate(chosen):
+        for k, frame in enumerate(chosen):
             if frame is shown:
                 video[k] = video[k - 1]
             else:
@@ -311,9 +285,6 @@ def probe(
         scan: whether to read the whole file to find its true length. Declared lengths
             are wrong in truncated files and with edit lists, and absent in streams.
         budget: what decoding may cost.
-
-    Returns:
-        What the file holds.
 
     Raises:
         MediaError: no frame can be decoded, for one of `REASONS`.

@@ -18,9 +18,8 @@ def decode_audio(
     container: InputContainer,
     *,
     start_seconds: float,
-    count: int,
+    size: tuple[int, int],
     rate: int,
-    channels: int,
     deadline: float,
     seek: bool,
 ) -> tuple[np.ndarray, str]:
@@ -29,9 +28,8 @@ def decode_audio(
     Args:
         container: the file, opened anew.
         start_seconds: start of the window on the container's clock.
-        count: number of samples a.
+        size: number of samples a, and channels: 1 or 2.
         rate: Hz of the result.
-        channels: 1 or 2.
         deadline: value of `time.monotonic` after which decoding stops.
         seek: whether to start near the window. Not every file can seek in its sound;
             then the window comes back "missing" or "corrupt".
@@ -41,7 +39,7 @@ def decode_audio(
         there is: "whole", "partial", "silent" (digital silence), "corrupt" (zeros) or
         "missing" (zeros).
     """
-    samples = np.zeros((count, channels), np.float32)
+    samples = np.zeros(size, np.float32)
     stream: Any = container.streams.best("audio")
     if stream is None:
         return samples, "missing"
@@ -58,7 +56,7 @@ def decode_audio(
         return samples, "missing"
     if np.abs(samples).max() < SILENCE:
         return samples, "silent"
-    return samples, "whole" if count - covered <= GAP * rate else "partial"
+    return samples, "whole" if size[0] - covered <= GAP * rate else "partial"
 
 
 def _fill(container, stream, samples, start_seconds, rate, deadline) -> int:

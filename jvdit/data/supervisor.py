@@ -9,7 +9,6 @@ ends, and leave no core files.
 import collections
 import ctypes
 import dataclasses
-import itertools
 import multiprocessing
 import os
 import resource
@@ -75,23 +74,18 @@ def supervise(
     try:
         while True:
             for worker in pool:
-                if worker.ready and worker.number is None and not exhausted:
-                    entry = next(queue, None) if len(waiting) < ahead else None
-                    if entry is not None:
+                if worker.ready and worker.number is None and len(waiting) < ahead:
+                    if (entry := next(queue, None)) is None:
+                        exhausted = True
+                    else:
                         waiting[entry[0]] = collections.deque()
                         worker.give(*entry, timeout)
-                    exhausted = exhausted or (entry is None and len(waiting) < ahead)
-            while head in waiting:
-                events = waiting[head]
-                ended = False
-                while events:
-                    event = events.popleft()
-                    ended = event.kind != _RESULT
-                    yield event
-                if not ended:
-                    break
-                del waiting[head]
-                head += 1
+            while waiting.get(head):
+                event = waiting[head].popleft()
+                yield event
+                if event.kind != _RESULT:
+                    del waiting[head]
+                    head += 1
             if exhausted and not waiting:
                 return
             _collect(pool, waiting, head, work, timeout)
@@ -200,7 +194,7 @@ def _serve(pipe, work: Callable[[Any], Iterable[Any]], parent: int) -> None:
         if os.getppid() != parent:  # it died before it could be watched
             return
     pipe.send((_READY, None))
-    for _ in itertools.count():
+    while True:
         try:
             item = pipe.recv()
         except EOFError:
