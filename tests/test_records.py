@@ -13,13 +13,12 @@ import pytest
 import tensorflow_datasets as tfds
 
 from jvdit.data.files import local_path, sweep_temporary, temporary_path
-from jvdit.data.record_format import dataset_directory
-from jvdit.data.records import (
+from jvdit.data.record_format import (
     CLIP_FEATURES,
-    RecordDataset,
-    RecordWriter,
+    dataset_directory,
     latent_features,
 )
+from jvdit.data.records import RecordDataset, RecordWriter
 
 
 def clip(i):
