@@ -6,6 +6,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from jvdit.data.media_file import MediaError
+
 Clip = dict[str, Any]
 Ids = Sequence[int | np.integer] | np.ndarray
 
@@ -48,6 +50,30 @@ class Source(Protocol):
         [s e].
         """
         ...
+
+
+class OneByOne:
+    """A source that reads its clips one at a time, by `_read_one`."""
+
+    index: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.index["frames"])
+
+    def read(self, ids: Ids) -> list[Clip | BadClip]:
+        """Returns clips in the order asked for; see `Source.read`."""
+        clips: list[Clip | BadClip] = []
+        for i in ids:
+            try:
+                clips.append(self._read_one(int(i)))
+            except MediaError as error:
+                clips.append(BadClip(str(error)))
+            except Exception as error:  # damaged records and files raise anything
+                clips.append(BadClip(f"{type(error).__name__}: {error}"))
+        return clips
+
+    def _read_one(self, i: int) -> Clip | BadClip:
+        raise LookupError(i)
 
 
 def make_index(
