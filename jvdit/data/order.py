@@ -6,7 +6,7 @@ in every process, and costs the same anywhere in a run.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -78,7 +78,7 @@ class Streams:
 
     def __init__(
         self,
-        keys: Sequence[np.ndarray],
+        keys: Iterable[np.ndarray],
         weights: Sequence[float | int] | None,
         seed: int,
     ):

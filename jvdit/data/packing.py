@@ -16,6 +16,8 @@ from jaxtyping import Float, Int, Shaped
 # Patch sizes and latent grids are (frames, height, width).
 Size = tuple[int, int, int]
 
+# Patches of pt x ph x pw latents, as einops has it.
+_LATENTS, _TOKENS = "(f pt) (h ph) (w pw) c", "(f h w) (pt ph pw c)"
 _OPEN_ROWS = 512  # rows that best fit chooses from
 
 # A posterior this narrow is a point: sampling it returns its mean.
@@ -56,14 +58,8 @@ def patchify(
         the kernel of a channels-last strided convolution has them.
     """
     token_grid(latents.shape[:3], patch_size)
-    pt, ph, pw = patch_size
-    return rearrange(
-        latents,
-        "(f pt) (h ph) (w pw) c -> (f h w) (pt ph pw c)",
-        pt=pt,
-        ph=ph,
-        pw=pw,
-    )
+    patch = dict(zip(("pt", "ph", "pw"), patch_size, strict=True))
+    return rearrange(latents, f"{_LATENTS} -> {_TOKENS}", **patch)
 
 
 def unpatchify(
@@ -76,16 +72,8 @@ def unpatchify(
             f"Latents of size {latent_size} in patches of {patch_size} are {f * h * w} "
             f"tokens, and {tokens.shape[0]} were given."
         )
-    pt, ph, pw = patch_size
-    return rearrange(
-        tokens,
-        "(f h w) (pt ph pw c) -> (f pt) (h ph) (w pw) c",
-        f=f,
-        h=h,
-        pt=pt,
-        ph=ph,
-        pw=pw,
-    )
+    patch = dict(zip(("pt", "ph", "pw"), patch_size, strict=True))
+    return rearrange(tokens, f"{_TOKENS} -> {_LATENTS}", f=f, h=h, **patch)
 
 
 def latent_times(
@@ -105,10 +93,7 @@ def latent_times(
 
 
 def positions(
-    latent_size: Size,
-    patch_size: Size,
-    fps: float | None,
-    temporal_compression: int,
+    latent_size: Size, patch_size: Size, fps: float | None, temporal_compression: int
 ) -> Float[np.ndarray, "n 3"]:
     """Returns the (t, y, x) coordinates of the tokens of one clip.
 
@@ -141,11 +126,7 @@ def best_fit(
     text_budget: int,
     max_clips: int,
 ) -> list[list[int]]:
-    """Packs items in the order given, each into the fullest row that takes it.
-
-    Returns:
-        The items of each row.
-    """
+    """Packs items in order, each into the fullest row that takes it; returns rows."""
     smallest = min(tokens, default=0)
     rows: list[list[int]] = []
     text_room: list[int] = []
@@ -212,10 +193,7 @@ class Item:
 
 
 def pack_rows(
-    rows: Sequence[Sequence[Item]],
-    token_budget: int,
-    text_budget: int,
-    max_clips: int,
+    rows: Sequence[Sequence[Item]], token_budget: int, text_budget: int, max_clips: int
 ) -> dict[str, np.ndarray]:
     """Puts items side by side in rows of one static shape.
 
@@ -239,28 +217,27 @@ def pack_rows(
         raise ValueError("`rows` holds no item, so the width of a token is unknown.")
     for row in rows:
         _check_row(row, token_budget, text_budget, max_clips)
-    b, c = len(rows), items[0].latents.shape[1]
-    text_name = "text_embeds" if items[0].text_ids is None else "text_ids"
-    text = items[0].text
+    b, n, s, m = len(rows), token_budget, text_budget, max_clips
+    c, text = items[0].latents.shape[1], items[0].text
+    name, kind = (
+        ("text_ids", np.int32) if text.ndim == 1 else ("text_embeds", np.float32)
+    )
     batch: dict[str, np.ndarray] = {
-        "latents": np.zeros((b, token_budget, c), np.float32),
-        "logvar": np.full((b, token_budget, c), POINT_LOGVAR, np.float32),
-        "position": np.zeros((b, token_budget, 3), np.float32),
-        "segment": np.zeros((b, token_budget), np.int32),
-        text_name: np.zeros(
-            (b, text_budget, *text.shape[1:]),
-            np.int32 if text_name == "text_ids" else np.float32,
-        ),
-        "text_segment": np.zeros((b, text_budget), np.int32),
-        "valid": np.zeros((b, max_clips), np.bool_),
-        "clip_id": np.full((b, max_clips), -1, np.int64),
+        "latents": np.zeros((b, n, c), np.float32),
+        "logvar": np.full((b, n, c), POINT_LOGVAR, np.float32),
+        "position": np.zeros((b, n, 3), np.float32),
+        "segment": np.zeros((b, n), np.int32),
+        name: np.zeros((b, s, *text.shape[1:]), kind),
+        "text_segment": np.zeros((b, s), np.int32),
+        "valid": np.zeros((b, m), np.bool_),
+        "clip_id": np.full((b, m), -1, np.int64),
     }
     for r, row in enumerate(rows):
-        n = s = 0
+        token = word = 0
         for i, item in enumerate(row):
-            tokens = (r, slice(n, n + len(item.latents)))
-            words = (r, slice(s, s + len(item.text)))
-            n, s = tokens[1].stop, words[1].stop
+            tokens = (r, slice(token, token + len(item.latents)))
+            words = (r, slice(word, word + len(item.text)))
+            token, word = tokens[1].stop, words[1].stop
             batch["valid"][r, i], batch["clip_id"][r, i] = item.valid, item.clip_id
             if not item.valid:
                 continue
@@ -269,7 +246,7 @@ def pack_rows(
                 batch["logvar"][tokens] = item.logvar
             batch["position"][tokens] = item.position
             batch["segment"][tokens] = i + 1
-            batch[text_name][words] = item.text
+            batch[name][words] = item.text
             batch["text_segment"][words] = i + 1
     return batch
 
@@ -309,9 +286,6 @@ def unpack_rows(
         tokens: packed tokens, such as the `latents` of a batch after denoising.
         latent_sizes: latent frames, height and width of each item of each row.
         patch_size: latent frames, height and width of a patch.
-
-    Returns:
-        The latents of each item of each row.
     """
     tokens = np.asarray(tokens)
     if len(tokens) != len(latent_sizes):

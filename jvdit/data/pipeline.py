@@ -13,13 +13,7 @@ from typing import Any
 
 import grain
 
-from jvdit.data.builders import (
-    Batch,
-    ClipBatches,
-    PackedBatches,
-    StalledError,
-    few,
-)
+from jvdit.data.builders import Batch, ClipBatches, PackedBatches, StalledError, few
 
 __all__ = ["BadDataError", "Batches", "ClipBatches", "PackedBatches", "StalledError"]
 

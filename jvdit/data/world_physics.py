@@ -164,10 +164,7 @@ def _wall_waits(
 
 
 def _pair_waits(
-    position: np.ndarray,
-    velocity: np.ndarray,
-    radius: np.ndarray,
-    present: np.ndarray,
+    position: np.ndarray, velocity: np.ndarray, radius: np.ndarray, present: np.ndarray
 ) -> np.ndarray:
     """Time until the discs of each pair of objects touch; gravity cancels."""
     apart = position[:, _FIRST] - position[:, _SECOND]

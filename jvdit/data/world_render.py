@@ -63,13 +63,7 @@ _LOUD_IMPACT, _GLANCING_IMPACT = 2.0, 0.1  # short sides per second
 
 
 def render(
-    scenes: Scenes,
-    motion: Motion,
-    *,
-    frames: int,
-    height: int,
-    width: int,
-    fps: float,
+    scenes: Scenes, motion: Motion, *, frames: int, height: int, width: int, fps: float
 ) -> UInt8[np.ndarray, "b T H W 3"]:
     """Draws each scene at times 0, 1 / fps, ... as RGB in [0, 255].
 
@@ -125,11 +119,7 @@ def _stripes(edges: np.ndarray) -> np.ndarray:
 
 
 def _draw_backgrounds(
-    video: np.ndarray,
-    scenes: Scenes,
-    offset: np.ndarray,
-    gain: np.ndarray,
-    scale: int,
+    video: np.ndarray, scenes: Scenes, offset: np.ndarray, gain: np.ndarray, scale: int
 ) -> None:
     """Fills the frames with textured arenas inside their walls, under the light."""
     _, frames, height, width, _ = video.shape
