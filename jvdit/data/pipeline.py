@@ -6,16 +6,20 @@ with threads or processes. Its state is one integer.
 
 import os
 import queue
-import threading
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
 import grain
 
-from jvdit.data.builders import Batch, ClipBatches, PackedBatches, StalledError, few
-
-__all__ = ["BadDataError", "Batches", "ClipBatches", "PackedBatches", "StalledError"]
+from jvdit.data.builders import (
+    Batch,
+    ClipBatches,
+    PackedBatches,
+    StalledError,
+    call_within,
+    few,
+)
 
 _MOST_PREFETCHED = 64  # batches
 _KEPT_REPORTS = 1000
@@ -72,7 +76,7 @@ class Batches:
         self.clips = self.bad = 0
         self.reports: deque[tuple[int, int, str]] = deque(maxlen=_KEPT_REPORTS)
         self.fingerprint = builder.plan.fingerprint
-        self._pump: _Pump | None = None
+        self._batches: Any = None
         self._step = start
 
     @property
@@ -118,10 +122,10 @@ class Batches:
             StalledError: it does not arrive; it names the step and its clips.
             BadDataError: too many clips could not be read.
         """
-        if self._pump is None:
-            self._pump = _Pump(self._iterate())
+        if self._batches is None:
+            self._batches = self._iterate()
         try:
-            batch, bad = self._pump.get(self._timeout)
+            batch, bad = call_within(self._timeout, next, self._batches)
         except queue.Empty:
             self.close()
             ids = [self._builder.clip_id(x) for x in self._builder.slots(self._step)]
@@ -149,42 +153,12 @@ class Batches:
 
     def close(self) -> None:
         """Ends threads and processes. Iterating again starts them again."""
-        if self._pump is not None:
-            self._pump.close()
-            self._pump = None
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
 
     def __enter__(self) -> "Batches":
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.close()
-
-
-class _Pump:
-    """Waits for an iterator in a thread of its own, so that waiting can be given up."""
-
-    def __init__(self, iterator: Any):
-        self._iterator = iterator
-        self._wanted: queue.SimpleQueue = queue.SimpleQueue()
-        self._arrived: queue.SimpleQueue = queue.SimpleQueue()
-        threading.Thread(target=self._run, name="batches", daemon=True).start()
-
-    def _run(self) -> None:
-        while self._wanted.get():
-            try:
-                self._arrived.put((next(self._iterator), None))
-            except BaseException as error:
-                self._arrived.put((None, error))
-
-    def get(self, timeout: float) -> Any:
-        """Returns the next element, or raises what kept it from coming."""
-        self._wanted.put(True)
-        element, error = self._arrived.get(timeout=timeout)
-        if error is not None:
-            raise error
-        return element
-
-    def close(self) -> None:
-        """Ends the thread, and what the iterator runs."""
-        self._wanted.put(False)
-        self._iterator.close()
