@@ -218,17 +218,20 @@ class PackedBatches(Builder):
             )
             packed.append([])
             for slot, dropped in zip(row, drawn < self._dropout, strict=True):
-                item = self._item(slot, next(clips), bool(dropped))
-                if isinstance(item, BadClip):
-                    bad.append((self.clip_id(slot), item.reason))
-                    item = self._empty_item(slot)
-                packed[r].append(item)
+                clip: Any = next(clips)
+                if reason := self._fault(slot, clip):
+                    bad.append((self.clip_id(slot), reason))
+                    packed[r].append(self._empty_item(slot))
+                else:
+                    packed[r].append(self._item(slot, clip, bool(dropped)))
         plan = self.packing
         batch = pack_rows(packed, plan.token_budget, plan.text_budget, plan.max_clips)
         return batch, bad
 
-    def _fault(self, slot: Slot, clip: Clip) -> str | None:
+    def _fault(self, slot: Slot, clip: Clip | BadClip) -> str | None:
         """Returns why a clip cannot be trained on, if it cannot."""
+        if isinstance(clip, BadClip):
+            return clip.reason
         mean = clip["mean"]
         pieces = [
             size // patch
@@ -245,11 +248,7 @@ class PackedBatches(Builder):
             return "log variances that are not finite"
         return None
 
-    def _item(self, slot: Slot, clip: Clip | BadClip, dropped: bool) -> Item | BadClip:
-        if isinstance(clip, BadClip):
-            return clip
-        if reason := self._fault(slot, clip):
-            return BadClip(reason)
+    def _item(self, slot: Slot, clip: Clip, dropped: bool) -> Item:
         patch, std = self.packing.patch_size, self._std
         mean = (np.asarray(clip["mean"], np.float32) - self._mean) / std
         logvar = clip.get("logvar")

@@ -70,12 +70,7 @@ def _nearest(
     period: float,
     late: float,
 ) -> Iterator[av.VideoFrame]:
-    """Yields for every time, `step` seconds apart, the frame that is nearest to it.
-
-    Raises:
-        MediaError: "short" if the frames end before the times do, or if the first one
-            comes more than `late` seconds after the first time.
-    """
+    """Yields for every time, `step` seconds apart, the frame that is nearest to it."""
     k, before = 0, None
     for seconds, frame in frames:
         if before is None and seconds > times[0] + late:

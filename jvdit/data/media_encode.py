@@ -56,11 +56,8 @@ def encode_clip(
         ValueError: the arrays are of another shape or type.
     """
     _check(video, fps, audio, audio_rate)
-    if isinstance(target, io.BytesIO):
-        place = contextlib.nullcontext(target)
-    else:
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
-        place = replacing(Path(target))
+    buffer = isinstance(target, io.BytesIO)
+    place = contextlib.nullcontext(target) if buffer else replacing(Path(target))
     with place as file:
         _write(file, video, fps, audio, audio_rate, crf, gop, preset, metadata)
 

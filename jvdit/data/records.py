@@ -125,7 +125,6 @@ class RecordWriter:
         ):
             raise ValueError(f"{self.path} is not empty and holds no data set.")
         else:
-            self.work.mkdir(parents=True, exist_ok=True)
             write_atomically(plan, json.dumps(self.plan, indent=1).encode())
             return
         if found != self.plan:

@@ -12,7 +12,7 @@ height and width in pixels, and a audio samples.
 import functools
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from numpy.lib.stride_tricks import sliding_window_view
 
 from jvdit.data.world_physics import Motion
@@ -189,25 +189,18 @@ def signed_distance(
 
 
 def _draw_objects(
-    video: np.ndarray,
-    rows: np.ndarray,
+    video: UInt8[np.ndarray, "b T H W 3"],
+    rows: Int[np.ndarray, " n"],
     shape: int,
     largest: float,
-    centre: np.ndarray,
-    radius: np.ndarray,
-    color: np.ndarray,
+    centre: Float[np.ndarray, "n T 2"],
+    radius: Float[np.ndarray, " n"],
+    color: Float[np.ndarray, "n T 3"],
 ) -> None:
-    """Blends one object of the same shape and size into each of the given rows.
+    """Blends one object of a shape and size, in pixels, into each of the given rows.
 
-    Args:
-        video: to draw into.
-        rows: of the video, all different.
-        shape: index in `SHAPES`.
-        largest: radius in pixels for which the window around an object is cut. It
-            must not depend on which objects are drawn together.
-        centre: (x, y) in pixels by row and frame.
-        radius: in pixels by row.
-        color: RGB by row and frame.
+    `largest` is the radius for which the window around an object is cut. It must not
+    depend on which objects are drawn together.
     """
     _, frames, height, width, _ = video.shape
     reach = HALF_EXTENTS[shape] * largest

@@ -308,16 +308,11 @@ def _sample_objects(
     }
 
 
-def _assign_cells(
-    u: np.ndarray, count: np.ndarray, velocity: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Cells of the arena, one per object, so that none overlap at the start.
+def _assign_cells(u, count, velocity) -> tuple[np.ndarray, np.ndarray]:
+    """Cells along each axis (b 1 2), and each object's own place along them (b o 2).
 
     One object has the arena, two have a half each, more a quarter each. The halves
     are lanes along which the two move rather than towards each other.
-
-    Returns:
-        cells along each axis (b 1 2), and each object's place along them (b o 2).
     """
     crowd = (count > 2)[:, None, None]
     drift = np.abs(velocity[:, :2]).sum(1)
@@ -334,13 +329,7 @@ def _assign_cells(
     return grid, place
 
 
-def _sample_positions(
-    u: dict[str, np.ndarray],
-    arena: np.ndarray,
-    objects: dict[str, np.ndarray],
-    count: np.ndarray,
-    bar: np.ndarray,
-) -> np.ndarray:
+def _sample_positions(u, arena, objects, count, bar) -> np.ndarray:
     """Starting points, each in its cell and with free flight ahead."""
     extents = HALF_EXTENTS[objects["shape"]]
     radius, velocity = objects["radius"][..., None, None], objects["velocity"]
