@@ -45,11 +45,6 @@ class Plan:
     refused: list[tuple[Item, str, str]]
     digest: str
 
-    @property
-    def counts(self) -> dict[str, int]:
-        """Number of shards by split."""
-        return collections.Counter(split for split, _ in self.shards)
-
 
 def file_digest(path: str) -> str | None:
     """Returns a hash of a file's size, first and last megabyte; None if unreadable."""
@@ -147,8 +142,9 @@ def ingest(
             f"None of the {len(items)} videos can be read; e.g. {items[0]}"
         )
     settings = {"recipe": dataclasses.asdict(recipe), "files": plan.digest}
+    shards = collections.Counter(split for split, _ in plan.shards)
     writer = RecordWriter(
-        out, CLIP_FEATURES, shards=plan.counts, settings=settings, overwrite=overwrite
+        out, CLIP_FEATURES, shards=shards, settings=settings, overwrite=overwrite
     )
     if writer.finished:
         return Report.read(writer.path)

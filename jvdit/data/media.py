@@ -63,13 +63,7 @@ class MediaInfo:
     audio_rate: int
 
 
-def _nearest(
-    frames: Iterator[tuple[float, av.VideoFrame]],
-    times: np.ndarray,
-    step: float,
-    period: float,
-    late: float,
-) -> Iterator[av.VideoFrame]:
+def _nearest(frames, times, step, period, late) -> Iterator[av.VideoFrame]:
     """Yields for every time, `step` seconds apart, the frame that is nearest to it."""
     k, before = 0, None
     for seconds, frame in frames:
@@ -224,12 +218,7 @@ def _sound(source, start, size, rate, deadline) -> tuple[np.ndarray, str]:
     for seek in (True, False) if start > 1 else (False,):
         with open_media(source) as container, media_errors():
             samples, state = decode_audio(
-                container,
-                start_seconds=start,
-                size=size,
-                rate=rate,
-                deadline=deadline,
-                seek=seek,
+                container, start, size, rate, deadline=deadline, seek=seek
             )
         if state not in ("missing", "corrupt"):
             break
@@ -237,20 +226,13 @@ def _sound(source, start, size, rate, deadline) -> tuple[np.ndarray, str]:
 
 
 def _decode_window(
-    source: Media,
-    times: np.ndarray,
-    step: float,
-    size: tuple[int, int],
-    budget: Budget,
-    deadline: float,
-    *,
-    seek: bool,
+    source, times, step, size, budget, deadline, *, seek
 ) -> tuple[np.ndarray, float, dict[str, Any]]:
     """Returns (video at `times`, their start on the container's clock, notes)."""
     with open_media(source) as container, media_errors():
         stream, codec = video_stream(container, budget)
         times = times + float((stream.start_time or 0) * stream.time_base)
-        period = frame_period(stream, 25.0)
+        period = frame_period(stream)
         if seek:
             offset = math.floor(times[0] / stream.time_base)
             container.seek(offset, stream=stream, backward=True)
@@ -318,7 +300,7 @@ def _scanned(
     with open_media(source) as container:
         stream, _ = video_stream(container, budget)
         base = stream.time_base
-        period = frame_period(stream, 25.0)
+        period = frame_period(stream)
         start = float((stream.start_time or 0) * base)
         # Where reading fails the file ends: what came before may be good.
         with contextlib.suppress(FFmpegError):

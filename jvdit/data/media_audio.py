@@ -16,10 +16,10 @@ _JUMP = 0.1  # seconds that time stamps may be off: Vorbis stamps jitter by a bl
 
 def decode_audio(
     container: InputContainer,
-    *,
     start_seconds: float,
     size: tuple[int, int],
     rate: int,
+    *,
     deadline: float,
     seek: bool,
 ) -> tuple[np.ndarray, str]:

@@ -176,12 +176,12 @@ def decoded_frames(
             _check_frame(frame, first)
             stamp = frame.dts if frame.pts is None else frame.pts
             if stamp is None:
-                stamp = round((count - 1) * frame_period(stream, 25.0) / base)
+                stamp = round((count - 1) * frame_period(stream) / base)
             if (seconds := float(stamp * base)) > last:  # a time cannot come twice
                 last = seconds
                 yield seconds, frame
 
 
-def frame_period(stream, fps: float | int) -> float:
-    """Returns the seconds that a frame lasts on average."""
-    return 1 / float(stream.average_rate or stream.guessed_rate or fps)
+def frame_period(stream) -> float:
+    """Returns the seconds that a frame lasts on average; 1/25 if that is unknown."""
+    return 1 / float(stream.average_rate or stream.guessed_rate or 25)
