@@ -90,6 +90,8 @@ def media_errors(reason: str = "corrupt") -> Iterator[None]:
         raise
     except FileNotFoundError as e:
         raise MediaError("missing", str(e.filename)) from None
+    except TimeoutError as e:  # of sound, where a MediaError would mean that it is bad
+        raise MediaError("timeout", str(e)) from None
     except (DecoderNotFoundError, NotImplementedError) as e:
         raise MediaError("unsupported", str(e)) from None
     except FFmpegError as e:
