@@ -65,13 +65,12 @@ def plan_shards(
 ) -> Plan:
     """Assigns every file to a split, by its content, and to a shard.
 
+    What is missing, or has a copy with the same caption, is refused.
+
     Args:
         items: the files.
         val_fraction: share of them, about, that goes to "val"; the rest to "train".
         shard_size: files of a shard.
-
-    Returns:
-        The plan, which refuses what is missing or has a copy with the same caption.
     """
     if not 0 <= val_fraction < 1:
         raise ValueError(f"`val_fraction` (={val_fraction}) must be in [0, 1).")
@@ -115,6 +114,8 @@ def ingest(
 ) -> Report:
     """Makes a data set of clips out of videos, or finishes one that was begun.
 
+    What became of every file is returned, and is in its `report.json` and `report.md`.
+
     Args:
         inputs: folders, tables and videos; see `list_items`.
         out: directory of the data set.
@@ -127,13 +128,9 @@ def ingest(
         overwrite: whether a data set that is already there is removed first.
         work: what is done to a file; another one than `prepare_file` only in tests.
 
-    Returns:
-        What became of every file. It is also in `report.json` and `report.md`.
-
     Raises:
         FileNotFoundError: an input does not exist.
-        ValueError: there is no video, none can be used, or `out` holds something
-            else.
+        ValueError: no video is found or can be used, or `out` holds something else.
     """
     items = list_items(inputs, root=root)
     plan = plan_shards(items, val_fraction=val_fraction, shard_size=shard_size)

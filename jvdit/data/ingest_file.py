@@ -35,14 +35,12 @@ class Recipe:
     """How clips are cut out of videos.
 
     Attributes:
-        frames: frames of a clip.
-        fps: frames per second of a clip.
+        frames, fps: frames of a clip, and frames per second.
         sizes: (height, width) in pixels of the buckets; a video goes into the one whose
             aspect ratio is nearest to its own.
         windows: "first", "all" (consecutive) or a number of evenly spaced ones.
         audio_rate: Hz of the stereo sound; 0: none.
-        crf: x264's quality of the stored clips.
-        preset: x264's preset.
+        crf, preset: x264's quality and preset of the stored clips.
         max_upsample: largest enlargement of a picture.
         max_repeat: largest share of frames that may repeat the one before, because the
             video's own rate is lower than `fps`.

@@ -24,21 +24,19 @@ CAPTION_COLUMNS = ("caption", "text", "prompt")
 def list_items(
     inputs: Iterable[str | Path], *, root: str | Path | None = None
 ) -> list[Item]:
-    """Lists the videos of folders, tables and single files.
+    """Lists the videos of folders, tables and single files, sorted by key.
 
     A folder may hold `metadata.{jsonl,csv,parquet,json}` (the Hugging Face
     videofolder layout); else every video in it or below is taken, with the caption
     in the `.txt` (or `.json`) file of the same name. A table (csv, tsv, json, jsonl,
     parquet) has a column of paths and, usually, one of captions; see `PATH_COLUMNS`
     and `CAPTION_COLUMNS`. A `.txt` file is a list of paths, one a line; a second
-    file `prompt.txt` or `prompts.txt` beside it then holds the captions.
+    file `prompt.txt` or `prompts.txt` beside it then holds the captions. Rows that say
+    the same thing twice count once.
 
     Args:
         inputs: folders, tables and videos.
         root: what relative paths in tables are relative to; None: the table's folder.
-
-    Returns:
-        The videos, sorted by key; rows that say the same thing twice only once.
 
     Raises:
         FileNotFoundError: an input does not exist.

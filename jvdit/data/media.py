@@ -93,8 +93,8 @@ def _nearest(frames, times, step, period, late) -> Iterator[av.VideoFrame]:
 class _Converter:
     """Turns decoded frames into RGB of one size: upright, square pixels, cropped."""
 
-    def __init__(self, height: int, width: int, sample_aspect):
-        self.size = height, width
+    def __init__(self, size: tuple[int, int], sample_aspect):
+        self.size = size
         aspect = float(sample_aspect or 1)
         # Encoders round: 0.999 is meant to be 1, and honouring it costs a rescale.
         self.aspect = 1.0 if abs(aspect - 1) < 0.01 else aspect
@@ -236,7 +236,7 @@ def _decode_window(
         if seek:
             offset = math.floor(times[0] / stream.time_base)
             container.seek(offset, stream=stream, backward=True)
-        convert = _Converter(*size, stream.sample_aspect_ratio)
+        convert = _Converter(size, stream.sample_aspect_ratio)
         video = np.empty((len(times), *size, 3), np.uint8)
         decoded = decoded_frames(container, stream, codec, budget, deadline)
         late = period if seek else max(1.0, period)

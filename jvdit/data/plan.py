@@ -40,10 +40,8 @@ class Slot(NamedTuple):
     """A place in a row, and the clip that takes it.
 
     Attributes:
-        source: which source.
-        clip: which clip of it.
-        tokens: tokens that the clip has.
-        text: text tokens that are kept for its caption.
+        source, clip: which source, and which clip of it.
+        tokens, text: tokens of the clip, and text tokens kept for its caption.
     """
 
     source: int
@@ -72,9 +70,8 @@ class PackPlan:
         weights: share of the clips (not of the tokens) that each source gets, in any
             unit. None: as many as it has.
         patch_size: latent frames, height and width of a patch.
-        token_budget: tokens of a row.
+        token_budget, max_clips: most tokens and most clips of a row.
         text_budget: text tokens of a row; a caption takes a multiple of 16.
-        max_clips: most clips of a row.
         rows_per_step: rows of a batch, all hosts together.
         seed: of the order.
         fingerprints: of the sources; they make that of the plan.
@@ -240,9 +237,7 @@ class BucketPlan:
             step.
         multiple: the clips of a step are a multiple of it; the number of devices of all
             hosts, say.
-        weights: share of the clips that each source gets. None: as many as it has.
-        seed: of the order.
-        fingerprints: of the sources; they make that of the plan.
+        weights, seed, fingerprints: as of `PackPlan`.
 
     Attributes:
         batches: clips of a step by size (frames, height, width).

@@ -23,7 +23,7 @@ def contact_sheet(
     captions: Sequence[str] | None = None,
     columns: int = 8,
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Draws one row of evenly spaced frames for each clip, its caption above it.
+    """Draws one row of evenly spaced RGB frames for each clip, its caption above it.
 
     Small clips are enlarged by a whole factor, pixel by pixel, so that what is seen
     is what is there; large ones are reduced.
@@ -32,9 +32,6 @@ def contact_sheet(
         videos: clips, which may differ in size and length.
         captions: a text for each clip, wrapped to the width of the sheet.
         columns: most frames of a row; the first and last frame are always among them.
-
-    Returns:
-        The sheet: RGB in [0, 255].
 
     Raises:
         ValueError: there is no clip, or not one caption for each.

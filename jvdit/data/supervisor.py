@@ -50,7 +50,7 @@ def supervise(
     workers: int,
     timeout: float | int,
 ) -> Generator[Event, None, None]:
-    """Runs `work` on items in parallel; yields what comes of each, in their order.
+    """Runs `work` on items in parallel; yields the events of each, in their order.
 
     Args:
         work: function of a module (it is pickled by name) that yields the results of an
@@ -58,9 +58,6 @@ def supervise(
         items: the items; pickled, and taken as needed.
         workers: number of processes.
         timeout: seconds that a worker may take for each next result.
-
-    Yields:
-        The events of the first item, then those of the second, and so on.
 
     Raises:
         RuntimeError: the workers cannot be started at all.
