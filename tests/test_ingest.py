@@ -231,6 +231,18 @@ def test_events_come_in_order_and_are_complete():
     assert values == [w[2] for w in wanted]
 
 
+def test_a_worker_that_dies_idle_is_replaced(tmp_path):
+    items = [(tmp_path, 0), (tmp_path, 20)]
+    events = []
+    for event in supervise(ingest_work.meet, items, workers=2, timeout=30):
+        if event.kind == "result" and "result" not in events:
+            pids = {int(path.name) for path in tmp_path.iterdir()}
+            (idle,) = pids - {event.value}
+            os.kill(idle, signal.SIGKILL)
+        events.append(event.kind)
+    assert events == ["end", *["result"] * 20, "end"]
+
+
 def test_what_a_file_holds_decides_its_split(tmp_path):
     items = []
     for k in range(200):

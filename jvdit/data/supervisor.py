@@ -7,6 +7,7 @@ ends, and leave no core files.
 """
 
 import collections
+import contextlib
 import ctypes
 import dataclasses
 import multiprocessing
@@ -113,7 +114,8 @@ def _collect(pool, waiting, head, work, timeout) -> None:
         if event is None:
             continue
         number, event = event
-        waiting[number].append(event)
+        if number is not None:
+            waiting[number].append(event)
         if event.kind in ("crash", "timeout"):
             worker.kill()
             pool[k] = _Worker(work)
@@ -137,19 +139,17 @@ class _Worker:
         """Sends an item to work on."""
         self.number, self.item = number, item
         self.deadline = time.monotonic() + timeout
-        try:
+        with contextlib.suppress(OSError):  # it died idle; `receive` sees that
             self.pipe.send(item)
-        except OSError:  # it died idle; `receive` sees that
-            pass
 
-    def receive(self, timeout: float | int) -> tuple[int, Event] | None:
-        """Returns what came through the pipe, and for which item."""
+    def receive(self, timeout: float | int) -> tuple[int | None, Event] | None:
+        """Returns what came through the pipe, and for which item, if any."""
         try:
             kind, value = self.pipe.recv()
         except (EOFError, OSError):
             self.process.join(5)
             how = _ending(self.process.exitcode)
-            if self.number is None:
+            if not self.ready:
                 raise RuntimeError(f"A worker could not start: {how}.") from None
             return self.number, Event(self.item, "crash", how)
         if kind == _READY:
