@@ -46,16 +46,11 @@ def token_grid(latent_size: Size, patch_size: Size) -> Size:
 def patchify(
     latents: Shaped[np.ndarray, "f h w c"], patch_size: Size
 ) -> Shaped[np.ndarray, "n p"]:
-    """Cuts latents into patches; a patch is one token.
+    """Cuts the latents of one clip into patches; a patch is one token.
 
-    Args:
-        latents: latents of one clip.
-        patch_size: latent frames, height and width of a patch.
-
-    Returns:
-        Tokens in the order of (frame, height, width), the last fastest. The channels of
-        a token are in the order of (frame, height, width, channel) within the patch, as
-        the kernel of a channels-last strided convolution has them.
+    Tokens are in the order of (frame, height, width), the last fastest. The channels of
+    a token are in the order of (frame, height, width, channel) within the patch, as the
+    kernel of a channels-last strided convolution has them.
     """
     token_grid(latents.shape[:3], patch_size)
     patch = dict(zip(("pt", "ph", "pw"), patch_size, strict=True))
@@ -282,10 +277,8 @@ def unpack_rows(
 ) -> list[list[Shaped[np.ndarray, "f h w c"]]]:
     """Takes rows apart into the latents of their items; undoes `pack_rows`.
 
-    Args:
-        tokens: packed tokens, such as the `latents` of a batch after denoising.
-        latent_sizes: latent frames, height and width of each item of each row.
-        patch_size: latent frames, height and width of a patch.
+    `tokens` are such as the `latents` of a batch after denoising, and `latent_sizes`
+    those of each item of each row.
     """
     tokens = np.asarray(tokens)
     if len(tokens) != len(latent_sizes):

@@ -172,10 +172,7 @@ class PackPlan:
     def rows(self, step: int, host: int = 0, hosts: int = 1) -> list[list[Slot]]:
         """Returns the rows of a step that a host reads: the clips in each.
 
-        Args:
-            step: which step, from 0.
-            host: which host.
-            hosts: how many there are. Host i has the i-th of as many equal parts.
+        Host i of `hosts`, from 0, has the i-th of as many equal parts.
 
         Raises:
             ValueError: the rows cannot be shared equally, or `step` is negative.

@@ -67,13 +67,8 @@ def render(
 ) -> UInt8[np.ndarray, "b T H W 3"]:
     """Draws each scene at times 0, 1 / fps, ... as RGB in [0, 255].
 
-    Args:
-        scenes: what to draw, sampled for the aspect `width / height`.
-        motion: of these scenes.
-        frames: number of frames.
-        height: in pixels.
-        width: in pixels.
-        fps: frames per second.
+    `height` and `width` are in pixels, and of the aspect that the scenes are sampled
+    for.
     """
     times = np.arange(frames) / fps
     video = np.empty((len(scenes.ids), frames, height, width, 3), np.uint8)
@@ -233,12 +228,10 @@ def _draw_objects(
 def bounce_tone(
     material: int, size: int, audio_rate: int
 ) -> Float[np.ndarray, " samples"]:
-    """Sound of a bounce off `MATERIALS[material]` with peak 1, from the contact on.
+    """Sound of a bounce of an object, with peak 1, from the contact on.
 
-    Args:
-        material: index in `MATERIALS`.
-        size: index in `SIZES`.
-        audio_rate: samples per second. Partials that it cannot hold are left out.
+    The object is of `MATERIALS[material]` and `SIZES[size]`. Partials that `audio_rate`
+    (samples per second) cannot hold are left out.
     """
     decay = _DECAYS[material]
     time = np.arange(int(7 * decay * audio_rate)) / audio_rate  # down to -61 dB
@@ -271,14 +264,7 @@ def loudness(impact: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
 def synthesize(
     scenes: Scenes, motion: Motion, *, samples: int, audio_rate: int
 ) -> Float[np.ndarray, "b a 1"]:
-    """Sounds of the scenes from time 0 on, mono in [-1, 1].
-
-    Args:
-        scenes: what sounds.
-        motion: of these scenes.
-        samples: audio samples per clip.
-        audio_rate: samples per second.
-    """
+    """Sounds of the scenes from time 0 on, mono in [-1, 1], at `audio_rate` Hz."""
     noise = _noise()
     floor = np.tile(noise, 1 + -(-samples // len(noise)))
     audio = np.empty((len(scenes.ids), samples), np.float32)
