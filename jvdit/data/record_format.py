@@ -118,7 +118,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     file = path / "manifest.json"
     if not file.exists():
         if (path / "_work").exists():
-            done = len(list((path / "_work").glob("*-?????.json")))
+            done = len(list(path.glob("[!.]*.array_record-*")))
             raise ValueError(
                 f"{path} is an unfinished data set ({done} shards done); run the "
                 "command that began it again to finish it."
