@@ -26,7 +26,7 @@ from jvdit.data.ingest_inputs import list_items
 from jvdit.data.ingest_report import Report, describe_file
 from jvdit.data.record_format import CLIP_FEATURES
 from jvdit.data.records import RecordWriter
-from jvdit.data.supervisor import Event, supervise
+from jvdit.data.supervisor import supervise
 
 _SAMPLE = 2**20  # bytes hashed at either end of a file
 
@@ -187,13 +187,7 @@ def _fill(writer, plan, recipe, work, workers, timeout, advance) -> list[dict]:
     return entries
 
 
-def _examples(
-    events: Iterator[Event],
-    split: str,
-    files: Sequence[Item],
-    record: Path,
-    advance: Callable[[dict], None],
-) -> Iterator[Mapping[str, Any]]:
+def _examples(events, split, files, record, advance) -> Iterator[Mapping[str, Any]]:
     """Yields the examples of a shard's files, and then writes down what they gave."""
     entries = []
     for item in files:

@@ -292,9 +292,7 @@ def probe(
     return _scanned(source, info, budget, deadline) if scan else info
 
 
-def _scanned(
-    source: Media, info: MediaInfo, budget: Budget, deadline: float
-) -> MediaInfo:
+def _scanned(source, info: MediaInfo, budget: Budget, deadline: float) -> MediaInfo:
     """Returns `info` with the length that the packets of the file have."""
     count, end = 0, 0.0
     with open_media(source) as container:
