@@ -21,8 +21,9 @@ from rich.progress import Progress
 
 from jvdit.caption_encoder import CaptionEncoder
 from jvdit.data.catalog import open_source
-from jvdit.data.records import RecordDataset, RecordWriter, latent_features
-from jvdit.data.sources import BadClip, Clip, Source
+from jvdit.data.clips import BadClip, Clip, Source
+from jvdit.data.record_format import latent_features
+from jvdit.data.records import RecordDataset, RecordWriter
 from jvdit.models.video_vae import VideoVAE
 from jvdit.training.checkpoint import (
     build,

@@ -28,6 +28,17 @@ def count(number):
         misbehave({-1: "segv", -2: "hang", -3: "raise"}[number])
 
 
+def meet(place):
+    """Waits for a second worker in the folder, then yields its own number slowly."""
+    folder, results = place
+    (folder / str(os.getpid())).touch()
+    while len(list(folder.iterdir())) < 2:
+        time.sleep(0.02)
+    for _ in range(results):
+        time.sleep(0.02)
+        yield os.getpid()
+
+
 def misbehave(name):
     if "segv" in name:
         os.kill(os.getpid(), signal.SIGSEGV)

@@ -16,7 +16,8 @@ from media_files import clicks, frames_of, mux, numbered, numbers
 
 from jvdit.data.ingest import ingest, plan_shards
 from jvdit.data.ingest_file import Item, Recipe
-from jvdit.data.media import decode_clip, encode_clip
+from jvdit.data.media import decode_clip
+from jvdit.data.media_encode import encode_clip
 from jvdit.data.records import RecordDataset
 from jvdit.data.supervisor import supervise
 
@@ -228,6 +229,18 @@ def test_events_come_in_order_and_are_complete():
     values = [e.value if e.kind == "result" else None for e in events]
     assert [(e.item, e.kind) for e in events] == [w[:2] for w in wanted]
     assert values == [w[2] for w in wanted]
+
+
+def test_a_worker_that_dies_idle_is_replaced(tmp_path):
+    items = [(tmp_path, 0), (tmp_path, 20)]
+    events = []
+    for event in supervise(ingest_work.meet, items, workers=2, timeout=30):
+        if event.kind == "result" and "result" not in events:
+            pids = {int(path.name) for path in tmp_path.iterdir()}
+            (idle,) = pids - {event.value}
+            os.kill(idle, signal.SIGKILL)
+        events.append(event.kind)
+    assert events == ["end", *["result"] * 20, "end"]
 
 
 def test_what_a_file_holds_decides_its_split(tmp_path):

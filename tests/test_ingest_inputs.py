@@ -52,6 +52,23 @@ def test_items_are_listed_from_every_layout(tmp_path):
     assert [i.caption for i in items] == ["one", "two"]
 
 
+def test_tables_are_split_at_line_feeds_and_known_in_capitals(tmp_path):
+    rows = [("a.mp4", "one\u2028two\x85three"), ("b.mp4", "four")]
+    lines = [json.dumps({"path": p, "text": t}, ensure_ascii=False) for p, t in rows]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "B.CSV").write_text(
+        "path,text\r\n" + "".join(f"{p},{t}\r\n" for p, t in rows)
+    )
+    (tmp_path / "c.txt").write_text("a.mp4\nb.mp4\n")
+    (tmp_path / "prompts.txt").write_text("".join(f"{t}\n" for _, t in rows))
+    for name in ("a.jsonl", "B.CSV", "c.txt"):
+        assert [(i.key, i.caption) for i in list_items([tmp_path / name])] == rows
+    (tmp_path / "d.mp4").touch()
+    (tmp_path / "d.json").write_text("{")
+    with pytest.raises(ValueError, match="d.json is not valid json"):
+        list_items([tmp_path / "d.mp4"])
+
+
 def test_inputs_that_are_none_say_so(tmp_path):
     with pytest.raises(FileNotFoundError):
         list_items([tmp_path / "none"])

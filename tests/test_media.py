@@ -3,6 +3,7 @@
 import io
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -21,15 +22,9 @@ from media_files import (
     numbers,
 )
 
-from jvdit.data.media import (
-    REASONS,
-    Budget,
-    MediaError,
-    decode_clip,
-    encode_clip,
-    probe,
-    read_metadata,
-)
+from jvdit.data.media import Budget, MediaError, decode_clip, probe, read_metadata
+from jvdit.data.media_encode import encode_clip
+from jvdit.data.media_file import REASONS
 from jvdit.data.sheets import contact_sheet, write_png
 
 CLIPS = Path(__file__).parents[2] / "shared" / "clips"
@@ -193,6 +188,13 @@ def test_sound_and_picture_stay_together(start, rate, channels):
     flash = np.argmax(clip["video"].mean((1, 2, 3))) / 24
     assert flash == 0.5
     assert abs(first_sound(clip["audio"], rate) - flash) < 1e-3
+
+
+def test_sound_that_takes_too_long_is_a_timeout(monkeypatch):
+    data = mux(frames_of(grey(80, 24)), sound=clicks((0.1,), 1.0))
+    late = SimpleNamespace(monotonic=lambda: float("inf"))
+    monkeypatch.setattr("jvdit.data.media_audio.time", late)
+    assert reason(data, audio_rate=16000) == "timeout"
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ import pytest
 
 from jvdit.data.catalog import open_source
 from jvdit.data.clips import BadClip, Source, make_index
-from jvdit.data.media import encode_clip
-from jvdit.data.records import CLIP_FEATURES, RecordWriter, latent_features
+from jvdit.data.media_encode import encode_clip
+from jvdit.data.record_format import CLIP_FEATURES, latent_features
+from jvdit.data.records import RecordWriter
 from jvdit.data.sources import (
     ArraySource,
     LatentSource,

@@ -35,9 +35,15 @@ class StalledError(TimeoutError):
 class Builder:
     """What makes batches of a plan.
 
+    Args:
+        sources: sources of clips.
+        plan: of the same sources.
+        host: which host this is.
+        hosts: how many there are.
+        timeout: seconds that one reading of clips may take.
+
     Attributes:
-      timeout: Seconds that one reading of clips may take.
-      nbytes: Bytes of the largest batch of a host.
+        nbytes: bytes of the largest batch of a host.
     """
 
     nbytes: int
@@ -46,9 +52,10 @@ class Builder:
         self,
         sources: Sequence[Source],
         plan: PackPlan | BucketPlan,
-        host: int,
-        hosts: int,
-        timeout: float,
+        *,
+        host: int = 0,
+        hosts: int = 1,
+        timeout: float = 300.0,
     ):
         found = [len(source) for source in sources]
         if found != plan.sizes:
@@ -81,8 +88,8 @@ class Builder:
         """Returns the clips of a step, those of one source being read together.
 
         Raises:
-          StalledError: If a source takes longer than `timeout`. What hangs is a thread
-            that the process does not wait for when it ends.
+            StalledError: a source takes longer than `timeout`. What hangs is a thread
+                that the process does not wait for when it ends.
         """
         clips: list[Clip | BadClip] = [BadClip("not read")] * len(slots)
         for number, source in enumerate(self.sources):
@@ -91,7 +98,17 @@ class Builder:
                 continue
             ids = [slots[i].clip for i in mine]
             what = f"clips {few(ids)} of source {number} ({type(source).__name__})"
-            read = _within(self.timeout, source.read, ids, f"step {step}: {what}")
+            try:
+                read = call_within(self.timeout, source.read, ids)
+            except queue.Empty:
+                raise StalledError(
+                    f"Reading step {step}: {what} has taken {self.timeout:g} s and has "
+                    "not ended. Is its storage reachable? If it is only slow, raise "
+                    "`timeout`."
+                ) from None
+            except BaseException as error:
+                error.add_note(f"While reading step {step}: {what}.")
+                raise
             if len(read) != len(ids):
                 raise ValueError(f"{len(ids)} {what} were asked for, {len(read)} came.")
             for i, clip in zip(mine, read, strict=True):
@@ -99,25 +116,18 @@ class Builder:
         return clips
 
 
-def _within(timeout: float, function: Any, argument: Any, what: str) -> Any:
-    """Calls `function(argument)`, and raises if it takes longer than `timeout`."""
+def call_within(timeout: float, function: Any, argument: Any) -> Any:
+    """Calls a function in a thread; raises queue.Empty if it takes too many seconds."""
     outcome: queue.SimpleQueue = queue.SimpleQueue()
 
     def call() -> None:
         try:
             outcome.put((function(argument), None))
         except BaseException as error:
-            error.add_note(f"While reading {what}.")
             outcome.put((None, error))
 
-    threading.Thread(target=call, name=f"read {what}", daemon=True).start()
-    try:
-        result, error = outcome.get(timeout=timeout)
-    except queue.Empty:
-        raise StalledError(
-            f"Reading {what} has taken {timeout:g} s and has not ended. Is its storage "
-            "reachable? If it is only slow, raise `timeout`."
-        ) from None
+    threading.Thread(target=call, daemon=True).start()
+    result, error = outcome.get(timeout=timeout)
     if error is not None:
         raise error
     return result
@@ -133,25 +143,23 @@ class PackedBatches(Builder):
     """Packed latents for the diffusion transformer: the batch of every step.
 
     Args:
-      sources: Sources of latents.
-      plan: Plan of the same sources.
-      latent_mean: Mean of each channel that is subtracted from the latents.
-      latent_std: Standard deviation that they are then divided by; the variance of
-        the posterior is scaled with them.
-      temporal_compression: Pixel frames that a latent frame after the first covers.
-      tokenizer: Makes `text_ids` of captions. None: `text_embeds` are those that the
-        sources hold.
-      null_embeds: Text states of the empty caption; needed without a tokenizer.
-      caption_dropout: Probability that a caption is replaced by the empty one; which
-        ones is a function of (seed, step, row, place).
-      seconds: Whether positions count seconds (our own models) or latent frames
-        (imported ones).
-      host: Which host this is.
-      hosts: How many there are.
-      timeout: Seconds that one reading of clips may take.
+        sources: sources of latents.
+        plan: of the same sources.
+        latent_mean: mean of each channel that is subtracted from the latents.
+        latent_std: standard deviation that they are then divided by; the variance of
+            the posterior is scaled with them.
+        temporal_compression: pixel frames that a latent frame after the first covers.
+        tokenizer: makes `text_ids` of captions. None: `text_embeds` are those that the
+            sources hold.
+        null_embeds: text states of the empty caption; needed without a tokenizer.
+        caption_dropout: probability that a caption is replaced by the empty one; which
+            ones is a function of (seed, step, row, place).
+        seconds: whether positions count seconds (our own models) or latent frames
+            (imported ones).
+        **share: `host`, `hosts` and `timeout`, as for `Builder`.
 
     Raises:
-      ValueError: If the hosts cannot share a step, or the text has no form.
+        ValueError: the hosts cannot share a step, or the text has no form.
     """
 
     def __init__(
@@ -166,11 +174,9 @@ class PackedBatches(Builder):
         null_embeds: Float[np.ndarray, "s e"] | None = None,
         caption_dropout: float = 0.0,
         seconds: bool = True,
-        host: int = 0,
-        hosts: int = 1,
-        timeout: float = 300.0,
+        **share: Any,
     ):
-        super().__init__(sources, plan, host, hosts, timeout)
+        super().__init__(sources, plan, **share)
         if (tokenizer is None) == (null_embeds is None):
             raise ValueError("Give exactly one of `tokenizer` and `null_embeds`.")
         if null_embeds is not None and len(null_embeds) > TEXT_MULTIPLE:
@@ -190,12 +196,12 @@ class PackedBatches(Builder):
         self._tokenizer, self._null = tokenizer, null_embeds
         self._dropout, self._seconds = caption_dropout, seconds
         self.packing = plan
-        plan.rows(0, host, hosts)  # raises if the hosts cannot share a step
+        plan.rows(0, self.host, self.hosts)  # raises if the hosts cannot share a step
         self._channels = len(self._mean) * int(np.prod(plan.patch_size))
         text = 4 if null_embeds is None else 4 * null_embeds.shape[1]
         row = plan.token_budget * (8 * self._channels + 16)
         row += plan.text_budget * (text + 4) + 9 * plan.max_clips
-        self.nbytes = row * plan.rows_per_step // hosts
+        self.nbytes = row * plan.rows_per_step // self.hosts
 
     def __getitem__(self, step: int) -> tuple[Batch, Bad]:
         """Returns the batch of a step and what could not be read for it."""
@@ -212,17 +218,20 @@ class PackedBatches(Builder):
             )
             packed.append([])
             for slot, dropped in zip(row, drawn < self._dropout, strict=True):
-                item = self._item(slot, next(clips), bool(dropped))
-                if isinstance(item, BadClip):
-                    bad.append((self.clip_id(slot), item.reason))
-                    item = self._empty_item(slot)
-                packed[r].append(item)
+                clip: Any = next(clips)
+                if reason := self._fault(slot, clip):
+                    bad.append((self.clip_id(slot), reason))
+                    packed[r].append(self._empty_item(slot))
+                else:
+                    packed[r].append(self._item(slot, clip, bool(dropped)))
         plan = self.packing
         batch = pack_rows(packed, plan.token_budget, plan.text_budget, plan.max_clips)
         return batch, bad
 
-    def _fault(self, slot: Slot, clip: Clip) -> str | None:
+    def _fault(self, slot: Slot, clip: Clip | BadClip) -> str | None:
         """Returns why a clip cannot be trained on, if it cannot."""
+        if isinstance(clip, BadClip):
+            return clip.reason
         mean = clip["mean"]
         pieces = [
             size // patch
@@ -239,11 +248,7 @@ class PackedBatches(Builder):
             return "log variances that are not finite"
         return None
 
-    def _item(self, slot: Slot, clip: Clip | BadClip, dropped: bool) -> Item | BadClip:
-        if isinstance(clip, BadClip):
-            return clip
-        if reason := self._fault(slot, clip):
-            return BadClip(reason)
+    def _item(self, slot: Slot, clip: Clip, dropped: bool) -> Item:
         patch, std = self.packing.patch_size, self._std
         mean = (np.asarray(clip["mean"], np.float32) - self._mean) / std
         logvar = clip.get("logvar")
@@ -293,35 +298,26 @@ class ClipBatches(Builder):
     [b]. A clip that cannot be read is black and not valid.
 
     Args:
-      sources: Sources of pixels.
-      plan: Plan of the same sources.
-      host: Which host this is.
-      hosts: How many there are.
-      timeout: Seconds that one reading of clips may take.
+        sources: sources of pixels.
+        plan: of the same sources.
+        **share: `host`, `hosts` and `timeout`, as for `Builder`.
 
     Raises:
-      ValueError: If the hosts cannot share the clips of some size.
+        ValueError: the hosts cannot share the clips of some size.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        plan: BucketPlan,
-        *,
-        host: int = 0,
-        hosts: int = 1,
-        timeout: float = 300.0,
-    ):
-        super().__init__(sources, plan, host, hosts, timeout)
+    def __init__(self, sources: Sequence[Source], plan: BucketPlan, **share: Any):
+        super().__init__(sources, plan, **share)
         self.buckets = plan
         for size, count in plan.batches.items():
-            if count % hosts:
+            if count % self.hosts:
                 raise ValueError(
                     f"The {count} clips of size {size} of a step must be divisible by "
-                    f"`hosts` (={hosts}); make the plan with `multiple={hosts}`."
+                    f"`hosts` (={self.hosts}); make the plan with "
+                    f"`multiple={self.hosts}`."
                 )
         largest = max(int(np.prod(size)) * n for size, n in plan.batches.items())
-        self.nbytes = 3 * largest // hosts
+        self.nbytes = 3 * largest // self.hosts
 
     def __getitem__(self, step: int) -> tuple[Batch, Bad]:
         """Returns the batch of a step and what could not be read for it."""
@@ -335,11 +331,10 @@ class ClipBatches(Builder):
         }
         bad: Bad = []
         for i, clip in enumerate(self.read(step, slots)):
+            if not isinstance(clip, BadClip) and clip["video"].shape != shape:
+                clip = BadClip(f"a video of {clip['video'].shape}, planned as {shape}")
             if isinstance(clip, BadClip):
                 bad.append((int(batch["clip_id"][i]), clip.reason))
-            elif clip["video"].shape != shape:
-                reason = f"a video of {clip['video'].shape}, planned as {shape}"
-                bad.append((int(batch["clip_id"][i]), reason))
             else:
                 batch["video"][i], batch["fps"][i] = clip["video"], clip["fps"]
                 batch["valid"][i] = True

@@ -13,15 +13,10 @@
 import re
 from typing import Any
 
-from jvdit.data.record_format import local_path
+from jvdit.data.clips import Source
+from jvdit.data.files import local_path
 from jvdit.data.records import RecordDataset
-from jvdit.data.sources import (
-    LatentSource,
-    RecordSource,
-    Source,
-    TfdsSource,
-    WorldSource,
-)
+from jvdit.data.sources import LatentSource, RecordSource, TfdsSource, WorldSource
 from jvdit.data.world import World
 
 _SIZE = r"(\d+)x(\d+)x(\d+)@([\d.]+)"

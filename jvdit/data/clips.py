@@ -6,6 +6,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from jvdit.data.media_file import MediaError
+
 Clip = dict[str, Any]
 Ids = Sequence[int | np.integer] | np.ndarray
 
@@ -15,7 +17,7 @@ class BadClip:
     """What a source returns in place of a clip that it could not read.
 
     Attributes:
-      reason: Why, in a line.
+        reason: why, in a line.
     """
 
     reason: str
@@ -26,10 +28,10 @@ class Source(Protocol):
     """A set of clips that can be read in any order.
 
     Attributes:
-      index: One entry a clip: `frames`, `height` and `width` (pixels, or latents for
-        a source of latents), `fps` (pixel frames per second), `has_audio`, and
-        `text_length` (text tokens; 0 where it is unknown).
-      fingerprint: Equal for sources that return equal clips.
+        index: one entry a clip: `frames`, `height` and `width` (pixels, or latents for
+            a source of latents), `fps` (pixel frames per second), `has_audio`, and
+            `text_length` (text tokens; 0 where it is unknown).
+        fingerprint: equal for sources that return equal clips.
     """
 
     index: dict[str, np.ndarray]
@@ -48,6 +50,30 @@ class Source(Protocol):
         [s e].
         """
         ...
+
+
+class OneByOne:
+    """A source that reads its clips one at a time, by `_read_one`."""
+
+    index: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.index["frames"])
+
+    def read(self, ids: Ids) -> list[Clip | BadClip]:
+        """Returns clips in the order asked for; see `Source.read`."""
+        clips: list[Clip | BadClip] = []
+        for i in ids:
+            try:
+                clips.append(self._read_one(int(i)))
+            except MediaError as error:
+                clips.append(BadClip(str(error)))
+            except Exception as error:  # damaged records and files raise anything
+                clips.append(BadClip(f"{type(error).__name__}: {error}"))
+        return clips
+
+    def _read_one(self, i: int) -> Clip | BadClip:
+        raise LookupError(i)
 
 
 def make_index(

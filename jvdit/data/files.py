@@ -1,9 +1,11 @@
 """Files that are either whole or absent, whatever kills the process."""
 
+import contextlib
 import os
 import re
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -11,9 +13,9 @@ def local_path(path: str | Path) -> Path:
     """Returns `path` as a local path.
 
     Raises:
-      ValueError: If it is a URL. The record reader does understand `gs://`, but
-        without network or credentials it blocks for minutes and says nothing; a
-        mounted bucket fails at once and loudly.
+        ValueError: it is a URL. The record reader does understand `gs://`, but without
+            network or credentials it blocks for minutes and says nothing; a mounted
+            bucket fails at once and loudly.
     """
     if match := re.match(r"([a-z][a-z0-9+.-]*)://([^/]*)", str(path)):
         raise ValueError(
@@ -24,37 +26,47 @@ def local_path(path: str | Path) -> Path:
     return Path(path).expanduser()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file that is either whole or absent, whatever kills the process."""
-    temporary = temporary_path(path)
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def temporary_path(path: Path) -> Path:
     """Returns where to write `path` before it is renamed into place."""
     return path.with_name(f".tmp@{socket.gethostname()}@{os.getpid()}@{path.name}")
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields where to write a file that becomes `path` unless something is raised."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_path(path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file that is either whole or absent, whatever kills the process."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def sweep_temporary(directory: Path, *, max_age_seconds: float = 86400) -> list[str]:
     """Removes what dead writers left, and returns the names.
 
-    A file of a live process of this host is kept; one of another host, whose
-    processes cannot be seen from here, is kept until it is a day old.
+    What a live process of this host writes is kept; of another host, whose processes
+    cannot be seen from here, what is less than a day old.
     """
     swept = []
     for file in directory.rglob(".tmp@*"):
-        match = re.match(r"\.tmp@([^@]*)@(\d+)@", file.name)
-        if match is None:
-            continue
-        local = match[1] == socket.gethostname()
-        old = time.time() - file.stat().st_mtime > max_age_seconds
-        if (local and not _is_running(int(match[2]))) or (not local and old):
-            file.unlink(missing_ok=True)
-            swept.append(file.name)
+        if match := re.match(r"\.tmp@([^@]*)@(\d+)@", file.name):
+            if match[1] == socket.gethostname():
+                dead = not _is_running(int(match[2]))
+            else:
+                dead = time.time() - file.stat().st_mtime > max_age_seconds
+            if dead:
+                file.unlink(missing_ok=True)
+                swept.append(file.name)
     return swept
 
 

@@ -5,6 +5,7 @@ killed repeats the shard it was at and nothing else, and the result is the same 
 byte. What a file holds decides its split, so no picture of it is in two of them.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -16,15 +17,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from jvdit.data.files import write_atomically
 from jvdit.data.ingest_file import Item, Job, Recipe, prepare_file
@@ -32,7 +26,7 @@ from jvdit.data.ingest_inputs import list_items
 from jvdit.data.ingest_report import Report, describe_file
 from jvdit.data.record_format import CLIP_FEATURES
 from jvdit.data.records import RecordWriter
-from jvdit.data.supervisor import Event, supervise
+from jvdit.data.supervisor import supervise
 
 _SAMPLE = 2**20  # bytes hashed at either end of a file
 
@@ -42,22 +36,14 @@ class Plan:
     """Which files go into which shard, and which into none.
 
     Attributes:
-      shards: Items by (split, shard).
-      refused: (item, reason, detail) of the files that are not even tried.
-      digest: Hash of all of it: a resumed job must find the same.
+        shards: items by (split, shard).
+        refused: (item, reason, detail) of the files that are not even tried.
+        digest: hash of all of it: a resumed job must find the same.
     """
 
     shards: Mapping[tuple[str, int], list[Item]]
     refused: list[tuple[Item, str, str]]
     digest: str
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Number of shards by split."""
-        counts: dict[str, int] = {}
-        for split, shard in self.shards:
-            counts[split] = max(counts.get(split, 0), shard + 1)
-        return counts
 
 
 def file_digest(path: str) -> str | None:
@@ -79,13 +65,12 @@ def plan_shards(
 ) -> Plan:
     """Assigns every file to a split, by its content, and to a shard.
 
-    Args:
-      items: The files.
-      val_fraction: Share of them, about, that goes to "val"; the rest to "train".
-      shard_size: Files of a shard.
+    What is missing, or has a copy with the same caption, is refused.
 
-    Returns:
-      The plan. Missing files, and copies of a file with the same caption, are refused.
+    Args:
+        items: the files.
+        val_fraction: share of them, about, that goes to "val"; the rest to "train".
+        shard_size: files of a shard.
     """
     if not 0 <= val_fraction < 1:
         raise ValueError(f"`val_fraction` (={val_fraction}) must be in [0, 1).")
@@ -94,7 +79,7 @@ def plan_shards(
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         digests = list(pool.map(file_digest, [item.path for item in items]))
     refused, seen = [], {}
-    by_split: dict[str, list[Item]] = {"train": [], "val": []}
+    by_split = {"train": [], "val": []}
     for item, digest in zip(items, digests, strict=True):
         if digest is None:
             refused.append((item, "missing", item.path))
@@ -129,25 +114,23 @@ def ingest(
 ) -> Report:
     """Makes a data set of clips out of videos, or finishes one that was begun.
 
-    Args:
-      inputs: Folders, tables and videos; see `list_items`.
-      out: Directory of the data set.
-      recipe: How clips are cut.
-      root: What relative paths in tables are relative to.
-      val_fraction: Share of the files that goes to split "val".
-      shard_size: Source files of a shard: what a kill can cost.
-      workers: Number of processes; None: one for each core.
-      timeout: Seconds that one clip may take.
-      overwrite: Whether a data set that is already there is removed first.
-      work: What is done to a file; another one than `prepare_file` only in tests.
+    What became of every file is returned, and is in its `report.json` and `report.md`.
 
-    Returns:
-      What became of every file. It is also in `report.json` and `report.md`.
+    Args:
+        inputs: folders, tables and videos; see `list_items`.
+        out: directory of the data set.
+        recipe: how clips are cut.
+        root: what relative paths in tables are relative to.
+        val_fraction: share of the files that goes to split "val".
+        shard_size: source files of a shard: what a kill can cost.
+        workers: number of processes; None: one for each core.
+        timeout: seconds that one clip may take.
+        overwrite: whether a data set that is already there is removed first.
+        work: what is done to a file; another one than `prepare_file` only in tests.
 
     Raises:
-      FileNotFoundError: If an input does not exist.
-      ValueError: If there is no video, if none could be used, or if `out` holds
-        something else.
+        FileNotFoundError: an input does not exist.
+        ValueError: no video is found or can be used, or `out` holds something else.
     """
     items = list_items(inputs, root=root)
     plan = plan_shards(items, val_fraction=val_fraction, shard_size=shard_size)
@@ -156,8 +139,9 @@ def ingest(
             f"None of the {len(items)} videos can be read; e.g. {items[0]}"
         )
     settings = {"recipe": dataclasses.asdict(recipe), "files": plan.digest}
+    shards = collections.Counter(split for split, _ in plan.shards)
     writer = RecordWriter(
-        out, CLIP_FEATURES, shards=plan.counts, settings=settings, overwrite=overwrite
+        out, CLIP_FEATURES, shards=shards, settings=settings, overwrite=overwrite
     )
     if writer.finished:
         return Report.read(writer.path)
@@ -203,13 +187,7 @@ def _fill(writer, plan, recipe, work, workers, timeout, advance) -> list[dict]:
     return entries
 
 
-def _examples(
-    events: Iterator[Event],
-    split: str,
-    files: Sequence[Item],
-    record: Path,
-    advance: Callable[[dict], None],
-) -> Iterator[Mapping[str, Any]]:
+def _examples(events, split, files, record, advance) -> Iterator[Mapping[str, Any]]:
     """Yields the examples of a shard's files, and then writes down what they gave."""
     entries = []
     for item in files:
@@ -247,15 +225,14 @@ def _progress(total: int) -> Iterator[Callable[[dict], None]]:
     """Shows how far the work is; yields what is to be called for every file."""
     taken, skipped = 0, 0
     console = Console(stderr=True)
-    text = TextColumn("{task.fields[clips]} clips, {task.fields[skipped]} skipped")
-    bar = Progress(
-        TextColumn("files"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        text,
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
+    bar = progress.Progress(
+        "files",
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        "{task.fields[clips]} clips, {task.fields[skipped]} skipped",
+        progress.TimeElapsedColumn(),
+        "ETA",
+        progress.TimeRemainingColumn(),
         console=console,
         disable=not console.is_terminal,
     )

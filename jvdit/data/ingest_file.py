@@ -12,23 +12,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jvdit.data.media import (
-    Budget,
-    MediaError,
-    MediaInfo,
-    decode_clip,
-    encode_clip,
-    probe,
-)
+from jvdit.data.media import Budget, MediaError, MediaInfo, decode_clip, probe
+from jvdit.data.media_encode import encode_clip
 
 
 class Item(NamedTuple):
     """A video to prepare.
 
     Attributes:
-      key: Name that is unique among the items.
-      path: Where the file is.
-      caption: "" if there is none.
+        key: name that is unique among the items.
+        path: where the file is.
+        caption: "" if there is none.
     """
 
     key: str
@@ -41,19 +35,17 @@ class Recipe:
     """How clips are cut out of videos.
 
     Attributes:
-      frames: Frames of a clip.
-      fps: Frames per second of a clip.
-      sizes: (height, width) in pixels of the buckets; a video goes into the one
-        whose aspect ratio is nearest to its own.
-      windows: "first", "all" (consecutive) or a number of evenly spaced ones.
-      audio_rate: Hz of the stereo sound; 0: none.
-      crf: x264's quality of the stored clips.
-      preset: x264's preset.
-      max_upsample: Largest enlargement of a picture.
-      max_repeat: Largest share of frames that may repeat the one before, because
-        the video's own rate is lower than `fps`.
-      max_pixels: Most pixels of a source frame.
-      require_caption: Whether videos without a caption are left out.
+        frames, fps: frames of a clip, and frames per second.
+        sizes: (height, width) in pixels of the buckets; a video goes into the one whose
+            aspect ratio is nearest to its own.
+        windows: "first", "all" (consecutive) or a number of evenly spaced ones.
+        audio_rate: Hz of the stereo sound; 0: none.
+        crf, preset: x264's quality and preset of the stored clips.
+        max_upsample: largest enlargement of a picture.
+        max_repeat: largest share of frames that may repeat the one before, because the
+            video's own rate is lower than `fps`.
+        max_pixels: most pixels of a source frame.
+        require_caption: whether videos without a caption are left out.
     """
 
     frames: int = 81
@@ -98,9 +90,8 @@ def prepare_file(job: Job) -> Iterator[dict[str, Any]]:
     """Cuts the clips out of one video.
 
     Yields:
-      {"clip": example of `CLIP_FEATURES`, "notes": [str]} for every clip taken, and
-      {"reason", "detail", "start"} for every window that was not; `start` is in
-      seconds, or None if the whole file was refused.
+        {"clip": example of `CLIP_FEATURES`, "notes": [str]} for every clip taken, and
+        {"reason", "detail"} for every window that was not, or for the whole file.
     """
     item, recipe = job.item, job.recipe
     budget = Budget(pixels=recipe.max_pixels, seconds=math.inf)
@@ -110,20 +101,20 @@ def prepare_file(job: Job) -> Iterator[dict[str, Any]]:
         info = probe(item.path, scan=recipe.windows != "first", budget=budget)
         height, width = choose_size(info, recipe)
     except MediaError as e:
-        yield {"reason": e.reason, "detail": e.detail, "start": None}
+        yield {"reason": e.reason, "detail": e.detail}
         return
     for start in window_starts(info, recipe):
         try:
             yield _prepare_window(item, recipe, budget, start, height, width)
         except MediaError as e:
-            yield {"reason": e.reason, "detail": e.detail, "start": start}
+            yield {"reason": e.reason, "detail": e.detail}
 
 
 def choose_size(info: MediaInfo, recipe: Recipe) -> tuple[int, int]:
     """Returns the bucket of a video: nearest aspect ratio, then the largest that fits.
 
     Raises:
-      MediaError: If even that one would enlarge the picture too much.
+        MediaError: even that one would enlarge the picture too much.
     """
 
     def distance(size: tuple[int, int]) -> float:
@@ -208,22 +199,18 @@ def _prepare_window(
         "fps": recipe.fps,
         "has_audio": clip["has_audio"],
     }
-    return {"clip": example, "notes": _notes(source, repeated, recipe)}
+    return {"clip": example, "notes": _notes(source, repeated)}
 
 
-def _notes(source: dict[str, Any], repeated: float, recipe: Recipe) -> list[str]:
+def _notes(source: dict[str, Any], repeated: float) -> list[str]:
     """Says what was done to a clip that its owner may want to know."""
-    notes = []
-    if source["cropped"] > 0.01:
-        notes.append(f"cropped {source['cropped']:.0%}")
-    if source["scale"] > 1:
-        notes.append(f"enlarged {source['scale']:.2f}x")
-    if source["rotation"]:
-        notes.append(f"rotated {source['rotation']}")
-    if source["transparent"]:
-        notes.append("over black")
-    if repeated > 0:
-        notes.append(f"repeats {repeated:.0%}")
-    if recipe.audio_rate and source["audio"] != "whole":
-        notes.append(f"sound {source['audio']}")
-    return notes
+    sound = source.get("audio", "whole")  # absent if none was asked for
+    notes = {
+        f"cropped {source['cropped']:.0%}": source["cropped"] > 0.01,
+        f"enlarged {source['scale']:.2f}x": source["scale"] > 1,
+        f"rotated {source['rotation']}": source["rotation"],
+        "over black": source["transparent"],
+        f"repeats {repeated:.0%}": repeated > 0,
+        f"sound {sound}": sound != "whole",
+    }
+    return [note for note, worth in notes.items() if worth]

@@ -1,6 +1,7 @@
 """Lists of videos with captions, in every form that people keep them."""
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -23,25 +24,23 @@ CAPTION_COLUMNS = ("caption", "text", "prompt")
 def list_items(
     inputs: Iterable[str | Path], *, root: str | Path | None = None
 ) -> list[Item]:
-    """Lists the videos of folders, tables and single files.
+    """Lists the videos of folders, tables and single files, sorted by key.
 
     A folder may hold `metadata.{jsonl,csv,parquet,json}` (the Hugging Face
     videofolder layout); else every video in it or below is taken, with the caption
     in the `.txt` (or `.json`) file of the same name. A table (csv, tsv, json, jsonl,
     parquet) has a column of paths and, usually, one of captions; see `PATH_COLUMNS`
     and `CAPTION_COLUMNS`. A `.txt` file is a list of paths, one a line; a second
-    file `prompt.txt` or `prompts.txt` beside it then holds the captions.
+    file `prompt.txt` or `prompts.txt` beside it then holds the captions. Rows that say
+    the same thing twice count once.
 
     Args:
-      inputs: Folders, tables and videos.
-      root: What relative paths in tables are relative to; None: the table's folder.
-
-    Returns:
-      The videos, sorted by key; rows that say the same thing twice only once.
+        inputs: folders, tables and videos.
+        root: what relative paths in tables are relative to; None: the table's folder.
 
     Raises:
-      FileNotFoundError: If an input does not exist.
-      ValueError: If an input is of no known form, or there is no video at all.
+        FileNotFoundError: an input does not exist.
+        ValueError: an input is of no known form, or there is no video at all.
     """
     found: dict[tuple[str, str], str] = {}
     for entry in inputs:
@@ -97,19 +96,22 @@ def sidecar(video: Path) -> str:
         return text.read_text(encoding="utf-8", errors="replace").strip()
     record = video.with_suffix(".json")
     if record.exists():
-        row = json.loads(record.read_text(encoding="utf-8", errors="replace"))
+        try:
+            row = json.loads(record.read_text(encoding="utf-8", errors="replace"))
+        except ValueError as e:
+            raise ValueError(f"{record} is not valid json: {e}.") from None
         return _value(row, CAPTION_COLUMNS) if isinstance(row, dict) else ""
     return ""
 
 
 def _lines(source: Path, root: Path) -> Iterator[tuple[str, Path, str]]:
     """Yields the items of a list of paths, with the list of captions beside it."""
-    paths = [p for p in source.read_text(encoding="utf-8").splitlines() if p.strip()]
+    paths = [p for p in _text_lines(source.read_text(encoding="utf-8")) if p.strip()]
     captions = [""] * len(paths)
     for name in ("prompt.txt", "prompts.txt"):
         other = source.with_name(name)
         if other.exists() and other != source:
-            captions = other.read_text(encoding="utf-8").splitlines()
+            captions = _text_lines(other.read_text(encoding="utf-8"))
             if len(captions) != len(paths):
                 raise ValueError(
                     f"{other} has {len(captions)} lines and {source} {len(paths)}; "
@@ -134,23 +136,29 @@ def _table(table: Path, root: str | Path) -> Iterator[tuple[str, Path, str]]:
             yield path, Path(root) / path, _value(row, CAPTION_COLUMNS)
 
 
+def _text_lines(text: str) -> list[str]:
+    """Splits at line feeds alone: captions may hold U+2028 and its like."""
+    return list(io.StringIO(text))
+
+
 def _rows(table: Path) -> list[Mapping[str, Any]]:
     """Reads a table of any of the known kinds."""
-    if table.suffix == ".parquet":
+    kind = table.suffix.lower()
+    if kind == ".parquet":
         columns = pq.read_schema(table).names
         wanted = {*PATH_COLUMNS, *CAPTION_COLUMNS}
         kept = [c for c in columns if c.lower() in wanted] or columns[:1]
         return pq.read_table(table, columns=kept).to_pylist()
     text = table.read_text(encoding="utf-8-sig")
-    if table.suffix in (".csv", ".tsv"):
-        delimiter = "\t" if table.suffix == ".tsv" else ","
-        return list(csv.DictReader(text.splitlines(True), delimiter=delimiter))
+    if kind in (".csv", ".tsv"):
+        delimiter = "\t" if kind == ".tsv" else ","
+        return list(csv.DictReader(_text_lines(text), delimiter=delimiter))
     try:
-        if table.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+        if kind == ".jsonl":
+            return [json.loads(line) for line in _text_lines(text) if line.strip()]
         rows = json.loads(text)
     except ValueError as e:
-        raise ValueError(f"{table} is not valid {table.suffix[1:]}: {e}.") from None
+        raise ValueError(f"{table} is not valid {kind[1:]}: {e}.") from None
     if isinstance(rows, dict):  # {"a.mp4": "caption"} or {"a.mp4": {"caption": ..}}
         return [
             {"path": path} | (row if isinstance(row, dict) else {"caption": row})

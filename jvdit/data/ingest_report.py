@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jvdit.data.files import write_atomically
-from jvdit.data.media import REASONS
+from jvdit.data.media_file import REASONS
 
 _ROWS = 500  # of a table in the readable report; report.json has all
 
@@ -19,15 +19,15 @@ def describe_file(
     """Sums up what came of the windows of one file.
 
     Args:
-      key: The file's name.
-      split: The split it belongs to; None if it was refused before.
-      outcomes: For every window taken {"notes": [str]}, for every other one
-        {"reason", "detail"}.
+        key: the file's name.
+        split: the split it belongs to; None if it was refused before.
+        outcomes: for every window taken {"notes": [str]}, for every other one
+            {"reason", "detail"}.
 
     Returns:
-      The file's entry in the report: `clips` counts the windows taken; `reason` and
-      `detail` say why the first one that was not taken was not, and `dropped` how
-      many they were.
+        The file's entry in the report: `clips` counts the windows taken; `reason` and
+        `detail` say why the first one that was not taken was not, and `dropped` how
+        many they were.
     """
     refused = [o for o in outcomes if "reason" in o]
     notes = collections.Counter(n for o in outcomes for n in o.get("notes", ()))
@@ -47,8 +47,8 @@ class Report:
     """What became of every file.
 
     Attributes:
-      files: One entry for each; see `describe_file`.
-      recipe: How clips were cut.
+        files: one entry for each; see `describe_file`.
+        recipe: how clips were cut.
     """
 
     files: list[dict[str, Any]]

@@ -20,10 +20,8 @@ from av.error import FFmpegError
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
 from jvdit.data.media_audio import decode_audio
-from jvdit.data.media_encode import encode_clip
 from jvdit.data.media_file import (
     DEFAULT_BUDGET,
-    REASONS,
     Budget,
     Media,
     MediaError,
@@ -33,17 +31,6 @@ from jvdit.data.media_file import (
     open_media,
     video_stream,
 )
-
-__all__ = [
-    "REASONS",
-    "Budget",
-    "MediaError",
-    "MediaInfo",
-    "decode_clip",
-    "encode_clip",
-    "probe",
-    "read_metadata",
-]
 
 # What another attempt from the start of the file may mend: a seek can land late, or
 # on a frame whose references are missing.
@@ -57,14 +44,13 @@ class MediaInfo:
     """What a file holds, as a viewer would see it.
 
     Attributes:
-      duration: Seconds; 0 if unknown.
-      fps: Average frames per second; 0 if unknown.
-      frames: Frames declared, or found if the file was scanned; 0 if unknown.
-      height: Pixels, after rotation and with square pixels.
-      width: Pixels, after rotation and with square pixels.
-      codec: FFmpeg's name of the video decoder.
-      has_audio: Whether there is a sound track, silent or not.
-      audio_rate: Hz; 0 without a sound track.
+        duration: seconds; 0 if unknown.
+        fps: average frames per second; 0 if unknown.
+        frames: frames declared, or found if the file was scanned; 0 if unknown.
+        height, width: pixels, after rotation and with square pixels.
+        codec: FFmpeg's name of the video decoder.
+        has_audio: whether there is a sound track, silent or not.
+        audio_rate: Hz; 0 without a sound track.
     """
 
     duration: float
@@ -77,19 +63,8 @@ class MediaInfo:
     audio_rate: int
 
 
-def _nearest(
-    frames: Iterator[tuple[float, av.VideoFrame]],
-    times: np.ndarray,
-    step: float,
-    period: float,
-    late: float,
-) -> Iterator[tuple[float, av.VideoFrame]]:
-    """Yields for every time, `step` seconds apart, the frame that is nearest to it.
-
-    Raises:
-      MediaError: "short" if the frames end before the times do, or if the first one
-        comes more than `late` seconds after the first time.
-    """
+def _nearest(frames, times, step, period, late) -> Iterator[av.VideoFrame]:
+    """Yields for every time, `step` seconds apart, the frame that is nearest to it."""
     k, before = 0, None
     for seconds, frame in frames:
         if before is None and seconds > times[0] + late:
@@ -97,7 +72,7 @@ def _nearest(
         while before and k < len(times):
             if times[k] > (before[0] + seconds) / 2 + _EPSILON:
                 break
-            yield before
+            yield before[1]
             k += 1
         if k == len(times):
             return
@@ -109,7 +84,7 @@ def _nearest(
     # 17 frames at 8 fps are to be had of 2 s at 24 fps, but not of 2 s at 8 fps.
     reach = max(lasts - _EPSILON, step / 2 + _EPSILON)
     while k < len(times) and times[k] < before[0] + reach:
-        yield before
+        yield before[1]
         k += 1
     if k < len(times):
         raise MediaError("short", f"{k} of {len(times)} frames")
@@ -118,8 +93,8 @@ def _nearest(
 class _Converter:
     """Turns decoded frames into RGB of one size: upright, square pixels, cropped."""
 
-    def __init__(self, height: int, width: int, sample_aspect):
-        self.size = height, width
+    def __init__(self, size: tuple[int, int], sample_aspect):
+        self.size = size
         aspect = float(sample_aspect or 1)
         # Encoders round: 0.999 is meant to be 1, and honouring it costs a rescale.
         self.aspect = 1.0 if abs(aspect - 1) < 0.01 else aspect
@@ -197,37 +172,37 @@ def decode_clip(
     cropped around its centre.
 
     Args:
-      source: Path or content of a file.
-      frames: Number of frames T.
-      fps: Frames per second of the result.
-      height: Pixels of the result.
-      width: Pixels of the result.
-      start_seconds: Start of the window, from the start of the video.
-      audio_rate: Hz of the sound; 0: no sound.
-      channels: 1 or 2: the sound is mixed to mono or stereo.
-      budget: What decoding may cost.
+        source: path or content of a file.
+        frames: number of frames T.
+        fps: frames per second of the result.
+        height: pixels of the result.
+        width: pixels of the result.
+        start_seconds: start of the window, from the start of the video.
+        audio_rate: Hz of the sound; 0: no sound.
+        channels: 1 or 2: the sound is mixed to mono or stereo.
+        budget: what decoding may cost.
 
     Returns:
-      A clip: `video` uint8 [T H W 3], `fps`, `caption` (""), `audio` float32
-      [a channels] in [-1, 1] with a = round(T / fps * audio_rate) samples, the first
-      one at the time of the first frame, zero where the file has none (None if
-      `audio_rate` is 0), `audio_rate`; and `has_audio`: whether there is sound over
-      the whole window (and not digital silence), `source`: what was done to it.
+        A clip: `video` uint8 [T H W 3], `fps`, `caption` (""), `audio` float32
+        [a channels] in [-1, 1] with a = round(T / fps * audio_rate) samples, the first
+        one at the time of the first frame, zero where the file has none (None if
+        `audio_rate` is 0), `audio_rate`; and `has_audio`: whether there is sound over
+        the whole window (and not digital silence), `source`: what was done to it.
 
     Raises:
-      MediaError: If the window cannot be had, for one of `REASONS`.
+        MediaError: the window cannot be had, for one of `REASONS`.
     """
     if channels not in (1, 2):
         raise ValueError(f"`channels` (={channels}) must be 1 or 2.")
     deadline = time.monotonic() + budget.seconds
-    video, start, notes = _seek_window(
-        source,
-        times=start_seconds + np.arange(frames) / fps,
-        step=1 / fps,
-        size=(height, width),
-        budget=budget,
-        deadline=deadline,
-    )
+    times = start_seconds + np.arange(frames) / fps
+    window = source, times, 1 / fps, (height, width), budget, deadline
+    try:
+        video, start, notes = _decode_window(*window, seek=start_seconds > 0)
+    except MediaError as e:
+        if start_seconds <= 0 or e.reason not in _SEEK_FAULTS:
+            raise
+        video, start, notes = _decode_window(*window, seek=False)
     clip = {"video": video, "fps": float(fps), "caption": "", "audio": None}
     clip |= {"audio_rate": audio_rate, "has_audio": False, "source": notes}
     if audio_rate:
@@ -237,30 +212,13 @@ def decode_clip(
     return clip
 
 
-def _seek_window(source, *, times, **window):
-    """Returns what `_decode_window` does, and starts near the window if it can."""
-    if times[0] > 0:
-        try:
-            return _decode_window(source, times=times, seek=True, **window)
-        except MediaError as e:
-            if e.reason not in _SEEK_FAULTS:
-                raise
-    return _decode_window(source, times=times, seek=False, **window)
-
-
 def _sound(source, start, size, rate, deadline) -> tuple[np.ndarray, str]:
     """Returns a window's samples, of the given size, and what there was of them."""
     samples, state = np.zeros(size, np.float32), "missing"
     for seek in (True, False) if start > 1 else (False,):
         with open_media(source) as container, media_errors():
             samples, state = decode_audio(
-                container,
-                start_seconds=start,
-                count=size[0],
-                rate=rate,
-                channels=size[1],
-                deadline=deadline,
-                seek=seek,
+                container, start, size, rate, deadline=deadline, seek=seek
             )
         if state not in ("missing", "corrupt"):
             break
@@ -268,30 +226,23 @@ def _sound(source, start, size, rate, deadline) -> tuple[np.ndarray, str]:
 
 
 def _decode_window(
-    source: Media,
-    *,
-    times: np.ndarray,
-    step: float,
-    size: tuple[int, int],
-    budget: Budget,
-    deadline: float,
-    seek: bool,
+    source, times, step, size, budget, deadline, *, seek
 ) -> tuple[np.ndarray, float, dict[str, Any]]:
     """Returns (video at `times`, their start on the container's clock, notes)."""
     with open_media(source) as container, media_errors():
         stream, codec = video_stream(container, budget)
         times = times + float((stream.start_time or 0) * stream.time_base)
-        period = frame_period(stream, 25.0)
+        period = frame_period(stream)
         if seek:
             offset = math.floor(times[0] / stream.time_base)
             container.seek(offset, stream=stream, backward=True)
-        convert = _Converter(*size, stream.sample_aspect_ratio)
+        convert = _Converter(size, stream.sample_aspect_ratio)
         video = np.empty((len(times), *size, 3), np.uint8)
         decoded = decoded_frames(container, stream, codec, budget, deadline)
         late = period if seek else max(1.0, period)
         shown, distinct = None, 0
         chosen = _nearest(decoded, times, step, period, late)
-        for k, (_, frame) in enumerate(chosen):
+        for k, frame in enumerate(chosen):
             if frame is shown:
                 video[k] = video[k - 1]
             else:
@@ -307,16 +258,13 @@ def probe(
     """Describes a file, of which at least one frame is decoded.
 
     Args:
-      source: Path or content of a file.
-      scan: Whether to read the whole file to find its true length. Declared lengths
-        are wrong in truncated files and with edit lists, and absent in streams.
-      budget: What decoding may cost.
-
-    Returns:
-      What the file holds.
+        source: path or content of a file.
+        scan: whether to read the whole file to find its true length. Declared lengths
+            are wrong in truncated files and with edit lists, and absent in streams.
+        budget: what decoding may cost.
 
     Raises:
-      MediaError: If no frame can be decoded, for one of `REASONS`.
+        MediaError: no frame can be decoded, for one of `REASONS`.
     """
     deadline = time.monotonic() + budget.seconds
     with open_media(source) as container, media_errors():
@@ -344,15 +292,13 @@ def probe(
     return _scanned(source, info, budget, deadline) if scan else info
 
 
-def _scanned(
-    source: Media, info: MediaInfo, budget: Budget, deadline: float
-) -> MediaInfo:
+def _scanned(source, info: MediaInfo, budget: Budget, deadline: float) -> MediaInfo:
     """Returns `info` with the length that the packets of the file have."""
     count, end = 0, 0.0
     with open_media(source) as container:
         stream, _ = video_stream(container, budget)
         base = stream.time_base
-        period = frame_period(stream, 25.0)
+        period = frame_period(stream)
         start = float((stream.start_time or 0) * base)
         # Where reading fails the file ends: what came before may be good.
         with contextlib.suppress(FFmpegError):
@@ -370,7 +316,7 @@ def read_metadata(source: Media) -> dict[str, Any]:
     """Returns the metadata that `encode_clip` put into a file; {} if there is none.
 
     Raises:
-      MediaError: If the file cannot be opened.
+        MediaError: the file cannot be opened.
     """
     with open_media(source) as container:
         comment = container.metadata.get("comment", "")

@@ -16,32 +16,30 @@ _JUMP = 0.1  # seconds that time stamps may be off: Vorbis stamps jitter by a bl
 
 def decode_audio(
     container: InputContainer,
-    *,
     start_seconds: float,
-    count: int,
+    size: tuple[int, int],
     rate: int,
-    channels: int,
+    *,
     deadline: float,
     seek: bool,
 ) -> tuple[np.ndarray, str]:
     """Decodes a window of a file's sound.
 
     Args:
-      container: The file, opened anew.
-      start_seconds: Start of the window on the container's clock.
-      count: Number of samples a.
-      rate: Hz of the result.
-      channels: 1 or 2.
-      deadline: Value of `time.monotonic` after which decoding stops.
-      seek: Whether to start near the window. Not every file can seek in its sound;
-        then the window comes back "missing" or "corrupt".
+        container: the file, opened anew.
+        start_seconds: start of the window on the container's clock.
+        size: number of samples a, and channels: 1 or 2.
+        rate: Hz of the result.
+        deadline: value of `time.monotonic` after which decoding stops.
+        seek: whether to start near the window. Not every file can seek in its sound;
+            then the window comes back "missing" or "corrupt".
 
     Returns:
-      Samples float32 [a channels] in [-1, 1], zero where there are none, and what
-      there is: "whole", "partial", "silent" (digital silence), "corrupt" (zeros) or
-      "missing" (zeros).
+        Samples float32 [a channels] in [-1, 1], zero where there are none, and what
+        there is: "whole", "partial", "silent" (digital silence), "corrupt" (zeros) or
+        "missing" (zeros).
     """
-    samples = np.zeros((count, channels), np.float32)
+    samples = np.zeros(size, np.float32)
     stream: Any = container.streams.best("audio")
     if stream is None:
         return samples, "missing"
@@ -58,7 +56,7 @@ def decode_audio(
         return samples, "missing"
     if np.abs(samples).max() < SILENCE:
         return samples, "silent"
-    return samples, "whole" if count - covered <= GAP * rate else "partial"
+    return samples, "whole" if size[0] - covered <= GAP * rate else "partial"
 
 
 def _fill(container, stream, samples, start_seconds, rate, deadline) -> int:

@@ -1,9 +1,9 @@
 """Writing of video files: H.264 and AAC in mp4, as every player reads them."""
 
+import contextlib
 import io
 import json
 import math
-import os
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from jaxtyping import Float, Shaped
 
-from jvdit.data.files import temporary_path
+from jvdit.data.files import replacing
 
 _BT709 = 1  # AVColorSpace, AVColorPrimaries and AVColorTransferCharacteristic alike
 _AAC_FRAME = 1024  # samples
@@ -41,34 +41,25 @@ def encode_clip(
     the same bytes.
 
     Args:
-      target: Path, which appears whole or not at all, or a buffer.
-      video: uint8 [T H W 3].
-      fps: Frames per second.
-      audio: float32 [a channels] in [-1, 1] with 1 or 2 channels, or None.
-      audio_rate: Hz of `audio`.
-      crf: x264's quality: 0 is lossless in 4:2:0, 18 looks it, 28 is coarse.
-      gop: Most frames between key frames; None: one second of them. A short one
-        makes random access cheap.
-      preset: x264's trade of time for size.
-      metadata: JSON values kept in the file; see `read_metadata`.
+        target: path, which appears whole or not at all, or a buffer.
+        video: uint8 [T H W 3].
+        fps: frames per second.
+        audio: float32 [a channels] in [-1, 1] with 1 or 2 channels, or None.
+        audio_rate: Hz of `audio`.
+        crf: x264's quality: 0 is lossless in 4:2:0, 18 looks it, 28 is coarse.
+        gop: most frames between key frames; None: one second of them. A short one makes
+            random access cheap.
+        preset: x264's trade of time for size.
+        metadata: JSON values kept in the file; see `read_metadata`.
 
     Raises:
-      ValueError: If the arrays are of another shape or type.
+        ValueError: the arrays are of another shape or type.
     """
     _check(video, fps, audio, audio_rate)
-    if isinstance(target, io.BytesIO):
-        _write(target, video, fps, audio, audio_rate, crf, gop, preset, metadata)
-        return
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(target)
-    try:
-        _write(
-            str(temporary), video, fps, audio, audio_rate, crf, gop, preset, metadata
-        )
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    buffer = isinstance(target, io.BytesIO)
+    place = contextlib.nullcontext(target) if buffer else replacing(Path(target))
+    with place as file:
+        _write(file, video, fps, audio, audio_rate, crf, gop, preset, metadata)
 
 
 def _check(video, fps, audio, audio_rate) -> None:
@@ -81,40 +72,33 @@ def _check(video, fps, audio, audio_rate) -> None:
         raise ValueError(f"`video` {list(video.shape)} is empty.")
     if not (math.isfinite(fps) and fps > 0):
         raise ValueError(f"`fps` (={fps}) must be positive.")
-    if audio is None:
-        return
-    if audio.ndim != 2 or audio.shape[1] not in (1, 2):
+    if audio is not None and (audio.ndim != 2 or audio.shape[1] not in (1, 2)):
         raise ValueError(
             f"`audio` must be [a channels] with 1 or 2 channels, not "
             f"{list(audio.shape)}; pass audio[:, None] if it is mono."
         )
-    if audio_rate <= 0:
+    if audio is not None and audio_rate <= 0:
         raise ValueError(f"`audio_rate` (={audio_rate}) must be given with `audio`.")
 
 
 def _write(target, video, fps, audio, audio_rate, crf, gop, preset, metadata) -> None:
     # The index goes first in files, for the web; a buffer cannot be reopened for it.
-    options = {"movflags": "+faststart"} if isinstance(target, str) else {}
+    options = {} if isinstance(target, io.BytesIO) else {"movflags": "+faststart"}
     with av.open(target, "w", format="mp4", options=options) as container:
         if metadata is not None:
             container.metadata["comment"] = json.dumps(metadata, sort_keys=True)
         rate = Fraction(fps).limit_denominator(100_000)
         picture = _video_stream(container, video, rate, crf, gop, preset)
-        sound: Any = None
-        if audio is not None:
-            sound = container.add_stream("aac", rate=audio_rate)
+        if audio is not None:  # all streams before any packet
+            sound: Any = container.add_stream("aac", rate=audio_rate)
             sound.layout = "mono" if audio.shape[1] == 1 else "stereo"
             sound.bit_rate = 96_000 * audio.shape[1]
-        packets = _video_packets(picture, video, rate)
-        if sound is not None:
+        packets: list[Any] = _video_packets(picture, video, rate)
+        if audio is not None:
             packets += _audio_packets(sound, audio, audio_rate)
         # Interleaved by time, so that a player need not jump about.
-        packets.sort(key=_decode_time)
+        packets.sort(key=lambda p: (p.dts * p.time_base, p.stream.index))
         container.mux(packets)
-
-
-def _decode_time(packet: Any) -> tuple[Fraction, int]:
-    return packet.dts * packet.time_base, packet.stream.index
 
 
 def _video_stream(container, video, rate, crf, gop, preset):

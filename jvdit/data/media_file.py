@@ -47,8 +47,8 @@ class MediaError(ValueError):
     """A file, or a window of it, that cannot be used.
 
     Args:
-      reason: One of `REASONS`.
-      detail: What was found.
+        reason: one of `REASONS`.
+        detail: what was found.
     """
 
     def __init__(self, reason: str, detail: str = ""):
@@ -66,10 +66,10 @@ class Budget:
     """What one window may cost.
 
     Attributes:
-      frames: Most frames to decode, those before the window included.
-      pixels: Most pixels of a frame.
-      side: Least pixels of a frame's height and width.
-      seconds: Most wall time, checked between frames.
+        frames: most frames to decode, those before the window included.
+        pixels: most pixels of a frame.
+        side: least pixels of a frame's height and width.
+        seconds: most wall time, checked between frames.
     """
 
     frames: int = 20_000
@@ -90,6 +90,8 @@ def media_errors(reason: str = "corrupt") -> Iterator[None]:
         raise
     except FileNotFoundError as e:
         raise MediaError("missing", str(e.filename)) from None
+    except TimeoutError as e:  # of sound, where a MediaError would mean that it is bad
+        raise MediaError("timeout", str(e)) from None
     except (DecoderNotFoundError, NotImplementedError) as e:
         raise MediaError("unsupported", str(e)) from None
     except FFmpegError as e:
@@ -176,12 +178,12 @@ def decoded_frames(
             _check_frame(frame, first)
             stamp = frame.dts if frame.pts is None else frame.pts
             if stamp is None:
-                stamp = round((count - 1) * frame_period(stream, 25.0) / base)
+                stamp = round((count - 1) * frame_period(stream) / base)
             if (seconds := float(stamp * base)) > last:  # a time cannot come twice
                 last = seconds
                 yield seconds, frame
 
 
-def frame_period(stream, fps: float | int) -> float:
-    """Returns the seconds that a frame lasts on average."""
-    return 1 / float(stream.average_rate or stream.guessed_rate or fps)
+def frame_period(stream) -> float:
+    """Returns the seconds that a frame lasts on average; 1/25 if that is unknown."""
+    return 1 / float(stream.average_rate or stream.guessed_rate or 25)

@@ -6,7 +6,7 @@ in every process, and costs the same anywhere in a run.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,15 +70,15 @@ class Streams:
     """Every (source, size) as an endless sequence of clips.
 
     Attributes:
-      source: Source of each stream.
-      key: What its clips have in common, [k ...].
-      clips: Number of its clips.
-      places: How many clips an epoch takes from it.
+        source: source of each stream.
+        key: what its clips have in common, [k ...].
+        clips: number of its clips.
+        places: how many clips an epoch takes from it.
     """
 
     def __init__(
         self,
-        keys: Sequence[np.ndarray],
+        keys: Iterable[np.ndarray],
         weights: Sequence[float | int] | None,
         seed: int,
     ):

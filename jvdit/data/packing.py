@@ -16,6 +16,8 @@ from jaxtyping import Float, Int, Shaped
 # Patch sizes and latent grids are (frames, height, width).
 Size = tuple[int, int, int]
 
+# Patches of pt x ph x pw latents, as einops has it.
+_LATENTS, _TOKENS = "(f pt) (h ph) (w pw) c", "(f h w) (pt ph pw c)"
 _OPEN_ROWS = 512  # rows that best fit chooses from
 
 # A posterior this narrow is a point: sampling it returns its mean.
@@ -26,7 +28,7 @@ def token_grid(latent_size: Size, patch_size: Size) -> Size:
     """Returns how many tokens a latent grid gives along each axis.
 
     Raises:
-      ValueError: If a side is no positive multiple of its patch.
+        ValueError: a side is no positive multiple of its patch.
     """
     for name, size, patch in zip(
         ("frames", "height", "width"), latent_size, patch_size, strict=True
@@ -44,26 +46,15 @@ def token_grid(latent_size: Size, patch_size: Size) -> Size:
 def patchify(
     latents: Shaped[np.ndarray, "f h w c"], patch_size: Size
 ) -> Shaped[np.ndarray, "n p"]:
-    """Cuts latents into patches; a patch is one token.
+    """Cuts the latents of one clip into patches; a patch is one token.
 
-    Args:
-      latents: Latents of one clip.
-      patch_size: Latent frames, height and width of a patch.
-
-    Returns:
-      Tokens in the order of (frame, height, width), the last fastest. The channels of
-      a token are in the order of (frame, height, width, channel) within the patch, as
-      the kernel of a channels-last strided convolution has them.
+    Tokens are in the order of (frame, height, width), the last fastest. The channels of
+    a token are in the order of (frame, height, width, channel) within the patch, as the
+    kernel of a channels-last strided convolution has them.
     """
     token_grid(latents.shape[:3], patch_size)
-    pt, ph, pw = patch_size
-    return rearrange(
-        latents,
-        "(f pt) (h ph) (w pw) c -> (f h w) (pt ph pw c)",
-        pt=pt,
-        ph=ph,
-        pw=pw,
-    )
+    patch = dict(zip(("pt", "ph", "pw"), patch_size, strict=True))
+    return rearrange(latents, f"{_LATENTS} -> {_TOKENS}", **patch)
 
 
 def unpatchify(
@@ -76,16 +67,8 @@ def unpatchify(
             f"Latents of size {latent_size} in patches of {patch_size} are {f * h * w} "
             f"tokens, and {tokens.shape[0]} were given."
         )
-    pt, ph, pw = patch_size
-    return rearrange(
-        tokens,
-        "(f h w) (pt ph pw c) -> (f pt) (h ph) (w pw) c",
-        f=f,
-        h=h,
-        pt=pt,
-        ph=ph,
-        pw=pw,
-    )
+    patch = dict(zip(("pt", "ph", "pw"), patch_size, strict=True))
+    return rearrange(tokens, f"{_TOKENS} -> {_LATENTS}", f=f, h=h, **patch)
 
 
 def latent_times(
@@ -105,24 +88,21 @@ def latent_times(
 
 
 def positions(
-    latent_size: Size,
-    patch_size: Size,
-    fps: float | None,
-    temporal_compression: int,
+    latent_size: Size, patch_size: Size, fps: float | None, temporal_compression: int
 ) -> Float[np.ndarray, "n 3"]:
     """Returns the (t, y, x) coordinates of the tokens of one clip.
 
     Args:
-      latent_size: Latent frames, height and width.
-      patch_size: Latent frames, height and width of a patch.
-      fps: Pixel frames per second of the clip. None: t counts tokens like y and x, as
-        imported models do.
-      temporal_compression: Pixel frames that a latent frame after the first covers.
+        latent_size: latent frames, height and width.
+        patch_size: latent frames, height and width of a patch.
+        fps: pixel frames per second of the clip. None: t counts tokens like y and x, as
+            imported models do.
+        temporal_compression: pixel frames that a latent frame after the first covers.
 
     Returns:
-      t in seconds, the mean over the latent frames of the patch, so that clips of
-      different frame rates share one clock; y and x in patches, so that neighbouring
-      tokens differ by 1. float32, in the order of `patchify`.
+        t in seconds, the mean over the latent frames of the patch, so that clips of
+        different frame rates share one clock; y and x in patches, so that neighbouring
+        tokens differ by 1. float32, in the order of `patchify`.
     """
     f, h, w = token_grid(latent_size, patch_size)
     if fps is None:
@@ -141,11 +121,7 @@ def best_fit(
     text_budget: int,
     max_clips: int,
 ) -> list[list[int]]:
-    """Packs items in the order given, each into the fullest row that takes it.
-
-    Returns:
-      The items of each row.
-    """
+    """Packs items in order, each into the fullest row that takes it; returns rows."""
     smallest = min(tokens, default=0)
     rows: list[list[int]] = []
     text_room: list[int] = []
@@ -175,15 +151,15 @@ class Item:
     """One clip (or one request) in tokens, ready to be put in a row.
 
     Attributes:
-      latents: Its tokens.
-      position: (t, y, x) of each.
-      logvar: Log variance of each, where `latents` is the mean of a posterior. None:
-        `latents` is exact.
-      text_ids: Ids of its caption. Exactly one of this and `text_embeds` is given.
-      text_embeds: States of a text encoder for its caption.
-      clip_id: Which clip it is, at least 0.
-      valid: False for a clip that could not be read: it keeps its place and its id,
-        but its tokens are padding.
+        latents: its tokens.
+        position: (t, y, x) of each.
+        logvar: log variance of each, where `latents` is the mean of a posterior. None:
+            `latents` is exact.
+        text_ids: ids of its caption. Exactly one of this and `text_embeds` is given.
+        text_embeds: states of a text encoder for its caption.
+        clip_id: which clip it is, at least 0.
+        valid: False for a clip that could not be read: it keeps its place and its id,
+            but its tokens are padding.
     """
 
     latents: Float[np.ndarray, "n c"]
@@ -212,55 +188,51 @@ class Item:
 
 
 def pack_rows(
-    rows: Sequence[Sequence[Item]],
-    token_budget: int,
-    text_budget: int,
-    max_clips: int,
+    rows: Sequence[Sequence[Item]], token_budget: int, text_budget: int, max_clips: int
 ) -> dict[str, np.ndarray]:
     """Puts items side by side in rows of one static shape.
 
     Args:
-      rows: The items of each row, in order.
-      token_budget: Tokens of a row, n.
-      text_budget: Text tokens of a row, s.
-      max_clips: Most items of a row, m.
+        rows: the items of each row, in order.
+        token_budget: tokens of a row, n.
+        text_budget: text tokens of a row, s.
+        max_clips: most items of a row, m.
 
     Returns:
-      `latents`, `logvar` [b n c], `position` [b n 3], `segment` [b n], `text_ids`
-      [b s] or `text_embeds` [b s e], `text_segment` [b s], `valid` [b m] and
-      `clip_id` [b m] (-1: empty place). Item i of a row is segment i + 1 in its tokens
-      and in its text; segment 0 is padding, whose latents are zero.
+        `latents`, `logvar` [b n c], `position` [b n 3], `segment` [b n], `text_ids`
+        [b s] or `text_embeds` [b s e], `text_segment` [b s], `valid` [b m], `clip_id`
+        [b m] (-1: empty place). Item i of a row is segment i + 1 in its tokens and in
+        its text; segment 0 is padding, whose latents are zero.
 
     Raises:
-      ValueError: If a row exceeds one of the three bounds, or there is no item.
+        ValueError: a row exceeds one of the three bounds, or there is no item.
     """
     items = [item for row in rows for item in row]
     if not items:
         raise ValueError("`rows` holds no item, so the width of a token is unknown.")
     for row in rows:
         _check_row(row, token_budget, text_budget, max_clips)
-    b, c = len(rows), items[0].latents.shape[1]
-    text_name = "text_embeds" if items[0].text_ids is None else "text_ids"
-    text = items[0].text
+    b, n, s, m = len(rows), token_budget, text_budget, max_clips
+    c, text = items[0].latents.shape[1], items[0].text
+    name, kind = (
+        ("text_ids", np.int32) if text.ndim == 1 else ("text_embeds", np.float32)
+    )
     batch: dict[str, np.ndarray] = {
-        "latents": np.zeros((b, token_budget, c), np.float32),
-        "logvar": np.full((b, token_budget, c), POINT_LOGVAR, np.float32),
-        "position": np.zeros((b, token_budget, 3), np.float32),
-        "segment": np.zeros((b, token_budget), np.int32),
-        text_name: np.zeros(
-            (b, text_budget, *text.shape[1:]),
-            np.int32 if text_name == "text_ids" else np.float32,
-        ),
-        "text_segment": np.zeros((b, text_budget), np.int32),
-        "valid": np.zeros((b, max_clips), np.bool_),
-        "clip_id": np.full((b, max_clips), -1, np.int64),
+        "latents": np.zeros((b, n, c), np.float32),
+        "logvar": np.full((b, n, c), POINT_LOGVAR, np.float32),
+        "position": np.zeros((b, n, 3), np.float32),
+        "segment": np.zeros((b, n), np.int32),
+        name: np.zeros((b, s, *text.shape[1:]), kind),
+        "text_segment": np.zeros((b, s), np.int32),
+        "valid": np.zeros((b, m), np.bool_),
+        "clip_id": np.full((b, m), -1, np.int64),
     }
     for r, row in enumerate(rows):
-        n = s = 0
+        token = word = 0
         for i, item in enumerate(row):
-            tokens = (r, slice(n, n + len(item.latents)))
-            words = (r, slice(s, s + len(item.text)))
-            n, s = tokens[1].stop, words[1].stop
+            tokens = (r, slice(token, token + len(item.latents)))
+            words = (r, slice(word, word + len(item.text)))
+            token, word = tokens[1].stop, words[1].stop
             batch["valid"][r, i], batch["clip_id"][r, i] = item.valid, item.clip_id
             if not item.valid:
                 continue
@@ -269,7 +241,7 @@ def pack_rows(
                 batch["logvar"][tokens] = item.logvar
             batch["position"][tokens] = item.position
             batch["segment"][tokens] = i + 1
-            batch[text_name][words] = item.text
+            batch[name][words] = item.text
             batch["text_segment"][words] = i + 1
     return batch
 
@@ -305,13 +277,8 @@ def unpack_rows(
 ) -> list[list[Shaped[np.ndarray, "f h w c"]]]:
     """Takes rows apart into the latents of their items; undoes `pack_rows`.
 
-    Args:
-      tokens: Packed tokens, such as the `latents` of a batch after denoising.
-      latent_sizes: Latent frames, height and width of each item of each row.
-      patch_size: Latent frames, height and width of a patch.
-
-    Returns:
-      The latents of each item of each row.
+    `tokens` are such as the `latents` of a batch after denoising, and `latent_sizes`
+    those of each item of each row.
     """
     tokens = np.asarray(tokens)
     if len(tokens) != len(latent_sizes):

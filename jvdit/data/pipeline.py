@@ -6,7 +6,6 @@ with threads or processes. Its state is one integer.
 
 import os
 import queue
-import threading
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -18,10 +17,9 @@ from jvdit.data.builders import (
     ClipBatches,
     PackedBatches,
     StalledError,
+    call_within,
     few,
 )
-
-__all__ = ["BadDataError", "Batches", "ClipBatches", "PackedBatches", "StalledError"]
 
 _MOST_PREFETCHED = 64  # batches
 _KEPT_REPORTS = 1000
@@ -40,22 +38,22 @@ class Batches:
                 ...
 
     Args:
-      builder: Makes the batch of a step.
-      start: First step.
-      num_threads: Batches that are made at once (in each process).
-      buffer_bytes: Most bytes of batches that are made ahead; but never fewer than 2
-        batches, nor more than 64.
-      num_workers: Processes; 0: threads of this one. A worker imports the main module
-        again, so that must do nothing when imported.
-      timeout: Seconds to wait for a batch. None: twice that of the builder, so that a
-        reading which hangs is named by its clips.
-      max_bad: Share of clips that may be unreadable.
+        builder: makes the batch of a step.
+        start: first step.
+        num_threads: batches that are made at once (in each process).
+        buffer_bytes: most bytes of batches that are made ahead; but never fewer than 2
+            batches, nor more than 64.
+        num_workers: processes; 0: threads of this one. A worker imports the main module
+            again, so that must do nothing when imported.
+        timeout: seconds to wait for a batch. None: twice that of the builder, so that a
+            reading which hangs is named by its clips.
+        max_bad: share of clips that may be unreadable.
 
     Attributes:
-      clips: Number of clips in the batches returned so far, bad ones included.
-      bad: Number of clips that could not be read, in the batches returned so far.
-      reports: (step, clip id, reason) of the latest of those.
-      fingerprint: Of the plan; a step means nothing without it.
+        clips: number of clips in the batches returned so far, bad ones included.
+        bad: number of clips that could not be read, in the batches returned so far.
+        reports: (step, clip id, reason) of the latest of those.
+        fingerprint: of the plan; a step means nothing without it.
     """
 
     def __init__(
@@ -78,7 +76,7 @@ class Batches:
         self.clips = self.bad = 0
         self.reports: deque[tuple[int, int, str]] = deque(maxlen=_KEPT_REPORTS)
         self.fingerprint = builder.plan.fingerprint
-        self._pump: _Pump | None = None
+        self._batches: Any = None
         self._step = start
 
     @property
@@ -121,13 +119,13 @@ class Batches:
         """Returns the next batch.
 
         Raises:
-          StalledError: If it does not arrive; it names the step and its clips.
-          BadDataError: If too many clips could not be read.
+            StalledError: it does not arrive; it names the step and its clips.
+            BadDataError: too many clips could not be read.
         """
-        if self._pump is None:
-            self._pump = _Pump(self._iterate())
+        if self._batches is None:
+            self._batches = self._iterate()
         try:
-            batch, bad = self._pump.get(self._timeout)
+            batch, bad = call_within(self._timeout, next, self._batches)
         except queue.Empty:
             self.close()
             ids = [self._builder.clip_id(x) for x in self._builder.slots(self._step)]
@@ -155,42 +153,12 @@ class Batches:
 
     def close(self) -> None:
         """Ends threads and processes. Iterating again starts them again."""
-        if self._pump is not None:
-            self._pump.close()
-            self._pump = None
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
 
     def __enter__(self) -> "Batches":
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.close()
-
-
-class _Pump:
-    """Waits for an iterator in a thread of its own, so that waiting can be given up."""
-
-    def __init__(self, iterator: Any):
-        self._iterator = iterator
-        self._wanted: queue.SimpleQueue = queue.SimpleQueue()
-        self._arrived: queue.SimpleQueue = queue.SimpleQueue()
-        threading.Thread(target=self._run, name="batches", daemon=True).start()
-
-    def _run(self) -> None:
-        while self._wanted.get():
-            try:
-                self._arrived.put((next(self._iterator), None))
-            except BaseException as error:
-                self._arrived.put((None, error))
-
-    def get(self, timeout: float) -> Any:
-        """Returns the next element, or raises what kept it from coming."""
-        self._wanted.put(True)
-        element, error = self._arrived.get(timeout=timeout)
-        if error is not None:
-            raise error
-        return element
-
-    def close(self) -> None:
-        """Ends the thread, and what the iterator runs."""
-        self._wanted.put(False)
-        self._iterator.close()

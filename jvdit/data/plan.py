@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from jvdit.data.order import (
     Streams,
@@ -39,10 +40,8 @@ class Slot(NamedTuple):
     """A place in a row, and the clip that takes it.
 
     Attributes:
-      source: Which source.
-      clip: Which clip of it.
-      tokens: Tokens that the clip has.
-      text: Text tokens that are kept for its caption.
+        source, clip: which source, and which clip of it.
+        tokens, text: tokens of the clip, and text tokens kept for its caption.
     """
 
     source: int
@@ -66,27 +65,26 @@ class PackPlan:
     source keep their proportions to within one clip of each size an epoch.
 
     Args:
-      indexes: The index of each source: `frames`, `height`, `width` of the latents
-        and `text_length`, one entry a clip.
-      weights: Share of the clips (not of the tokens) that each source gets, in any
-        unit. None: as many as it has.
-      patch_size: Latent frames, height and width of a patch.
-      token_budget: Tokens of a row.
-      text_budget: Text tokens of a row; a caption takes a multiple of 16.
-      max_clips: Most clips of a row.
-      rows_per_step: Rows of a batch, all hosts together.
-      seed: Of the order.
-      fingerprints: Of the sources; they make that of the plan.
+        indexes: the index of each source: `frames`, `height`, `width` of the latents
+            and `text_length`, one entry a clip.
+        weights: share of the clips (not of the tokens) that each source gets, in any
+            unit. None: as many as it has.
+        patch_size: latent frames, height and width of a patch.
+        token_budget, max_clips: most tokens and most clips of a row.
+        text_budget: text tokens of a row; a caption takes a multiple of 16.
+        rows_per_step: rows of a batch, all hosts together.
+        seed: of the order.
+        fingerprints: of the sources; they make that of the plan.
 
     Attributes:
-      rows_per_epoch: Rows of an epoch; steps run across its end.
-      clips_per_epoch: Places of an epoch, all sources together.
-      padding: Fraction of the tokens of an epoch that are padding.
-      fingerprint: Equal for plans that give equal rows at every step.
+        rows_per_epoch: rows of an epoch; steps run across its end.
+        clips_per_epoch: places of an epoch, all sources together.
+        padding: fraction of the tokens of an epoch that are padding.
+        fingerprint: equal for plans that give equal rows at every step.
 
     Raises:
-      ValueError: If a clip exceeds a budget, a size does not fit the patch, or a
-        weight is not positive.
+        ValueError: a clip exceeds a budget, a size does not fit the patch, or a weight
+            is not positive.
     """
 
     def __init__(
@@ -108,7 +106,7 @@ class PackPlan:
         self.sizes = [len(index["frames"]) for index in indexes]
         keys = []
         for source, index in enumerate(indexes):
-            tokens = _token_counts(source, index, patch_size)
+            tokens = _token_counts(source, _clip_sizes(index), patch_size)
             text = np.maximum(np.asarray(index["text_length"], np.int64), 1)
             text = -(-text // TEXT_MULTIPLE) * TEXT_MULTIPLE
             _check_budget(source, "token_budget", token_budget, tokens)
@@ -124,11 +122,8 @@ class PackPlan:
     @classmethod
     def of(cls, sources: Sequence[Any], **kwargs: Any) -> "PackPlan":
         """Makes the plan of sources; the rest is as for `PackPlan`."""
-        return cls(
-            [source.index for source in sources],
-            fingerprints=[source.fingerprint for source in sources],
-            **kwargs,
-        )
+        prints = [source.fingerprint for source in sources]
+        return cls([x.index for x in sources], fingerprints=prints, **kwargs)
 
     def _pack(self) -> None:
         """Packs one block and what remains, and lays both out in arrays."""
@@ -174,20 +169,13 @@ class PackPlan:
         """Steps of an epoch; not an integer, as steps run across its end."""
         return self.rows_per_epoch / self.rows_per_step
 
-    def __getitem__(self, step: int) -> list[list[Slot]]:
-        """Returns the rows of a step: the clips in each."""
-        return self.rows(step)
-
     def rows(self, step: int, host: int = 0, hosts: int = 1) -> list[list[Slot]]:
-        """Returns the rows of a step that a host reads.
+        """Returns the rows of a step that a host reads: the clips in each.
 
-        Args:
-          step: Which step, from 0.
-          host: Which host.
-          hosts: How many there are. Host i has the i-th of as many equal parts.
+        Host i of `hosts`, from 0, has the i-th of as many equal parts.
 
         Raises:
-          ValueError: If the rows cannot be shared equally, or `step` is negative.
+            ValueError: the rows cannot be shared equally, or `step` is negative.
         """
         mine = host_share("rows_per_step", self.rows_per_step, step, host, hosts)
         epoch, row = np.divmod(step * self.rows_per_step + mine, self.rows_per_epoch)
@@ -207,6 +195,8 @@ class PackPlan:
             Slot, source.tolist(), clip.tolist(), tokens.tolist(), text.tolist()
         )
         return [list(itertools.islice(slots, size)) for size in sizes.tolist()]
+
+    __getitem__ = rows
 
     def _templates(
         self, epoch: np.ndarray, row: np.ndarray
@@ -238,25 +228,24 @@ class BucketPlan:
     steps, a step takes the last of one pass and the first of the next.
 
     Args:
-      indexes: The index of each source: `frames`, `height`, `width` in pixels.
-      batch_size: Clips of a step, whatever their size. Give this or `pixel_budget`.
-      pixel_budget: Most pixels (frames * height * width, summed over clips) of a step.
-      multiple: The clips of a step are a multiple of it; the number of devices of all
-        hosts, say.
-      weights: Share of the clips that each source gets. None: as many as it has.
-      seed: Of the order.
-      fingerprints: Of the sources; they make that of the plan.
+        indexes: the index of each source: `frames`, `height`, `width` in pixels.
+        batch_size: clips of a step, whatever their size. Give this or `pixel_budget`.
+        pixel_budget: most pixels (frames * height * width, summed over clips) of a
+            step.
+        multiple: the clips of a step are a multiple of it; the number of devices of all
+            hosts, say.
+        weights, seed, fingerprints: as of `PackPlan`.
 
     Attributes:
-      batches: Clips of a step by size (frames, height, width).
-      cycle: Steps after which the sequence of sizes repeats.
-      distortion: Largest relative error of the share of clips that a size gets, which
-        comes of the cycle having whole steps.
-      fingerprint: Equal for plans that give equal clips at every step.
+        batches: clips of a step by size (frames, height, width).
+        cycle: steps after which the sequence of sizes repeats.
+        distortion: largest relative error of the share of clips that a size gets, which
+            comes of the cycle having whole steps.
+        fingerprint: equal for plans that give equal clips at every step.
 
     Raises:
-      ValueError: If a clip exceeds the budget, or not exactly one of `batch_size` and
-        `pixel_budget` is given.
+        ValueError: a clip exceeds the budget, or not exactly one of `batch_size` and
+            `pixel_budget` is given.
     """
 
     def __init__(
@@ -274,12 +263,7 @@ class BucketPlan:
             raise ValueError("Give exactly one of `batch_size` and `pixel_budget`.")
         self.seed = seed
         self.sizes = [len(index["frames"]) for index in indexes]
-        axes = ("frames", "height", "width")
-        keys = [
-            np.stack([np.asarray(index[axis], np.int64) for axis in axes], axis=1)
-            for index in indexes
-        ]
-        self._streams = streams = Streams(keys, weights, seed)
+        self._streams = streams = Streams(map(_clip_sizes, indexes), weights, seed)
         found, self._size_of = np.unique(streams.key, axis=0, return_inverse=True)
         self._sizes: list[Size] = [(f, h, w) for f, h, w in found.tolist()]
         self._batch = np.array(
@@ -295,24 +279,20 @@ class BucketPlan:
     @classmethod
     def of(cls, sources: Sequence[Any], **kwargs: Any) -> "BucketPlan":
         """Makes the plan of sources; the rest is as for `BucketPlan`."""
-        return cls(
-            [source.index for source in sources],
-            fingerprints=[source.fingerprint for source in sources],
-            **kwargs,
-        )
+        prints = [source.fingerprint for source in sources]
+        return cls([x.index for x in sources], fingerprints=prints, **kwargs)
 
     def _schedule_sizes(self) -> None:
         """Gives every step of the cycle its size, and its rank among those."""
         places = np.bincount(self._size_of, self._streams.places).astype(np.int64)
         self._places = places
         self.clips_per_epoch = int(places.sum())
-        steps = places / self._batch
-        if (steps % 1 == 0).all() and steps.sum() <= _LONGEST_CYCLE:
-            turns = steps.astype(np.int64)
-        else:  # at least 50 steps of each size: shares to within 1 %
+        steps = turns = places / self._batch
+        if (steps % 1 != 0).any() or steps.sum() > _LONGEST_CYCLE:
+            # At least 50 steps of each size: shares to within 1 %.
             length = min(_LONGEST_CYCLE, math.ceil(50 / (steps / steps.sum()).min()))
             turns = np.maximum(np.round(steps * (length / steps.sum())), 1)
-            turns = turns.astype(np.int64)
+        turns = turns.astype(np.int64)
         share = turns * self._batch / (turns @ self._batch)
         self.distortion = float(np.abs(share * places.sum() / places - 1).max())
         rng = np.random.Generator(np.random.Philox(key=[self.seed, 0]))
@@ -329,10 +309,6 @@ class BucketPlan:
     def size(self, step: int) -> Size:
         """Returns the frames, height and width of all clips of a step."""
         return self._sizes[self._schedule[step % self.cycle]]
-
-    def __getitem__(self, step: int) -> list[Slot]:
-        """Returns the clips of a step."""
-        return self.rows(step)
 
     def rows(self, step: int, host: int = 0, hosts: int = 1) -> list[Slot]:
         """Returns the clips of a step that a host reads; see `PackPlan.rows`."""
@@ -353,19 +329,24 @@ class BucketPlan:
         source = self._streams.source[stream].tolist()
         return [Slot(s, c, 0, 0) for s, c in zip(source, clip.tolist(), strict=True)]
 
+    __getitem__ = rows
 
-def _token_counts(source: int, index: Index, patch_size: Size) -> np.ndarray:
-    sizes = np.stack(
-        [np.asarray(index[axis], np.int64) for axis in ("frames", "height", "width")]
-    )
-    bad = ((sizes % np.array(patch_size)[:, None] != 0) | (sizes < 1)).any(axis=0)
-    if bad.any():
-        clip = int(np.argmax(bad))
+
+def _clip_sizes(index: Index) -> Int[np.ndarray, "k 3"]:
+    axes = ("frames", "height", "width")
+    return np.stack([np.asarray(index[axis], np.int64) for axis in axes], axis=1)
+
+
+def _token_counts(
+    source: int, sizes: Int[np.ndarray, "k 3"], patch_size: Size
+) -> Int[np.ndarray, "k"]:
+    bad = ((sizes % np.array([patch_size]) != 0) | (sizes < 1)).any(axis=1)
+    for clip in np.flatnonzero(bad)[:1]:
         try:
-            token_grid(tuple(sizes[:, clip].tolist()), patch_size)
+            token_grid(tuple(sizes[clip].tolist()), patch_size)
         except ValueError as error:
             raise ValueError(f"Clip {clip} of source {source}: {error}") from None
-    return sizes.prod(axis=0) // math.prod(patch_size)
+    return sizes.prod(axis=1) // math.prod(patch_size)
 
 
 def _check_budget(source: int, name: str, budget: int, needs: np.ndarray) -> None:

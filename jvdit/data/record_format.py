@@ -34,14 +34,14 @@ def latent_features(
     """Returns the features of a data set of video latents.
 
     Args:
-      dtype: How the tensors are stored: "bfloat16", "float16" or "float32".
-      logvar: Whether the posterior's log variance is kept beside its mean.
-      text: Whether text encoder states, trimmed to their length, are stored.
+        dtype: how the tensors are stored: "bfloat16", "float16" or "float32".
+        logvar: whether the posterior's log variance is kept beside its mean.
+        text: whether text encoder states, trimmed to their length, are stored.
 
     Returns:
-      Features of `mean` (and `logvar`) [f h w c], `text_embeds` [s e], the caption
-      and the scalars; `frames`, `height` and `width` count latents, `text_length`
-      the text tokens (0 without `text_embeds`).
+        Features of `mean` (and `logvar`) [f h w c], `text_embeds` [s e], the caption
+        and the scalars; `frames`, `height` and `width` count latents, `text_length` the
+        text tokens (0 without `text_embeds`).
     """
     features = {"key": "text", "mean": f"{dtype}[f h w c]"}
     if logvar:
@@ -118,7 +118,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     file = path / "manifest.json"
     if not file.exists():
         if (path / "_work").exists():
-            done = len(list((path / "_work").glob("*-?????.json")))
+            done = len(list(path.glob("[!.]*.array_record-*")))
             raise ValueError(
                 f"{path} is an unfinished data set ({done} shards done); run the "
                 "command that began it again to finish it."

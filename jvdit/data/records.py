@@ -12,9 +12,10 @@ rates) is repeated in the index and no video byte is touched before training. Th
 manifest is written last: a directory without one is unfinished and will not open.
 """
 
+import collections
+import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,30 +26,26 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tensorflow_datasets as tfds
-from array_record.python import (
-    array_record_data_source,
-    array_record_module,  # pyright: ignore[reportAttributeAccessIssue]
+from array_record.python import array_record_data_source
+from array_record.python.array_record_module import (
+    ArrayRecordWriter,  # pyright: ignore[reportAttributeAccessIssue]
 )
 from etils import epath
 from tensorflow_datasets.core import example_serializer
 
-from jvdit.data.files import sweep_temporary, temporary_path, write_atomically
+from jvdit.data.files import replacing, sweep_temporary, write_atomically
 from jvdit.data.record_format import (
-    CLIP_FEATURES,
     FORMAT,
     SCALARS,
     dataset_directory,
     difference,
     is_version,
-    latent_features,
     read_manifest,
     tensor_spec,
     tfds_features,
 )
 
-__all__ = ["CLIP_FEATURES", "RecordDataset", "RecordWriter", "latent_features"]
-
-WRITER_OPTIONS = "group_size:1,uncompressed"  # larger groups make random reads slow
+_OPTIONS = "group_size:1,uncompressed"  # larger groups make random reads slow
 MAX_RECORD_BYTES = 2**31 - 2**20  # protobuf refuses a message of 2 GiB
 
 
@@ -61,18 +58,18 @@ class RecordWriter:
     and shards may be written by many processes.
 
     Args:
-      path: The data set directory, `<name>` or `<name>/<version>`.
-      features: Feature kind by name: "text", "bytes", "int64", "float32", "bool" or
-        a tensor such as "bfloat16[f h w c]" (the letters only count the axes). There
-        must be a text feature `key` that is unique in the data set.
-      shards: Number of shards by split, e.g. {"train": 8, "val": 1}.
-      settings: What made the data; kept in the manifest. A data set begun with
-        other settings is not continued.
-      overwrite: Whether a data set that is already there is removed first.
+        path: the data set directory, `<name>` or `<name>/<version>`.
+        features: feature kind by name: "text", "bytes", "int64", "float32", "bool" or a
+            tensor such as "bfloat16[f h w c]" (the letters only count the axes). There
+            must be a text feature `key` that is unique in the data set.
+        shards: number of shards by split, e.g. {"train": 8, "val": 1}.
+        settings: what made the data; kept in the manifest. A data set begun with other
+            settings is not continued.
+        overwrite: whether a data set that is already there is removed first.
 
     Raises:
-      ValueError: If the directory holds something else than this data set, finished
-        or unfinished.
+        ValueError: the directory holds something else than this data set, finished or
+            unfinished.
     """
 
     def __init__(
@@ -92,14 +89,13 @@ class RecordWriter:
         self.features = dict(features)
         self.shards = {split: int(count) for split, count in shards.items()}
         self.work = self.path / "_work"
+        kinds = self.features.items()
+        self._scalars = {name: SCALARS[kind] for name, kind in kinds if kind in SCALARS}
         self._tfds = tfds_features(self.features)
         specs: Any = self._tfds.get_serialized_info()
         self._serializer = example_serializer.ExampleSerializer(specs)
-        plan = {
-            "features": self.features,
-            "shards": self.shards,
-            "settings": dict(settings or {}),
-        }
+        plan = {"features": self.features, "shards": self.shards}
+        plan |= {"settings": dict(settings or {})}
         self.plan = json.loads(json.dumps(plan))  # as it will be read back
         if overwrite:
             self._remove()
@@ -109,7 +105,7 @@ class RecordWriter:
         """Removes a data set of ours, and refuses to remove anything else."""
         if not self.path.exists():
             return
-        ours = (self.path / "manifest.json").exists() or self.work.exists()
+        ours = self.finished or self.work.exists()
         if not ours and any(self.path.iterdir()):
             raise ValueError(
                 f"{self.path} holds no data set of this format; it is not overwritten."
@@ -129,7 +125,6 @@ class RecordWriter:
         ):
             raise ValueError(f"{self.path} is not empty and holds no data set.")
         else:
-            self.work.mkdir(parents=True, exist_ok=True)
             write_atomically(plan, json.dumps(self.plan, indent=1).encode())
             return
         if found != self.plan:
@@ -176,22 +171,17 @@ class RecordWriter:
         file, state = self._files(split, shard)
         if self.is_done(split, shard):
             return 0 if self.finished else json.loads(state.read_text())["records"]
-        temporary, rows = temporary_path(file), []
-        digest, size = hashlib.blake2b(digest_size=16), 0
-        writer = array_record_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
-        try:
+        rows, size, digest = [], 0, hashlib.blake2b(digest_size=16)
+        with (
+            replacing(file) as temporary,
+            contextlib.closing(ArrayRecordWriter(str(temporary), _OPTIONS)) as out,
+        ):
             for example in examples:
                 record = self.serialize(example)
-                writer.write(record)
+                out.write(record)
                 digest.update(len(record).to_bytes(8, "little") + record)
                 size += len(record)
                 rows.append(self._index_row(example))
-        except BaseException:
-            writer.close()
-            temporary.unlink(missing_ok=True)
-            raise
-        writer.close()
-        os.replace(temporary, file)
         done = {
             "file": file.name,
             "file_bytes": file.stat().st_size,
@@ -232,9 +222,8 @@ class RecordWriter:
 
     def _index_row(self, example: Mapping[str, Any]) -> dict[str, Any]:
         row = {"key": example["key"]}
-        for name, kind in self.features.items():
-            if kind in SCALARS:
-                row[name] = SCALARS[kind](example[name]).item()
+        for name, dtype in self._scalars.items():
+            row[name] = dtype(example[name]).item()
         if "caption" in self.features:
             row["caption_length"] = len(example["caption"])
         return row
@@ -243,7 +232,7 @@ class RecordWriter:
         """Writes index, TFDS metadata and, last, the manifest; returns the directory.
 
         Raises:
-          ValueError: If a shard is missing, or two records have the same key.
+            ValueError: a shard is missing, or two records have the same key.
         """
         if self.finished:
             return self.path
@@ -270,28 +259,24 @@ class RecordWriter:
         return self.path
 
     def _write_index(self, splits: Mapping[str, list[dict]]) -> None:
-        types = {"key": pa.string()}
-        for name, kind in self.features.items():
-            if kind in SCALARS:
-                types[name] = pa.from_numpy_dtype(SCALARS[kind])
+        rows = [
+            {"split": split, "shard": shard, "record": record} | row
+            for split, states in splits.items()
+            for shard, state in enumerate(states)
+            for record, row in enumerate(state["rows"])
+        ]
+        for key, count in collections.Counter(r["key"] for r in rows).most_common(1):
+            if count > 1:
+                raise ValueError(f"Keys must be unique; {key!r} is not.")
+        types = {"split": pa.string(), "shard": pa.int64(), "record": pa.int64()}
+        types["key"] = pa.string()
+        for name, dtype in self._scalars.items():
+            types[name] = pa.from_numpy_dtype(dtype)
         if "caption" in self.features:
             types["caption_length"] = pa.int64()
-        rows: dict[str, list] = {k: [] for k in ("split", "shard", "record", *types)}
-        for split, states in splits.items():
-            for shard, state in enumerate(states):
-                for record, row in enumerate(state["rows"]):
-                    place = {"split": split, "shard": shard, "record": record}
-                    for name, value in (place | row).items():
-                        rows[name].append(value)
-        if len(set(rows["key"])) != len(rows["key"]):
-            seen: set[str] = set()
-            twice = [k for k in rows["key"] if k in seen or seen.add(k)]
-            raise ValueError(f"Keys must be unique; {twice[0]!r} is not.")
-        place_types = {"split": pa.string(), "shard": pa.int64(), "record": pa.int64()}
-        table = pa.table(rows, schema=pa.schema(list((place_types | types).items())))
-        temporary = temporary_path(self.path / "index.parquet")
-        pq.write_table(table, temporary)
-        os.replace(temporary, self.path / "index.parquet")
+        table = pa.Table.from_pylist(rows, schema=pa.schema(list(types.items())))
+        with replacing(self.path / "index.parquet") as temporary:
+            pq.write_table(table, temporary)
 
     def _write_tfds(self, splits: Mapping[str, list[dict]]) -> None:
         template = tfds.core.ShardedFileTemplate(
@@ -322,20 +307,20 @@ class RecordDataset:
     """Random access to a finished data set.
 
     Args:
-      path: The data set directory, `<name>` or `<name>/<version>`.
-      split: Which split.
+        path: the data set directory, `<name>` or `<name>/<version>`.
+        split: which split.
 
     Attributes:
-      index: Column by name, one entry per record: `key` (str), every scalar feature
-        and `caption_length` (characters).
-      fingerprint: Hash of the features and of every record's bytes in order: equal
-        for equal data wherever it lies.
-      features: Feature kind by name.
-      settings: What made the data.
+        index: column by name, one entry per record: `key` (str), every scalar feature
+            and `caption_length` (characters).
+        fingerprint: hash of the features and of every record's bytes in order: equal
+            for equal data wherever it lies.
+        features: feature kind by name.
+        settings: what made the data.
 
     Raises:
-      FileNotFoundError: If there is no data set, or a shard is missing.
-      ValueError: If it is unfinished, damaged, empty, or has no such split.
+        FileNotFoundError: there is no data set, or a shard is missing.
+        ValueError: it is unfinished, damaged, empty, or has no such split.
     """
 
     def __init__(self, path: str | Path, split: str = "train"):

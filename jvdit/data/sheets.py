@@ -23,21 +23,18 @@ def contact_sheet(
     captions: Sequence[str] | None = None,
     columns: int = 8,
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Draws one row of evenly spaced frames for each clip, its caption above it.
+    """Draws one row of evenly spaced RGB frames for each clip, its caption above it.
 
     Small clips are enlarged by a whole factor, pixel by pixel, so that what is seen
     is what is there; large ones are reduced.
 
     Args:
-      videos: Clips, which may differ in size and length.
-      captions: A text for each clip, wrapped to the width of the sheet.
-      columns: Most frames of a row; the first and last frame are always among them.
-
-    Returns:
-      The sheet: RGB in [0, 255].
+        videos: clips, which may differ in size and length.
+        captions: a text for each clip, wrapped to the width of the sheet.
+        columns: most frames of a row; the first and last frame are always among them.
 
     Raises:
-      ValueError: If there is no clip, or not one caption for each.
+        ValueError: there is no clip, or not one caption for each.
     """
     if not videos:
         raise ValueError("A contact sheet needs at least one clip.")
@@ -49,27 +46,22 @@ def contact_sheet(
     rows = [_frames(video, columns) for video in videos]
     width = _GAP + max(sum(f.width + _GAP for f in row) for row in rows)
     font = ImageFont.load_default(size=_FONT)
-    texts = [
-        _wrapped(text, width - 2 * _GAP, font)
-        for text in (captions if captions is not None else [""] * len(rows))
-    ]
+    letters = max(12, int((width - 2 * _GAP) / font.getlength("n")))
+    texts = [textwrap.wrap(text, letters) for text in captions or [""] * len(rows)]
     heights = [
         (_FONT + 4) * len(text) + row[0].height + 2 * _GAP
         for text, row in zip(texts, rows, strict=True)
     ]
     sheet = Image.new("RGB", (width, sum(heights) + _GAP), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    top = _GAP
-    for text, row, height in zip(texts, rows, heights, strict=True):
-        y = top
+    y = _GAP
+    for text, row in zip(texts, rows, strict=True):
         for line in text:
             draw.text((_GAP, y), line, fill=_INK, font=font)
             y += _FONT + 4
-        x = _GAP
-        for frame in row:
-            sheet.paste(frame, (x, y))
-            x += frame.width + _GAP
-        top += height
+        for k, frame in enumerate(row):
+            sheet.paste(frame, (_GAP + k * (frame.width + _GAP), y))
+        y += row[0].height + 2 * _GAP
     return np.asarray(sheet)
 
 
@@ -88,15 +80,8 @@ def _frames(video: UInt8[np.ndarray, "T H W 3"], columns: int) -> list[Image.Ima
     return [Image.fromarray(video[k]).resize(size, method) for k in chosen]
 
 
-def _wrapped(text: str, width: int, font) -> list[str]:
-    """Breaks a text into lines of at most `width` pixels."""
-    letters = max(12, int(width / font.getlength("n")))
-    return textwrap.wrap(text, letters)
-
-
 def write_png(path: str | Path, image: UInt8[np.ndarray, "h w 3"]) -> None:
     """Writes a picture, RGB in [0, 255], as a PNG file that is whole or absent."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(Path(path), buffer.getvalue())

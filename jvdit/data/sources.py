@@ -11,51 +11,36 @@ from typing import Any
 
 import numpy as np
 
-from jvdit.data.clips import BadClip, Clip, Ids, Source, make_index
+from jvdit.data.clips import BadClip, Clip, Ids, OneByOne, make_index
+from jvdit.data.files import local_path
 from jvdit.data.media import MediaError, probe
 from jvdit.data.order import fingerprint
-from jvdit.data.record_format import local_path
 from jvdit.data.records import RecordDataset
 from jvdit.data.windows import VideoWindows
 from jvdit.data.world import World, captions
-
-__all__ = [
-    "ArraySource",
-    "BadClip",
-    "Clip",
-    "LatentSource",
-    "RecordSource",
-    "Source",
-    "TfdsSource",
-    "WorldSource",
-    "make_index",
-]
 
 
 class ArraySource:
     """Clips that are in memory already, for what is small.
 
     Args:
-      clips: Clips of pixels or of latents, as `Source.read` returns them.
-      text_length: Text tokens kept for each caption, one number or one a clip. None:
-        the length of `text_embeds`, or where there are none a bound from the number of
-        characters.
+        clips: clips of pixels or of latents, as `Source.read` returns them.
+        text_length: text tokens kept for each caption, one number or one a clip. None:
+            the length of `text_embeds`, or where there are none a bound from the number
+            of characters.
     """
 
     def __init__(
-        self,
-        clips: Sequence[Clip],
-        text_length: int | Sequence[int] | None = None,
+        self, clips: Sequence[Clip], text_length: int | Sequence[int] | None = None
     ):
         self._clips = list(clips)
         arrays = [clip["mean" if "mean" in clip else "video"] for clip in clips]
         sizes = np.array([x.shape[:3] for x in arrays]).reshape(-1, 3)
         if text_length is None:
+            embeds = [clip.get("text_embeds") for clip in clips]
             text_length = [
-                len(clip["text_embeds"])
-                if clip.get("text_embeds") is not None
-                else len(clip.get("caption", "")) + 2
-                for clip in clips
+                len(clip.get("caption", "")) + 2 if states is None else len(states)
+                for clip, states in zip(clips, embeds, strict=True)
             ]
         self.index = make_index(
             len(clips),
@@ -82,9 +67,9 @@ class WorldSource:
     """Clips of the procedural world, rendered when they are read.
 
     Args:
-      world: Split, size and rates.
-      num_clips: How many clips of the split, from the first.
-      audio: Whether to render the sound.
+        world: split, size and rates.
+        num_clips: how many clips of the split, from the first.
+        audio: whether to render the sound.
     """
 
     def __init__(self, world: World, num_clips: int, *, audio: bool = True):
@@ -105,23 +90,16 @@ class WorldSource:
 
     def read(self, ids: Ids) -> list[Clip | BadClip]:
         """Returns clips in the order asked for, rendered together."""
-        which = np.asarray(ids, np.int64)
-        scenes = self.world.scenes(which)
+        scenes = self.world.scenes(np.asarray(ids, np.int64))
         motion = self.world.simulate(scenes)
         video = self.world.render(scenes, motion)
-        told = captions(scenes)
-        audio: Any = [None] * len(ids)
+        rate, audio = 0, [None] * len(ids)
         if self._audio:
-            audio = self.world.synthesize(scenes, motion)
+            rate, audio = self.world.audio_rate, self.world.synthesize(scenes, motion)
+        same = {"fps": float(self.world.fps), "audio_rate": rate}
         return [
-            {
-                "video": video[i],
-                "fps": float(self.world.fps),
-                "caption": told[i],
-                "audio": audio[i],
-                "audio_rate": self.world.audio_rate if self._audio else 0,
-            }
-            for i in range(len(ids))
+            {"video": v, "caption": c, "audio": a, **same}
+            for v, c, a in zip(video, captions(scenes), audio, strict=True)
         ]
 
 
@@ -129,50 +107,23 @@ class RecordSource(VideoWindows):
     """Videos of a record data set.
 
     Args:
-      path: The data set directory.
-      split: Which split.
-      frames: Frames of a clip. None: all that the video has.
-      height: Pixels; the video is scaled to cover the size and cropped. None: as is.
-      width: Pixels. None: as is.
-      fps: Frames per second of a clip. None: those of the video.
-      windows: "first": one clip a video, from its start; "all": as many clips, one
-        after another, as fit.
-      audio_rate: Hz of the sound; 0: none.
-      channels: Of the sound.
+        path: the data set directory.
+        split: which split.
+        **window: `frames`, `height`, `width`, `fps`, `windows`, `audio_rate` and
+            `channels`, as for `VideoWindows`.
 
     Raises:
-      ValueError: If the data set holds no videos, or none is long enough.
+        ValueError: the data set holds no videos, or none is long enough.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        split: str = "train",
-        *,
-        frames: int | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        fps: float | None = None,
-        windows: str = "first",
-        audio_rate: int = 0,
-        channels: int = 2,
-    ):
+    def __init__(self, path: str | Path, split: str = "train", **window: Any):
         self._records = RecordDataset(path, split)
         if self._records.features.get("video") != "bytes":
             raise ValueError(
                 f"{path} holds {sorted(self._records.features)} and no encoded videos; "
                 "read latents with `LatentSource`."
             )
-        super().__init__(
-            self._records.index,
-            frames=frames,
-            height=height,
-            width=width,
-            fps=fps,
-            windows=windows,
-            audio_rate=audio_rate,
-            channels=channels,
-        )
+        super().__init__(self._records.index, **window)
         self.fingerprint = fingerprint(
             "records", self._records.fingerprint, *self._settings
         )
@@ -189,19 +140,18 @@ class TfdsSource(VideoWindows):
     left out and listed in `rejects`.
 
     Args:
-      name: Name of a data set, such as "clips:1.0.0", or its directory.
-      split: Which split.
-      data_dir: Where data sets lie, if `name` is a name.
-      video: Feature that holds the bytes of a video file.
-      caption: Feature that holds the caption. None: captions are empty.
-      **kwargs: `frames`, `height`, `width`, `fps`, `windows`, `audio_rate` and
-        `channels`, as for `RecordSource`.
+        name: name of a data set, such as "clips:1.0.0", or its directory.
+        split: which split.
+        data_dir: where data sets lie, if `name` is a name.
+        video: feature that holds the bytes of a video file.
+        caption: feature that holds the caption. None: captions are empty.
+        **window: as for `RecordSource`.
 
     Attributes:
-      rejects: (example, reason) of what was left out.
+        rejects: (example, reason) of what was left out.
 
     Raises:
-      ValueError: If there is no such feature, or no video can be read.
+        ValueError: there is no such feature, or no video can be read.
     """
 
     def __init__(
@@ -212,7 +162,7 @@ class TfdsSource(VideoWindows):
         data_dir: str | Path | None = None,
         video: str = "video",
         caption: str | None = "caption",
-        **kwargs: Any,
+        **window: Any,
     ):
         self._examples, identity = _open_tfds(name, split, data_dir)
         self._features = (video, caption)
@@ -232,15 +182,9 @@ class TfdsSource(VideoWindows):
                 f"None of the {len(self._examples)} examples of {name} is a video; the "
                 f"first: {self.rejects[:1]}."
             )
-        names = ("example", "frames", "height", "width", "fps", "has_audio")
-        columns: dict[str, np.ndarray] = {
-            name: np.array(column)
-            for name, column in zip(names, zip(*rows, strict=True), strict=True)
-        }
-        self._kept = columns.pop("example")
-        options: dict[str, Any] = dict.fromkeys(("frames", "height", "width", "fps"))
-        options |= {"windows": "first", "audio_rate": 0, "channels": 2}
-        super().__init__(columns, **(options | kwargs))
+        self._kept, *columns = map(np.array, zip(*rows, strict=True))
+        names = ("frames", "height", "width", "fps", "has_audio")
+        super().__init__(dict(zip(names, columns, strict=True)), **window)
         self.fingerprint = fingerprint(
             "tfds", identity, rows, video, caption, *self._settings
         )
@@ -279,19 +223,19 @@ def _open_tfds(
     return builder.as_data_source(split=split), identity
 
 
-class LatentSource:
+class LatentSource(OneByOne):
     """Latents (and text states) of a record data set.
 
     Args:
-      path: The data set directory.
-      split: Which split.
-      max_text: Most text tokens kept for a caption that has no stored states.
+        path: the data set directory.
+        split: which split.
+        max_text: most text tokens kept for a caption that has no stored states.
 
     Attributes:
-      settings: What made the latents: the VAE, its normalisation and so on.
+        settings: what made the latents: the VAE, its normalisation and so on.
 
     Raises:
-      ValueError: If the data set holds no latents.
+        ValueError: the data set holds no latents.
     """
 
     def __init__(self, path: str | Path, split: str = "train", *, max_text: int = 512):
@@ -317,23 +261,13 @@ class LatentSource:
         )
         self.fingerprint = fingerprint("latents", self._records.fingerprint, max_text)
 
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def read(self, ids: Ids) -> list[Clip | BadClip]:
-        """Returns clips in the order asked for; see `Source.read`."""
-        return [self._read_one(int(i)) for i in ids]
-
     def captions(self, ids: Ids) -> list[str]:
         """Returns the captions of clips, leaving out those that cannot be read."""
         clips = self.read(ids)
         return [clip["caption"] for clip in clips if not isinstance(clip, BadClip)]
 
     def _read_one(self, i: int) -> Clip | BadClip:
-        try:
-            record = self._records[i]
-        except Exception as error:  # a damaged record raises anything
-            return BadClip(f"{type(error).__name__}: {error}")
+        record = self._records[i]
         clip = {name: record[name] for name in ("caption", "fps", "has_audio")}
         for name in ("mean", "logvar", "text_embeds"):
             if name in record:

@@ -7,9 +7,9 @@ ends, and leave no core files.
 """
 
 import collections
+import contextlib
 import ctypes
 import dataclasses
-import itertools
 import multiprocessing
 import os
 import resource
@@ -32,11 +32,11 @@ class Event:
     """Something that came of an item.
 
     Attributes:
-      item: The item.
-      kind: "result" (any number of them), and then once "end", "error" (the work
-        raised; value: the traceback), "crash" (value: how the process ended) or
-        "timeout" (value: the seconds).
-      value: See `kind`.
+        item: the item.
+        kind: "result" (any number of them), and then once "end", "error" (the work
+            raised; value: the traceback), "crash" (value: how the process ended) or
+            "timeout" (value: the seconds).
+        value: see `kind`.
     """
 
     item: Any
@@ -51,20 +51,17 @@ def supervise(
     workers: int,
     timeout: float | int,
 ) -> Generator[Event, None, None]:
-    """Runs `work` on items in parallel; yields what comes of each, in their order.
+    """Runs `work` on items in parallel; yields the events of each, in their order.
 
     Args:
-      work: Function of a module (it is pickled by name) that yields the results of
-        an item.
-      items: The items; pickled, and taken as needed.
-      workers: Number of processes.
-      timeout: Seconds that a worker may take for each next result.
-
-    Yields:
-      The events of the first item, then those of the second, and so on.
+        work: function of a module (it is pickled by name) that yields the results of an
+            item.
+        items: the items; pickled, and taken as needed.
+        workers: number of processes.
+        timeout: seconds that a worker may take for each next result.
 
     Raises:
-      RuntimeError: If the workers cannot be started at all.
+        RuntimeError: the workers cannot be started at all.
     """
     pool = [_Worker(work) for _ in range(max(1, workers))]
     queue = enumerate(items)
@@ -75,23 +72,18 @@ def supervise(
     try:
         while True:
             for worker in pool:
-                if worker.ready and worker.number is None and not exhausted:
-                    entry = next(queue, None) if len(waiting) < ahead else None
-                    if entry is not None:
+                if worker.ready and worker.number is None and len(waiting) < ahead:
+                    if (entry := next(queue, None)) is None:
+                        exhausted = True
+                    else:
                         waiting[entry[0]] = collections.deque()
                         worker.give(*entry, timeout)
-                    exhausted = exhausted or (entry is None and len(waiting) < ahead)
-            while head in waiting:
-                events = waiting[head]
-                ended = False
-                while events:
-                    event = events.popleft()
-                    ended = event.kind != _RESULT
-                    yield event
-                if not ended:
-                    break
-                del waiting[head]
-                head += 1
+            while waiting.get(head):
+                event = waiting[head].popleft()
+                yield event
+                if event.kind != _RESULT:
+                    del waiting[head]
+                    head += 1
             if exhausted and not waiting:
                 return
             _collect(pool, waiting, head, work, timeout)
@@ -122,7 +114,8 @@ def _collect(pool, waiting, head, work, timeout) -> None:
         if event is None:
             continue
         number, event = event
-        waiting[number].append(event)
+        if number is not None:
+            waiting[number].append(event)
         if event.kind in ("crash", "timeout"):
             worker.kill()
             pool[k] = _Worker(work)
@@ -146,19 +139,17 @@ class _Worker:
         """Sends an item to work on."""
         self.number, self.item = number, item
         self.deadline = time.monotonic() + timeout
-        try:
+        with contextlib.suppress(OSError):  # it died idle; `receive` sees that
             self.pipe.send(item)
-        except OSError:  # it died idle; `receive` sees that
-            pass
 
-    def receive(self, timeout: float | int) -> tuple[int, Event] | None:
-        """Returns what came through the pipe, and for which item."""
+    def receive(self, timeout: float | int) -> tuple[int | None, Event] | None:
+        """Returns what came through the pipe, and for which item, if any."""
         try:
             kind, value = self.pipe.recv()
         except (EOFError, OSError):
             self.process.join(5)
             how = _ending(self.process.exitcode)
-            if self.number is None:
+            if not self.ready:
                 raise RuntimeError(f"A worker could not start: {how}.") from None
             return self.number, Event(self.item, "crash", how)
         if kind == _READY:
@@ -200,7 +191,7 @@ def _serve(pipe, work: Callable[[Any], Iterable[Any]], parent: int) -> None:
         if os.getppid() != parent:  # it died before it could be watched
             return
     pipe.send((_READY, None))
-    for _ in itertools.count():
+    while True:
         try:
             item = pipe.recv()
         except EOFError:

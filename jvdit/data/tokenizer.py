@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-import os
+import itertools
 import re
 import tempfile
 import unicodedata
@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
+
+from jvdit.data.files import write_atomically
 
 # T5 numbers its special pieces so; pad is 0, which is also how batches are filled.
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
@@ -35,7 +37,6 @@ _TRAINING = {
     "max_sentence_length": 1 << 20,  # bytes; longer ones are silently left out
     "minloglevel": 2,
 }
-_BYTE_FALLBACK = ("bytes", "unk")
 
 
 class Tokenizer:
@@ -45,24 +46,25 @@ class Tokenizer:
     disagree in two places, and the arguments choose a side in each.
 
     Args:
-      model: Path of a sentencepiece model file, or its bytes.
-      byte_fallback: What a run of characters outside the vocabulary becomes in a
-        model that has byte pieces: "bytes" (the pieces, lossless; sentencepiece) or
-        "unk" (one unknown id for the whole run; transformers). Without byte pieces
-        it is always one unknown id.
-      parse_special: Whether a literal "</s>", "<pad>", "<unk>" or "<extra_id_3>" in
-        a caption is that special token (transformers) or plain text. A caption is
-        foreign data, so it is plain text unless asked for otherwise.
-      extra_ids: Number of `<extra_id_…>` tokens which T5 appends to the vocabulary of
-        the file, counted down from its end. Only text that is parsed can reach them.
+        model: path of a sentencepiece model file, or its bytes.
+        byte_fallback: what a run of characters outside the vocabulary becomes in a
+            model that has byte pieces: "bytes" (the pieces, lossless; sentencepiece) or
+            "unk" (one unknown id for the whole run; transformers). Without byte pieces
+            it is always one unknown id.
+        parse_special: whether a literal "</s>", "<pad>", "<unk>" or "<extra_id_3>" in a
+            caption is that special token (transformers) or plain text. A caption is
+            foreign data, so it is plain text unless asked for otherwise.
+        extra_ids: number of `<extra_id_…>` tokens which T5 appends to the vocabulary of
+            the file, counted down from its end. Only text that is parsed can reach
+            them.
 
     Attributes:
-      fingerprint: Hash of the model and of the choices above; part of the key of
-        anything computed from the ids.
+        fingerprint: hash of the model and of the choices above; part of the key of
+            anything computed from the ids.
 
     Raises:
-      ValueError: If the file is no sentencepiece model, its special ids are not
-        T5's, or `byte_fallback` is unknown.
+        ValueError: the file is no sentencepiece model, its special ids are not T5's, or
+            `byte_fallback` is unknown.
     """
 
     def __init__(
@@ -73,9 +75,9 @@ class Tokenizer:
         parse_special: bool = False,
         extra_ids: int = 0,
     ):
-        if byte_fallback not in _BYTE_FALLBACK:
+        if byte_fallback not in ("bytes", "unk"):
             raise ValueError(
-                f"`byte_fallback` (={byte_fallback!r}) must be in {_BYTE_FALLBACK}."
+                f"`byte_fallback` (={byte_fallback!r}) must be in ('bytes', 'unk')."
             )
         where = f"{len(model)} bytes" if isinstance(model, bytes) else str(model)
         data = model if isinstance(model, bytes) else Path(model).read_bytes()
@@ -94,9 +96,12 @@ class Tokenizer:
         self.vocab_size = self._pieces + extra_ids
         self.byte_fallback = byte_fallback
         self._bytes = frozenset(i for i in range(self._pieces) if processor.IsByte(i))
-        self._special = _special_tokens(self.vocab_size, extra_ids)
+        self._special: dict[str, int] = {}
         self._pattern: re.Pattern | None = None
         if parse_special:
+            last = self.vocab_size - 1
+            self._special = {"</s>": EOS_ID, "<pad>": PAD_ID, "<unk>": UNK_ID}
+            self._special |= {f"<extra_id_{i}>": last - i for i in range(extra_ids)}
             names = sorted(self._special, key=len, reverse=True)
             self._pattern = re.compile(f"({'|'.join(map(re.escape, names))})")
         choices = f"{byte_fallback} {parse_special} {extra_ids}".encode()
@@ -107,37 +112,22 @@ class Tokenizer:
         """The sentencepiece model: what to write to a file to have it again."""
         return self._processor.serialized_model_proto()
 
-    @property
-    def pad_id(self) -> int:
-        """Id of what fills a row of ids."""
-        return PAD_ID
-
-    @property
-    def eos_id(self) -> int:
-        """Id that ends every caption."""
-        return EOS_ID
-
-    @property
-    def unk_id(self) -> int:
-        """Id of what the vocabulary lacks."""
-        return UNK_ID
-
     def encode(self, text: str, max_length: int | None = None) -> list[int]:
-        """Returns the ids of a caption, ending in `eos_id`, without padding.
+        """Returns the ids of a caption, ending in `EOS_ID`, without padding.
 
         Args:
-          text: Any text; the empty one is `[eos_id]`.
-          max_length: Most ids to return, the ending one included; what is beyond is
-            cut off. None: all.
+            text: any text; the empty one is `[EOS_ID]`.
+            max_length: most ids to return, the ending one included; what is beyond is
+                cut off. None: all.
 
         Raises:
-          ValueError: If `max_length` leaves no room for the ending id.
+            ValueError: `max_length` leaves no room for the ending id.
         """
         if max_length is not None and max_length < 1:
             raise ValueError(f"`max_length` (={max_length}) must be at least 1.")
         ids = []
-        for part in [text] if self._pattern is None else self._pattern.split(text):
-            if self._pattern is not None and part in self._special:
+        for part in self._pattern.split(text) if self._pattern else [text]:
+            if part in self._special:
                 ids.append(self._special[part])
             else:
                 ids += self._encode_plain(part)
@@ -150,18 +140,12 @@ class Tokenizer:
         if self.byte_fallback == "bytes" or not self._bytes:
             return ids
         fused: list[int] = []
-        in_run = False
-        for i in ids:
-            is_byte = i in self._bytes
-            if not is_byte:
-                fused.append(i)
-            elif not in_run:
-                fused.append(UNK_ID)
-            in_run = is_byte
+        for are_bytes, run in itertools.groupby(ids, self._bytes.__contains__):
+            fused += [UNK_ID] if are_bytes else run
         return fused
 
     def decode(self, ids: Iterable[int | np.integer]) -> str:
-        """Returns the text of ids up to the first `eos_id`; padding says nothing."""
+        """Returns the text of ids up to the first `EOS_ID`; padding says nothing."""
         kept = []
         for i in map(int, ids):
             if i == EOS_ID:
@@ -176,11 +160,6 @@ class Tokenizer:
         return self._processor.DecodeIds(kept)
 
 
-def _special_tokens(vocab_size: int, extra_ids: int) -> dict[str, int]:
-    special = {"</s>": EOS_ID, "<pad>": PAD_ID, "<unk>": UNK_ID}
-    return special | {f"<extra_id_{i}>": vocab_size - 1 - i for i in range(extra_ids)}
-
-
 def train_tokenizer(
     captions: Iterable[str],
     vocab_size: int,
@@ -191,17 +170,14 @@ def train_tokenizer(
     """Trains a unigram model with T5's special ids; the same bytes every time.
 
     Args:
-      captions: The text to learn from, one caption at a time.
-      vocab_size: Most pieces to keep: 3 special ones, 256 bytes if `byte_fallback`,
-        and the rest learned. A small corpus gives fewer; the model says how many.
-      path: Where to write the model as well.
-      byte_fallback: Whether what the vocabulary lacks is spelled in bytes.
-
-    Returns:
-      The bytes of the model, which `Tokenizer` takes.
+        captions: the text to learn from, one caption at a time.
+        vocab_size: most pieces to keep: 3 special ones, 256 bytes if `byte_fallback`,
+            and the rest learned. A small corpus gives fewer; the model says how many.
+        path: where to write the model as well.
+        byte_fallback: whether what the vocabulary lacks is spelled in bytes.
 
     Raises:
-      ValueError: If there is no text, or `vocab_size` has no room for the characters.
+        ValueError: there is no text, or `vocab_size` has no room for the characters.
     """
     reserved = 3 + BYTE_PIECES * byte_fallback
     if vocab_size <= reserved:
@@ -239,7 +215,7 @@ def train_tokenizer(
     proto.trainer_spec.ClearField("seed_sentencepieces_file")  # its name is a chance
     data = proto.SerializeToString(deterministic=True)
     if path is not None:
-        _write_whole(Path(path), data)
+        write_atomically(Path(path), data)
     return data
 
 
@@ -268,11 +244,3 @@ def _seed_pieces(texts: list[str], room: int) -> list[tuple[str, int]]:
     alone = ((counts[p], p) for p in bare if kinds[p] == 1)
     ordered = sorted([*shared, *alone], key=lambda x: (-x[0], x[1]))
     return [(piece, count) for count, piece in ordered]
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Writes a file that is never seen half written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)

@@ -4,28 +4,42 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from jvdit.data.clips import BadClip, Clip, Ids, make_index
-from jvdit.data.media import MediaError, decode_clip
+from jvdit.data.clips import Clip, OneByOne, make_index
+from jvdit.data.media import decode_clip
 
 
-class VideoWindows:
+class VideoWindows(OneByOne):
     """Windows of encoded videos, decoded when they are read.
 
+    Args:
+        videos: index of whole videos.
+        frames: of a clip. None: all that the video has.
+        height, width: pixels; the video is scaled to cover the size and cropped. None:
+            as is.
+        fps: frames per second of a clip. None: those of the video.
+        windows: "first": one clip a video, from its start; "all": as many clips, one
+            after another, as fit.
+        audio_rate: Hz of the sound; 0: none.
+        channels: of the sound.
+
     Attributes:
-      left_out: Number of videos that are shorter than a window.
+        left_out: number of videos that are shorter than a window.
+
+    Raises:
+        ValueError: no video is long enough, or `windows` is unknown.
     """
 
     def __init__(
         self,
         videos: Mapping[str, np.ndarray],
         *,
-        frames: int | None,
-        height: int | None,
-        width: int | None,
-        fps: float | None,
-        windows: str,
-        audio_rate: int,
-        channels: int,
+        frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        fps: float | None = None,
+        windows: str = "first",
+        audio_rate: int = 0,
+        channels: int = 2,
     ):
         if windows not in ("first", "all"):
             raise ValueError(f"`windows` (={windows!r}) must be 'first' or 'all'.")
@@ -61,32 +75,20 @@ class VideoWindows:
         )
         self._settings = [frames, height, width, fps, windows, audio_rate, channels]
 
-    def __len__(self) -> int:
-        return len(self._video)
-
     def _encoded(self, video: int) -> tuple[bytes, str]:
         """Returns the file and the caption of a video."""
         raise LookupError(video)
 
-    def read(self, ids: Ids) -> list[Clip | BadClip]:
-        """Returns clips in the order asked for; see `Source.read`."""
-        return [self._read_one(int(i)) for i in ids]
-
-    def _read_one(self, i: int) -> Clip | BadClip:
-        try:
-            data, caption = self._encoded(int(self._video[i]))
-            clip = decode_clip(
-                data,
-                frames=int(self.index["frames"][i]),
-                height=int(self.index["height"][i]),
-                width=int(self.index["width"][i]),
-                fps=float(self.index["fps"][i]),
-                start_seconds=float(self._start[i]),
-                audio_rate=self._audio_rate,
-                channels=self._channels,
-            )
-        except MediaError as error:
-            return BadClip(str(error))
-        except Exception as error:  # damaged records and files raise anything
-            return BadClip(f"{type(error).__name__}: {error}")
+    def _read_one(self, i: int) -> Clip:
+        data, caption = self._encoded(int(self._video[i]))
+        clip = decode_clip(
+            data,
+            frames=int(self.index["frames"][i]),
+            height=int(self.index["height"][i]),
+            width=int(self.index["width"][i]),
+            fps=float(self.index["fps"][i]),
+            start_seconds=float(self._start[i]),
+            audio_rate=self._audio_rate,
+            channels=self._channels,
+        )
         return clip | {"caption": caption}

@@ -64,8 +64,7 @@ class World:
         split: one of `SPLITS`.
         seed: of the whole world.
         frames: per clip.
-        height: in pixels.
-        width: in pixels.
+        height, width: in pixels.
         fps: frames per second.
         audio_rate: audio samples per second.
 

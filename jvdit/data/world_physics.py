@@ -129,21 +129,13 @@ def simulate(
         flights.append((time, position, velocity))
         bounces.append((time, *bounce))
     start, positions, velocities = (np.stack(x, 1) for x in zip(*flights, strict=True))
-    if not bounces:
-        none = np.empty((rows, 0), int)
-        bounces_by_field = [none.astype(float), none, none, none, none.astype(float)]
-    else:
-        bounces_by_field = [np.stack(x, 1) for x in zip(*bounces, strict=True)]
-    return Motion(start, positions, velocities, gravity, limits, *bounces_by_field)
+    events = [np.empty((rows, 0), kind) for kind in (float, int, int, int, float)]
+    if bounces:
+        events = [np.stack(x, 1) for x in zip(*bounces, strict=True)]
+    return Motion(start, positions, velocities, gravity, limits, *events)
 
 
-def _wall_waits(
-    position: np.ndarray,
-    velocity: np.ndarray,
-    gravity: np.ndarray,
-    limits: np.ndarray,
-    present: np.ndarray,
-) -> np.ndarray:
+def _wall_waits(position, velocity, gravity, limits, present) -> np.ndarray:
     """Time until each object meets a wall across x and one across y: b (o 2)."""
     pull = np.zeros((len(gravity), 1, 2))
     pull[..., 1] = gravity[:, None]
@@ -163,12 +155,7 @@ def _wall_waits(
     return waits.reshape(len(gravity), 2 * MAX_OBJECTS)
 
 
-def _pair_waits(
-    position: np.ndarray,
-    velocity: np.ndarray,
-    radius: np.ndarray,
-    present: np.ndarray,
-) -> np.ndarray:
+def _pair_waits(position, velocity, radius, present) -> np.ndarray:
     """Time until the discs of each pair of objects touch; gravity cancels."""
     apart = position[:, _FIRST] - position[:, _SECOND]
     relative = velocity[:, _FIRST] - velocity[:, _SECOND]
@@ -183,13 +170,7 @@ def _pair_waits(
 
 
 def _bounce(
-    event: np.ndarray,
-    live: np.ndarray,
-    position: np.ndarray,
-    velocity: np.ndarray,
-    limits: np.ndarray,
-    mass: np.ndarray,
-    restitution: float,
+    event, live, position, velocity, limits, mass, restitution
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Applies each live row's event in place; returns kind, first, second, impact."""
     kind, first, second = (np.full(len(event), x) for x in (WALL_X, 0, -1))

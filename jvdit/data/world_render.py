@@ -12,7 +12,7 @@ height and width in pixels, and a audio samples.
 import functools
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from numpy.lib.stride_tricks import sliding_window_view
 
 from jvdit.data.world_physics import Motion
@@ -63,23 +63,12 @@ _LOUD_IMPACT, _GLANCING_IMPACT = 2.0, 0.1  # short sides per second
 
 
 def render(
-    scenes: Scenes,
-    motion: Motion,
-    *,
-    frames: int,
-    height: int,
-    width: int,
-    fps: float,
+    scenes: Scenes, motion: Motion, *, frames: int, height: int, width: int, fps: float
 ) -> UInt8[np.ndarray, "b T H W 3"]:
     """Draws each scene at times 0, 1 / fps, ... as RGB in [0, 255].
 
-    Args:
-        scenes: what to draw, sampled for the aspect `width / height`.
-        motion: of these scenes.
-        frames: number of frames.
-        height: in pixels.
-        width: in pixels.
-        fps: frames per second.
+    `height` and `width` are in pixels, and of the aspect that the scenes are sampled
+    for.
     """
     times = np.arange(frames) / fps
     video = np.empty((len(scenes.ids), frames, height, width, 3), np.uint8)
@@ -125,11 +114,7 @@ def _stripes(edges: np.ndarray) -> np.ndarray:
 
 
 def _draw_backgrounds(
-    video: np.ndarray,
-    scenes: Scenes,
-    offset: np.ndarray,
-    gain: np.ndarray,
-    scale: int,
+    video: np.ndarray, scenes: Scenes, offset: np.ndarray, gain: np.ndarray, scale: int
 ) -> None:
     """Fills the frames with textured arenas inside their walls, under the light."""
     _, frames, height, width, _ = video.shape
@@ -199,25 +184,18 @@ def signed_distance(
 
 
 def _draw_objects(
-    video: np.ndarray,
-    rows: np.ndarray,
+    video: UInt8[np.ndarray, "b T H W 3"],
+    rows: Int[np.ndarray, " n"],
     shape: int,
     largest: float,
-    centre: np.ndarray,
-    radius: np.ndarray,
-    color: np.ndarray,
+    centre: Float[np.ndarray, "n T 2"],
+    radius: Float[np.ndarray, " n"],
+    color: Float[np.ndarray, "n T 3"],
 ) -> None:
-    """Blends one object of the same shape and size into each of the given rows.
+    """Blends one object of a shape and size, in pixels, into each of the given rows.
 
-    Args:
-        video: to draw into.
-        rows: of the video, all different.
-        shape: index in `SHAPES`.
-        largest: radius in pixels for which the window around an object is cut. It
-            must not depend on which objects are drawn together.
-        centre: (x, y) in pixels by row and frame.
-        radius: in pixels by row.
-        color: RGB by row and frame.
+    `largest` is the radius for which the window around an object is cut. It must not
+    depend on which objects are drawn together.
     """
     _, frames, height, width, _ = video.shape
     reach = HALF_EXTENTS[shape] * largest
@@ -250,12 +228,10 @@ def _draw_objects(
 def bounce_tone(
     material: int, size: int, audio_rate: int
 ) -> Float[np.ndarray, " samples"]:
-    """Sound of a bounce off `MATERIALS[material]` with peak 1, from the contact on.
+    """Sound of a bounce of an object, with peak 1, from the contact on.
 
-    Args:
-        material: index in `MATERIALS`.
-        size: index in `SIZES`.
-        audio_rate: samples per second. Partials that it cannot hold are left out.
+    The object is of `MATERIALS[material]` and `SIZES[size]`. Partials that `audio_rate`
+    (samples per second) cannot hold are left out.
     """
     decay = _DECAYS[material]
     time = np.arange(int(7 * decay * audio_rate)) / audio_rate  # down to -61 dB
@@ -288,14 +264,7 @@ def loudness(impact: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
 def synthesize(
     scenes: Scenes, motion: Motion, *, samples: int, audio_rate: int
 ) -> Float[np.ndarray, "b a 1"]:
-    """Sounds of the scenes from time 0 on, mono in [-1, 1].
-
-    Args:
-        scenes: what sounds.
-        motion: of these scenes.
-        samples: audio samples per clip.
-        audio_rate: samples per second.
-    """
+    """Sounds of the scenes from time 0 on, mono in [-1, 1], at `audio_rate` Hz."""
     noise = _noise()
     floor = np.tile(noise, 1 + -(-samples // len(noise)))
     audio = np.empty((len(scenes.ids), samples), np.float32)

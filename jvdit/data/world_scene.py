@@ -115,14 +115,12 @@ class Scenes:
 
     Attributes:
         ids: index of each clip in its split.
-        width: of the frame, in short sides.
-        height: of the frame, in short sides.
+        width, height: of the frame, in short sides.
         count: objects in the scene, 1 to 4.
         gravity: whether all objects are accelerated downwards by `GRAVITY`.
         bar: whether an upright bar stands before the objects and hides them.
         bar_span: left and right edge of that bar (where there is one).
-        tone: of the background.
-        texture: of the background.
+        tone, texture: of the background.
         light: 1 brightens, -1 dims, 0 is steady.
         pan: 1 moves the scenery right (the camera pans left), -1 left, 0 stands.
         noise: in [0, 1), where in the noise table the sound's floor starts.
@@ -134,8 +132,7 @@ class Scenes:
         direction: of the initial velocity, within 12 degrees.
         speed: 0 slow, 1 fast; of the initial velocity.
         radius: of the disc of the same area, which is also what collides.
-        position: (x, y) of the centroid at time 0.
-        velocity: (x, y) at time 0.
+        position, velocity: (x, y) of the centroid at time 0.
     """
 
     ids: Int[np.ndarray, " b"]
@@ -308,16 +305,11 @@ def _sample_objects(
     }
 
 
-def _assign_cells(
-    u: np.ndarray, count: np.ndarray, velocity: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Cells of the arena, one per object, so that none overlap at the start.
+def _assign_cells(u, count, velocity) -> tuple[np.ndarray, np.ndarray]:
+    """Cells along each axis (b 1 2), and each object's own place along them (b o 2).
 
     One object has the arena, two have a half each, more a quarter each. The halves
     are lanes along which the two move rather than towards each other.
-
-    Returns:
-        cells along each axis (b 1 2), and each object's place along them (b o 2).
     """
     crowd = (count > 2)[:, None, None]
     drift = np.abs(velocity[:, :2]).sum(1)
@@ -334,13 +326,7 @@ def _assign_cells(
     return grid, place
 
 
-def _sample_positions(
-    u: dict[str, np.ndarray],
-    arena: np.ndarray,
-    objects: dict[str, np.ndarray],
-    count: np.ndarray,
-    bar: np.ndarray,
-) -> np.ndarray:
+def _sample_positions(u, arena, objects, count, bar) -> np.ndarray:
     """Starting points, each in its cell and with free flight ahead."""
     extents = HALF_EXTENTS[objects["shape"]]
     radius, velocity = objects["radius"][..., None, None], objects["velocity"]

@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 
 from jvdit.config import Config
 from jvdit.data.catalog import open_source
+from jvdit.data.clips import Source
 from jvdit.data.pipeline import Batch, Batches, ClipBatches, PackedBatches
-from jvdit.data.sources import Source
 from jvdit.sharding import batch_sharding
 from jvdit.training.metrics import Metrics
 from jvdit.training.step import Objective

@@ -8,10 +8,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jvdit.config import Config
+from jvdit.data.clips import BadClip, Source
 from jvdit.data.pipeline import ClipBatches
 from jvdit.data.plan import BucketPlan
 from jvdit.data.sheets import contact_sheet, write_png
-from jvdit.data.sources import BadClip, Source
 from jvdit.evaluation.reconstruction import psnr, ssim
 from jvdit.models.video_vae import VideoVAE
 from jvdit.tasks.task import Task
