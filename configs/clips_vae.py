@@ -34,7 +34,7 @@ def get_config():
     images.data.sources = (f"{CLIPS}#train:1x64x96@8",)
     images.data.pixel_budget = 16 * 64 * 96
     videos = stage()
-    videos.steps = 1500
+    videos.steps = 1000
     videos.start_from = "{workdir}/images/model"
     videos.data.sources = (f"{CLIPS}#train:5x64x96@8", f"{CLIPS}#train:17x64x96@8")
     # A step has 7 or 2 clips: half of the steps are short ones.

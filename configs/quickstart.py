@@ -14,7 +14,8 @@ from jvdit import config as defaults
 def get_config():
     """Settings of the runs, one after another."""
     vae = world_vae.stage()
-    vae.steps = 150
+    vae.steps = 300
+    vae.optim.warmup = 20
     vae.data.sources = ("world:train:5x32x32@8:1000000",)
     vae.data.pixel_budget = 8 * 5 * 32 * 32
     latents = defaults.encode(
@@ -23,7 +24,8 @@ def get_config():
         validation="world:val:17x32x32@8:48",
     )
     dit = world_dit.get_config()
-    dit.steps = 150
+    dit.steps = 400
+    dit.optim.warmup = 20
     dit.data.sources = ("{workdir}/latents",)
     dit.data.validation = "{workdir}/latents#val"
     return defaults.stages(vae=vae, latents=latents, dit=dit)
