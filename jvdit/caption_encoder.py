@@ -17,6 +17,7 @@ from jvdit.models.text_encoder import TextEncoder
 from jvdit.training.checkpoint import (
     build,
     load_weights,
+    model_folder,
     module_fields,
     save_weights,
     weights_hash,
@@ -45,8 +46,7 @@ class CaptionEncoder:
         Raises:
             FileNotFoundError: one of them is missing.
         """
-        folder = pathlib.Path(folder)
-        folder = folder / "model" if (folder / "model").is_dir() else folder
+        folder = model_folder(folder)
         model = folder / "tokenizer.model"
         if not model.exists():
             raise FileNotFoundError(

@@ -28,6 +28,7 @@ from jvdit.sharding import batch_sharding, make_mesh, parameter_shardings
 from jvdit.training.checkpoint import (
     build,
     load_weights,
+    model_folder,
     module_fields,
     save_weights,
     write_json,
@@ -95,8 +96,7 @@ class Generator:
         Raises:
             FileNotFoundError: there is no such model; says what is missing.
         """
-        folder = pathlib.Path(folder)
-        folder = folder / "model" if (folder / "model").is_dir() else folder
+        folder = model_folder(folder)
         settings_file = folder / "generator.json"
         if not settings_file.exists():
             raise FileNotFoundError(

@@ -47,8 +47,7 @@ class ChannelNorm(nn.Module):
 class ResBlock(nn.Module):
     """Two normalised causal convolutions beside a (projected) identity.
 
-    A new block changes nothing: the last kernel starts at zero. Without this the
-    world's autoencoder still has no colour after hundreds of steps.
+    A new block changes nothing: the last kernel starts at zero (arXiv:1901.09321).
     """
 
     features: int

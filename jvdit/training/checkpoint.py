@@ -155,6 +155,12 @@ def build(module: type, fields: dict[str, Any]) -> Any:
     )
 
 
+def model_folder(folder: PathLike) -> pathlib.Path:
+    """The `model` folder of a workdir, or the folder itself."""
+    folder = pathlib.Path(folder)
+    return folder / "model" if (folder / "model").is_dir() else folder
+
+
 def save_weights(folder: PathLike, params: Any, config: Mapping[str, Any]) -> None:
     """Writes `weights.safetensors` and `config.json`: a model that others can load.
 
