@@ -13,19 +13,21 @@ from jvdit import config as defaults
 
 def get_config():
     """Settings of the runs, one after another."""
-    vae = world_vae.stage()
-    vae.steps = 300
-    vae.optim.warmup = 20
-    vae.data.sources = ("world:train:5x32x32@8:1000000",)
-    vae.data.pixel_budget = 8 * 5 * 32 * 32
+    vae = world_vae.get_config().stages
+    for stage in (vae.images, vae.videos):
+        stage.steps = 300
+        stage.optim.warmup = 20
+        stage.sample_every = 300
     latents = defaults.encode(
-        "world:train:17x32x32@8:2048",
-        vae="{workdir}/vae",
+        "world:train:17x32x32@8:4096",
+        vae="{workdir}/videos",
         validation="world:val:17x32x32@8:48",
     )
     dit = world_dit.get_config()
-    dit.steps = 400
+    dit.steps = 500
     dit.optim.warmup = 20
     dit.data.sources = ("{workdir}/latents",)
     dit.data.validation = "{workdir}/latents#val"
-    return defaults.stages(vae=vae, latents=latents, dit=dit)
+    return defaults.stages(
+        images=vae.images, videos=vae.videos, latents=latents, dit=dit
+    )

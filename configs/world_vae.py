@@ -13,8 +13,6 @@ from jvdit import config as defaults
 def stage():
     """What both stages have in common."""
     config = defaults.vae("world")
-    # Objects are only a few pixels wide here, so that a latent has much to say.
-    config.vae.latent_channels = 32
     config.data.validation = "world:val:17x32x32@8:64"
     config.optim.name = "muon"
     config.optim.lr = 2e-3
@@ -29,11 +27,11 @@ def stage():
 def get_config():
     """Settings of the stages."""
     images = stage()
-    images.steps = 2000
+    images.steps = 1200
     images.data.sources = ("world:train:1x32x32@8:1000000",)
     images.data.pixel_budget = 32 * 32 * 32
     videos = stage()
-    videos.steps = 5000
+    videos.steps = 2000
     videos.start_from = "{workdir}/images/model"
     videos.data.sources = (
         "world:train:5x32x32@8:1000000",
@@ -43,7 +41,7 @@ def get_config():
     videos.data.weights = (13, 8)
     videos.data.pixel_budget = 4 * 17 * 32 * 32
     long = stage()
-    long.steps = 4000
+    long.steps = 2000
     long.start_from = "{workdir}/videos/model"
     long.data.sources = ("world:train:17x32x32@8:1000000",)
     long.data.pixel_budget = 4 * 17 * 32 * 32

@@ -249,6 +249,15 @@ def test_another_data_set_is_not_continued(dataset, tmp_path):
             write(tmp_path / "precious", overwrite=overwrite)
 
 
+def test_what_another_process_writes_is_not_removed(tmp_path):
+    writer = RecordWriter(tmp_path / "a", latent_features(), shards={"train": 1})
+    with writer.alone(), pytest.raises(ValueError, match="Another process"):
+        RecordWriter(
+            tmp_path / "a", latent_features(), shards={"train": 1}, overwrite=True
+        )
+    assert writer.work.exists()
+
+
 def test_examples_must_be_what_the_features_say(tmp_path):
     writer = RecordWriter(tmp_path / "a", latent_features(), shards={"train": 1})
     with pytest.raises(ValueError, match="caption"):

@@ -26,9 +26,10 @@ SMALL = {
     "temporal_downsample": (True,),
     "latent_channels": 4,
 }
-# Both families of rows.
+# Both families of rows, and frames halved where the image isn't.
 ROWS = {
     "tiny": VARIANTS["tiny"],
+    "time_alone": {**VARIANTS["tiny"], "spatial_downsample": (True, False)},
     "plain": {
         **VARIANTS["tiny"],
         "multipliers": (1, 2, 2),
@@ -238,8 +239,8 @@ def test_normalized_latents_return():
     [
         ((16, 64, 64), r"`T` \(=16\).*try 13 or 17"),
         ((0, 64, 64), r"`T` \(=0\).*try 1 or 5"),
-        ((17, 60, 64), r"`H` \(=60\).*try 64"),
-        ((17, 64, 3), r"`W` \(=3\).*try 8"),
+        ((17, 62, 64), r"`H` \(=62\).*try 64"),
+        ((17, 64, 3), r"`W` \(=3\).*try 4"),
     ],
 )
 def test_sizes_that_are_not_whole_latents_are_refused(size, message):
@@ -251,6 +252,7 @@ def test_sizes_that_are_not_whole_latents_are_refused(size, message):
     ("fields", "message"),
     [
         ({"temporal_downsample": (True,)}, "2 halvings of 3"),
+        ({"spatial_downsample": (True,)}, "`spatial_.*2 halvings of 3"),
         ({"stage_taps": (3, 3)}, "3 `multipliers`"),
         ({"remat": "some"}, "'some'.*dots"),
         ({"multipliers": (1, 3, 2)}, "powers of two"),

@@ -9,7 +9,6 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -145,7 +144,7 @@ def ingest(
     )
     if writer.finished:
         return Report.read(writer.path)
-    with _alone(writer), _progress(len(items)) as advance:
+    with writer.alone(), _progress(len(items)) as advance:
         entries = _fill(writer, plan, recipe, work, workers, timeout, advance)
         report = Report(sorted(entries, key=lambda e: e["file"]), settings["recipe"])
         report.write(writer.path)
@@ -205,19 +204,6 @@ def _examples(events, split, files, record, advance) -> Iterator[Mapping[str, An
         entries.append(describe_file(item.key, split, outcomes))
         advance(entries[-1])
     write_atomically(record, json.dumps(entries).encode())
-
-
-@contextlib.contextmanager
-def _alone(writer: RecordWriter) -> Iterator[None]:
-    """Keeps a second process from working on the same data set."""
-    with open(writer.work / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"Another process is working on {writer.path}; wait for it or end it."
-            ) from None
-        yield
 
 
 @contextlib.contextmanager

@@ -14,11 +14,12 @@ manifest is written last: a directory without one is unfinished and will not ope
 
 import collections
 import contextlib
+import fcntl
 import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ class RecordWriter:
 
     Raises:
         ValueError: the directory holds something else than this data set, finished or
-            unfinished.
+            unfinished; or it is to be removed while another process works on it.
     """
 
     def __init__(
@@ -110,7 +111,24 @@ class RecordWriter:
             raise ValueError(
                 f"{self.path} holds no data set of this format; it is not overwritten."
             )
-        shutil.rmtree(self.path)
+        with self.alone() if self.work.exists() else contextlib.nullcontext():
+            shutil.rmtree(self.path)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps other processes from writing the same data set.
+
+        Raises:
+            ValueError: another process is at it.
+        """
+        with open(self.work / "lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"Another process is working on {self.path}; wait for it or end it."
+                ) from None
+            yield
 
     def _open_plan(self) -> None:
         """Starts the data set, or checks that the one that is there is this one."""

@@ -17,6 +17,8 @@ IMPLEMENTATIONS = ("auto", "mapped", "xla", "cudnn")
 # Added to the score of a hidden key. Finite, so that a query that sees no key at all
 # has a finite gradient.
 HIDDEN = -1e30
+# Scores of a head up to which they stay in a processor's cache without being mapped.
+FEW_SCORES = 192**2
 
 
 def attention(
@@ -53,7 +55,7 @@ def attention(
         known = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"`implementation` (={implementation!r}) must be in: {known}.")
     if implementation == "auto":
-        implementation = _best_implementation(q)
+        implementation = _best_implementation(q, k)
     segments = ()
     if q_segment is not None and kv_segment is not None:
         segments = (q_segment, kv_segment)
@@ -74,12 +76,12 @@ def _visible(q_segment: Array, kv_segment: Array) -> Bool[Array, "b n s"]:
     return q_segment[:, :, None] == kv_segment[:, None, :]
 
 
-def _best_implementation(q: Array) -> str:
+def _best_implementation(q: Array, k: Array) -> str:
     backend = jax.default_backend()
     mesh = jax.sharding.get_abstract_mesh()
     # A loop over rows and heads can't be divided over the devices of a mesh.
     if backend == "cpu" and (mesh.empty or mesh.size == 1):
-        return "mapped"
+        return "mapped" if q.shape[1] * k.shape[1] > FEW_SCORES else "xla"
     # cuDNN's flash kernel takes half precision and heads of a multiple of 8 channels.
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     if backend == "gpu" and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:

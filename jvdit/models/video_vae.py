@@ -28,10 +28,11 @@ class VideoVAE(nn.Module):
     Attributes:
         encoder_width: channels of the encoder's finest stage.
         decoder_width: channels of the decoder's finest stage.
-        multipliers: width of each stage in units of the base width, fine to coarse;
-            each stage after the first halves height and width.
+        multipliers: width of each stage in units of the base width, fine to coarse.
         num_res_blocks: residual blocks of an encoder stage; the decoder has one more.
-        temporal_downsample: whether the frames are halved too, for each halving.
+        spatial_downsample: whether height and width are halved between each stage and
+            the next; None: always.
+        temporal_downsample: whether the frames are halved there.
         stage_taps: time taps of each stage's kernels, fine to coarse; None: 3.
         latent_channels: channels of a latent.
         patch_size: side of the squares of pixels that are moved to channels first.
@@ -50,6 +51,7 @@ class VideoVAE(nn.Module):
     decoder_width: int = 96
     multipliers: Sequence[int] = (1, 2, 4, 4)
     num_res_blocks: int = 2
+    spatial_downsample: Sequence[bool] | None = None
     temporal_downsample: Sequence[bool] = (False, True, True)
     stage_taps: Sequence[int] | None = None
     latent_channels: int = 16
@@ -71,7 +73,13 @@ class VideoVAE(nn.Module):
     @property
     def spatial_compression(self) -> int:
         """Pixels of height, or of width, for each latent."""
-        return self.patch_size * 2 ** (len(self.multipliers) - 1)
+        return self.patch_size * 2 ** sum(map(bool, self._spatial))
+
+    @property
+    def _spatial(self) -> tuple[bool, ...]:
+        if self.spatial_downsample is None:
+            return (True,) * (len(self.multipliers) - 1)
+        return tuple(self.spatial_downsample)
 
     def latent_shape(self, T: int, H: int, W: int) -> tuple[int, int, int]:
         """Latent frames, height and width of a video of T x H x W pixels.
@@ -107,12 +115,16 @@ class VideoVAE(nn.Module):
             ValueError: fields contradict one another.
         """
         stages = len(self.multipliers)
-        if len(self.temporal_downsample) != stages - 1:
-            raise ValueError(
-                f"`temporal_downsample` (={self.temporal_downsample}) must have one "
-                f"entry for each of the {stages - 1} halvings of {stages} "
-                "`multipliers`."
-            )
+        halvings = {
+            "spatial_downsample": self._spatial,
+            "temporal_downsample": self.temporal_downsample,
+        }
+        for name, halved in halvings.items():
+            if len(halved) != stages - 1:
+                raise ValueError(
+                    f"`{name}` (={halved}) must have one entry for each of the "
+                    f"{stages - 1} halvings of {stages} `multipliers`."
+                )
         taps = (3,) * stages if self.stage_taps is None else self.stage_taps
         if len(taps) != stages:
             raise ValueError(
@@ -126,6 +138,7 @@ class VideoVAE(nn.Module):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         shared = {
             "taps": tuple(taps),
+            "spatial": self._spatial,
             "temporal": tuple(self.temporal_downsample),
             "num_res_blocks": self.num_res_blocks,
             "residual": self.residual_shortcuts,
@@ -237,15 +250,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "patch_size": 2,
         "residual_shortcuts": True,
     },
-    # The procedural world, trained on a CPU: the finest stage works at half
-    # resolution and within frames; time is the coarser stages' business.
+    # The procedural world, trained on a CPU: the finest stage works at half resolution
+    # and within frames. Objects are few pixels wide: 4 x 4 of them make a latent.
     "world": {
-        "encoder_width": 16,
-        "decoder_width": 24,
-        "multipliers": (1, 2, 2),
+        "encoder_width": 24,
+        "decoder_width": 32,
+        "multipliers": (1, 1, 2),
         "num_res_blocks": 1,
+        "spatial_downsample": (True, False),
         "temporal_downsample": (True, True),
         "stage_taps": (1, 3, 3),
+        "latent_channels": 8,
         "patch_size": 2,
         "residual_shortcuts": True,
         "norm_eps": 1e-6,

@@ -107,8 +107,9 @@ def _attend(qkv: Array) -> Array:
 
 
 class Downsample(nn.Module):
-    """Halves height and width, and with `temporal` the frames after the first."""
+    """With `spatial` halves height and width, with `temporal` the later frames."""
 
+    spatial: bool
     temporal: bool
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -119,8 +120,9 @@ class Downsample(nn.Module):
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         right = ((0, 1), (0, 1))
         channels = x.shape[-1]
-        conv = Convolution(channels, (3, 3), (2, 2), right, **types, name="conv")
-        x = conv(x)
+        if self.spatial:
+            conv = Convolution(channels, (3, 3), (2, 2), right, **types, name="conv")
+            x = conv(x)
         if not self.temporal:
             return x
         past = recall(self, x, 1)
@@ -133,9 +135,10 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width, and with `temporal` the frames after the first."""
+    """With `spatial` doubles height and width, with `temporal` the later frames."""
 
     features: int
+    spatial: bool
     temporal: bool
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -158,26 +161,26 @@ class Upsample(nn.Module):
             later = time_conv(later, past)
             later = rearrange(later, "b f h w (r c) -> b (f r) h w c", r=2)
             x = jnp.concatenate([x[:, :first], later], axis=1)
-        shape = {"features": self.features, "kernel_size": (3, 3), "upsample": True}
-        return Convolution(**shape, **types, name="conv")(x)
+        shape = {"kernel_size": (3, 3), "upsample": self.spatial}
+        return Convolution(self.features, **shape, **types, name="conv")(x)
 
 
 class DownStage(nn.Module):
-    """Residual blocks at one resolution, then halving.
+    """Residual blocks at one resolution, then what is halved of it.
 
     Attributes:
         features: channels.
         blocks: how many residual blocks.
         taps: time taps of their kernels.
-        downsample: halve height and width at the end.
-        temporal: halve the frames too.
+        spatial: halve height and width at the end.
+        temporal: halve the frames at the end.
         residual: add to the result the input, averaged down to its shape.
         block: makes a residual block.
     """
 
     features: int
     blocks: int
-    downsample: bool
+    spatial: bool
     temporal: bool
     residual: bool
     block: Callable[..., nn.Module]
@@ -189,10 +192,13 @@ class DownStage(nn.Module):
         y = x
         for i in range(self.blocks):
             y = self.block(self.features, name=f"res_{i}")(y)
-        if self.downsample:
-            y = Downsample(self.temporal, **self.types, name="resample")(y)
+        if self.spatial or self.temporal:
+            resample = Downsample(
+                self.spatial, self.temporal, **self.types, name="resample"
+            )
+            y = resample(y)
         if self.residual:
-            factors = (1 + self.temporal, 1 + self.downsample)
+            factors = (1 + self.temporal, 1 + self.spatial)
             y = y + average_down(x, self.features, *factors)
         return constrain(y, "batch", "frames", "height", None, None)
 
@@ -203,7 +209,7 @@ class UpStage(nn.Module):
     features: int
     out_features: int
     blocks: int
-    upsample: bool
+    spatial: bool
     temporal: bool
     residual: bool
     block: Callable[..., nn.Module]
@@ -215,13 +221,17 @@ class UpStage(nn.Module):
         y = x
         for i in range(self.blocks):
             y = self.block(self.features, name=f"res_{i}")(y)
-        if self.upsample:
-            resample = Upsample(
-                self.out_features, self.temporal, **self.types, name="resample"
-            )
-            y = resample(y)
-        if self.residual and self.upsample:
-            copies = duplicate_up(x, y.shape[-1], 1 + self.temporal, 2)
+        if not (self.spatial or self.temporal):
+            return constrain(y, "batch", "frames", "height", None, None)
+        y = Upsample(
+            self.out_features,
+            self.spatial,
+            self.temporal,
+            **self.types,
+            name="resample",
+        )(y)
+        if self.residual:
+            copies = duplicate_up(x, y.shape[-1], 1 + self.temporal, 1 + self.spatial)
             # At the start of a video the first frame is one frame, not two.
             y = y + copies[:, copies.shape[1] - y.shape[1] :]
         return constrain(y, "batch", "frames", "height", None, None)
@@ -287,6 +297,7 @@ class _Coder(nn.Module):
 
     widths: Sequence[int]
     taps: Sequence[int]
+    spatial: Sequence[bool]
     temporal: Sequence[bool]
     out_channels: int
     num_res_blocks: int
@@ -335,7 +346,7 @@ class Encoder(_Coder):
             x = DownStage(
                 width,
                 self.num_res_blocks,
-                downsample=not last,
+                spatial=not last and self.spatial[i],
                 temporal=not last and self.temporal[i],
                 residual=self.residual,
                 block=self._res_block(self.taps[i]),
@@ -358,7 +369,7 @@ class Decoder(_Coder):
                 # Wan 2.1 narrows while it upsamples, 2.2 in the next stage.
                 width if self.residual else width // 2,
                 self.num_res_blocks + 1,
-                upsample=i > 0,
+                spatial=i > 0 and self.spatial[i - 1],
                 temporal=i > 0 and self.temporal[i - 1],
                 residual=self.residual,
                 block=self._res_block(self.taps[i]),
