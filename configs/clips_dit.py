@@ -13,6 +13,7 @@ from jvdit import config as defaults
 def get_config():
     """Settings of the run."""
     config = defaults.flow("world-s", "world")
+    config.patch_size = (1, 4, 4)
     config.steps = 2000
     config.data.sources = ("runs/clips/latents",)
     config.data.validation = "runs/clips/latents#val"
@@ -23,6 +24,7 @@ def get_config():
     config.data.text_length = 64
     config.data.text_budget = 64
     config.dit.position_scale = (4.0, 1.0, 1.0)
+    config.matmul_precision = "bfloat16"
     config.optim.lr = 1e-3
     config.optim.schedule = "linear"
     config.optim.warmup = 100

@@ -19,9 +19,9 @@ def get_config():
         stage.optim.warmup = 20
         stage.sample_every = 300
     latents = defaults.encode(
-        "world:train:17x32x32@8:4096",
+        "world:train:17x32x32@16:4096",
         vae="{workdir}/videos",
-        validation="world:val:17x32x32@8:48",
+        validation="world:val:17x32x32@16:48",
     )
     dit = world_dit.get_config()
     dit.steps = 500

@@ -47,6 +47,8 @@ def run(objective: str) -> Config:
     config.start_from = ""
     # Devices along each mesh axis; -1: those that remain.
     config.mesh = {"data": -1, "fsdp": 1, "context": 1, "tensor": 1}
+    # Of float32 products: "default" (the backend's own), "bfloat16" or "float32".
+    config.matmul_precision = "default"
     config.optim = dataclasses.asdict(Optim())
     config.checkpoint_every = 500
     config.keep_checkpoints = 3

@@ -73,7 +73,7 @@ def train(config: Config, workdir: str) -> int:
     optim = Optim(**config.optim)
     task = TASKS[config.objective](config, mesh, pathlib.Path(workdir))
     task.check_rows(optim.accumulate)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), jax.default_matmul_precision(config.matmul_precision):
         loop = _Loop(config, pathlib.Path(workdir), mesh, task, optim)
         claim_workdir(workdir, {"identity": task.identity, "config": config.to_dict()})
         return loop.run()

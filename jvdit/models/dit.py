@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jvdit.models.attention import attention, rope_tables, rotate, wan_axes_dims
+from jvdit.models.dense import Dense
 from jvdit.models.layers import (
     REMAT_POLICIES,
     LayerNorm,
@@ -107,7 +108,7 @@ class Attention(nn.Module):
 
         def linear(name: str) -> nn.Dense:
             kernel_init = nn.initializers.xavier_uniform()
-            return nn.Dense(x.shape[-1], kernel_init=kernel_init, name=name, **kinds)
+            return Dense(x.shape[-1], kernel_init=kernel_init, name=name, **kinds)
 
         q, k, v = linear("query")(x), linear("key")(context), linear("value")(context)
         if self.qk_norm:
@@ -260,7 +261,7 @@ class DiT(nn.Module):
         self._check(tokens, t)
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
-        x = nn.Dense(
+        x = Dense(
             self.width,
             kernel_init=nn.initializers.xavier_uniform(),
             name="patch_embed",
@@ -281,7 +282,7 @@ class DiT(nn.Module):
         head = Modulation(2, self.param_dtype, name="head_modulation")
         shift, scale = head(time[:, :, None], level)
         x = modulate(x, shift, scale, self.eps).astype(self.dtype)
-        x = nn.Dense(
+        x = Dense(
             self.out_channels, kernel_init=nn.initializers.zeros, name="head", **kinds
         )(x)
         return constrain(x.astype(jnp.float32), "batch", "tokens", None)
@@ -293,7 +294,7 @@ class DiT(nn.Module):
         x = Mlp(
             self.width, self.width, nn.silu, _text_init, name="time_embed", **kinds
         )(x)
-        rows = nn.Dense(
+        rows = Dense(
             6 * self.width,
             kernel_init=nn.initializers.xavier_uniform(),
             name="time_proj",

@@ -10,6 +10,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from jvdit.models.dense import Dense
+
 Initializer = Callable[..., Array]
 
 # What a rematerialised block keeps for its backward pass; "none" keeps everything.
@@ -158,7 +160,7 @@ class Mlp(nn.Module):
         """Maps the last axis to `out_width` channels."""
 
         def linear(features: int, name: str) -> nn.Dense:
-            return nn.Dense(
+            return Dense(
                 features,
                 kernel_init=self.kernel_init,
                 dtype=self.dtype,

@@ -10,6 +10,7 @@ from einops import rearrange
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from jvdit.models.dense import Dense
 from jvdit.models.layers import RMSNorm
 from jvdit.sharding import constrain
 
@@ -157,7 +158,7 @@ class EncoderBlock(nn.Module):
         return self._linear("out", width, inner)(out)
 
     def _linear(self, name: str, features: int, fan_in: int) -> nn.Dense:
-        return nn.Dense(
+        return Dense(
             features,
             use_bias=False,
             kernel_init=nn.initializers.normal(fan_in**-0.5),

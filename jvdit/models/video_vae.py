@@ -254,8 +254,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # and within frames. Objects are few pixels wide: 4 x 4 of them make a latent.
     "world": {
         "encoder_width": 24,
-        "decoder_width": 32,
-        "multipliers": (1, 1, 2),
+        "decoder_width": 24,
+        "multipliers": (1, 2, 2),
         "num_res_blocks": 1,
         "spatial_downsample": (True, False),
         "temporal_downsample": (True, True),

@@ -1,0 +1,51 @@
+"""Linear layers: float32 exactly, or rounded to bfloat16 where JAX asks for it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jvdit.models.dense import Dense
+
+
+def results(x, precision):
+    layer = Dense(7)
+    params = layer.init(jax.random.key(0), x)
+
+    def loss(params, x):
+        return (jnp.sin(layer.apply(params, x))).sum()
+
+    with jax.default_matmul_precision(precision):
+        y = jax.jit(layer.apply)(params, x)
+        return (
+            params["params"]["kernel"],
+            y,
+            *jax.jit(jax.grad(loss, (0, 1)))(params, x),
+        )
+
+
+def rounded(x):
+    return np.asarray(jnp.asarray(x).astype(jnp.bfloat16).astype(jnp.float32))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_products_and_gradients_are_rounded_where_asked(precision):
+    x = jax.random.normal(jax.random.key(1), (3, 5, 6))
+    kernel, y, grads, into_x = results(x, precision)
+    keep = rounded if precision == "bfloat16" else np.asarray
+    expected = keep(x) @ keep(kernel)
+    np.testing.assert_allclose(y, expected, atol=1e-6)
+    assert y.dtype == into_x.dtype == grads["params"]["kernel"].dtype == jnp.float32
+    slope = np.cos(expected)
+    np.testing.assert_allclose(into_x, keep(slope) @ keep(kernel).T, atol=1e-5)
+    into_kernel = np.einsum("bni,bno->io", keep(x), keep(slope))
+    np.testing.assert_allclose(grads["params"]["kernel"], into_kernel, atol=1e-5)
+    np.testing.assert_allclose(grads["params"]["bias"], slope.sum((0, 1)), atol=1e-5)
+
+
+def test_half_precision_layers_are_left_alone():
+    x = jnp.ones((2, 6), jnp.bfloat16)
+    layer = Dense(7, dtype=jnp.bfloat16)
+    with jax.default_matmul_precision("bfloat16"):
+        y, _ = layer.init_with_output(jax.random.key(0), x)
+    assert y.dtype == jnp.bfloat16
