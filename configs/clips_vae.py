@@ -22,19 +22,19 @@ def stage():
     config.optim.schedule = "linear"
     config.optim.warmup = 100
     config.checkpoint_every = 200
-    config.evaluate_every = 300
-    config.sample_every = 600
+    config.evaluate_every = 200
+    config.sample_every = 200
     return config
 
 
 def get_config():
     """Settings of the stages."""
     images = stage()
-    images.steps = 600
+    images.steps = 400
     images.data.sources = (f"{CLIPS}#train:1x64x96@8",)
     images.data.pixel_budget = 16 * 64 * 96
     videos = stage()
-    videos.steps = 1000
+    videos.steps = 600
     videos.start_from = "{workdir}/images/model"
     videos.data.sources = (f"{CLIPS}#train:5x64x96@8", f"{CLIPS}#train:17x64x96@8")
     # A step has 7 or 2 clips: half of the steps are short ones.
