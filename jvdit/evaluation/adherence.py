@@ -4,13 +4,22 @@ Each captioned object is compared in shape, size and first direction. Units are 
 of `world_scene`, dimensions those of `tracks`.
 """
 
+import dataclasses
 import math
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jvdit.data.world_render import signed_distance
-from jvdit.data.world_scene import GRAVITY, RADII, SHAPES, Scenes
+from jvdit.data.world_scene import (
+    COLORS,
+    DIRECTIONS,
+    GRAVITY,
+    RADII,
+    SHAPES,
+    SIZES,
+    Scenes,
+)
 from jvdit.evaluation.detection import Detections
 from jvdit.evaluation.tracks import Tracks, enough_frames, quantile
 
@@ -21,16 +30,62 @@ _FLIGHT = 0.25  # seconds after which an object may have bounced
 _LEAST_STEP = 0.5 / 64  # in the first flight: what moves less stands still
 
 
-def adherence(
-    found: Detections, tracks: Tracks, scenes: Scenes, fps: float
-) -> dict[str, Float[np.ndarray, " b"]]:
-    """Scores clips against the scenes that their captions describe.
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What each captioned object turns out to be, where its color is found.
+
+    Attributes:
+        found: whether it is.
+        shape: index in `SHAPES`, -1 where none fits.
+        large: whether it is nearer to the world's large radius than to the small one.
+        angle: degrees from right towards down in which it sets out; NaN: it stands.
+        objects: how many objects each clip shows.
+    """
+
+    found: Bool[np.ndarray, " n"]
+    shape: Int[np.ndarray, " n"]
+    large: Bool[np.ndarray, " n"]
+    angle: Float[np.ndarray, " n"]
+    objects: Int[np.ndarray, " b"]
+
+
+def read(found: Detections, tracks: Tracks, scenes: Scenes, fps: float) -> Reading:
+    """Reads the attributes of the captioned objects off the clips.
 
     Args:
         found: what is seen in the clips.
         tracks: the captioned objects.
         scenes: what the captions say; positions and velocities are not looked at.
         fps: frames per second.
+    """
+    there = found.present.mean(1) >= enough_frames(scenes)
+    return Reading(
+        found=tracks.found,
+        shape=_shapes(found, tracks),
+        large=tracks.radius > np.mean(RADII),
+        angle=_first_direction(tracks, scenes.gravity[tracks.clip] * GRAVITY, fps),
+        objects=(there * _typical(found.pieces, found.present)).sum(1),
+    )
+
+
+def compare(
+    reading: Reading, tracks: Tracks, scenes: Scenes
+) -> dict[str, Bool[np.ndarray, " n"]]:
+    """Which attributes of each captioned object are as the caption says."""
+    clip, slot = tracks.clip, tracks.slot
+    turn = (reading.angle - 45.0 * scenes.direction[clip, slot] + 180) % 360 - 180
+    return {
+        "color": reading.found,
+        "shape": reading.found & (reading.shape == scenes.shape[clip, slot]),
+        "size": reading.found & (reading.large == (scenes.size[clip, slot] == 1)),
+        "direction": reading.found & (np.abs(turn) <= _MOST_TURN),
+    }
+
+
+def adherence(
+    reading: Reading, tracks: Tracks, scenes: Scenes
+) -> dict[str, Float[np.ndarray, " b"]]:
+    """Scores clips against the scenes that their captions describe.
 
     Returns:
         For each clip, in [0, 1]: "count", whether the number of objects is right;
@@ -38,24 +93,29 @@ def adherence(
         that are found, and found with the right attribute; "all", whether everything
         is right.
     """
-    clip, slot = tracks.clip, tracks.slot
-    angle = _first_direction(tracks, scenes.gravity[clip] * GRAVITY, fps)
-    turn = (angle - 45.0 * scenes.direction[clip, slot] + 180) % 360 - 180
-    large = tracks.radius > np.mean(RADII)
-    right = {
-        "color": tracks.found,
-        "shape": _shapes(found, tracks) == scenes.shape[clip, slot],
-        "size": large == (scenes.size[clip, slot] == 1),
-        "direction": np.abs(turn) <= _MOST_TURN,
-    }
-    there = found.present.mean(1) >= enough_frames(scenes)
-    objects = (there * _typical(found.pieces, found.present)).sum(1)
-    scores = {"count": (objects == scenes.count).astype(float)}
-    for name, holds in right.items():
-        hits = np.bincount(clip, tracks.found & holds, len(scenes.ids))
+    scores = {"count": (reading.objects == scenes.count).astype(float)}
+    for name, right in compare(reading, tracks, scenes).items():
+        hits = np.bincount(tracks.clip, right, len(scenes.ids))
         scores[name] = hits / scenes.count
     scores["all"] = np.floor(np.min(list(scores.values()), axis=0))
     return scores
+
+
+def describe(reading: Reading, tracks: Tracks, clip: int) -> str:
+    """What was seen of a clip, in the words of its caption."""
+    seen = []
+    for i in np.flatnonzero(tracks.clip == clip):
+        name = COLORS[tracks.color[i]]
+        if not reading.found[i]:
+            seen.append(f"no {name}")
+            continue
+        shape = SHAPES[reading.shape[i]] if reading.shape[i] >= 0 else "blob"
+        angle = reading.angle[i]
+        way = "standing"
+        if np.isfinite(angle):
+            way = DIRECTIONS[round(angle / 45) % len(DIRECTIONS)]
+        seen.append(f"{SIZES[int(reading.large[i])]} {name} {shape} {way}")
+    return f"{reading.objects[clip]} objects: {', '.join(seen)}"
 
 
 def _typical(pieces: Int[np.ndarray, "b T k"], present: np.ndarray) -> np.ndarray:

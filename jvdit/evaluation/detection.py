@@ -20,9 +20,9 @@ _LEAST_AREA = 0.005  # of an object, in squared short sides
 # Mean squared distance from the centre over area: 0.16 of a disc, 0.23 of a cross.
 _MOST_SPREAD, _SURELY_ONE = 0.40, 0.24
 # Index of the nearest color at each degree of hue.
-_NEAREST = np.abs(
-    (np.arange(360)[:, None] - np.array(HUES) + 180) % 360 - 180
-).argmin(1)
+_NEAREST = np.abs((np.arange(360)[:, None] - np.array(HUES) + 180) % 360 - 180).argmin(
+    1
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,9 @@ def _colored_pixels(video: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarr
     red, green, blue = (video[..., i] for i in range(3))
     high = np.maximum(np.maximum(red, green), blue)
     chroma = high - np.minimum(np.minimum(red, green), blue)
-    mask = (chroma > _LEAST_CHROMA) & (10 * chroma.astype(np.uint16) > np.uint16(3) * high)
+    mask = (chroma > _LEAST_CHROMA) & (
+        10 * chroma.astype(np.uint16) > np.uint16(3) * high
+    )
     # A pixel on its own, or with a few others, is noise.
     rows = np.pad(mask.view(np.uint8), ((0, 0), (0, 0), (1, 1), (1, 1)))
     rows = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]

@@ -21,9 +21,7 @@ _SPECTRUM = 0.064  # of a sound, for telling materials apart
 _LAGS = np.arange(-0.5, 0.505, 0.01)
 
 
-def onsets(
-    audio: Float[np.ndarray, "b a"], rate: int
-) -> list[Float[np.ndarray, " n"]]:
+def onsets(audio: Float[np.ndarray, "b a"], rate: int) -> list[Float[np.ndarray, " n"]]:
     """When sounds begin: peaks of spectral flux, set to the steepest rise nearby.
 
     Args:

@@ -47,7 +47,7 @@ def permanence(tracks: Tracks, scenes: Scenes) -> Float[np.ndarray, " b"]:
     clip ends before the object comes out.
     """
     scores = np.full(len(scenes.ids), np.nan)
-    for i in np.flatnonzero(scenes.bar[tracks.clip]):
+    for i in np.flatnonzero(scenes.bar[tracks.clip]).tolist():
         scores[tracks.clip[i]] = _passage(tracks, scenes, i)
     return scores
 

@@ -147,7 +147,7 @@ def camera_shift(
     moved = errors[..., reach] - errors.min(-1, initial=np.inf) > _LEAST_GAIN
     window = min(round(_PAN_SECONDS * fps), video.shape[1]) // 2 * 2 - 1
     refined = np.where(moved, refined, 0.0)
-    return savgol_filter(refined, window, 1) if window > 2 else refined
+    return savgol_filter(refined, window, 1) if window > 2 and len(video) else refined
 
 
 def _mismatch(profile: np.ndarray, shift: float) -> np.ndarray:
@@ -171,10 +171,8 @@ def beat(fps: float) -> int:
     return max(1, round(fps / 8))
 
 
-def falling(
-    tracks: Tracks, scenes: Scenes, fps: float
-) -> Float[np.ndarray, " n"]:
-    """Measured downward acceleration where the caption tells of gravity; elsewhere 0."""
+def falling(tracks: Tracks, scenes: Scenes, fps: float) -> Float[np.ndarray, " n"]:
+    """Downward acceleration where the caption tells of gravity; elsewhere 0."""
     h, y = beat(fps), tracks.whole[..., 1]
     bend = y[:, 2 * h :] - 2 * y[:, h:-h] + y[:, : -2 * h]
     measured = np.nan_to_num(quantile(bend, 0.5)) * (fps / h) ** 2
