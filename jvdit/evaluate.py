@@ -24,6 +24,7 @@ from jvdit.data.world import World
 from jvdit.data.world_scene import SPLITS
 from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.solvers import SOLVERS
+from jvdit.evaluate_vae import evaluate_vae
 from jvdit.evaluation import distance, oracle, report
 from jvdit.evaluation.adherence import describe, read
 from jvdit.evaluation.detection import detect
@@ -35,6 +36,10 @@ from jvdit.training.metrics import read_history
 
 _WORKDIR = flags.DEFINE_multi_string(
     "workdir", None, "Of a training, or a model folder; several: side by side."
+)
+_VAE = flags.DEFINE_string("vae", None, "An autoencoder to evaluate instead.")
+_DATA = flags.DEFINE_string(
+    "data", None, "What to reconstruct. Default: the world's split, 17x64x64@8."
 )
 _OUT = flags.DEFINE_string("out", None, "Folder. Default: evaluation/ in the workdir.")
 _SPLIT = flags.DEFINE_enum("split", "test", SPLITS, "Of the world.")
@@ -176,6 +181,12 @@ def real(world: World) -> Iterator[np.ndarray]:
 
 def evaluate() -> list[pathlib.Path]:
     """Generates, scores and reports as the flags say; returns the files."""
+    if _VAE.value is not None:
+        data = _DATA.value or f"world:{_SPLIT.value}:17x64x64@8:{_N.value}"
+        out = pathlib.Path(_OUT.value or pathlib.Path(_VAE.value) / "evaluation")
+        return evaluate_vae(_VAE.value, data, _N.value, out)
+    if not _WORKDIR.value:
+        raise ValueError("name what to evaluate: --workdir=…, or --vae=….")
     out = pathlib.Path(_OUT.value or pathlib.Path(_WORKDIR.value[0]) / "evaluation")
     generators = {label: Generator.load(label) for label in _WORKDIR.value}
     worlds = {label: world_of(g.defaults) for label, g in generators.items()}
@@ -378,5 +389,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["workdir"])
     app.run(main)
