@@ -308,10 +308,12 @@ def _plots(columns: list[dict[str, Any]]) -> list[str]:
             series: dict[str, list[tuple[float, float]]] = {}
             for c in columns:
                 label = f"{c['workdir']}, {other} {c[other]:g}"
-                share = c["scores"][name][0] / c["real"][name][0]
-                series.setdefault(label, []).append((c[axis], share))
-            title = f"{name}, share of real clips"
-            drawn.append(report.plot(title, axis, series))
+                if c["real"][name][0] > 0:
+                    share = c["scores"][name][0] / c["real"][name][0]
+                    series.setdefault(label, []).append((c[axis], share))
+            if series:
+                title = f"{name}, share of real clips"
+                drawn.append(report.plot(title, axis, series))
     return drawn
 
 

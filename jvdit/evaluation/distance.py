@@ -21,7 +21,11 @@ def thumbnails(clips: Clips) -> Features:
     return (small - small.mean((1, 2, 3), keepdims=True)).reshape(len(clips), -1)
 
 
-def memorisation(generated: Features, train: Features, held_out: Features):
+def memorisation(
+    generated: Float[np.ndarray, "g f"],
+    train: Float[np.ndarray, "t f"],
+    held_out: Float[np.ndarray, "h f"],
+) -> dict[str, float]:
     """Whether clips are copies of training clips, by their `thumbnails`.
 
     Returns:
@@ -39,7 +43,7 @@ def memorisation(generated: Features, train: Features, held_out: Features):
     }
 
 
-def _nearest(a: Features, b: Features, apart: bool = False):
+def _nearest(a: np.ndarray, b: np.ndarray, apart: bool = False):
     """Distance to, and index of, the nearest row of b for each row of a."""
     distances, indices = [], []
     norms = np.square(b).sum(1)
@@ -76,7 +80,7 @@ def random_features(clips: Clips, seed: int = 3) -> Features:
     return np.stack(rows)
 
 
-def frechet_distance(a: Features, b: Features) -> float:
+def frechet_distance(a: Float[np.ndarray, "n f"], b: Float[np.ndarray, "m f"]) -> float:
     """Squared Fréchet distance of normal distributions fitted to two sets of features.
 
     Eq. 6 of Heusel et al. (arXiv:1706.08500). Features may come from any network.

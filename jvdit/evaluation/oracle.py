@@ -150,7 +150,7 @@ def mean_and_interval(
     """Mean of the values that aren't NaN, and its 95 % interval by the bootstrap."""
     values = values[np.isfinite(values)]
     if not len(values):
-        return (float("nan"),) * 3
+        return float("nan"), float("nan"), float("nan")
     rng = np.random.default_rng(0)
     drawn = values[rng.integers(0, len(values), (resamples, len(values)))].mean(1)
     low, high = np.quantile(drawn, (0.025, 0.975))

@@ -147,7 +147,9 @@ def camera_shift(
     moved = errors[..., reach] - errors.min(-1, initial=np.inf) > _LEAST_GAIN
     window = min(round(_PAN_SECONDS * fps), video.shape[1]) // 2 * 2 - 1
     refined = np.where(moved, refined, 0.0)
-    return savgol_filter(refined, window, 1) if window > 2 and len(video) else refined
+    if window < 3 or not len(video):
+        return refined
+    return np.asarray(savgol_filter(refined, window, 1))
 
 
 def _mismatch(profile: np.ndarray, shift: float) -> np.ndarray:
