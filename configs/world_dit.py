@@ -56,6 +56,7 @@ def get_config():
     config.evaluate_every = 500
     config.sample_every = 1000
     config.sample.prompts = PROMPTS
+    config.sample.scored = 64
     config.sample.fps = 16.0
     config.sample.height = config.sample.width = 32
     return config

@@ -133,6 +133,8 @@ def flow(variant: str = "world-s", text_variant: str = "world") -> Config:
     config.validation_times = (0.1, 0.3, 0.5, 0.7, 0.9)
     config.sample = {
         "prompts": (),
+        # Clips of prompts of the procedural world that the oracle scores.
+        "scored": 0,
         "frames": 17,
         "height": 64,
         "width": 64,

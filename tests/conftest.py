@@ -10,3 +10,26 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def workdir(tmp_path_factory):
+    """A folder in which all stages of a small training have run."""
+    # Imported late: what is imported above is not checked by beartype.
+    import thread_config
+
+    from jvdit.train import run
+
+    folder = tmp_path_factory.mktemp("thread")
+    run(thread_config.get_config(), str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def generator(workdir):
+    """What that training can generate."""
+    from jvdit.generator import Generator
+
+    return Generator.load(workdir / "dit")

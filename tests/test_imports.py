@@ -24,6 +24,8 @@ ENTRY_POINTS = [
     "generator",
     "encode",
     "sample",
+    "evaluate_vae",
+    "evaluate",
     "tasks",
     "train",
 ]

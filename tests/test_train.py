@@ -20,26 +20,13 @@ from jvdit.data.media import read_metadata
 from jvdit.data.records import RecordDataset
 from jvdit.diffusion.denoise import Guidance
 from jvdit.encode import encode
-from jvdit.generator import Generator, Request
+from jvdit.generator import Request
 from jvdit.sharding import make_mesh
 from jvdit.tasks.flow import FlowTask
-from jvdit.train import run, train
+from jvdit.train import train
 from jvdit.training.checkpoint import load_weights, save_weights, weights_hash
 
 HERE = pathlib.Path(__file__).parent
-
-
-@pytest.fixture(scope="session")
-def workdir(tmp_path_factory):
-    """A folder in which all stages have run."""
-    folder = tmp_path_factory.mktemp("thread")
-    run(thread_config.get_config(), str(folder))
-    return folder
-
-
-@pytest.fixture(scope="session")
-def generator(workdir):
-    return Generator.load(workdir / "dit")
 
 
 # What a run leaves

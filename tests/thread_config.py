@@ -32,6 +32,7 @@ def get_config():
     dit.data.max_clips = 2
     dit.patch_size = (1, 1, 2)
     dit.sample.prompts = ("one object: a red circle", "two objects")
+    dit.sample.scored = 2
     dit.sample.steps = 2
     dit.sample.frames = 5
     dit.sample.height = dit.sample.width = 16

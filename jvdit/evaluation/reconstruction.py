@@ -43,3 +43,15 @@ def ssim(video: Frames, wanted: Frames) -> Float[np.ndarray, "*b"]:
     likeness = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
     likeness /= (mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2)
     return np.asarray(likeness.mean((-4, -3, -2, -1)))
+
+
+def temporal_error(video: Frames, wanted: Frames) -> Float[np.ndarray, "*b"]:
+    """Mean error of the change from frame to frame, of full brightness.
+
+    Flicker that isn't in the wanted video, and motion that is missing; 0 for an image.
+    """
+    change = np.diff(video.astype(np.float32), axis=-4)
+    error = np.abs(change - np.diff(wanted.astype(np.float32), axis=-4))
+    if error.shape[-4] == 0:
+        return np.zeros(video.shape[:-4])
+    return np.asarray(error.mean((-4, -3, -2, -1)) / 255)

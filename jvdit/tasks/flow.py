@@ -1,6 +1,7 @@
 """Training the DiT on cached latents, with a text encoder or on cached text states."""
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,9 +18,11 @@ from jvdit.data.plan import PackPlan
 from jvdit.data.sheets import contact_sheet, write_png
 from jvdit.data.sources import LatentSource
 from jvdit.data.tokenizer import Tokenizer, train_tokenizer
+from jvdit.data.world import World
 from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.flow import Path, TimestepPolicy
 from jvdit.diffusion.solvers import check_solver
+from jvdit.evaluation import oracle
 from jvdit.generator import Generator, Request
 from jvdit.models.dit import DiT
 from jvdit.models.text_encoder import TextEncoder
@@ -33,6 +36,9 @@ from jvdit.training.checkpoint import (
     weights_hash,
 )
 from jvdit.training.objectives import FlowObjective
+
+_OF_TRAINING = ("prompts", "scored")
+_TOLD = ("all", "count", "color", "shape", "size", "direction", "physics")
 
 
 class FlowTask(Task):
@@ -213,7 +219,7 @@ class FlowTask(Task):
         sample = self.config.sample
         check_solver(sample.solver)
         generator = self._generator_of(None)
-        for request in self._requests():
+        for request in self._requests(self.config.sample.prompts or [""]):
             generator.check(request)
 
     def _validation_batch(self):
@@ -248,19 +254,22 @@ class FlowTask(Task):
         found = {f"validation/t={t:g}": float(e) for t, e in errors.items()}
         return found | {"validation/loss": float(np.mean(total / batches))}
 
-    def _requests(self) -> list[Request]:
+    def _requests(self, prompts: Sequence[str]) -> list[Request]:
         sample = self.config.sample
-        return [
-            Request(
-                prompt,
-                frames=sample.frames,
-                height=sample.height,
-                width=sample.width,
-                fps=sample.fps,
-                seed=seed,
-            )
-            for seed, prompt in enumerate(sample.prompts)
-        ]
+        size = {name: sample[name] for name in ("frames", "height", "width", "fps")}
+        return [Request(prompt, seed=i, **size) for i, prompt in enumerate(prompts)]
+
+    def _clips(self, prompts: Sequence[str]) -> list[np.ndarray]:
+        """Clips of the prompts by the solver that ships, with seeds 0, 1, ..."""
+        assert self._generator is not None
+        sample = self.config.sample
+        return self._generator(
+            self._requests(prompts),
+            steps=sample.steps,
+            solver=sample.solver,
+            guidance=Guidance(sample.guidance_scale),
+            rows=self.config.data.rows,
+        )
 
     def _generator_of(self, params) -> Generator:
         sample, objective = self.config.sample, self.objective
@@ -279,29 +288,40 @@ class FlowTask(Task):
             policy=objective.policy,
             patch_size=tuple(self.config.patch_size),
             text_length=self.config.data.text_length,
-            defaults={k: v for k, v in sample.items() if k != "prompts"},
+            defaults={k: v for k, v in sample.items() if k not in _OF_TRAINING},
             mesh=self.mesh,
         )
 
     def show(self, params, metrics, step, folder):
-        """Clips from the config's prompts, by the solver that ships."""
-        requests, sample = self._requests(), self.config.sample
-        if not requests:
+        """Clips from the config's prompts, and the scores of clips of the world's."""
+        prompts, scored = self.config.sample.prompts, self.config.sample.scored
+        if not prompts and not scored:
             return
         if self._generator is None:
             self._generator = self._generator_of(params)
         self._generator.load_params(params)
-        videos = self._generator(
-            requests,
-            steps=sample.steps,
-            solver=sample.solver,
-            guidance=Guidance(sample.guidance_scale),
+        if prompts:
+            videos = self._clips(prompts)
+            sheet = contact_sheet(videos, prompts)
+            metrics.sheet(step, "samples", sheet)
+            write_png(folder / f"step_{step:07d}.png", sheet)
+            for i, video in enumerate(videos):
+                name = f"step_{step:07d}_{i}.mp4"
+                encode_clip(folder / name, video, self.config.sample.fps)
+        if scored:
+            found = self._scores(np.arange(scored))
+            metrics.scalars(step, {f"oracle/{name}": x for name, x in found.items()})
+            told = (f"{name} {found[name]:.2f}" for name in _TOLD)
+            metrics.say(f"step {step}, {scored} clips scored: {', '.join(told)}")
+
+    def _scores(self, ids: np.ndarray) -> dict[str, float]:
+        """What the oracle says of clips of the first prompts of the world's val."""
+        sample = self.config.sample
+        world = World("val", 0, sample.frames, sample.height, sample.width, sample.fps)
+        videos = self._clips(world.captions(ids))
+        return oracle.means(
+            oracle.score(np.stack(videos), world.scenes(ids), world.fps)
         )
-        sheet = contact_sheet(videos, [request.prompt for request in requests])
-        metrics.sheet(step, "samples", sheet)
-        write_png(folder / f"step_{step:07d}.png", sheet)
-        for i, video in enumerate(videos):
-            encode_clip(folder / f"step_{step:07d}_{i}.mp4", video, sample.fps)
 
     def save(self, params, folder):  # noqa: D102
         self._generator_of(jax.device_get(params)).save(folder)

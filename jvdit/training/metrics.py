@@ -1,7 +1,9 @@
 """Where training tells how it goes: TensorBoard, a terminal line, utilisation."""
 
+import json
 import math
 import os
+import pathlib
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +23,7 @@ from rich.progress import (
 from rich.table import Column
 from tensorboardX import SummaryWriter
 
+_HISTORY = "history.jsonl"
 # Dense bf16 peaks of a device as jax counts devices, in FLOP/s, by device_kind.
 PEAKS = {
     "TPU v4": 275e12,
@@ -58,7 +61,8 @@ class Metrics:
     Only the first host writes. Use as a context manager.
 
     Args:
-        workdir: TensorBoard files go to `tensorboard/` inside.
+        workdir: TensorBoard files go to `tensorboard/` inside, and the scalars to
+            `history.jsonl`, a line for each step that has any.
         steps: of the whole run.
         start: steps already done.
         title: shown in front of the line.
@@ -69,6 +73,7 @@ class Metrics:
     ):
         self._lead = jax.process_index() == 0
         self._console, self._steps = Console(quiet=not self._lead), steps
+        self._history = pathlib.Path(workdir) / _HISTORY
         self._writer = (
             SummaryWriter(os.path.join(workdir, "tensorboard")) if self._lead else None
         )
@@ -101,10 +106,13 @@ class Metrics:
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes finite numbers under their names; nan means "nothing to say"."""
-        for name, value in values.items():
-            value = float(value)
-            if self._writer is not None and not math.isnan(value):
-                self._writer.add_scalar(name, value, step)
+        if self._writer is None:
+            return
+        finite = {k: float(v) for k, v in values.items() if not math.isnan(float(v))}
+        for name, value in finite.items():
+            self._writer.add_scalar(name, value, step)
+        with self._history.open("a") as file:
+            file.write(json.dumps({"step": step, **finite}) + "\n")
 
     def sheet(self, step: int, name: str, image: np.ndarray) -> None:
         """Writes a picture `[H W 3]`, uint8."""
@@ -133,6 +141,24 @@ class Metrics:
         """Makes what was written visible to TensorBoard."""
         if self._writer is not None:
             self._writer.flush()
+
+
+def read_history(workdir: str | os.PathLike[str]) -> dict[str, list[tuple[int, float]]]:
+    """The scalars of a run by name: (step, value), in order; {} if there are none.
+
+    A step that was done again, after a restart, counts as it was the last time.
+    """
+    file = pathlib.Path(workdir) / _HISTORY
+    found: dict[str, dict[int, float]] = {}
+    for line in file.read_text().splitlines() if file.exists() else ():
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError:  # the run was killed while it wrote this
+            continue
+        step = values.pop("step")
+        for name, value in values.items():
+            found.setdefault(name, {})[step] = value
+    return {name: sorted(points.items()) for name, points in found.items()}
 
 
 class Throughput:

@@ -1,0 +1,169 @@
+"""Measures a video autoencoder: what it does to clips, and what it leaves to a DiT.
+
+On clips of the procedural world the oracle scores the reconstructions too: no model
+that generates latents of this autoencoder can be expected to score higher.
+"""
+
+import pathlib
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+from rich.console import Console
+from rich.progress import Progress
+
+from jvdit.data.catalog import open_source
+from jvdit.data.clips import BadClip
+from jvdit.data.files import write_atomically
+from jvdit.data.sources import WorldSource
+from jvdit.evaluation import oracle, report
+from jvdit.evaluation.reconstruction import psnr, ssim, temporal_error
+from jvdit.models.video_vae import VideoVAE
+from jvdit.training.checkpoint import build, load_weights, model_folder, write_json
+from jvdit.training.vae_objective import to_float, to_uint8
+
+MEASURES = {"psnr": psnr, "ssim": ssim, "temporal_error": temporal_error}
+_MEANING = {
+    "psnr": "dB",
+    "ssim": "structural similarity",
+    "temporal_error": "change from frame to frame, error of",
+}
+_EXAMPLES = 3
+_LEAST_HEIGHT = 96  # pixels; smaller clips are enlarged
+_CHUNK = 8  # clips that are read at once
+
+Video = UInt8[np.ndarray, "T H W 3"]
+
+
+class Reconstructor:
+    """An autoencoder as a function: clips to what is left of them.
+
+    Args:
+        folder: workdir of a training of an autoencoder, or its weights.
+
+    Raises:
+        FileNotFoundError: there is no autoencoder.
+    """
+
+    def __init__(self, folder: str | pathlib.Path):
+        inside = model_folder(folder)
+        inside = inside / "vae" if (inside / "vae").is_dir() else inside
+        params, fields = load_weights(inside)
+        self.vae = build(VideoVAE, fields)
+
+        @jax.jit
+        def reconstruct(video):
+            variables = {"params": params}
+            return to_uint8(self.vae.apply(variables, to_float(video))[0])
+
+        self._reconstruct = reconstruct
+
+    def __call__(self, video: Video) -> Video:
+        """Encodes a clip and decodes the mean of its latents."""
+        return np.asarray(self._reconstruct(video[None])[0])
+
+    def fit(self, video: Video) -> Video:
+        """The clip without frames, rows and columns that fill no latent."""
+        time, space = self.vae.temporal_compression, self.vae.spatial_compression
+        frames, height, width = video.shape[:3]
+        frames = 1 + (frames - 1) // time * time
+        return video[:frames, : height // space * space, : width // space * space]
+
+
+def evaluate_vae(
+    folder: str, name: str, count: int, out: pathlib.Path
+) -> list[pathlib.Path]:
+    """Reconstructs, scores and reports; returns the files.
+
+    Args:
+        folder: of the autoencoder.
+        name: of the clips, as `open_source` reads it.
+        count: clips at the most.
+        out: folder of the report.
+
+    Raises:
+        ValueError: there are no clips that can be read.
+    """
+    reconstruct, source = Reconstructor(folder), open_source(name)
+    count = min(count, len(source))
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("reconstructing", total=count)
+        pairs, bad = [], []
+        for start in range(0, count, _CHUNK):
+            ids = range(start, min(start + _CHUNK, count))
+            for i, clip in zip(ids, source.read(ids), strict=True):
+                if isinstance(clip, BadClip):
+                    bad.append({"clip": i, "reason": clip.reason})
+                    continue
+                original = reconstruct.fit(clip["video"])
+                pairs.append((original, reconstruct(original), clip))
+            progress.advance(task, len(ids))
+    if not pairs:
+        raise ValueError(f"none of the {count} clips of {name} can be read: {bad[:1]}.")
+    measured = {
+        label: np.array([float(measure(b, a)) for a, b, _ in pairs])
+        for label, measure in MEASURES.items()
+    }
+    found = {k: oracle.mean_and_interval(v) for k, v in measured.items()}
+    results = {"vae": folder, "data": name, "clips": len(pairs), "bad": bad}
+    results |= {"measures": found}
+    rows = [
+        [f"{k} <small>{_MEANING[k]}</small>", report.number(v)]
+        for k, v in found.items()
+    ]
+    parts = [report.section(name, report.table(["", folder], rows))]
+    if isinstance(source, WorldSource):
+        scores = _oracle(source, pairs)
+        results |= {"oracle": scores}
+        parts.append(
+            report.section(
+                "What the oracle sees",
+                report.score_table(scores["real"], {"reconstructed": scores["vae"]}),
+            )
+        )
+    parts.append(report.section("Clips", *_examples(pairs, measured)))
+    write_json(out / "report.json", results)
+    title = f"{len(pairs)} clips through {folder}"
+    write_atomically(out / "report.html", report.page(title, parts).encode())
+    return [out / "report.json", out / "report.html"]
+
+
+def _oracle(source: WorldSource, pairs) -> dict[str, dict[str, tuple]]:
+    """Scores of the originals and of the reconstructions."""
+    scenes = source.world.scenes(np.arange(len(pairs)))
+    fps = source.world.fps
+    return {
+        who: {
+            name: oracle.mean_and_interval(values)
+            for name, values in oracle.score(
+                np.stack([pair[i] for pair in pairs]), scenes, fps
+            ).items()
+        }
+        for i, who in enumerate(("real", "vae"))
+    }
+
+
+def _examples(pairs, measured) -> list[str]:
+    """The best, the median and the worst: original, reconstruction, difference."""
+    order = np.argsort(-measured["psnr"], kind="stable")
+    middle = max(len(order) - _EXAMPLES, 0) // 2
+    groups = {
+        "Best": order[:_EXAMPLES],
+        "Median": order[middle : middle + _EXAMPLES],
+        "Worst": order[-_EXAMPLES:],
+    }
+    parts = []
+    for title, ids in groups.items():
+        figures = []
+        for i in ids:
+            original, decoded, clip = pairs[i]
+            error = decoded.astype(np.int16) - original
+            # Grey: no difference; four times its size, so that it can be seen.
+            error = np.clip(4 * error + 128, 0, 255).astype(np.uint8)
+            film = np.concatenate([original, decoded, error], axis=2)
+            factor = max(1, -(-_LEAST_HEIGHT // film.shape[1]))
+            film = film.repeat(factor, 1).repeat(factor, 2)
+            told = ", ".join(f"{k} {v[i]:.3g}" for k, v in measured.items())
+            figures.append(report.film(film, clip["fps"], clip["caption"], [told]))
+        parts.append(report.films(title, figures))
+    return parts

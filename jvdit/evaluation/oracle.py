@@ -1,0 +1,162 @@
+"""Scores clips of the procedural world by what can be seen and heard in them.
+
+No network judges and the simulator is never asked: a clip is measured, and compared
+with the scene that its caption describes. A perfect clip doesn't score 1 everywhere,
+so that a score means most relative to that of real clips (`real_clips`).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from jvdit.data.world import World
+from jvdit.data.world_scene import Scenes
+from jvdit.evaluation.adherence import adherence, read
+from jvdit.evaluation.detection import detect
+from jvdit.evaluation.physics import physics
+from jvdit.evaluation.sound import synchrony
+from jvdit.evaluation.stability import flicker, permanence
+from jvdit.evaluation.tracks import falling, find_bounces, follow
+
+_AT_ONCE = 64  # clips: what is held in memory
+
+Scores = dict[str, Float[np.ndarray, " b"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """How to read a score.
+
+    Attributes:
+        section: what it belongs to.
+        meaning: in a few words.
+        best: the value of a perfect clip; None: higher is better.
+    """
+
+    section: str
+    meaning: str
+    best: float | None = None
+
+
+COLUMNS = {
+    "all": Column("prompt", "everything that the prompt says is right"),
+    "count": Column("prompt", "number of objects"),
+    "color": Column("prompt", "objects found by their color"),
+    "shape": Column("prompt", "and of the right shape"),
+    "size": Column("prompt", "and of the right size"),
+    "direction": Column("prompt", "and setting out as told"),
+    "physics": Column("physics", "all of the physics is right"),
+    "residual": Column("physics", "acceleration away from bounces", 0.0),
+    "explained": Column("physics", "bounces off something"),
+    "restitution": Column("physics", "speed after over before a wall", 1.0),
+    "reflection": Column("physics", "degrees between angles in and out", 0.0),
+    "gravity": Column("physics", "acceleration over the world's", 1.0),
+    "teleport": Column("physics", "objects suddenly elsewhere", 0.0),
+    "moving": Column("physics", "objects that move"),
+    "permanence": Column("stability", "comes out from behind a bar"),
+    "flicker": Column("stability", "change of the background", 0.0),
+    "sync": Column("sound", "in step with the picture"),
+    "sync_40ms": Column("sound", "bounces and sounds within 40 ms"),
+    "sync_frame": Column("sound", "bounces and sounds within a frame"),
+    "delay": Column("sound", "seconds from a bounce to a sound", 0.0),
+    "lag": Column("sound", "seconds that all sounds are shifted", 0.0),
+    "material": Column("sound", "sounds like what bounces"),
+}
+
+
+def score(
+    video: UInt8[np.ndarray, "b T H W 3"],
+    scenes: Scenes,
+    fps: float,
+    audio: Float[np.ndarray, "b a"] | None = None,
+    audio_rate: int = 16_000,
+) -> Scores:
+    """All scores of clips; NaN where a clip has nothing to measure.
+
+    Args:
+        video: RGB in [0, 255].
+        scenes: what the captions say; positions and velocities are not looked at.
+        fps: frames per second.
+        audio: mono, in [-1, 1]. None: the rows of section "sound" are left out.
+        audio_rate: samples per second.
+
+    Raises:
+        ValueError: there are not as many clips as scenes, or clips of one frame.
+    """
+    if len(video) != len(scenes.ids):
+        raise ValueError(
+            f"{len(video)} clips are to be scored against {len(scenes.ids)} scenes; "
+            "give the scene of each clip."
+        )
+    if video.shape[1] < 4:
+        raise ValueError(
+            f"clips of {video.shape[1]} frames don't show how anything moves; score "
+            "clips of at least 4."
+        )
+    parts = []
+    for start in range(0, len(video), _AT_ONCE):
+        some = slice(start, start + _AT_ONCE)
+        sound = None if audio is None else audio[some]
+        parts.append(_score(video[some], choose(scenes, some), fps, sound, audio_rate))
+    return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+
+
+def _score(video, scenes, fps, audio, rate) -> Scores:
+    found = detect(video)
+    tracks = follow(video, found, scenes, fps)
+    gravity = falling(tracks, scenes, fps)
+    bounces, residual = find_bounces(tracks, gravity, fps)
+    scores = adherence(read(found, tracks, scenes, fps), tracks, scenes)
+    scores |= physics(tracks, bounces, residual, gravity, scenes, fps)
+    scores["permanence"] = permanence(tracks, scenes)
+    scores["flicker"] = flicker(video, scenes)
+    if audio is not None:
+        scores |= synchrony(audio, rate, tracks, bounces, scenes, fps)
+    return {name: scores[name] for name in COLUMNS if name in scores}
+
+
+def choose(scenes: Scenes, rows: slice | np.ndarray) -> Scenes:
+    """Some of the scenes."""
+    count = len(scenes.ids)
+    fields = {f.name: getattr(scenes, f.name) for f in dataclasses.fields(scenes)}
+    return Scenes(
+        **{
+            name: value[rows] if np.shape(value)[:1] == (count,) else value
+            for name, value in fields.items()
+        }
+    )
+
+
+def real_clips(world: World, ids: np.ndarray, sound: bool = True) -> Scores:
+    """The scores of the world's own clips: the bound of any model."""
+    parts = []
+    for start in range(0, len(ids), _AT_ONCE):
+        scenes = world.scenes(ids[start : start + _AT_ONCE])
+        motion = world.simulate(scenes)
+        audio = world.synthesize(scenes, motion)[..., 0] if sound else None
+        parts.append(
+            score(
+                world.render(scenes, motion), scenes, world.fps, audio, world.audio_rate
+            )
+        )
+    return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+
+
+def mean_and_interval(
+    values: Float[np.ndarray, " b"], resamples: int = 1000
+) -> tuple[float, float, float]:
+    """Mean of the values that aren't NaN, and its 95 % interval by the bootstrap."""
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return float("nan"), float("nan"), float("nan")
+    rng = np.random.default_rng(0)
+    drawn = values[rng.integers(0, len(values), (resamples, len(values)))].mean(1)
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return float(values.mean()), float(low), float(high)
+
+
+def means(scores: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Mean of each score over the clips that have it."""
+    return {name: mean_and_interval(x, 1)[0] for name, x in scores.items()}

@@ -1,0 +1,145 @@
+"""One page that shows how good models are: tables, plots, clips that play in it.
+
+The page holds everything it needs, so that it can be mailed and opened anywhere.
+"""
+
+import base64
+import html
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from jaxtyping import UInt8
+
+from jvdit.data.media_encode import encode_clip
+from jvdit.evaluation.oracle import COLUMNS
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402 - after the choice of its backend
+
+# Mean, and the ends of its 95 % interval.
+Interval = Sequence[float]
+Series = Mapping[str, Sequence[tuple[float, float]]]
+
+_STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto;
+  padding: 0 1rem; color: #1a1a1a; background: #fff }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
+th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #e4e4e4 }
+th:first-child, td:first-child { text-align: left }
+td small { color: #777 }
+.bar { display: inline-block; height: .6em; background: #4878a8; margin-right: .5em;
+  vertical-align: middle }
+.clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr));
+  gap: 1rem }
+.clips figure { margin: 0 }
+video { width: 100%; image-rendering: pixelated }
+figcaption { font-size: 13px } figcaption b { display: block }
+.plots { display: flex; flex-wrap: wrap; gap: 1rem }
+"""
+
+
+def page(title: str, parts: Sequence[str]) -> str:
+    """An HTML page of parts that are HTML already."""
+    head = f"<meta charset=utf-8><title>{html.escape(title)}</title>"
+    head += "<meta name=viewport content='width=device-width'>"
+    body = f"<h1>{html.escape(title)}</h1>" + "\n".join(parts)
+    return (
+        f"<!doctype html><html lang=en><head>{head}<style>{_STYLE}</style></head>"
+        + (f"<body>{body}</body></html>\n")
+    )
+
+
+def section(title: str, *parts: str) -> str:
+    """A heading and what is below it."""
+    return f"<h2>{html.escape(title)}</h2>" + "\n".join(parts)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of cells that are HTML already, below a line of texts."""
+    top = "".join(f"<th>{html.escape(text)}</th>" for text in head)
+    lines = ["<tr>" + "".join(f"<td>{x}</td>" for x in row) + "</tr>" for row in rows]
+    return f"<table><tr>{top}</tr>{''.join(lines)}</table>"
+
+
+def score_table(real: Mapping[str, Interval], scores: Mapping[str, Any]) -> str:
+    """Scores of several models beside those of real clips.
+
+    Args:
+        real: of real clips, by name.
+        scores: by model, then by name.
+    """
+    rows, last = [], ""
+    for name, column in COLUMNS.items():
+        if name not in real and not any(name in found for found in scores.values()):
+            continue
+        if column.section != last:
+            rows.append([f"<b>{column.section}</b>"] + [""] * (1 + len(scores)))
+            last = column.section
+        label = f"{name} <small>{html.escape(column.meaning)}</small>"
+        bound = real.get(name, (math.nan,) * 3)
+        cells = [number(bound)]
+        for found in scores.values():
+            value = found.get(name, (math.nan,) * 3)
+            cells.append(number(value) + _share(value, bound, column.best))
+        rows.append([label, *cells])
+    return table(["", "real clips", *scores], rows)
+
+
+def _share(value: Interval, bound: Interval, best: float | None) -> str:
+    """A bar: the share of the real clips' score, where higher is better."""
+    if best is not None or not bound[0] > 0 or math.isnan(value[0]):
+        return ""
+    share = min(max(value[0] / bound[0], 0.0), 1.0)
+    return f"<br><span class=bar style='width:{50 * share:.0f}px'></span>{share:.0%}"
+
+
+def number(value: Interval) -> str:
+    """A mean with its interval."""
+    mean, low, high = value
+    if math.isnan(mean):
+        return "–"
+    return f"{mean:.3f} <small>{low:.3f} … {high:.3f}</small>"
+
+
+def plot(title: str, x_label: str, series: Series, log: bool = False) -> str:
+    """A line for each series of points, as SVG."""
+    figure, axes = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
+    for label, points in series.items():
+        ordered = sorted(points)
+        axes.plot(*zip(*ordered, strict=True), marker="o", markersize=3, label=label)
+    axes.set(title=title, xlabel=x_label)
+    if log:
+        axes.set_xscale("log")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(series) > 1:
+        axes.legend(fontsize=8, frameon=False)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    plt.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def film(
+    video: UInt8[np.ndarray, "T H W 3"], fps: float, title: str, lines: Sequence[str]
+) -> str:
+    """A clip that plays in the page again and again, with texts below it."""
+    buffer = io.BytesIO()
+    encode_clip(buffer, video, fps)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    told = "".join(f"<br>{html.escape(line)}" for line in lines)
+    return (
+        f"<figure><video autoplay loop muted playsinline controls "
+        f"src='data:video/mp4;base64,{data}'></video>"
+        f"<figcaption><b>{html.escape(title)}</b>{told}</figcaption></figure>"
+    )
+
+
+def films(title: str, figures: Sequence[str]) -> str:
+    """A grid of films."""
+    return f"<h3>{html.escape(title)}</h3><div class=clips>{''.join(figures)}</div>"

@@ -1,0 +1,187 @@
+"""Whether bounces are heard when they are seen, and sound like what bounces.
+
+Times are in seconds. Dimensions: a audio samples, m bounces (see `tracks`).
+"""
+
+import functools
+
+import numpy as np
+from jaxtyping import Float
+from numpy.lib.stride_tricks import sliding_window_view
+
+from jvdit.data.world_render import bounce_tone
+from jvdit.data.world_scene import MATERIALS, SIZES, Scenes
+from jvdit.evaluation.tracks import Bounces, Tracks
+
+_WINDOW, _HOP = 0.016, 0.004
+_RISE = 0.003  # over which a sound's attack is measured
+_APART = 0.040  # sounds that are nearer are one; also the strict tolerance
+_IN_STEP = 0.75  # F1 of a clip whose sound is in step with its picture
+_SPECTRUM = 0.064  # of a sound, for telling materials apart
+_LAGS = np.arange(-0.5, 0.505, 0.01)
+
+
+def onsets(audio: Float[np.ndarray, "b a"], rate: int) -> list[Float[np.ndarray, " n"]]:
+    """When sounds begin: peaks of spectral flux, set to the steepest rise nearby.
+
+    Args:
+        audio: mono, in [-1, 1].
+        rate: samples per second.
+    """
+    window, hop = round(_WINDOW * rate), round(_HOP * rate)
+    padded = np.pad(audio.astype(np.float32), ((0, 0), (window, window)))
+    pieces = sliding_window_view(padded, window, axis=1)[:, ::hop]
+    spectrum = np.abs(np.fft.rfft(pieces * np.hanning(window).astype(np.float32)))
+    level = np.log1p(50 * spectrum)
+    flux = np.maximum(level[:, 3:] - level[:, :-3], 0).mean(-1)
+    least = np.median(flux, 1) + 0.12 * flux.max(1)
+    inner = flux[:, 1:-1]
+    peak = inner > np.maximum(least, 0.10)[:, None]
+    peak &= (inner >= flux[:, :-2]) & (inner > flux[:, 2:])
+    found = []
+    for row in range(len(audio)):
+        places = np.flatnonzero(peak[row]) + 1
+        kept: list[int] = []
+        for place in places[np.argsort(-flux[row, places], kind="stable")]:
+            if all(abs(place - other) * hop > _APART * rate for other in kept):
+                kept.append(int(place))
+        around = (np.sort(np.array(kept, int)) + 1) * hop - window // 2
+        found.append(_attacks(np.abs(audio[row]), around, rate))
+    return found
+
+
+def _attacks(loudness: np.ndarray, around: np.ndarray, rate: int) -> np.ndarray:
+    """The steepest rise of the loudness near each place, in seconds."""
+    span, reach = round(_RISE * rate), round(_WINDOW * rate)
+    total = np.pad(np.cumsum(loudness, dtype=np.float64), (span + 1, span), "edge")
+    total[: span + 1] = 0
+    candidates = around[:, None] + np.arange(-reach, reach + 1)
+    candidates = candidates.clip(0, len(loudness) - 1)
+    at = candidates + span  # of the sum of all samples before the candidate
+    rise = total[at + span] - 2 * total[at] + total[at - span]
+    best = rise.argmax(1) if len(around) else np.zeros(0, int)
+    return candidates[np.arange(len(around)), best] / rate
+
+
+def match(
+    heard: Float[np.ndarray, " n"], seen: Float[np.ndarray, " m"]
+) -> list[tuple[int, int, float]]:
+    """Pairs of sounds and bounces, nearest first, each in one pair: (n, m, delay)."""
+    delay = heard[:, None] - seen
+    pairs, left, right = [], set(), set()
+    for place in np.argsort(np.abs(delay), axis=None):
+        i, j = divmod(int(place), len(seen))
+        if i not in left and j not in right:
+            left.add(i)
+            right.add(j)
+            pairs.append((i, j, float(delay[i, j])))
+    return pairs
+
+
+def synchrony(
+    audio: Float[np.ndarray, "b a"],
+    rate: int,
+    tracks: Tracks,
+    bounces: Bounces,
+    scenes: Scenes,
+    fps: float,
+) -> dict[str, Float[np.ndarray, " b"]]:
+    """Scores how sounds and bounces go together.
+
+    Args:
+        audio: mono, in [-1, 1].
+        rate: samples per second.
+        tracks: the captioned objects.
+        bounces: theirs.
+        scenes: what the captions say.
+        fps: frames per second of the pictures.
+
+    Returns:
+        For each clip: "sync_40ms" and "sync_frame", F1 of matching sounds and bounces
+        within 40 ms and within a frame; "sync", whether the former is at least 0.75;
+        "delay", median seconds from a bounce to the nearest sound; "lag", seconds by
+        which all sounds are shifted; "material", share of the matched sounds that are
+        those of what bounced. All are NaN where a bar may hide bounces; delay, lag and
+        material are where there are none.
+    """
+    names = ("sync_40ms", "sync_frame", "sync", "delay", "lag", "material")
+    scores = {name: np.full(len(audio), np.nan) for name in names}
+    last = (tracks.area.shape[1] - 2.25) / fps
+    for clip, heard in enumerate(onsets(audio, rate)):
+        if scenes.bar[clip]:
+            continue
+        seen, by = _events(bounces, tracks.clip[bounces.track] == clip)
+        inside = [(1.25 / fps <= t) & (t <= last) for t in (heard, seen)]
+        pairs = match(heard, seen)
+        for name, most in (("sync_40ms", _APART), ("sync_frame", 1 / fps)):
+            good = [(i, j) for i, j, delay in pairs if abs(delay) <= most]
+            hits = sum(int(inside[0][i]) + int(inside[1][j]) for i, j in good)
+            scores[name][clip] = hits / max(inside[0].sum() + inside[1].sum(), 1)
+        scores["sync"][clip] = scores["sync_40ms"][clip] >= _IN_STEP
+        if not inside[1].any():
+            continue
+        scores["delay"][clip], scores["lag"][clip] = _delays(heard, seen[inside[1]])
+        close = [
+            _sounds_like(audio[clip], rate, heard[i], tracks, by[j], scenes)
+            for i, j, delay in pairs
+            if inside[1][j] and abs(delay) <= 1 / fps
+        ]
+        scores["material"][clip] = np.mean(close) if close else 0.0
+    return scores
+
+
+def _events(bounces: Bounces, chosen: np.ndarray) -> tuple[np.ndarray, list[set[int]]]:
+    """Times of the bounces of a clip, and who bounces: a pair's two are one event."""
+    times: list[float] = []
+    tracks: list[set[int]] = []
+    order = np.flatnonzero(chosen)
+    for i in order[np.argsort(bounces.time[order])]:
+        if times and bounces.time[i] - times[-1] < _APART:
+            tracks[-1].add(int(bounces.track[i]))
+        else:
+            times.append(float(bounces.time[i]))
+            tracks.append({int(bounces.track[i])})
+    return np.array(times), tracks
+
+
+def _delays(heard: np.ndarray, seen: np.ndarray) -> tuple[float, float]:
+    """Median distance of a bounce from a sound, and the shift that fits best."""
+    if not len(heard):
+        return 0.5, np.nan
+    apart = heard[:, None] - seen
+    delay = float(np.median(np.abs(apart).min(0)))
+    fit = np.exp(-0.5 * ((apart[..., None] - _LAGS) / 0.02) ** 2).sum((0, 1))
+    return delay, float(abs(_LAGS[np.argmax(fit - 1e-3 * np.abs(_LAGS))]))
+
+
+def _sounds_like(audio, rate, time, tracks, by, scenes) -> bool:
+    """Whether a sound is nearest to that of one of the objects that bounce."""
+    samples, start = round(_SPECTRUM * rate), round(time * rate)
+    fade = np.hanning(2 * samples)[samples:]
+
+    def spectrum(piece: np.ndarray) -> np.ndarray:
+        return np.abs(np.fft.rfft(np.pad(piece, (0, samples - len(piece))) * fade))
+
+    before = audio[max(start - samples, 0) : start][::-1]
+    new = spectrum(audio[start : start + samples]) - spectrum(before)
+    best = int(np.argmax(_tones(rate, samples) @ np.maximum(new, 0)))
+    return any(
+        best
+        == scenes.material[tracks.clip[i], tracks.slot[i]] * len(SIZES)
+        + scenes.size[tracks.clip[i], tracks.slot[i]]
+        for i in by
+    )
+
+
+@functools.cache
+def _tones(rate: int, samples: int) -> np.ndarray:
+    """Spectra of norm 1 of the world's sounds, by material and then size."""
+    fade = np.hanning(2 * samples)[samples:]
+    rows = []
+    for material in range(len(MATERIALS)):
+        for size in range(len(SIZES)):
+            tone = bounce_tone(material, size, rate)[:samples]
+            tone = np.pad(tone, (0, samples - len(tone)))
+            rows.append(np.abs(np.fft.rfft(tone * fade)))
+    spectra = np.stack(rows)
+    return spectra / np.linalg.norm(spectra, axis=1, keepdims=True)
