@@ -19,7 +19,7 @@ from absl import app, flags, logging
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
-from jvdit.data.files import write_atomically
+from jvdit.data.files import replacing, write_atomically
 from jvdit.data.world import World
 from jvdit.data.world_scene import SPLITS
 from jvdit.diffusion.denoise import Guidance
@@ -30,7 +30,7 @@ from jvdit.evaluation.adherence import describe, read
 from jvdit.evaluation.detection import detect
 from jvdit.evaluation.overlay import overlay
 from jvdit.evaluation.tracks import follow
-from jvdit.generator import Generator, Request
+from jvdit.generator import Generator, Request, size_fields
 from jvdit.training.checkpoint import weights_hash, write_json
 from jvdit.training.metrics import read_history
 
@@ -55,7 +55,6 @@ _ROWS = flags.DEFINE_integer("rows", 32, "Rows solved at once; fewer need less m
 _CHUNK = 64  # clips of a file
 _TRAIN, _HELD_OUT = 2048, 512  # real clips that copies are looked for among
 _SHOWN = tuple(f"oracle/{n}" for n in ("all", "color", "shape", "direction"))
-_EXAMPLES = 3  # of the best, the median and the worst clips each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,16 +71,7 @@ class Setting:
 
 def world_of(model: dict[str, Any]) -> World:
     """The world at the size that the flags ask for, else the model's own."""
-    fields = {k: model[k] for k in ("frames", "height", "width", "fps") if k in model}
-    if _SIZE.value is not None:
-        match = re.fullmatch(r"(\d+)x(\d+)", _SIZE.value)
-        if match is None:
-            raise ValueError(
-                f"`size` (={_SIZE.value!r}) must read HEIGHTxWIDTH, such as 64x96."
-            )
-        fields |= {"height": int(match[1]), "width": int(match[2])}
-    given = {"frames": _FRAMES.value, "fps": _FPS.value}
-    fields |= {name: value for name, value in given.items() if value is not None}
+    fields = size_fields(model, _SIZE.value, _FRAMES.value, _FPS.value)
     return World(_SPLIT.value, **fields)
 
 
@@ -109,7 +99,6 @@ def generated(
     advance: Callable[[int], None],
 ) -> Iterator[np.ndarray]:
     """Clips of the split's first prompts, in chunks; those that are there are read."""
-    folder.mkdir(parents=True, exist_ok=True)
     for start in range(0, _N.value, _CHUNK):
         ids = np.arange(start, min(start + _CHUNK, _N.value))
         file = folder / f"{start:06d}-{len(ids)}.npy"
@@ -132,9 +121,8 @@ def generated(
                 guidance=Guidance(setting.guidance),
                 rows=_ROWS.value,
             )
-            with file.with_suffix(".tmp").open("wb") as scratch:
-                np.save(scratch, np.stack(videos))
-            file.with_suffix(".tmp").replace(file)
+            with replacing(file) as scratch, scratch.open("wb") as opened:
+                np.save(opened, np.stack(videos))
         advance(len(ids))
         yield np.load(file)
 
@@ -170,7 +158,7 @@ class Measured:
     @property
     def summary(self) -> dict[str, tuple[float, float, float]]:
         """Mean and interval of each score."""
-        return {k: oracle.mean_and_interval(v) for k, v in self.scores.items()}
+        return oracle.summary(self.scores)
 
 
 def real(world: World) -> Iterator[np.ndarray]:
@@ -231,11 +219,11 @@ def evaluate() -> list[pathlib.Path]:
 def _results(jobs, worlds, bounds, found) -> dict[str, Any]:
     """What the report says, as JSON."""
     columns = []
+    neighbours = {world: _neighbours(world) for world in bounds}
     for label, setting in jobs:
         world, measured = worlds[label], found[f"{label}: {setting}"]
         bound = bounds[world]
-        train, held_out = _neighbours(world)
-        copies = distance.memorisation(measured.thumbnails, train, held_out)
+        copies = distance.memorisation(measured.thumbnails, *neighbours[world])
         columns.append(
             {
                 "workdir": label,
@@ -324,12 +312,7 @@ def _histories(workdirs) -> list[str]:
     for label in workdirs:
         history = read_history(label)
         for name, points in history.items():
-            if name in (
-                "oracle/all",
-                "oracle/color",
-                "oracle/shape",
-                "oracle/direction",
-            ):
+            if name in _SHOWN:
                 scores[f"{label} {name.partition('/')[2]}"] = points
             elif name.startswith("validation/t="):
                 t = float(name.partition("=")[2])
@@ -346,15 +329,8 @@ def _examples(measured: Measured, world: World) -> list[str]:
     """The best, the median and the worst clips, with what the oracle saw in them."""
     names = ("count", "color", "shape", "size", "direction", "physics")
     quality = np.mean([measured.scores[name] for name in names], axis=0)
-    order = np.argsort(-quality, kind="stable")
-    middle = (len(order) - _EXAMPLES) // 2
-    groups = {
-        "Best": order[:_EXAMPLES],
-        "Median": order[middle : middle + _EXAMPLES],
-        "Worst": order[-_EXAMPLES:],
-    }
     parts = []
-    for title, ids in groups.items():
+    for title, ids in report.examples(quality).items():
         videos, scenes = measured.videos[ids], world.scenes(ids)
         found = detect(videos)
         tracks = follow(videos, found, scenes, world.fps)
@@ -384,7 +360,9 @@ def main(argv: list[str]) -> None:
     try:
         for path in evaluate():
             print(path)
-    except (ValueError, FileNotFoundError) as error:
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on with the clips that are there.")
+    except (ValueError, OSError) as error:
         if flags.FLAGS["verbosity"].present:
             raise
         sys.exit(f"error: {error}")

@@ -28,7 +28,6 @@ _MEANING = {
     "ssim": "structural similarity",
     "temporal_error": "change from frame to frame, error of",
 }
-_EXAMPLES = 3
 _LEAST_HEIGHT = 96  # pixels; smaller clips are enlarged
 _CHUNK = 8  # clips that are read at once
 
@@ -104,7 +103,7 @@ def evaluate_vae(
         label: np.array([float(measure(b, a)) for a, b, _ in pairs])
         for label, measure in MEASURES.items()
     }
-    found = {k: oracle.mean_and_interval(v) for k, v in measured.items()}
+    found = oracle.summary(measured)
     results = {"vae": folder, "data": name, "clips": len(pairs), "bad": bad}
     results |= {"measures": found}
     rows = [
@@ -112,7 +111,8 @@ def evaluate_vae(
         for k, v in found.items()
     ]
     parts = [report.section(name, report.table(["", folder], rows))]
-    if isinstance(source, WorldSource):
+    whole = pairs[0][0].shape == pairs[0][2]["video"].shape
+    if isinstance(source, WorldSource) and whole:  # cut clips are of another scene
         scores = _oracle(source, pairs)
         results |= {"oracle": scores}
         parts.append(
@@ -130,30 +130,18 @@ def evaluate_vae(
 
 def _oracle(source: WorldSource, pairs) -> dict[str, dict[str, tuple]]:
     """Scores of the originals and of the reconstructions."""
-    scenes = source.world.scenes(np.arange(len(pairs)))
-    fps = source.world.fps
-    return {
-        who: {
-            name: oracle.mean_and_interval(values)
-            for name, values in oracle.score(
-                np.stack([pair[i] for pair in pairs]), scenes, fps
-            ).items()
-        }
-        for i, who in enumerate(("real", "vae"))
-    }
+    world, scenes = source.world, source.world.scenes(np.arange(len(pairs)))
+    found = {}
+    for i, who in enumerate(("real", "vae")):
+        videos = np.stack([pair[i] for pair in pairs])
+        found[who] = oracle.summary(oracle.score(videos, scenes, world.fps))
+    return found
 
 
 def _examples(pairs, measured) -> list[str]:
     """The best, the median and the worst: original, reconstruction, difference."""
-    order = np.argsort(-measured["psnr"], kind="stable")
-    middle = max(len(order) - _EXAMPLES, 0) // 2
-    groups = {
-        "Best": order[:_EXAMPLES],
-        "Median": order[middle : middle + _EXAMPLES],
-        "Worst": order[-_EXAMPLES:],
-    }
     parts = []
-    for title, ids in groups.items():
+    for title, ids in report.examples(measured["psnr"]).items():
         figures = []
         for i in ids:
             original, decoded, clip = pairs[i]

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any
@@ -60,6 +61,33 @@ class Request:
     width: int = 64
     fps: float = 8.0
     seed: int = 0
+
+
+def size_fields(
+    defaults: dict[str, Any], size: str | None, frames: int | None, fps: float | None
+) -> dict[str, Any]:
+    """Fields of a `Request` that say how large a clip is.
+
+    Args:
+        defaults: of the model.
+        size: "HEIGHTxWIDTH" in pixels, or None: the model's, as for the others.
+        frames: of the clip.
+        fps: frames per second.
+
+    Raises:
+        ValueError: the size reads otherwise.
+    """
+    names = ("frames", "height", "width", "fps")
+    fields = {name: defaults[name] for name in names if name in defaults}
+    if size is not None:
+        match = re.fullmatch(r"(\d+)x(\d+)", size)
+        if match is None:
+            raise ValueError(
+                f"`size` (={size!r}) must read HEIGHTxWIDTH, such as 64x96."
+            )
+        fields |= {"height": int(match[1]), "width": int(match[2])}
+    given = {"frames": frames, "fps": fps}
+    return fields | {name: value for name, value in given.items() if value is not None}
 
 
 @dataclasses.dataclass

@@ -19,7 +19,7 @@ from jvdit.data.media_encode import encode_clip
 from jvdit.data.sheets import contact_sheet, write_png
 from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.solvers import SOLVERS
-from jvdit.generator import Generator, Request
+from jvdit.generator import Generator, Request, size_fields
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of a training, or its model folder.")
 _PROMPTS = flags.DEFINE_string(
@@ -79,17 +79,7 @@ def file_name(request: Request) -> str:
 
 
 def _request_defaults(model: dict[str, Any]) -> dict[str, Any]:
-    names = ("frames", "height", "width", "fps")
-    fields = {name: model[name] for name in names if name in model}
-    if _SIZE.value is not None:
-        match = re.fullmatch(r"(\d+)x(\d+)", _SIZE.value)
-        if match is None:
-            raise ValueError(
-                f"`size` (={_SIZE.value!r}) must read HEIGHTxWIDTH, such as 64x96."
-            )
-        fields |= {"height": int(match[1]), "width": int(match[2])}
-    given = {"frames": _FRAMES.value, "fps": _FPS.value}
-    fields |= {name: value for name, value in given.items() if value is not None}
+    fields = size_fields(model, _SIZE.value, _FRAMES.value, _FPS.value)
     return fields | {"negative_prompt": _NEGATIVE.value, "seed": _SEED.value}
 
 

@@ -35,6 +35,7 @@ from jvdit.training.step import make_train_step
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything of the run goes.")
+PRECISIONS = ("default", "bfloat16", "float32")
 
 
 class StopRequest:
@@ -69,6 +70,11 @@ def train(config: Config, workdir: str) -> int:
             before anything is compiled or written.
         FloatingPointError: `config.max_skipped` steps in a row weren't finite.
     """
+    if config.matmul_precision not in PRECISIONS:
+        raise ValueError(
+            f"`matmul_precision` (={config.matmul_precision!r}) must be one of: "
+            f"{', '.join(PRECISIONS)}."
+        )
     mesh = make_mesh(config.mesh.to_dict())
     optim = Optim(**config.optim)
     task = TASKS[config.objective](config, mesh, pathlib.Path(workdir))

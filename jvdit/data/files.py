@@ -1,6 +1,7 @@
 """Files that are either whole or absent, whatever kills the process."""
 
 import contextlib
+import fcntl
 import os
 import re
 import socket
@@ -79,3 +80,20 @@ def _is_running(pid: int) -> bool:
     except PermissionError:  # somebody else's
         return True
     return True
+
+
+@contextlib.contextmanager
+def locked(path: Path, doing: str) -> Iterator[None]:
+    """Holds a lock file, which the system lets go of when the process ends.
+
+    Raises:
+        ValueError: another process holds it, and is `doing` something.
+    """
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"Another process is {doing}; wait for it or end it."
+            ) from None
+        yield

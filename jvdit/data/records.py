@@ -14,12 +14,11 @@ manifest is written last: a directory without one is unfinished and will not ope
 
 import collections
 import contextlib
-import fcntl
 import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from array_record.python.array_record_module import (
 from etils import epath
 from tensorflow_datasets.core import example_serializer
 
-from jvdit.data.files import replacing, sweep_temporary, write_atomically
+from jvdit.data.files import locked, replacing, sweep_temporary, write_atomically
 from jvdit.data.record_format import (
     FORMAT,
     SCALARS,
@@ -114,21 +113,9 @@ class RecordWriter:
         with self.alone() if self.work.exists() else contextlib.nullcontext():
             shutil.rmtree(self.path)
 
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Keeps other processes from writing the same data set.
-
-        Raises:
-            ValueError: another process is at it.
-        """
-        with open(self.work / "lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"Another process is working on {self.path}; wait for it or end it."
-                ) from None
-            yield
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Keeps other processes from writing the same data set; see `locked`."""
+        return locked(self.work / "lock", f"working on {self.path}")
 
     def _open_plan(self) -> None:
         """Starts the data set, or checks that the one that is there is this one."""

@@ -2,7 +2,7 @@
 
 No network judges and the simulator is never asked: a clip is measured, and compared
 with the scene that its caption describes. A perfect clip doesn't score 1 everywhere,
-so that a score means most relative to that of real clips (`real_clips`).
+so that a score means most beside that of real clips of the same scenes.
 """
 
 import dataclasses
@@ -11,7 +11,6 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from jvdit.data.world import World
 from jvdit.data.world_scene import Scenes
 from jvdit.evaluation.adherence import adherence, read
 from jvdit.evaluation.detection import detect
@@ -90,17 +89,22 @@ def score(
             f"{len(video)} clips are to be scored against {len(scenes.ids)} scenes; "
             "give the scene of each clip."
         )
-    if video.shape[1] < 4:
-        raise ValueError(
-            f"clips of {video.shape[1]} frames don't show how anything moves; score "
-            "clips of at least 4."
-        )
+    check_frames(video.shape[1])
     parts = []
     for start in range(0, len(video), _AT_ONCE):
         some = slice(start, start + _AT_ONCE)
         sound = None if audio is None else audio[some]
         parts.append(_score(video[some], choose(scenes, some), fps, sound, audio_rate))
     return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+
+
+def check_frames(frames: int) -> None:
+    """Refuses clips that are too short to score with a ValueError."""
+    if frames < 4:
+        raise ValueError(
+            f"clips of {frames} frames don't show how anything moves; score clips of "
+            "at least 4."
+        )
 
 
 def _score(video, scenes, fps, audio, rate) -> Scores:
@@ -129,21 +133,6 @@ def choose(scenes: Scenes, rows: slice | np.ndarray) -> Scenes:
     )
 
 
-def real_clips(world: World, ids: np.ndarray, sound: bool = True) -> Scores:
-    """The scores of the world's own clips: the bound of any model."""
-    parts = []
-    for start in range(0, len(ids), _AT_ONCE):
-        scenes = world.scenes(ids[start : start + _AT_ONCE])
-        motion = world.simulate(scenes)
-        audio = world.synthesize(scenes, motion)[..., 0] if sound else None
-        parts.append(
-            score(
-                world.render(scenes, motion), scenes, world.fps, audio, world.audio_rate
-            )
-        )
-    return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
-
-
 def mean_and_interval(
     values: Float[np.ndarray, " b"], resamples: int = 1000
 ) -> tuple[float, float, float]:
@@ -155,6 +144,13 @@ def mean_and_interval(
     drawn = values[rng.integers(0, len(values), (resamples, len(values)))].mean(1)
     low, high = np.quantile(drawn, (0.025, 0.975))
     return float(values.mean()), float(low), float(high)
+
+
+def summary(
+    scores: Mapping[str, np.ndarray],
+) -> dict[str, tuple[float, float, float]]:
+    """Mean and interval of each score; those that no clip has are left out."""
+    return {k: mean_and_interval(v) for k, v in scores.items() if np.isfinite(v).any()}
 
 
 def means(scores: Mapping[str, np.ndarray]) -> dict[str, float]:

@@ -78,8 +78,15 @@ def physics(
         "teleport": (share(fastest > _FASTEST) > 0).astype(float),
         "moving": share(moving),
     }
-    fine = (share(tracks.found) == 1) & (scores["moving"] == 1)
-    fine &= (scores["teleport"] == 0) & (scores["residual"] < _MOST_RESIDUAL)
+    return scores | {"physics": _all_right(scores, share(tracks.found) == 1)}
+
+
+def _all_right(
+    scores: dict[str, np.ndarray], found: Bool[np.ndarray, " b"]
+) -> Float[np.ndarray, " b"]:
+    """Whether all objects are there and nothing that is measured is wrong."""
+    fine = found & (scores["moving"] == 1) & (scores["teleport"] == 0)
+    fine = fine & (scores["residual"] < _MOST_RESIDUAL)
     for name, least, most in (
         ("explained", _LEAST_EXPLAINED, 1),
         ("restitution", 1 - _RESTITUTION_ERROR, 1 + _RESTITUTION_ERROR),
@@ -87,7 +94,7 @@ def physics(
     ):
         value = np.where(np.isnan(scores[name]), 1.0, scores[name])
         fine &= (least <= value) & (value <= most)
-    return scores | {"physics": fine.astype(float)}
+    return fine.astype(float)
 
 
 def _causes(

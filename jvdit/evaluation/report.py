@@ -10,15 +10,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, Int, UInt8
+from matplotlib.figure import Figure
 
 from jvdit.data.media_encode import encode_clip
 from jvdit.evaluation.oracle import COLUMNS
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402 - after the choice of its backend
 
 # Mean, and the ends of its 95 % interval.
 Interval = Sequence[float]
@@ -107,7 +104,8 @@ def number(value: Interval) -> str:
 
 def plot(title: str, x_label: str, series: Series, log: bool = False) -> str:
     """A line for each series of points, as SVG."""
-    figure, axes = plt.subplots(figsize=(5.2, 3.4), layout="constrained")
+    figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+    axes = figure.subplots()
     for label, points in series.items():
         ordered = sorted(points)
         axes.plot(*zip(*ordered, strict=True), marker="o", markersize=3, label=label)
@@ -120,7 +118,6 @@ def plot(title: str, x_label: str, series: Series, log: bool = False) -> str:
         axes.legend(fontsize=8, frameon=False)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg")
-    plt.close(figure)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
@@ -143,3 +140,16 @@ def film(
 def films(title: str, figures: Sequence[str]) -> str:
     """A grid of films."""
     return f"<h3>{html.escape(title)}</h3><div class=clips>{''.join(figures)}</div>"
+
+
+def examples(
+    quality: Float[np.ndarray, " n"], count: int = 3
+) -> dict[str, Int[np.ndarray, " _"]]:
+    """Which clips are the best, the median and the worst, a few each."""
+    order = np.argsort(-quality, kind="stable")
+    middle = max(len(order) - count, 0) // 2
+    return {
+        "Best": order[:count],
+        "Median": order[middle : middle + count],
+        "Worst": order[-count:],
+    }
