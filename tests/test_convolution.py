@@ -49,6 +49,24 @@ def test_forms_agree_forward_and_backward(case, past_frames):
 
 
 @pytest.mark.parametrize("form", ["cpu", "native"])
+@pytest.mark.parametrize("strides", [(1, 1, 1), (2, 1, 1)])
+def test_an_image_is_the_first_frame_of_a_video(form, strides):
+    """Though it is computed with the last tap alone."""
+    x, kernel = normal(2, 4, 6, 4, 3), normal(3, 3, 3, 3, 7)
+    weight = normal(2, 1, 6, 4, 7, seed=2)
+
+    def loss(kernel, frames):
+        y = causal_conv3d(x[:, :frames], kernel, strides=strides, implementation=form)
+        return jnp.sum(weight * y[:, :1]), y[:, :1]
+
+    image, video = (
+        jax.value_and_grad(loss, has_aux=True)(kernel, frames) for frames in (1, 4)
+    )
+    for a, b in zip(jax.tree.leaves(image), jax.tree.leaves(video), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize("form", ["cpu", "native"])
 def test_frames_depend_on_the_past_only(form):
     x, kernel = normal(1, 5, 4, 4, 2), normal(3, 3, 3, 2, 2)
 
