@@ -14,20 +14,23 @@ from jvdit import config as defaults
 def get_config():
     """Settings of the runs, one after another."""
     vae = world_vae.get_config().stages
-    for stage in (vae.images, vae.videos):
-        stage.steps = 300
-        stage.optim.warmup = 20
-        stage.sample_every = 300
+    vae.videos.start_from = "{workdir}/vae_images/model"
     latents = defaults.encode(
         "world:train:17x32x32@16:4096",
-        vae="{workdir}/videos",
+        vae="{workdir}/vae_videos",
         validation="world:val:17x32x32@16:48",
     )
-    dit = world_dit.get_config()
-    dit.steps = 500
-    dit.optim.warmup = 20
-    dit.data.sources = ("{workdir}/latents",)
-    dit.data.validation = "{workdir}/latents#val"
+    frames = defaults.encode("world:train:1x32x32@16:16384", "{workdir}/vae_videos")
+    dit = world_dit.get_config().stages
+    dit.videos.start_from = "{workdir}/dit_images/model"
+    for stage in (vae.images, vae.videos, dit.images, dit.videos):
+        stage.steps = stage.sample_every = 300
+        stage.optim.warmup = 20
     return defaults.stages(
-        images=vae.images, videos=vae.videos, latents=latents, dit=dit
+        vae_images=vae.images,
+        vae_videos=vae.videos,
+        latents=latents,
+        frames=frames,
+        dit_images=dit.images,
+        dit=dit.videos,
     )

@@ -1,11 +1,11 @@
 """Text to video in the procedural world, at 17 x 32 x 32.
 
-    python -m jvdit.encode --source world:train:17x32x32@16:65536 \
-        --validation world:val:17x32x32@16:256 --vae runs/world/vae/videos \
-        --out runs/world/latents
     python -m jvdit.train --config configs/world_dit.py --workdir runs/world/dit
 
-A clip is 5 x 2 x 2 tokens, so that thousands of steps fit into an hour on two cores.
+Clips and single frames become latents, of the autoencoder of `world_vae.py`. Then the
+DiT learns from frames what words look like, five times as many a step as of clips, and
+from clips how it moves (Wan, arXiv:2503.20314, section 4.2). The finished model is
+runs/world/dit/videos.
 """
 
 from jvdit import config as defaults
@@ -30,18 +30,18 @@ PROMPTS = (
 )
 
 
-def get_config():
-    """Settings of the run."""
+VAE = "runs/world/vae/videos"
+
+
+def stage():
+    """What both stages of the DiT have in common."""
     config = defaults.flow("world-s", "world")
-    config.patch_size = (1, 4, 4)
-    config.steps = 8000
-    config.data.sources = ("runs/world/latents",)
-    config.data.validation = "runs/world/latents#val"
-    config.data.rows = 48
-    config.data.token_budget = 20
-    config.data.max_clips = 1
+    config.data.validation = "{workdir}/latents#val"
+    config.data.rows = 16
+    # A clip is 5 x 4 x 4 tokens, a frame 4 x 4.
+    config.data.token_budget = 80
+    config.data.max_clips = 5
     config.data.text_length = 48
-    config.data.text_budget = 48
     # What moves where is decided at much noise.
     config.timesteps.shift = 3.0
     config.sample.guidance_scale = 2.5
@@ -49,7 +49,7 @@ def get_config():
     config.dit.position_scale = (4.0, 1.0, 1.0)
     # As a TPU multiplies by default; a CPU with matrix units is faster so.
     config.matmul_precision = "bfloat16"
-    config.optim.lr = 2e-3
+    config.optim.lr = 1.5e-3
     config.optim.schedule = "linear"
     config.optim.warmup = 200
     config.checkpoint_every = 250
@@ -60,3 +60,24 @@ def get_config():
     config.sample.fps = 16.0
     config.sample.height = config.sample.width = 32
     return config
+
+
+def get_config():
+    """Settings of the stages."""
+    latents = defaults.encode(
+        "world:train:17x32x32@16:65536", VAE, validation="world:val:17x32x32@16:256"
+    )
+    frames = defaults.encode("world:train:1x32x32@16:131072", VAE)
+    images = stage()
+    images.steps = 4000
+    # Every tenth is a clip: a third of the tokens.
+    images.data.sources = ("{workdir}/latents", "{workdir}/frames")
+    images.data.weights = (1, 10)
+    images.data.text_budget = 192
+    videos = stage()
+    videos.steps = 16000
+    videos.start_from = "{workdir}/images/model"
+    videos.data.sources = ("{workdir}/latents",)
+    videos.data.max_clips = 1
+    videos.data.text_budget = 48
+    return defaults.stages(latents=latents, frames=frames, images=images, videos=videos)

@@ -14,8 +14,11 @@ def stage():
     """What both stages have in common."""
     config = defaults.vae("world")
     config.data.validation = "world:val:17x32x32@16:64"
+    # Objects are few pixels: what is lost of their edges must outweigh the background.
+    config.loss.mse = 50.0
+    config.loss.kl = 1e-3
     config.optim.name = "muon"
-    config.optim.lr = 2e-3
+    config.optim.lr = 4e-3
     config.optim.schedule = "linear"
     config.optim.warmup = 100
     config.checkpoint_every = 250
@@ -27,11 +30,11 @@ def stage():
 def get_config():
     """Settings of the stages."""
     images = stage()
-    images.steps = 1000
+    images.steps = 2000
     images.data.sources = ("world:train:1x32x32@16:1000000",)
     images.data.pixel_budget = 32 * 32 * 32
     videos = stage()
-    videos.steps = 2500
+    videos.steps = 3000
     videos.start_from = "{workdir}/images/model"
     videos.data.sources = (
         "world:train:5x32x32@16:1000000",

@@ -2,9 +2,11 @@
 
 import functools
 
+import av
 import numpy as np
 import pytest
 
+from jvdit.data.media_encode import encode_clip
 from jvdit.data.world import World
 from jvdit.evaluation import oracle
 from jvdit.evaluation.detection import detect
@@ -140,6 +142,23 @@ def test_sound_of_other_clips_is_out_of_step():
     found = changed(audio=lambda a: np.roll(a, 1, axis=0))
     assert found["sync"] < 0.1 and found["material"] < 0.3
     assert found["sync_40ms"] < 0.3 and found["physics"] == real()["physics"]
+
+
+def test_coarse_h264_blurs_edges_and_little_else(tmp_path):
+    def coded(video):
+        return np.stack([coarse(clip, tmp_path / "clip.mp4") for clip in video])
+
+    def coarse(clip, path):
+        encode_clip(path, clip, 8.0, crf=28)
+        with av.open(path) as file:
+            frames = file.decode(video=0)
+            return np.stack([frame.to_ndarray(format="rgb24") for frame in frames])
+
+    found, bound = changed(video=coded), real()
+    assert 0.7 < found["all"] < bound["all"] and 0.5 < found["physics"] < 0.9
+    assert found["direction"] > 0.9 and found["sync"] > 0.8
+    assert bound["residual"] < found["residual"] < 0.5
+    assert bound["flicker"] < found["flicker"] < 0.01
 
 
 def test_late_sound_is_late():

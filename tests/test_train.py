@@ -292,6 +292,8 @@ def test_a_stale_cache_is_refused(workdir, tmp_path):
         (lambda c: c.data.update(sources=("nowhere",)), "nowhere"),
         (lambda c: c.dit.update(num_heads=5), "width.*32.*num_heads.*5"),
         (lambda c: c.mesh.update(data=3), "3 devices but there are 8"),
+        (lambda c: c.update(matmul_precision="bf16"), "precision.*'bf16'.*bfloat16"),
+        (lambda c: c.sample.update(frames=1), "1 frames.*at least 4"),
     ],
 )
 def test_bad_settings_are_one_line_and_touch_nothing(
@@ -306,7 +308,8 @@ def test_bad_settings_are_one_line_and_touch_nothing(
 
 def test_a_typo_on_the_command_line_is_answered_with_the_right_name(tmp_path):
     command = [sys.executable, "-m", "jvdit.train", f"--workdir={tmp_path}/new"]
-    command += [f"--config={HERE}/../configs/world_dit.py", "--config.optim.lrr=1"]
+    command += [f"--config={HERE}/../configs/world_dit.py"]
+    command += ["--config.stages.videos.optim.lrr=1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and 'Did you mean "lr"' in done.stderr
     assert not (tmp_path / "new").exists()

@@ -260,7 +260,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "spatial_downsample": (True, False),
         "temporal_downsample": (True, True),
         "stage_taps": (1, 3, 3),
-        "latent_channels": 8,
+        "latent_channels": 16,
         "patch_size": 2,
         "residual_shortcuts": True,
         "norm_eps": 1e-6,

@@ -143,9 +143,12 @@ class FlowTask(Task):
     def _tokenizer(self) -> Tokenizer:
         if self.config.tokenizer:
             return Tokenizer(self.config.tokenizer)
-        kept = self.workdir / "tokenizer.model"
-        if kept.exists():
-            return Tokenizer(kept)
+        # A run that goes on, and one that starts from another, keep its token ids.
+        for folder in filter(
+            None, (str(self.workdir / "model"), self.config.start_from)
+        ):
+            if (kept := pathlib.Path(folder) / "tokenizer.model").exists():
+                return Tokenizer(kept)
         captions = []
         for source in self.sources:
             stride = max(len(source) // 20_000, 1)
@@ -218,6 +221,8 @@ class FlowTask(Task):
     def _check_samples(self):
         sample = self.config.sample
         check_solver(sample.solver)
+        if sample.scored:
+            oracle.check_frames(self._world().frames)
         generator = self._generator_of(None)
         for request in self._requests(self.config.sample.prompts or [""]):
             generator.check(request)
@@ -314,10 +319,13 @@ class FlowTask(Task):
             told = (f"{name} {found[name]:.2f}" for name in _TOLD)
             metrics.say(f"step {step}, {scored} clips scored: {', '.join(told)}")
 
+    def _world(self) -> World:
+        sample = self.config.sample
+        return World("val", 0, sample.frames, sample.height, sample.width, sample.fps)
+
     def _scores(self, ids: np.ndarray) -> dict[str, float]:
         """What the oracle says of clips of the first prompts of the world's val."""
-        sample = self.config.sample
-        world = World("val", 0, sample.frames, sample.height, sample.width, sample.fps)
+        world = self._world()
         videos = self._clips(world.captions(ids))
         return oracle.means(
             oracle.score(np.stack(videos), world.scenes(ids), world.fps)
