@@ -20,17 +20,10 @@ def get_config():
         vae="{workdir}/vae_videos",
         validation="world:val:17x32x32@16:48",
     )
-    frames = defaults.encode("world:train:1x32x32@16:16384", "{workdir}/vae_videos")
-    dit = world_dit.get_config().stages
-    dit.videos.start_from = "{workdir}/dit_images/model"
-    for stage in (vae.images, vae.videos, dit.images, dit.videos):
+    dit = world_dit.videos()
+    for stage in (vae.images, vae.videos, dit):
         stage.steps = stage.sample_every = 300
         stage.optim.warmup = 20
     return defaults.stages(
-        vae_images=vae.images,
-        vae_videos=vae.videos,
-        latents=latents,
-        frames=frames,
-        dit_images=dit.images,
-        dit=dit.videos,
+        vae_images=vae.images, vae_videos=vae.videos, latents=latents, dit=dit
     )
