@@ -1,7 +1,7 @@
 """Their tensors to our parameters, each straight to where it will live, and back."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -85,13 +85,20 @@ def _leaf(
         return _placed(pieces[0].rule.to_ours(tensors[pieces[0].name]), dtype, place)
     # Layer after layer into a stack that is already where it belongs.
     shape = found.shapes[path]
-    stack = jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=place)()
-    write = jax.jit(_write, donate_argnums=0, out_shardings=place)
+    zeros, write = _stacking(shape, dtype, place)
+    stack = zeros()
     inner = place and NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))
     for piece in pieces:
         layer = _placed(piece.rule.to_ours(tensors[piece.name]), dtype, inner)
         stack = write(stack, layer, piece.layer)
     return stack
+
+
+@lru_cache
+def _stacking(shape: tuple[int, ...], dtype: np.dtype, place: NamedSharding | None):
+    """What makes an empty stack, and what writes a layer into it."""
+    zeros = jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=place)
+    return zeros, jax.jit(_write, donate_argnums=0, out_shardings=place)
 
 
 def _write(stack: jax.Array, layer: jax.Array, i: jax.Array) -> jax.Array:

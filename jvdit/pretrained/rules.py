@@ -12,13 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import einops
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 
 Shape = tuple[int, ...]
-Tensor = Shaped[np.ndarray, "..."] | Shaped[jax.Array, "..."]
 
 STACKS = ("blocks", "controls")  # of layers, in our modules
 LISTED = 5  # names that a message lists before it only counts
@@ -45,7 +42,7 @@ class Rule:
     part: tuple[int, int] = (0, 1)
     tied: bool = False
 
-    def to_ours(self, tensor: Tensor) -> Tensor:
+    def to_ours(self, tensor: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
         """Their tensor in our layout: a view wherever that is possible."""
         index, parts = self.part
         size = tensor.shape[0] // parts if tensor.ndim else 0
@@ -54,7 +51,7 @@ class Rule:
             return kept
         return einops.rearrange(kept, self.layout, **self.sizes)
 
-    def to_theirs(self, leaf: Tensor) -> Tensor:
+    def to_theirs(self, leaf: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
         """Our parameter in their layout: the whole tensor, or its part."""
         if not self.layout:
             return leaf
@@ -63,9 +60,9 @@ class Rule:
 
     def shape_of(self, theirs: Shape) -> Shape:
         """The shape of our parameter; ValueError if the pattern doesn't take theirs."""
-        blank = jax.ShapeDtypeStruct(theirs, jnp.int8)
+        blank = np.broadcast_to(np.int8(0), theirs)  # takes no memory
         try:
-            return tuple(jax.eval_shape(self.to_ours, blank).shape)
+            return tuple(self.to_ours(blank).shape)
         except einops.EinopsError as error:
             raise ValueError(str(error).strip().splitlines()[0]) from None
 
