@@ -37,12 +37,14 @@ class Tokens:
         level: which of the row's noise levels `t[b g]` a token is at. None: all are
             at level 0. With segments, level 0 is pinned to t = 0 (clean: padding and
             conditioning tokens) and a clip's generated tokens are at its own segment.
+        control: patches of control signals that lie under the tokens, or None.
     """
 
     latents: Float[Array, "b n c"]
     position: Float[Array, "b n 3"]
     segment: Int[Array, "b n"] | None = None
     level: Int[Array, "b n"] | None = None
+    control: Float[Array, "b n v"] | None = None
 
     def with_latents(self, latents: Float[Array, "b n c"]) -> "Tokens":
         """The same tokens, noisier or cleaner."""
@@ -66,7 +68,9 @@ class Text:
         embeds: states of the text encoder.
         segment: which clip of its row a state describes; 0 is padding. None: every
             token of the row sees every state.
+        image: states of an image encoder that every token of the row sees, or None.
     """
 
     embeds: Float[Array, "b s e"]
     segment: Int[Array, "b s"] | None = None
+    image: Float[Array, "b i z"] | None = None

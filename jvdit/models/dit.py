@@ -11,16 +11,15 @@ import flax.linen as nn
 import jax.numpy as jnp
 from einops import rearrange
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from jvdit.models.attention import attention, rope_tables, rotate, wan_axes_dims
+from jvdit.models.attention import rope_tables, wan_axes_dims
 from jvdit.models.dense import Dense
+from jvdit.models.dit_blocks import Block, ControlBlock, ImageEmbed, ScanBlock
 from jvdit.models.layers import (
     REMAT_POLICIES,
-    LayerNorm,
     Mlp,
     Modulation,
-    RMSNorm,
     fusion_boundary,
     modulate,
     rematerialise,
@@ -39,18 +38,30 @@ _WAN_14B = {
     "text_width": 4096,
 }
 
+_WAN_1_3B = _WAN_14B | {"width": 1536, "depth": 30, "num_heads": 12, "ffn_width": 8960}
 # Sizes by name: `DiT(**VARIANTS[name])`. Channels count a whole patch: Wan's 16 latent
 # channels in patches of 1 x 2 x 2 make 64. Rows without channels belong to our own
 # models, where the autoencoder and the text encoder decide them.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "wan2.1-t2v-1.3b": {
-        **_WAN_14B,
-        "width": 1536,
-        "depth": 30,
-        "num_heads": 12,
-        "ffn_width": 8960,
-    },
+    "wan2.1-t2v-1.3b": _WAN_1_3B,
     "wan2.1-t2v-14b": _WAN_14B,
+    "wan2.1-i2v-14b": {**_WAN_14B, "in_channels": 144, "image_width": 1280},
+    "wan2.1-flf2v-14b": {
+        **_WAN_14B,
+        "in_channels": 144,
+        "image_width": 1280,
+        "image_length": 514,
+    },
+    "wan2.1-vace-1.3b": {
+        **_WAN_1_3B,
+        "control_channels": 384,
+        "control_layers": tuple(range(0, 30, 2)),
+    },
+    "wan2.1-vace-14b": {
+        **_WAN_14B,
+        "control_channels": 384,
+        "control_layers": tuple(range(0, 40, 5)),
+    },
     "wan2.2-t2v-a14b": _WAN_14B,
     "wan2.2-i2v-a14b": {**_WAN_14B, "in_channels": 144},
     "wan2.2-ti2v-5b": {
@@ -68,125 +79,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 _text_init = nn.initializers.normal(0.02)
-
-
-class Attention(nn.Module):
-    """Multi-head attention with RMS-normalised queries and keys.
-
-    Attributes:
-        num_heads: heads; they divide the channels of the input.
-        qk_norm: normalise queries and keys over all heads together.
-        implementation: form of `attention`.
-    """
-
-    num_heads: int
-    qk_norm: bool = True
-    eps: float = 1e-6
-    implementation: str = "auto"
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "b n d"],
-        context: Float[Array, "b s d"],
-        segment: Int[Array, "b n"] | None,
-        context_segment: Int[Array, "b s"] | None,
-        rotation: tuple[Array, Array] | None = None,
-    ) -> Float[Array, "b n d"]:
-        """Lets the tokens of `x` attend to those of `context`.
-
-        Args:
-            x: tokens that ask.
-            context: tokens that answer; `x` itself in self-attention.
-            segment: clip of each asking token, or None.
-            context_segment: clip of each answering token, or None.
-            rotation: tables of `rope_tables` for queries and keys, or None.
-        """
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-
-        def linear(name: str) -> nn.Dense:
-            kernel_init = nn.initializers.xavier_uniform()
-            return Dense(x.shape[-1], kernel_init=kernel_init, name=name, **kinds)
-
-        q, k, v = linear("query")(x), linear("key")(context), linear("value")(context)
-        if self.qk_norm:
-            q = RMSNorm(self.eps, name="query_norm", **kinds)(q)
-            k = RMSNorm(self.eps, name="key_norm", **kinds)(k)
-        q, k, v = (
-            rearrange(y, "b n (q k) -> b n q k", q=self.num_heads) for y in (q, k, v)
-        )
-        if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
-        out = attention(
-            q, k, v, segment, context_segment, implementation=self.implementation
-        )
-        return linear("out")(rearrange(out, "b n q k -> b n (q k)"))
-
-
-class Block(nn.Module):
-    """Self-attention, cross-attention to the text, and an MLP, each a residual.
-
-    Attributes: as in `DiT`.
-    """
-
-    num_heads: int
-    ffn_width: int
-    qk_norm: bool = True
-    cross_norm: bool = True
-    eps: float = 1e-6
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
-    attention_implementation: str = "auto"
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "b n d"],
-        text: Float[Array, "b s d"],
-        embedding: Float[Array, "b g 6 d"],
-        level: Int[Array, "b n"] | None,
-        segment: Int[Array, "b n"] | None,
-        text_segment: Int[Array, "b s"] | None,
-        rotation: tuple[Array, Array],
-    ) -> Float[Array, "b n d"]:
-        """Updates the tokens; norms, modulation and residual sums are float32."""
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        heads = (self.num_heads, self.qk_norm, self.eps, self.attention_implementation)
-        modulation = Modulation(6, self.param_dtype, name="modulation")
-        rows = modulation(embedding, level)
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = rows
-        text_by = (None, None)
-        if text_segment is not None:
-            # One clip a row: self-attention needs no mask, padded text still does.
-            asking = jnp.ones(x.shape[:2], jnp.int32) if segment is None else segment
-            text_by = (asking, text_segment)
-
-        y = modulate(x, shift, scale, self.eps).astype(self.dtype)
-        y = Attention(*heads, name="self_attention", **kinds)(
-            y, y, segment, segment, rotation
-        )
-        x = (x + y * gate).astype(self.dtype)
-
-        y = LayerNorm(self.eps, name="cross_norm")(x) if self.cross_norm else x
-        y = Attention(*heads, name="cross_attention", **kinds)(
-            y.astype(self.dtype), text, *text_by
-        )
-        x = x + y
-
-        y = modulate(x, mlp_shift, mlp_scale, self.eps).astype(self.dtype)
-        y = Mlp(self.ffn_width, x.shape[-1], name="mlp", **kinds)(y)
-        x = (x + y * mlp_gate).astype(self.dtype)
-        return constrain(x, "batch", "tokens", None)
-
-
-class _ScanBlock(Block):
-    """A block as the body of `nn.scan`: its carry is the tokens."""
-
-    @nn.compact
-    def __call__(self, x, *context):
-        return super().__call__(x, *context), None
 
 
 class DiT(nn.Module):
@@ -211,6 +103,12 @@ class DiT(nn.Module):
         position_scale: multiplies the positions (t, y, x) before RoPE: with t in
             seconds, rotary units of time in each second.
         time_scale: multiplies the noise level, in [0, 1], before its sinusoids.
+        image_width: channels of the states of an image encoder, to which the tokens
+            attend beside the text (Wan 2.1 I2V); 0: there are none.
+        image_length: how many of them have a learned position; 0: none has.
+        control_channels: channels of a patch of control signals, which blocks of their
+            own turn into hints for others (VACE, arXiv:2503.07598); 0: there are none.
+        control_layers: the blocks that get a hint, in order.
         dtype: type of the computation; norms, softmax and modulation stay float32.
         param_dtype: type of the parameters.
         remat: what the backward pass recomputes: "none", "full" (whole blocks) or
@@ -235,6 +133,10 @@ class DiT(nn.Module):
     rope_theta: float = 1e4
     position_scale: Sequence[float] = (1.0, 1.0, 1.0)
     time_scale: float = 1000.0
+    image_width: int = 0
+    image_length: int = 0
+    control_channels: int = 0
+    control_layers: Sequence[int] = ()
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
     remat: str = "none"
@@ -258,7 +160,7 @@ class DiT(nn.Module):
         Raises:
             ValueError: a field or an argument doesn't fit the others.
         """
-        self._check(tokens, t)
+        self._check(tokens, t, text)
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
         x = Dense(
@@ -277,7 +179,9 @@ class DiT(nn.Module):
         rotation = rope_tables(
             tokens.position, self._rope_dims, self.rope_theta, self.position_scale
         )
-        x = self._blocks(x, states, rows, level, tokens.segment, text.segment, rotation)
+        image = self._image(text)
+        context = states, rows, level, tokens.segment, text.segment, rotation, image
+        x = self._blocks(x, self._hints(x, tokens, *context), *context)
 
         head = Modulation(2, self.param_dtype, name="head_modulation")
         shift, scale = head(time[:, :, None], level)
@@ -302,8 +206,16 @@ class DiT(nn.Module):
         )(nn.silu(x))
         return x, rearrange(rows, "b g (r d) -> b g r d", r=6)
 
-    def _blocks(self, x: Array, *context) -> Array:
-        fields = {
+    def _image(self, text: Text) -> Array | None:
+        if not self.image_width or text.image is None:
+            return None
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        embed = ImageEmbed(self.width, self.image_length, name="image_embed", **kinds)
+        return embed(text.image)
+
+    @property
+    def _block_fields(self) -> dict[str, Any]:
+        return {
             "num_heads": self.num_heads,
             "ffn_width": self.ffn_width,
             "qk_norm": self.qk_norm,
@@ -313,21 +225,54 @@ class DiT(nn.Module):
             "param_dtype": self.param_dtype,
             "attention_implementation": self.attention_implementation,
         }
-        if not self.scan_layers:
-            block = rematerialise(Block, self.remat)
-            for i in range(self.depth):
-                x = fusion_boundary(block(name=f"block_{i}", **fields)(x, *context))
-            return x
-        stack = nn.scan(
-            rematerialise(_ScanBlock, self.remat),
+
+    def _hints(self, x: Array, tokens: Tokens, *context) -> Array | None:
+        """What the control blocks say to each of `control_layers`, stacked."""
+        if not self.control_channels:
+            return None
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        y = Dense(self.width, name="control_embed", **kinds)(
+            tokens.control.astype(self.dtype)
+        )
+        y = Dense(self.width, name="control_in", **kinds)(y) + x
+        block = rematerialise(ControlBlock, self.remat)
+        if self.scan_layers:
+            axes = (nn.broadcast,) * len(context)
+            stack = self._scanned(block, len(self.control_layers), axes)
+            return stack(name="controls", **self._block_fields)(y, *context)[1]
+        hints = []
+        for i in range(len(self.control_layers)):
+            y, hint = block(name=f"control_{i}", **self._block_fields)(y, *context)
+            hints.append(hint)
+        return jnp.stack(hints)
+
+    def _blocks(self, x: Array, hints: Array | None, *context) -> Array:
+        layers = list(self.control_layers)
+        if self.scan_layers:
+            slots = [layers.index(i) if i in layers else -1 for i in range(self.depth)]
+            axes = (0,) + (nn.broadcast,) * (1 + len(context))
+            block = rematerialise(ScanBlock, self.remat)
+            stack = self._scanned(block, self.depth, axes)(
+                name="blocks", **self._block_fields
+            )
+            return stack(x, jnp.array(slots), hints, *context)[0]
+        block = rematerialise(Block, self.remat)
+        for i in range(self.depth):
+            made = block(name=f"block_{i}", **self._block_fields)
+            x = fusion_boundary(made(x, *context))
+            if hints is not None and i in layers:
+                x = x + hints[layers.index(i)]
+        return x
+
+    def _scanned(self, block: Any, length: int, in_axes: tuple[Any, ...]) -> Any:
+        return nn.scan(
+            block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=self.depth,
+            in_axes=in_axes,
+            length=length,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x, _ = stack(name="blocks", **fields)(x, *context)
-        return x
 
     @property
     def _rope_dims(self) -> tuple[int, ...]:
@@ -335,7 +280,7 @@ class DiT(nn.Module):
             return wan_axes_dims(self.width // self.num_heads)
         return tuple(self.rope_dims)
 
-    def _check(self, tokens: Tokens, t: Array) -> None:
+    def _check(self, tokens: Tokens, t: Array, text: Text) -> None:
         head_dim, rest = divmod(self.width, self.num_heads)
         if rest:
             raise ValueError(
@@ -355,6 +300,23 @@ class DiT(nn.Module):
             raise ValueError(
                 f"tokens have {channels} channels but `in_channels` is "
                 f"{self.in_channels}: the channels of a patch times its cells."
+            )
+        for name, wanted, given in (
+            ("control_channels", self.control_channels, tokens.control),
+            ("image_width", self.image_width, text.image),
+        ):
+            found = 0 if given is None else given.shape[-1]
+            if found != wanted:
+                what = name.partition("_")[0]
+                raise ValueError(
+                    f"the {what} has {found} channels but `{name}` is {wanted}; "
+                    f"give a {what} of that many, or none where it is 0."
+                )
+        states = 0 if text.image is None else text.image.shape[1]
+        if self.image_length and states != self.image_length:
+            raise ValueError(
+                f"{states} image states were given but `image_length` is "
+                f"{self.image_length}: those of a first and a last picture."
             )
         if tokens.level is None and t.shape[1] != 1:
             raise ValueError(

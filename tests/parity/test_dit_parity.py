@@ -7,51 +7,29 @@ import pytest
 from einops import rearrange
 
 from jvdit.models.dit import VARIANTS, DiT
+from jvdit.pretrained import wan
+from jvdit.pretrained.loading import export, load, paths_of
+from jvdit.pretrained.rules import assign
 from jvdit.shapes import Text, Tokens
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-DEPTH, HEADS, HEAD_DIM, TEXT, FFN = 2, 3, 16, 20, 80
+DEPTH, HEADS, HEAD_DIM, TEXT, FFN, IMAGE = 3, 3, 16, 20, 80, 24
 FRAMES, HEIGHT, WIDTH = 3, 4, 3  # latents in patches
-
-# Their module -> ours; {i} runs over the blocks.
-MODULES = {
-    "condition_embedder.time_embedder.linear_1": "time_embed/fc_in",
-    "condition_embedder.time_embedder.linear_2": "time_embed/fc_out",
-    "condition_embedder.time_proj": "time_proj",
-    "condition_embedder.text_embedder.linear_1": "text_embed/fc_in",
-    "condition_embedder.text_embedder.linear_2": "text_embed/fc_out",
-    "patch_embedding": "patch_embed",
-    "blocks.{i}.norm2": "block_{i}/cross_norm",
-    "blocks.{i}.ffn.net.0.proj": "block_{i}/mlp/fc_in",
-    "blocks.{i}.ffn.net.2": "block_{i}/mlp/fc_out",
-    "proj_out": "head",
-} | {
-    f"blocks.{{i}}.{theirs}.{part}": f"block_{{i}}/{ours}/{name}"
-    for theirs, ours in (("attn1", "self_attention"), ("attn2", "cross_attention"))
-    for part, name in {
-        "to_q": "query",
-        "to_k": "key",
-        "to_v": "value",
-        "to_out.0": "out",
-        "norm_q": "query_norm",
-        "norm_k": "key_norm",
-    }.items()
-}
-TABLES = {
-    "blocks.{i}.scale_shift_table": "block_{i}/modulation/table",
-    "scale_shift_table": "head_modulation/table",
-}
 
 
 def draw(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def oracle(channels):
+def oracle(channels, control=0, **options):
     """Their network, every parameter drawn at random."""
-    model = diffusers.WanTransformer3DModel(
+    kind = diffusers.WanTransformer3DModel
+    if control:
+        kind = diffusers.WanVACETransformer3DModel
+        options = {"vace_in_channels": control, "vace_layers": [0, 2]} | options
+    model = kind(
         patch_size=(1, 2, 2),
         num_attention_heads=HEADS,
         attention_head_dim=HEAD_DIM,
@@ -64,10 +42,11 @@ def oracle(channels):
         cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",
         rope_max_seq_len=64,
+        **options,
     ).eval()
     for seed, (name, value) in enumerate(model.named_parameters()):
         drawn = draw(*value.shape, seed=seed)
-        if name.endswith("bias") or "table" in name:
+        if name.endswith("bias") or "table" in name or "pos_embed" in name:
             drawn = 0.3 * drawn
         elif value.ndim == 1:
             drawn = 1 + 0.2 * drawn
@@ -77,61 +56,45 @@ def oracle(channels):
     return model
 
 
-def imported(model):
-    """Their parameters under our names; every one of them is used once."""
-    state = {name: value.numpy() for name, value in model.state_dict().items()}
-    params = {}
-
-    def put(path, leaf, value):
-        *parents, last = (*path.split("/"), leaf) if leaf else path.split("/")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = jnp.asarray(value)
-
-    for i in range(DEPTH):
-        for theirs, ours in MODULES.items():
-            theirs, ours = theirs.format(i=i), ours.format(i=i)
-            for leaf in ("weight", "bias"):
-                value = state.pop(f"{theirs}.{leaf}", None)
-                if value is None:
-                    continue
-                if leaf == "bias":
-                    put(ours, "bias", value)
-                elif value.ndim == 1:
-                    put(ours, "scale", value)
-                elif value.ndim == 5:
-                    order = "d c pt ph pw -> (pt ph pw c) d"
-                    put(ours, "kernel", rearrange(value, order))
-                else:
-                    put(ours, "kernel", value.T)
-        for theirs, ours in TABLES.items():
-            value = state.pop(theirs.format(i=i), None)
-            if value is not None:
-                put(ours.format(i=i), "", value[0])
-    assert not state, f"not imported: {sorted(state)}"
-    return params
+def patches(latents):
+    pattern = "b c f (h p) (w q) -> b (f h w) (p q c)"
+    return jnp.asarray(rearrange(latents, pattern, p=2, q=2))
 
 
-def compare(channels, t, level):
+def compare(channels, t, level=None, *, states=12, control=0, image=None, scan=False):
     """Runs both; `t` and `level` as ours, theirs gets a timestep for each token."""
-    theirs = oracle(channels)
+    options, more, fields = {}, {}, {}
     rows = t.shape[0]
-    latents = draw(rows, channels, FRAMES, 2 * HEIGHT, 2 * WIDTH, seed=100)
-    embeds = draw(rows, 12, TEXT, seed=101)
+    if image is not None:
+        pictures, positions = image
+        drawn = draw(rows, pictures * 5, IMAGE, seed=103)
+        options = {"image_dim": IMAGE, "added_kv_proj_dim": HEADS * HEAD_DIM}
+        options |= {"pos_embed_seq_len": 5 * pictures if positions else None}
+        fields = {"image_width": IMAGE, "image_length": 5 * pictures * positions}
+        split = drawn.reshape(-1, 5, IMAGE) if positions else drawn
+        more = {"encoder_hidden_states_image": torch.from_numpy(split)}
+    size = (FRAMES, 2 * HEIGHT, 2 * WIDTH)
+    if control:
+        signal = draw(rows, control, *size, seed=102)
+        more |= {"control_hidden_states": torch.from_numpy(signal)}
+        fields |= {"control_channels": 4 * control, "control_layers": (0, 2)}
+    theirs = oracle(channels, control, **options)
+    latents = draw(rows, channels, *size, seed=100)
+    embeds = draw(rows, states, TEXT, seed=101)
     timestep = t[:, 0] if level is None else np.take_along_axis(t, level, axis=1)
     with torch.no_grad():
         want = theirs(
             torch.from_numpy(latents),
             torch.from_numpy(1000 * timestep),
             torch.from_numpy(embeds),
+            **more,
         ).sample.numpy()
-    pattern = "b c f (h p) (w q) -> b (f h w) (p q c)"
     cells = np.stack(np.indices((FRAMES, HEIGHT, WIDTH)), -1).reshape(1, -1, 3)
     tokens = Tokens(
-        jnp.asarray(rearrange(latents, pattern, p=2, q=2)),
+        patches(latents),
         jnp.asarray(np.repeat(cells, rows, axis=0), jnp.float32),
         level=None if level is None else jnp.asarray(level),
+        control=patches(signal) if control else None,
     )
     model = DiT(
         width=HEADS * HEAD_DIM,
@@ -141,18 +104,26 @@ def compare(channels, t, level):
         in_channels=4 * channels,
         out_channels=4 * channels,
         text_width=TEXT,
+        scan_layers=scan,
+        **fields,
     )
-    out = jax.jit(model.apply)(
-        {"params": imported(theirs)}, tokens, jnp.asarray(t), Text(jnp.asarray(embeds))
-    )
-    want = rearrange(want, pattern, p=2, q=2)
+    picture = None if image is None else jnp.asarray(drawn)
+    inputs = tokens, jnp.asarray(t), Text(jnp.asarray(embeds), image=picture)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    tensors = {name: value.numpy() for name, value in theirs.state_dict().items()}
+    params = load(wan.dit_rules(), tensors, shapes)
+    back = export(wan.dit_rules(), params)
+    assert back.keys() == tensors.keys()
+    assert all((back[name] == tensors[name]).all() for name in back)
+    out = jax.jit(model.apply)({"params": params}, *inputs)
+    want = patches(want)
     error = np.linalg.norm(out - want) / np.linalg.norm(want)
     print(f"relative error {error:.1e}, velocity rms {np.sqrt(np.mean(want**2)):.2f}")
     assert error < 2e-5
 
 
 def test_t2v_with_one_level_in_a_row():
-    compare(16, np.array([[0.999], [0.037]], np.float32), None)
+    compare(16, np.array([[0.999], [0.037]], np.float32))
 
 
 def test_ti2v_with_a_clean_first_frame():
@@ -160,30 +131,69 @@ def test_ti2v_with_a_clean_first_frame():
     compare(48, np.array([[0.0, 0.731]], np.float32), level)
 
 
-@pytest.mark.parametrize(
-    ("name", "sizes"),
-    {
-        "wan2.1-t2v-1.3b": (30, 12, 8960, 16, 16),
-        "wan2.1-t2v-14b": (40, 40, 13824, 16, 16),
-        "wan2.2-t2v-a14b": (40, 40, 13824, 16, 16),
-        "wan2.2-i2v-a14b": (40, 40, 13824, 36, 16),
-        "wan2.2-ti2v-5b": (30, 24, 14336, 48, 48),
-    }.items(),
-)
-def test_rows_of_the_size_table_have_the_parameters_of_the_releases(name, sizes):
-    depth, heads, ffn, in_channels, out_channels = sizes
+ONE = np.array([[0.731]], np.float32)
+
+
+def test_i2v_attends_to_a_picture():
+    # diffusers takes all states but the last 512 for those of the picture.
+    compare(36, ONE, states=512, image=(1, False))
+
+
+def test_flf2v_attends_to_two_pictures_whose_states_have_positions():
+    compare(36, ONE, states=512, image=(2, True))
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_vace_takes_hints_from_control_signals(scan):
+    compare(16, ONE, control=96, scan=scan)
+
+
+SIZES = {
+    "wan2.1-t2v-1.3b": (30, 12, 8960, 16, 16),
+    "wan2.1-t2v-14b": (40, 40, 13824, 16, 16),
+    "wan2.1-i2v-14b": (40, 40, 13824, 36, 16, {"image_dim": 1280}),
+    "wan2.1-flf2v-14b": (
+        *(40, 40, 13824, 36, 16),
+        {"image_dim": 1280, "pos_embed_seq_len": 514},
+    ),
+    "wan2.1-vace-1.3b": (30, 12, 8960, 16, 16, {"vace_layers": [*range(0, 30, 2)]}),
+    "wan2.1-vace-14b": (40, 40, 13824, 16, 16, {"vace_layers": [*range(0, 40, 5)]}),
+    "wan2.2-t2v-a14b": (40, 40, 13824, 16, 16),
+    "wan2.2-i2v-a14b": (40, 40, 13824, 36, 16),
+    "wan2.2-ti2v-5b": (30, 24, 14336, 48, 48),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_rows_of_the_size_table_have_the_parameters_of_the_releases(name):
+    depth, heads, ffn, in_channels, out_channels, *more = SIZES[name]
+    options = more[0] if more else {}
+    if "image_dim" in options:
+        options["added_kv_proj_dim"] = 5120
+    kind = diffusers.WanTransformer3DModel
+    if "vace_layers" in options:
+        kind = diffusers.WanVACETransformer3DModel
     with torch.device("meta"):
-        theirs = diffusers.WanTransformer3DModel(
+        theirs = kind(
             num_layers=depth,
             num_attention_heads=heads,
             ffn_dim=ffn,
             in_channels=in_channels,
             out_channels=out_channels,
+            **options,
         )
-    model = DiT(**VARIANTS[name], scan_layers=True)
-    channels = VARIANTS[name]["in_channels"]
-    tokens = Tokens(jnp.zeros((1, 1, channels)), jnp.zeros((1, 1, 3)))
-    inputs = tokens, jnp.zeros((1, 1)), Text(jnp.zeros((1, 1, 4096)))
-    params = jax.eval_shape(model.init, jax.random.key(0), *inputs)
-    ours = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
-    assert ours == sum(value.numel() for value in theirs.parameters())
+    row = VARIANTS[name]
+    model = DiT(**row, scan_layers=True)
+    control = row.get("control_channels")
+    tokens = Tokens(
+        jnp.zeros((1, 1, row["in_channels"])),
+        jnp.zeros((1, 1, 3)),
+        control=jnp.zeros((1, 1, control)) if control else None,
+    )
+    states = row.get("image_length") or 257
+    image = jnp.zeros((1, states, 1280)) if "image_width" in row else None
+    inputs = tokens, jnp.zeros((1, 1)), Text(jnp.zeros((1, 1, 4096)), image=image)
+    params = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    ours = {path: tuple(leaf.shape) for path, leaf in paths_of(params).items()}
+    names = {name: tuple(x.shape) for name, x in theirs.state_dict().items()}
+    assert assign(wan.dit_rules(), names, ours).pieces.keys() == ours.keys()

@@ -6,32 +6,14 @@ import numpy as np
 import pytest
 
 from jvdit.models.text_encoder import TextEncoder, relative_buckets
+from jvdit.pretrained import umt5
+from jvdit.pretrained.loading import load
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 DEPTH, LENGTHS, ROW = 2, (150, 40), 160
 SIZES = {"width": 32, "num_heads": 4, "head_dim": 6, "ffn_width": 40, "vocab_size": 99}
-
-# Their parameter -> ours; {i} runs over the blocks.
-NAMES = {
-    "shared.weight": "token_embed/embedding",
-    "encoder.final_layer_norm.weight": "final_norm/scale",
-} | {
-    f"encoder.block.{{i}}.layer.{theirs}.weight": f"block_{{i}}/{ours}"
-    for theirs, ours in {
-        "0.SelfAttention.q": "query/kernel",
-        "0.SelfAttention.k": "key/kernel",
-        "0.SelfAttention.v": "value/kernel",
-        "0.SelfAttention.o": "out/kernel",
-        "0.layer_norm": "attention_norm/scale",
-        "1.DenseReluDense.wi_0": "gate/kernel",
-        "1.DenseReluDense.wi_1": "fc_in/kernel",
-        "1.DenseReluDense.wo": "fc_out/kernel",
-        "1.layer_norm": "mlp_norm/scale",
-    }.items()
-}
-BIAS = "encoder.block.{i}.layer.0.SelfAttention.relative_attention_bias.weight"
 
 
 def oracle(family):
@@ -56,26 +38,6 @@ def oracle(family):
     return model
 
 
-def imported(model, shared_bias):
-    """Their parameters under our names; every one of them is used once."""
-    state = {k: value.detach().numpy() for k, value in model.named_parameters()}
-    params = {}
-    bias = "relative_bias/embedding"
-    names = NAMES | {BIAS: bias if shared_bias else f"block_{{i}}/{bias}"}
-    for i in range(DEPTH):
-        for theirs, ours in names.items():
-            value = state.pop(theirs.format(i=i), None)
-            if value is None:
-                continue
-            *parents, last = ours.format(i=i).split("/")
-            node = params
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[last] = jnp.asarray(value.T if last == "kernel" else value)
-    assert not state, f"not imported: {sorted(state)}"
-    return params
-
-
 @pytest.mark.parametrize(
     ("family", "shared_bias"), [("UMT5", False), ("T5", True)], ids=["umt5", "t5"]
 )
@@ -92,8 +54,12 @@ def test_states_are_theirs(family, shared_bias):
         ).last_hidden_state.numpy()
     want = want * segment[..., None]
     model = TextEncoder(**SIZES, depth=DEPTH, shared_bias=shared_bias)
-    params = {"params": imported(theirs, shared_bias)}
-    out = jax.jit(model.apply)(params, jnp.asarray(ids), jnp.asarray(segment))
+    inputs = jnp.asarray(ids), jnp.asarray(segment)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    tensors = {name: value.numpy() for name, value in theirs.state_dict().items()}
+    rules = umt5.rules(shared_bias=shared_bias)
+    params = load(rules, tensors, shapes)
+    out = jax.jit(model.apply)({"params": params}, *inputs)
     error = np.linalg.norm(out - want) / np.linalg.norm(want)
     print(f"relative error {error:.1e}, state rms {np.sqrt(np.mean(want**2)):.2f}")
     assert error < 2e-5

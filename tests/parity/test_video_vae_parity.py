@@ -1,7 +1,5 @@
 """The video autoencoder against diffusers' AutoencoderKLWan, on random weights."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +7,8 @@ import pytest
 from einops import rearrange
 
 from jvdit.models.video_vae import VideoVAE
+from jvdit.pretrained import wan_vae
+from jvdit.pretrained.loading import export, load
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -38,40 +38,6 @@ OURS = {
         residual_shortcuts=True,
     ),
 }
-STAGES, BLOCKS = 4, 2
-
-# Part of a module's name there -> here, in order.
-NAMES = (
-    (r"mid_block\.resnets\.(\d)", r"mid_res_\1"),
-    (r"mid_block\.attentions\.0", "mid_attention"),
-    (r"up_blocks\.(\d)", lambda m: f"up_{STAGES - 1 - int(m[1])}"),
-    (r"down_blocks\.(\d+)\.(resnets|downsampler)", r"down_\1.\2"),
-    (r"down_blocks\.(\d+)", lambda m: flat_stage(int(m[1]))),
-    (r"resnets\.(\d)", r"res_\1"),
-    (r"upsamplers\.0|upsampler|downsampler", "resample"),
-    (r"resample\.resample\.1", "resample.conv"),
-    (r"conv_shortcut", "shortcut"),
-    (r"to_qkv", "qkv"),
-    (r"(norm|conv)([12])\b", r"\1_\2"),
-    (r"gamma", "scale"),
-    (r"weight", "kernel"),
-)
-
-
-def flat_stage(index):
-    """Wan 2.1 lists all of the encoder's blocks in one row: res, res, resample."""
-    stage, block = divmod(index, BLOCKS + 1)
-    return f"down_{stage}." + ("resample" if block == BLOCKS else f"res_{block}")
-
-
-def translate(name, value):
-    for pattern, replacement in NAMES:
-        name = re.sub(pattern, replacement, name)
-    if name.endswith("scale"):
-        return name, value.reshape(-1)
-    if value.ndim > 1:
-        value = np.moveaxis(value, (0, 1), (-1, -2))
-    return name, value
 
 
 def draw(*shape, seed=0):
@@ -93,19 +59,6 @@ def oracle(kind):
     return model
 
 
-def import_parameters(state):
-    params = {}
-    for name, value in state.items():
-        name, value = translate(name, value.numpy())
-        *path, leaf = name.split(".")
-        node = params
-        for part in path:
-            node = node.setdefault(part, {})
-        assert leaf not in node, name
-        node[leaf] = jnp.asarray(value)
-    return params
-
-
 def relative(found, expected):
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
@@ -125,11 +78,12 @@ def test_encoding_and_decoding_equal_theirs(kind):
         for a in (posterior.mean, posterior.logvar)
     ]
     decoded = rearrange(decoded, "b c f h w -> b f h w c")
-    params = import_parameters(model.state_dict())
     shapes = jax.eval_shape(vae.init, jax.random.key(0), jnp.zeros((1, 1, 32, 32, 3)))
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(
-        lambda a: a.shape, shapes["params"]
-    )
+    tensors = {name: value.numpy() for name, value in model.state_dict().items()}
+    params = load(wan_vae.rules(vae), tensors, shapes["params"])
+    back = export(wan_vae.rules(vae), params)
+    assert back.keys() == tensors.keys()
+    assert all((back[name] == tensors[name]).all() for name in back)
 
     ours = jax.jit(vae.apply)({"params": params}, video)
     assert ours[1].shape[1] == 3

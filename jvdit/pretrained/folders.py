@@ -1,0 +1,164 @@
+"""Networks of a released model, from its folder: module and parameters.
+
+A folder is laid out as diffusers saves a pipeline (`transformer/`, `vae/`,
+`text_encoder/`, …, each with its `config.json`), or is one of those parts. Networks of
+the original Wan release are read from safetensors files as well.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from jvdit.models import text_encoder, video_vae
+from jvdit.models.dit import DiT
+from jvdit.models.text_encoder import TextEncoder
+from jvdit.models.video_vae import VideoVAE
+from jvdit.pretrained import configs, umt5, wan, wan_vae
+from jvdit.pretrained.loading import load
+from jvdit.pretrained.rules import Rule
+from jvdit.pretrained.tensors import PathLike, TensorFiles
+from jvdit.shapes import Text, Tokens
+from jvdit.sharding import parameter_shardings
+
+# A name that only the original release uses tells the two apart.
+_ORIGINAL = {"dit": "head.head.weight", "vae": "conv1.weight", "text": "norm.weight"}
+
+
+class Loaded(NamedTuple):
+    """A network.
+
+    Attributes:
+        module: with the sizes of the release.
+        params: its parameters, where they belong.
+    """
+
+    module: Any
+    params: dict[str, Any]
+
+
+def load_dit(
+    folder: PathLike,
+    mesh: Mesh | None = None,
+    dtype: DTypeLike = jnp.bfloat16,
+    **fields: Any,
+) -> Loaded:
+    """The DiT of a Wan release.
+
+    Args:
+        folder: of the pipeline, or of one network: `transformer_2` of Wan 2.2 A14B.
+        mesh: to divide the parameters over; None: all on the default device.
+        dtype: of the parameters and of the computation.
+        **fields: of `DiT` that the release doesn't decide, such as `scan_layers`.
+
+    Raises:
+        FileNotFoundError: a file is missing; says which.
+        ValueError: the folder holds another network, or damaged files.
+    """
+    folder, config = _part(folder, "transformer")
+    if config is None:
+        raise ValueError(f"{folder} is a file; give the folder with its config.json.")
+    module = DiT(**configs.dit_fields(config), **_types(dtype), **fields)
+    tokens = Tokens(
+        jnp.zeros((1, 1, module.in_channels)),
+        jnp.zeros((1, 1, 3)),
+        control=_blank(1, module.control_channels),
+    )
+    states = module.image_length or 1
+    image = _blank(states, module.image_width)
+    text = Text(jnp.zeros((1, 1, module.text_width)), image=image)
+    inputs = tokens, jnp.zeros((1, 1)), text
+    return _load(module, inputs, folder, _ORIGINAL["dit"], wan.dit_rules, mesh, dtype)
+
+
+def load_vae(
+    folder: PathLike, mesh: Mesh | None = None, dtype: DTypeLike = jnp.float32
+) -> Loaded:
+    """The autoencoder of a Wan release; arguments and errors as of `load_dit`.
+
+    The original release's own file, turned to safetensors, will do as well.
+    """
+    folder, config = _part(folder, "vae")
+    if config is None:
+        channels = TensorFiles(folder)["conv1.weight"].shape[0] // 2
+        sizes = video_vae.VARIANTS["wan2.2" if channels == 48 else "wan2.1"]
+    else:
+        sizes = configs.vae_fields(config)
+    module = VideoVAE(**sizes, **_types(dtype))
+    side = module.spatial_compression
+    video = jnp.zeros((1, 1, side, side, 3))
+
+    def rules(layout: str) -> list[Rule]:
+        return wan_vae.rules(module, layout)
+
+    return _load(module, (video,), folder, _ORIGINAL["vae"], rules, mesh, dtype)
+
+
+def load_text_encoder(
+    folder: PathLike,
+    mesh: Mesh | None = None,
+    dtype: DTypeLike = jnp.bfloat16,
+    **fields: Any,
+) -> Loaded:
+    """The text encoder of a Wan release (UMT5), or a T5 v1.1; see `load_vae`."""
+    folder, config = _part(folder, "text_encoder")
+    sizes = text_encoder.VARIANTS["umt5-xxl"]
+    if config is not None:
+        sizes = configs.text_encoder_fields(config)
+    module = TextEncoder(**sizes, **_types(dtype), **fields)
+    blank = jnp.zeros((1, 1), jnp.int32)
+
+    def rules(layout: str) -> list[Rule]:
+        which = {"diffusers": "transformers"}.get(layout, layout)
+        return umt5.rules(which, module.shared_bias)
+
+    return _load(module, (blank, blank), folder, _ORIGINAL["text"], rules, mesh, dtype)
+
+
+def _part(folder: PathLike, name: str) -> tuple[pathlib.Path, Mapping[str, Any] | None]:
+    """The folder of one network and its settings; None for a single file."""
+    path = pathlib.Path(folder)
+    if path.is_file():
+        return path, None
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} doesn't exist; give the folder of a release.")
+    path = path / name if (path / name).is_dir() else path
+    file = path / "config.json"
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{path} has no config.json; give a folder as diffusers saves it, "
+            f"with `{name}/`, or that of one network."
+        )
+    return path, json.loads(file.read_text())
+
+
+def _load(
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    folder: pathlib.Path,
+    original: str,
+    rules: Callable[[str], list[Rule]],
+    mesh: Mesh | None,
+    dtype: DTypeLike,
+) -> Loaded:
+    tensors = TensorFiles(folder)
+    layout = "original" if original in tensors else "diffusers"
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+    places = None if mesh is None else parameter_shardings(shapes, mesh)
+    params = load(rules(layout), tensors, shapes, places, dtype, os.fspath(folder))
+    return Loaded(module, params)
+
+
+def _types(dtype: DTypeLike) -> dict[str, Any]:
+    return {"dtype": dtype, "param_dtype": dtype}
+
+
+def _blank(length: int, channels: int) -> jax.Array | None:
+    return jnp.zeros((1, length, channels)) if channels else None

@@ -1,0 +1,175 @@
+"""Importing weights: complete both ways or refused, bit for bit, wherever it goes."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from jvdit.models.dit import VARIANTS, DiT
+from jvdit.models.layers import stack_layers
+from jvdit.pretrained import umt5, wan
+from jvdit.pretrained.loading import export, load, paths_of
+from jvdit.pretrained.rules import Rule, assign
+from jvdit.pretrained.tensors import TensorFiles
+from jvdit.shapes import Text, Tokens
+from jvdit.sharding import make_mesh, parameter_shardings
+
+FIELDS = VARIANTS["tiny"] | {"in_channels": 16, "out_channels": 16, "text_width": 12}
+
+
+def dit(**fields):
+    module = DiT(**FIELDS, **fields)
+    tokens = Tokens(jnp.zeros((1, 1, 16)), jnp.zeros((1, 1, 3)))
+    inputs = tokens, jnp.zeros((1, 1)), Text(jnp.zeros((1, 1, 12)))
+    return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+
+
+def drawn(shapes):
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), shapes)
+
+
+def same(a, b):
+    flat = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all((np.asarray(x) == np.asarray(y)).all() for x, y in flat)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return drawn(dit())
+
+
+@pytest.mark.parametrize("layout", wan.LAYOUTS)
+def test_export_and_load_are_inverse(params, layout):
+    rules = wan.dit_rules(layout)
+    tensors = export(rules, params)
+    assert same(load(rules, tensors, dit()), params)
+    names = {name.partition(".")[0] for name in tensors}
+    assert "blocks" in names and "patch_embedding" in names
+
+
+def test_stacked_layers_are_the_same_tensors(params):
+    stacked = stack_layers(params)
+    tensors = export(wan.dit_rules(), stacked)
+    assert same(tensors, export(wan.dit_rules(), params))
+    assert same(load(wan.dit_rules(), tensors, dit(scan_layers=True)), stacked)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_parameters_arrive_where_they_belong(params, scan):
+    shapes = dit(scan_layers=scan)
+    places = parameter_shardings(shapes, make_mesh({"fsdp": -1}))
+    tensors = export(wan.dit_rules(), params)
+    loaded = load(wan.dit_rules(), tensors, shapes, places)
+    assert same(loaded, stack_layers(params) if scan else params)
+    wanted, found = paths_of(places), paths_of(loaded)
+    assert all(leaf.sharding == wanted[path] for path, leaf in found.items())
+    kernel = found["blocks/mlp/fc_in/kernel" if scan else "block_0/mlp/fc_in/kernel"]
+    assert len({str(shard.index) for shard in kernel.addressable_shards}) == 8
+
+
+def test_a_type_is_turned_on_the_way(params):
+    tensors = export(wan.dit_rules(), params)
+    loaded = load(wan.dit_rules(), tensors, dit(), dtype=jnp.bfloat16)
+    wanted = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), params)
+    assert same(loaded, wanted)
+    assert {x.dtype for x in jax.tree.leaves(loaded)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_what_is_left_over_or_missing_is_listed(params):
+    rules, shapes = wan.dit_rules(), dit()
+    tensors = export(rules, params)
+    with pytest.raises(ValueError, match="1 tensors have no place .*: blocks.0.extra"):
+        load(rules, tensors | {"blocks.0.extra": np.zeros(3)}, shapes)
+    less = {name: x for name, x in tensors.items() if name != "blocks.1.ffn.net.2.bias"}
+    with pytest.raises(ValueError, match="1 parameters get no .*block_1/mlp/fc_out/b"):
+        load(rules, less, shapes)
+    with pytest.raises(ValueError, match="1 parameters get no .*blocks/mlp/fc_out/b"):
+        load(rules, less, dit(scan_layers=True))
+    wrong = tensors | {"proj_out.weight": np.zeros((16, 31))}
+    with pytest.raises(
+        ValueError, match=r"my.folder.*1 shapes differ: proj_out.weight"
+    ):
+        load(rules, wrong, shapes, what="my folder")
+    more = {name.replace("blocks.1", "blocks.2"): x for name, x in tensors.items()}
+    with pytest.raises(ValueError, match="27 tensors have no place .* and 22 more"):
+        load(rules, tensors | more, shapes)
+
+
+def test_a_fused_tensor_is_parted_and_joined_again():
+    rules = [
+        Rule("attn.qkv.weight", f"{name}/kernel", "o i -> i o", part=(i, 3))
+        for i, name in enumerate(("query", "key", "value"))
+    ]
+    fused = np.arange(24.0).reshape(6, 4)
+    shapes = {n: {"kernel": jnp.zeros((4, 2))} for n in ("query", "key", "value")}
+    loaded = load(rules, {"attn.qkv.weight": fused}, shapes)
+    np.testing.assert_array_equal(loaded["key"]["kernel"], fused[2:4].T)
+    np.testing.assert_array_equal(export(rules, loaded)["attn.qkv.weight"], fused)
+
+
+def test_a_second_name_of_a_tensor_is_read_only_in_place_of_the_first():
+    rules = umt5.rules()[-2:]
+    ours = {"token_embed/embedding": (5, 4)}
+    first, second = "shared.weight", "encoder.embed_tokens.weight"
+    for names in ((first,), (second,), (second, first)):
+        found = assign(rules, dict.fromkeys(names, (5, 4)), ours)
+        (piece,) = found.pieces["token_embed/embedding"]
+        assert piece.name == (first if first in names else second)
+
+
+# Files
+
+
+def test_tensors_of_shards_are_views_of_the_files(tmp_path):
+    tensors = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "b": np.arange(4).astype(ml_dtypes.bfloat16),
+        "c": np.array(7, np.int64),
+    }
+    names = {"a": "x-1.safetensors", "b": "x-2.safetensors", "c": "x-2.safetensors"}
+    for file in set(names.values()):
+        part = {name: tensors[name] for name in names if names[name] == file}
+        save_file(part, tmp_path / file, metadata={"format": "pt"})
+    index = tmp_path / "x.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    save_file({"other": np.zeros(3)}, tmp_path / "fp16.safetensors")
+    found = TensorFiles(tmp_path)
+    assert found.keys() == tensors.keys() and found.metadata == {"format": "pt"}
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        np.testing.assert_array_equal(found[name], tensor)
+        base = found[name]
+        while not isinstance(base, np.memmap):
+            base = base.base
+    with pytest.raises(ValueError, match="read-only"):
+        found["a"][0, 0] = 1
+    (tmp_path / "x-2.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="lacks 1 of 2 .*x-2.safetensors"):
+        TensorFiles(tmp_path)
+
+
+def test_bad_files_are_named_with_the_remedy(tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file({"a": np.zeros(100, np.float32)}, file)
+    whole = file.read_bytes()
+    for kept in (len(whole) - 1, 40, 3):
+        file.write_bytes(whole[:kept])
+        with pytest.raises(ValueError, match="model.safetensors .*download it again"):
+            TensorFiles(tmp_path)
+    file.write_bytes(b"<html>" + b"x" * 200)
+    with pytest.raises(ValueError, match="model.safetensors .*download it again"):
+        TensorFiles(tmp_path)
+    file.rename(tmp_path / "Wan2.1_VAE.pth")
+    for path in (tmp_path, tmp_path / "Wan2.1_VAE.pth"):
+        with pytest.raises(ValueError, match="pickle.*python -c .*weights_only=True"):
+            TensorFiles(path)
+    with pytest.raises(FileNotFoundError, match="nowhere doesn't exist"):
+        TensorFiles(tmp_path / "nowhere")
+    (tmp_path / "Wan2.1_VAE.pth").unlink()
+    with pytest.raises(FileNotFoundError, match="holds no .*safetensors"):
+        TensorFiles(tmp_path)
