@@ -228,7 +228,7 @@ class DiT(nn.Module):
 
     def _hints(self, x: Array, tokens: Tokens, *context) -> Array | None:
         """What the control blocks say to each of `control_layers`, stacked."""
-        if not self.control_channels:
+        if not self.control_channels or tokens.control is None:
             return None
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         y = Dense(self.width, name="control_embed", **kinds)(
