@@ -18,7 +18,7 @@ def stage():
     config = defaults.vae("world")
     config.data.validation = f"{CLIPS}#val:17x64x96@8"
     config.optim.name = "muon"
-    config.optim.lr = 4e-3
+    config.optim.lr = 2e-3
     config.optim.schedule = "linear"
     config.optim.warmup = 100
     config.checkpoint_every = 200
