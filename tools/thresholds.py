@@ -7,6 +7,10 @@ in the way that the score is about do not: the margin is the mean score of real 
 less the highest of the wrong ones. Each line shows the margins at factors of the value
 that ships, the worst over the sizes; the last columns say which factor is best, and
 how much it would gain.
+
+With 96 clips at both sizes no other factor gains more than 0.04, but for the largest
+turn from the captioned direction: 15 degrees would gain 0.07, and 30 ship, because the
+world's own directions already vary by 12.
 """
 
 import dataclasses
@@ -54,9 +58,9 @@ THRESHOLDS = (
     Threshold("detection", "_SURELY_ONE", "count", ("twins",)),
     Threshold("tracks", "_SEEN", "color", ("captions", "gone")),
     Threshold("adherence", "_LEAST_IOU", "shape", ("captions", "round")),
-    Threshold("adherence", "_MOST_TURN", "direction", ("reversed", "shuffled")),
-    Threshold("adherence", "_FLIGHT", "direction", ("reversed", "shuffled")),
-    Threshold("adherence", "_LEAST_STEP", "direction", ("frozen", "reversed")),
+    Threshold("adherence", "_MOST_TURN", "direction", ("reversed", "frozen")),
+    Threshold("adherence", "_FLIGHT", "direction", ("reversed", "frozen")),
+    Threshold("adherence", "_LEAST_STEP", "direction", ("reversed", "frozen")),
     Threshold("physics", "_NEAR", "physics", ("jitter", "captions")),
     Threshold("physics", "_FIRM", "physics", ("tired", "jitter")),
     Threshold("physics", "_FASTEST", "physics", ("shuffled", "jitter")),
