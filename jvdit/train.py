@@ -81,7 +81,8 @@ def train(config: Config, workdir: str) -> int:
     task.check_rows(optim.accumulate)
     with jax.set_mesh(mesh), jax.default_matmul_precision(config.matmul_precision):
         loop = _Loop(config, pathlib.Path(workdir), mesh, task, optim)
-        claim_workdir(workdir, {"identity": task.identity, "config": config.to_dict()})
+        settings = {"identity": task.identity, "config": config.to_dict()}
+        claim_workdir(workdir, settings, task.networks)
         return loop.run()
 
 

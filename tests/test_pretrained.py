@@ -122,6 +122,12 @@ def test_a_second_name_of_a_tensor_is_read_only_in_place_of_the_first():
         assert piece.name == (first if first in names else second)
 
 
+def test_a_tensor_that_nothing_reads_is_no_mistake(params):
+    tensors = export(wan.dit_rules(), params)
+    unread = {"blocks.1.attn2.norm_added_q.weight": np.ones(32)}
+    assert same(load(wan.dit_rules(), tensors | unread, dit()), params)
+
+
 # Files
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
@@ -24,7 +25,12 @@ from jvdit.generator import Request
 from jvdit.sharding import make_mesh
 from jvdit.tasks.flow import FlowTask
 from jvdit.train import train
-from jvdit.training.checkpoint import load_weights, save_weights, weights_hash
+from jvdit.training.checkpoint import (
+    claim_workdir,
+    load_weights,
+    save_weights,
+    weights_hash,
+)
 
 HERE = pathlib.Path(__file__).parent
 
@@ -254,7 +260,11 @@ def test_a_run_starts_from_the_weights_of_another(workdir, tmp_path):
     config.steps = 2
     config.sample.prompts = ()
     config.optim.update(lr=1e-9, weight_decay=0.0)
+    # Its captions would make another tokenizer of that many pieces.
+    config.vocab_size -= 20
     train(config, str(tmp_path / "on"))
+    models = [f / "model/tokenizer.model" for f in (workdir / "dit", tmp_path / "on")]
+    assert models[0].read_bytes() == models[1].read_bytes()
     for name in ("dit", "text_encoder"):
         given, _ = load_weights(workdir / "dit/model" / name)
         found, _ = load_weights(tmp_path / "on/model" / name)
@@ -267,6 +277,22 @@ def test_a_run_starts_from_the_weights_of_another(workdir, tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no model"):
         train(config, str(tmp_path / "wider"))
     assert not (tmp_path / "wider").exists()
+
+
+def test_a_field_that_came_later_is_at_its_default_in_an_old_workdir(tmp_path):
+    class Later(nn.Module):
+        width: int
+        gain: float = 2.0
+
+    def claim(**fields):
+        settings = {"identity": {"dit": fields}}
+        claim_workdir(tmp_path, settings, {"dit": Later})
+
+    claim(width=3)
+    for fields in ({"width": 3, "gain": 1.0}, {"width": 4, "gain": 2.0}, {}):
+        with pytest.raises(ValueError, match="holds another model: .*(gain|width)"):
+            claim(**fields)
+    claim(width=3, gain=2.0)
 
 
 def test_a_stale_cache_is_refused(workdir, tmp_path):

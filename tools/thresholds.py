@@ -8,7 +8,7 @@ less the highest of the wrong ones. Each line shows the margins at factors of th
 that ships, the worst over the sizes; the last columns say which factor is best, and
 how much it would gain.
 
-With 96 clips at both sizes no other factor gains more than 0.04, but for the largest
+With 96 clips at both sizes no other factor gains more than 0.05, but for the largest
 turn from the captioned direction: 15 degrees would gain 0.07, and 30 ship, because the
 world's own directions already vary by 12.
 """

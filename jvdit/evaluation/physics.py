@@ -45,8 +45,7 @@ def physics(
         is suddenly elsewhere; "moving", share of the objects that do; "physics",
         whether all of this is as it should be.
     """
-    count = len(scenes.ids)
-    clip = tracks.clip
+    count, clip = len(scenes.ids), tracks.clip
     walls, pairs = _causes(tracks, bounces, scenes, fps)
     row = np.arange(len(bounces.track))
     into = bounces.before[row, bounces.axis]

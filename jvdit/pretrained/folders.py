@@ -65,7 +65,8 @@ def load_dit(
     folder, config = _part(folder, "transformer")
     if config is None:
         raise ValueError(f"{folder} is a file; give the folder with its config.json.")
-    module = DiT(**configs.dit_fields(config), **_types(dtype), **fields)
+    sizes = _fields(configs.dit_fields, config, folder)
+    module = DiT(**sizes, **_types(dtype), **fields)
     tokens = Tokens(
         jnp.zeros((1, 1, module.in_channels)),
         jnp.zeros((1, 1, 3)),
@@ -87,10 +88,10 @@ def load_vae(
     """
     folder, config = _part(folder, "vae")
     if config is None:
-        channels = TensorFiles(folder)["conv1.weight"].shape[0] // 2
-        sizes = video_vae.VARIANTS["wan2.2" if channels == 48 else "wan2.1"]
+        moments = TensorFiles(folder).shapes.get(_ORIGINAL["vae"], (0,))[0]
+        sizes = video_vae.VARIANTS["wan2.2" if moments == 96 else "wan2.1"]
     else:
-        sizes = configs.vae_fields(config)
+        sizes = _fields(configs.vae_fields, config, folder)
     module = VideoVAE(**sizes, **_types(dtype))
     side = module.spatial_compression
     video = jnp.zeros((1, 1, side, side, 3))
@@ -111,7 +112,7 @@ def load_text_encoder(
     folder, config = _part(folder, "text_encoder")
     sizes = text_encoder.VARIANTS["umt5-xxl"]
     if config is not None:
-        sizes = configs.text_encoder_fields(config)
+        sizes = _fields(configs.text_encoder_fields, config, folder)
     module = TextEncoder(**sizes, **_types(dtype), **fields)
     blank = jnp.zeros((1, 1), jnp.int32)
 
@@ -136,7 +137,23 @@ def _part(folder: PathLike, name: str) -> tuple[pathlib.Path, Mapping[str, Any] 
             f"{path} has no config.json; give a folder as diffusers saves it, "
             f"with `{name}/`, or that of one network."
         )
-    return path, json.loads(file.read_text())
+    try:
+        return path, json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is no JSON: {error}; download it again.") from None
+
+
+def _fields(
+    translate: Callable[[Mapping[str, Any]], dict[str, Any]],
+    config: Mapping[str, Any],
+    folder: pathlib.Path,
+) -> dict[str, Any]:
+    try:
+        return translate(config)
+    except KeyError as error:
+        raise ValueError(
+            f"{folder}/config.json lacks {error}; it is of another network, or damaged."
+        ) from None
 
 
 def _load(

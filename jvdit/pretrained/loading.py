@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
@@ -15,22 +16,7 @@ from jvdit.pretrained.rules import STACKS, Assignment, Rule, assign, names_of
 
 def paths_of(tree: Any) -> dict[str, Any]:
     """The leaves of a nested dict, by path joined with "/"."""
-    return {
-        "/".join(str(key.key) for key in path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `paths_of`."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
+    return flatten_dict(tree, sep="/")
 
 
 def load(
@@ -70,7 +56,7 @@ def load(
         kind = jnp.dtype(dtype or leaf.dtype)
         place = places.get(path)
         leaves[path] = _leaf(found, path, tensors, kind, place)
-    return nested(leaves)
+    return unflatten_dict(leaves, sep="/")
 
 
 def _leaf(

@@ -27,7 +27,8 @@ class Rule:
 
     Attributes:
         theirs: name of the tensor, with {i} for the number of a layer.
-        ours: path of the parameter, joined by "/", with the same numbers.
+        ours: path of the parameter, joined by "/", with the same numbers; "": releases
+            hold the tensor, but nothing reads it.
         layout: einops pattern from theirs to ours; "": they are equal.
         sizes: of the axes that a pattern joins, in the other direction.
         part: which of how many equal parts of their first axis is ours.
@@ -123,25 +124,19 @@ def assign(
     }
     # Second names last, when it is known whether the first ones are there.
     for name in sorted(theirs, key=lambda name: any(r.tied for _, r in known[name])):
-        shape, matches = theirs[name], known[name]
-        if not matches:
+        if not known[name]:
             unknown.append(name)
-        for match, rule in matches:
+        for match, rule in known[name]:
             path, layer = _place(rule.ours, match.groupdict(), stacked)
-            if rule.tied and pieces.get(path):
+            if not path or rule.tied and pieces.get(path):
                 continue
             pieces.setdefault(path, []).append(Piece(name, rule, layer))
             wanted = ours.get(path, ())[0 if layer is None else 1 :]
-            if path in ours and (found := _shape(rule, shape)) != wanted:
-                unlike.append(f"{name} {shape} is {found} here, wanted {wanted}")
-            elif path not in ours:
+            if path not in ours:
                 unknown.append(f"{name} (for {path})")
-    missing = []
-    for path, shape in ours.items():
-        layers = [piece.layer for piece in pieces.get(path, [])]
-        full = list(range(shape[0])) if layers and layers[0] is not None else [None]
-        if sorted(layers, key=lambda i: i or 0) != full:
-            missing.append(path)
+            elif (found := _shape(rule, theirs[name])) != wanted:
+                unlike.append(f"{name} {theirs[name]} is {found} here, not {wanted}")
+    missing = [path for path in ours if not _whole(pieces.get(path, []), ours[path])]
     problems = [
         f"{len(names)} {kind}: {_listed(names)}"
         for kind, names in (
@@ -153,11 +148,17 @@ def assign(
     ]
     if problems:
         raise ValueError(f"{what} is not of this model: {'; '.join(problems)}.")
-    ordered = {
-        path: sorted(found, key=lambda piece: piece.layer or 0)
-        for path, found in pieces.items()
-    }
-    return Assignment(ordered, dict(ours))
+    for found in pieces.values():
+        found.sort(key=lambda piece: piece.layer or 0)
+    return Assignment(pieces, dict(ours))
+
+
+def _whole(pieces: Sequence[Piece], shape: Shape) -> bool:
+    """Whether each layer of a parameter is there once."""
+    layers = [piece.layer for piece in pieces]
+    if None in layers or not layers:
+        return layers == [None]
+    return sorted(layers) == list(range(shape[0]))
 
 
 def names_of(rules: Iterable[Rule], path: str, layers: int) -> list[Piece]:

@@ -94,6 +94,8 @@ class TensorFiles(Mapping[str, np.ndarray]):
                 raise ValueError(
                     f"{file} is no safetensors file: {error}; download it again."
                 ) from None
+        if not isinstance(header, dict):
+            raise ValueError(f"{file} is no safetensors file; download it again.")
         self.metadata |= header.pop("__metadata__", None) or {}
         end = (
             8 + length + max((x["data_offsets"][1] for x in header.values()), default=0)

@@ -109,4 +109,6 @@ def dit_rules(layout: str = "diffusers") -> list[Rule]:
         ),
         Rule(_IMAGE_POSITIONS[which], "image_embed/table", "1 i c -> i c"),
     ]
-    return [*modules(linear), *norms(norm), *patches, *tables]
+    # diffusers' I2V releases hold a norm that its code doesn't have.
+    unread = Rule("blocks.{i}.attn2.norm_added_q.weight", "")
+    return [*modules(linear), *norms(norm), *patches, *tables, unread]

@@ -2,7 +2,7 @@
 
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,7 @@ class FlowTask(Task):
     """Trains a DiT, and perhaps a text encoder, on cached latents."""
 
     objective: FlowObjective
+    networks: ClassVar = {"dit": DiT, "text_encoder": TextEncoder}
     sources: list[LatentSource]  # type: ignore[assignment]
 
     def __init__(self, config: Config, mesh: Mesh, workdir: pathlib.Path):

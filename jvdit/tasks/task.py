@@ -2,7 +2,7 @@
 
 import pathlib
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -23,6 +23,7 @@ class Task(ABC):
     Attributes:
         objective: what is minimised.
         identity: what makes a workdir this run's.
+        networks: the classes of the networks in it.
         fingerprint: of the order of the data.
         example: a batch, for its shapes.
         flops: of the model in one step, forward and backward; 0 if not known.
@@ -31,6 +32,7 @@ class Task(ABC):
 
     objective: Objective
     identity: dict[str, Any]
+    networks: ClassVar[dict[str, type]]
     fingerprint: str
     example: dict[str, np.ndarray]
     flops: float = 0.0

@@ -1,7 +1,7 @@
 """Training the video autoencoder on clips of pixels."""
 
 import pathlib
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -29,6 +29,7 @@ class VAETask(Task):
     """Trains a video autoencoder on clips of pixels."""
 
     objective: VAEObjective
+    networks: ClassVar = {"vae": VideoVAE}
 
     def __init__(self, config: Config, mesh: Mesh, workdir: pathlib.Path):
         super().__init__(config, mesh, workdir)

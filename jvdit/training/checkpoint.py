@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 PathLike = str | os.PathLike[str]
@@ -98,11 +99,21 @@ class Checkpoints:
         self._manager.close()
 
 
-def claim_workdir(workdir: PathLike, config: Mapping[str, Any]) -> None:
+def claim_workdir(
+    workdir: PathLike,
+    config: Mapping[str, Any],
+    modules: Mapping[str, type] | None = None,
+) -> None:
     """Makes a workdir this run's own, or checks that it already is.
 
     Everything under `config["identity"]` must agree with what the folder was made for;
     the rest (steps, intervals, device counts) may change between restarts.
+
+    Args:
+        workdir: the folder.
+        config: of the run.
+        modules: the classes of the networks in the identity, by name. A field that a
+            class got only after the folder was made is at its default there.
 
     Raises:
         ValueError: the folder holds another model; the message says what differs.
@@ -110,8 +121,14 @@ def claim_workdir(workdir: PathLike, config: Mapping[str, Any]) -> None:
     path = pathlib.Path(workdir) / "config.json"
     if path.exists():
         held = json.loads(path.read_text())
-        ours = json.loads(json.dumps(config))
-        differing = differences(held.get("identity", {}), ours["identity"])
+        ours = json.loads(json.dumps(config))["identity"]
+        theirs = held.get("identity", {})
+        for name, module in (modules or {}).items():
+            if isinstance(theirs.get(name), dict):
+                later = json.loads(json.dumps(_defaults(module)))
+                later = {key: later[key] for key in later.keys() & ours[name].keys()}
+                theirs[name] = later | theirs[name]
+        differing = differences(theirs, ours)
         if differing:
             raise ValueError(
                 f"workdir {workdir} holds another model: {'; '.join(differing)}. "
@@ -137,15 +154,25 @@ def differences(held: Any, asked: Any, name: str = "") -> list[str]:
 
 def module_fields(module: Any) -> dict[str, Any]:
     """The fields of a Linen module as JSON values."""
-    fields = {}
-    for field in dataclasses.fields(module):
-        if field.name in ("parent", "name"):
-            continue
-        value = getattr(module, field.name)
-        if field.name.endswith("dtype"):
-            value = jnp.dtype(value).name
-        fields[field.name] = value
-    return fields
+    return {
+        field.name: _json(field.name, getattr(module, field.name))
+        for field in dataclasses.fields(module)
+        if field.name not in ("parent", "name")
+    }
+
+
+def _defaults(module: type) -> dict[str, Any]:
+    """The fields of a Linen class that needn't be given, as JSON values."""
+    return {
+        field.name: _json(field.name, field.default)
+        for field in dataclasses.fields(module)
+        if field.name not in ("parent", "name")
+        and field.default is not dataclasses.MISSING
+    }
+
+
+def _json(name: str, value: Any) -> Any:
+    return jnp.dtype(value).name if name.endswith("dtype") else value
 
 
 def build(module: type, fields: dict[str, Any]) -> Any:
@@ -171,10 +198,8 @@ def save_weights(folder: PathLike, params: Any, config: Mapping[str, Any]) -> No
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    flat = {
-        "/".join(str(key.key) for key in path): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
+    flat = flatten_dict(params, sep="/")
+    flat = {path: np.asarray(leaf) for path, leaf in flat.items()}
     scratch = folder / f"weights.{os.getpid()}.tmp"
     save_file(flat, scratch)
     os.replace(scratch, folder / "weights.safetensors")
@@ -199,14 +224,7 @@ def load_weights(folder: PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
         flat = load_file(weights)
     except Exception as error:
         raise ValueError(f"{weights} can't be read ({error}); copy it anew.") from error
-    params: dict[str, Any] = {}
-    for name, value in flat.items():
-        *parents, leaf = name.split("/")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return params, json.loads(config.read_text())
+    return unflatten_dict(flat, sep="/"), json.loads(config.read_text())
 
 
 def load_parameters(folder: PathLike, wanted: Mapping[str, Any]) -> dict[str, Any]:

@@ -119,6 +119,13 @@ def test_another_family_and_a_missing_file_are_named(release, tmp_path):
     config = json.loads((folder / "transformer" / "config.json").read_text())
     for file in (folder / "transformer").glob("*.safetensors*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"ffn_dim": 40})[:-9])
+    with pytest.raises(ValueError, match="config.json is no JSON"):
+        load_dit(tmp_path)
+    less = {name: value for name, value in config.items() if name != "ffn_dim"}
+    (tmp_path / "config.json").write_text(json.dumps(less))
+    with pytest.raises(ValueError, match="config.json lacks 'ffn_dim'"):
+        load_dit(tmp_path)
     config["num_layers"] = 3
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="parameters get no tensor: block_2/"):
