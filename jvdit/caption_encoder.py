@@ -4,7 +4,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -80,25 +80,47 @@ class CaptionEncoder:
             captions: any number.
             max_length: tokens after which a caption is cut.
         """
-        # Few lengths, few compilations.
-        length = -(-max_length // TEXT_MULTIPLE) * TEXT_MULTIPLE
-        states: list[np.ndarray] = []
-        for start in range(0, len(captions), BATCH):
-            ids = np.zeros((BATCH, length), np.int32)
-            segment = np.zeros_like(ids)
-            for row, caption in enumerate(captions[start : start + BATCH]):
-                tokens = self.tokenizer.encode(caption, max_length)
-                ids[row, : len(tokens)], segment[row, : len(tokens)] = tokens, 1
-            encoded = np.asarray(self._apply(self._placed, ids, segment))
-            counts = segment.sum(1)[: len(captions) - start]
-            states += [encoded[row, :count] for row, count in enumerate(counts)]
-        return states
+        return encode_captions(
+            self.module, self._placed, self.tokenizer, captions, max_length, BATCH
+        )
 
     @cached_property
     def _placed(self):
         return jax.device_put(self.params)
 
-    @cached_property
-    def _apply(self):
-        module = self.module
-        return jax.jit(lambda params, *text: module.apply({"params": params}, *text))
+
+def encode_captions(
+    module: TextEncoder,
+    params: Any,
+    tokenizer: Tokenizer,
+    captions: Sequence[str],
+    max_length: int,
+    batch: int,
+) -> list[Float[np.ndarray, "s e"]]:
+    """The states of each caption, as many as it has tokens.
+
+    Args:
+        module, params: the text encoder; its parameters on the devices.
+        tokenizer: of the captions.
+        captions: any number.
+        max_length: tokens after which a caption is cut.
+        batch: captions at once.
+    """
+    # Few lengths, few compilations.
+    length = -(-max_length // TEXT_MULTIPLE) * TEXT_MULTIPLE
+    states: list[np.ndarray] = []
+    for start in range(0, len(captions), batch):
+        ids = np.zeros((batch, length), np.int32)
+        segment = np.zeros_like(ids)
+        for row, caption in enumerate(captions[start : start + batch]):
+            tokens = tokenizer.encode(caption, max_length)
+            ids[row, : len(tokens)], segment[row, : len(tokens)] = tokens, 1
+        encoded = np.asarray(_apply(module, params, ids, segment))
+        counts = segment.sum(1)[: len(captions) - start]
+        states += [encoded[row, :count] for row, count in enumerate(counts)]
+    return states
+
+
+@partial(jax.jit, static_argnames="module")
+def _apply(module: TextEncoder, params: Any, ids: jax.Array, segment: jax.Array):
+    return module.apply({"params": params}, ids, segment)

@@ -4,9 +4,8 @@ import dataclasses
 import json
 import os
 import pathlib
-import re
-from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -15,17 +14,31 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from jvdit.data.packing import Item, best_fit, pack_rows, positions, unpack_rows
+from jvdit import conditioning
+from jvdit.caption_encoder import encode_captions
+from jvdit.conditioning import Conventions, Given
+from jvdit.data.packing import Item, Size, patchify, positions
 from jvdit.data.tokenizer import Tokenizer
-from jvdit.diffusion.denoise import Guidance, guided
+from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.flow import Path, TimestepPolicy
-from jvdit.diffusion.solvers import check_solver, clip_noise, solve
+from jvdit.diffusion.solvers import check_solver
 from jvdit.models.dit import DiT
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.models.video_vae import VideoVAE
-from jvdit.models.video_vae_chunked import decode_stream, split
-from jvdit.shapes import Text, Tokens
-from jvdit.sharding import batch_sharding, make_mesh, parameter_shardings
+from jvdit.models.video_vae_chunked import decode_stream, encode_stream, split
+from jvdit.request import Request
+from jvdit.residence import Residence
+from jvdit.sampling import (
+    Batch,
+    OnStep,
+    Running,
+    Stepper,
+    batches_of,
+    start,
+    texts_of,
+    unpacked,
+)
+from jvdit.sharding import batch_sharding, make_mesh
 from jvdit.training.checkpoint import (
     build,
     load_weights,
@@ -36,79 +49,38 @@ from jvdit.training.checkpoint import (
 )
 from jvdit.training.vae_objective import to_uint8
 
+ROWS = 8  # solved at once
+_PROMPTS = 8  # encoded at once
 _DECODED_PIXELS = 1 << 21  # at once: a few GB of activations in a large autoencoder
 
 _MODULES = {"dit": DiT, "text_encoder": TextEncoder, "vae": VideoVAE}
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What to generate.
-
-    Attributes:
-        prompt: what the clip shows.
-        negative_prompt: what guidance turns away from.
-        frames, height, width: of the clip, in pixels.
-        fps: frames per second of the clip.
-        seed: of its noise; the same seed gives the same clip whatever else is
-            generated along with it.
-    """
-
-    prompt: str
-    negative_prompt: str = ""
-    frames: int = 17
-    height: int = 64
-    width: int = 64
-    fps: float = 8.0
-    seed: int = 0
-
-
-def size_fields(
-    defaults: dict[str, Any], size: str | None, frames: int | None, fps: float | None
-) -> dict[str, Any]:
-    """Fields of a `Request` that say how large a clip is.
-
-    Args:
-        defaults: of the model.
-        size: "HEIGHTxWIDTH" in pixels, or None: the model's, as for the others.
-        frames: of the clip.
-        fps: frames per second.
-
-    Raises:
-        ValueError: the size reads otherwise.
-    """
-    names = ("frames", "height", "width", "fps")
-    fields = {name: defaults[name] for name in names if name in defaults}
-    if size is not None:
-        match = re.fullmatch(r"(\d+)x(\d+)", size)
-        if match is None:
-            raise ValueError(
-                f"`size` (={size!r}) must read HEIGHTxWIDTH, such as 64x96."
-            )
-        fields |= {"height": int(match[1]), "width": int(match[2])}
-    given = {"frames": frames, "fps": fps}
-    return fields | {name: value for name, value in given.items() if value is not None}
-
-
 @dataclasses.dataclass
 class Generator:
-    """A trained text-to-video model with everything that it needs.
+    """A text-to-video model with everything that it needs.
 
     Attributes:
         dit, text_encoder, vae: the modules; `vae` knows the statistics of its latents.
-        params: theirs, under these names.
+        params: theirs, under these names: trees, or functions that bring them to the
+            devices (`Residence`). With two experts, "dit" works at high noise and
+            "dit_low" below `boundary`; an image encoder's are "image_encoder".
         tokenizer: of the prompts.
         path, policy: on which the network was trained.
         patch_size: latent frames, height and width of a token.
         text_length: tokens of a prompt at the most; longer ones are cut.
         defaults: fields of `Request` and arguments of a call that suit the model.
         mesh: of the devices; default: all of them on `data`.
+        conventions: what the network takes its inputs to mean.
+        boundary: time below which "dit_low" takes over; 0: there is one network.
+        image_encoder: of the given pictures, where the network attends to them.
+        together: whether all of the parameters fit on the devices at once.
     """
 
     dit: DiT
     text_encoder: TextEncoder
     vae: VideoVAE
-    params: dict[str, Any]
+    params: Mapping[str, Any]
     tokenizer: Tokenizer
     path: Path
     policy: TimestepPolicy
@@ -116,6 +88,10 @@ class Generator:
     text_length: int
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
     mesh: Mesh | None = None
+    conventions: Conventions = Conventions()
+    boundary: float = 0.0
+    image_encoder: ImageEncoder | None = None
+    together: bool = True
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], mesh: Mesh | None = None):
@@ -141,19 +117,17 @@ class Generator:
             params=params,
             tokenizer=Tokenizer(folder / "tokenizer.model"),
             path=Path(**settings["path"]),
-            policy=TimestepPolicy(
-                **settings["policy"]
-                | {"shift_range": tuple(settings["policy"]["shift_range"])}
-            ),
+            policy=TimestepPolicy.of(settings["policy"]),
             patch_size=tuple(settings["patch_size"]),
             text_length=settings["text_length"],
             defaults=settings["defaults"],
             mesh=mesh,
+            conventions=Conventions(**settings.get("conventions", {})),
         )
 
     def load_params(self, params: dict[str, Any]) -> None:
         """Replaces weights, already on the mesh, without compiling anew."""
-        self._placed.update(params)
+        self._residence.update(params)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes a folder that `load` reads and that needs nothing else."""
@@ -170,34 +144,17 @@ class Generator:
                 "patch_size": self.patch_size,
                 "text_length": self.text_length,
                 "defaults": self.defaults,
+                "conventions": dataclasses.asdict(self.conventions),
             },
         )
 
-    def __call__(
-        self,
-        requests: Sequence[Request],
-        *,
-        steps: int = 30,
-        solver: str = "unipc",
-        guidance: Guidance = Guidance(4.0),  # noqa: B008 - immutable
-        rows: int = 8,
-        on_step: Callable[[int, int, int], None] | None = None,
-    ) -> list[np.ndarray]:
+    def __call__(self, requests: Sequence[Request], **settings: Any) -> list[np.ndarray]:
         """Generates clips: uint8 `[T H W 3]` each, in the order of the requests.
 
-        Args:
-            requests: of any sizes; short ones share rows with others.
-            steps: of the solver.
-            solver: a name of `SOLVERS`.
-            guidance: how strongly to follow the prompts.
-            rows: how many rows to solve at once; fewer need less memory.
-            on_step: called after each step with the number of the batch of rows, how
-                many there are, and the number of the step.
-
-        Raises:
-            ValueError: a size, solver or number can't be; before any compilation.
+        Args and errors are those of `latents`.
         """
-        latents = self.latents(requests, steps, solver, guidance, rows, on_step)
+        latents = self.latents(requests, **settings)
+        rows = settings.get("rows", ROWS)
         videos: dict[int, np.ndarray] = {}
         shapes = [x.shape for x in latents]
         for shape in dict.fromkeys(shapes):
@@ -209,7 +166,11 @@ class Generator:
         return [videos[i] for i in range(len(requests))]
 
     def check(self, request: Request) -> tuple[int, int, int]:
-        """The latent size of a request; ValueError if there is no such size."""
+        """The latent size of a request.
+
+        Raises:
+            ValueError: there is no such size, or the model takes other pictures.
+        """
         size = self.vae.latent_shape(request.frames, request.height, request.width)
         for name, cells, patch in zip(
             ("frames", "height", "width"), size, self.patch_size, strict=True
@@ -223,54 +184,80 @@ class Generator:
                 )
         if not request.fps > 0:
             raise ValueError(f"`fps` (={request.fps}) must be positive; try 8.")
+        needed, takes = self._pictures
+        for name in request.given:
+            if name not in takes:
+                raise ValueError(
+                    f"`{name}` was given, but this model takes "
+                    f"{' and '.join(takes) if takes else 'no pictures'}."
+                )
+        for name in needed:
+            if name not in request.given:
+                raise ValueError(f"this model needs `{name}`; give a picture.")
+        if "mask" in request.given and "video" not in request.given:
+            raise ValueError("`mask` says what to keep of `video`; give both.")
         return size
 
     def latents(
         self,
         requests: Sequence[Request],
-        steps: int,
-        solver: str,
-        guidance: Guidance,
-        rows: int = 8,
-        on_step: Callable[[int, int, int], None] | None = None,
+        *,
+        steps: int = 30,
+        solver: str = "unipc",
+        guidance: Guidance = Guidance(4.0),  # noqa: B008 - immutable
+        low_guidance: Guidance | None = None,
+        rows: int = ROWS,
+        on_step: OnStep | None = None,
+        noise: Sequence[Float[np.ndarray, "f h w c"]] | None = None,
     ) -> list[np.ndarray]:
-        """Normalised latents `[f h w c]` of each request; arguments as in a call."""
+        """Normalised latents `[f h w c]` of each request.
+
+        Args:
+            requests: of any sizes; short ones share rows with others.
+            steps: of the solver.
+            solver: a name of `SOLVERS`.
+            guidance: how strongly to follow the prompts.
+            low_guidance: of the expert for low noise; None: the same.
+            rows: how many rows to solve at once; fewer need less memory.
+            on_step: called after each step with how many are done, how many there are
+                in all, and the packed latents.
+            noise: to start from, instead of that of the seeds.
+
+        Raises:
+            ValueError: a size, solver or number can't be; before any compilation.
+        """
         check_solver(solver)
         self.policy.times(steps, jnp.ones(1))
         sizes = [self.check(request) for request in requests]
-        items = [
-            (self._item(request, request.prompt, size), null)
-            for request, size in zip(requests, sizes, strict=True)
-            for null in [self._item(request, request.negative_prompt, size)]
-        ]
-        packing = self._pack([item for item, _ in items])
-        budget = max(sum(len(items[i][0].latents) for i in row) for row in packing)
-        clips = max(map(len, packing))
-        ways = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
-        rows = max(-(-min(rows, len(packing)) // ways) * ways, ways)
-        out: dict[int, np.ndarray] = {}
-        starts = range(0, len(packing), rows)
-        for number, start in enumerate(starts):
-            chunk = packing[start : start + rows]
-            filled = chunk + [chunk[0]] * (rows - len(chunk))
-            text_budget = clips * self.text_length
-            batch, null = (
-                pack_rows(
-                    [[items[i][k] for i in row] for row in filled],
-                    budget,
-                    text_budget,
-                    clips,
-                )
-                for k in (0, 1)
-            )
-            keys = self._keys(filled, requests, clips)
-            watch = on_step and partial(on_step, number, len(starts))
-            x = self._solve(batch, null, keys, steps, solver, guidance, watch)
-            row_sizes = [[sizes[i] for i in row] for row in filled]
-            unpacked = unpack_rows(x, row_sizes, self.patch_size)
-            for row, clips_of_row in zip(chunk, unpacked, strict=False):
-                out |= dict(zip(row, clips_of_row, strict=True))
-        return [out[i] for i in range(len(requests))]
+        given = [self._given(r, size) for r, size in zip(requests, sizes, strict=True)]
+        sizes = [(f + g.lead, h, w) for (f, h, w), g in zip(sizes, given, strict=True)]
+        batches = batches_of(
+            *self._items(requests, sizes, given, noise),
+            [request.seed for request in requests],
+            rows,
+            self._mesh.shape["data"] * self._mesh.shape["fsdp"],
+            self.text_length,
+        )
+        self._stepper.on_step = on_step and _counting(on_step, len(batches) * steps)
+        guidances = {"dit": guidance, "dit_low": low_guidance or guidance}
+        with jax.set_mesh(self._mesh):
+            running = [self._start(x, steps, solver, noise is not None) for x in batches]
+            # Network after network, so that each is brought to the devices once.
+            for name, span in self._spans(steps).items():
+                params = self._residence[name]
+                for i, batch in enumerate(batches):
+                    texts = texts_of(batch, self.conventions.pad_text)
+                    running[i] = self._stepper(
+                        params,
+                        running[i],
+                        jax.device_put(texts, batch_sharding(self._mesh)),
+                        solver=solver,
+                        guidance=guidances[name],
+                        span=span,
+                    )
+            found = unpacked(batches, running, sizes, self.patch_size)
+        jax.effects_barrier()
+        return [x[g.lead :] for x, g in zip(found, given, strict=True)]
 
     def decode(self, latents: Float[np.ndarray, "b f h w c"]) -> np.ndarray:
         """Normalised latents to pixels, uint8 `[b T H W 3]`.
@@ -281,101 +268,172 @@ class Generator:
         pixels = x[:, 0, ..., 0].size * self.vae.spatial_compression**2
         piece = max(_DECODED_PIXELS // (pixels * self.vae.temporal_compression), 1)
         with jax.set_mesh(self._mesh):
-            pieces = decode_stream(self.vae, self._placed["vae"], split(x, piece))
+            pieces = decode_stream(self.vae, self._residence["vae"], split(x, piece))
             frames = [np.asarray(to_uint8(video)) for video in pieces]
         return np.concatenate(frames, axis=1)
 
+    def encode(
+        self, video: Float[np.ndarray, "T H W 3"]
+    ) -> Float[np.ndarray, "f h w c"]:
+        """Pixels in [-1, 1] to normalised latents, the mean of each."""
+        pieces = split(jnp.asarray(video)[None], self.vae.temporal_compression)
+        with jax.set_mesh(self._mesh):
+            means = [
+                np.asarray(mean)
+                for mean, _ in encode_stream(self.vae, self._residence["vae"], pieces)
+            ]
+        return np.asarray(self.vae.normalize(jnp.asarray(np.concatenate(means, 1))))[0]
+
     # How it is done
 
-    def _item(self, request: Request, prompt: str, size: tuple[int, int, int]) -> Item:
-        position = positions(
-            size, self.patch_size, request.fps, self.vae.temporal_compression
-        )
-        channels = int(np.prod(self.patch_size)) * self.vae.latent_channels
-        ids = self.tokenizer.encode(prompt, self.text_length)
-        latents = np.zeros((len(position), channels), np.float32)
-        return Item(latents, position, text_ids=np.asarray(ids, np.int32))
+    @property
+    def _pictures(self) -> tuple[list[str], list[str]]:
+        """Which pictures of a request the model needs, and which it takes."""
+        if self.dit.control_channels:
+            return [], ["video", "mask", "references"]
+        if self.dit.image_length:
+            return ["image", "last_image"], ["image", "last_image"]
+        if self.dit.cond_channels:
+            return ["image"], ["image", "last_image"]
+        return [], ["image"] * self.conventions.clean_frames
 
-    def _pack(self, items: Sequence[Item]) -> list[list[int]]:
-        counts = [len(item.latents) for item in items]
-        if len(set(counts)) == 1:
-            return [[i] for i in range(len(items))]
-        text = [self.text_length] * len(items)
-        return best_fit(counts, text, max(counts), sum(text), len(items))
-
-    def _keys(self, rows, requests, clips):
-        seeds = np.zeros((len(rows), clips + 1), np.int64)
-        for r, row in enumerate(rows):
-            for i, request in enumerate(row):
-                seeds[r, i + 1] = requests[request].seed
-        return jax.vmap(jax.vmap(jax.random.key))(jnp.asarray(seeds, jnp.uint32))
-
-    def _solve(self, batch, null, keys, steps, solver, guidance, on_step):
-        one_clip = bool((batch["segment"] == 1).all())
-        places = batch_sharding(self._mesh)
-        batch, null, keys = jax.device_put((batch, null, keys), places)
-        self._on_step = on_step
-        with jax.set_mesh(self._mesh):
-            x = self._compiled(
-                self._placed,
-                batch,
-                null,
-                keys,
-                steps=steps,
-                solver=solver,
-                guidance=guidance,
-                one_clip=one_clip,
-                watched=on_step is not None,
+    def _given(self, request: Request, size: Size) -> Given:
+        """What is known of the clip besides its text."""
+        first, last = (request.picture(name) for name in ("image", "last_image"))
+        ends = [None if x is None else request.fitted(x) for x in (first, last)]
+        pixels = request.frames, request.height, request.width
+        if self.dit.control_channels:
+            given = conditioning.control_signal(
+                request.clip("video"),
+                request.clip("mask"),
+                request.reference_pictures(),
+                pixels,
+                self.encode,
+                self.vae.spatial_compression,
             )
-            x = np.asarray(x)
-        jax.effects_barrier()
-        return x
+        elif self.dit.cond_channels:
+            given = conditioning.first_frame_channels(
+                *ends, request.frames, self.encode, self.vae.temporal_compression
+            )
+        elif first is not None:
+            given = conditioning.clean_first_frame(ends[0], size[0], self.encode)
+        else:
+            given = Given()
+        if self.image_encoder is not None:
+            pictures = [x for x in (first, last) if x is not None]
+            given = given._replace(image=self._image_states(pictures))
+        return given
+
+    def _image_states(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+        encoder = self.image_encoder
+        assert encoder is not None
+        images = np.concatenate([encoder.preprocess(x[None]) for x in pictures])
+        apply = jax.jit(encoder.apply)
+        states = apply({"params": self._residence["image_encoder"]}, images)
+        return np.concatenate(np.asarray(states, np.float32))
+
+    def _items(
+        self,
+        requests: Sequence[Request],
+        sizes: Sequence[Size],
+        given: Sequence[Given],
+        noise: Sequence[np.ndarray] | None,
+    ) -> tuple[list[Item], list[Item]]:
+        """Each request in tokens, with its prompt and with its negative prompt."""
+        prompts = [r.prompt for r in requests] + [r.negative_prompt for r in requests]
+        states = self._states(prompts)
+        items, nulls = [], []
+        for i, (request, size, known) in enumerate(
+            zip(requests, sizes, given, strict=True)
+        ):
+            seconds = request.fps if self.conventions.seconds else None
+            position = positions(
+                size, self.patch_size, seconds, self.vae.temporal_compression
+            )
+            grid = np.zeros((*size, self.vae.latent_channels), np.float32)
+            latents = grid if noise is None else np.asarray(noise[i], np.float32)
+            if known.latents is not None:
+                latents = np.where(known.clean[..., None], known.latents, latents)
+            extras = {
+                name: patchify(value, self.patch_size)
+                for name in ("cond", "control")
+                if (value := getattr(known, name)) is not None
+            }
+            if known.clean is not None:
+                cells = patchify(known.clean[..., None], self.patch_size)
+                extras["clean"] = cells.all(axis=-1)
+            item = Item(
+                patchify(latents, self.patch_size),
+                position,
+                text_embeds=states[request.prompt],
+                image=known.image,
+                **extras,
+            )
+            items.append(item)
+            negative = states[request.negative_prompt]
+            nulls.append(dataclasses.replace(item, text_embeds=negative))
+        return items, nulls
+
+    def _states(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        """The text states of each prompt."""
+        texts = list(dict.fromkeys(prompts))
+        clean = map(conditioning.cleaned, texts) if self.conventions.clean_text else texts
+        batch = min(1 << (len(texts) - 1).bit_length(), _PROMPTS)
+        with jax.set_mesh(self._mesh):
+            states = encode_captions(
+                self.text_encoder,
+                self._residence["text_encoder"],
+                self.tokenizer,
+                list(clean),
+                self.text_length,
+                batch,
+            )
+        if self.conventions.pad_text:
+            states = [
+                np.pad(x, ((0, self.text_length - len(x)), (0, 0))) for x in states
+            ]
+        return dict(zip(texts, states, strict=True))
+
+    def _start(self, batch: Batch, steps: int, solver: str, noisy: bool) -> Running:
+        arrays, seeds = jax.device_put(
+            (batch.arrays, batch.seeds), batch_sharding(self._mesh)
+        )
+        return start(
+            arrays,
+            seeds,
+            policy=self.policy,
+            steps=steps,
+            solver=solver,
+            one_clip=batch.one_clip,
+            noisy=noisy,
+        )
+
+    def _spans(self, steps: int) -> dict[str, tuple[int, int]]:
+        """Which network takes which steps."""
+        times = self.path.shown(self.policy.times(steps, jnp.ones(1))[:-1, 0])
+        high = int((times >= self.boundary - 1e-6).sum())
+        spans = {"dit": (0, high), "dit_low": (high, steps)}
+        return {name: span for name, span in spans.items() if span[0] < span[1]}
 
     @cached_property
     def _mesh(self) -> Mesh:
         return make_mesh() if self.mesh is None else self.mesh
 
     @cached_property
-    def _placed(self):
-        return jax.device_put(self.params, parameter_shardings(self.params, self._mesh))
-
-    def _report(self, index, _):
-        if self._on_step is not None:
-            self._on_step(int(index))
+    def _residence(self) -> Residence:
+        return Residence(self.params, self._mesh, self.together)
 
     @cached_property
-    def _compiled(self):
-        @partial(
-            jax.jit,
-            static_argnames=("steps", "solver", "guidance", "one_clip", "watched"),
-        )
-        def run(
-            params, batch, null, keys, *, steps, solver, guidance, one_clip, watched
-        ):
-            segment = batch["segment"]
-            levels = keys.shape[1]
-            counts = jax.nn.one_hot(segment, levels).sum(1)
-            times = self.policy.times(steps, jnp.maximum(counts, 1.0))
-            times = times.at[:, :, 0].set(0.0)
-            tokens = Tokens(batch["latents"], batch["position"], segment, segment)
-            if one_clip:
-                tokens = Tokens(batch["latents"], batch["position"])
-                times, keys = times[:, :, 1:], keys[:, 1:]
-            tokens = tokens.with_latents(clip_noise(keys, tokens))
-            texts = [
-                Text(
-                    self.text_encoder.apply(
-                        {"params": params["text_encoder"]},
-                        b["text_ids"],
-                        b["text_segment"],
-                    ),
-                    b["text_segment"],
-                )
-                for b in (batch, null)
-            ]
-            model = partial(self.dit.apply, {"params": params["dit"]})
-            denoiser = guided(model, *texts, self.path, guidance)
-            watch = self._report if watched else None
-            return solve(denoiser, tokens, times, self.path, keys, solver, watch)
+    def _stepper(self) -> Stepper:
+        return Stepper(self.dit, self.path)
 
-        return run
+
+def _counting(on_step: OnStep, total: int) -> Callable[[int, np.ndarray], None]:
+    done = 0
+
+    def told(_, latents):
+        nonlocal done
+        done += 1
+        on_step(done, total, latents)
+
+    return told

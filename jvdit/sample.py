@@ -19,7 +19,8 @@ from jvdit.data.media_encode import encode_clip
 from jvdit.data.sheets import contact_sheet, write_png
 from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.solvers import SOLVERS
-from jvdit.generator import Generator, Request, size_fields
+from jvdit.generator import Generator
+from jvdit.request import Request, size_fields
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of a training, or its model folder.")
 _PROMPTS = flags.DEFINE_string(

@@ -37,6 +37,8 @@ class Tokens:
         level: which of the row's noise levels `t[b g]` a token is at. None: all are
             at level 0. With segments, level 0 is pinned to t = 0 (clean: padding and
             conditioning tokens) and a clip's generated tokens are at its own segment.
+        cond: channels added at the patch embedding: what is known of the patch, such as
+            a given first frame and a mask of where it is given; or None.
         control: patches of control signals that lie under the tokens, or None.
     """
 
@@ -44,6 +46,7 @@ class Tokens:
     position: Float[Array, "b n 3"]
     segment: Int[Array, "b n"] | None = None
     level: Int[Array, "b n"] | None = None
+    cond: Float[Array, "b n e"] | None = None
     control: Float[Array, "b n v"] | None = None
 
     def with_latents(self, latents: Float[Array, "b n c"]) -> "Tokens":

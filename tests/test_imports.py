@@ -21,6 +21,10 @@ MAY_IMPORT = {
 ENTRY_POINTS = [
     "config",
     "caption_encoder",
+    "conditioning",
+    "request",
+    "residence",
+    "sampling",
     "generator",
     "encode",
     "sample",

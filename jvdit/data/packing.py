@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from einops import rearrange
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 # Patch sizes and latent grids are (frames, height, width).
 Size = tuple[int, int, int]
@@ -19,6 +19,9 @@ Size = tuple[int, int, int]
 # Patches of pt x ph x pw latents, as einops has it.
 _LATENTS, _TOKENS = "(f pt) (h ph) (w pw) c", "(f h w) (pt ph pw c)"
 _OPEN_ROWS = 512  # rows that best fit chooses from
+
+# What only some batches have of each token.
+_EXTRAS = ("clean", "cond", "control")
 
 # A posterior this narrow is a point: sampling it returns its mean.
 POINT_LOGVAR = -30.0
@@ -157,6 +160,11 @@ class Item:
             `latents` is exact.
         text_ids: ids of its caption. Exactly one of this and `text_embeds` is given.
         text_embeds: states of a text encoder for its caption.
+        clean: which tokens are given, not generated. None: none is.
+        cond: channels beside those of the tokens, see `Tokens`. Like `clean`, `control`
+            and `image`, either all items of a batch have it or none has.
+        control: control signal under each token.
+        image: states of an image encoder; such an item has a row to itself.
         clip_id: which clip it is, at least 0.
         valid: False for a clip that could not be read: it keeps its place and its id,
             but its tokens are padding.
@@ -167,6 +175,10 @@ class Item:
     logvar: Float[np.ndarray, "n c"] | None = None
     text_ids: Int[np.ndarray, "s"] | None = None
     text_embeds: Float[np.ndarray, "s e"] | None = None
+    clean: Bool[np.ndarray, "n"] | None = None
+    cond: Float[np.ndarray, "n e"] | None = None
+    control: Float[np.ndarray, "n v"] | None = None
+    image: Float[np.ndarray, "i z"] | None = None
     clip_id: int = 0
     valid: bool = True
 
@@ -201,8 +213,9 @@ def pack_rows(
     Returns:
         `latents`, `logvar` [b n c], `position` [b n 3], `segment` [b n], `text_ids`
         [b s] or `text_embeds` [b s e], `text_segment` [b s], `valid` [b m], `clip_id`
-        [b m] (-1: empty place). Item i of a row is segment i + 1 in its tokens and in
-        its text; segment 0 is padding, whose latents are zero.
+        [b m] (-1: empty place), and `clean` [b n], `cond` [b n e], `control` [b n v],
+        `image` [b i z] where items have them. Item i of a row is segment i + 1 in its
+        tokens and in its text; segment 0 is padding, whose latents are zero.
 
     Raises:
         ValueError: a row exceeds one of the three bounds, or there is no item.
@@ -227,6 +240,12 @@ def pack_rows(
         "valid": np.zeros((b, m), np.bool_),
         "clip_id": np.full((b, m), -1, np.int64),
     }
+    extras = [k for k in _EXTRAS if getattr(items[0], k) is not None]
+    for key in extras:
+        value = getattr(items[0], key)
+        batch[key] = np.zeros((b, n, *value.shape[1:]), value.dtype)
+    if items[0].image is not None:
+        batch["image"] = np.stack([row[0].image for row in rows])
     for r, row in enumerate(rows):
         token = word = 0
         for i, item in enumerate(row):
@@ -242,6 +261,8 @@ def pack_rows(
             batch["position"][tokens] = item.position
             batch["segment"][tokens] = i + 1
             batch[name][words] = item.text
+            for key in extras:
+                batch[key][tokens] = getattr(item, key)
             batch["text_segment"][words] = i + 1
     return batch
 

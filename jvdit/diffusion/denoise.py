@@ -29,7 +29,7 @@ def denoise(
         text: what guides the tokens of each segment.
         path: the path on which the tokens were mixed.
     """
-    output = model(tokens, t, text).astype(jnp.float32)
+    output = model(tokens, path.shown(t), text).astype(jnp.float32)
     return path.velocity(output, tokens.latents, tokens.per_token(t))
 
 

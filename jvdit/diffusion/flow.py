@@ -10,6 +10,8 @@ velocity the one well-conditioned currency that losses and solvers share.
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +38,8 @@ class Path:
             time reversed), "linear" (DDPM's linear beta from 0.1 to 20 in continuous
             time, arXiv:2011.13456 App. C) or "cosine" (arXiv:2102.09672, Eq. 17).
         target: "velocity" (flow matching, v), "noise" (epsilon) or "x0".
+        timesteps: how many the network was trained on: it is shown the last of them
+            that is not above t, as Wan's is. 0: it is shown any t.
 
     Raises:
         ValueError: schedule or target is unknown.
@@ -43,6 +47,7 @@ class Path:
 
     schedule: str = "flow"
     target: str = "velocity"
+    timesteps: int = 0
 
     def __post_init__(self):
         _check("schedule", self.schedule, SCHEDULES)
@@ -64,6 +69,13 @@ class Path:
         first = math.cos(start / (1 + start) * math.pi / 2)
         alpha = jnp.minimum(jnp.cos(angle) / first, 1.0)
         return alpha, jnp.sqrt(jnp.maximum(1 - alpha**2, 0.0))
+
+    def shown(self, t: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """The time that the network is told at time t."""
+        if not self.timesteps:
+            return t
+        # Timesteps that are whole numbers stay so, however t was rounded.
+        return jnp.floor(t * self.timesteps + 1e-4) / self.timesteps
 
     def clock(self, t: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """The variable in which `velocity` is the derivative of x_t."""
@@ -147,6 +159,9 @@ class TimestepPolicy:
         shift: s, at `shift_tokens` tokens; at any count if `shift_tokens` is None.
         shift_tokens: the token count for which `shift` was chosen.
         shift_range: bounds of s.
+        grid: where the times of sampling begin, after the shift, and where their even
+            spacing before the shift ends, with 0 as the last time; Wan's is
+            (1 - 1e-6, 0.001).
 
     Raises:
         ValueError: unknown distribution, shift not positive or outside its range.
@@ -158,6 +173,7 @@ class TimestepPolicy:
     shift: float = 1.0
     shift_tokens: int | None = None
     shift_range: tuple[float, float] = (1.0, 12.0)
+    grid: tuple[float, float] = (1.0, 0.0)
 
     def __post_init__(self):
         _check("distribution", self.distribution, DISTRIBUTIONS)
@@ -167,6 +183,13 @@ class TimestepPolicy:
                 f"`shift` (={self.shift}) must lie inside `shift_range` (={low}, "
                 f"{high}), above 0; widen the range or move the shift."
             )
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "TimestepPolicy":
+        """From JSON values or a config, where tuples are lists."""
+        pairs = ("shift_range", "grid")
+        given = {k: tuple(settings[k]) for k in pairs if k in settings}
+        return cls(**{**settings, **given})
 
     def shift_for(self, num_tokens: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """The shift s of clips with this many tokens."""
@@ -216,7 +239,8 @@ class TimestepPolicy:
         if steps < 1:
             raise ValueError(f"`steps` (={steps}) must be at least 1; try 30.")
         shape = (steps + 1, *num_tokens.shape)
-        t = jnp.linspace(1.0, 0.0, steps + 1).reshape(-1, *(1 for _ in shape[1:]))
-        return self.shifted(
-            jnp.broadcast_to(t, shape), jnp.broadcast_to(num_tokens[None], shape)
-        )
+        first, end = self.grid
+        t = jnp.linspace(1.0, end, steps + 1).at[-1].set(0.0)
+        t = jnp.broadcast_to(t.reshape(-1, *(1 for _ in shape[1:])), shape)
+        times = self.shifted(t, jnp.broadcast_to(num_tokens[None], shape))
+        return jnp.minimum(times, first)

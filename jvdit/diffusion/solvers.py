@@ -245,6 +245,60 @@ def check_solver(name: str) -> str:
     return name
 
 
+class Solution(NamedTuple):
+    """How far a solver has come.
+
+    Attributes:
+        tokens: with the latents of now.
+        state: what the solver keeps from step to step.
+    """
+
+    tokens: Tokens
+    state: Any
+
+
+def begin(
+    tokens: Tokens, times: Float[Array, "times b g"], solver: str = "unipc"
+) -> Solution:
+    """Where `advance` starts from: noise, and nothing known yet; see `solve`."""
+    _, first_state = SOLVERS[check_solver(solver)]
+    tokens = tokens.with_latents(tokens.latents.astype(jnp.float32))
+    return Solution(tokens, first_state(tokens, times[0]))
+
+
+def advance(
+    denoiser: Denoiser,
+    solution: Solution,
+    times: Float[Array, "times b g"],
+    path: Path,
+    keys: Key[Array, "b g"],
+    solver: str = "unipc",
+    span: tuple[int, int] | None = None,
+    on_step: Callable[[Any, Any], None] | None = None,
+) -> Solution:
+    """Takes the steps from `span[0]` up to `span[1]`; None: all.
+
+    So different networks may take different steps of one solution. The other arguments
+    are those of `solve`.
+    """
+    step, _ = SOLVERS[check_solver(solver)]
+    steps = times.shape[0] - 1
+
+    def body(solution, now_at):
+        x, state = solution
+        index, t, t_next = now_at
+        now = Now(index, steps, t, t_next, path, _fold(keys, index))
+        moved, state = step(denoiser, x, now, state)
+        latents = jnp.where(x.per_token(t) == x.per_token(t_next), x.latents, moved)
+        if on_step is not None:
+            jax.debug.callback(on_step, index, latents, ordered=False)
+        return Solution(x.with_latents(latents), state), None
+
+    first, last = (0, steps) if span is None else span
+    now_at = jnp.arange(steps), times[:-1], times[1:]
+    return jax.lax.scan(body, solution, [x[first:last] for x in now_at])[0]
+
+
 def solve(
     denoiser: Denoiser,
     tokens: Tokens,
@@ -274,20 +328,6 @@ def solve(
     Raises:
         ValueError: the solver is unknown.
     """
-    step, first_state = SOLVERS[check_solver(solver)]
-    steps = times.shape[0] - 1
-
-    def body(carry, now_at):
-        x, state = carry
-        index, t, t_next = now_at
-        now = Now(index, steps, t, t_next, path, _fold(keys, index))
-        moved, state = step(denoiser, x, now, state)
-        latents = jnp.where(x.per_token(t) == x.per_token(t_next), x.latents, moved)
-        if on_step is not None:
-            jax.debug.callback(on_step, index, latents, ordered=False)
-        return (x.with_latents(latents), state), None
-
-    tokens = tokens.with_latents(tokens.latents.astype(jnp.float32))
-    carry = (tokens, first_state(tokens, times[0]))
-    (x, _), _ = jax.lax.scan(body, carry, (jnp.arange(steps), times[:-1], times[1:]))
-    return x.latents
+    start = begin(tokens, times, solver)
+    end = advance(denoiser, start, times, path, keys, solver, None, on_step)
+    return end.tokens.latents

@@ -45,10 +45,10 @@ _WAN_1_3B = _WAN_14B | {"width": 1536, "depth": 30, "num_heads": 12, "ffn_width"
 VARIANTS: dict[str, dict[str, Any]] = {
     "wan2.1-t2v-1.3b": _WAN_1_3B,
     "wan2.1-t2v-14b": _WAN_14B,
-    "wan2.1-i2v-14b": {**_WAN_14B, "in_channels": 144, "image_width": 1280},
+    "wan2.1-i2v-14b": {**_WAN_14B, "cond_channels": 80, "image_width": 1280},
     "wan2.1-flf2v-14b": {
         **_WAN_14B,
-        "in_channels": 144,
+        "cond_channels": 80,
         "image_width": 1280,
         "image_length": 514,
     },
@@ -63,7 +63,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "control_layers": tuple(range(0, 40, 5)),
     },
     "wan2.2-t2v-a14b": _WAN_14B,
-    "wan2.2-i2v-a14b": {**_WAN_14B, "in_channels": 144},
+    "wan2.2-i2v-a14b": {**_WAN_14B, "cond_channels": 80},
     "wan2.2-ti2v-5b": {
         **_WAN_14B,
         "width": 3072,
@@ -103,6 +103,8 @@ class DiT(nn.Module):
         position_scale: multiplies the positions (t, y, x) before RoPE: with t in
             seconds, rotary units of time in each second.
         time_scale: multiplies the noise level, in [0, 1], before its sinusoids.
+        cond_channels: channels of `tokens.cond`, embedded beside those of the input
+            by a projection that starts at zero; 0: there are none.
         image_width: channels of the states of an image encoder, to which the tokens
             attend beside the text (Wan 2.1 I2V); 0: there are none.
         image_length: how many of them have a learned position; 0: none has.
@@ -133,6 +135,7 @@ class DiT(nn.Module):
     rope_theta: float = 1e4
     position_scale: Sequence[float] = (1.0, 1.0, 1.0)
     time_scale: float = 1000.0
+    cond_channels: int = 0
     image_width: int = 0
     image_length: int = 0
     control_channels: int = 0
@@ -169,6 +172,14 @@ class DiT(nn.Module):
             name="patch_embed",
             **kinds,
         )(tokens.latents.astype(self.dtype))
+        if tokens.cond is not None:
+            x += Dense(
+                self.width,
+                use_bias=False,
+                kernel_init=nn.initializers.zeros,
+                name="cond_embed",
+                **kinds,
+            )(tokens.cond.astype(self.dtype))
         x = constrain(x, "batch", "tokens", None)
         states = Mlp(
             self.width, self.width, kernel_init=_text_init, name="text_embed", **kinds
@@ -302,6 +313,7 @@ class DiT(nn.Module):
                 f"{self.in_channels}: the channels of a patch times its cells."
             )
         for name, wanted, given in (
+            ("cond_channels", self.cond_channels, tokens.cond),
             ("control_channels", self.control_channels, tokens.control),
             ("image_width", self.image_width, text.image),
         ):
@@ -339,7 +351,8 @@ class DiT(nn.Module):
         each_text = 2 * d * d
         pairs = 2 * tokens * (tokens + text) * d
         block = tokens * each_token + text * each_text + pairs
-        ends = tokens * d * (self.in_channels + self.out_channels)
+        ends = self.in_channels + self.cond_channels + self.out_channels
+        ends *= tokens * d
         ends += text * (self.text_width * d + d * d)
         ends += self.freq_dim * d + 7 * d * d
         return 2 * (self.depth * block + ends)

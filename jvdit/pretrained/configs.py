@@ -6,6 +6,8 @@ What a configuration says and no field of ours can express is refused, not ignor
 from collections.abc import Mapping
 from typing import Any
 
+from jvdit.models.dit import DiT
+
 Config = Mapping[str, Any]
 
 PATCH_SIZE = (1, 2, 2)
@@ -28,8 +30,9 @@ def dit_fields(config: Config) -> dict[str, Any]:
             "depth": config["num_layers"],
             "num_heads": heads,
             "ffn_width": config["ffn_dim"],
-            "in_channels": _CELLS * config["in_channels"],
-            "out_channels": _CELLS * (config["out_channels"] or config["in_channels"]),
+            **_channels(
+                config["in_channels"], config["out_channels"] or config["in_channels"]
+            ),
             "text_width": config["text_dim"],
             "freq_dim": config["freq_dim"],
             "cross_norm": config["cross_attn_norm"],
@@ -44,8 +47,7 @@ def dit_fields(config: Config) -> dict[str, Any]:
             "depth": config["num_layers"],
             "num_heads": config["num_heads"],
             "ffn_width": config["ffn_dim"],
-            "in_channels": _CELLS * config["in_dim"],
-            "out_channels": _CELLS * config["out_dim"],
+            **_channels(config["in_dim"], config["out_dim"]),
             "text_width": config.get("text_dim", 4096),
             "freq_dim": config["freq_dim"],
             "eps": config["eps"],
@@ -63,6 +65,23 @@ def dit_fields(config: Config) -> dict[str, Any]:
         )
         fields["control_layers"] = tuple(config["vace_layers"])
     return fields
+
+
+def _channels(taken: int, given: int) -> dict[str, int]:
+    """What an I2V network takes beyond the noise is what is known of the clip."""
+    sizes = {
+        "in_channels": given,
+        "out_channels": given,
+        "cond_channels": taken - given,
+    }
+    return {name: _CELLS * size for name, size in sizes.items()}
+
+
+def patch_channels(module: DiT) -> tuple[int, int] | None:
+    """Latent channels of noise and of what is known, for `wan.dit_rules`."""
+    if not module.cond_channels:
+        return None
+    return module.in_channels // _CELLS, module.cond_channels // _CELLS
 
 
 def vae_fields(config: Config) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -70,13 +71,15 @@ def load_dit(
     tokens = Tokens(
         jnp.zeros((1, 1, module.in_channels)),
         jnp.zeros((1, 1, 3)),
+        cond=_blank(1, module.cond_channels),
         control=_blank(1, module.control_channels),
     )
     states = module.image_length or 1
     image = _blank(states, module.image_width)
     text = Text(jnp.zeros((1, 1, module.text_width)), image=image)
     inputs = tokens, jnp.zeros((1, 1)), text
-    return _load(module, inputs, folder, _ORIGINAL["dit"], wan.dit_rules, mesh, dtype)
+    rules = partial(wan.dit_rules, channels=configs.patch_channels(module))
+    return _load(module, inputs, folder, _ORIGINAL["dit"], rules, mesh, dtype)
 
 
 def load_vae(

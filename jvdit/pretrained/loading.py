@@ -110,6 +110,7 @@ def export(rules: Sequence[Rule], params: Any) -> dict[str, np.ndarray]:
         ValueError: a parameter has no name there.
     """
     parts: dict[str, dict[int, np.ndarray]] = {}
+    axes: dict[str, int] = {}
     for path, leaf in paths_of(params).items():
         value = np.asarray(leaf)
         stacked = path.partition("/")[0] in STACKS
@@ -118,9 +119,10 @@ def export(rules: Sequence[Rule], params: Any) -> dict[str, np.ndarray]:
             own = value if piece.layer is None else value[piece.layer]
             turned = np.ascontiguousarray(piece.rule.to_theirs(own))
             parts.setdefault(piece.name, {})[piece.rule.part[0]] = turned
+            axes[piece.name] = piece.rule.axis
     return {
         name: found[0]
         if len(found) == 1
-        else np.concatenate([found[i] for i in sorted(found)])
+        else np.concatenate([found[i] for i in sorted(found)], axes[name])
         for name, found in parts.items()
     }

@@ -31,7 +31,9 @@ class Rule:
             hold the tensor, but nothing reads it.
         layout: einops pattern from theirs to ours; "": they are equal.
         sizes: of the axes that a pattern joins, in the other direction.
-        part: which of how many equal parts of their first axis is ours.
+        part: which of how many equal parts of an axis of theirs is ours, or of parts of
+            which sizes.
+        axis: that is parted.
         tied: this is a second name of a tensor that another rule reads; it is read
             only where the first name is absent.
     """
@@ -40,17 +42,21 @@ class Rule:
     ours: str
     layout: str = ""
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    part: tuple[int, int] = (0, 1)
+    part: tuple[int, int | tuple[int, ...]] = (0, 1)
+    axis: int = 0
     tied: bool = False
 
     def to_ours(self, tensor: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
         """Their tensor in our layout: a view wherever that is possible."""
         index, parts = self.part
-        size = tensor.shape[0] // parts if tensor.ndim else 0
-        kept = tensor[index * size : (index + 1) * size] if parts > 1 else tensor
+        if isinstance(parts, tuple) and sum(parts) != tensor.shape[self.axis]:
+            raise ValueError(f"{parts} are no parts of {tensor.shape[self.axis]}.")
+        if parts != 1:
+            edges = np.cumsum(parts)[:-1] if isinstance(parts, tuple) else parts
+            tensor = np.split(tensor, edges, self.axis)[index]
         if not self.layout:
-            return kept
-        return einops.rearrange(kept, self.layout, **self.sizes)
+            return tensor
+        return einops.rearrange(tensor, self.layout, **self.sizes)
 
     def to_theirs(self, leaf: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
         """Our parameter in their layout: the whole tensor, or its part."""

@@ -70,10 +70,19 @@ _IMAGE_END_NORMS = (
     ("condition_embedder.image_embedder.norm2", "img_emb.proj.4", "norm_out"),
 )
 _IMAGE_POSITIONS = ("condition_embedder.image_embedder.pos_embed", "img_emb.emb_pos")
+_PATCH, _CELLS = "o c t h w -> (t h w c) o", {"t": 1, "h": 2, "w": 2}
 
 
-def dit_rules(layout: str = "diffusers") -> list[Rule]:
-    """The table of the DiT with all of its branches, for names of one of `LAYOUTS`."""
+def dit_rules(
+    layout: str = "diffusers", channels: tuple[int, int] | None = None
+) -> list[Rule]:
+    """The table of the DiT with all of its branches.
+
+    Args:
+        layout: whose names, one of `LAYOUTS`.
+        channels: of noise and of what is known, which an I2V network takes together;
+            None: it takes noise alone.
+    """
     which = LAYOUTS.index(layout)
     linear = {names[which]: names[2] for names in _ENDS}
     linear |= {n[which]: f"image_embed/{n[2]}" for n in _IMAGE_ENDS}
@@ -89,13 +98,20 @@ def dit_rules(layout: str = "diffusers") -> list[Rule]:
         linear |= {f"{theirs}.{{i}}.{n[which]}": f"{ours}_{{i}}/{n[2]}" for n in rows}
         rows = (*_BLOCK_NORM, *_IMAGE_NORM)
         norm |= {f"{theirs}.{{i}}.{n[which]}": f"{ours}_{{i}}/{n[2]}" for n in rows}
-    patches = modules(
-        {"patch_embedding": "patch_embed", "vace_patch_embedding": "control_embed"},
-        "o c t h w -> (t h w c) o",
-        t=1,
-        h=2,
-        w=2,
-    )
+    parts = ("patch_embed",) if channels is None else ("patch_embed", "cond_embed")
+    patches = [
+        Rule(
+            "patch_embedding.weight",
+            f"{ours}/kernel",
+            _PATCH,
+            _CELLS,
+            part=(i, channels or 1),
+            axis=1,
+        )
+        for i, ours in enumerate(parts)
+    ]
+    patches.append(Rule("patch_embedding.bias", "patch_embed/bias"))
+    patches += modules({"vace_patch_embedding": "control_embed"}, _PATCH, **_CELLS)
     table = ("scale_shift_table", "modulation")[which]
     tables = [
         Rule(f"blocks.{{i}}.{table}", "block_{i}/modulation/table", "1 r d -> r d"),

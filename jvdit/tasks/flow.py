@@ -23,7 +23,8 @@ from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.flow import Path, TimestepPolicy
 from jvdit.diffusion.solvers import check_solver
 from jvdit.evaluation import oracle
-from jvdit.generator import Generator, Request
+from jvdit.generator import Generator
+from jvdit.request import Request
 from jvdit.models.dit import DiT
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.models.video_vae import VideoVAE
@@ -188,14 +189,11 @@ class FlowTask(Task):
             "out_channels": channels,
             "text_width": text_width,
         }
-        times = config.timesteps.to_dict()
         return FlowObjective(
             dit=build(DiT, network),
             text_encoder=text_encoder,
             path=Path(**config.path),
-            policy=TimestepPolicy(
-                **times | {"shift_range": tuple(times["shift_range"])}
-            ),
+            policy=TimestepPolicy.of(config.timesteps.to_dict()),
             one_clip=one_clip,
         )
 

@@ -8,6 +8,7 @@ from einops import rearrange
 
 from jvdit.models.dit import VARIANTS, DiT
 from jvdit.pretrained import wan
+from jvdit.pretrained.configs import patch_channels
 from jvdit.pretrained.loading import export, load, paths_of
 from jvdit.pretrained.rules import assign
 from jvdit.shapes import Text, Tokens
@@ -17,6 +18,7 @@ diffusers = pytest.importorskip("diffusers")
 
 DEPTH, HEADS, HEAD_DIM, TEXT, FFN, IMAGE = 3, 3, 16, 20, 80, 24
 FRAMES, HEIGHT, WIDTH = 3, 4, 3  # latents in patches
+OUT = {16: 16, 36: 16, 48: 48}  # latent channels of noise, of those taken
 
 
 def draw(*shape, seed=0):
@@ -34,7 +36,7 @@ def oracle(channels, control=0, **options):
         num_attention_heads=HEADS,
         attention_head_dim=HEAD_DIM,
         in_channels=channels,
-        out_channels=channels,
+        out_channels=OUT[channels],
         text_dim=TEXT,
         freq_dim=256,
         ffn_dim=FFN,
@@ -90,10 +92,12 @@ def compare(channels, t, level=None, *, states=12, control=0, image=None, scan=F
             **more,
         ).sample.numpy()
     cells = np.stack(np.indices((FRAMES, HEIGHT, WIDTH)), -1).reshape(1, -1, 3)
+    given = OUT[channels]
     tokens = Tokens(
-        patches(latents),
+        patches(latents[:, :given]),
         jnp.asarray(np.repeat(cells, rows, axis=0), jnp.float32),
         level=None if level is None else jnp.asarray(level),
+        cond=patches(latents[:, given:]) if given < channels else None,
         control=patches(signal) if control else None,
     )
     model = DiT(
@@ -101,8 +105,9 @@ def compare(channels, t, level=None, *, states=12, control=0, image=None, scan=F
         depth=DEPTH,
         num_heads=HEADS,
         ffn_width=FFN,
-        in_channels=4 * channels,
-        out_channels=4 * channels,
+        in_channels=4 * given,
+        out_channels=4 * given,
+        cond_channels=4 * (channels - given),
         text_width=TEXT,
         scan_layers=scan,
         **fields,
@@ -111,8 +116,9 @@ def compare(channels, t, level=None, *, states=12, control=0, image=None, scan=F
     inputs = tokens, jnp.asarray(t), Text(jnp.asarray(embeds), image=picture)
     shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
     tensors = {name: value.numpy() for name, value in theirs.state_dict().items()}
-    params = load(wan.dit_rules(), tensors, shapes)
-    back = export(wan.dit_rules(), params)
+    rules = wan.dit_rules(channels=patch_channels(model))
+    params = load(rules, tensors, shapes)
+    back = export(rules, params)
     assert back.keys() == tensors.keys()
     assert all((back[name] == tensors[name]).all() for name in back)
     out = jax.jit(model.apply)({"params": params}, *inputs)
@@ -188,6 +194,7 @@ def test_rows_of_the_size_table_have_the_parameters_of_the_releases(name):
     tokens = Tokens(
         jnp.zeros((1, 1, row["in_channels"])),
         jnp.zeros((1, 1, 3)),
+        cond=jnp.zeros((1, 1, 80)) if "cond_channels" in row else None,
         control=jnp.zeros((1, 1, control)) if control else None,
     )
     states = row.get("image_length") or 257
@@ -196,4 +203,5 @@ def test_rows_of_the_size_table_have_the_parameters_of_the_releases(name):
     params = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
     ours = {path: tuple(leaf.shape) for path, leaf in paths_of(params).items()}
     names = {name: tuple(x.shape) for name, x in theirs.state_dict().items()}
-    assert assign(wan.dit_rules(), names, ours).pieces.keys() == ours.keys()
+    rules = wan.dit_rules(channels=patch_channels(model))
+    assert assign(rules, names, ours).pieces.keys() == ours.keys()

@@ -1,0 +1,141 @@
+"""What a clip is given besides its text: known frames and control signals, as tokens.
+
+Networks take it in one of three ways. Wan 2.1 and 2.2 I2V: as channels beside the noise
+(`first_frame_channels`). Wan 2.2 TI2V: as tokens that are clean (`clean_first_frame`).
+VACE: as a control signal for blocks of their own (`control_signal`).
+"""
+
+import dataclasses
+import html
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import ftfy
+import numpy as np
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float, UInt8
+
+# Pixels in [-1, 1] [T H W 3] to normalised latents [f h w c].
+Encode = Callable[[Float[np.ndarray, "T H W 3"]], Float[np.ndarray, "f h w c"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Conventions:
+    """What a network takes its inputs to mean. The defaults are our own models'.
+
+    Attributes:
+        seconds: positions in time count seconds; False: latent frames, as Wan's.
+        pad_text: every token sees `text_length` text states, zero past the end of the
+            prompt, as Wan's; False: the states of the prompt alone.
+        clean_text: prompts are cleaned as Wan's are, see `cleaned`.
+        clean_frames: a given first frame is known as clean tokens.
+    """
+
+    seconds: bool = True
+    pad_text: bool = False
+    clean_text: bool = False
+    clean_frames: bool = False
+
+
+class Given(NamedTuple):
+    """What is known of a clip, on the grid of its latents.
+
+    Attributes:
+        latents: of the tokens that are clean.
+        clean: which cells are.
+        cond: channels beside the noise.
+        control: the signal for control blocks.
+        image: states of an image encoder.
+        lead: latent frames that come before the clip, and are cut off at the end.
+    """
+
+    latents: Float[np.ndarray, "f h w c"] | None = None
+    clean: Bool[np.ndarray, "f h w"] | None = None
+    cond: Float[np.ndarray, "f h w e"] | None = None
+    control: Float[np.ndarray, "f h w v"] | None = None
+    image: Float[np.ndarray, "i z"] | None = None
+    lead: int = 0
+
+
+def cleaned(text: str) -> str:
+    """Text as Wan's networks were shown it: mended, without entities, one line."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def to_pixels(pictures: UInt8[np.ndarray, "*n 3"]) -> Float[np.ndarray, "*n 3"]:
+    """uint8 to [-1, 1]."""
+    return pictures.astype(np.float32) / 127.5 - 1
+
+
+def first_frame_channels(
+    first: UInt8[np.ndarray, "H W 3"],
+    last: UInt8[np.ndarray, "H W 3"] | None,
+    frames: int,
+    encode: Encode,
+    temporal_compression: int,
+) -> Given:
+    """A given first, and perhaps last, frame as channels beside the noise (Wan I2V).
+
+    They are, for each latent frame, which of its pixel frames are given, and the
+    latents of the clip that is grey where none is.
+    """
+    video = np.zeros((frames, *first.shape), np.float32)
+    known = np.zeros(frames, np.float32)
+    video[0], known[0] = to_pixels(first), 1
+    if last is not None:
+        video[-1], known[-1] = to_pixels(last), 1
+    latents = encode(video)
+    f, h, w, _ = latents.shape
+    known = np.concatenate([np.repeat(known[:1], temporal_compression), known[1:]])
+    mask = repeat(known.reshape(f, -1), "f r -> f h w r", h=h, w=w)
+    return Given(cond=np.concatenate([mask, latents], axis=-1))
+
+
+def clean_first_frame(
+    first: UInt8[np.ndarray, "H W 3"], frames: int, encode: Encode
+) -> Given:
+    """A given first frame as clean tokens; `frames` counts latent ones."""
+    latent = encode(to_pixels(first)[None])
+    latents = np.zeros((frames, *latent.shape[1:]), np.float32)
+    clean = np.zeros(latents.shape[:3], bool)
+    latents[0], clean[0] = latent[0], True
+    return Given(latents=latents, clean=clean)
+
+
+def control_signal(
+    video: UInt8[np.ndarray, "T H W 3"] | None,
+    mask: UInt8[np.ndarray, "T H W 3"] | None,
+    references: Sequence[UInt8[np.ndarray, "H W 3"]],
+    size: tuple[int, int, int],
+    encode: Encode,
+    spatial_compression: int,
+) -> Given:
+    """Footage, what to change of it, and pictures to show, for control blocks (VACE).
+
+    Args:
+        video: None: there is none, and everything is generated.
+        mask: white where to generate; None: everywhere.
+        references: pictures at the clip's size; each is a latent frame before the clip.
+        size: frames, height and width of the clip in pixels.
+        encode: to latents.
+        spatial_compression: pixels of a latent, along a side.
+    """
+    pixels = np.zeros((*size, 3), np.float32) if video is None else to_pixels(video)
+    change = np.ones(size, np.float32)
+    if mask is not None:
+        change = (mask[..., 0] > 127).astype(np.float32)
+    keep = encode(pixels * (1 - change[..., None]))
+    new = encode(pixels * change[..., None])
+    side = {"p": spatial_compression, "q": spatial_compression}
+    cells = rearrange(change, "T (h p) (w q) -> T h w (p q)", **side)
+    # The pixel frame in the middle of each latent one, as if they were evenly spread.
+    middle = (np.arange(len(new)) + 0.5) * len(cells) / len(new)
+    control = np.concatenate([keep, new, cells[middle.astype(int)]], axis=-1)
+    for picture in references:
+        latent = encode(to_pixels(picture)[None])
+        blank = np.zeros((*latent.shape[:3], control.shape[-1] - latent.shape[-1]))
+        lead = np.concatenate([latent, blank], axis=-1)
+        control = np.concatenate([lead, control]).astype(np.float32)
+    return Given(control=control, lead=len(references))

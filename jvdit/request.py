@@ -1,0 +1,184 @@
+"""What to generate: a prompt, a size, and the pictures that a clip is to follow."""
+
+import dataclasses
+import os
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from jvdit.data.media import decode_clip
+
+# A file, or pixels: uint8 [H W 3], of a video [T H W 3].
+Pictures = str | os.PathLike[str] | np.ndarray
+
+_SMOOTH = Image.Resampling.LANCZOS
+PICTURES = ("image", "last_image", "video", "mask")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to generate.
+
+    Pictures of another size are scaled to cover the clip's and cropped. Which of them a
+    model takes is a matter of its training (`Generator.check`).
+
+    Attributes:
+        prompt: what the clip shows.
+        negative_prompt: what guidance turns away from.
+        frames, height, width: of the clip, in pixels.
+        fps: frames per second of the clip.
+        seed: of its noise; the same seed gives the same clip whatever else is
+            generated along with it.
+        image: its first frame.
+        last_image: its last frame.
+        video: what it follows or goes on from: a control signal (depth, pose, …) or
+            footage, of which `mask` says what to keep.
+        mask: white where to generate, black where `video` is kept; None: all white.
+        references: pictures of what is to appear.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    frames: int = 17
+    height: int = 64
+    width: int = 64
+    fps: float = 8.0
+    seed: int = 0
+    image: Pictures | None = None
+    last_image: Pictures | None = None
+    video: Pictures | None = None
+    mask: Pictures | None = None
+    references: tuple[Pictures, ...] = ()
+
+    @property
+    def given(self) -> list[str]:
+        """The names of the pictures that it has."""
+        names = [name for name in PICTURES if getattr(self, name) is not None]
+        return names + ["references"] * bool(self.references)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its fields as JSON values; pictures by their file, or their shape."""
+        fields = {x.name: getattr(self, x.name) for x in dataclasses.fields(self)}
+        fields |= {name: _named(fields[name]) for name in PICTURES}
+        fields["references"] = [_named(x) for x in self.references]
+        return {k: v for k, v in fields.items() if v is not None and v != []}
+
+    def picture(self, name: str) -> np.ndarray | None:
+        """`image` or `last_image` as uint8 `[H W 3]`, of the size that it has."""
+        source = getattr(self, name)
+        return None if source is None else _picture(source, name)
+
+    def fitted(self, picture: np.ndarray) -> np.ndarray:
+        """A picture at the size of the clip."""
+        size = self.width, self.height
+        if picture.shape[:2] == size[::-1]:
+            return picture
+        return np.asarray(ImageOps.fit(Image.fromarray(picture), size, _SMOOTH))
+
+    def clip(self, name: str) -> np.ndarray | None:
+        """`video` or `mask` as uint8 `[T H W 3]`, at the size of the clip.
+
+        Raises:
+            ValueError: it has fewer frames.
+        """
+        source = getattr(self, name)
+        if source is None:
+            return None
+        if isinstance(source, np.ndarray):
+            _check(source, 4, name)
+            if len(source) < self.frames:
+                raise ValueError(
+                    f"`{name}` has {len(source)} frames and the clip {self.frames}; "
+                    f"give at least as many, or ask for {len(source)}."
+                )
+            return np.stack([self.fitted(x) for x in source[: self.frames]])
+        if not pathlib.Path(source).exists():
+            raise FileNotFoundError(f"`{name}` (={source}) doesn't exist.")
+        size = {"height": self.height, "width": self.width}
+        return decode_clip(os.fspath(source), frames=self.frames, fps=self.fps, **size)[
+            "video"
+        ]
+
+    def reference_pictures(self) -> list[np.ndarray]:
+        """`references` as uint8 `[H W 3]`, each whole, on white, at the clip's size."""
+        return [
+            _on_white(_picture(x, "references"), self.height, self.width)
+            for x in self.references
+        ]
+
+
+def size_fields(
+    defaults: dict[str, Any], size: str | None, frames: int | None, fps: float | None
+) -> dict[str, Any]:
+    """Fields of a `Request` that say how large a clip is.
+
+    Args:
+        defaults: of the model.
+        size: "HEIGHTxWIDTH" in pixels, or None: the model's, as for the others.
+        frames: of the clip.
+        fps: frames per second.
+
+    Raises:
+        ValueError: the size reads otherwise.
+    """
+    names = ("frames", "height", "width", "fps")
+    fields = {name: defaults[name] for name in names if name in defaults}
+    if size is not None:
+        match = re.fullmatch(r"(\d+)x(\d+)", size)
+        if match is None:
+            raise ValueError(
+                f"`size` (={size!r}) must read HEIGHTxWIDTH, such as 64x96."
+            )
+        fields |= {"height": int(match[1]), "width": int(match[2])}
+    given = {"frames": frames, "fps": fps}
+    return fields | {name: value for name, value in given.items() if value is not None}
+
+
+def size_like(picture: np.ndarray, pixels: int, unit: int) -> tuple[int, int]:
+    """Height and width in the proportions of a picture, of about so many pixels.
+
+    Args:
+        picture: uint8 `[H W 3]`.
+        pixels: height times width, at the most.
+        unit: what both are multiples of.
+    """
+    aspect = picture.shape[0] / picture.shape[1]
+    height, width = (pixels * aspect) ** 0.5, (pixels / aspect) ** 0.5
+    return tuple(max(int(x + 1e-6) // unit, 1) * unit for x in (height, width))
+
+
+def _picture(source: Pictures, name: str) -> np.ndarray:
+    if isinstance(source, np.ndarray):
+        _check(source, 3, name)
+        return source
+    try:
+        with Image.open(source) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"`{name}` (={source}) doesn't exist.") from None
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"`{name}` (={source}) is no picture: {error}.") from None
+
+
+def _on_white(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    size = width, height
+    whole = ImageOps.pad(Image.fromarray(picture), size, _SMOOTH, color="white")
+    return np.asarray(whole)
+
+
+def _check(pixels: np.ndarray, ndim: int, name: str) -> None:
+    if pixels.ndim != ndim or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
+        wanted = "[T H W 3]" if ndim == 4 else "[H W 3]"
+        raise ValueError(
+            f"`{name}` is {pixels.dtype} {list(pixels.shape)}; give uint8 {wanted}."
+        )
+
+
+def _named(source: Pictures | None) -> str | None:
+    if isinstance(source, np.ndarray):
+        return f"pixels {'x'.join(map(str, source.shape))}"
+    return None if source is None else os.fspath(source)

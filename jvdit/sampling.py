@@ -1,0 +1,236 @@
+"""Packed requests through a solver: from items to batches, noise, steps, and back."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key, PyTree
+
+from jvdit.data.packing import Item, Size, best_fit, pack_rows, unpack_rows
+from jvdit.diffusion.denoise import Guidance, guided
+from jvdit.diffusion.flow import Path, TimestepPolicy
+from jvdit.diffusion.solvers import Solution, advance, begin, clip_noise
+from jvdit.models.dit import DiT
+from jvdit.shapes import Text, Tokens
+
+# on_step(steps done, steps in all, latents of the rows that were stepped)
+OnStep = Callable[[int, int, np.ndarray], None]
+
+
+class Batch(NamedTuple):
+    """Rows that are solved at once.
+
+    Attributes:
+        rows: the requests of each row; rows beyond repeat the first.
+        arrays: see `pack_rows`.
+        null: the same, with the text that guidance turns away from.
+        seeds: of the noise of each clip; 0 for level 0.
+    """
+
+    rows: list[list[int]]
+    arrays: dict[str, np.ndarray]
+    null: dict[str, np.ndarray]
+    seeds: np.ndarray
+
+    @property
+    def one_clip(self) -> bool:
+        """Whether every row is exactly one clip without padding."""
+        return bool((self.arrays["segment"] == 1).all())
+
+
+class Running(NamedTuple):
+    """A batch on its way.
+
+    Attributes:
+        solution: how far it has come.
+        times: of the steps, for each level of each row.
+        keys: of the noise of each level.
+    """
+
+    solution: Solution
+    times: Float[Array, "times b g"]
+    keys: Key[Array, "b g"]
+
+
+def batches_of(
+    items: Sequence[Item],
+    nulls: Sequence[Item],
+    seeds: Sequence[int],
+    rows: int,
+    ways: int,
+    text_length: int,
+) -> list[Batch]:
+    """Packs requests into rows, and rows into batches.
+
+    Args:
+        items: of each request, with its prompt.
+        nulls: the same with the negative prompt.
+        seeds: of the noise of each.
+        rows: how many rows a batch has at the most.
+        ways: what the rows of a batch must be a multiple of.
+        text_length: text states of an item at the most.
+    """
+    counts = [len(item.latents) for item in items]
+    batches = []
+    for group in _groups(items):
+        packing = [[group[i] for i in row] for row in _rows([counts[i] for i in group])]
+        budget = max(sum(counts[i] for i in row) for row in packing)
+        clips = max(map(len, packing))
+        size = max(-(-min(rows, len(packing)) // ways) * ways, ways)
+        for start in range(0, len(packing), size):
+            chunk = packing[start : start + size]
+            filled = chunk + [chunk[0]] * (size - len(chunk))
+            arrays, null = (
+                pack_rows(
+                    [[which[i] for i in row] for row in filled],
+                    budget,
+                    clips * text_length,
+                    clips,
+                )
+                for which in (items, nulls)
+            )
+            places = np.zeros((size, clips + 1), np.uint32)
+            for r, row in enumerate(filled):
+                places[r, 1 : len(row) + 1] = [seeds[i] for i in row]
+            batches.append(Batch(chunk, arrays, null, places))
+    return batches
+
+
+def _groups(items: Sequence[Item]) -> list[list[int]]:
+    """All together; those with pictures to attend to by size, for a row has one."""
+    if items[0].image is None:
+        return [[*range(len(items))]]
+    counts = [len(item.latents) for item in items]
+    return [
+        [i for i, other in enumerate(counts) if other == count]
+        for count in dict.fromkeys(counts)
+    ]
+
+
+def _rows(counts: Sequence[int]) -> list[list[int]]:
+    if len(set(counts)) == 1:
+        return [[i] for i in range(len(counts))]
+    # The text budget follows the rows, so it bounds nothing here.
+    return best_fit(counts, [0] * len(counts), max(counts), 0, len(counts))
+
+
+@partial(jax.jit, static_argnames=("policy", "steps", "solver", "one_clip", "noisy"))
+def start(
+    arrays: dict[str, Array],
+    seeds: Array,
+    *,
+    policy: TimestepPolicy,
+    steps: int,
+    solver: str,
+    one_clip: bool,
+    noisy: bool,
+) -> Running:
+    """Noise, where a batch's clips are not given, and the times of its steps.
+
+    Args:
+        arrays, seeds: of a `Batch`.
+        policy: of the times.
+        steps: of the solver.
+        solver: a name of `SOLVERS`.
+        one_clip: see `Batch`.
+        noisy: the latents of the batch already hold the noise.
+    """
+    segment, clean = arrays["segment"], arrays.get("clean")
+    keys = jax.vmap(jax.vmap(jax.random.key))(seeds)
+    counts = jax.nn.one_hot(segment, keys.shape[1]).sum(1)
+    times = policy.times(steps, jnp.maximum(counts, 1.0)).at[:, :, 0].set(0.0)
+    level = segment if clean is None else jnp.where(clean, 0, segment)
+    extras = {name: arrays[name] for name in ("cond", "control") if name in arrays}
+    tokens = Tokens(arrays["latents"], arrays["position"], segment, level, **extras)
+    if one_clip:
+        tokens = tokens.replace(segment=None)  # type: ignore[attr-defined]
+    if one_clip and clean is None:
+        tokens = tokens.replace(level=None)  # type: ignore[attr-defined]
+        times, keys = times[:, :, 1:], keys[:, 1:]
+    if not noisy:
+        noise = clip_noise(keys, tokens)
+        if clean is not None:
+            noise = jnp.where(clean[..., None], tokens.latents, noise)
+        tokens = tokens.with_latents(noise)
+    return Running(begin(tokens, times, solver), times, keys)
+
+
+def texts_of(batch: Batch, padded: bool) -> tuple[Text, Text]:
+    """The text of a batch, and that which guidance turns away from.
+
+    Args:
+        batch: with `text_embeds`.
+        padded: whether tokens see all states of their clip's text, padding included.
+    """
+
+    def text(arrays):
+        segment = arrays["text_segment"]
+        if padded and batch.one_clip:
+            segment = None
+        return Text(arrays["text_embeds"], segment, arrays.get("image"))
+
+    return text(batch.arrays), text(batch.null)
+
+
+class Stepper:
+    """The compiled steps of one network, kept for the next call.
+
+    Attributes:
+        on_step: called on the host after each step with its number in the whole
+            solution and the latents.
+    """
+
+    def __init__(self, dit: DiT, path: Path):
+        self.on_step: Callable[[int, np.ndarray], None] | None = None
+        self._run = jax.jit(
+            partial(self._steps, dit, path),
+            static_argnames=("solver", "guidance", "span", "watched"),
+        )
+
+    def __call__(self, params: PyTree, running: Running, texts, **settings) -> Running:
+        """Takes the steps of `span`; the settings are those of `advance`, `guided`."""
+        watched = self.on_step is not None
+        return self._run(params, running, texts, watched=watched, **settings)
+
+    def _steps(
+        self,
+        dit: DiT,
+        path: Path,
+        params: PyTree,
+        running: Running,
+        texts: tuple[Text, Text],
+        *,
+        solver: str,
+        guidance: Guidance,
+        span: tuple[int, int],
+        watched: bool,
+    ) -> Running:
+        solution, times, keys = running
+        denoiser = guided(partial(dit.apply, {"params": params}), *texts, path, guidance)
+        watch = self._told if watched else None
+        solution = advance(denoiser, solution, times, path, keys, solver, span, watch)
+        return Running(solution, times, keys)
+
+    def _told(self, index: Any, latents: Any) -> None:
+        if self.on_step is not None:
+            self.on_step(int(index), np.asarray(latents))
+
+
+def unpacked(
+    batches: Sequence[Batch],
+    done: Sequence[Running],
+    sizes: Sequence[Size],
+    patch_size: Size,
+) -> list[np.ndarray]:
+    """The latents `[f h w c]` of each request, in order."""
+    out: dict[int, np.ndarray] = {}
+    for batch, running in zip(batches, done, strict=True):
+        latents = np.asarray(running.solution.tokens.latents)[: len(batch.rows)]
+        row_sizes = [[sizes[i] for i in row] for row in batch.rows]
+        unpacked = unpack_rows(latents, row_sizes, patch_size)
+        for row, clips in zip(batch.rows, unpacked, strict=True):
+            out |= dict(zip(row, clips, strict=True))
+    return [out[i] for i in range(len(sizes))]
