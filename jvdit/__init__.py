@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jvdit.generator import Generator as Generator
     from jvdit.generator import Request as Request
     from jvdit.models.dit import DiT as DiT
+    from jvdit.models.image_encoder import ImageEncoder as ImageEncoder
     from jvdit.models.text_encoder import TextEncoder as TextEncoder
     from jvdit.models.video_vae import VideoVAE as VideoVAE
     from jvdit.shapes import Text as Text
@@ -24,6 +25,7 @@ _HOMES = {
     "DiT": "jvdit.models.dit",
     "Generator": "jvdit.generator",
     "Guidance": "jvdit.diffusion.denoise",
+    "ImageEncoder": "jvdit.models.image_encoder",
     "Path": "jvdit.diffusion.flow",
     "Request": "jvdit.generator",
     "Text": "jvdit.shapes",

@@ -12,6 +12,17 @@ Config = Mapping[str, Any]
 
 PATCH_SIZE = (1, 2, 2)
 _CELLS = 4  # latents of a patch
+# What a nested configuration of CLIP leaves out where it is so.
+_CLIP_DEFAULTS = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "patch_size": 32,
+    "image_size": 224,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
 
 
 def dit_fields(config: Config) -> dict[str, Any]:
@@ -139,6 +150,36 @@ def text_encoder_fields(config: Config) -> dict[str, Any]:
         "max_distance": config["relative_attention_max_distance"],
         "shared_bias": kind == "t5",
         "eps": config["layer_norm_epsilon"],
+    }
+
+
+def image_encoder_fields(config: Config) -> dict[str, Any]:
+    """Fields of `ImageEncoder` for transformers' `config.json` of a CLIP.
+
+    The encoder gets one layer less than the file says: Wan reads the states before the
+    last one.
+
+    Raises:
+        ValueError: the file describes another encoder.
+    """
+    kind = config.get("model_type", "")
+    if kind not in ("clip_vision_model", "clip"):
+        raise ValueError(
+            f"an image encoder of type {kind or 'unknown'} is not CLIP's; known are "
+            "clip_vision_model and clip."
+        )
+    if kind == "clip":
+        config = _CLIP_DEFAULTS | config["vision_config"]
+    _expect(config, "num_channels", 3, kind)
+    return {
+        "width": config["hidden_size"],
+        "depth": config["num_hidden_layers"] - 1,
+        "num_heads": config["num_attention_heads"],
+        "ffn_width": config["intermediate_size"],
+        "patch_size": config["patch_size"],
+        "image_size": config["image_size"],
+        "activation": config["hidden_act"],
+        "eps": config["layer_norm_eps"],
     }
 
 

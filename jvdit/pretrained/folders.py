@@ -18,11 +18,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from jvdit.models import text_encoder, video_vae
+from jvdit.models import image_encoder, text_encoder, video_vae
 from jvdit.models.dit import DiT
+from jvdit.models.image_encoder import ImageEncoder
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.models.video_vae import VideoVAE
-from jvdit.pretrained import configs, umt5, wan, wan_vae
+from jvdit.pretrained import clip, configs, umt5, wan, wan_vae
 from jvdit.pretrained.loading import load
 from jvdit.pretrained.rules import Rule
 from jvdit.pretrained.tensors import PathLike, TensorFiles
@@ -30,7 +31,12 @@ from jvdit.shapes import Text, Tokens
 from jvdit.sharding import parameter_shardings
 
 # A name that only the original release uses tells the two apart.
-_ORIGINAL = {"dit": "head.head.weight", "vae": "conv1.weight", "text": "norm.weight"}
+_ORIGINAL = {
+    "dit": "head.head.weight",
+    "vae": "conv1.weight",
+    "text": "norm.weight",
+    "image": "visual.cls_embedding",
+}
 
 
 class Loaded(NamedTuple):
@@ -124,6 +130,27 @@ def load_text_encoder(
         return umt5.rules(which, module.shared_bias)
 
     return _load(module, (blank, blank), folder, _ORIGINAL["text"], rules, mesh, dtype)
+
+
+def load_image_encoder(
+    folder: PathLike, mesh: Mesh | None = None, dtype: DTypeLike = jnp.float32
+) -> Loaded:
+    """The image encoder of a Wan 2.1 I2V release (CLIP); see `load_vae`.
+
+    It ends before the last layer of the release, where Wan takes its states.
+    """
+    folder, config = _part(folder, "image_encoder")
+    sizes = image_encoder.VARIANTS["clip-vit-h-14"]
+    if config is not None:
+        sizes = _fields(configs.image_encoder_fields, config, folder)
+    module = ImageEncoder(**sizes, **_types(dtype))
+    images = jnp.zeros((1, module.image_size, module.image_size, 3))
+
+    def rules(layout: str) -> list[Rule]:
+        which = {"diffusers": "transformers"}.get(layout, layout)
+        return clip.rules(module, which)
+
+    return _load(module, (images,), folder, _ORIGINAL["image"], rules, mesh, dtype)
 
 
 def _part(folder: PathLike, name: str) -> tuple[pathlib.Path, Mapping[str, Any] | None]:

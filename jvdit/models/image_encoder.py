@@ -1,0 +1,196 @@
+"""CLIP's image encoder (arXiv:2103.00020): a picture to one state for each patch.
+
+Wan 2.1 image-to-video reads the states before the LAST layer of the released network.
+A module loaded from there has one layer less than the release, and no final norm.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, UInt8
+
+from jvdit.models.dense import Dense
+from jvdit.models.dit_blocks import Attention
+from jvdit.models.layers import LayerNorm, Mlp
+from jvdit.sharding import constrain
+
+# Sizes by name: `ImageEncoder(**VARIANTS[name])`. Wan's has 31 of the release's 32
+# layers, see above.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "clip-vit-h-14": {
+        "width": 1280,
+        "depth": 31,
+        "num_heads": 16,
+        "ffn_width": 5120,
+        "patch_size": 14,
+        "image_size": 224,
+        "activation": "gelu",
+    },
+    "tiny": {
+        "width": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "ffn_width": 48,
+        "patch_size": 4,
+        "image_size": 16,
+        "activation": "quick_gelu",
+    },
+}
+
+# Of each colour in [0, 1], over the pictures that CLIP was trained with.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """GELU with a sigmoid in place of the normal distribution (arXiv:1606.08415)."""
+    return x * nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": partial(nn.gelu, approximate=False),
+    "quick_gelu": quick_gelu,
+}
+
+
+def preprocess(
+    images: UInt8[Array, "b H W 3"], image_size: int = 224
+) -> Float[Array, "b S S 3"]:
+    """Pictures as the encoder takes them, as transformers' CLIPImageProcessor does it.
+
+    The shorter side is resized to `image_size`, what the longer one has too much is cut
+    off at both ends, and colours are standardised. (Wan's own code squeezes the whole
+    picture into the square instead; diffusers does as here.)
+    """
+    height, width = images.shape[1:3]
+    short = min(height, width)
+    x = images.astype(jnp.float32)
+    # One axis after the other, rounded to whole colours each time, as PIL does it.
+    for axis, side in ((2, width), (1, height)):
+        shape = list(x.shape)
+        shape[axis] = image_size * side // short
+        x = jax.image.resize(x, shape, "cubic", antialias=True)
+        x = jnp.clip(jnp.floor(x + 0.5), 0, 255)
+    top, left = ((side - image_size) // 2 for side in x.shape[1:3])
+    x = x[:, top : top + image_size, left : left + image_size] / 255
+    mean, std = (np.array(row, np.float32).reshape(1, 1, 1, 3) for row in (MEAN, STD))
+    return (x - mean) / std
+
+
+class TokenEmbed(nn.Module):
+    """A class token and the patches of a picture, each with a learned position.
+
+    Attributes: as in `ImageEncoder`.
+    """
+
+    width: int
+    patch_size: int
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b i d"]:
+        """Embeds patches row by row, behind the class token."""
+        side = self.patch_size
+        x = rearrange(images, "b (h y) (w x) c -> b (h w) (y x c)", y=side, x=side)
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = Dense(self.width, use_bias=False, name="patch", **kinds)(x)
+        init = nn.initializers.normal(self.width**-0.5)
+        first = self.param("embedding", init, (self.width,), self.param_dtype)
+        shape = (1 + x.shape[1], self.width)
+        table = self.param("table", init, shape, self.param_dtype)
+        first = jnp.broadcast_to(first[None, None], (x.shape[0], 1, self.width))
+        x = jnp.concatenate([first.astype(self.dtype), x], axis=1)
+        return x + table.astype(self.dtype)[None]
+
+
+class ImageBlock(nn.Module):
+    """Self-attention and an MLP, both residual with the norm before.
+
+    Attributes: as in `ImageEncoder`.
+    """
+
+    num_heads: int
+    ffn_width: int
+    activation: str
+    eps: float = 1e-5
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b i d"]) -> Float[Array, "b i d"]:
+        """Updates the states; every one sees every other."""
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        norm = partial(LayerNorm, self.eps, self.param_dtype)
+        y = norm(name="attention_norm")(x).astype(self.dtype)
+        attention = Attention(self.num_heads, qk_norm=False, name="attention", **kinds)
+        x = x + attention(y, y, None, None)
+        y = norm(name="mlp_norm")(x).astype(self.dtype)
+        activation = ACTIVATIONS[self.activation]
+        x = x + Mlp(self.ffn_width, x.shape[-1], activation, name="mlp", **kinds)(y)
+        return constrain(x, "batch", None, None)
+
+
+class ImageEncoder(nn.Module):
+    """Encodes a picture to the states of a class token and of its patches.
+
+    Attributes:
+        width: channels of a state.
+        depth: number of blocks; for Wan one less than the release has.
+        num_heads: attention heads; they divide `width`.
+        ffn_width: hidden channels of the MLP.
+        patch_size: pixels along a side of a patch.
+        image_size: pixels along a side of a picture.
+        activation: of the MLP, a row of `ACTIVATIONS`.
+        eps: of every norm.
+        dtype: type of the computation; norms and softmax stay float32.
+        param_dtype: type of the parameters.
+    """
+
+    width: int
+    depth: int
+    num_heads: int
+    ffn_width: int
+    patch_size: int
+    image_size: int
+    activation: str
+    eps: float = 1e-5
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b i d"]:
+        """Encodes pictures that `preprocess` made.
+
+        Returns:
+            States of type `dtype` as they leave the last block, without a norm: the
+            class token first, then the patches row by row.
+
+        Raises:
+            ValueError: the pictures have another size, or the activation is unknown.
+        """
+        if self.activation not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise ValueError(
+                f"`activation` (={self.activation!r}) must be in: {known}."
+            )
+        if images.shape[1:3] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"pictures of {images.shape[1]}x{images.shape[2]} pixels must have "
+                f"{self.image_size}x{self.image_size}; `preprocess` makes them so."
+            )
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = TokenEmbed(self.width, self.patch_size, name="embed", **kinds)(images)
+        x = LayerNorm(self.eps, self.param_dtype, name="norm")(x).astype(self.dtype)
+        x = constrain(x, "batch", None, None)
+        fields = (self.num_heads, self.ffn_width, self.activation, self.eps)
+        for i in range(self.depth):
+            x = ImageBlock(*fields, name=f"block_{i}", **kinds)(x)
+        return x
