@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from jvdit.diffusion.flow import Path as Path
     from jvdit.diffusion.flow import TimestepPolicy as TimestepPolicy
     from jvdit.generator import Generator as Generator
-    from jvdit.generator import Request as Request
     from jvdit.models.dit import DiT as DiT
     from jvdit.models.image_encoder import ImageEncoder as ImageEncoder
     from jvdit.models.text_encoder import TextEncoder as TextEncoder
     from jvdit.models.video_vae import VideoVAE as VideoVAE
+    from jvdit.request import Request as Request
     from jvdit.shapes import Text as Text
     from jvdit.shapes import Tokens as Tokens
 
@@ -27,7 +27,7 @@ _HOMES = {
     "Guidance": "jvdit.diffusion.denoise",
     "ImageEncoder": "jvdit.models.image_encoder",
     "Path": "jvdit.diffusion.flow",
-    "Request": "jvdit.generator",
+    "Request": "jvdit.request",
     "Text": "jvdit.shapes",
     "TextEncoder": "jvdit.models.text_encoder",
     "TimestepPolicy": "jvdit.diffusion.flow",

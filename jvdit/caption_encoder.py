@@ -100,7 +100,8 @@ def encode_captions(
     """The states of each caption, as many as it has tokens.
 
     Args:
-        module, params: the text encoder; its parameters on the devices.
+        module: the text encoder.
+        params: its parameters, on the devices.
         tokenizer: of the captions.
         captions: any number.
         max_length: tokens after which a caption is cut.

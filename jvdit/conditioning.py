@@ -16,6 +16,10 @@ import numpy as np
 from einops import rearrange, repeat
 from jaxtyping import Bool, Float, UInt8
 
+from jvdit.models.dit import DiT
+from jvdit.models.video_vae import VideoVAE
+from jvdit.request import Request
+
 # Pixels in [-1, 1] [T H W 3] to normalised latents [f h w c].
 Encode = Callable[[Float[np.ndarray, "T H W 3"]], Float[np.ndarray, "f h w c"]]
 
@@ -58,6 +62,63 @@ class Given(NamedTuple):
     lead: int = 0
 
 
+def pictures_of(dit: DiT, conventions: Conventions) -> tuple[list[str], list[str]]:
+    """Which pictures of a request a network needs, and which it takes."""
+    if dit.control_channels:
+        return [], ["video", "mask", "references"]
+    if dit.image_length:
+        return ["image", "last_image"], ["image", "last_image"]
+    if dit.cond_channels:
+        return ["image"], ["image", "last_image"]
+    return [], ["image"] * conventions.clean_frames
+
+
+def check_pictures(request: Request, needed: list[str], takes: list[str]) -> None:
+    """Raises ValueError if a request has other pictures than a network takes."""
+    for name in request.given:
+        if name not in takes:
+            known = " and ".join(f"`{x}`" for x in takes) or "no pictures"
+            raise ValueError(f"`{name}` was given, but this model takes {known}.")
+    for name in needed:
+        if name not in request.given:
+            raise ValueError(f"this model needs `{name}`: give it a picture.")
+    if "mask" in request.given and "video" not in request.given:
+        raise ValueError("`mask` says what to keep of `video`; give both.")
+
+
+def given_of(
+    request: Request,
+    size: tuple[int, int, int],
+    dit: DiT,
+    vae: VideoVAE,
+    encode: Encode,
+) -> Given:
+    """What is known of a clip besides its text, in the form that a network takes.
+
+    Args:
+        request: that `check_pictures` let pass.
+        size: latent frames, height and width.
+        dit: the network.
+        vae: of its latents.
+        encode: pixels to normalised latents.
+    """
+    if dit.control_channels:
+        return control_signal(
+            request.clip("video"),
+            request.clip("mask"),
+            request.reference_pictures(),
+            (request.frames, request.height, request.width),
+            encode,
+            vae.spatial_compression,
+        )
+    ends = [request.fitted(x) for x in request.pictures]
+    if dit.cond_channels:
+        return first_frame_channels(
+            ends, request.frames, encode, vae.temporal_compression
+        )
+    return clean_first_frame(ends[0], size[0], encode) if ends else Given()
+
+
 def cleaned(text: str) -> str:
     """Text as Wan's networks were shown it: mended, without entities, one line."""
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
@@ -70,22 +131,20 @@ def to_pixels(pictures: UInt8[np.ndarray, "*n 3"]) -> Float[np.ndarray, "*n 3"]:
 
 
 def first_frame_channels(
-    first: UInt8[np.ndarray, "H W 3"],
-    last: UInt8[np.ndarray, "H W 3"] | None,
+    ends: Sequence[UInt8[np.ndarray, "H W 3"]],
     frames: int,
     encode: Encode,
     temporal_compression: int,
 ) -> Given:
-    """A given first, and perhaps last, frame as channels beside the noise (Wan I2V).
+    """A clip's first, and perhaps last, frame as channels beside the noise (Wan I2V).
 
     They are, for each latent frame, which of its pixel frames are given, and the
     latents of the clip that is grey where none is.
     """
-    video = np.zeros((frames, *first.shape), np.float32)
+    video = np.zeros((frames, *ends[0].shape), np.float32)
     known = np.zeros(frames, np.float32)
-    video[0], known[0] = to_pixels(first), 1
-    if last is not None:
-        video[-1], known[-1] = to_pixels(last), 1
+    for place, picture in zip((0, -1), ends, strict=False):
+        video[place], known[place] = to_pixels(picture), 1
     latents = encode(video)
     f, h, w, _ = latents.shape
     known = np.concatenate([np.repeat(known[:1], temporal_compression), known[1:]])

@@ -5,7 +5,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -14,15 +14,22 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from jvdit import conditioning
 from jvdit.caption_encoder import encode_captions
-from jvdit.conditioning import Conventions, Given
+from jvdit.conditioning import (
+    Conventions,
+    Given,
+    check_pictures,
+    cleaned,
+    given_of,
+    pictures_of,
+)
 from jvdit.data.packing import Item, Size, patchify, positions
 from jvdit.data.tokenizer import Tokenizer
 from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.flow import Path, TimestepPolicy
 from jvdit.diffusion.solvers import check_solver
 from jvdit.models.dit import DiT
+from jvdit.models.image_encoder import ImageEncoder, preprocess
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.models.video_vae import VideoVAE
 from jvdit.models.video_vae_chunked import decode_stream, encode_stream, split
@@ -34,7 +41,7 @@ from jvdit.sampling import (
     Running,
     Stepper,
     batches_of,
-    start,
+    start_noise,
     texts_of,
     unpacked,
 )
@@ -148,7 +155,9 @@ class Generator:
             },
         )
 
-    def __call__(self, requests: Sequence[Request], **settings: Any) -> list[np.ndarray]:
+    def __call__(
+        self, requests: Sequence[Request], **settings: Any
+    ) -> list[np.ndarray]:
         """Generates clips: uint8 `[T H W 3]` each, in the order of the requests.
 
         Args and errors are those of `latents`.
@@ -184,18 +193,7 @@ class Generator:
                 )
         if not request.fps > 0:
             raise ValueError(f"`fps` (={request.fps}) must be positive; try 8.")
-        needed, takes = self._pictures
-        for name in request.given:
-            if name not in takes:
-                raise ValueError(
-                    f"`{name}` was given, but this model takes "
-                    f"{' and '.join(takes) if takes else 'no pictures'}."
-                )
-        for name in needed:
-            if name not in request.given:
-                raise ValueError(f"this model needs `{name}`; give a picture.")
-        if "mask" in request.given and "video" not in request.given:
-            raise ValueError("`mask` says what to keep of `video`; give both.")
+        check_pictures(request, *pictures_of(self.dit, self.conventions))
         return size
 
     def latents(
@@ -229,7 +227,7 @@ class Generator:
         check_solver(solver)
         self.policy.times(steps, jnp.ones(1))
         sizes = [self.check(request) for request in requests]
-        given = [self._given(r, size) for r, size in zip(requests, sizes, strict=True)]
+        given = self._given(requests, sizes)
         sizes = [(f + g.lead, h, w) for (f, h, w), g in zip(sizes, given, strict=True)]
         batches = batches_of(
             *self._items(requests, sizes, given, noise),
@@ -239,18 +237,21 @@ class Generator:
             self.text_length,
         )
         self._stepper.on_step = on_step and _counting(on_step, len(batches) * steps)
+        places = batch_sharding(self._mesh)
         guidances = {"dit": guidance, "dit_low": low_guidance or guidance}
         with jax.set_mesh(self._mesh):
-            running = [self._start(x, steps, solver, noise is not None) for x in batches]
+            running = [
+                self._start(x, steps, solver, noise is not None) for x in batches
+            ]
             # Network after network, so that each is brought to the devices once.
             for name, span in self._spans(steps).items():
                 params = self._residence[name]
                 for i, batch in enumerate(batches):
-                    texts = texts_of(batch, self.conventions.pad_text)
+                    texts = texts_of(batch, self.conventions.pad_text, places)
                     running[i] = self._stepper(
                         params,
                         running[i],
-                        jax.device_put(texts, batch_sharding(self._mesh)),
+                        texts,
                         solver=solver,
                         guidance=guidances[name],
                         span=span,
@@ -286,51 +287,23 @@ class Generator:
 
     # How it is done
 
-    @property
-    def _pictures(self) -> tuple[list[str], list[str]]:
-        """Which pictures of a request the model needs, and which it takes."""
-        if self.dit.control_channels:
-            return [], ["video", "mask", "references"]
-        if self.dit.image_length:
-            return ["image", "last_image"], ["image", "last_image"]
-        if self.dit.cond_channels:
-            return ["image"], ["image", "last_image"]
-        return [], ["image"] * self.conventions.clean_frames
-
-    def _given(self, request: Request, size: Size) -> Given:
-        """What is known of the clip besides its text."""
-        first, last = (request.picture(name) for name in ("image", "last_image"))
-        ends = [None if x is None else request.fitted(x) for x in (first, last)]
-        pixels = request.frames, request.height, request.width
-        if self.dit.control_channels:
-            given = conditioning.control_signal(
-                request.clip("video"),
-                request.clip("mask"),
-                request.reference_pictures(),
-                pixels,
-                self.encode,
-                self.vae.spatial_compression,
-            )
-        elif self.dit.cond_channels:
-            given = conditioning.first_frame_channels(
-                *ends, request.frames, self.encode, self.vae.temporal_compression
-            )
-        elif first is not None:
-            given = conditioning.clean_first_frame(ends[0], size[0], self.encode)
-        else:
-            given = Given()
-        if self.image_encoder is not None:
-            pictures = [x for x in (first, last) if x is not None]
-            given = given._replace(image=self._image_states(pictures))
-        return given
-
-    def _image_states(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+    def _given(self, requests: Sequence[Request], sizes: Sequence[Size]) -> list[Given]:
+        """What is known of each clip besides its text."""
+        given = [
+            given_of(request, size, self.dit, self.vae, self.encode)
+            for request, size in zip(requests, sizes, strict=True)
+        ]
         encoder = self.image_encoder
-        assert encoder is not None
-        images = np.concatenate([encoder.preprocess(x[None]) for x in pictures])
-        apply = jax.jit(encoder.apply)
-        states = apply({"params": self._residence["image_encoder"]}, images)
-        return np.concatenate(np.asarray(states, np.float32))
+        if encoder is None:
+            return given
+        params = self._residence["image_encoder"]
+        for i, request in enumerate(requests):
+            images = [preprocess(x[None], encoder.image_size) for x in request.pictures]
+            with jax.set_mesh(self._mesh):
+                states = _image_states(encoder, params, jnp.concatenate(images))
+            image = np.concatenate(np.asarray(states, np.float32))
+            given[i] = given[i]._replace(image=image)
+        return given
 
     def _items(
         self,
@@ -377,7 +350,7 @@ class Generator:
     def _states(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """The text states of each prompt."""
         texts = list(dict.fromkeys(prompts))
-        clean = map(conditioning.cleaned, texts) if self.conventions.clean_text else texts
+        clean = map(cleaned, texts) if self.conventions.clean_text else texts
         batch = min(1 << (len(texts) - 1).bit_length(), _PROMPTS)
         with jax.set_mesh(self._mesh):
             states = encode_captions(
@@ -398,7 +371,7 @@ class Generator:
         arrays, seeds = jax.device_put(
             (batch.arrays, batch.seeds), batch_sharding(self._mesh)
         )
-        return start(
+        return start_noise(
             arrays,
             seeds,
             policy=self.policy,
@@ -426,6 +399,11 @@ class Generator:
     @cached_property
     def _stepper(self) -> Stepper:
         return Stepper(self.dit, self.path)
+
+
+@partial(jax.jit, static_argnames="encoder")
+def _image_states(encoder: ImageEncoder, params: Any, images: jax.Array):
+    return encoder.apply({"params": params}, images)
 
 
 def _counting(on_step: OnStep, total: int) -> Callable[[int, np.ndarray], None]:

@@ -67,10 +67,11 @@ class Request:
         fields["references"] = [_named(x) for x in self.references]
         return {k: v for k, v in fields.items() if v is not None and v != []}
 
-    def picture(self, name: str) -> np.ndarray | None:
-        """`image` or `last_image` as uint8 `[H W 3]`, of the size that it has."""
-        source = getattr(self, name)
-        return None if source is None else _picture(source, name)
+    @property
+    def pictures(self) -> list[np.ndarray]:
+        """Its first and last frame as uint8 `[H W 3]`, of the sizes that they have."""
+        ends = (("image", self.image), ("last_image", self.last_image))
+        return [_picture(x, name) for name, x in ends if x is not None]
 
     def fitted(self, picture: np.ndarray) -> np.ndarray:
         """A picture at the size of the clip."""

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Key, PyTree
 
 from jvdit.data.packing import Item, Size, best_fit, pack_rows, unpack_rows
@@ -118,7 +119,7 @@ def _rows(counts: Sequence[int]) -> list[list[int]]:
 
 
 @partial(jax.jit, static_argnames=("policy", "steps", "solver", "one_clip", "noisy"))
-def start(
+def start_noise(
     arrays: dict[str, Array],
     seeds: Array,
     *,
@@ -131,7 +132,8 @@ def start(
     """Noise, where a batch's clips are not given, and the times of its steps.
 
     Args:
-        arrays, seeds: of a `Batch`.
+        arrays: of a `Batch`.
+        seeds: of the same.
         policy: of the times.
         steps: of the solver.
         solver: a name of `SOLVERS`.
@@ -158,19 +160,21 @@ def start(
     return Running(begin(tokens, times, solver), times, keys)
 
 
-def texts_of(batch: Batch, padded: bool) -> tuple[Text, Text]:
+def texts_of(batch: Batch, padded: bool, places: NamedSharding) -> tuple[Text, Text]:
     """The text of a batch, and that which guidance turns away from.
 
     Args:
         batch: with `text_embeds`.
         padded: whether tokens see all states of their clip's text, padding included.
+        places: where to put it.
     """
 
     def text(arrays):
         segment = arrays["text_segment"]
         if padded and batch.one_clip:
             segment = None
-        return Text(arrays["text_embeds"], segment, arrays.get("image"))
+        parts = arrays["text_embeds"], segment, arrays.get("image")
+        return Text(*jax.device_put(parts, places))
 
     return text(batch.arrays), text(batch.null)
 
@@ -209,7 +213,9 @@ class Stepper:
         watched: bool,
     ) -> Running:
         solution, times, keys = running
-        denoiser = guided(partial(dit.apply, {"params": params}), *texts, path, guidance)
+        denoiser = guided(
+            partial(dit.apply, {"params": params}), *texts, path, guidance
+        )
         watch = self._told if watched else None
         solution = advance(denoiser, solution, times, path, keys, solver, span, watch)
         return Running(solution, times, keys)

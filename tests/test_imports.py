@@ -21,8 +21,8 @@ MAY_IMPORT = {
 ENTRY_POINTS = [
     "config",
     "caption_encoder",
-    "conditioning",
     "request",
+    "conditioning",
     "residence",
     "sampling",
     "generator",

@@ -21,7 +21,7 @@ from jvdit.data.media import read_metadata
 from jvdit.data.records import RecordDataset
 from jvdit.diffusion.denoise import Guidance
 from jvdit.encode import encode
-from jvdit.generator import Request
+from jvdit.request import Request
 from jvdit.sharding import make_mesh
 from jvdit.tasks.flow import FlowTask
 from jvdit.train import train

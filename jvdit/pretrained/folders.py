@@ -5,12 +5,13 @@ A folder is laid out as diffusers saves a pipeline (`transformer/`, `vae/`,
 the original Wan release are read from safetensors files as well.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, NamedTuple
+from functools import cached_property, partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -24,8 +25,8 @@ from jvdit.models.image_encoder import ImageEncoder
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.models.video_vae import VideoVAE
 from jvdit.pretrained import clip, configs, umt5, wan, wan_vae
-from jvdit.pretrained.loading import load
-from jvdit.pretrained.rules import Rule
+from jvdit.pretrained.loading import load, paths_of
+from jvdit.pretrained.rules import Rule, assign
 from jvdit.pretrained.tensors import PathLike, TensorFiles
 from jvdit.shapes import Text, Tokens
 from jvdit.sharding import parameter_shardings
@@ -39,16 +40,24 @@ _ORIGINAL = {
 }
 
 
-class Loaded(NamedTuple):
-    """A network.
+@dataclasses.dataclass
+class Loaded:
+    """A network of a release.
 
     Attributes:
         module: with the sizes of the release.
-        params: its parameters, where they belong.
+        load: brings its parameters where they belong, each time anew.
+        num_bytes: of all of them.
     """
 
     module: Any
-    params: dict[str, Any]
+    load: Callable[[], dict[str, Any]]
+    num_bytes: int
+
+    @cached_property
+    def params(self) -> dict[str, Any]:
+        """Its parameters, which stay."""
+        return self.load()
 
 
 def load_dit(
@@ -196,11 +205,19 @@ def _load(
     dtype: DTypeLike,
 ) -> Loaded:
     tensors = TensorFiles(folder)
-    layout = "original" if original in tensors else "diffusers"
+    table = rules("original" if original in tensors else "diffusers")
     shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
     places = None if mesh is None else parameter_shardings(shapes, mesh)
-    params = load(rules(layout), tensors, shapes, places, dtype, os.fspath(folder))
-    return Loaded(module, params)
+    leaves = paths_of(shapes)
+    # Whatever doesn't fit is said now, not when the parameters are wanted.
+    wanted = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+    assign(table, tensors.shapes, wanted, os.fspath(folder))
+
+    def bring() -> dict[str, Any]:
+        return load(table, tensors, shapes, places, dtype, os.fspath(folder))
+
+    size = sum(leaf.size for leaf in leaves.values()) * jnp.dtype(dtype).itemsize
+    return Loaded(module, bring, size)
 
 
 def _types(dtype: DTypeLike) -> dict[str, Any]:

@@ -24,10 +24,10 @@ from jvdit.diffusion.flow import Path, TimestepPolicy
 from jvdit.diffusion.solvers import check_solver
 from jvdit.evaluation import oracle
 from jvdit.generator import Generator
-from jvdit.request import Request
 from jvdit.models.dit import DiT
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.models.video_vae import VideoVAE
+from jvdit.request import Request
 from jvdit.tasks.task import Task
 from jvdit.training.checkpoint import (
     build,

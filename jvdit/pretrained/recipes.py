@@ -1,0 +1,94 @@
+"""How each released model is sampled: what its authors recommend.
+
+From the configurations of github.com/Wan-Video/Wan2.1 and Wan2.2.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jvdit.models.dit import VARIANTS
+
+# What all of the releases turn away from, in Chinese: garish, overexposed, still,
+# blurred, subtitles, …
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，"
+    "静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
+    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，"
+    "形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，"
+    "背景人很多，倒着走"
+)
+
+_WAN = {
+    "steps": 50,
+    "shift": 5.0,
+    "guidance_scale": 5.0,
+    "boundary": 0.0,
+    "frames": 81,
+    "fps": 16.0,
+    "height": 720,
+    "width": 1280,
+    "solver": "unipc",
+    "negative_prompt": NEGATIVE_PROMPT,
+}
+_480P = {"height": 480, "width": 832}
+_VACE = _WAN | {"shift": 16.0}
+# By name, as in `VARIANTS`. A 720p clip of wan2.1-i2v-14b wants a shift of 5.
+RECIPES: dict[str, dict[str, Any]] = {
+    "wan2.1-t2v-1.3b": _WAN | _480P | {"shift": 8.0, "guidance_scale": 6.0},
+    "wan2.1-t2v-14b": _WAN,
+    "wan2.1-i2v-14b": {
+        **_WAN,
+        **_480P,
+        "steps": 40,
+        "shift": 3.0,
+        "negative_prompt": f"镜头晃动，{NEGATIVE_PROMPT}",
+    },
+    "wan2.1-flf2v-14b": {
+        **_VACE,
+        "negative_prompt": f"镜头切换，{NEGATIVE_PROMPT}",
+    },
+    "wan2.1-vace-1.3b": _VACE | _480P,
+    "wan2.1-vace-14b": _VACE,
+    "wan2.2-t2v-a14b": {
+        **_WAN,
+        "steps": 40,
+        "shift": 12.0,
+        "guidance_scale": 4.0,
+        "guidance_scale_2": 3.0,
+        "boundary": 0.875,
+    },
+    "wan2.2-i2v-a14b": {
+        **_WAN,
+        "steps": 40,
+        "guidance_scale": 3.5,
+        "guidance_scale_2": 3.5,
+        "boundary": 0.9,
+    },
+    "wan2.2-ti2v-5b": {
+        **_WAN,
+        "frames": 121,
+        "fps": 24.0,
+        "height": 704,
+    },
+}
+
+
+def name_of(fields: Mapping[str, Any], experts: bool) -> str | None:
+    """The release that a network is of, by its sizes; None: it is of none.
+
+    Args:
+        fields: of `DiT`.
+        experts: whether there are two of them.
+    """
+    for name, row in VARIANTS.items():
+        two = name.startswith("wan2.2") and "a14b" in name
+        alike = all(_same(fields.get(key), value) for key, value in row.items())
+        extras = ("cond_channels", "control_channels", "image_width", "image_length")
+        more = any(fields.get(key) and key not in row for key in extras)
+        if name in RECIPES and two == experts and alike and not more:
+            return name
+    return None
+
+
+def _same(a: Any, b: Any) -> bool:
+    return tuple(a) == tuple(b) if isinstance(b, tuple) else a == b

@@ -1,0 +1,104 @@
+"""A released model as a `Generator`: `load_release(folder)`."""
+
+import os
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from jvdit.conditioning import Conventions
+from jvdit.data.tokenizer import Tokenizer
+from jvdit.data.tokenizer_json import sentencepiece_of
+from jvdit.diffusion.flow import Path, TimestepPolicy
+from jvdit.generator import Generator
+from jvdit.pretrained.configs import PATCH_SIZE
+from jvdit.pretrained.folders import (
+    load_dit,
+    load_image_encoder,
+    load_text_encoder,
+    load_vae,
+)
+from jvdit.pretrained.release import read_release
+from jvdit.residence import fits_together
+from jvdit.sharding import make_mesh
+from jvdit.training.checkpoint import module_fields
+
+TEXT_LENGTH = 512
+TIMESTEPS = 1000
+_HIGHEST = 1 - 1e-6  # Wan never asks for pure noise, so the first timestep is 999
+
+
+def load_release(
+    folder: str | os.PathLike[str],
+    mesh: Mesh | None = None,
+    dtype: DTypeLike = jnp.bfloat16,
+    shift: float | None = None,
+    **fields: Any,
+) -> Generator:
+    """A model of the Wan 2 family, to be sampled as its authors recommend.
+
+    Its networks are read from the files when their turn comes. If they don't all fit on
+    the devices, one is there at a time.
+
+    Args:
+        folder: as diffusers saves a pipeline, or of the original release with its files
+            turned to safetensors.
+        mesh: of the devices; default: all of them on `data`.
+        dtype: of the parameters and the computation; the autoencoder's are float32.
+        shift: of the times, see `TimestepPolicy`; None: the authors'.
+        **fields: of `DiT` that the release doesn't decide, such as `scan_layers`.
+
+    Raises:
+        FileNotFoundError: a part is missing; says which.
+        ValueError: the folder holds another model, or damaged files.
+    """
+    release = read_release(folder)
+    mesh = make_mesh() if mesh is None else mesh
+    loaders = {
+        "dit": lambda path: load_dit(path, mesh, dtype, **fields),
+        "dit_low": lambda path: load_dit(path, mesh, dtype, **fields),
+        "text_encoder": lambda path: load_text_encoder(path, mesh, dtype),
+        "vae": lambda path: load_vae(path, mesh),
+        "image_encoder": lambda path: load_image_encoder(path, mesh),
+    }
+    parts = {name: loaders[name](path) for name, path in release.parts.items()}
+    dit = parts["dit"].module
+    if "dit_low" in parts and parts["dit_low"].module != dit:
+        raise ValueError(f"the two experts of {folder} are of different sizes.")
+    if not dit.image_width:
+        parts.pop("image_encoder", None)
+    recipe = release.recipe(module_fields(dit))
+    image_encoder = parts.get("image_encoder")
+    return Generator(
+        dit=dit,
+        text_encoder=parts["text_encoder"].module,
+        vae=parts["vae"].module,
+        params={name: part.load for name, part in parts.items()},
+        tokenizer=_tokenizer(release.tokenizer),
+        path=Path(timesteps=TIMESTEPS),
+        policy=TimestepPolicy(
+            shift=recipe.pop("shift") if shift is None else shift,
+            shift_range=(1e-3, 1e3),
+            grid=(_HIGHEST, 1 / TIMESTEPS),
+        ),
+        patch_size=PATCH_SIZE,
+        text_length=TEXT_LENGTH,
+        defaults=recipe,
+        mesh=mesh,
+        conventions=Conventions(
+            seconds=False,
+            pad_text=True,
+            clean_text=True,
+            clean_frames=release.clean_frames,
+        ),
+        boundary=recipe.pop("boundary"),
+        image_encoder=None if image_encoder is None else image_encoder.module,
+        together=fits_together(sum(part.num_bytes for part in parts.values()), mesh),
+    )
+
+
+def _tokenizer(file: os.PathLike[str]) -> Tokenizer:
+    name = os.fspath(file)
+    model = sentencepiece_of(name) if name.endswith(".json") else name
+    return Tokenizer(model, byte_fallback="unk")

@@ -1,0 +1,301 @@
+"""Whole pipelines: the same noise gives diffusers' latents at every step, and video."""
+
+import dataclasses
+import io
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sentencepiece
+from einops import rearrange
+from PIL import Image
+
+from jvdit.diffusion.denoise import Guidance
+from jvdit.release import load_release
+from jvdit.request import Request
+from jvdit.sharding import make_mesh
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+
+PROMPT, NEGATIVE = "a cat  dancing on the moon &amp; stars", "static, blurred details"
+DIT = {
+    "num_attention_heads": 3,
+    "attention_head_dim": 16,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 32,
+    "ffn_dim": 80,
+    "num_layers": 2,
+    "rope_max_seq_len": 64,
+}
+VAE = {"base_dim": 6, "z_dim": 16}
+VAE_2_2 = {
+    "base_dim": 8,
+    "decoder_base_dim": 12,
+    "z_dim": 48,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+    "latents_mean": [0.1] * 48,
+    "latents_std": [0.8] * 48,
+}
+IMAGE_WIDTH = 24
+
+
+def draw(name, *shape):
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    return rng.normal(size=shape).astype(np.float32)
+
+
+def filled(model, salt=""):
+    """Every parameter drawn at random, heads scaled clear of the clamps."""
+    for name, value in model.state_dict().items():
+        if not torch.is_floating_point(value):
+            continue
+        drawn = draw(salt + name, *value.shape)
+        if name.endswith(("gamma", "norm.weight")):
+            drawn = 1 + 0.2 * drawn
+        elif name.endswith("bias") or "table" in name or "pos_embed" in name:
+            drawn = 0.3 * drawn
+        elif value.ndim > 1:
+            drawn = drawn / np.sqrt(np.prod(value.shape[1:]))
+        else:
+            drawn = 1 + 0.2 * drawn
+        if "decoder.conv_out" in name:
+            drawn = drawn * 0.1
+        value.copy_(torch.from_numpy(np.asarray(drawn, np.float32)))
+    return model.eval()
+
+
+def tokenizer():
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([f"{PROMPT} {NEGATIVE}", "two dogs in the snow"] * 5),
+        model_writer=model,
+        vocab_size=64,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    made = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    pieces = range(made.vocab_size())
+    vocab = [(made.id_to_piece(i), made.get_score(i)) for i in pieces]
+    return transformers.T5Tokenizer(vocab=vocab, extra_ids=0)
+
+
+def text_encoder(size):
+    config = transformers.UMT5Config(
+        vocab_size=size,
+        d_model=32,
+        d_kv=8,
+        d_ff=40,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    )
+    config._attn_implementation = "eager"
+    return filled(transformers.UMT5EncoderModel(config))
+
+
+def image_encoder():
+    config = transformers.CLIPVisionConfig(
+        hidden_size=IMAGE_WIDTH,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+        hidden_act="gelu",
+    )
+    config._attn_implementation = "eager"
+    return filled(transformers.CLIPVisionModel(config))
+
+
+def pipeline(kind, shift, vae=VAE, experts=None, **parts):
+    """A tiny pipeline of a kind; `experts` is the boundary between two of them."""
+    words = tokenizer()
+    pictures = kind is diffusers.WanImageToVideoPipeline
+    network = diffusers.WanTransformer3DModel
+    if kind is diffusers.WanVACEPipeline:
+        network = diffusers.WanVACETransformer3DModel
+    options = DIT | parts.pop("dit", {})
+    more = {"transformer": filled(network(**options))}
+    if experts is not None:
+        more["transformer_2"] = filled(network(**options), salt="low")
+        more["boundary_ratio"] = experts
+    if pictures and options.get("image_dim"):
+        more["image_encoder"] = image_encoder()
+        more["image_processor"] = transformers.CLIPImageProcessor(
+            size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}
+        )
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+    )
+    pipe = kind(
+        tokenizer=words,
+        text_encoder=text_encoder(words.vocab_size),
+        vae=filled(diffusers.AutoencoderKLWan(**vae)),
+        scheduler=scheduler,
+        **more,
+        **parts,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def compare(pipe, tmp_path, *, side=8, lead=0, words=16, low=None, scale=4.0, **given):
+    """Runs both from a saved folder and the same noise."""
+    height, width, frames, steps = 4 * side, 6 * side, 9, 5
+    pipe.save_pretrained(tmp_path)
+    channels = pipe.vae.config.z_dim
+    noise = draw("noise", 1, channels, 3 + lead, 4, 6)
+    theirs = []
+
+    def keep(pipe, i, t, state):
+        theirs.append(state["latents"].numpy().copy())
+        return state
+
+    options = {} if low is None else {"guidance_scale_2": low}
+    with torch.no_grad():
+        want = pipe(
+            prompt=PROMPT,
+            negative_prompt=NEGATIVE,
+            height=height,
+            width=width,
+            num_frames=frames,
+            num_inference_steps=steps,
+            guidance_scale=scale,
+            max_sequence_length=words,
+            latents=torch.from_numpy(noise),
+            callback_on_step_end=keep,
+            output_type="np",
+            **options,
+            **{name: _for_them(value) for name, value in given.items()},
+        ).frames[0]
+    mesh = make_mesh(devices=jax.devices()[:1])
+    generator = load_release(tmp_path, mesh, jnp.float32)
+    generator = dataclasses.replace(generator, text_length=words, together=False)
+    assert generator.defaults["guidance_scale"] == 5.0
+    names = {"last_image": "last_image", "reference_images": "references"}
+    request = Request(
+        PROMPT,
+        NEGATIVE,
+        frames,
+        height,
+        width,
+        **{names.get(name, name): value for name, value in given.items()},
+    )
+    seen = []
+    latents = generator.latents(
+        [request],
+        steps=steps,
+        guidance=Guidance(scale),
+        low_guidance=None if low is None else Guidance(low),
+        noise=[rearrange(noise[0], "c f h w -> f h w c")],
+        on_step=lambda done, total, x: seen.append((done, total, x)),
+    )
+    assert sorted(x[:2] for x in seen) == [(i + 1, steps) for i in range(steps)]
+    # A clean first frame is what diffusers puts back only at the end.
+    first = int(generator.conventions.clean_frames and "image" in given)
+    for i, (_, _, x) in enumerate(sorted(seen, key=lambda x: x[0])):
+        ours = rearrange(x[0], "(f h w) (p q c) -> c f (h p) (w q)", h=2, w=3, p=2, q=2)
+        error = np.abs(ours - theirs[i][0])[:, first:].max()
+        print(f"step {i}: {error:.1e} of {np.abs(theirs[i]).max():.1f}")
+        assert error < 1e-4
+    video = generator.decode(latents[0][None])[0]
+    assert video.shape == (frames, height, width, 3)
+    difference = np.abs(video / 255 - want)
+    assert difference.max() < 0.5 / 255 + 1e-3, difference.max()
+
+
+def _for_them(value):
+    if isinstance(value, tuple):
+        return [_for_them(x) for x in value]
+    if value.ndim == 4:
+        return [Image.fromarray(x) for x in value]
+    return Image.fromarray(value)
+
+
+def picture(name, *shape):
+    return (255 * np.abs(np.sin(draw(name, *shape, 3)))).astype(np.uint8)
+
+
+def test_t2v(tmp_path):
+    compare(pipeline(diffusers.WanPipeline, 3.0), tmp_path)
+
+
+def test_t2v_with_two_experts(tmp_path):
+    pipe = pipeline(diffusers.WanPipeline, 12.0, experts=0.875)
+    compare(pipe, tmp_path, low=3.0)
+
+
+LARGE = {"in_channels": 48, "out_channels": 48}
+
+
+def test_ti2v_without_a_picture(tmp_path):
+    pipe = pipeline(
+        diffusers.WanPipeline, 5.0, VAE_2_2, dit=LARGE, expand_timesteps=True
+    )
+    compare(pipe, tmp_path, side=16)
+
+
+def test_ti2v_from_a_picture(tmp_path):
+    kind = diffusers.WanImageToVideoPipeline
+    pipe = pipeline(kind, 5.0, VAE_2_2, dit=LARGE, expand_timesteps=True)
+    compare(pipe, tmp_path, side=16, image=picture("image", 64, 96))
+
+
+KNOWN = {"in_channels": 36, "out_channels": 16}
+
+
+def test_i2v_with_two_experts(tmp_path):
+    kind = diffusers.WanImageToVideoPipeline
+    pipe = pipeline(kind, 5.0, dit=KNOWN, experts=0.9)
+    compare(pipe, tmp_path, low=3.5, image=picture("image", 32, 48))
+
+
+ATTENDED = KNOWN | {"image_dim": IMAGE_WIDTH, "added_kv_proj_dim": 48}
+
+
+def test_i2v_that_attends_to_the_picture(tmp_path):
+    pipe = pipeline(diffusers.WanImageToVideoPipeline, 3.0, dit=ATTENDED)
+    compare(pipe, tmp_path, words=512, image=picture("image", 32, 48))
+
+
+def test_from_a_first_frame_to_a_last_one(tmp_path):
+    dit = ATTENDED | {"pos_embed_seq_len": 10}
+    pipe = pipeline(diffusers.WanImageToVideoPipeline, 16.0, dit=dit)
+    ends = {"image": picture("image", 32, 48), "last_image": picture("last", 32, 48)}
+    compare(pipe, tmp_path, words=512, **ends)
+
+
+CONTROL = {"vace_layers": [0, 1], "vace_in_channels": 96}
+
+
+def test_vace_with_footage_a_mask_and_references(tmp_path):
+    pipe = pipeline(diffusers.WanVACEPipeline, 16.0, dit=CONTROL)
+    mask = np.zeros((9, 32, 48, 3), np.uint8)
+    mask[3:, 8:, :20] = 255
+    references = picture("one", 32, 48), picture("two", 32, 48)
+    compare(
+        pipe,
+        tmp_path,
+        lead=2,
+        video=picture("video", 9, 32, 48),
+        mask=mask,
+        reference_images=references,
+    )
+
+
+def test_vace_from_text_alone(tmp_path):
+    compare(pipeline(diffusers.WanVACEPipeline, 16.0, dit=CONTROL), tmp_path)
