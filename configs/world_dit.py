@@ -34,7 +34,7 @@ VAE = "runs/world/vae/videos"
 def videos():
     """Settings of the DiT."""
     config = defaults.flow("world-s", "world")
-    config.steps = 20000
+    config.steps = 15000
     config.data.sources = ("{workdir}/latents",)
     config.data.validation = "{workdir}/latents#val"
     # A clip is 5 x 4 x 4 tokens.

@@ -56,7 +56,7 @@ class Given(NamedTuple):
 
     latents: Float[np.ndarray, "f h w c"] | None = None
     clean: Bool[np.ndarray, "f h w"] | None = None
-    cond: Float[np.ndarray, "f h w e"] | None = None
+    cond: Float[np.ndarray, "f h w u"] | None = None
     control: Float[np.ndarray, "f h w v"] | None = None
     image: Float[np.ndarray, "i z"] | None = None
     lead: int = 0

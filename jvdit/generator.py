@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -174,6 +175,11 @@ class Generator:
                 videos |= dict(zip(chunk, decoded, strict=True))
         return [videos[i] for i in range(len(requests))]
 
+    @property
+    def unit(self) -> int:
+        """What the height and width of a clip are multiples of, in pixels."""
+        return math.lcm(*self.patch_size[1:]) * self.vae.spatial_compression
+
     def check(self, request: Request) -> tuple[int, int, int]:
         """The latent size of a request.
 
@@ -298,7 +304,10 @@ class Generator:
             return given
         params = self._residence["image_encoder"]
         for i, request in enumerate(requests):
-            images = [preprocess(x[None], encoder.image_size) for x in request.pictures]
+            images = [
+                preprocess(jnp.asarray(x)[None], encoder.image_size)
+                for x in request.pictures
+            ]
             with jax.set_mesh(self._mesh):
                 states = _image_states(encoder, params, jnp.concatenate(images))
             image = np.concatenate(np.asarray(states, np.float32))

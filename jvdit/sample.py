@@ -1,7 +1,8 @@
 """Generates clips: `python -m jvdit.sample "a large red rubber circle …" --workdir …`.
 
-Writes an mp4 for each prompt, with its settings and seed in the file, and one PNG
-sheet of all of them.
+With `--pretrained FOLDER` from a released Wan 2 model, as its authors recommend. Writes
+an mp4 for each prompt, with its settings and seed in the file, and one PNG sheet of all
+of them.
 """
 
 import dataclasses
@@ -20,14 +21,27 @@ from jvdit.data.sheets import contact_sheet, write_png
 from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.solvers import SOLVERS
 from jvdit.generator import Generator
-from jvdit.request import Request, size_fields
+from jvdit.release import load_release
+from jvdit.request import Request, size_fields, size_like
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of a training, or its model folder.")
 _PROMPTS = flags.DEFINE_string(
     "prompts", None, "File: a prompt a line, or JSON lines with fields of a request."
 )
+_PRETRAINED = flags.DEFINE_string(
+    "pretrained", None, "Folder of a released model, instead of --workdir."
+)
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "bfloat16", ["bfloat16", "float32"], "Of a released model."
+)
+_SHIFT = flags.DEFINE_float("shift", None, "Of a released model's times.")
+_IMAGE = flags.DEFINE_string("image", None, "Picture: the first frame.")
+_LAST = flags.DEFINE_string("last", None, "Picture: the last frame.")
+_VIDEO = flags.DEFINE_string("video", None, "Footage or control signal to follow.")
+_MASK = flags.DEFINE_string("mask", None, "White where to change --video.")
+_REFERENCES = flags.DEFINE_list("references", [], "Pictures of what is to appear.")
 _OUT = flags.DEFINE_string("out", "samples", "Folder of the clips.")
-_NEGATIVE = flags.DEFINE_string("negative_prompt", "", "What to turn away from.")
+_NEGATIVE = flags.DEFINE_string("negative_prompt", None, "What to turn away from.")
 _SIZE = flags.DEFINE_string("size", None, "HEIGHTxWIDTH in pixels.")
 _FRAMES = flags.DEFINE_integer("frames", None, "Frames of a clip.", lower_bound=1)
 _FPS = flags.DEFINE_float("fps", None, "Frames per second.")
@@ -35,6 +49,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the first prompt; the others follow.
 _STEPS = flags.DEFINE_integer("steps", None, "Steps of the solver.")
 _SOLVER = flags.DEFINE_string("solver", None, f"One of {', '.join(SOLVERS)}.")
 _SCALE = flags.DEFINE_float("guidance_scale", None, "1: as trained, faster.")
+_SCALE_2 = flags.DEFINE_float("guidance_scale_2", None, "Of the low-noise expert.")
 _INTERVAL = flags.DEFINE_list(
     "guidance_interval", ["0", "1"], "Times to guide between."
 )
@@ -69,6 +84,8 @@ def read_requests(prompts: list[str], defaults: dict[str, Any]) -> list[Request]
             if "prompt" not in given:
                 raise ValueError(f"line {number + 1} has no `prompt`.")
             fields |= given
+            if "references" in given:
+                fields["references"] = tuple(given["references"])
         requests.append(Request(**fields))
     return requests
 
@@ -79,9 +96,32 @@ def file_name(request: Request) -> str:
     return f"{words[:60].rstrip('-') or 'empty'}_{request.seed}.mp4"
 
 
-def _request_defaults(model: dict[str, Any]) -> dict[str, Any]:
+def _request_defaults(generator: Generator) -> dict[str, Any]:
+    model = generator.defaults
     fields = size_fields(model, _SIZE.value, _FRAMES.value, _FPS.value)
-    return fields | {"negative_prompt": _NEGATIVE.value, "seed": _SEED.value}
+    fields |= {
+        "negative_prompt": _given(_NEGATIVE, model, ""),
+        "seed": _SEED.value,
+        "image": _IMAGE.value,
+        "last_image": _LAST.value,
+        "video": _VIDEO.value,
+        "mask": _MASK.value,
+        "references": tuple(_REFERENCES.value),
+    }
+    if _IMAGE.value and _SIZE.value is None:
+        picture = Request("", image=_IMAGE.value).pictures[0]
+        pixels = fields["height"] * fields["width"]
+        height, width = size_like(picture, pixels, generator.unit)
+        fields |= {"height": height, "width": width}
+    return fields
+
+
+def _load() -> Generator:
+    if (_WORKDIR.value is None) == (_PRETRAINED.value is None):
+        raise ValueError("give one of --workdir and --pretrained.")
+    if _PRETRAINED.value is None:
+        return Generator.load(_WORKDIR.value)
+    return load_release(_PRETRAINED.value, dtype=_DTYPE.value, shift=_SHIFT.value)
 
 
 def _given(flag: Any, defaults: dict[str, Any], fallback: Any) -> Any:
@@ -92,38 +132,39 @@ def sample(prompts: list[str]) -> list[pathlib.Path]:
     """Generates and writes what the flags and prompts ask for; returns the files."""
     if not prompts:
         raise ValueError('give a prompt, "…", or --prompts=FILE.')
-    generator = Generator.load(_WORKDIR.value)
+    generator = _load()
     defaults = generator.defaults
-    requests = read_requests(prompts, _request_defaults(defaults))
+    requests = read_requests(prompts, _request_defaults(generator))
     steps = _given(_STEPS, defaults, 30)
     solver = _given(_SOLVER, defaults, "unipc")
     scale = _given(_SCALE, defaults, 4.0)
     low, high = (float(x) for x in _INTERVAL.value)
     guidance = Guidance(scale, (low, high), _RESCALE.value)
+    scale_2 = _given(_SCALE_2, defaults, scale)
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("compiling", total=None)
 
-        def on_step(batch: int, batches: int, step: int) -> None:
-            done = batch * steps + step + 1
-            progress.update(
-                task, description="denoising", total=batches * steps, completed=done
-            )
+        def on_step(done: int, total: int, latents: Any) -> None:
+            progress.update(task, description="denoising", total=total, completed=done)
 
         videos = generator(
             requests,
             steps=steps,
             solver=solver,
             guidance=guidance,
+            low_guidance=dataclasses.replace(guidance, scale=scale_2),
             rows=_ROWS.value,
             on_step=on_step,
         )
     settings = {"steps": steps, "solver": solver, **dataclasses.asdict(guidance)}
+    if generator.boundary:
+        settings["scale_2"] = scale_2
     folder = pathlib.Path(_OUT.value)
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for request, video in zip(requests, videos, strict=True):
         path = folder / file_name(request)
-        metadata = {"jvdit": dataclasses.asdict(request) | settings}
+        metadata = {"jvdit": request.settings | settings}
         encode_clip(path, video, request.fps, metadata=metadata)
         files.append(path)
     sheet = contact_sheet(videos, [request.prompt for request in requests])
@@ -149,5 +190,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["workdir"])
     app.run(main)

@@ -46,7 +46,7 @@ class Tokens:
     position: Float[Array, "b n 3"]
     segment: Int[Array, "b n"] | None = None
     level: Int[Array, "b n"] | None = None
-    cond: Float[Array, "b n e"] | None = None
+    cond: Float[Array, "b n u"] | None = None
     control: Float[Array, "b n v"] | None = None
 
     def with_latents(self, latents: Float[Array, "b n c"]) -> "Tokens":

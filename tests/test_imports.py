@@ -26,6 +26,7 @@ ENTRY_POINTS = [
     "residence",
     "sampling",
     "generator",
+    "release",
     "encode",
     "sample",
     "evaluate_vae",

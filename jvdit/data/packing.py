@@ -176,7 +176,7 @@ class Item:
     text_ids: Int[np.ndarray, "s"] | None = None
     text_embeds: Float[np.ndarray, "s e"] | None = None
     clean: Bool[np.ndarray, "n"] | None = None
-    cond: Float[np.ndarray, "n e"] | None = None
+    cond: Float[np.ndarray, "n u"] | None = None
     control: Float[np.ndarray, "n v"] | None = None
     image: Float[np.ndarray, "i z"] | None = None
     clip_id: int = 0
@@ -213,7 +213,7 @@ def pack_rows(
     Returns:
         `latents`, `logvar` [b n c], `position` [b n 3], `segment` [b n], `text_ids`
         [b s] or `text_embeds` [b s e], `text_segment` [b s], `valid` [b m], `clip_id`
-        [b m] (-1: empty place), and `clean` [b n], `cond` [b n e], `control` [b n v],
+        [b m] (-1: empty place), and `clean` [b n], `cond` [b n u], `control` [b n v],
         `image` [b i z] where items have them. Item i of a row is segment i + 1 in its
         tokens and in its text; segment 0 is padding, whose latents are zero.
 

@@ -46,7 +46,7 @@ class FlowTask(Task):
     """Trains a DiT, and perhaps a text encoder, on cached latents."""
 
     objective: FlowObjective
-    networks: ClassVar = {"dit": DiT, "text_encoder": TextEncoder}
+    networks: ClassVar = {"dit": DiT, "text_encoder": TextEncoder, "path": Path}
     sources: list[LatentSource]  # type: ignore[assignment]
 
     def __init__(self, config: Config, mesh: Mesh, workdir: pathlib.Path):

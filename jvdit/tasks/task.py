@@ -23,7 +23,7 @@ class Task(ABC):
     Attributes:
         objective: what is minimised.
         identity: what makes a workdir this run's.
-        networks: the classes of the networks in it.
+        networks: the classes of the networks (and the path) in it.
         fingerprint: of the order of the data.
         example: a batch, for its shapes.
         flops: of the model in one step, forward and backward; 0 if not known.

@@ -1,0 +1,200 @@
+"""Folders of released models: what is read from them, and what is refused in a line."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from jvdit.conditioning import (
+    check_pictures,
+    clean_first_frame,
+    cleaned,
+    control_signal,
+    first_frame_channels,
+)
+from jvdit.data.tokenizer import Tokenizer, train_tokenizer
+from jvdit.data.tokenizer_json import sentencepiece_of
+from jvdit.models.dit import VARIANTS
+from jvdit.pretrained.recipes import RECIPES, name_of
+from jvdit.pretrained.release import read_release
+from jvdit.request import Request, size_like
+from jvdit.residence import Residence, fits_together
+from jvdit.sharding import make_mesh
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_release_is_known_by_its_sizes(name):
+    fields = VARIANTS[name]
+    assert name_of(fields, "guidance_scale_2" in RECIPES[name]) == name
+    assert name_of(fields | {"depth": 7}, False) is None
+
+
+def folder_of(tmp_path, index, **files):
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    for name in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):
+        (tmp_path / name).mkdir(exist_ok=True)
+    (tmp_path / "tokenizer/spiece.model").write_bytes(b"")
+    return tmp_path
+
+
+def test_what_a_folder_says_of_itself(tmp_path):
+    index = {"_class_name": "WanPipeline", "boundary_ratio": 0.875}
+    index |= {"transformer_2": ["diffusers", "WanTransformer3DModel"]}
+    folder = folder_of(tmp_path, index | {"expand_timesteps": True})
+    with pytest.raises(FileNotFoundError, match="transformer_2 is missing"):
+        read_release(folder)
+    (folder / "transformer_2").mkdir()
+    scheduler = folder / "scheduler/scheduler_config.json"
+    scheduler.write_text(json.dumps({"flow_shift": 7.0}))
+    release = read_release(folder)
+    assert set(release.parts) == {"dit", "dit_low", "text_encoder", "vae"}
+    assert release.clean_frames
+    # A network of no known size goes by the folder, a known one by its authors.
+    unknown = release.recipe(VARIANTS["tiny"])
+    assert (unknown["shift"], unknown["boundary"]) == (7.0, 0.875)
+    assert release.recipe(VARIANTS["wan2.2-t2v-a14b"])["shift"] == 12.0
+
+
+def test_the_layout_of_the_authors(tmp_path):
+    for name in ("high_noise_model", "low_noise_model", "google/umt5-xxl"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "high_noise_model/config.json").write_text('{"model_type": "t2v"}')
+    (tmp_path / "google/umt5-xxl/spiece.model").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"has no models_t5\*"):
+        read_release(tmp_path)
+    for name in ("models_t5_umt5-xxl-enc-bf16.pth", "Wan2.1_VAE.pth"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "Wan2.1_VAE.safetensors").write_bytes(b"")
+    parts = read_release(tmp_path).parts
+    assert parts["dit_low"].name == "low_noise_model"
+    assert parts["vae"].name == "Wan2.1_VAE.safetensors"
+    # Refused with the command that turns it, when it is opened.
+    assert parts["text_encoder"].suffix == ".pth"
+
+
+def test_another_family_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        read_release(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match="config.json is missing"):
+        read_release(tmp_path)
+    folder = folder_of(tmp_path, {"_class_name": "LTX2Pipeline"})
+    with pytest.raises(ValueError, match="is a LTX2Pipeline; known are WanPipeline"):
+        read_release(folder)
+
+
+def test_a_tokenizer_json_is_a_sentencepiece_model(tmp_path):
+    texts = ["a cat dancing on the moon", "two dogs play in the snow, é"] * 5
+    made = Tokenizer(train_tokenizer(texts, 320))
+    processor = made._processor
+    pieces = [
+        (processor.id_to_piece(i), processor.get_score(i))
+        for i in range(made.vocab_size)
+    ]
+    model = {"type": "Unigram", "vocab": pieces, "byte_fallback": True}
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps({"model": model}))
+    again = Tokenizer(sentencepiece_of(file))
+    for text in (*texts, "a zebra!", "  two   cats ", "日本"):
+        assert again.encode(text) == made.encode(text), text
+    file.write_text(json.dumps({"model": {"type": "BPE"}}))
+    with pytest.raises(ValueError, match="holds a BPE model"):
+        sentencepiece_of(file)
+
+
+def test_text_is_cleaned():
+    assert cleaned("  a &amp;amp; b\n\tc â€œd ") == 'a & b c "d'
+
+
+# Pictures
+
+
+def encode(video):
+    """Latents that tell where they come from: one of 4 frames and 2 x 2 pixels."""
+    frames = np.concatenate([video[:1].repeat(3, 0), video]).reshape(
+        -1, 4, *video.shape[1:]
+    )
+    return frames.mean(1)[:, ::2, ::2]
+
+
+def test_a_first_and_a_last_frame_as_channels():
+    first, last = np.full((4, 6, 3), 255, np.uint8), np.zeros((4, 6, 3), np.uint8)
+    cond = first_frame_channels([first, last], 9, encode, 4).cond
+    assert cond.shape == (3, 2, 3, 4 + 3)
+    assert (cond[0, ..., :4] == 1).all() and (cond[1, ..., :4] == 0).all()
+    assert (cond[2, 0, 0, :4] == [0, 0, 0, 1]).all()
+    assert (cond[0, ..., 4:] == 1).all() and (cond[2, ..., 4:] == -0.25).all()
+    alone = first_frame_channels([first], 9, encode, 4).cond
+    assert (alone[2] == 0).all()
+
+
+def test_a_clean_first_frame():
+    given = clean_first_frame(np.full((4, 6, 3), 255, np.uint8), 3, encode)
+    assert given.clean[0].all() and not given.clean[1:].any()
+    assert (given.latents[0] == 1).all() and (given.latents[1:] == 0).all()
+
+
+def test_a_mask_parts_footage_into_what_stays_and_what_changes():
+    video = np.full((9, 4, 6, 3), 255, np.uint8)
+    mask = np.zeros_like(video)
+    mask[5:, :2] = 255
+    reference = np.zeros((4, 6, 3), np.uint8)
+    given = control_signal(video, mask, [reference], (9, 4, 6), encode, 2)
+    control = given.control
+    assert given.lead == 1 and control.shape == (4, 2, 3, 3 + 3 + 4)
+    assert (control[0, ..., :3] == -1).all() and (control[0, ..., 3:] == 0).all()
+    keep, new, cells = np.split(control[1:], [3, 6], axis=-1)
+    assert (keep[2, 0] == 0).all() and (new[2, 0] == 1).all()
+    assert (keep[2, 1] == 1).all() and (new[2, 1] == 0).all()
+    assert (cells[:2] == 0).all() and (cells[2, 0] == 1).all()
+
+
+def test_pictures_that_a_model_does_not_take():
+    picture = np.zeros((4, 4, 3), np.uint8)
+    with pytest.raises(ValueError, match="`image` was given.*takes no pictures"):
+        check_pictures(Request("", image=picture), [], [])
+    with pytest.raises(ValueError, match="needs `image`"):
+        check_pictures(Request(""), ["image"], ["image"])
+    with pytest.raises(ValueError, match="give both"):
+        both = ["video", "mask"]
+        check_pictures(Request("", mask=picture[None]), [], both)
+    with pytest.raises(ValueError, match="has 1 frames and the clip 17"):
+        Request("", video=picture[None]).clip("video")
+    with pytest.raises(ValueError, match=r"uint8 \[H W 3\]"):
+        _ = Request("", image=picture.astype(np.float32)).pictures
+    with pytest.raises(FileNotFoundError, match="`image` .*absent.png"):
+        _ = Request("", image="absent.png").pictures
+
+
+def test_a_picture_of_another_size_is_covered_and_cropped(tmp_path):
+    pixels = np.zeros((20, 60, 3), np.uint8)
+    pixels[:, 20:40] = 255
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    request = Request("", height=8, width=8, image=str(tmp_path / "wide.png"))
+    assert request.fitted(request.pictures[0]).min() > 230  # the middle, all white
+    assert request.settings["image"].endswith("wide.png")
+    assert size_like(pixels, 64 * 64, 16) == (32, 96)
+    with pytest.raises(ValueError, match="is no picture"):
+        (tmp_path / "broken.png").write_bytes(b"no")
+        _ = Request("", image=str(tmp_path / "broken.png")).pictures
+
+
+# Residence
+
+
+def test_one_network_is_on_the_devices_at_a_time():
+    mesh, brought = make_mesh(devices=jax.devices()[:1]), []
+
+    def bring(name):
+        brought.append(name)
+        return {"a": {"kernel": np.ones((2, 2), np.float32)}}
+
+    sources = {name: lambda name=name: bring(name) for name in "xy"}
+    for together, want in ((True, "xy"), (False, "xyx")):
+        brought.clear()
+        residence = Residence(sources, mesh, together)
+        for name in "xxyx":
+            _ = residence[name]
+        assert "".join(brought) == want
+    assert fits_together(1000, mesh) and not fits_together(1 << 60, mesh)
