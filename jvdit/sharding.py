@@ -36,6 +36,7 @@ ACTIVATIONS: dict[str, tuple[str, ...]] = {
 PARAMETERS: tuple[tuple[str, str], ...] = (
     (r".*/(bias|scale|gamma|logit_scale)", "replicate"),
     (r".*/(kernel|embedding|table|modulation|relative_bias)", "fsdp"),
+    (r".*/lora_(a|b)", "fsdp"),
 )
 
 

@@ -6,13 +6,16 @@ ignores the setting, although a processor with matrix units (Intel AMX) is sever
 faster at it. Activations, gradients and weights remain float32 in either case.
 """
 
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.typing import Initializer
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+from jvdit.models.lora import RATE, A, B
 
 
 def dot_general(
@@ -54,4 +57,47 @@ def _backward(factors: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
 
 _rounded_product.defvjp(_forward, _backward)
 
-Dense = partial(nn.Dense, dot_general=dot_general)
+
+class Dense(nn.Module):
+    """A linear layer over the last axis, with an adapter where it is given one.
+
+    The adapter is in the collection "lora", see `lora.py`.
+
+    Attributes:
+        features: channels of the result.
+        use_bias: whether to add a bias, which starts at zero.
+        kernel_init: initialiser of the kernel.
+        dtype: type of the computation; None: that of input and parameters.
+        param_dtype: type of the parameters.
+    """
+
+    features: int
+    use_bias: bool = True
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
+        """Maps the last axis to `features` channels."""
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        bias = None
+        if self.use_bias:
+            zeros = nn.initializers.zeros_init()
+            bias = self.param("bias", zeros, shape[1:], self.param_dtype)
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        y = dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+        if bias is not None:
+            y += bias.reshape((1,) * (y.ndim - 1) + (-1,))
+        if self.has_variable("lora", A):
+            y += self._adapted(x)
+        return y
+
+    def _adapted(self, x: Array) -> Array:
+        a, b = (self.get_variable("lora", name).astype(x.dtype) for name in (A, B))
+        if self.has_variable("lora", RATE):
+            keep = 1 - self.get_variable("lora", RATE)
+            seen = jax.random.bernoulli(self.make_rng("lora"), keep, x.shape)
+            x = jnp.where(seen, x / keep, 0).astype(x.dtype)
+        return (x @ a) @ b

@@ -278,8 +278,8 @@ class DiT(nn.Module):
     def _scanned(self, block: Any, length: int, in_axes: tuple[Any, ...]) -> Any:
         return nn.scan(
             block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
+            variable_axes={"params": 0, "lora": 0},
+            split_rngs={"params": True, "lora": True},
             in_axes=in_axes,
             length=length,
             metadata_params={nn.PARTITION_NAME: "layers"},

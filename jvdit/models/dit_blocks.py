@@ -54,7 +54,7 @@ class Attention(nn.Module):
         """
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
-        def linear(name: str) -> nn.Dense:
+        def linear(name: str) -> Dense:
             kernel_init = nn.initializers.xavier_uniform()
             return Dense(x.shape[-1], kernel_init=kernel_init, name=name, **kinds)
 

@@ -159,7 +159,7 @@ class Mlp(nn.Module):
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
         """Maps the last axis to `out_width` channels."""
 
-        def linear(features: int, name: str) -> nn.Dense:
+        def linear(features: int, name: str) -> Dense:
             return Dense(
                 features,
                 kernel_init=self.kernel_init,

@@ -157,7 +157,7 @@ class EncoderBlock(nn.Module):
         out = rearrange(out, "b s q k -> b s (q k)")
         return self._linear("out", width, inner)(out)
 
-    def _linear(self, name: str, features: int, fan_in: int) -> nn.Dense:
+    def _linear(self, name: str, features: int, fan_in: int) -> Dense:
         return Dense(
             features,
             use_bias=False,
