@@ -195,6 +195,16 @@ def names_of(rules: Iterable[Rule], path: str, layers: int) -> list[Piece]:
     return found
 
 
+def places_of(rules: Iterable[Rule], name: str) -> list[tuple[str, Rule]]:
+    """The paths that a tensor of theirs fills, each with its rule; unstacked."""
+    found = [(_regex(rule.theirs).fullmatch(name), rule) for rule in rules]
+    return [
+        (rule.ours.format(**match.groupdict()), rule)
+        for match, rule in found
+        if match and rule.ours
+    ]
+
+
 def modules(
     pairs: Mapping[str, str], layout: str = "o i -> i o", **sizes: int
 ) -> list[Rule]:

@@ -1,0 +1,160 @@
+"""Adapter files of PEFT and diffusers load and match, and ours load there."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from einops import rearrange
+from safetensors.numpy import load_file, save_file
+
+from jvdit.models.lora import LoRA
+from jvdit.pretrained import wan
+from jvdit.pretrained.folders import load_dit
+from jvdit.pretrained.lora import FILE, read_lora, write_lora
+from jvdit.shapes import Text, Tokens
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+peft = pytest.importorskip("peft")
+
+TABLES = [wan.dit_rules(layout) for layout in wan.LAYOUTS]
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "patch_embedding"]
+
+
+def draw(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def network():
+    model = diffusers.WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        text_dim=32,
+        ffn_dim=40,
+        num_layers=2,
+        rope_max_seq_len=32,
+    ).eval()
+    for seed, (_, value) in enumerate(model.named_parameters()):
+        drawn = draw(*value.shape, seed=seed)
+        scale = np.sqrt(max(np.prod(value.shape[1:]), 1))
+        value.data = torch.from_numpy((drawn / scale).astype(np.float32))
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    network().save_pretrained(folder)
+    return folder
+
+
+def adapted(seed=0, **settings):
+    """Their network with adapters drawn at random."""
+    config = peft.LoraConfig(target_modules=TARGETS, **{"r": 4} | settings)
+    model = network()
+    model.add_adapter(config)
+    for i, (name, value) in enumerate(model.named_parameters()):
+        if "lora_" in name:
+            drawn = 0.3 * draw(*value.shape, seed=1000 * seed + i)
+            value.data = torch.from_numpy(drawn.astype(np.float32))
+    return model
+
+
+LATENTS, TEXT = draw(1, 16, 2, 4, 4), draw(1, 6, 32, seed=1)
+
+
+def theirs(model):
+    inputs = (torch.from_numpy(x) for x in (LATENTS, np.array([700.0]), TEXT))
+    latents, t, text = inputs
+    with torch.no_grad():
+        out = model(latents, t.float(), text).sample.numpy()
+    return patches(out)
+
+
+def patches(x):
+    return rearrange(x, "b c f (h p) (w q) -> b (f h w) (p q c)", p=2, q=2)
+
+
+def ours(loaded, adapters=None):
+    cells = np.stack(np.indices((2, 2, 2)), -1).reshape(1, -1, 3)
+    tokens = Tokens(jnp.asarray(patches(LATENTS)), jnp.asarray(cells, jnp.float32))
+    variables = {"params": loaded.params} | ({"lora": adapters} if adapters else {})
+    text = Text(jnp.asarray(TEXT))
+    return jax.jit(loaded.module.apply)(variables, tokens, jnp.full((1, 1), 0.7), text)
+
+
+def alike(a, b):
+    return np.linalg.norm(a - b) / np.linalg.norm(b) < 2e-5
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_file_of_diffusers(folder, tmp_path, scan):
+    model = adapted(lora_alpha=8)
+    model.save_lora_adapter(tmp_path)
+    loaded = load_dit(folder, dtype=jnp.float32, scan_layers=scan)
+    found = read_lora(tmp_path, TABLES, loaded.params)
+    assert list(found) == ["dit"]
+    assert alike(ours(loaded, found["dit"]), theirs(model))
+    assert not alike(ours(loaded), theirs(model))
+
+
+def test_a_folder_of_peft(folder, tmp_path):
+    config = peft.LoraConfig(target_modules=TARGETS, r=4, lora_alpha=6, use_rslora=True)
+    model = peft.get_peft_model(network(), config)
+    for i, (name, value) in enumerate(model.named_parameters()):
+        if "lora_" in name:
+            value.data = torch.from_numpy(0.3 * draw(*value.shape, seed=i))
+    model.save_pretrained(tmp_path)
+    loaded = load_dit(folder, dtype=jnp.float32)
+    found = read_lora(tmp_path, TABLES, loaded.params)["dit"]
+    assert alike(ours(loaded, found), theirs(model.base_model.model))
+
+
+def test_names_of_comfyui_with_alphas(folder, tmp_path):
+    model = adapted(lora_alpha=8)
+    model.save_lora_adapter(tmp_path)
+    tensors = {}
+    (file,) = tmp_path.glob("*.safetensors")
+    for name, value in load_file(file).items():
+        name = name.replace("lora_A", "lora_down").replace("lora_B", "lora_up")
+        for theirs_, original, _ in wan._BLOCK_LINEAR:
+            name = name.replace(f".{theirs_}.", f".{original}.")
+        tensors[name.replace("transformer.", "diffusion_model.")] = value
+        if "lora_up" in name:
+            layer = name.partition(".lora_up")[0]
+            layer = layer.replace("transformer.", "diffusion_model.")
+            tensors[f"{layer}.alpha"] = np.full((), 8, np.float32)
+    save_file(tensors, tmp_path / "comfy.safetensors")
+    assert any("self_attn" in name for name in tensors)
+    loaded = load_dit(folder, dtype=jnp.float32)
+    found = read_lora(tmp_path / "comfy.safetensors", TABLES, loaded.params)["dit"]
+    assert alike(ours(loaded, found), theirs(model))
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_ours_loads_there(folder, tmp_path, scan):
+    loaded = load_dit(folder, dtype=jnp.float32, scan_layers=scan)
+    lora = LoRA(rank=3, alpha=9.0, targets=(r"attention/", "fc_out$", "patch_embed$"))
+    adapters = lora.init(jax.random.key(0), loaded.params)
+    adapters = jax.tree.map(lambda x: 0.3 * jnp.asarray(draw(*x.shape)), adapters)
+    active = lora.active(adapters, training=False)
+    file = write_lora(tmp_path, {"dit": active}, TABLES[0])
+    assert file.name == FILE
+    model = network()
+    model.load_lora_adapter(tmp_path, prefix="transformer", use_safetensors=True)
+    assert alike(ours(loaded, active), theirs(model))
+    again = read_lora(file, TABLES, loaded.params)["dit"]
+    jax.tree.map(np.testing.assert_array_equal, again, active)
+
+
+def test_another_networks_file_is_named(folder, tmp_path):
+    loaded = load_dit(folder, dtype=jnp.float32)
+    name = "unet.down_blocks.0.lora_A.weight"
+    save_file({name: draw(4, 24)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="no adapters of this network: .*unet"):
+        read_lora(tmp_path / "other.safetensors", TABLES, loaded.params)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"use_dora": True}))
+    with pytest.raises(ValueError, match="DoRA"):
+        read_lora(tmp_path / "other.safetensors", TABLES, loaded.params)
