@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from jvdit.diffusion.flow import Path, TimestepPolicy
 from jvdit.models import dit, text_encoder, video_vae
+from jvdit.models.lora import LoRA
 from jvdit.training.optim import Optim
 
 # A ConfigDict. Its attributes have no types that a checker could know.
@@ -107,6 +108,8 @@ def flow(variant: str = "world-s", text_variant: str = "world") -> Config:
     config.dit = fields_of(
         dit.DiT, dit.VARIANTS[variant], "in_channels", "out_channels", "text_width"
     )
+    # Adapters to train in the place of the weights of `start_from`; rank 0: none.
+    config.lora = dataclasses.asdict(LoRA()) | {"rank": 0}
     config.text_encoder = ConfigDict()
     if text_variant:
         config.text_encoder = fields_of(

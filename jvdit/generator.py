@@ -46,7 +46,7 @@ from jvdit.sampling import (
     texts_of,
     unpacked,
 )
-from jvdit.sharding import batch_sharding, make_mesh
+from jvdit.sharding import batch_sharding, make_mesh, parameter_shardings
 from jvdit.training.checkpoint import (
     build,
     load_weights,
@@ -82,6 +82,7 @@ class Generator:
         conventions: what the network takes its inputs to mean.
         boundary: time below which "dit_low" takes over; 0: there is one network.
         image_encoder: of the given pictures, where the network attends to them.
+        adapters: of "dit" and "dit_low" (`lora.py`), at their strength.
         together: whether all of the parameters fit on the devices at once.
     """
 
@@ -100,6 +101,7 @@ class Generator:
     boundary: float = 0.0
     image_encoder: ImageEncoder | None = None
     together: bool = True
+    adapters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], mesh: Mesh | None = None):
@@ -251,11 +253,15 @@ class Generator:
             ]
             # Network after network, so that each is brought to the devices once.
             for name, span in self._spans(steps).items():
-                params = self._residence[name]
+                variables = {"params": self._residence[name]}
+                if name in self.adapters:
+                    lora = self.adapters[name]
+                    places_of = parameter_shardings(lora, self._mesh)
+                    variables["lora"] = jax.device_put(lora, places_of)
                 for i, batch in enumerate(batches):
                     texts = texts_of(batch, self.conventions.pad_text, places)
                     running[i] = self._stepper(
-                        params,
+                        variables,
                         running[i],
                         texts,
                         solver=solver,
@@ -334,14 +340,13 @@ class Generator:
             )
             grid = np.zeros((*size, self.vae.latent_channels), np.float32)
             latents = grid if noise is None else np.asarray(noise[i], np.float32)
-            if known.latents is not None:
-                latents = np.where(known.clean[..., None], known.latents, latents)
             extras = {
                 name: patchify(value, self.patch_size)
                 for name in ("cond", "control")
                 if (value := getattr(known, name)) is not None
             }
             if known.clean is not None:
+                latents = np.where(known.clean[..., None], known.latents, latents)
                 cells = patchify(known.clean[..., None], self.patch_size)
                 extras["clean"] = cells.all(axis=-1)
             item = Item(

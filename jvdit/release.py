@@ -1,8 +1,10 @@
 """A released model as a `Generator`: `load_release(folder)`."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -12,18 +14,23 @@ from jvdit.data.tokenizer import Tokenizer
 from jvdit.data.tokenizer_json import sentencepiece_of
 from jvdit.diffusion.flow import Path, TimestepPolicy
 from jvdit.generator import Generator
-from jvdit.pretrained.configs import PATCH_SIZE
+from jvdit.models.lora import check, scaled, stacked
+from jvdit.pretrained.configs import PATCH_SIZE, patch_channels
 from jvdit.pretrained.folders import (
+    dit_inputs,
     load_dit,
     load_image_encoder,
     load_text_encoder,
     load_vae,
 )
+from jvdit.pretrained.lora import read_lora
 from jvdit.pretrained.release import read_release
+from jvdit.pretrained.wan import LAYOUTS, dit_rules
 from jvdit.residence import fits_together
 from jvdit.sharding import make_mesh
 from jvdit.training.checkpoint import module_fields
 
+EXPERTS = ("dit", "dit_low")
 TEXT_LENGTH = 512
 TIMESTEPS = 1000
 _HIGHEST = 1 - 1e-6  # Wan never asks for pure noise, so the first timestep is 999
@@ -96,6 +103,35 @@ def load_release(
         image_encoder=None if image_encoder is None else image_encoder.module,
         together=fits_together(sum(part.num_bytes for part in parts.values()), mesh),
     )
+
+
+def add_adapters(
+    generator: Generator,
+    files: Sequence[tuple[str | os.PathLike[str], float]],
+    networks: Sequence[str] = EXPERTS,
+) -> None:
+    """Lets a model sample with adapters from files, several together.
+
+    Args:
+        generator: the model; adapters that it has already stay.
+        files: each with a factor of its strength.
+        networks: which experts they are for, "dit" and "dit_low".
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the adapters are of another network; lists what doesn't fit.
+    """
+    dit = generator.dit
+    shapes = jax.eval_shape(dit.init, jax.random.key(0), *dit_inputs(dit))["params"]
+    channels = patch_channels(dit)
+    tables = [dit_rules(layout, channels) for layout in LAYOUTS]
+    held = {name: [tree] for name, tree in generator.adapters.items()}
+    for file, factor in files:
+        tree = read_lora(file, tables, shapes)
+        check(shapes, tree)
+        for name in networks:
+            held.setdefault(name, []).append(scaled(tree, factor))
+    generator.adapters = {name: stacked(trees) for name, trees in held.items()}
 
 
 def _tokenizer(file: os.PathLike[str]) -> Tokenizer:

@@ -149,7 +149,8 @@ def size_like(picture: np.ndarray, pixels: int, unit: int) -> tuple[int, int]:
     """
     aspect = picture.shape[0] / picture.shape[1]
     height, width = (pixels * aspect) ** 0.5, (pixels / aspect) ** 0.5
-    return tuple(max(int(x + 1e-6) // unit, 1) * unit for x in (height, width))
+    sides = [max(int(x + 1e-6) // unit, 1) * unit for x in (height, width)]
+    return sides[0], sides[1]
 
 
 def _picture(source: Pictures, name: str) -> np.ndarray:

@@ -21,7 +21,7 @@ from jvdit.data.sheets import contact_sheet, write_png
 from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.solvers import SOLVERS
 from jvdit.generator import Generator
-from jvdit.release import load_release
+from jvdit.release import EXPERTS, add_adapters, load_release
 from jvdit.request import Request, size_fields, size_like
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of a training, or its model folder.")
@@ -35,6 +35,11 @@ _DTYPE = flags.DEFINE_enum(
     "dtype", "bfloat16", ["bfloat16", "float32"], "Of a released model."
 )
 _SHIFT = flags.DEFINE_float("shift", None, "Of a released model's times.")
+_LORA = flags.DEFINE_list(
+    "lora", [], "Files of adapters, each perhaps with its strength: FILE:0.8,FILE."
+)
+_LORA_HIGH = flags.DEFINE_list("lora_high", [], "The same, of one expert alone.")
+_LORA_LOW = flags.DEFINE_list("lora_low", [], "The same, of the low-noise expert.")
 _IMAGE = flags.DEFINE_string("image", None, "Picture: the first frame.")
 _LAST = flags.DEFINE_string("last", None, "Picture: the last frame.")
 _VIDEO = flags.DEFINE_string("video", None, "Footage or control signal to follow.")
@@ -120,8 +125,24 @@ def _load() -> Generator:
     if (_WORKDIR.value is None) == (_PRETRAINED.value is None):
         raise ValueError("give one of --workdir and --pretrained.")
     if _PRETRAINED.value is None:
-        return Generator.load(_WORKDIR.value)
-    return load_release(_PRETRAINED.value, dtype=_DTYPE.value, shift=_SHIFT.value)
+        generator = Generator.load(_WORKDIR.value)
+    else:
+        folder, dtype = _PRETRAINED.value, _DTYPE.value
+        generator = load_release(folder, dtype=dtype, shift=_SHIFT.value)
+    for flag, networks in (
+        (_LORA, EXPERTS),
+        (_LORA_HIGH, EXPERTS[:1]),
+        (_LORA_LOW, EXPERTS[1:]),
+    ):
+        files = [_strength(text) for text in flag.value]
+        add_adapters(generator, files, networks)
+    return generator
+
+
+def _strength(text: str) -> tuple[str, float]:
+    """FILE or FILE:FACTOR."""
+    match = re.fullmatch(r"(.+):(-?[\d.]+)", text)
+    return (match[1], float(match[2])) if match else (text, 1.0)
 
 
 def _given(flag: Any, defaults: dict[str, Any], fallback: Any) -> Any:

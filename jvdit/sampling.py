@@ -194,16 +194,18 @@ class Stepper:
             static_argnames=("solver", "guidance", "span", "watched"),
         )
 
-    def __call__(self, params: PyTree, running: Running, texts, **settings) -> Running:
+    def __call__(
+        self, variables: PyTree, running: Running, texts, **settings
+    ) -> Running:
         """Takes the steps of `span`; the settings are those of `advance`, `guided`."""
         watched = self.on_step is not None
-        return self._run(params, running, texts, watched=watched, **settings)
+        return self._run(variables, running, texts, watched=watched, **settings)
 
     def _steps(
         self,
         dit: DiT,
         path: Path,
-        params: PyTree,
+        variables: PyTree,
         running: Running,
         texts: tuple[Text, Text],
         *,
@@ -213,9 +215,7 @@ class Stepper:
         watched: bool,
     ) -> Running:
         solution, times, keys = running
-        denoiser = guided(
-            partial(dit.apply, {"params": params}), *texts, path, guidance
-        )
+        denoiser = guided(partial(dit.apply, variables), *texts, path, guidance)
         watch = self._told if watched else None
         solution = advance(denoiser, solution, times, path, keys, solver, span, watch)
         return Running(solution, times, keys)

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict, config_flags
 
 from jvdit.config import Config
 from jvdit.encode import encode
-from jvdit.sharding import batch_sharding, make_mesh
+from jvdit.sharding import batch_sharding, make_mesh, parameter_shardings
 from jvdit.tasks import TASKS, Task
 from jvdit.training.checkpoint import (
     Checkpoints,
@@ -103,10 +103,14 @@ class _Loop:
         self.shapes = jax.eval_shape(init, self.key, task.example)
         self.shardings = state_shardings(self.shapes, mesh)
         folder, networks = config.start_from, self.shapes.params
-        self.given = load_parameters(folder, networks) if folder else None
+        # What is frozen was read by the task; what is trained beside it is new.
+        start = folder and not task.frozen
+        self.given = load_parameters(folder, networks) if start else None
+        places = parameter_shardings(task.frozen, mesh)
+        self.frozen = jax.device_put(task.frozen, places)
         self.step = jax.jit(
             make_train_step(task.objective, optim, config.steps, config.seed),
-            in_shardings=(self.shardings, batch_sharding(mesh)),
+            in_shardings=(self.shardings, batch_sharding(mesh), places),
             out_shardings=(self.shardings, None),
             donate_argnums=0,
         )
@@ -146,7 +150,9 @@ class _Loop:
                 waiting = time.perf_counter()
                 batch = next(batches)
                 idle = time.perf_counter() - waiting
-                self.state, values = self.step(self.state, task.place(batch))
+                self.state, values = self.step(
+                    self.state, task.place(batch), self.frozen
+                )
                 # The step before is finished by now: reading it stalls nothing.
                 self._account(metrics, pending, rates, batches)
                 pending = (number, values, batch, idle)

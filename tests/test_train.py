@@ -21,6 +21,8 @@ from jvdit.data.media import read_metadata
 from jvdit.data.records import RecordDataset
 from jvdit.diffusion.denoise import Guidance
 from jvdit.encode import encode
+from jvdit.generator import Generator
+from jvdit.release import add_adapters
 from jvdit.request import Request
 from jvdit.sharding import make_mesh
 from jvdit.tasks.flow import FlowTask
@@ -277,6 +279,36 @@ def test_a_run_starts_from_the_weights_of_another(workdir, tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no model"):
         train(config, str(tmp_path / "wider"))
     assert not (tmp_path / "wider").exists()
+
+
+def test_adapters_of_a_model_of_ones_own(workdir, tmp_path):
+    config = thread_config.flow_config(workdir)
+    config.start_from = str(workdir / "dit/model")
+    config.steps = config.evaluate_every = config.sample_every = 3
+    config.sample.scored = 0
+    config.optim.warmup = 0
+    config.lora.update(rank=2, alpha=4.0, dropout=0.1)
+    train(config, str(tmp_path / "lora"))
+    config.steps = 4
+    train(config, str(tmp_path / "lora"))  # goes on
+    state = final_state(tmp_path / "lora")
+    assert int(state["step"]) == 4 and list(state["params"]) == ["lora"]
+    (file,) = (tmp_path / "lora/model").iterdir()
+    generator = Generator.load(workdir / "dit")
+    request = Request("one object", frames=5, height=16, width=16)
+    settings = {"steps": 2, "guidance": Guidance(2.0)}
+    plain = generator.latents([request], **settings)[0]
+    add_adapters(generator, [(file, 100.0)])
+    assert np.abs(generator.latents([request], **settings)[0] - plain).max() > 1e-3
+    add_adapters(generator, [(file, -100.0)])
+    again = generator.latents([request], **settings)[0]
+    np.testing.assert_allclose(again, plain, atol=1e-4)
+    config.lora.rank = 3
+    with pytest.raises(ValueError, match="`lora.rank` is 2 there but 3 here"):
+        train(config, str(tmp_path / "lora"))
+    config.start_from = ""
+    with pytest.raises(ValueError, match="`start_from` names no model"):
+        train(config, str(tmp_path / "none"))
 
 
 def test_a_field_that_came_later_is_at_its_default_in_an_old_workdir(tmp_path):

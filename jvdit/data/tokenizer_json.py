@@ -30,7 +30,8 @@ def sentencepiece_of(file: str | os.PathLike[str]) -> bytes:
         raise ValueError(
             f"{file} holds a {model.get('type')} model; that of T5 is Unigram."
         )
-    proto = sentencepiece_model_pb2.ModelProto()
+    messages: Any = sentencepiece_model_pb2  # made at run time
+    proto = messages.ModelProto()
     kinds = proto.SentencePiece
     special = {PAD_ID: kinds.CONTROL, EOS_ID: kinds.CONTROL, UNK_ID: kinds.UNKNOWN}
     added = {token["id"]: token for token in settings.get("added_tokens", [])}

@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
 from flax.typing import Initializer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -86,7 +87,7 @@ class Dense(nn.Module):
         if self.use_bias:
             zeros = nn.initializers.zeros_init()
             bias = self.param("bias", zeros, shape[1:], self.param_dtype)
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         y = dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
         if bias is not None:
             y += bias.reshape((1,) * (y.ndim - 1) + (-1,))

@@ -61,7 +61,7 @@ class LoRA:
         """
         layers = {
             path.removesuffix("/kernel"): leaf
-            for path, leaf in flatten_dict(params, sep="/").items()
+            for path, leaf in _flat(params).items()
             if path.endswith("/kernel")
         }
         found = [p for p in layers if any(re.search(t, p) for t in self.targets)]
@@ -94,7 +94,7 @@ class LoRA:
         tree = scaled(adapters, self.strength)
         if not (training and self.dropout):
             return tree
-        flat = flatten_dict(tree, sep="/")
+        flat = _flat(tree)
         for path in [p for p in flat if p.endswith(A)]:
             shape = flat[path].shape[:-2]
             flat[path.removesuffix(A) + RATE] = jnp.full(shape, self.dropout)
@@ -103,7 +103,7 @@ class LoRA:
 
 def scaled(adapters: Mapping[str, Any], factor: float) -> dict[str, Any]:
     """The same adapters, so many times as strong."""
-    flat = flatten_dict(adapters, sep="/")
+    flat = _flat(adapters)
     return unflatten_dict(
         {path: x * factor if path.endswith(B) else x for path, x in flat.items()},
         sep="/",
@@ -117,7 +117,7 @@ def stacked(several: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """
     joined: dict[str, Array] = {}
     for adapters in several:
-        for path, x in flatten_dict(adapters, sep="/").items():
+        for path, x in _flat(adapters).items():
             axis = -1 if path.endswith(A) else -2
             known = joined.get(path)
             joined[path] = x if known is None else jnp.concatenate([known, x], axis)
@@ -131,8 +131,8 @@ def merged(params: Mapping[str, Any], adapters: Mapping[str, Any]) -> dict[str, 
         ValueError: the adapters are of another network; lists what doesn't fit.
     """
     check(params, adapters)
-    flat = flatten_dict(dict(params), sep="/")
-    low = flatten_dict(adapters, sep="/")
+    flat = _flat(params)
+    low = _flat(adapters)
     for path in [p for p in low if p.endswith(A)]:
         layer = path.removesuffix(A)
         change = low[path] @ low[layer + B]
@@ -143,8 +143,8 @@ def merged(params: Mapping[str, Any], adapters: Mapping[str, Any]) -> dict[str, 
 
 def check(params: Mapping[str, Any], adapters: Mapping[str, Any]) -> None:
     """Raises ValueError if adapters don't fit the network with these parameters."""
-    flat = flatten_dict(dict(params), sep="/")
-    low = flatten_dict(adapters, sep="/")
+    flat = _flat(params)
+    low = _flat(adapters)
     wrong = []
     for path in [p for p in low if p.endswith(A)]:
         layer = path.removesuffix(A)
@@ -159,3 +159,7 @@ def check(params: Mapping[str, Any], adapters: Mapping[str, Any]) -> None:
         raise ValueError(
             f"the adapters are of another network: {'; '.join(wrong[:3])}{more}."
         )
+
+
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return flatten_dict(dict(tree), sep="/")  # type: ignore[return-value]

@@ -83,18 +83,10 @@ def load_dit(
         raise ValueError(f"{folder} is a file; give the folder with its config.json.")
     sizes = _fields(configs.dit_fields, config, folder)
     module = DiT(**sizes, **_types(dtype), **fields)
-    tokens = Tokens(
-        jnp.zeros((1, 1, module.in_channels)),
-        jnp.zeros((1, 1, 3)),
-        cond=_blank(1, module.cond_channels),
-        control=_blank(1, module.control_channels),
-    )
-    states = module.image_length or 1
-    image = _blank(states, module.image_width)
-    text = Text(jnp.zeros((1, 1, module.text_width)), image=image)
-    inputs = tokens, jnp.zeros((1, 1)), text
     rules = partial(wan.dit_rules, channels=configs.patch_channels(module))
-    return _load(module, inputs, folder, _ORIGINAL["dit"], rules, mesh, dtype)
+    return _load(
+        module, dit_inputs(module), folder, _ORIGINAL["dit"], rules, mesh, dtype
+    )
 
 
 def load_vae(
@@ -218,6 +210,19 @@ def _load(
 
     size = sum(leaf.size for leaf in leaves.values()) * jnp.dtype(dtype).itemsize
     return Loaded(module, bring, size)
+
+
+def dit_inputs(module: DiT) -> tuple[Any, ...]:
+    """The smallest inputs with which a DiT has all of its parameters."""
+    tokens = Tokens(
+        jnp.zeros((1, 1, module.in_channels)),
+        jnp.zeros((1, 1, 3)),
+        cond=_blank(1, module.cond_channels),
+        control=_blank(1, module.control_channels),
+    )
+    image = _blank(module.image_length or 1, module.image_width)
+    text = Text(jnp.zeros((1, 1, module.text_width)), image=image)
+    return tokens, jnp.zeros((1, 1)), text
 
 
 def _types(dtype: DTypeLike) -> dict[str, Any]:

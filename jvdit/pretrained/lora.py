@@ -21,11 +21,8 @@ from jvdit.pretrained.loading import paths_of
 from jvdit.pretrained.rules import STACKS, Rule, names_of, places_of
 from jvdit.pretrained.tensors import PathLike, TensorFiles
 
-# In files of pipelines a prefix says which network a layer is of.
-PREFIXES = {
-    "dit": ("transformer.", "base_model.model.", "diffusion_model.", "model.", ""),
-    "dit_low": ("transformer_2.",),
-}
+# Of the names of layers. The first is the one that is written.
+PREFIXES = ("transformer.", "base_model.model.", "diffusion_model.", "model.", "")
 _FACTORS = re.compile(
     r"(?P<layer>.+)\.(?:(?P<a>lora_A|lora_down)|lora_B|lora_up)(?:\.\w+)?\.weight"
 )
@@ -34,8 +31,8 @@ FILE = "pytorch_lora_weights.safetensors"
 
 def read_lora(
     path: PathLike, tables: Sequence[Sequence[Rule]], params: Mapping[str, Any]
-) -> dict[str, dict[str, Any]]:
-    """Adapters of a file, by the network that they are for: "dit" or "dit_low".
+) -> dict[str, Any]:
+    """The adapters of a file, at the strength that it gives them.
 
     Args:
         path: a safetensors file, or a folder with one.
@@ -49,7 +46,7 @@ def read_lora(
     path = pathlib.Path(path)
     tensors = TensorFiles(path)
     alphas = _Alphas(path, tensors)
-    found: dict[str, dict[str, np.ndarray]] = {}
+    found: dict[str, np.ndarray] = {}
     unknown = []
     for name in tensors:
         if name.endswith(".alpha"):
@@ -59,67 +56,62 @@ def read_lora(
         if not match or place is None:
             unknown.append(name)
             continue
-        network, layer, rule = place
+        layer, rule = place
         tensor = np.asarray(tensors[name], np.float32)
         if match["a"]:
             factor = rule.to_ours(tensor) if rule.layout else tensor
-            found.setdefault(network, {})[f"{layer}/{A}"] = factor
+            found[f"{layer}/{A}"] = factor
         else:
             strength = alphas.of(match["layer"], rank := tensor.shape[1]) / rank
             factor = tensor.reshape(tensor.shape[:2]).T * strength
-            found.setdefault(network, {})[f"{layer}/{B}"] = factor
+            found[f"{layer}/{B}"] = factor
     if unknown or not found:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise ValueError(
             f"{path} holds no adapters of this network: unknown are "
             f"{', '.join(unknown[:3]) or 'none, but it is empty'}{more}."
         )
-    return {network: _stacked(flat, params) for network, flat in found.items()}
+    return _stacked(found, params)
 
 
 def write_lora(
-    folder: PathLike, adapters: Mapping[str, Mapping[str, Any]], rules: Sequence[Rule]
+    folder: PathLike, adapters: Mapping[str, Any], rules: Sequence[Rule]
 ) -> pathlib.Path:
     """Writes adapters as diffusers reads them (`load_lora_weights`); returns the file.
 
     Args:
         folder: where to.
-        adapters: of each network ("dit", "dit_low"), at their strength.
+        adapters: at their strength.
         rules: the table of the network.
     """
     tensors = {}
-    for network, tree in adapters.items():
-        prefix = PREFIXES[network][0]
-        for path, leaf in flatten_dict(dict(tree), sep="/").items():
-            layer, _, factor = path.rpartition("/")
-            value = np.asarray(leaf, np.float32)
-            layers = value.shape[0] if path.partition("/")[0] in STACKS else 0
-            for piece in names_of(rules, f"{layer}/kernel", layers):
-                own = value if piece.layer is None else value[piece.layer]
-                name = prefix + piece.name.removesuffix(".weight")
-                if factor == A:
-                    turned, name = piece.rule.to_theirs(own), f"{name}.lora_A.weight"
-                else:
-                    ones = (1,) * (len(piece.rule.layout.split("->")[0].split()) - 2)
-                    turned = own.T.reshape(*own.T.shape, *ones)
-                    name = f"{name}.lora_B.weight"
-                tensors[name] = np.ascontiguousarray(turned)
+    for path, leaf in flatten_dict(dict(adapters), sep="/").items():
+        layer, _, factor = path.rpartition("/")
+        value = np.asarray(leaf, np.float32)
+        layers = value.shape[0] if path.partition("/")[0] in STACKS else 0
+        for piece in names_of(rules, f"{layer}/kernel", layers):
+            own = value if piece.layer is None else value[piece.layer]
+            name = PREFIXES[0] + piece.name.removesuffix(".weight")
+            if factor == A:
+                turned, name = piece.rule.to_theirs(own), f"{name}.lora_A.weight"
+            else:
+                ones = (1,) * (len(piece.rule.layout.split("->")[0].split()) - 2)
+                turned = own.T.reshape(*own.T.shape, *ones)
+                name = f"{name}.lora_B.weight"
+            tensors[name] = np.ascontiguousarray(turned)
     file = pathlib.Path(folder) / FILE
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, file, metadata={"format": "pt"})
     return file
 
 
-def _place(name: str, tables: Sequence[Sequence[Rule]]) -> tuple[str, str, Rule] | None:
-    """Which network a layer is of, its path there, and its rule."""
-    for network, prefixes in PREFIXES.items():
-        for prefix in prefixes:
-            if not name.startswith(prefix):
-                continue
-            for rules in tables:
-                for path, rule in places_of(rules, f"{name[len(prefix) :]}.weight"):
-                    if path.endswith("/kernel") and rule.part[1] == 1:
-                        return network, path.removesuffix("/kernel"), rule
+def _place(name: str, tables: Sequence[Sequence[Rule]]) -> tuple[str, Rule] | None:
+    """The path of a layer, and its rule."""
+    for prefix in PREFIXES:
+        for rules in tables if name.startswith(prefix) else ():
+            for path, rule in places_of(rules, f"{name[len(prefix) :]}.weight"):
+                if path.endswith("/kernel") and rule.part[1] == 1:
+                    return path.removesuffix("/kernel"), rule
     return None
 
 

@@ -1,5 +1,6 @@
 """Training the DiT on cached latents, with a text encoder or on cached text states."""
 
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -25,13 +26,17 @@ from jvdit.diffusion.solvers import check_solver
 from jvdit.evaluation import oracle
 from jvdit.generator import Generator
 from jvdit.models.dit import DiT
+from jvdit.models.lora import LoRA
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.models.video_vae import VideoVAE
+from jvdit.pretrained import wan
+from jvdit.pretrained.lora import write_lora
 from jvdit.request import Request
 from jvdit.tasks.task import Task
 from jvdit.training.checkpoint import (
     build,
     differences,
+    load_parameters,
     load_weights,
     module_fields,
     weights_hash,
@@ -61,6 +66,8 @@ class FlowTask(Task):
         self.example, _ = self.batch_builder[0]
         one_clip = data.max_clips == 1 and self.plan.padding == 0
         self.objective = self._objective(one_clip)
+        if self.objective.lora:
+            self.frozen = self._base()
         self.identity = self._identity()
         clips = sum(map(len, self.sources))
         self.summary = f"{clips} clips, {self.plan.padding:.1%} padding"
@@ -189,7 +196,9 @@ class FlowTask(Task):
             "out_channels": channels,
             "text_width": text_width,
         }
+        lora = config.lora.to_dict()
         return FlowObjective(
+            lora=LoRA(**lora) if lora["rank"] else None,
             dit=build(DiT, network),
             text_encoder=text_encoder,
             path=Path(**config.path),
@@ -197,10 +206,28 @@ class FlowTask(Task):
             one_clip=one_clip,
         )
 
+    def _base(self) -> dict[str, Any]:
+        """The networks that the adapters adapt."""
+        folder = self.config.start_from
+        if not folder:
+            raise ValueError(
+                "`lora.rank` asks for adapters, and `start_from` names no model that "
+                "they adapt; give its `model` folder."
+            )
+        init = dataclasses.replace(self.objective, lora=None).init
+        return load_parameters(
+            folder, jax.eval_shape(init, jax.random.key(0), self.example)
+        )
+
     def _identity(self) -> dict[str, Any]:
         objective = self.objective
         text = self.captions.settings if self.captions else None
+        adapters = {}
+        if objective.lora:
+            adapters = dataclasses.asdict(objective.lora)
+            adapters |= {"base": weights_hash(self.frozen)}
         return {
+            **({"lora": adapters} if adapters else {}),
             "objective": "flow",
             "seed": self.config.seed,
             "dit": module_fields(objective.dit),
@@ -253,6 +280,7 @@ class FlowTask(Task):
         for i in range(batches):
             batch, _ = self._validation[i]
             keys = jax.random.split(jax.random.key(i), len(batch["segment"]))
+            params = {**self.frozen, **params}
             total += np.asarray(self._measure(params, self.place(batch), keys, times))
         errors = dict(zip(self.config.validation_times, total / batches, strict=True))
         found = {f"validation/t={t:g}": float(e) for t, e in errors.items()}
@@ -277,7 +305,7 @@ class FlowTask(Task):
 
     def _generator_of(self, params) -> Generator:
         sample, objective = self.config.sample, self.objective
-        weights = {**(params or {}), "vae": self.vae_params}
+        weights = {**self.frozen, **(params or {}), "vae": self.vae_params}
         text_encoder = objective.text_encoder
         if self.captions:
             text_encoder = self.captions.module
@@ -303,7 +331,10 @@ class FlowTask(Task):
             return
         if self._generator is None:
             self._generator = self._generator_of(params)
-        self._generator.load_params(params)
+        if self.objective.lora:
+            self._generator.adapters = {"dit": self._adapters(params)}
+        else:
+            self._generator.load_params(params)
         if prompts:
             videos = self._clips(prompts)
             sheet = contact_sheet(videos, prompts)
@@ -330,5 +361,15 @@ class FlowTask(Task):
             oracle.score(np.stack(videos), world.scenes(ids), world.fps)
         )
 
-    def save(self, params, folder):  # noqa: D102
-        self._generator_of(jax.device_get(params)).save(folder)
+    def _adapters(self, params) -> dict[str, Any]:
+        lora = self.objective.lora
+        assert lora is not None
+        return lora.active(params["lora"], training=False)
+
+    def save(self, params, folder):
+        """Writes a finished model; of adapters those alone, as diffusers reads them."""
+        params = jax.device_get(params)
+        if self.objective.lora:
+            write_lora(folder, self._adapters(params), wan.dit_rules())
+        else:
+            self._generator_of(params).save(folder)

@@ -2,6 +2,7 @@
 
 import pathlib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -24,6 +25,7 @@ class Task(ABC):
         objective: what is minimised.
         identity: what makes a workdir this run's.
         networks: the classes of the networks (and the path) in it.
+        frozen: parameters that stay as they are, by network.
         fingerprint: of the order of the data.
         example: a batch, for its shapes.
         flops: of the model in one step, forward and backward; 0 if not known.
@@ -42,6 +44,7 @@ class Task(ABC):
 
     def __init__(self, config: Config, mesh: Mesh, workdir: pathlib.Path):
         self.config, self.mesh, self.workdir = config, mesh, workdir
+        self.frozen: Mapping[str, Any] = {}
         data = config.data
         self.sources = [self.open(name) for name in data.sources]
         if data.weights and len(data.weights) != len(self.sources):

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from jvdit.diffusion.denoise import denoise
 from jvdit.diffusion.flow import Path, TimestepPolicy
 from jvdit.models.dit import DiT
+from jvdit.models.lora import LoRA
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.shapes import Text, Tokens
 from jvdit.training.step import Batch, Metrics
@@ -70,6 +71,8 @@ class FlowObjective:
         path: from latents to noise.
         policy: the times.
         one_clip: see `tokens_of`.
+        lora: adapters of the DiT that are trained in the place of all else, which is
+            frozen then.
     """
 
     dit: DiT
@@ -77,9 +80,13 @@ class FlowObjective:
     path: Path
     policy: TimestepPolicy
     one_clip: bool = False
+    lora: LoRA | None = None
 
     def init(self, key: PRNGKeyArray, batch: Batch) -> Any:
-        """Fresh parameters: {"dit"} and, where it is trained, {"text_encoder"}."""
+        """Fresh parameters: {"dit"} and, where it is trained, {"text_encoder"}.
+
+        With adapters they are all: {"lora"}.
+        """
         keys = jax.random.split(key)
         batch = {name: value[:1] for name, value in batch.items()}
         params = {}
@@ -93,6 +100,8 @@ class FlowObjective:
         levels = 1 if self.one_clip else batch["valid"].shape[1] + 1
         t = jnp.zeros((1, levels))
         params["dit"] = self.dit.init(keys[1], tokens, t, text)["params"]
+        if self.lora is not None:
+            return {"lora": self.lora.init(keys[1], params["dit"])}
         return params
 
     def prepare(self, batch: Batch, key: PRNGKeyArray) -> Batch:
@@ -109,7 +118,8 @@ class FlowObjective:
     def loss(self, params: Any, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
         """Sum over tokens of the squared error, and the loss by noise level."""
         x0, noise = jax.vmap(_draw)(batch["key"], batch["latents"], batch["logvar"])
-        error, t = self.error(params, batch, x0, noise, batch["t"])
+        rng = jax.random.fold_in(batch["key"][0], 1)
+        error, t = self.error(params, batch, x0, noise, batch["t"], rng)
         metrics: Metrics = {}
         for i in range(BUCKETS):
             inside = (t >= i / BUCKETS) & (t < (i + 1) / BUCKETS + (i == BUCKETS - 1))
@@ -126,13 +136,21 @@ class FlowObjective:
         x0: Float[Array, "b n c"],
         noise: Float[Array, "b n c"],
         t: Float[Array, "b m"],
+        rng: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "b n"], Float[Array, "b n"]]:
-        """Squared error of each token (0 for padding), and the token's time."""
+        """Squared error of each token (0 for padding), and the token's time.
+
+        `rng` is for dropout; None: there is none.
+        """
         levels = t if self.one_clip else jnp.pad(t, ((0, 0), (1, 0)))
         clean = tokens_of(batch, x0, self.one_clip)
         token_t = clean.per_token(levels)
         tokens = clean.with_latents(self.path.mix(x0, noise, token_t))
-        model = partial(self.dit.apply, {"params": params["dit"]})
+        variables, rngs = {"params": params["dit"]}, {}
+        if self.lora is not None:
+            variables["lora"] = self.lora.active(params["lora"], rng is not None)
+            rngs = {} if rng is None else {"lora": rng}
+        model = partial(self.dit.apply, variables, rngs=rngs)
         text = text_of(self.text_encoder, params, batch)
         velocity = denoise(model, tokens, levels, text, self.path)
         wanted = self.path.true_velocity(x0, noise, token_t)

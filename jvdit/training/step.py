@@ -14,6 +14,8 @@ from jvdit.training.state import TrainState
 Batch = Mapping[str, Array]
 Metrics = dict[str, Any]  # an array each, or a pair of them
 
+_NOTHING: Mapping[str, Any] = {}
+
 
 @runtime_checkable
 class Objective(Protocol):
@@ -42,8 +44,11 @@ class Objective(Protocol):
 
 def make_train_step(
     objective: Objective, optim: Optim, steps: int, seed: int
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The function `(state, batch) -> (state, metrics)` to jit with the mesh.
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The function `(state, batch, frozen) -> (state, metrics)` to jit with the mesh.
+
+    `frozen` are parameters by network, as those of the state, that stay as they are;
+    the loss is given both.
 
     Sums of loss and gradient are taken over the parts of the batch
     (`optim.accumulate`) and divided once by the weight of the whole, so the update is
@@ -53,11 +58,16 @@ def make_train_step(
     optimizer = optim.optimizer(steps)
     learning_rate = optim.learning_rate(steps)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState, batch: Batch, frozen: Mapping[str, Any] = _NOTHING
+    ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         batch = objective.prepare(batch, key)
         weight = jnp.maximum(objective.weight(batch), 1)
-        gradient = jax.value_and_grad(objective.loss, has_aux=True)
+        gradient = jax.value_and_grad(
+            lambda params, part: objective.loss({**frozen, **params}, part),
+            has_aux=True,
+        )
         (loss, metrics), grads = _accumulated(
             lambda part: gradient(state.params, part), batch, optim.accumulate
         )

@@ -95,8 +95,7 @@ def test_a_file_of_diffusers(folder, tmp_path, scan):
     model.save_lora_adapter(tmp_path)
     loaded = load_dit(folder, dtype=jnp.float32, scan_layers=scan)
     found = read_lora(tmp_path, TABLES, loaded.params)
-    assert list(found) == ["dit"]
-    assert alike(ours(loaded, found["dit"]), theirs(model))
+    assert alike(ours(loaded, found), theirs(model))
     assert not alike(ours(loaded), theirs(model))
 
 
@@ -108,7 +107,7 @@ def test_a_folder_of_peft(folder, tmp_path):
             value.data = torch.from_numpy(0.3 * draw(*value.shape, seed=i))
     model.save_pretrained(tmp_path)
     loaded = load_dit(folder, dtype=jnp.float32)
-    found = read_lora(tmp_path, TABLES, loaded.params)["dit"]
+    found = read_lora(tmp_path, TABLES, loaded.params)
     assert alike(ours(loaded, found), theirs(model.base_model.model))
 
 
@@ -129,7 +128,7 @@ def test_names_of_comfyui_with_alphas(folder, tmp_path):
     save_file(tensors, tmp_path / "comfy.safetensors")
     assert any("self_attn" in name for name in tensors)
     loaded = load_dit(folder, dtype=jnp.float32)
-    found = read_lora(tmp_path / "comfy.safetensors", TABLES, loaded.params)["dit"]
+    found = read_lora(tmp_path / "comfy.safetensors", TABLES, loaded.params)
     assert alike(ours(loaded, found), theirs(model))
 
 
@@ -140,12 +139,12 @@ def test_ours_loads_there(folder, tmp_path, scan):
     adapters = lora.init(jax.random.key(0), loaded.params)
     adapters = jax.tree.map(lambda x: 0.3 * jnp.asarray(draw(*x.shape)), adapters)
     active = lora.active(adapters, training=False)
-    file = write_lora(tmp_path, {"dit": active}, TABLES[0])
+    file = write_lora(tmp_path, active, TABLES[0])
     assert file.name == FILE
     model = network()
     model.load_lora_adapter(tmp_path, prefix="transformer", use_safetensors=True)
     assert alike(ours(loaded, active), theirs(model))
-    again = read_lora(file, TABLES, loaded.params)["dit"]
+    again = read_lora(file, TABLES, loaded.params)
     jax.tree.map(np.testing.assert_array_equal, again, active)
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import io
+import subprocess
+import sys
 import zlib
 
 import jax
@@ -12,6 +14,7 @@ import sentencepiece
 from einops import rearrange
 from PIL import Image
 
+from jvdit.data.media import decode_clip, read_metadata
 from jvdit.diffusion.denoise import Guidance
 from jvdit.release import load_release
 from jvdit.request import Request
@@ -20,6 +23,7 @@ from jvdit.sharding import make_mesh
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
 
 PROMPT, NEGATIVE = "a cat  dancing on the moon &amp; stars", "static, blurred details"
 DIT = {
@@ -299,3 +303,29 @@ def test_vace_with_footage_a_mask_and_references(tmp_path):
 
 def test_vace_from_text_alone(tmp_path):
     compare(pipeline(diffusers.WanVACEPipeline, 16.0, dit=CONTROL), tmp_path)
+
+
+def test_the_command_line_with_a_picture_and_adapters(tmp_path):
+    kind = diffusers.WanImageToVideoPipeline
+    pipe = pipeline(kind, 5.0, dit=KNOWN, experts=0.9)
+    pipe.save_pretrained(tmp_path / "release")
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_v"])
+    pipe.transformer.add_adapter(config)
+    layers = peft.utils.get_peft_model_state_dict(pipe.transformer)
+    kind.save_lora_weights(tmp_path / "lora", transformer_lora_layers=layers)
+    Image.fromarray(picture("image", 40, 80)).save(tmp_path / "first.png")
+    command = [sys.executable, "-m", "jvdit.sample", "a cat"]
+    command += [f"--pretrained={tmp_path}/release", "--dtype=float32", "--steps=5"]
+    command += [f"--image={tmp_path}/first.png", "--size=32x48", "--frames=5"]
+    command += [f"--lora={tmp_path}/lora:0.5", f"--lora_low={tmp_path}/lora"]
+    command += [f"--out={tmp_path}/out"]
+    subprocess.run(command, check=True, timeout=300)
+    clip = decode_clip(
+        tmp_path / "out/a-cat_0.mp4", frames=5, fps=16, height=32, width=48
+    )
+    assert clip["video"].shape == (5, 32, 48, 3)
+    settings = read_metadata(tmp_path / "out/a-cat_0.mp4")["jvdit"]
+    assert settings["image"].endswith("first.png") and settings["scale"] == 5.0
+    wrong = [*command, "--last=absent.png", "--frames=6"]
+    told = subprocess.run(wrong, capture_output=True, text=True, timeout=300)
+    assert told.returncode and "try 5 or 9" in told.stderr.splitlines()[-1]
