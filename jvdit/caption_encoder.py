@@ -1,6 +1,7 @@
 """A finished text encoder with its tokenizer: from captions to states."""
 
 import dataclasses
+import json
 import os
 import pathlib
 from collections.abc import Sequence
@@ -13,7 +14,10 @@ from jaxtyping import Float
 
 from jvdit.data.plan import TEXT_MULTIPLE
 from jvdit.data.tokenizer import Tokenizer
+from jvdit.data.tokenizer_json import sentencepiece_of
 from jvdit.models.text_encoder import TextEncoder
+from jvdit.pretrained.folders import load_text_encoder
+from jvdit.pretrained.release import is_release, read_release
 from jvdit.training.checkpoint import (
     build,
     load_weights,
@@ -21,9 +25,11 @@ from jvdit.training.checkpoint import (
     module_fields,
     save_weights,
     weights_hash,
+    write_json,
 )
 
 BATCH = 32  # captions
+_REFERENCE = "text_encoder.json"
 
 
 @dataclasses.dataclass
@@ -31,22 +37,32 @@ class CaptionEncoder:
     """Encodes captions in batches of one shape.
 
     Attributes:
-        module, params: the network.
+        module: the network.
+        params: its parameters, or a function that brings them to the devices.
         tokenizer: of the captions.
+        release: folder of the released model that it is of; "": of none.
     """
 
     module: TextEncoder
     params: Any
     tokenizer: Tokenizer
+    release: str = ""
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]):
-        """Loads `text_encoder` and `tokenizer.model` of a `model` folder or workdir.
+        """Loads the text encoder of a `model` folder, workdir or released model.
 
         Raises:
-            FileNotFoundError: one of them is missing.
+            FileNotFoundError: it, or its tokenizer, is missing.
         """
         folder = model_folder(folder)
+        if (folder / _REFERENCE).exists():
+            folder = pathlib.Path(json.loads((folder / _REFERENCE).read_text()))
+        if is_release(folder):
+            release = read_release(folder)
+            loaded = load_text_encoder(release.parts["text_encoder"])
+            tokenizer = release_tokenizer(release.tokenizer)
+            return cls(loaded.module, loaded.load, tokenizer, str(folder.absolute()))
         model = folder / "tokenizer.model"
         if not model.exists():
             raise FileNotFoundError(
@@ -57,7 +73,10 @@ class CaptionEncoder:
         return cls(build(TextEncoder, fields), params, Tokenizer(model))
 
     def save(self, folder: pathlib.Path) -> None:
-        """Writes what `load` reads."""
+        """Writes what `load` reads; of a released model only where it lies."""
+        if self.release:
+            write_json(folder / _REFERENCE, self.release)
+            return
         fields = module_fields(self.module)
         save_weights(folder / "text_encoder", self.params, fields)
         (folder / "tokenizer.model").write_bytes(self.tokenizer.model)
@@ -66,7 +85,7 @@ class CaptionEncoder:
     def settings(self) -> dict[str, Any]:
         """What tells this text encoder from others, as JSON values."""
         return {
-            "hash": weights_hash(self.params),
+            "hash": weights_hash(self._placed),
             "tokenizer": self.tokenizer.fingerprint,
             "width": self.module.width,
         }
@@ -84,9 +103,21 @@ class CaptionEncoder:
             self.module, self._placed, self.tokenizer, captions, max_length, BATCH
         )
 
+    def free(self) -> None:
+        """Takes from the devices what a function brought there."""
+        if callable(self.params):
+            self.__dict__.pop("_placed", None)
+
     @cached_property
     def _placed(self):
-        return jax.device_put(self.params)
+        return self.params() if callable(self.params) else jax.device_put(self.params)
+
+
+def release_tokenizer(file: os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of a released model, with the conventions of its authors."""
+    name = os.fspath(file)
+    model = sentencepiece_of(name) if name.endswith(".json") else name
+    return Tokenizer(model, byte_fallback="unk", clean=True)
 
 
 def encode_captions(

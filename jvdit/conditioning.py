@@ -5,41 +5,20 @@ Networks take it in one of three ways. Wan 2.1 and 2.2 I2V: as channels beside t
 VACE: as a control signal for blocks of their own (`control_signal`).
 """
 
-import dataclasses
-import html
-import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import ftfy
 import numpy as np
 from einops import rearrange, repeat
 from jaxtyping import Bool, Float, UInt8
 
+from jvdit.conventions import Conventions
 from jvdit.models.dit import DiT
 from jvdit.models.video_vae import VideoVAE
 from jvdit.request import Request
 
 # Pixels in [-1, 1] [T H W 3] to normalised latents [f h w c].
 Encode = Callable[[Float[np.ndarray, "T H W 3"]], Float[np.ndarray, "f h w c"]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Conventions:
-    """What a network takes its inputs to mean. The defaults are our own models'.
-
-    Attributes:
-        seconds: positions in time count seconds; False: latent frames, as Wan's.
-        pad_text: every token sees `text_length` text states, zero past the end of the
-            prompt, as Wan's; False: the states of the prompt alone.
-        clean_text: prompts are cleaned as Wan's are, see `cleaned`.
-        clean_frames: a given first frame is known as clean tokens.
-    """
-
-    seconds: bool = True
-    pad_text: bool = False
-    clean_text: bool = False
-    clean_frames: bool = False
 
 
 class Given(NamedTuple):
@@ -117,12 +96,6 @@ def given_of(
             ends, request.frames, encode, vae.temporal_compression
         )
     return clean_first_frame(ends[0], size[0], encode) if ends else Given()
-
-
-def cleaned(text: str) -> str:
-    """Text as Wan's networks were shown it: mended, without entities, one line."""
-    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
-    return re.sub(r"\s+", " ", text).strip()
 
 
 def to_pixels(pictures: UInt8[np.ndarray, "*n 3"]) -> Float[np.ndarray, "*n 3"]:

@@ -10,9 +10,11 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from jvdit.conventions import Conventions
 from jvdit.diffusion.flow import Path, TimestepPolicy
 from jvdit.models import dit, text_encoder, video_vae
 from jvdit.models.lora import LoRA
+from jvdit.pretrained.recipes import RECIPES
 from jvdit.training.optim import Optim
 
 # A ConfigDict. Its attributes have no types that a checker could know.
@@ -105,6 +107,9 @@ def flow(variant: str = "world-s", text_variant: str = "world") -> Config:
     # Folder of an autoencoder whose latents the cache must hold. "": whichever
     # autoencoder wrote the cache.
     config.autoencoder = ""
+    # Which network of a released `start_from` is trained: "dit", or "dit_low", the
+    # expert for low noise.
+    config.expert = "dit"
     config.dit = fields_of(
         dit.DiT, dit.VARIANTS[variant], "in_channels", "out_channels", "text_width"
     )
@@ -121,6 +126,8 @@ def flow(variant: str = "world-s", text_variant: str = "world") -> Config:
     config.tokenizer = ""
     config.vocab_size = 512
     config.patch_size = (1, 2, 2)
+    # What the network takes its inputs to mean.
+    config.conventions = dataclasses.asdict(Conventions())
     config.path = dataclasses.asdict(Path())
     config.timesteps = dataclasses.asdict(TimestepPolicy())
     config.data.update(
@@ -146,6 +153,29 @@ def flow(variant: str = "world-s", text_variant: str = "world") -> Config:
         "solver": "unipc",
         "guidance_scale": 4.0,
     }
+    return config
+
+
+def wan(variant: str, release: str) -> Config:
+    """Finetuning a released Wan 2 model, on latents and text states of its own.
+
+    Args:
+        variant: its row of `dit.VARIANTS` and `RECIPES`.
+        release: its folder.
+    """
+    config, recipe = flow(variant, text_variant=""), RECIPES[variant]
+    config.start_from = release
+    config.conventions.update(seconds=False, pad_text=True)
+    config.path.timesteps = 1000
+    config.timesteps.update(shift=recipe["shift"], shift_range=(1e-3, 1e3))
+    config.timesteps.grid = (1 - 1e-6, 1e-3)
+    config.dit.update(dtype="bfloat16", scan_layers=True, remat="full")
+    config.data.update(
+        rows=8, max_clips=1, text_length=512, text_budget=512, caption_dropout=0.1
+    )
+    names = ("frames", "height", "width", "fps", "steps", "solver", "guidance_scale")
+    config.sample.update({name: recipe[name] for name in names})
+    config.optim.update(lr=1e-5, schedule="constant", warmup=100)
     return config
 
 

@@ -25,9 +25,12 @@ from jvdit.data.clips import BadClip, Clip, Source
 from jvdit.data.record_format import latent_features
 from jvdit.data.records import RecordDataset, RecordWriter
 from jvdit.models.video_vae import VideoVAE
+from jvdit.pretrained.folders import load_vae
+from jvdit.pretrained.release import is_release, read_release
 from jvdit.training.checkpoint import (
     build,
     load_weights,
+    module_fields,
     save_weights,
     weights_hash,
 )
@@ -35,7 +38,9 @@ from jvdit.training.vae_objective import to_float
 
 _SOURCE = flags.DEFINE_string("source", None, "What to encode: see jvdit.data.catalog.")
 _VALIDATION = flags.DEFINE_string("validation", "", "Goes to the split val.")
-_VAE = flags.DEFINE_string("vae", None, "The `model` folder of an autoencoder.")
+_VAE = flags.DEFINE_string(
+    "vae", None, "The `model` folder of an autoencoder, or a released model."
+)
 _OUT = flags.DEFINE_string("out", None, "Folder of the latents.")
 _TEXT_ENCODER = flags.DEFINE_string(
     "text_encoder", "", "Workdir or `model` folder; encodes the captions too."
@@ -72,8 +77,7 @@ def encode(
             autoencoder doesn't take.
         FileNotFoundError: there is no such source or autoencoder.
     """
-    params, fields = load_weights(_weights_folder(vae))
-    module = build(VideoVAE, fields)
+    module, params, fields = _autoencoder(vae)
     splits = {"train": open_source(source)}
     if validation:
         splits["val"] = open_source(validation)
@@ -102,11 +106,21 @@ def encode(
     if not writer.finished:
         _write(writer, splits, shards, _encoder(module, params), states)
         writer.finish()
-    mean, std = _statistics(folder)
-    fields |= {"latents_mean": mean, "latents_std": std}
+    if fields.get("latents_mean") is None:
+        mean, std = _statistics(folder)
+        fields |= {"latents_mean": mean, "latents_std": std}
     save_weights(folder / "vae", params, fields)
     if states is not None:
         captions.save(folder)
+
+
+def _autoencoder(vae: str) -> tuple[VideoVAE, Any, dict[str, Any]]:
+    """An autoencoder of ours or of a released model: module, parameters, fields."""
+    if is_release(vae):
+        loaded = load_vae(read_release(vae).parts["vae"])
+        return loaded.module, loaded.params, module_fields(loaded.module)
+    params, fields = load_weights(_weights_folder(vae))
+    return build(VideoVAE, fields), params, fields
 
 
 def _weights_folder(vae: str) -> pathlib.Path:

@@ -17,13 +17,12 @@ from jaxtyping import Float
 
 from jvdit.caption_encoder import encode_captions
 from jvdit.conditioning import (
-    Conventions,
     Given,
     check_pictures,
-    cleaned,
     given_of,
     pictures_of,
 )
+from jvdit.conventions import Conventions
 from jvdit.data.packing import Item, Size, patchify, positions
 from jvdit.data.tokenizer import Tokenizer
 from jvdit.diffusion.denoise import Guidance
@@ -364,14 +363,13 @@ class Generator:
     def _states(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """The text states of each prompt."""
         texts = list(dict.fromkeys(prompts))
-        clean = map(cleaned, texts) if self.conventions.clean_text else texts
         batch = min(1 << (len(texts) - 1).bit_length(), _PROMPTS)
         with jax.set_mesh(self._mesh):
             states = encode_captions(
                 self.text_encoder,
                 self._residence["text_encoder"],
                 self.tokenizer,
-                list(clean),
+                texts,
                 self.text_length,
                 batch,
             )

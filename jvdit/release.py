@@ -1,7 +1,8 @@
 """A released model as a `Generator`: `load_release(folder)`."""
 
 import os
-from collections.abc import Sequence
+import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,9 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from jvdit.conditioning import Conventions
-from jvdit.data.tokenizer import Tokenizer
-from jvdit.data.tokenizer_json import sentencepiece_of
+from jvdit.caption_encoder import release_tokenizer
+from jvdit.conventions import Conventions
 from jvdit.diffusion.flow import Path, TimestepPolicy
 from jvdit.generator import Generator
 from jvdit.models.lora import check, scaled, stacked
@@ -33,6 +33,7 @@ from jvdit.training.checkpoint import module_fields
 EXPERTS = ("dit", "dit_low")
 TEXT_LENGTH = 512
 TIMESTEPS = 1000
+_ITS_OWN: Mapping[str, str] = {}
 _HIGHEST = 1 - 1e-6  # Wan never asks for pure noise, so the first timestep is 999
 
 
@@ -41,6 +42,7 @@ def load_release(
     mesh: Mesh | None = None,
     dtype: DTypeLike = jnp.bfloat16,
     shift: float | None = None,
+    parts: Mapping[str, str | os.PathLike[str]] = _ITS_OWN,
     **fields: Any,
 ) -> Generator:
     """A model of the Wan 2 family, to be sampled as its authors recommend.
@@ -54,6 +56,8 @@ def load_release(
         mesh: of the devices; default: all of them on `data`.
         dtype: of the parameters and the computation; the autoencoder's are float32.
         shift: of the times, see `TimestepPolicy`; None: the authors'.
+        parts: folders of networks in the place of the release's own, by name: "dit" and
+            "dit_low" of a finetuning.
         **fields: of `DiT` that the release doesn't decide, such as `scan_layers`.
 
     Raises:
@@ -69,20 +73,21 @@ def load_release(
         "vae": lambda path: load_vae(path, mesh),
         "image_encoder": lambda path: load_image_encoder(path, mesh),
     }
-    parts = {name: loaders[name](path) for name, path in release.parts.items()}
-    dit = parts["dit"].module
-    if "dit_low" in parts and parts["dit_low"].module != dit:
+    paths = release.parts | {k: pathlib.Path(v) for k, v in parts.items()}
+    found = {name: loaders[name](path) for name, path in paths.items()}
+    dit = found["dit"].module
+    if "dit_low" in found and found["dit_low"].module != dit:
         raise ValueError(f"the two experts of {folder} are of different sizes.")
     if not dit.image_width:
-        parts.pop("image_encoder", None)
+        found.pop("image_encoder", None)
     recipe = release.recipe(module_fields(dit))
-    image_encoder = parts.get("image_encoder")
+    image_encoder = found.get("image_encoder")
     return Generator(
         dit=dit,
-        text_encoder=parts["text_encoder"].module,
-        vae=parts["vae"].module,
-        params={name: part.load for name, part in parts.items()},
-        tokenizer=_tokenizer(release.tokenizer),
+        text_encoder=found["text_encoder"].module,
+        vae=found["vae"].module,
+        params={name: part.load for name, part in found.items()},
+        tokenizer=release_tokenizer(release.tokenizer),
         path=Path(timesteps=TIMESTEPS),
         policy=TimestepPolicy(
             shift=recipe.pop("shift") if shift is None else shift,
@@ -96,12 +101,11 @@ def load_release(
         conventions=Conventions(
             seconds=False,
             pad_text=True,
-            clean_text=True,
             clean_frames=release.clean_frames,
         ),
         boundary=recipe.pop("boundary"),
         image_encoder=None if image_encoder is None else image_encoder.module,
-        together=fits_together(sum(part.num_bytes for part in parts.values()), mesh),
+        together=fits_together(sum(part.num_bytes for part in found.values()), mesh),
     )
 
 
@@ -132,9 +136,3 @@ def add_adapters(
         for name in networks:
             held.setdefault(name, []).append(scaled(tree, factor))
     generator.adapters = {name: stacked(trees) for name, trees in held.items()}
-
-
-def _tokenizer(file: os.PathLike[str]) -> Tokenizer:
-    name = os.fspath(file)
-    model = sentencepiece_of(name) if name.endswith(".json") else name
-    return Tokenizer(model, byte_fallback="unk")

@@ -33,11 +33,11 @@ class Residence(Mapping[str, Any]):
         self._placed: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
+        if not self._together:
+            self._leave(name)
         if name not in self._placed:
             source = self._sources[name]
             if callable(source):
-                if not self._together:
-                    self._leave()
                 self._placed[name] = source()
             else:
                 places = parameter_shardings(source, self._mesh)
@@ -54,9 +54,9 @@ class Residence(Mapping[str, Any]):
         """Replaces parameters by others that are already on the mesh."""
         self._placed.update(params)
 
-    def _leave(self) -> None:
+    def _leave(self, but: str) -> None:
         for name, source in self._sources.items():
-            if callable(source):
+            if callable(source) and name != but:
                 self._placed.pop(name, None)
 
 

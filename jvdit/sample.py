@@ -31,6 +31,8 @@ _PROMPTS = flags.DEFINE_string(
 _PRETRAINED = flags.DEFINE_string(
     "pretrained", None, "Folder of a released model, instead of --workdir."
 )
+_DIT = flags.DEFINE_string("dit", None, "Finetuned network for a released model.")
+_DIT_LOW = flags.DEFINE_string("dit_low", None, "The same, of the low-noise expert.")
 _DTYPE = flags.DEFINE_enum(
     "dtype", "bfloat16", ["bfloat16", "float32"], "Of a released model."
 )
@@ -127,8 +129,13 @@ def _load() -> Generator:
     if _PRETRAINED.value is None:
         generator = Generator.load(_WORKDIR.value)
     else:
-        folder, dtype = _PRETRAINED.value, _DTYPE.value
-        generator = load_release(folder, dtype=dtype, shift=_SHIFT.value)
+        networks = {"dit": _DIT.value, "dit_low": _DIT_LOW.value}
+        generator = load_release(
+            _PRETRAINED.value,
+            dtype=_DTYPE.value,
+            shift=_SHIFT.value,
+            parts={name: path for name, path in networks.items() if path},
+        )
     for flag, networks in (
         (_LORA, EXPERTS),
         (_LORA_HIGH, EXPERTS[:1]),

@@ -20,12 +20,12 @@ from ml_collections import ConfigDict, config_flags
 
 from jvdit.config import Config
 from jvdit.encode import encode
+from jvdit.networks import finished_parameters
 from jvdit.sharding import batch_sharding, make_mesh, parameter_shardings
 from jvdit.tasks import TASKS, Task
 from jvdit.training.checkpoint import (
     Checkpoints,
     claim_workdir,
-    load_parameters,
     write_json,
 )
 from jvdit.training.metrics import Metrics, Throughput
@@ -105,7 +105,10 @@ class _Loop:
         folder, networks = config.start_from, self.shapes.params
         # What is frozen was read by the task; what is trained beside it is new.
         start = folder and not task.frozen
-        self.given = load_parameters(folder, networks) if start else None
+        expert = config.get("expert", "dit")
+        self.given = (
+            finished_parameters(folder, networks, mesh, expert) if start else None
+        )
         places = parameter_shardings(task.frozen, mesh)
         self.frozen = jax.device_put(task.frozen, places)
         self.step = jax.jit(

@@ -19,8 +19,10 @@ MAY_IMPORT = {
     "training": {"training", "models", "diffusion", "data"} | LOWEST,
 }
 ENTRY_POINTS = [
+    "conventions",
     "config",
     "caption_encoder",
+    "networks",
     "request",
     "conditioning",
     "residence",

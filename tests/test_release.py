@@ -10,11 +10,10 @@ from PIL import Image
 from jvdit.conditioning import (
     check_pictures,
     clean_first_frame,
-    cleaned,
     control_signal,
     first_frame_channels,
 )
-from jvdit.data.tokenizer import Tokenizer, train_tokenizer
+from jvdit.data.tokenizer import Tokenizer, cleaned, train_tokenizer
 from jvdit.data.tokenizer_json import sentencepiece_of
 from jvdit.models.dit import VARIANTS
 from jvdit.pretrained.recipes import RECIPES, name_of

@@ -156,6 +156,8 @@ class PackedBatches(Builder):
             ones is a function of (seed, step, row, place).
         seconds: whether positions count seconds (our own models) or latent frames
             (imported ones).
+        pad_text: whether text states are filled up to their room with zeros that
+            tokens see, as imported models do.
         **share: `host`, `hosts` and `timeout`, as for `Builder`.
 
     Raises:
@@ -174,6 +176,7 @@ class PackedBatches(Builder):
         null_embeds: Float[np.ndarray, "s e"] | None = None,
         caption_dropout: float = 0.0,
         seconds: bool = True,
+        pad_text: bool = False,
         **share: Any,
     ):
         super().__init__(sources, plan, **share)
@@ -195,6 +198,7 @@ class PackedBatches(Builder):
         self._temporal = temporal_compression
         self._tokenizer, self._null = tokenizer, null_embeds
         self._dropout, self._seconds = caption_dropout, seconds
+        self._pad_text = pad_text
         self.packing = plan
         plan.rows(0, self.host, self.hosts)  # raises if the hosts cannot share a step
         self._channels = len(self._mean) * int(np.prod(plan.patch_size))
@@ -274,7 +278,9 @@ class PackedBatches(Builder):
                 f"Clip {slot.clip} of source {slot.source} has no `text_embeds`; give "
                 "a `tokenizer`, or encode the captions into the data set."
             )
-        embeds = self._null if dropped else clip["text_embeds"][: slot.text]
+        embeds: Any = self._null if dropped else clip["text_embeds"][: slot.text]
+        if self._pad_text:
+            embeds = np.pad(embeds, ((0, slot.text - len(embeds)), (0, 0)))
         return {"text_embeds": np.asarray(embeds, np.float32)}
 
     def _empty_item(self, slot: Slot) -> Item:

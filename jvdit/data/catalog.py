@@ -24,13 +24,16 @@ _WORLD = re.compile(rf"world:(\w+):{_SIZE}:(\d+)(?::(\d+))?")
 _SPLIT = re.compile(rf"(\w*)(?::{_SIZE})?")
 
 
-def open_source(name: str, *, audio: bool = False, max_text: int = 64) -> Source:
+def open_source(
+    name: str, *, audio: bool = False, max_text: int = 64, pad_text: bool = False
+) -> Source:
     """Opens a source by its name.
 
     Args:
         name: see above.
         audio: whether clips have their sound.
         max_text: text tokens kept of a caption of a latent source.
+        pad_text: whether each of its captions has room for as many.
 
     Raises:
         ValueError: the name can't be understood, or what it names is damaged.
@@ -78,4 +81,4 @@ def open_source(name: str, *, audio: bool = False, max_text: int = 64) -> Source
         return RecordSource(path, split, **options)
     if match[2]:
         raise ValueError(f"source {name!r} holds latents, whose size is what it is.")
-    return LatentSource(path, split, max_text=max_text)
+    return LatentSource(path, split, max_text=max_text, pad_text=pad_text)

@@ -230,6 +230,7 @@ class LatentSource(OneByOne):
         path: the data set directory.
         split: which split.
         max_text: most text tokens kept for a caption that has no stored states.
+        pad_text: every caption has room for `max_text` tokens.
 
     Attributes:
         settings: what made the latents: the VAE, its normalisation and so on.
@@ -238,7 +239,14 @@ class LatentSource(OneByOne):
         ValueError: the data set holds no latents.
     """
 
-    def __init__(self, path: str | Path, split: str = "train", *, max_text: int = 512):
+    def __init__(
+        self,
+        path: str | Path,
+        split: str = "train",
+        *,
+        max_text: int = 512,
+        pad_text: bool = False,
+    ):
         self._records = RecordDataset(path, split)
         features, index = self._records.features, self._records.index
         if "mean" not in features:
@@ -253,13 +261,18 @@ class LatentSource(OneByOne):
             # for what its vocabulary lacks; that is cut off.
             bound = np.minimum(index["caption_length"] + 2, max_text)
             text = np.where(text > 0, text, bound)
+        if pad_text:
+            text = np.full_like(text, max_text)
         columns = ("frames", "height", "width", "fps", "has_audio")
         self.index = make_index(
             len(self._records),
             text_length=text,
             **{name: index[name] for name in columns},
         )
-        self.fingerprint = fingerprint("latents", self._records.fingerprint, max_text)
+        padded = ("padded",) if pad_text else ()
+        self.fingerprint = fingerprint(
+            "latents", self._records.fingerprint, max_text, *padded
+        )
 
     def captions(self, ids: Ids) -> list[str]:
         """Returns the captions of clips, leaving out those that cannot be read."""

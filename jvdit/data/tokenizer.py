@@ -1,6 +1,7 @@
 """Captions to token ids and back: sentencepiece, with the conventions of T5."""
 
 import hashlib
+import html
 import io
 import itertools
 import re
@@ -11,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import ftfy
 import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
@@ -57,6 +59,7 @@ class Tokenizer:
         extra_ids: number of `<extra_id_…>` tokens which T5 appends to the vocabulary of
             the file, counted down from its end. Only text that is parsed can reach
             them.
+        clean: whether captions are cleaned first, see `cleaned`.
 
     Attributes:
         fingerprint: hash of the model and of the choices above; part of the key of
@@ -74,6 +77,7 @@ class Tokenizer:
         *,
         parse_special: bool = False,
         extra_ids: int = 0,
+        clean: bool = False,
     ):
         if byte_fallback not in ("bytes", "unk"):
             raise ValueError(
@@ -104,7 +108,9 @@ class Tokenizer:
             self._special |= {f"<extra_id_{i}>": last - i for i in range(extra_ids)}
             names = sorted(self._special, key=len, reverse=True)
             self._pattern = re.compile(f"({'|'.join(map(re.escape, names))})")
+        self._clean = clean
         choices = f"{byte_fallback} {parse_special} {extra_ids}".encode()
+        choices += b" clean" if clean else b""
         self.fingerprint = hashlib.blake2b(data + choices, digest_size=16).hexdigest()
 
     @property
@@ -126,6 +132,7 @@ class Tokenizer:
         if max_length is not None and max_length < 1:
             raise ValueError(f"`max_length` (={max_length}) must be at least 1.")
         ids = []
+        text = cleaned(text) if self._clean else text
         for part in self._pattern.split(text) if self._pattern else [text]:
             if part in self._special:
                 ids.append(self._special[part])
@@ -158,6 +165,12 @@ class Tokenizer:
             if i != PAD_ID and i < self._pieces:
                 kept.append(i)
         return self._processor.DecodeIds(kept)
+
+
+def cleaned(text: str) -> str:
+    """Text as Wan's networks were shown it: mended, without entities, in one line."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    return re.sub(r"\s+", " ", text).strip()
 
 
 def train_tokenizer(

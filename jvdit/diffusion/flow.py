@@ -159,6 +159,7 @@ class TimestepPolicy:
         shift: s, at `shift_tokens` tokens; at any count if `shift_tokens` is None.
         shift_tokens: the token count for which `shift` was chosen.
         shift_range: bounds of s.
+        span: training times lie between these two: for one of two experts, its part.
         grid: where the times of sampling begin, after the shift, and where their even
             spacing before the shift ends, with 0 as the last time; Wan's is
             (1 - 1e-6, 0.001).
@@ -173,6 +174,7 @@ class TimestepPolicy:
     shift: float = 1.0
     shift_tokens: int | None = None
     shift_range: tuple[float, float] = (1.0, 12.0)
+    span: tuple[float, float] = (0.0, 1.0)
     grid: tuple[float, float] = (1.0, 0.0)
 
     def __post_init__(self):
@@ -183,11 +185,13 @@ class TimestepPolicy:
                 f"`shift` (={self.shift}) must lie inside `shift_range` (={low}, "
                 f"{high}), above 0; widen the range or move the shift."
             )
+        if not 0 <= self.span[0] < self.span[1] <= 1:
+            raise ValueError(f"`span` (={self.span}) must lie in order inside [0, 1].")
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "TimestepPolicy":
         """From JSON values or a config, where tuples are lists."""
-        pairs = ("shift_range", "grid")
+        pairs = ("shift_range", "span", "grid")
         given = {k: tuple(settings[k]) for k in pairs if k in settings}
         return cls(**{**settings, **given})
 
@@ -209,10 +213,24 @@ class TimestepPolicy:
         self, u: Float[Array, "*shape"], num_tokens: Float[Array, "*shape"]
     ) -> Float[Array, "*shape"]:
         """The training time below which a share u of all training times lies."""
+        if self.span != (0.0, 1.0):
+            low, high = (self._share_below(t, num_tokens) for t in self.span)
+            u = low + u * (high - low)
         if self.distribution == "logit_normal":
             u = jnp.clip(u, 1e-6, 1 - 1e-6)
             u = jax.nn.sigmoid(self.mean + self.std * jax.scipy.special.ndtri(u))
         return self.shifted(u, num_tokens)
+
+    def _share_below(
+        self, t: float, num_tokens: Float[Array, "*shape"]
+    ) -> Float[Array, "*shape"]:
+        """The share of the unbounded distribution's times that lies below t."""
+        s = self.shift_for(num_tokens)
+        plain = jnp.clip(t / (s - (s - 1) * t), 1e-6, 1 - 1e-6)
+        if self.distribution == "uniform":
+            return plain
+        logit = jnp.log(plain / (1 - plain))
+        return jax.scipy.special.ndtr((logit - self.mean) / self.std)
 
     def sample(
         self, key: PRNGKeyArray, num_tokens: Float[Array, "*shape"]

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from typing import Any
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
+from safetensors.numpy import save_file
 
 from jvdit.models import image_encoder, text_encoder, video_vae
 from jvdit.models.dit import DiT
@@ -25,7 +27,7 @@ from jvdit.models.image_encoder import ImageEncoder
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.models.video_vae import VideoVAE
 from jvdit.pretrained import clip, configs, umt5, wan, wan_vae
-from jvdit.pretrained.loading import load, paths_of
+from jvdit.pretrained.loading import export, load, paths_of
 from jvdit.pretrained.rules import Rule, assign
 from jvdit.pretrained.tensors import PathLike, TensorFiles
 from jvdit.shapes import Text, Tokens
@@ -87,6 +89,25 @@ def load_dit(
     return _load(
         module, dit_inputs(module), folder, _ORIGINAL["dit"], rules, mesh, dtype
     )
+
+
+def save_dit(folder: PathLike, params: Any, module: DiT, like: PathLike) -> None:
+    """Writes a DiT as diffusers reads it.
+
+    Args:
+        folder: where to.
+        params: of the network; their types stay.
+        module: the network.
+        like: folder of the release's own, whose settings it has.
+    """
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    source, config = _part(like, "transformer")
+    layout = "diffusers" if "num_attention_heads" in (config or {}) else "original"
+    tensors = export(wan.dit_rules(layout, configs.patch_channels(module)), params)
+    file = folder / "diffusion_pytorch_model.safetensors"
+    save_file(tensors, file, metadata={"format": "pt"})
+    shutil.copy(source / "config.json", folder / "config.json")
 
 
 def load_vae(

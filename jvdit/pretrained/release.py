@@ -55,6 +55,16 @@ class Release:
         return RECIPES[name] | {"release": name}
 
 
+def is_release(folder: PathLike) -> bool:
+    """Whether a folder is laid out as a released model."""
+    folder = pathlib.Path(folder)
+    if (folder / "model_index.json").exists():
+        return True
+    return (folder / "high_noise_model").is_dir() or (
+        (folder / "config.json").exists() and bool(list(folder.glob("Wan2.?_VAE*")))
+    )
+
+
 def read_release(folder: PathLike) -> Release:
     """Finds the parts of a release.
 

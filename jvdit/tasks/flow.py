@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from jvdit.caption_encoder import CaptionEncoder
 from jvdit.config import Config
+from jvdit.conventions import Conventions
 from jvdit.data.catalog import open_source
 from jvdit.data.media_encode import encode_clip
 from jvdit.data.pipeline import PackedBatches
@@ -29,14 +30,16 @@ from jvdit.models.dit import DiT
 from jvdit.models.lora import LoRA
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.models.video_vae import VideoVAE
+from jvdit.networks import finished_parameters
 from jvdit.pretrained import wan
+from jvdit.pretrained.folders import save_dit
 from jvdit.pretrained.lora import write_lora
+from jvdit.pretrained.release import is_release, read_release
 from jvdit.request import Request
 from jvdit.tasks.task import Task
 from jvdit.training.checkpoint import (
     build,
     differences,
-    load_parameters,
     load_weights,
     module_fields,
     weights_hash,
@@ -80,7 +83,11 @@ class FlowTask(Task):
     # Building
 
     def open(self, name):  # noqa: D102
-        source = open_source(name, max_text=self.config.data.text_length)
+        source = open_source(
+            name,
+            max_text=self.config.data.text_length,
+            pad_text=self.config.conventions.pad_text,
+        )
         if not isinstance(source, LatentSource):
             raise ValueError(
                 f"source {name!r} holds pixels, but config.objective 'flow' trains on "
@@ -168,6 +175,7 @@ class FlowTask(Task):
         text: dict[str, Any] = {"tokenizer": self.tokenizer}
         if self.captions:
             text = {"null_embeds": self.captions([""], 1)[0]}
+            self.captions.free()
         return PackedBatches(
             sources,
             plan,
@@ -175,6 +183,8 @@ class FlowTask(Task):
             latent_std=np.asarray(self.vae.latents_std),
             temporal_compression=self.vae.temporal_compression,
             caption_dropout=dropout,
+            seconds=self.config.conventions.seconds,
+            pad_text=self.config.conventions.pad_text,
             host=jax.process_index(),
             hosts=jax.process_count(),
             timeout=self.config.data.timeout,
@@ -204,6 +214,7 @@ class FlowTask(Task):
             path=Path(**config.path),
             policy=TimestepPolicy.of(config.timesteps.to_dict()),
             one_clip=one_clip,
+            pad_text=config.conventions.pad_text,
         )
 
     def _base(self) -> dict[str, Any]:
@@ -215,9 +226,8 @@ class FlowTask(Task):
                 "they adapt; give its `model` folder."
             )
         init = dataclasses.replace(self.objective, lora=None).init
-        return load_parameters(
-            folder, jax.eval_shape(init, jax.random.key(0), self.example)
-        )
+        wanted = jax.eval_shape(init, jax.random.key(0), self.example)
+        return finished_parameters(folder, wanted, self.mesh, self.config.expert)
 
     def _identity(self) -> dict[str, Any]:
         objective = self.objective
@@ -322,6 +332,7 @@ class FlowTask(Task):
             text_length=self.config.data.text_length,
             defaults={k: v for k, v in sample.items() if k not in _OF_TRAINING},
             mesh=self.mesh,
+            conventions=Conventions(**self.config.conventions),
         )
 
     def show(self, params, metrics, step, folder):
@@ -367,9 +378,16 @@ class FlowTask(Task):
         return lora.active(params["lora"], training=False)
 
     def save(self, params, folder):
-        """Writes a finished model; of adapters those alone, as diffusers reads them."""
-        params = jax.device_get(params)
+        """Writes a finished model.
+
+        Adapters, and a network of a released model, are written alone, as diffusers
+        reads them.
+        """
+        params, start = jax.device_get(params), self.config.start_from
         if self.objective.lora:
             write_lora(folder, self._adapters(params), wan.dit_rules())
+        elif start and is_release(start):
+            like = read_release(start).parts[self.config.expert]
+            save_dit(folder / like.name, params["dit"], self.objective.dit, like)
         else:
             self._generator_of(params).save(folder)

@@ -71,6 +71,7 @@ class FlowObjective:
         path: from latents to noise.
         policy: the times.
         one_clip: see `tokens_of`.
+        pad_text: tokens see all text states of their clip, padding included.
         lora: adapters of the DiT that are trained in the place of all else, which is
             frozen then.
     """
@@ -80,6 +81,7 @@ class FlowObjective:
     path: Path
     policy: TimestepPolicy
     one_clip: bool = False
+    pad_text: bool = False
     lora: LoRA | None = None
 
     def init(self, key: PRNGKeyArray, batch: Batch) -> Any:
@@ -95,7 +97,7 @@ class FlowObjective:
             params["text_encoder"] = self.text_encoder.init(keys[0], ids, segment)[
                 "params"
             ]
-        text = text_of(self.text_encoder, params, batch)
+        text = self._text(params, batch)
         tokens = tokens_of(batch, batch["latents"], self.one_clip)
         levels = 1 if self.one_clip else batch["valid"].shape[1] + 1
         t = jnp.zeros((1, levels))
@@ -151,12 +153,17 @@ class FlowObjective:
             variables["lora"] = self.lora.active(params["lora"], rng is not None)
             rngs = {} if rng is None else {"lora": rng}
         model = partial(self.dit.apply, variables, rngs=rngs)
-        text = text_of(self.text_encoder, params, batch)
+        text = self._text(params, batch)
         velocity = denoise(model, tokens, levels, text, self.path)
         wanted = self.path.true_velocity(x0, noise, token_t)
         weight = self.path.loss_weight(token_t) * (batch["segment"] > 0)[..., None]
         error = (weight * (velocity - wanted) ** 2).mean(-1)
         return error, jnp.broadcast_to(token_t[..., 0], error.shape)
+
+    def _text(self, params: Any, batch: Batch) -> Text:
+        text = text_of(self.text_encoder, params, batch)
+        unmasked = self.pad_text and self.one_clip
+        return Text(text.embeds) if unmasked else text
 
     def validate(
         self, params: Any, batch: Batch, keys: Any, times: Float[Array, " times"]

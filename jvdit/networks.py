@@ -1,0 +1,60 @@
+"""Finished networks, of our own runs or released, to begin a training with."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jvdit.pretrained.folders import load_dit
+from jvdit.pretrained.release import is_release, read_release
+from jvdit.training.checkpoint import differences, load_parameters
+
+
+def finished_parameters(
+    folder: str | os.PathLike[str],
+    wanted: Mapping[str, Any],
+    mesh: Mesh,
+    expert: str = "dit",
+) -> dict[str, Any]:
+    """Reads parameters of finished networks.
+
+    Args:
+        folder: the `model` folder of another run, or a released model.
+        wanted: shapes of the parameters of each network. Those of a released model take
+            the types from here too.
+        mesh: on which those of a released model are divided.
+        expert: which of a released model's networks "dit" is.
+
+    Raises:
+        FileNotFoundError: a network is missing there.
+        ValueError: its parameters have other names or shapes.
+    """
+    if not is_release(folder):
+        return load_parameters(folder, wanted)
+    parts = dict(read_release(folder).parts)
+    if expert not in parts:
+        raise ValueError(f"`expert` (={expert!r}) is none of {folder}: {[*parts]}.")
+    parts = {"dit": parts[expert]}
+    if unknown := set(wanted) - set(parts):
+        raise ValueError(
+            f"{folder} has no {', '.join(sorted(unknown))} to start from; train on its "
+            "text states (`config.text_encoder` empty), as it was."
+        )
+    params = {}
+    for name, shapes in wanted.items():
+        dtype = jax.tree.leaves(shapes)[0].dtype
+        loaded = load_dit(parts[name], mesh, dtype, scan_layers="blocks" in shapes)
+        params[name] = loaded.params
+        held, asked = (
+            {jax.tree_util.keystr(k): x.shape for k, x in jax.tree.leaves_with_path(t)}
+            for t in (params[name], shapes)
+        )
+        if differing := differences(held, asked):
+            raise ValueError(
+                f"{parts[name]} is another network than this config's: {differing[0]} "
+                f"({len(differing)} parameters differ in all); take the sizes of its "
+                "row of `dit.VARIANTS`."
+            )
+    return params

@@ -1,0 +1,157 @@
+"""Finetuning a released model: it starts as diffusers' network, and ends there too."""
+
+import json
+import pathlib
+import runpy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from einops import rearrange
+from safetensors.numpy import load_file
+from test_release_parity import DIT, filled, pipeline
+
+from jvdit import config as defaults
+from jvdit.diffusion.denoise import Guidance
+from jvdit.encode import encode
+from jvdit.models.dit import VARIANTS
+from jvdit.networks import finished_parameters
+from jvdit.release import add_adapters, load_release
+from jvdit.request import Request
+from jvdit.sharding import make_mesh
+from jvdit.tasks.flow import FlowTask
+from jvdit.train import train
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory):
+    """A tiny release with two experts, and latents of its autoencoder."""
+    folder = tmp_path_factory.mktemp("finetune")
+    pipe = pipeline(diffusers.WanPipeline, 5.0, experts=0.875)
+    pipe.save_pretrained(folder / "release")
+    encode(
+        "world:train:5x32x32@8:24",
+        str(folder / "release"),
+        str(folder / "latents"),
+        "",
+        str(folder / "release"),
+        text_length=16,
+    )
+    return folder, pipe
+
+
+def config_of(folder, expert="dit"):
+    """The settings of a release's finetuning, with the sizes of the tiny one."""
+    config = defaults.wan("wan2.1-t2v-1.3b", str(folder / "release"))
+    sizes = {"width": 48, "depth": 2, "num_heads": 3, "ffn_width": DIT["ffn_dim"]}
+    config.dit.update(**sizes, dtype="float32", remat="none")
+    config.expert = expert
+    config.steps = config.sample_every = config.evaluate_every = 2
+    config.data.update(rows=8, token_budget=8, text_length=16, text_budget=16)
+    config.data.sources = (str(folder / "latents"),)
+    config.data.caption_dropout = 0.0
+    config.sample.update(frames=5, height=32, width=32, steps=2)
+    config.sample.prompts = ("a red circle",)
+    config.optim.update(lr=1e-9, weight_decay=0.0, warmup=0)
+    return config
+
+
+@pytest.mark.parametrize("expert", ["dit", "dit_low"])
+def test_the_loss_is_that_of_diffusers_network(release, tmp_path, expert):
+    folder, pipe = release
+    task = FlowTask(config_of(folder, expert), make_mesh(), tmp_path)
+    batch = jax.tree.map(jnp.asarray, task.batch_builder[0][0])
+    shapes = jax.eval_shape(task.objective.init, jax.random.key(0), batch)
+    params = finished_parameters(folder / "release", shapes, make_mesh(), expert)
+    x0 = batch["latents"]
+    noise = jax.random.normal(jax.random.key(1), x0.shape)
+    t = jnp.full(batch["valid"].shape, 0.6284)
+    found, _ = task.objective.error(params, batch, x0, noise, t)
+    mixed = (1 - 0.6284) * x0 + 0.6284 * noise
+
+    def cells(tokens):
+        pattern = "b (f h w) (p q c) -> b c f (h p) (w q)"
+        return rearrange(np.asarray(tokens), pattern, h=2, w=2, p=2, q=2)
+
+    network = {"dit": pipe.transformer, "dit_low": pipe.transformer_2}[expert]
+    with torch.no_grad():
+        velocity = network(
+            torch.from_numpy(cells(mixed)),
+            torch.full((8,), 628),
+            torch.from_numpy(np.array(batch["text_embeds"])),
+        ).sample.numpy()
+    error = (velocity - cells(noise - x0)) ** 2
+    want = rearrange(error, "b c f (h p) (w q) -> b (f h w) (c p q)", p=2, q=2)
+    np.testing.assert_allclose(found, want.mean(-1), rtol=1e-4)
+    # All 16 states are seen, those past the end of a caption too.
+    assert batch["text_segment"].min() == 1
+
+
+def latents(folder, **parts):
+    mesh = make_mesh(devices=jax.devices()[:1])
+    generator = load_release(folder / "release", mesh, jnp.float32, parts=parts)
+    return generator, generator.latents(
+        [Request("a red circle", frames=5, height=32, width=32)],
+        steps=4,
+        guidance=Guidance(2.0),
+    )[0]
+
+
+def test_all_weights_of_an_expert(release, tmp_path):
+    folder, _ = release
+    train(config_of(folder, "dit_low"), str(tmp_path / "full"))
+    made = tmp_path / "full/model/transformer_2"
+    theirs = diffusers.WanTransformer3DModel.from_pretrained(made)
+    own = load_file(made / "diffusion_pytorch_model.safetensors")
+    given = load_file(
+        folder / "release/transformer_2/diffusion_pytorch_model.safetensors"
+    )
+    assert own.keys() == given.keys() == theirs.state_dict().keys()
+    for name, value in own.items():
+        np.testing.assert_allclose(value, given[name], atol=1e-6)
+    _, plain = latents(folder)
+    _, tuned = latents(folder, dit_low=made)
+    np.testing.assert_allclose(tuned, plain, atol=1e-3)
+
+
+def test_adapters_of_an_expert(release, tmp_path):
+    folder, _ = release
+    config = config_of(folder)
+    config.lora.update(rank=2, alpha=2.0)
+    config.optim.lr = 0.3
+    config.timesteps.span = (0.875, 1.0)
+    train(config, str(tmp_path / "lora"))
+    generator, plain = latents(folder)
+    add_adapters(generator, [(tmp_path / "lora/model", 1.0)], ["dit"])
+    request = Request("a red circle", frames=5, height=32, width=32)
+    (tuned,) = generator.latents([request], steps=4, guidance=Guidance(2.0))
+    assert np.abs(tuned - plain).max() > 1e-2
+    sheets = list((tmp_path / "lora/samples").glob("*.png"))
+    assert sheets
+    theirs = filled(diffusers.WanTransformer3DModel(**DIT))
+    theirs.load_lora_adapter(
+        tmp_path / "lora/model", prefix="transformer", use_safetensors=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "variant"),
+    [
+        ("wan_lora.py", "wan2.2-ti2v-5b"),
+        ("wan_full.py", "wan2.1-t2v-1.3b"),
+        ("wan_experts_lora.py", "wan2.2-t2v-a14b"),
+    ],
+)
+def test_configs_are_of_their_release(file, variant):
+    config = runpy.run_path(str(CONFIGS / file))["get_config"]()
+    row = VARIANTS[variant]
+    assert {name: config.dit[name] for name in row if name in config.dit} == {
+        name: value for name, value in row.items() if name in config.dit
+    }
+    json.dumps(config.to_dict())
