@@ -281,12 +281,13 @@ def test_a_run_starts_from_the_weights_of_another(workdir, tmp_path):
     assert not (tmp_path / "wider").exists()
 
 
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_adapters_of_a_model_of_ones_own(workdir, tmp_path):
     config = thread_config.flow_config(workdir)
     config.start_from = str(workdir / "dit/model")
     config.steps = config.evaluate_every = config.sample_every = 3
     config.sample.scored = 0
-    config.optim.warmup = 0
+    config.optim.update(warmup=0, lr=0.05)
     config.lora.update(rank=2, alpha=4.0, dropout=0.1)
     train(config, str(tmp_path / "lora"))
     config.steps = 4
@@ -298,9 +299,9 @@ def test_adapters_of_a_model_of_ones_own(workdir, tmp_path):
     request = Request("one object", frames=5, height=16, width=16)
     settings = {"steps": 2, "guidance": Guidance(2.0)}
     plain = generator.latents([request], **settings)[0]
-    add_adapters(generator, [(file, 100.0)])
+    add_adapters(generator, [(file, 10.0)])
     assert np.abs(generator.latents([request], **settings)[0] - plain).max() > 1e-3
-    add_adapters(generator, [(file, -100.0)])
+    add_adapters(generator, [(file, -10.0)])
     again = generator.latents([request], **settings)[0]
     np.testing.assert_allclose(again, plain, atol=1e-4)
     config.lora.rank = 3
