@@ -13,6 +13,7 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, UInt8
 
 from jvdit.conventions import Conventions
+from jvdit.data.packing import Item, Size, patchify, positions
 from jvdit.models.dit import DiT
 from jvdit.models.video_vae import VideoVAE
 from jvdit.request import Request
@@ -171,3 +172,46 @@ def control_signal(
         lead = np.concatenate([latent, blank], axis=-1)
         control = np.concatenate([lead, control]).astype(np.float32)
     return Given(control=control, lead=len(references))
+
+
+def item_of(
+    request: Request,
+    size: Size,
+    known: Given,
+    noise: Float[np.ndarray, "f h w c"] | None,
+    states: Float[np.ndarray, "s e"],
+    patch_size: Size,
+    vae: VideoVAE,
+    seconds: bool,
+) -> Item:
+    """A request in tokens, ready to be packed.
+
+    Args:
+        request: what to generate.
+        size: latent frames, those of `known.lead` included, height and width.
+        known: of the clip.
+        noise: to start from; None: it is drawn later.
+        states: of its text.
+        patch_size: latent frames, height and width of a token.
+        vae: of the latents.
+        seconds: whether positions in time count seconds.
+    """
+    fps = request.fps if seconds else None
+    latents = np.zeros((*size, vae.latent_channels), np.float32)
+    if noise is not None:
+        latents = np.asarray(noise, np.float32)
+    extras = {
+        name: patchify(value, patch_size)
+        for name in ("cond", "control")
+        if (value := getattr(known, name)) is not None
+    }
+    if known.clean is not None:
+        latents = np.where(known.clean[..., None], known.latents, latents)
+        extras["clean"] = patchify(known.clean[..., None], patch_size).all(axis=-1)
+    return Item(
+        patchify(latents, patch_size),
+        positions(size, patch_size, fps, vae.temporal_compression),
+        text_embeds=states,
+        image=known.image,
+        **extras,
+    )

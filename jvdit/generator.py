@@ -20,19 +20,21 @@ from jvdit.conditioning import (
     Given,
     check_pictures,
     given_of,
+    item_of,
     pictures_of,
 )
 from jvdit.conventions import Conventions
-from jvdit.data.packing import Item, Size, patchify, positions
+from jvdit.data.packing import Item, Size
 from jvdit.data.tokenizer import Tokenizer
 from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.flow import Path, TimestepPolicy
+from jvdit.diffusion.reuse import Reuse
 from jvdit.diffusion.solvers import check_solver
 from jvdit.models.dit import DiT
 from jvdit.models.image_encoder import ImageEncoder, preprocess
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.models.video_vae import VideoVAE
-from jvdit.models.video_vae_chunked import decode_stream, encode_stream, split
+from jvdit.models.video_vae_chunked import decode_normalized, encode_normalized
 from jvdit.request import Request
 from jvdit.residence import Residence
 from jvdit.sampling import (
@@ -58,7 +60,6 @@ from jvdit.training.vae_objective import to_uint8
 
 ROWS = 8  # solved at once
 _PROMPTS = 8  # encoded at once
-_DECODED_PIXELS = 1 << 21  # at once: a few GB of activations in a large autoencoder
 
 _MODULES = {"dit": DiT, "text_encoder": TextEncoder, "vae": VideoVAE}
 
@@ -176,6 +177,20 @@ class Generator:
                 videos |= dict(zip(chunk, decoded, strict=True))
         return [videos[i] for i in range(len(requests))]
 
+    def calibrate(self, request: Request, **settings: Any) -> list[float]:
+        """The curve that `Reuse` goes by, measured on a clip; settings as of a call.
+
+        Raises:
+            ValueError: see `latents`.
+        """
+        measured = self._stepper.ratios = {}
+        self.latents([request], reuse=Reuse((1.0,), most=0), **settings)
+        curve = np.ones(max(last for _, last in measured))
+        for (first, last), ratios in measured.items():
+            # The first step of a network has none before it.
+            curve[first + 1 : last] = ratios[first + 1 : last]
+        return curve.tolist()
+
     @property
     def unit(self) -> int:
         """What the height and width of a clip are multiples of, in pixels."""
@@ -214,6 +229,7 @@ class Generator:
         rows: int = ROWS,
         on_step: OnStep | None = None,
         noise: Sequence[Float[np.ndarray, "f h w c"]] | None = None,
+        reuse: Reuse | None = None,
     ) -> list[np.ndarray]:
         """Normalised latents `[f h w c]` of each request.
 
@@ -227,11 +243,17 @@ class Generator:
             on_step: called after each step with how many are done, how many there are
                 in all, and the packed latents.
             noise: to start from, instead of that of the seeds.
+            reuse: which steps reuse what the network's blocks added before; faster,
+                and not quite the same. None: none.
 
         Raises:
             ValueError: a size, solver or number can't be; before any compilation.
         """
         check_solver(solver)
+        if reuse is not None and solver == "heun":
+            raise ValueError(
+                "`reuse` needs a solver of one evaluation a step; take 'unipc'."
+            )
         self.policy.times(steps, jnp.ones(1))
         sizes = [self.check(request) for request in requests]
         given = self._given(requests, sizes)
@@ -266,6 +288,7 @@ class Generator:
                         solver=solver,
                         guidance=guidances[name],
                         span=span,
+                        skips=_skips(reuse, steps, span),
                     )
             found = unpacked(batches, running, sizes, self.patch_size)
         jax.effects_barrier()
@@ -276,11 +299,8 @@ class Generator:
 
         Takes the memory of a few latent frames, whatever the length.
         """
-        x = self.vae.denormalize(jnp.asarray(latents))
-        pixels = x[:, 0, ..., 0].size * self.vae.spatial_compression**2
-        piece = max(_DECODED_PIXELS // (pixels * self.vae.temporal_compression), 1)
         with jax.set_mesh(self._mesh):
-            pieces = decode_stream(self.vae, self._residence["vae"], split(x, piece))
+            pieces = decode_normalized(self.vae, self._residence["vae"], latents)
             frames = [np.asarray(to_uint8(video)) for video in pieces]
         return np.concatenate(frames, axis=1)
 
@@ -288,13 +308,8 @@ class Generator:
         self, video: Float[np.ndarray, "T H W 3"]
     ) -> Float[np.ndarray, "f h w c"]:
         """Pixels in [-1, 1] to normalised latents, the mean of each."""
-        pieces = split(jnp.asarray(video)[None], self.vae.temporal_compression)
         with jax.set_mesh(self._mesh):
-            means = [
-                np.asarray(mean)
-                for mean, _ in encode_stream(self.vae, self._residence["vae"], pieces)
-            ]
-        return np.asarray(self.vae.normalize(jnp.asarray(np.concatenate(means, 1))))[0]
+            return encode_normalized(self.vae, self._residence["vae"], video)
 
     # How it is done
 
@@ -328,36 +343,16 @@ class Generator:
     ) -> tuple[list[Item], list[Item]]:
         """Each request in tokens, with its prompt and with its negative prompt."""
         prompts = [r.prompt for r in requests] + [r.negative_prompt for r in requests]
-        states = self._states(prompts)
-        items, nulls = [], []
-        for i, (request, size, known) in enumerate(
-            zip(requests, sizes, given, strict=True)
-        ):
-            seconds = request.fps if self.conventions.seconds else None
-            position = positions(
-                size, self.patch_size, seconds, self.vae.temporal_compression
-            )
-            grid = np.zeros((*size, self.vae.latent_channels), np.float32)
-            latents = grid if noise is None else np.asarray(noise[i], np.float32)
-            extras = {
-                name: patchify(value, self.patch_size)
-                for name in ("cond", "control")
-                if (value := getattr(known, name)) is not None
-            }
-            if known.clean is not None:
-                latents = np.where(known.clean[..., None], known.latents, latents)
-                cells = patchify(known.clean[..., None], self.patch_size)
-                extras["clean"] = cells.all(axis=-1)
-            item = Item(
-                patchify(latents, self.patch_size),
-                position,
-                text_embeds=states[request.prompt],
-                image=known.image,
-                **extras,
-            )
-            items.append(item)
-            negative = states[request.negative_prompt]
-            nulls.append(dataclasses.replace(item, text_embeds=negative))
+        states, seconds = self._states(prompts), self.conventions.seconds
+        none = [None] * len(requests)
+        items = [
+            item_of(*each, states[each[0].prompt], self.patch_size, self.vae, seconds)
+            for each in zip(requests, sizes, given, noise or none, strict=True)
+        ]
+        nulls = [
+            dataclasses.replace(item, text_embeds=states[request.negative_prompt])
+            for item, request in zip(items, requests, strict=True)
+        ]
         return items, nulls
 
     def _states(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
@@ -416,6 +411,17 @@ class Generator:
 @partial(jax.jit, static_argnames="encoder")
 def _image_states(encoder: ImageEncoder, params: Any, images: jax.Array):
     return encoder.apply({"params": params}, images)
+
+
+def _skips(
+    reuse: Reuse | None, steps: int, span: tuple[int, int]
+) -> tuple[bool, ...] | None:
+    """Which steps reuse; the first of a network has nothing to."""
+    if reuse is None:
+        return None
+    skips = reuse.skips(steps)
+    skips[span[0]] = False
+    return tuple(skips.tolist())
 
 
 def _counting(on_step: OnStep, total: int) -> Callable[[int, np.ndarray], None]:

@@ -19,6 +19,7 @@ from rich.progress import Progress
 from jvdit.data.media_encode import encode_clip
 from jvdit.data.sheets import contact_sheet, write_png
 from jvdit.diffusion.denoise import Guidance
+from jvdit.diffusion.reuse import Reuse, save_ratios
 from jvdit.diffusion.solvers import SOLVERS
 from jvdit.generator import Generator
 from jvdit.release import EXPERTS, add_adapters, load_release
@@ -37,6 +38,13 @@ _DTYPE = flags.DEFINE_enum(
     "dtype", "bfloat16", ["bfloat16", "float32"], "Of a released model."
 )
 _SHIFT = flags.DEFINE_float("shift", None, "Of a released model's times.")
+_REUSE = flags.DEFINE_string(
+    "reuse", None, "File of --calibrate: reuse what the network's blocks add, faster."
+)
+_THRESHOLD = flags.DEFINE_float("reuse_threshold", 0.06, "Higher: faster, rougher.")
+_CALIBRATE = flags.DEFINE_string(
+    "calibrate", None, "Measure for --reuse on the first prompt, into this file."
+)
 _LORA = flags.DEFINE_list(
     "lora", [], "Files of adapters, each perhaps with its strength: FILE:0.8,FILE."
 )
@@ -169,30 +177,33 @@ def sample(prompts: list[str]) -> list[pathlib.Path]:
     low, high = (float(x) for x in _INTERVAL.value)
     guidance = Guidance(scale, (low, high), _RESCALE.value)
     scale_2 = _given(_SCALE_2, defaults, scale)
+    settings = {
+        "steps": steps,
+        "solver": solver,
+        "guidance": guidance,
+        "low_guidance": dataclasses.replace(guidance, scale=scale_2),
+    }
+    if _CALIBRATE.value:
+        save_ratios(_CALIBRATE.value, generator.calibrate(requests[0], **settings))
+        return [pathlib.Path(_CALIBRATE.value)]
+    if _REUSE.value:
+        settings["reuse"] = Reuse.load(_REUSE.value, _THRESHOLD.value)
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("compiling", total=None)
 
         def on_step(done: int, total: int, latents: Any) -> None:
             progress.update(task, description="denoising", total=total, completed=done)
 
-        videos = generator(
-            requests,
-            steps=steps,
-            solver=solver,
-            guidance=guidance,
-            low_guidance=dataclasses.replace(guidance, scale=scale_2),
-            rows=_ROWS.value,
-            on_step=on_step,
-        )
-    settings = {"steps": steps, "solver": solver, **dataclasses.asdict(guidance)}
+        videos = generator(requests, rows=_ROWS.value, on_step=on_step, **settings)
+    told = {"steps": steps, "solver": solver, **dataclasses.asdict(guidance)}
     if generator.boundary:
-        settings["scale_2"] = scale_2
+        told["scale_2"] = scale_2
     folder = pathlib.Path(_OUT.value)
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for request, video in zip(requests, videos, strict=True):
         path = folder / file_name(request)
-        metadata = {"jvdit": request.settings | settings}
+        metadata = {"jvdit": request.settings | told}
         encode_clip(path, video, request.fps, metadata=metadata)
         files.append(path)
     sheet = contact_sheet(videos, [request.prompt for request in requests])

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from jvdit.data.packing import Item, Size, best_fit, pack_rows, unpack_rows
 from jvdit.diffusion.denoise import Guidance, guided
 from jvdit.diffusion.flow import Path, TimestepPolicy
+from jvdit.diffusion.reuse import COLLECTION, Memory
 from jvdit.diffusion.solvers import Solution, advance, begin, clip_noise
 from jvdit.models.dit import DiT
 from jvdit.shapes import Text, Tokens
@@ -179,27 +180,60 @@ def texts_of(batch: Batch, padded: bool, places: NamedSharding) -> tuple[Text, T
     return text(batch.arrays), text(batch.null)
 
 
+class _Reusing:
+    """A DiT that keeps what its blocks add from step to step, see `reuse.py`."""
+
+    def __init__(self, dit: DiT, variables: PyTree, skips: tuple[bool, ...]):
+        self.dit, self.variables, self.skips = dit, variables, jnp.asarray(skips)
+        self.memory = Memory()
+
+    def begin(self, rows: int, tokens: int) -> None:
+        shape = rows, tokens, self.dit.width
+        residual = jnp.zeros(shape, self.dit.dtype)
+        self.memory.value = residual, jnp.ones(len(self.skips))
+
+    def __call__(self, tokens: Tokens, t: Array, text: Text) -> Array:
+        (residual, ratios), i = self.memory.value, self.memory.index
+        kept = {"residual": residual, "skip": self.skips[i], "ratio": ratios[i]}
+        variables = {**self.variables, COLLECTION: kept}
+        out, state = self.dit.apply(variables, tokens, t, text, mutable=[COLLECTION])
+        kept = state[COLLECTION]
+        self.memory.value = kept["residual"], ratios.at[i].set(kept["ratio"])
+        return out
+
+
 class Stepper:
     """The compiled steps of one network, kept for the next call.
 
     Attributes:
         on_step: called on the host after each step with its number in the whole
             solution and the latents.
+        ratios: by how much what the blocks add grew in each step, by `span`.
     """
 
     def __init__(self, dit: DiT, path: Path):
         self.on_step: Callable[[int, np.ndarray], None] | None = None
+        self.ratios: dict[tuple[int, int], np.ndarray] = {}
         self._run = jax.jit(
             partial(self._steps, dit, path),
-            static_argnames=("solver", "guidance", "span", "watched"),
+            static_argnames=("solver", "guidance", "span", "skips", "watched"),
         )
 
     def __call__(
-        self, variables: PyTree, running: Running, texts, **settings
+        self, variables: PyTree, running: Running, texts, *, span, **settings
     ) -> Running:
-        """Takes the steps of `span`; the settings are those of `advance`, `guided`."""
+        """Takes the steps of `span`; the settings are those of `advance`, `guided`.
+
+        `skips` says which steps of the whole solution reuse what the blocks added
+        before; None: nothing is kept.
+        """
         watched = self.on_step is not None
-        return self._run(variables, running, texts, watched=watched, **settings)
+        running, ratios = self._run(
+            variables, running, texts, span=span, watched=watched, **settings
+        )
+        if ratios is not None:
+            self.ratios[span] = np.asarray(ratios)
+        return running
 
     def _steps(
         self,
@@ -212,13 +246,24 @@ class Stepper:
         solver: str,
         guidance: Guidance,
         span: tuple[int, int],
+        skips: tuple[bool, ...] | None,
         watched: bool,
-    ) -> Running:
+    ) -> tuple[Running, Array | None]:
         solution, times, keys = running
-        denoiser = guided(partial(dit.apply, variables), *texts, path, guidance)
+        model, memory, ratios = partial(dit.apply, variables), None, None
+        if skips is not None:
+            model = _Reusing(dit, variables, skips)
+            rows, tokens = solution.tokens.latents.shape[:2]
+            model.begin(rows * (1 if guidance.scale == 1 else 2), tokens)
+            memory = model.memory
+        denoiser = guided(model, *texts, path, guidance)
         watch = self._told if watched else None
-        solution = advance(denoiser, solution, times, path, keys, solver, span, watch)
-        return Running(solution, times, keys)
+        solution = advance(
+            denoiser, solution, times, path, keys, solver, span, watch, memory
+        )
+        if memory is not None:
+            ratios = memory.value[1]
+        return Running(solution, times, keys), ratios
 
     def _told(self, index: Any, latents: Any) -> None:
         if self.on_step is not None:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from jvdit.diffusion.denoise import Denoiser
 from jvdit.diffusion.flow import Path
+from jvdit.diffusion.reuse import Memory
 from jvdit.shapes import Tokens
 
 
@@ -275,28 +276,37 @@ def advance(
     solver: str = "unipc",
     span: tuple[int, int] | None = None,
     on_step: Callable[[Any, Any], None] | None = None,
+    memory: Memory | None = None,
 ) -> Solution:
     """Takes the steps from `span[0]` up to `span[1]`; None: all.
 
-    So different networks may take different steps of one solution. The other arguments
-    are those of `solve`.
+    So different networks may take different steps of one solution. `memory` is what the
+    denoiser keeps from step to step; then each step must evaluate it once. The other
+    arguments are those of `solve`.
     """
     step, _ = SOLVERS[check_solver(solver)]
     steps = times.shape[0] - 1
 
-    def body(solution, now_at):
-        x, state = solution
+    def body(carry, now_at):
+        (x, state), kept = carry
         index, t, t_next = now_at
+        if memory is not None:
+            memory.value, memory.index = kept, index
         now = Now(index, steps, t, t_next, path, _fold(keys, index))
         moved, state = step(denoiser, x, now, state)
         latents = jnp.where(x.per_token(t) == x.per_token(t_next), x.latents, moved)
         if on_step is not None:
             jax.debug.callback(on_step, index, latents, ordered=False)
-        return Solution(x.with_latents(latents), state), None
+        kept = None if memory is None else memory.value
+        return (Solution(x.with_latents(latents), state), kept), None
 
     first, last = (0, steps) if span is None else span
     now_at = jnp.arange(steps), times[:-1], times[1:]
-    return jax.lax.scan(body, solution, [x[first:last] for x in now_at])[0]
+    carry = solution, None if memory is None else memory.value
+    carry, _ = jax.lax.scan(body, carry, [x[first:last] for x in now_at])
+    if memory is not None:
+        memory.value = carry[1]
+    return carry[0]
 
 
 def solve(

@@ -4,7 +4,7 @@ Wan-shaped (arXiv:2503.20314): the released Wan 2.1 and 2.2 networks are rows of
 `VARIANTS`, and our own models differ from them in fields only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -192,7 +192,7 @@ class DiT(nn.Module):
         )
         image = self._image(text)
         context = states, rows, level, tokens.segment, text.segment, rotation, image
-        x = self._blocks(x, self._hints(x, tokens, *context), *context)
+        x = self._reused(x, lambda dit, x: dit._whole(x, tokens, *context))
 
         head = Modulation(2, self.param_dtype, name="head_modulation")
         shift, scale = head(time[:, :, None], level)
@@ -256,6 +256,34 @@ class DiT(nn.Module):
             y, hint = block(name=f"control_{i}", **self._block_fields)(y, *context)
             hints.append(hint)
         return jnp.stack(hints)
+
+    def _whole(self, x: Array, tokens: Tokens, *context) -> Array:
+        return self._blocks(x, self._hints(x, tokens, *context), *context)
+
+    def _reused(self, x: Array, blocks: Callable[["DiT", Array], Array]) -> Array:
+        """All blocks, or in their place what they added when they last ran.
+
+        The collection "reuse" tells which (`skip`), and keeps that sum (`residual`) and
+        by how much it grew (`ratio`); without the collection they always run.
+        """
+        if not self.has_variable("reuse", "skip"):
+            return blocks(self, x)
+        before = self.get_variable("reuse", "residual")
+        out = nn.cond(
+            self.get_variable("reuse", "skip"),
+            lambda _, x: x + before.astype(x.dtype),
+            blocks,
+            self,
+            x,
+        )
+        added = (out - x).astype(before.dtype)
+        size, size_before = (
+            jnp.linalg.norm(y.astype(jnp.float32), axis=-1) for y in (added, before)
+        )
+        ratio = jnp.mean(size / (size_before + 1e-8))
+        self.put_variable("reuse", "residual", added)
+        self.put_variable("reuse", "ratio", ratio)
+        return out
 
     def _blocks(self, x: Array, hints: Array | None, *context) -> Array:
         layers = list(self.control_layers)

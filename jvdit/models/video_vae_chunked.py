@@ -12,11 +12,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jvdit.models.video_vae import VideoVAE
 
 Cache = dict[str, Any]
+
+DECODED_PIXELS = 1 << 21  # at once: a few GB of activations in a large autoencoder
 
 
 @functools.partial(jax.jit, static_argnames="vae", donate_argnames="cache")
@@ -88,6 +91,25 @@ def split(
     yield x[:, :1]
     for start in range(1, x.shape[1], frames):
         yield x[:, start : start + frames]
+
+
+def encode_normalized(
+    vae: VideoVAE, params: Any, video: Float[np.ndarray, "T H W 3"]
+) -> Float[np.ndarray, "f h w c"]:
+    """A video in [-1, 1] to normalised latents, the mean of each, piece by piece."""
+    pieces = split(jnp.asarray(video)[None], vae.temporal_compression)
+    means = [np.asarray(mean) for mean, _ in encode_stream(vae, params, pieces)]
+    return np.asarray(vae.normalize(jnp.asarray(np.concatenate(means, axis=1))))[0]
+
+
+def decode_normalized(
+    vae: VideoVAE, params: Any, latents: Float[np.ndarray, "b f h w c"]
+) -> Iterator[Float[Array, "b _T H W 3"]]:
+    """Normalised latents to pixels, in pieces as long as memory allows."""
+    x = vae.denormalize(jnp.asarray(latents))
+    pixels = x[:, 0, ..., 0].size * vae.spatial_compression**2
+    piece = max(DECODED_PIXELS // (pixels * vae.temporal_compression), 1)
+    return decode_stream(vae, params, split(x, piece))
 
 
 def decode_scan(

@@ -16,6 +16,7 @@ from PIL import Image
 
 from jvdit.data.media import decode_clip, read_metadata
 from jvdit.diffusion.denoise import Guidance
+from jvdit.diffusion.reuse import Reuse
 from jvdit.release import load_release
 from jvdit.request import Request
 from jvdit.sharding import make_mesh
@@ -157,7 +158,18 @@ def pipeline(kind, shift, vae=VAE, experts=None, **parts):
     return pipe
 
 
-def compare(pipe, tmp_path, *, side=8, lead=0, words=16, low=None, scale=4.0, **given):
+def compare(
+    pipe,
+    tmp_path,
+    *,
+    side=8,
+    lead=0,
+    words=16,
+    low=None,
+    scale=4.0,
+    reuse=None,
+    **given,
+):
     """Runs both from a saved folder and the same noise."""
     height, width, frames, steps = 4 * side, 6 * side, 9, 5
     pipe.save_pretrained(tmp_path)
@@ -207,6 +219,7 @@ def compare(pipe, tmp_path, *, side=8, lead=0, words=16, low=None, scale=4.0, **
         low_guidance=None if low is None else Guidance(low),
         noise=[rearrange(noise[0], "c f h w -> f h w c")],
         on_step=lambda done, total, x: seen.append((done, total, x)),
+        reuse=reuse,
     )
     assert sorted(x[:2] for x in seen) == [(i + 1, steps) for i in range(steps)]
     # A clean first frame is what diffusers puts back only at the end.
@@ -236,6 +249,18 @@ def picture(name, *shape):
 
 def test_t2v(tmp_path):
     compare(pipeline(diffusers.WanPipeline, 3.0), tmp_path)
+
+
+def test_t2v_that_reuses_what_its_blocks_added(tmp_path):
+    ratios = (1.0, 1.02, 0.99, 0.97, 0.98)
+    pipe = pipeline(diffusers.WanPipeline, 3.0)
+    cache = diffusers.MagCacheConfig(
+        mag_ratios=list(ratios), num_inference_steps=5, threshold=0.1
+    )
+    pipe.transformer.enable_cache(cache)
+    reuse = Reuse(ratios, threshold=0.1)
+    assert reuse.skips(5).tolist() == [False, True, True, True, False]
+    compare(pipe, tmp_path, reuse=reuse)
 
 
 def test_t2v_with_two_experts(tmp_path):

@@ -1,0 +1,53 @@
+"""Reusing what the blocks added: which steps, and that nothing else changes."""
+
+import numpy as np
+import pytest
+
+from jvdit.diffusion.denoise import Guidance
+from jvdit.diffusion.reuse import Reuse, save_ratios
+from jvdit.request import Request
+
+
+def test_steps_that_reuse_are_bounded_in_error_and_number():
+    still = Reuse((1.0,), most=3, retention=0.25)
+    assert still.skips(12).tolist() == [False] * 3 + [True] * 3 + [False] + (
+        [True] * 3 + [False] + [True]
+    )
+    # 0.95, then 0.95 squared: 0.05 and 0.0975 add up to more than 0.1.
+    falling = Reuse((0.95,), threshold=0.1, most=9, retention=0.0)
+    assert falling.skips(7).tolist() == [False] + [True, False] * 3
+    assert not Reuse((1.0,), most=0).skips(10).any()
+    assert not Reuse((0.5,)).skips(10).any()
+    # A curve of another number of steps is read at the same shares of the way.
+    curve = Reuse((1.0, 1.0, 0.5, 0.5), most=99, retention=0.0)
+    assert curve.skips(8).tolist() == [False] + [True] * 3 + [False] * 4
+
+
+def test_a_curve_is_kept_in_a_file(tmp_path):
+    save_ratios(tmp_path / "curve.json", np.array([1.0, 0.98, 1.01]))
+    assert Reuse.load(tmp_path / "curve.json", 0.2).ratios == (1.0, 0.98, 1.01)
+    (tmp_path / "curve.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds no ratios"):
+        Reuse.load(tmp_path / "curve.json")
+    with pytest.raises(ValueError, match="must be positive"):
+        Reuse(())
+
+
+REQUEST = Request("one object: a red circle", frames=5, height=16, width=16, seed=7)
+SETTINGS = {"steps": 6, "guidance": Guidance(2.0)}
+
+
+def test_only_steps_that_reuse_change_the_clip(generator):
+    plain = generator.latents([REQUEST], **SETTINGS)[0]
+    never = generator.latents([REQUEST], reuse=Reuse((1.0,), most=0), **SETTINGS)[0]
+    np.testing.assert_allclose(never, plain, atol=1e-5)
+    often = generator.latents([REQUEST], reuse=Reuse((1.0,)), **SETTINGS)[0]
+    assert np.abs(often - plain).max() > 1e-4
+    with pytest.raises(ValueError, match="one evaluation a step"):
+        generator.latents([REQUEST], solver="heun", reuse=Reuse((1.0,)))
+
+
+def test_the_curve_is_that_of_the_blocks(generator):
+    curve = generator.calibrate(REQUEST, **SETTINGS)
+    assert len(curve) == 6 and curve[0] == 1.0
+    assert all(0.5 < x < 2 for x in curve)
