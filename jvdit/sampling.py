@@ -235,6 +235,10 @@ class Stepper:
             self.ratios[span] = np.asarray(ratios)
         return running
 
+    def lower(self, *inputs: Any, **settings: Any) -> Any:
+        """The program of a call, to be compiled for its own sake."""
+        return self._run.lower(*inputs, watched=False, **settings)
+
     def _steps(
         self,
         dit: DiT,

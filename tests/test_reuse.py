@@ -24,7 +24,7 @@ def test_steps_that_reuse_are_bounded_in_error_and_number():
 
 
 def test_a_curve_is_kept_in_a_file(tmp_path):
-    save_ratios(tmp_path / "curve.json", np.array([1.0, 0.98, 1.01]))
+    save_ratios(tmp_path / "curve.json", [1.0, 0.98, 1.01])
     assert Reuse.load(tmp_path / "curve.json", 0.2).ratios == (1.0, 0.98, 1.01)
     (tmp_path / "curve.json").write_text("[]")
     with pytest.raises(ValueError, match="holds no ratios"):
@@ -40,9 +40,10 @@ SETTINGS = {"steps": 6, "guidance": Guidance(2.0)}
 def test_only_steps_that_reuse_change_the_clip(generator):
     plain = generator.latents([REQUEST], **SETTINGS)[0]
     never = generator.latents([REQUEST], reuse=Reuse((1.0,), most=0), **SETTINGS)[0]
-    np.testing.assert_allclose(never, plain, atol=1e-5)
+    np.testing.assert_allclose(never, plain, atol=1e-6)
     often = generator.latents([REQUEST], reuse=Reuse((1.0,)), **SETTINGS)[0]
-    assert np.abs(often - plain).max() > 1e-4
+    # Hardly trained, its head says little; the parity suite compares the numbers.
+    assert np.abs(often - plain).max() > 5e-6
     with pytest.raises(ValueError, match="one evaluation a step"):
         generator.latents([REQUEST], solver="heun", reuse=Reuse((1.0,)))
 
