@@ -107,9 +107,10 @@ def flow(variant: str = "world-s", text_variant: str = "world") -> Config:
     # Folder of an autoencoder whose latents the cache must hold. "": whichever
     # autoencoder wrote the cache.
     config.autoencoder = ""
-    # Which network of a released `start_from` is trained: "dit", or "dit_low", the
-    # expert for low noise.
+    # Which network of a released `start_from` is trained: "dit", "dit_low" (the expert
+    # for low noise) or "both", with the time at which the one takes over.
     config.expert = "dit"
+    config.boundary = 0.0
     config.dit = fields_of(
         dit.DiT, dit.VARIANTS[variant], "in_channels", "out_channels", "text_width"
     )

@@ -25,7 +25,7 @@ def finished_parameters(
         wanted: shapes of the parameters of each network. Those of a released model take
             the types from here too.
         mesh: on which those of a released model are divided.
-        expert: which of a released model's networks "dit" is.
+        expert: which of a released model's networks "dit" is; "both": itself.
 
     Raises:
         FileNotFoundError: a network is missing there.
@@ -34,9 +34,10 @@ def finished_parameters(
     if not is_release(folder):
         return load_parameters(folder, wanted)
     parts = dict(read_release(folder).parts)
-    if expert not in parts:
+    if expert not in (*parts, "both"):
         raise ValueError(f"`expert` (={expert!r}) is none of {folder}: {[*parts]}.")
-    parts = {"dit": parts[expert]}
+    if expert != "both":
+        parts = {"dit": parts[expert]}
     if unknown := set(wanted) - set(parts):
         raise ValueError(
             f"{folder} has no {', '.join(sorted(unknown))} to start from; train on its "

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,3 +98,32 @@ def test_bad_values_are_named():
         TimestepPolicy(shift=20.0)
     with pytest.raises(ValueError, match="steps.*0"):
         TimestepPolicy().times(0, jnp.ones(1))
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "logit_normal"])
+def test_a_span_takes_its_part_of_the_distribution(distribution):
+    policy = TimestepPolicy(distribution, shift=5.0)
+    part = dataclasses.replace(policy, span=(0.3, 0.875))
+    u = jnp.linspace(0.0, 1.0, 20001)
+    count = jnp.ones_like(u)
+    whole = np.asarray(policy.quantile(u, count))
+    inside = whole[(whole > 0.3) & (whole < 0.875)]
+    found = np.asarray(part.quantile(u, count))
+    assert found.min() >= 0.3 - 1e-4 and found.max() <= 0.875 + 1e-4
+    shares = np.linspace(0.05, 0.95, 10)
+    np.testing.assert_allclose(
+        np.quantile(found, shares), np.quantile(inside, shares), atol=2e-3
+    )
+    with pytest.raises(ValueError, match="`span`"):
+        TimestepPolicy(span=(0.5, 0.5))
+
+
+def test_times_of_wan_begin_below_one_and_end_in_a_leap():
+    policy = TimestepPolicy(shift=5.0, shift_range=(0.1, 20.0), grid=(1 - 1e-6, 0.001))
+    times = np.asarray(policy.times(4, jnp.ones(1)))[:, 0]
+    plain = np.linspace(1, 0.001, 5)[:-1]
+    want = 5 * plain / (1 + 4 * plain)
+    np.testing.assert_allclose(times[1:-1], want[1:], rtol=1e-6)
+    assert times[0] < 1 and times[-1] == 0
+    shown = np.asarray(Path(timesteps=1000).shown(jnp.asarray(times)))
+    np.testing.assert_allclose(1000 * shown, [999, 937, 833, 625, 0], atol=1e-3)

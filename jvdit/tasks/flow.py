@@ -215,7 +215,26 @@ class FlowTask(Task):
             policy=TimestepPolicy.of(config.timesteps.to_dict()),
             one_clip=one_clip,
             pad_text=config.conventions.pad_text,
+            boundary=self._boundary(),
         )
+
+    def _boundary(self) -> float:
+        """The time between two experts that are trained together; 0: one is."""
+        config = self.config
+        if config.expert != "both":
+            return 0.0
+        if not 0 < config.boundary < 1 or config.lora.rank:
+            raise ValueError(
+                f"`expert` 'both' needs a `boundary` (={config.boundary}) inside (0, 1)"
+                " and no `lora.rank`: adapt one expert after the other."
+            )
+        ways = 2 * self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        if config.data.rows % ways:
+            raise ValueError(
+                f"`data.rows` (={config.data.rows}) must be divisible by {ways}, so "
+                f"that each expert has half; try {-(-config.data.rows // ways) * ways}."
+            )
+        return config.boundary
 
     def _base(self) -> dict[str, Any]:
         """The networks that the adapters adapt."""
@@ -333,6 +352,7 @@ class FlowTask(Task):
             defaults={k: v for k, v in sample.items() if k not in _OF_TRAINING},
             mesh=self.mesh,
             conventions=Conventions(**self.config.conventions),
+            boundary=objective.boundary,
         )
 
     def show(self, params, metrics, step, folder):
@@ -387,7 +407,9 @@ class FlowTask(Task):
         if self.objective.lora:
             write_lora(folder, self._adapters(params), wan.dit_rules())
         elif start and is_release(start):
-            like = read_release(start).parts[self.config.expert]
-            save_dit(folder / like.name, params["dit"], self.objective.dit, like)
+            expert, parts = self.config.expert, read_release(start).parts
+            for name in ("dit", "dit_low") if expert == "both" else ("dit",):
+                like = parts[name if expert == "both" else expert]
+                save_dit(folder / like.name, params[name], self.objective.dit, like)
         else:
             self._generator_of(params).save(folder)

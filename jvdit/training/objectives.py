@@ -72,6 +72,9 @@ class FlowObjective:
         policy: the times.
         one_clip: see `tokens_of`.
         pad_text: tokens see all text states of their clip, padding included.
+        boundary: with two experts, "dit" above this time and "dit_low" below, the first
+            half of a batch's rows trains the one and the second half the other. 0:
+            there is one network.
         lora: adapters of the DiT that are trained in the place of all else, which is
             frozen then.
     """
@@ -82,14 +85,15 @@ class FlowObjective:
     policy: TimestepPolicy
     one_clip: bool = False
     pad_text: bool = False
+    boundary: float = 0.0
     lora: LoRA | None = None
 
     def init(self, key: PRNGKeyArray, batch: Batch) -> Any:
-        """Fresh parameters: {"dit"} and, where it is trained, {"text_encoder"}.
+        """Fresh parameters by network: "dit", perhaps "text_encoder" and "dit_low".
 
         With adapters they are all: {"lora"}.
         """
-        keys = jax.random.split(key)
+        keys = jax.random.split(key, 3)
         batch = {name: value[:1] for name, value in batch.items()}
         params = {}
         if self.text_encoder is not None:
@@ -104,12 +108,26 @@ class FlowObjective:
         params["dit"] = self.dit.init(keys[1], tokens, t, text)["params"]
         if self.lora is not None:
             return {"lora": self.lora.init(keys[1], params["dit"])}
+        if self.boundary:
+            params["dit_low"] = self.dit.init(keys[2], tokens, t, text)["params"]
         return params
 
     def prepare(self, batch: Batch, key: PRNGKeyArray) -> Batch:
         """Draws a time for each clip and a key for each row."""
         time_key, row_key = jax.random.split(key)
-        t = self.policy.sample(time_key, jnp.maximum(clip_sizes(batch), 1))
+        sizes = jnp.maximum(clip_sizes(batch), 1)
+        t = self.policy.sample(time_key, sizes)
+        if self.boundary:
+            spans = (self.boundary, 1.0), (0.0, self.boundary)
+            time_keys = jax.random.split(time_key)
+            t = jnp.concatenate(
+                [
+                    dataclasses.replace(self.policy, span=span).sample(each, half)
+                    for span, each, half in zip(
+                        spans, time_keys, jnp.split(sizes, 2), strict=True
+                    )
+                ]
+            )
         rows = jax.random.split(row_key, len(batch["segment"]))
         return {**batch, "t": t, "key": rows}
 
@@ -144,11 +162,23 @@ class FlowObjective:
 
         `rng` is for dropout; None: there is none.
         """
+        if not self.boundary:
+            return self._error(params, "dit", batch, x0, noise, t, rng)
+        inputs = dict(batch), x0, noise, t
+        low, high = (
+            self._error(
+                params, name, *jax.tree.map(lambda x, i=i: jnp.split(x, 2)[i], inputs)
+            )
+            for i, name in ((1, "dit_low"), (0, "dit"))
+        )
+        return jax.tree.map(lambda *halves: jnp.concatenate(halves), high, low)
+
+    def _error(self, params, name, batch, x0, noise, t, rng=None):
         levels = t if self.one_clip else jnp.pad(t, ((0, 0), (1, 0)))
         clean = tokens_of(batch, x0, self.one_clip)
         token_t = clean.per_token(levels)
         tokens = clean.with_latents(self.path.mix(x0, noise, token_t))
-        variables, rngs = {"params": params["dit"]}, {}
+        variables, rngs = {"params": params[name]}, {}
         if self.lora is not None:
             variables["lora"] = self.lora.active(params["lora"], rng is not None)
             rngs = {} if rng is None else {"lora": rng}
@@ -181,7 +211,16 @@ class FlowObjective:
 
         def at(t):
             everywhere = jnp.full(batch["valid"].shape, t)
-            error, _ = self.error(params, batch, x0, noise, everywhere)
+            networks = ("dit_low", "dit") if self.boundary else ("dit",)
+            error = jax.lax.switch(
+                (t >= self.boundary).astype(int) * (len(networks) - 1),
+                [
+                    lambda name=name: self._error(
+                        params, name, batch, x0, noise, everywhere
+                    )[0]
+                    for name in networks
+                ],
+            )
             return error.sum() / weight
 
         return jax.lax.map(at, times)

@@ -26,6 +26,7 @@ from jvdit.train import train
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
+EXPERTS = ("transformer", "transformer_2")
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
 
@@ -118,6 +119,28 @@ def test_all_weights_of_an_expert(release, tmp_path):
     _, plain = latents(folder)
     _, tuned = latents(folder, dit_low=made)
     np.testing.assert_allclose(tuned, plain, atol=1e-3)
+
+
+def test_both_experts_learn_each_at_its_own_noise(release, tmp_path):
+    folder, _ = release
+    config = config_of(folder, "both")
+    with pytest.raises(ValueError, match="needs a `boundary`"):
+        FlowTask(config, make_mesh(), tmp_path)
+    config.boundary = 0.875
+    with pytest.raises(ValueError, match="divisible by 16.*try 16"):
+        FlowTask(config, make_mesh(), tmp_path)
+    config.data.rows = 16
+    objective = FlowTask(config, make_mesh(), tmp_path).objective
+    batch = {"segment": jnp.ones((16, 8), int), "valid": jnp.ones((16, 1), bool)}
+    t = objective.prepare(batch, jax.random.key(0))["t"]
+    assert (t[:8] >= 0.875).all() and (t[8:] <= 0.875).all()
+    train(config, str(tmp_path / "both"))
+    given = {name: folder / "release" / name for name in EXPERTS}
+    for name in EXPERTS:
+        file = "diffusion_pytorch_model.safetensors"
+        own = load_file(tmp_path / "both/model" / name / file)
+        for key, value in load_file(given[name] / file).items():
+            np.testing.assert_allclose(own[key], value, atol=1e-6)
 
 
 def test_adapters_of_an_expert(release, tmp_path):
