@@ -12,22 +12,22 @@ if TYPE_CHECKING:
     from jvdit.diffusion.denoise import Guidance as Guidance
     from jvdit.diffusion.flow import Path as Path
     from jvdit.diffusion.flow import TimestepPolicy as TimestepPolicy
-    from jvdit.generator import Generator as Generator
+    from jvdit.generation.generator import Generator as Generator
+    from jvdit.generation.request import Request as Request
     from jvdit.models.dit import DiT as DiT
     from jvdit.models.image_encoder import ImageEncoder as ImageEncoder
     from jvdit.models.text_encoder import TextEncoder as TextEncoder
     from jvdit.models.video_vae import VideoVAE as VideoVAE
-    from jvdit.request import Request as Request
     from jvdit.shapes import Text as Text
     from jvdit.shapes import Tokens as Tokens
 
 _HOMES = {
     "DiT": "jvdit.models.dit",
-    "Generator": "jvdit.generator",
+    "Generator": "jvdit.generation.generator",
     "Guidance": "jvdit.diffusion.denoise",
     "ImageEncoder": "jvdit.models.image_encoder",
     "Path": "jvdit.diffusion.flow",
-    "Request": "jvdit.request",
+    "Request": "jvdit.generation.request",
     "Text": "jvdit.shapes",
     "TextEncoder": "jvdit.models.text_encoder",
     "TimestepPolicy": "jvdit.diffusion.flow",

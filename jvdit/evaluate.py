@@ -30,8 +30,8 @@ from jvdit.evaluation.adherence import describe, read
 from jvdit.evaluation.detection import detect
 from jvdit.evaluation.overlay import overlay
 from jvdit.evaluation.tracks import follow
-from jvdit.generator import Generator
-from jvdit.request import Request, size_fields
+from jvdit.generation.generator import Generator
+from jvdit.generation.request import Request, size_fields
 from jvdit.training.checkpoint import weights_hash, write_json
 from jvdit.training.metrics import read_history
 

@@ -21,9 +21,9 @@ from jvdit.data.sheets import contact_sheet, write_png
 from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.reuse import Reuse, save_ratios
 from jvdit.diffusion.solvers import SOLVERS
-from jvdit.generator import Generator
-from jvdit.release import EXPERTS, add_adapters, load_release
-from jvdit.request import Request, size_fields, size_like
+from jvdit.generation.generator import Generator
+from jvdit.generation.release import EXPERTS, add_adapters, load_release
+from jvdit.generation.request import Request, size_fields, size_like
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of a training, or its model folder.")
 _PROMPTS = flags.DEFINE_string(

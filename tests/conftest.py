@@ -30,6 +30,6 @@ def workdir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def generator(workdir):
     """What that training can generate."""
-    from jvdit.generator import Generator
+    from jvdit.generation.generator import Generator
 
     return Generator.load(workdir / "dit")

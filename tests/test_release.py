@@ -7,19 +7,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jvdit.conditioning import (
+from jvdit.data.tokenizer import Tokenizer, cleaned, train_tokenizer
+from jvdit.data.tokenizer_json import sentencepiece_of
+from jvdit.generation.conditioning import (
     check_pictures,
     clean_first_frame,
     control_signal,
     first_frame_channels,
 )
-from jvdit.data.tokenizer import Tokenizer, cleaned, train_tokenizer
-from jvdit.data.tokenizer_json import sentencepiece_of
+from jvdit.generation.request import Request, size_like
+from jvdit.generation.residence import Residence, fits_together
 from jvdit.models.dit import VARIANTS
 from jvdit.pretrained.recipes import RECIPES, name_of
 from jvdit.pretrained.release import read_release
-from jvdit.request import Request, size_like
-from jvdit.residence import Residence, fits_together
 from jvdit.sharding import make_mesh
 
 

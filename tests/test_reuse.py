@@ -5,7 +5,7 @@ import pytest
 
 from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.reuse import Reuse, save_ratios
-from jvdit.request import Request
+from jvdit.generation.request import Request
 
 
 def test_steps_that_reuse_are_bounded_in_error_and_number():

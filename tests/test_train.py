@@ -21,9 +21,9 @@ from jvdit.data.media import read_metadata
 from jvdit.data.records import RecordDataset
 from jvdit.diffusion.denoise import Guidance
 from jvdit.encode import encode
-from jvdit.generator import Generator
-from jvdit.release import add_adapters
-from jvdit.request import Request
+from jvdit.generation.generator import Generator
+from jvdit.generation.release import add_adapters
+from jvdit.generation.request import Request
 from jvdit.sharding import make_mesh
 from jvdit.tasks.flow import FlowTask
 from jvdit.train import train

@@ -29,13 +29,13 @@ from rich.table import Table
 
 from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.flow import Path, TimestepPolicy
+from jvdit.generation.request import size_fields
+from jvdit.generation.sampling import Stepper, start_noise
 from jvdit.models import dit, text_encoder, video_vae
 from jvdit.models.video_vae_chunked import DECODED_PIXELS, decode_step
 from jvdit.pretrained.configs import PATCH_SIZE
 from jvdit.pretrained.folders import dit_inputs
 from jvdit.pretrained.recipes import RECIPES
-from jvdit.request import size_fields
-from jvdit.sampling import Stepper, start_noise
 from jvdit.shapes import Text
 
 GB = 1e9

@@ -25,7 +25,8 @@ from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.flow import Path, TimestepPolicy
 from jvdit.diffusion.solvers import check_solver
 from jvdit.evaluation import oracle
-from jvdit.generator import Generator
+from jvdit.generation.generator import Generator
+from jvdit.generation.request import Request
 from jvdit.models.dit import DiT
 from jvdit.models.lora import LoRA
 from jvdit.models.text_encoder import TextEncoder
@@ -35,7 +36,6 @@ from jvdit.pretrained import wan
 from jvdit.pretrained.folders import save_dit
 from jvdit.pretrained.lora import write_lora
 from jvdit.pretrained.release import is_release, read_release
-from jvdit.request import Request
 from jvdit.tasks.task import Task
 from jvdit.training.checkpoint import (
     build,

@@ -15,10 +15,10 @@ from test_release_parity import DIT, filled, pipeline
 from jvdit import config as defaults
 from jvdit.diffusion.denoise import Guidance
 from jvdit.encode import encode
+from jvdit.generation.release import add_adapters, load_release
+from jvdit.generation.request import Request
 from jvdit.models.dit import VARIANTS
 from jvdit.networks import finished_parameters
-from jvdit.release import add_adapters, load_release
-from jvdit.request import Request
 from jvdit.sharding import make_mesh
 from jvdit.tasks.flow import FlowTask
 from jvdit.train import train

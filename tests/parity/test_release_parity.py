@@ -17,8 +17,8 @@ from PIL import Image
 from jvdit.data.media import decode_clip, read_metadata
 from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.reuse import Reuse
-from jvdit.release import load_release
-from jvdit.request import Request
+from jvdit.generation.release import load_release
+from jvdit.generation.request import Request
 from jvdit.sharding import make_mesh
 
 torch = pytest.importorskip("torch")

@@ -16,13 +16,6 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from jvdit.caption_encoder import encode_captions
-from jvdit.conditioning import (
-    Given,
-    check_pictures,
-    given_of,
-    item_of,
-    pictures_of,
-)
 from jvdit.conventions import Conventions
 from jvdit.data.packing import Item, Size
 from jvdit.data.tokenizer import Tokenizer
@@ -30,14 +23,16 @@ from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.flow import Path, TimestepPolicy
 from jvdit.diffusion.reuse import Reuse
 from jvdit.diffusion.solvers import check_solver
-from jvdit.models.dit import DiT
-from jvdit.models.image_encoder import ImageEncoder, preprocess
-from jvdit.models.text_encoder import TextEncoder
-from jvdit.models.video_vae import VideoVAE
-from jvdit.models.video_vae_chunked import decode_normalized, encode_normalized
-from jvdit.request import Request
-from jvdit.residence import Residence
-from jvdit.sampling import (
+from jvdit.generation.conditioning import (
+    Given,
+    check_pictures,
+    given_of,
+    item_of,
+    pictures_of,
+)
+from jvdit.generation.request import Request
+from jvdit.generation.residence import Residence
+from jvdit.generation.sampling import (
     Batch,
     OnStep,
     Running,
@@ -47,6 +42,11 @@ from jvdit.sampling import (
     texts_of,
     unpacked,
 )
+from jvdit.models.dit import DiT
+from jvdit.models.image_encoder import ImageEncoder, preprocess
+from jvdit.models.text_encoder import TextEncoder
+from jvdit.models.video_vae import VideoVAE
+from jvdit.models.video_vae_chunked import decode_normalized, encode_normalized
 from jvdit.sharding import batch_sharding, make_mesh, parameter_shardings
 from jvdit.training.checkpoint import (
     build,

@@ -13,7 +13,8 @@ from jax.typing import DTypeLike
 from jvdit.caption_encoder import release_tokenizer
 from jvdit.conventions import Conventions
 from jvdit.diffusion.flow import Path, TimestepPolicy
-from jvdit.generator import Generator
+from jvdit.generation.generator import Generator
+from jvdit.generation.residence import fits_together
 from jvdit.models.lora import check, scaled, stacked
 from jvdit.pretrained.configs import PATCH_SIZE, patch_channels
 from jvdit.pretrained.folders import (
@@ -26,7 +27,6 @@ from jvdit.pretrained.folders import (
 from jvdit.pretrained.lora import read_lora
 from jvdit.pretrained.release import read_release
 from jvdit.pretrained.wan import LAYOUTS, dit_rules
-from jvdit.residence import fits_together
 from jvdit.sharding import make_mesh
 from jvdit.training.checkpoint import module_fields
 
