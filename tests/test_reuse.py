@@ -10,17 +10,23 @@ from jvdit.generation.request import Request
 
 def test_steps_that_reuse_are_bounded_in_error_and_number():
     still = Reuse((1.0,), most=3, retention=0.25)
-    assert still.skips(12).tolist() == [False] * 3 + [True] * 3 + [False] + (
-        [True] * 3 + [False] + [True]
+    assert still.skips(12) == (
+        *[False] * 3,
+        *[True] * 3,
+        False,
+        *[True] * 3,
+        False,
+        True,
     )
     # 0.95, then 0.95 squared: 0.05 and 0.0975 add up to more than 0.1.
     falling = Reuse((0.95,), threshold=0.1, most=9, retention=0.0)
-    assert falling.skips(7).tolist() == [False] + [True, False] * 3
-    assert not Reuse((1.0,), most=0).skips(10).any()
-    assert not Reuse((0.5,)).skips(10).any()
+    assert falling.skips(7) == (False, *(True, False) * 3)
+    assert not any(Reuse((1.0,), most=0).skips(10))
+    assert not any(Reuse((0.5,)).skips(10))
     # A curve of another number of steps is read at the same shares of the way.
     curve = Reuse((1.0, 1.0, 0.5, 0.5), most=99, retention=0.0)
-    assert curve.skips(8).tolist() == [False] + [True] * 3 + [False] * 4
+    assert curve.skips(8) == (False, *(True,) * 3, *(False,) * 4)
+    assert curve.skips(8, first=2)[2] is False
 
 
 def test_a_curve_is_kept_in_a_file(tmp_path):

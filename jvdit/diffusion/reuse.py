@@ -67,8 +67,13 @@ class Reuse:
             ) from None
         return cls(tuple(float(x) for x in ratios), threshold)
 
-    def skips(self, steps: int) -> np.ndarray:
-        """Which of so many steps reuse: bool `[steps]`."""
+    def skips(self, steps: int, first: int = 0) -> tuple[bool, ...]:
+        """Which of so many steps reuse.
+
+        Args:
+            steps: of the whole solution.
+            first: the network's own first step, which has nothing to reuse.
+        """
         known = len(self.ratios)
         places = np.arange(steps) * (known - 1) / max(steps - 1, 1)
         ratios = np.asarray(self.ratios)[np.round(places).astype(int)]
@@ -81,7 +86,8 @@ class Reuse:
                 skips[i] = True
             else:
                 ratio, error, count = 1.0, 0.0, 0
-        return skips
+        skips[first] = False
+        return tuple(skips.tolist())
 
 
 def save_ratios(file: str | os.PathLike[str], ratios: Sequence[float]) -> None:

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -33,12 +33,10 @@ from jvdit.generation.conditioning import (
 from jvdit.generation.request import Request
 from jvdit.generation.residence import Residence
 from jvdit.generation.sampling import (
-    Batch,
     OnStep,
-    Running,
     Stepper,
     batches_of,
-    start_noise,
+    counting,
     texts_of,
     unpacked,
 )
@@ -265,13 +263,12 @@ class Generator:
             self._mesh.shape["data"] * self._mesh.shape["fsdp"],
             self.text_length,
         )
-        self._stepper.on_step = on_step and _counting(on_step, len(batches) * steps)
+        self._stepper.on_step = on_step and counting(on_step, len(batches) * steps)
         places = batch_sharding(self._mesh)
         guidances = {"dit": guidance, "dit_low": low_guidance or guidance}
         with jax.set_mesh(self._mesh):
-            running = [
-                self._start(x, steps, solver, noise is not None) for x in batches
-            ]
+            begun = steps, solver, noise is not None
+            running = [x.begin(places, self.policy, *begun) for x in batches]
             # Network after network, so that each is brought to the devices once.
             for name, span in self._spans(steps).items():
                 variables = {"params": self._residence[name]}
@@ -288,7 +285,7 @@ class Generator:
                         solver=solver,
                         guidance=guidances[name],
                         span=span,
-                        skips=_skips(reuse, steps, span),
+                        skips=reuse and reuse.skips(steps, span[0]),
                     )
             found = unpacked(batches, running, sizes, self.patch_size)
         jax.effects_barrier()
@@ -374,20 +371,6 @@ class Generator:
             ]
         return dict(zip(texts, states, strict=True))
 
-    def _start(self, batch: Batch, steps: int, solver: str, noisy: bool) -> Running:
-        arrays, seeds = jax.device_put(
-            (batch.arrays, batch.seeds), batch_sharding(self._mesh)
-        )
-        return start_noise(
-            arrays,
-            seeds,
-            policy=self.policy,
-            steps=steps,
-            solver=solver,
-            one_clip=batch.one_clip,
-            noisy=noisy,
-        )
-
     def _spans(self, steps: int) -> dict[str, tuple[int, int]]:
         """Which network takes which steps."""
         times = self.path.shown(self.policy.times(steps, jnp.ones(1))[:-1, 0])
@@ -411,25 +394,3 @@ class Generator:
 @partial(jax.jit, static_argnames="encoder")
 def _image_states(encoder: ImageEncoder, params: Any, images: jax.Array):
     return encoder.apply({"params": params}, images)
-
-
-def _skips(
-    reuse: Reuse | None, steps: int, span: tuple[int, int]
-) -> tuple[bool, ...] | None:
-    """Which steps reuse; the first of a network has nothing to."""
-    if reuse is None:
-        return None
-    skips = reuse.skips(steps)
-    skips[span[0]] = False
-    return tuple(skips.tolist())
-
-
-def _counting(on_step: OnStep, total: int) -> Callable[[int, np.ndarray], None]:
-    done = 0
-
-    def told(_, latents):
-        nonlocal done
-        done += 1
-        on_step(done, total, latents)
-
-    return told

@@ -42,6 +42,26 @@ class Batch(NamedTuple):
         """Whether every row is exactly one clip without padding."""
         return bool((self.arrays["segment"] == 1).all())
 
+    def begin(
+        self,
+        places: NamedSharding,
+        policy: TimestepPolicy,
+        steps: int,
+        solver: str,
+        noisy: bool,
+    ) -> "Running":
+        """Puts the rows on the devices, with noise; see `start_noise`."""
+        arrays, seeds = jax.device_put((self.arrays, self.seeds), places)
+        return start_noise(
+            arrays,
+            seeds,
+            policy=policy,
+            steps=steps,
+            solver=solver,
+            one_clip=self.one_clip,
+            noisy=noisy,
+        )
+
 
 class Running(NamedTuple):
     """A batch on its way.
@@ -272,6 +292,18 @@ class Stepper:
     def _told(self, index: Any, latents: Any) -> None:
         if self.on_step is not None:
             self.on_step(int(index), np.asarray(latents))
+
+
+def counting(on_step: OnStep, total: int) -> Callable[[int, np.ndarray], None]:
+    """What a `Stepper` calls, such that `on_step` hears how many steps are done."""
+    done = 0
+
+    def told(_: int, latents: np.ndarray) -> None:
+        nonlocal done
+        done += 1
+        on_step(done, total, latents)
+
+    return told
 
 
 def unpacked(
