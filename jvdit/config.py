@@ -14,7 +14,7 @@ from jvdit.conventions import Conventions
 from jvdit.diffusion.flow import Path, TimestepPolicy
 from jvdit.models import dit, text_encoder, video_vae
 from jvdit.models.lora import LoRA
-from jvdit.pretrained.recipes import RECIPES
+from jvdit.pretrained.recipes import POLICY, RECIPES, TEXT_LENGTH, TIMESTEPS
 from jvdit.training.optim import Optim
 
 # A ConfigDict. Its attributes have no types that a checker could know.
@@ -163,16 +163,22 @@ def wan(variant: str, release: str) -> Config:
     Args:
         variant: its row of `dit.VARIANTS` and `RECIPES`.
         release: its folder.
+
+    Raises:
+        ValueError: the model takes pictures, for which there is no training yet.
     """
+    row = dit.VARIANTS[variant]
+    if any(name in row for name in ("cond_channels", "control_channels")):
+        known = "wan2.1-t2v-1.3b, wan2.1-t2v-14b, wan2.2-t2v-a14b, wan2.2-ti2v-5b"
+        raise ValueError(f"{variant} takes pictures; those that train are {known}.")
     config, recipe = flow(variant, text_variant=""), RECIPES[variant]
     config.start_from = release
     config.conventions.update(seconds=False, pad_text=True)
-    config.path.timesteps = 1000
-    config.timesteps.update(shift=recipe["shift"], shift_range=(1e-3, 1e3))
-    config.timesteps.grid = (1 - 1e-6, 1e-3)
+    config.path.timesteps = TIMESTEPS
+    config.timesteps.update(shift=recipe["shift"], **POLICY)
     config.dit.update(dtype="bfloat16", scan_layers=True, remat="full")
     config.data.update(
-        rows=8, max_clips=1, text_length=512, text_budget=512, caption_dropout=0.1
+        rows=8, max_clips=1, text_length=TEXT_LENGTH, text_budget=TEXT_LENGTH
     )
     names = ("frames", "height", "width", "fps", "steps", "solver", "guidance_scale")
     config.sample.update({name: recipe[name] for name in names})

@@ -3,10 +3,12 @@
 What is written is a data set of the same record format. Its settings say which
 autoencoder made it (hash, fields), of which source; a copy of the autoencoder, with the
 statistics of its latents, lies beside the shards. So do, with `--text_encoder`, states
-of the captions, settings and a copy of the text encoder. Killed and started again,
+of the captions, settings and a copy of the text encoder; of a released one, which may
+stand for either, only where it lies. Killed and started again,
 encoding goes on after its last finished shard.
 """
 
+import math
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +27,7 @@ from jvdit.data.clips import BadClip, Clip, Source
 from jvdit.data.record_format import latent_features
 from jvdit.data.records import RecordDataset, RecordWriter
 from jvdit.models.video_vae import VideoVAE
+from jvdit.models.video_vae_chunked import encode_stream, split
 from jvdit.pretrained.folders import load_vae
 from jvdit.pretrained.release import is_release, read_release
 from jvdit.training.checkpoint import (
@@ -43,14 +46,15 @@ _VAE = flags.DEFINE_string(
 )
 _OUT = flags.DEFINE_string("out", None, "Folder of the latents.")
 _TEXT_ENCODER = flags.DEFINE_string(
-    "text_encoder", "", "Workdir or `model` folder; encodes the captions too."
+    "text_encoder", "", "Workdir or released model; encodes the captions too."
 )
 _TEXT_LENGTH = flags.DEFINE_integer("text_length", 64, "Tokens of a caption at most.")
 
 _States = Callable[[Sequence[str]], list[np.ndarray]]
 
 SHARD = 2048  # clips
-BATCH = 32  # clips
+BATCH = 32  # clips, fewer where they have many pixels
+PIXELS = 1 << 23  # of a batch; a clip of more is encoded piece by piece
 
 
 def encode(
@@ -133,8 +137,15 @@ def _weights_folder(vae: str) -> pathlib.Path:
 
 def _encoder(module: VideoVAE, params: Any) -> Callable[[Any], Any]:
     @jax.jit
-    def encoded(params, video):
+    def whole(params, video):
         return module.apply({"params": params}, to_float(video), method="encode")
+
+    def encoded(params, video):
+        if video[..., 0].size <= PIXELS:
+            return whole(params, video)
+        pieces = map(to_float, split(video, module.temporal_compression))
+        moments = [*encode_stream(module, params, pieces)]
+        return [np.concatenate(x, axis=1) for x in zip(*moments, strict=True)]
 
     return partial(encoded, jax.device_put(params))
 
@@ -160,9 +171,10 @@ def _examples(
     states: _States | None,
 ) -> Iterator[dict[str, Any]]:
     """The records of clips, those of one size after another."""
-    for alike in _by_size(source.index, ids):
-        for start in range(0, len(alike), BATCH):
-            chunk = alike[start : start + BATCH]
+    for size, alike in _by_size(source.index, ids).items():
+        batch = min(BATCH, max(PIXELS // math.prod(size), 1))
+        for start in range(0, len(alike), batch):
+            chunk = alike[start : start + batch]
             clips = dict(zip(chunk, source.read(chunk), strict=True))
             for i, clip in clips.items():
                 if isinstance(clip, BadClip):
@@ -171,7 +183,7 @@ def _examples(
             if good:
                 videos = np.stack([clip["video"] for clip in good.values()])
                 # One shape, one compilation: the last batch is filled up.
-                spare = np.repeat(videos[:1], BATCH - len(videos), axis=0)
+                spare = np.repeat(videos[:1], batch - len(videos), axis=0)
                 mean, logvar = run(np.concatenate([videos, spare]))
                 texts: list[Any] = [None] * len(good)
                 if states is not None:
@@ -203,12 +215,12 @@ def _record(
     return record
 
 
-def _by_size(index, ids: Sequence[int]) -> list[list[int]]:
+def _by_size(index, ids: Sequence[int]) -> dict[tuple[int, ...], list[int]]:
     groups: dict[tuple[int, ...], list[int]] = {}
     for i in ids:
         size = tuple(int(index[name][i]) for name in ("frames", "height", "width"))
         groups.setdefault(size, []).append(i)
-    return list(groups.values())
+    return groups
 
 
 def _statistics(folder: pathlib.Path) -> tuple[list[float], list[float]]:

@@ -1,6 +1,8 @@
 """Finished networks, of our own runs or released, to begin a training with."""
 
+import hashlib
 import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +12,8 @@ from jax.sharding import Mesh
 from jvdit.pretrained.folders import load_dit
 from jvdit.pretrained.release import is_release, read_release
 from jvdit.training.checkpoint import differences, load_parameters
+
+_BEGINNING = 1 << 20  # bytes of a file: its header, and the first weights
 
 
 def finished_parameters(
@@ -40,8 +44,9 @@ def finished_parameters(
         parts = {"dit": parts[expert]}
     if unknown := set(wanted) - set(parts):
         raise ValueError(
-            f"{folder} has no {', '.join(sorted(unknown))} to start from; train on its "
-            "text states (`config.text_encoder` empty), as it was."
+            f"a released model ({folder}) starts its {' and '.join(parts)} alone, and "
+            f"this run trains {' and '.join(sorted(unknown))} too: train a DiT, on the "
+            "text states of its encoder (`config.text_encoder` empty)."
         )
     params = {}
     for name, shapes in wanted.items():
@@ -59,3 +64,21 @@ def finished_parameters(
                 "row of `dit.VARIANTS`."
             )
     return params
+
+
+def fingerprint(folder: str | os.PathLike[str], expert: str = "dit") -> str:
+    """Tells finished networks from others, by the sizes and beginnings of their files.
+
+    Args:
+        folder: see `finished_parameters`.
+        expert: see there.
+    """
+    place = pathlib.Path(folder)
+    if is_release(folder):
+        place = read_release(folder).parts[expert]
+    digest = hashlib.sha256()
+    for file in sorted(place.rglob("*.safetensors")):
+        digest.update(f"{file.relative_to(place)} {file.stat().st_size} ".encode())
+        with file.open("rb") as opened:
+            digest.update(opened.read(_BEGINNING))
+    return digest.hexdigest()[:16]

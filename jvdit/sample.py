@@ -72,12 +72,16 @@ _RESCALE = flags.DEFINE_float("guidance_rescale", 0.0, "0 to 1.")
 _ROWS = flags.DEFINE_integer("rows", 8, "Rows solved at once; fewer need less memory.")
 
 
-def read_requests(prompts: list[str], defaults: dict[str, Any]) -> list[Request]:
+def read_requests(
+    prompts: list[str], defaults: dict[str, Any], unit: int = 0
+) -> list[Request]:
     """Requests from prompts and from lines of JSON, with consecutive seeds.
 
     Args:
         prompts: each is a prompt, or a JSON object with fields of `Request`.
         defaults: fields that a line doesn't give.
+        unit: what height and width are multiples of, where a first frame's proportions
+            decide them; 0: the defaults do.
 
     Raises:
         ValueError: a line isn't a prompt or has an unknown field.
@@ -86,6 +90,7 @@ def read_requests(prompts: list[str], defaults: dict[str, Any]) -> list[Request]
     requests = []
     for number, line in enumerate(prompts):
         fields = defaults | {"prompt": line, "seed": defaults["seed"] + number}
+        given: dict[str, Any] = {}
         if line.lstrip().startswith("{"):
             try:
                 given = json.loads(line)
@@ -99,8 +104,14 @@ def read_requests(prompts: list[str], defaults: dict[str, Any]) -> list[Request]
             if "prompt" not in given:
                 raise ValueError(f"line {number + 1} has no `prompt`.")
             fields |= given
-            if "references" in given:
-                fields["references"] = tuple(given["references"])
+            pictures = fields["references"]
+            alone = isinstance(pictures, str)
+            fields["references"] = (pictures,) if alone else tuple(pictures)
+        if unit and fields["image"] and not {"height", "width"} & set(given):
+            picture = Request("", image=fields["image"]).pictures[0]
+            pixels = fields["height"] * fields["width"]
+            height, width = size_like(picture, pixels, unit)
+            fields |= {"height": height, "width": width}
         requests.append(Request(**fields))
     return requests
 
@@ -114,7 +125,7 @@ def file_name(request: Request) -> str:
 def _request_defaults(generator: Generator) -> dict[str, Any]:
     model = generator.defaults
     fields = size_fields(model, _SIZE.value, _FRAMES.value, _FPS.value)
-    fields |= {
+    return fields | {
         "negative_prompt": _given(_NEGATIVE, model, ""),
         "seed": _SEED.value,
         "image": _IMAGE.value,
@@ -123,18 +134,15 @@ def _request_defaults(generator: Generator) -> dict[str, Any]:
         "mask": _MASK.value,
         "references": tuple(_REFERENCES.value),
     }
-    if _IMAGE.value and _SIZE.value is None:
-        picture = Request("", image=_IMAGE.value).pictures[0]
-        pixels = fields["height"] * fields["width"]
-        height, width = size_like(picture, pixels, generator.unit)
-        fields |= {"height": height, "width": width}
-    return fields
 
 
 def _load() -> Generator:
     if (_WORKDIR.value is None) == (_PRETRAINED.value is None):
         raise ValueError("give one of --workdir and --pretrained.")
     if _PRETRAINED.value is None:
+        for flag in (_DIT, _DIT_LOW, _SHIFT):
+            if flag.value is not None:
+                raise ValueError(f"--{flag.name} goes with --pretrained.")
         generator = Generator.load(_WORKDIR.value)
     else:
         networks = {"dit": _DIT.value, "dit_low": _DIT_LOW.value}
@@ -151,6 +159,8 @@ def _load() -> Generator:
     ):
         files = [_strength(text) for text in flag.value]
         add_adapters(generator, files, networks)
+    if _SCALE_2.value is not None and not generator.boundary:
+        raise ValueError("--guidance_scale_2 is for models of two experts.")
     return generator
 
 
@@ -170,13 +180,15 @@ def sample(prompts: list[str]) -> list[pathlib.Path]:
         raise ValueError('give a prompt, "…", or --prompts=FILE.')
     generator = _load()
     defaults = generator.defaults
-    requests = read_requests(prompts, _request_defaults(generator))
+    unit = 0 if _SIZE.value else generator.unit
+    requests = read_requests(prompts, _request_defaults(generator), unit)
     steps = _given(_STEPS, defaults, 30)
     solver = _given(_SOLVER, defaults, "unipc")
     scale = _given(_SCALE, defaults, 4.0)
     low, high = (float(x) for x in _INTERVAL.value)
     guidance = Guidance(scale, (low, high), _RESCALE.value)
-    scale_2 = _given(_SCALE_2, defaults, scale)
+    scale_2 = scale if _SCALE.value is not None else defaults.get(_SCALE_2.name, scale)
+    scale_2 = scale_2 if _SCALE_2.value is None else _SCALE_2.value
     settings = {
         "steps": steps,
         "solver": solver,
@@ -198,6 +210,9 @@ def sample(prompts: list[str]) -> list[pathlib.Path]:
     told = {"steps": steps, "solver": solver, **dataclasses.asdict(guidance)}
     if generator.boundary:
         told["scale_2"] = scale_2
+    flags_told = (_PRETRAINED, _DIT, _DIT_LOW, _LORA, _LORA_HIGH, _LORA_LOW, _REUSE)
+    told |= {flag.name: flag.value for flag in flags_told if flag.value}
+    told["shift"] = generator.policy.shift
     folder = pathlib.Path(_OUT.value)
     folder.mkdir(parents=True, exist_ok=True)
     files = []

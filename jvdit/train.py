@@ -30,7 +30,7 @@ from jvdit.training.checkpoint import (
 )
 from jvdit.training.metrics import Metrics, Throughput
 from jvdit.training.optim import Optim
-from jvdit.training.state import new_state, state_shardings
+from jvdit.training.state import TrainState, new_state, state_shardings
 from jvdit.training.step import make_train_step
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
@@ -102,13 +102,12 @@ class _Loop:
         self.init, self.key = init, jax.random.key(config.seed)
         self.shapes = jax.eval_shape(init, self.key, task.example)
         self.shardings = state_shardings(self.shapes, mesh)
-        folder, networks = config.start_from, self.shapes.params
-        # What is frozen was read by the task; what is trained beside it is new.
-        start = folder and not task.frozen
-        expert = config.get("expert", "dit")
-        self.given = (
-            finished_parameters(folder, networks, mesh, expert) if start else None
-        )
+        # A run that goes on has its weights; what is frozen was read by the task.
+        self.given, folder = None, config.start_from
+        if folder and not task.frozen and not (workdir / "checkpoints").exists():
+            expert = config.get("expert", "dit")
+            networks = self.shapes.params
+            self.given = finished_parameters(folder, networks, mesh, expert)
         places = parameter_shardings(task.frozen, mesh)
         self.frozen = jax.device_put(task.frozen, places)
         self.step = jax.jit(
@@ -123,17 +122,7 @@ class _Loop:
         self.checkpoints = Checkpoints(self.workdir, self.config.keep_checkpoints)
         try:
             if self.checkpoints.latest is None:
-                make = jax.jit(self.init, out_shardings=self.shardings)
-                self.state, data = make(self.key, self.task.example), {}
-                if self.given is not None:
-                    # Copies: the state is donated, and must hold no array twice.
-                    params, ema = (
-                        jax.device_put(
-                            jax.tree.map(jnp.array, self.given), self.shardings.params
-                        )
-                        for _ in range(2)
-                    )
-                    self.state = self.state.replace(params=params, ema=ema)
+                self.state, data = self._fresh(), {}
             else:
                 restored = self.checkpoints.restore(self.shapes, self.shardings)
                 self.state, data = restored
@@ -142,6 +131,20 @@ class _Loop:
             return self._train()
         finally:
             self.checkpoints.close()
+
+    def _fresh(self) -> TrainState:
+        """The state of step 0: random, or with the weights of `start_from`."""
+        make = jax.jit(self.init, out_shardings=self.shardings)
+        state = make(self.key, self.task.example)
+        if self.given is None:
+            return state
+        # Copies: the state is donated, and must hold no array twice.
+        params, ema = (
+            jax.device_put(jax.tree.map(jnp.array, self.given), self.shardings.params)
+            for _ in range(2)
+        )
+        self.given = None
+        return state.replace(params=params, ema=ema)
 
     def _train(self) -> int:
         config, task = self.config, self.task

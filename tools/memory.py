@@ -35,12 +35,11 @@ from jvdit.models import dit, text_encoder, video_vae
 from jvdit.models.video_vae_chunked import DECODED_PIXELS, decode_step
 from jvdit.pretrained.configs import PATCH_SIZE
 from jvdit.pretrained.folders import dit_inputs
-from jvdit.pretrained.recipes import RECIPES
+from jvdit.pretrained.recipes import RECIPES, TEXT_LENGTH
 from jvdit.shapes import Text
 
 GB = 1e9
 TOPOLOGY = "v5p:2x2x1"  # a chip of which has 95 GB
-TEXT_LENGTH = 512
 _PROMPTS = 2  # the prompt and the negative one
 
 

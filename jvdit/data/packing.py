@@ -241,6 +241,9 @@ def pack_rows(
         "clip_id": np.full((b, m), -1, np.int64),
     }
     extras = [k for k in _EXTRAS if getattr(items[0], k) is not None]
+    for key in (*_EXTRAS, "image"):
+        if len({getattr(item, key) is None for item in items}) > 1:
+            raise ValueError(f"Some items have `{key}` and others have not.")
     for key in extras:
         value = getattr(items[0], key)
         batch[key] = np.zeros((b, n, *value.shape[1:]), value.dtype)

@@ -8,6 +8,7 @@ and how much is a curve of the model that hardly depends on the prompt
 import dataclasses
 import json
 import os
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,7 +58,7 @@ class Reuse:
 
     @classmethod
     def load(cls, file: str | os.PathLike[str], threshold: float = 0.06):
-        """Reads what `save` wrote."""
+        """Reads what `save_ratios` wrote."""
         try:
             with open(file) as opened:
                 ratios = json.load(opened)["ratios"]
@@ -92,5 +93,6 @@ class Reuse:
 
 def save_ratios(file: str | os.PathLike[str], ratios: Sequence[float]) -> None:
     """Writes a measured curve for `Reuse.load`."""
+    pathlib.Path(file).parent.mkdir(parents=True, exist_ok=True)
     with open(file, "w") as opened:
         json.dump({"ratios": [round(float(x), 5) for x in ratios]}, opened)

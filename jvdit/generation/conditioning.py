@@ -5,6 +5,7 @@ Networks take it in one of three ways. Wan 2.1 and 2.2 I2V: as channels beside t
 VACE: as a control signal for blocks of their own (`control_signal`).
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -48,6 +49,8 @@ def pictures_of(dit: DiT, conventions: Conventions) -> tuple[list[str], list[str
         return [], ["video", "mask", "references"]
     if dit.image_length:
         return ["image", "last_image"], ["image", "last_image"]
+    if dit.image_width:
+        return ["image"], ["image"]
     if dit.cond_channels:
         return ["image"], ["image", "last_image"]
     return [], ["image"] * conventions.clean_frames
@@ -215,3 +218,10 @@ def item_of(
         image=known.image,
         **extras,
     )
+
+
+def with_clean(item: Item) -> Item:
+    """The item with a mask of its clean tokens, if only to say that none is."""
+    if item.clean is not None:
+        return item
+    return dataclasses.replace(item, clean=np.zeros(len(item.latents), bool))

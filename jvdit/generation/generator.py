@@ -1,10 +1,8 @@
 """From prompts to clips: tokenise, pack, solve, decode."""
 
 import dataclasses
-import json
 import math
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
@@ -29,10 +27,13 @@ from jvdit.generation.conditioning import (
     given_of,
     item_of,
     pictures_of,
+    with_clean,
 )
+from jvdit.generation.model_folder import read_model, write_model
 from jvdit.generation.request import Request
 from jvdit.generation.residence import Residence
 from jvdit.generation.sampling import (
+    Batch,
     OnStep,
     Stepper,
     batches_of,
@@ -46,20 +47,10 @@ from jvdit.models.text_encoder import TextEncoder
 from jvdit.models.video_vae import VideoVAE
 from jvdit.models.video_vae_chunked import decode_normalized, encode_normalized
 from jvdit.sharding import batch_sharding, make_mesh, parameter_shardings
-from jvdit.training.checkpoint import (
-    build,
-    load_weights,
-    model_folder,
-    module_fields,
-    save_weights,
-    write_json,
-)
 from jvdit.training.vae_objective import to_uint8
 
 ROWS = 8  # solved at once
 _PROMPTS = 8  # encoded at once
-
-_MODULES = {"dit": DiT, "text_encoder": TextEncoder, "vae": VideoVAE}
 
 
 @dataclasses.dataclass
@@ -81,6 +72,7 @@ class Generator:
         boundary: time below which "dit_low" takes over; 0: there is one network.
         image_encoder: of the given pictures, where the network attends to them.
         adapters: of "dit" and "dit_low" (`lora.py`), at their strength.
+        text_release: folder of the released model that has this text encoder, or "".
         together: whether all of the parameters fit on the devices at once.
     """
 
@@ -98,6 +90,7 @@ class Generator:
     conventions: Conventions = Conventions()
     boundary: float = 0.0
     image_encoder: ImageEncoder | None = None
+    text_release: str = ""
     together: bool = True
     adapters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -108,30 +101,7 @@ class Generator:
         Raises:
             FileNotFoundError: there is no such model; says what is missing.
         """
-        folder = model_folder(folder)
-        settings_file = folder / "generator.json"
-        if not settings_file.exists():
-            raise FileNotFoundError(
-                f"{folder} holds no text-to-video model (generator.json is missing); "
-                "give the workdir of a training with config.objective = 'flow'."
-            )
-        settings = json.loads(settings_file.read_text())
-        modules, params = {}, {}
-        for name, module in _MODULES.items():
-            params[name], fields = load_weights(folder / name)
-            modules[name] = build(module, fields)
-        return cls(
-            **modules,
-            params=params,
-            tokenizer=Tokenizer(folder / "tokenizer.model"),
-            path=Path(**settings["path"]),
-            policy=TimestepPolicy.of(settings["policy"]),
-            patch_size=tuple(settings["patch_size"]),
-            text_length=settings["text_length"],
-            defaults=settings["defaults"],
-            mesh=mesh,
-            conventions=Conventions(**settings.get("conventions", {})),
-        )
+        return cls(**read_model(folder), mesh=mesh)
 
     def load_params(self, params: dict[str, Any]) -> None:
         """Replaces weights, already on the mesh, without compiling anew."""
@@ -139,22 +109,7 @@ class Generator:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes a folder that `load` reads and that needs nothing else."""
-        folder = pathlib.Path(folder)
-        for name in _MODULES:
-            fields = module_fields(getattr(self, name))
-            save_weights(folder / name, self.params[name], fields)
-        (folder / "tokenizer.model").write_bytes(self.tokenizer.model)
-        write_json(
-            folder / "generator.json",
-            {
-                "path": dataclasses.asdict(self.path),
-                "policy": dataclasses.asdict(self.policy),
-                "patch_size": self.patch_size,
-                "text_length": self.text_length,
-                "defaults": self.defaults,
-                "conventions": dataclasses.asdict(self.conventions),
-            },
-        )
+        write_model(folder, self)
 
     def __call__(
         self, requests: Sequence[Request], **settings: Any
@@ -264,30 +219,9 @@ class Generator:
             self.text_length,
         )
         self._stepper.on_step = on_step and counting(on_step, len(batches) * steps)
-        places = batch_sharding(self._mesh)
         guidances = {"dit": guidance, "dit_low": low_guidance or guidance}
-        with jax.set_mesh(self._mesh):
-            begun = steps, solver, noise is not None
-            running = [x.begin(places, self.policy, *begun) for x in batches]
-            # Network after network, so that each is brought to the devices once.
-            for name, span in self._spans(steps).items():
-                variables = {"params": self._residence[name]}
-                if name in self.adapters:
-                    lora = self.adapters[name]
-                    places_of = parameter_shardings(lora, self._mesh)
-                    variables["lora"] = jax.device_put(lora, places_of)
-                for i, batch in enumerate(batches):
-                    texts = texts_of(batch, self.conventions.pad_text, places)
-                    running[i] = self._stepper(
-                        variables,
-                        running[i],
-                        texts,
-                        solver=solver,
-                        guidance=guidances[name],
-                        span=span,
-                        skips=reuse and reuse.skips(steps, span[0]),
-                    )
-            found = unpacked(batches, running, sizes, self.patch_size)
+        solved = self._solved(batches, steps, solver, guidances, reuse, bool(noise))
+        found = unpacked(batches, solved, sizes, self.patch_size)
         jax.effects_barrier()
         return [x[g.lead :] for x, g in zip(found, given, strict=True)]
 
@@ -309,6 +243,42 @@ class Generator:
             return encode_normalized(self.vae, self._residence["vae"], video)
 
     # How it is done
+
+    def _solved(
+        self,
+        batches: Sequence[Batch],
+        steps: int,
+        solver: str,
+        guidances: Mapping[str, Guidance],
+        reuse: Reuse | None,
+        noisy: bool,
+    ) -> list[np.ndarray]:
+        """The latents of each batch at t = 0, network after network."""
+        places, spans = batch_sharding(self._mesh), self._spans(steps)
+        begin = places, self.policy, steps, solver, noisy
+        running: list[Any] = [None] * len(batches)
+        with jax.set_mesh(self._mesh):
+            for name, span in spans.items():
+                variables = {"params": self._residence[name]}
+                if name in self.adapters:
+                    lora = self.adapters[name]
+                    homes = parameter_shardings(lora, self._mesh)
+                    variables["lora"] = jax.device_put(lora, homes)
+                for i, batch in enumerate(batches):
+                    at = self._stepper(
+                        variables,
+                        running[i] or batch.begin(*begin),
+                        texts_of(batch, self.conventions.pad_text, places),
+                        solver=solver,
+                        guidance=guidances[name],
+                        span=span,
+                        skips=reuse and reuse.skips(steps, span[0]),
+                    )
+                    # Waits, too: the next network needs the place of this one.
+                    latents = np.asarray(at.solution.tokens.latents)
+                    running[i] = latents if span[1] == steps else at
+                del variables
+        return running
 
     def _given(self, requests: Sequence[Request], sizes: Sequence[Size]) -> list[Given]:
         """What is known of each clip besides its text."""
@@ -346,6 +316,8 @@ class Generator:
             item_of(*each, states[each[0].prompt], self.patch_size, self.vae, seconds)
             for each in zip(requests, sizes, given, noise or none, strict=True)
         ]
+        if any(item.clean is not None for item in items):
+            items = [with_clean(item) for item in items]
         nulls = [
             dataclasses.replace(item, text_embeds=states[request.negative_prompt])
             for item, request in zip(items, requests, strict=True)

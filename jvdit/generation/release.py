@@ -25,16 +25,14 @@ from jvdit.pretrained.folders import (
     load_vae,
 )
 from jvdit.pretrained.lora import read_lora
+from jvdit.pretrained.recipes import POLICY, TEXT_LENGTH, TIMESTEPS
 from jvdit.pretrained.release import read_release
 from jvdit.pretrained.wan import LAYOUTS, dit_rules
 from jvdit.sharding import make_mesh
 from jvdit.training.checkpoint import module_fields
 
 EXPERTS = ("dit", "dit_low")
-TEXT_LENGTH = 512
-TIMESTEPS = 1000
 _ITS_OWN: Mapping[str, str] = {}
-_HIGHEST = 1 - 1e-6  # Wan never asks for pure noise, so the first timestep is 999
 
 
 def load_release(
@@ -73,6 +71,9 @@ def load_release(
         "vae": lambda path: load_vae(path, mesh),
         "image_encoder": lambda path: load_image_encoder(path, mesh),
     }
+    fields = {"scan_layers": jax.default_backend() != "cpu"} | fields
+    if unknown := set(parts) - set(release.parts):
+        raise ValueError(f"{folder} has no {', '.join(unknown)} to replace.")
     paths = release.parts | {k: pathlib.Path(v) for k, v in parts.items()}
     found = {name: loaders[name](path) for name, path in paths.items()}
     dit = found["dit"].module
@@ -80,6 +81,11 @@ def load_release(
         raise ValueError(f"the two experts of {folder} are of different sizes.")
     if not dit.image_width:
         found.pop("image_encoder", None)
+    elif "image_encoder" not in found:
+        raise FileNotFoundError(
+            f"{folder} has no image encoder, and its network attends to a picture; "
+            "download it (`image_encoder/`, or models_clip*.safetensors)."
+        )
     recipe = release.recipe(module_fields(dit))
     image_encoder = found.get("image_encoder")
     return Generator(
@@ -89,11 +95,7 @@ def load_release(
         params={name: part.load for name, part in found.items()},
         tokenizer=release_tokenizer(release.tokenizer),
         path=Path(timesteps=TIMESTEPS),
-        policy=TimestepPolicy(
-            shift=recipe.pop("shift") if shift is None else shift,
-            shift_range=(1e-3, 1e3),
-            grid=(_HIGHEST, 1 / TIMESTEPS),
-        ),
+        policy=TimestepPolicy(shift=shift or recipe["shift"], **POLICY),
         patch_size=PATCH_SIZE,
         text_length=TEXT_LENGTH,
         defaults=recipe,
@@ -103,7 +105,8 @@ def load_release(
             pad_text=True,
             clean_frames=release.clean_frames,
         ),
-        boundary=recipe.pop("boundary"),
+        boundary=recipe["boundary"],
+        text_release=str(pathlib.Path(folder).absolute()),
         image_encoder=None if image_encoder is None else image_encoder.module,
         together=fits_together(sum(part.num_bytes for part in found.values()), mesh),
     )
@@ -125,10 +128,16 @@ def add_adapters(
         FileNotFoundError: there is no such file.
         ValueError: the adapters are of another network; lists what doesn't fit.
     """
+    if not files:
+        return
     dit = generator.dit
     shapes = jax.eval_shape(dit.init, jax.random.key(0), *dit_inputs(dit))["params"]
     channels = patch_channels(dit)
     tables = [dit_rules(layout, channels) for layout in LAYOUTS]
+    if networks == EXPERTS[1:] and not generator.boundary:
+        raise ValueError(
+            "adapters for low noise were given; this model has one expert."
+        )
     held = {name: [tree] for name, tree in generator.adapters.items()}
     for file, factor in files:
         tree = read_lora(file, tables, shapes)

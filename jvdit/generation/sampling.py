@@ -116,7 +116,7 @@ def batches_of(
             )
             places = np.zeros((size, clips + 1), np.uint32)
             for r, row in enumerate(filled):
-                places[r, 1 : len(row) + 1] = [seeds[i] for i in row]
+                places[r, 1 : len(row) + 1] = [seeds[i] % (1 << 32) for i in row]
             batches.append(Batch(chunk, arrays, null, places))
     return batches
 
@@ -308,16 +308,15 @@ def counting(on_step: OnStep, total: int) -> Callable[[int, np.ndarray], None]:
 
 def unpacked(
     batches: Sequence[Batch],
-    done: Sequence[Running],
+    solved: Sequence[np.ndarray],
     sizes: Sequence[Size],
     patch_size: Size,
 ) -> list[np.ndarray]:
     """The latents `[f h w c]` of each request, in order."""
     out: dict[int, np.ndarray] = {}
-    for batch, running in zip(batches, done, strict=True):
-        latents = np.asarray(running.solution.tokens.latents)[: len(batch.rows)]
+    for batch, latents in zip(batches, solved, strict=True):
         row_sizes = [[sizes[i] for i in row] for row in batch.rows]
-        unpacked = unpack_rows(latents, row_sizes, patch_size)
+        unpacked = unpack_rows(latents[: len(batch.rows)], row_sizes, patch_size)
         for row, clips in zip(batch.rows, unpacked, strict=True):
             out |= dict(zip(row, clips, strict=True))
     return [out[i] for i in range(len(sizes))]

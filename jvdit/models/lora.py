@@ -146,10 +146,12 @@ def check(params: Mapping[str, Any], adapters: Mapping[str, Any]) -> None:
     flat = _flat(params)
     low = _flat(adapters)
     wrong = []
-    for path in [p for p in low if p.endswith(A)]:
-        layer = path.removesuffix(A)
+    for layer in dict.fromkeys(path.rpartition("/")[0] + "/" for path in low):
         kernel = flat.get(layer + "kernel")
-        a, b = low[path].shape, low[layer + B].shape
+        if layer + A not in low or layer + B not in low:
+            wrong.append(f"{layer.rstrip('/')} has one factor only")
+            continue
+        a, b = low[layer + A].shape, low[layer + B].shape
         if kernel is None:
             wrong.append(f"there is no layer {layer.rstrip('/')}")
         elif (*a[:-1], b[-1]) != kernel.shape or a[-1] != b[-2]:

@@ -25,8 +25,13 @@ _CLIP_DEFAULTS = {
 }
 
 
-def dit_fields(config: Config) -> dict[str, Any]:
+def dit_fields(config: Config, attends: bool = True) -> dict[str, Any]:
     """Fields of `DiT` for a `config.json` of diffusers or of the original release.
+
+    Args:
+        config: what the file holds.
+        attends: whether there are weights with which to attend to a picture: original
+            files of Wan 2.1 and 2.2 I2V differ in nothing else.
 
     Raises:
         ValueError: the file describes a network of another family.
@@ -52,7 +57,7 @@ def dit_fields(config: Config) -> dict[str, Any]:
             "image_length": config.get("pos_embed_seq_len") or 0,
         }
     elif "dim" in config and "model_type" in config:
-        picture = config["model_type"] in ("i2v", "flf2v") and config["in_dim"] == 36
+        picture = attends and config["model_type"] in ("i2v", "flf2v")
         fields = {
             "width": config["dim"],
             "depth": config["num_layers"],

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from safetensors.numpy import save_file
 
 from jvdit.models import image_encoder, text_encoder, video_vae
 from jvdit.models.dit import DiT
@@ -29,7 +28,7 @@ from jvdit.models.video_vae import VideoVAE
 from jvdit.pretrained import clip, configs, umt5, wan, wan_vae
 from jvdit.pretrained.loading import export, load, paths_of
 from jvdit.pretrained.rules import Rule, assign
-from jvdit.pretrained.tensors import PathLike, TensorFiles
+from jvdit.pretrained.tensors import PathLike, TensorFiles, write_tensors
 from jvdit.shapes import Text, Tokens
 from jvdit.sharding import parameter_shardings
 
@@ -40,6 +39,7 @@ _ORIGINAL = {
     "text": "norm.weight",
     "image": "visual.cls_embedding",
 }
+_ATTENDS = "img_emb.proj.0.weight"
 
 
 @dataclasses.dataclass
@@ -83,7 +83,8 @@ def load_dit(
     folder, config = _part(folder, "transformer")
     if config is None:
         raise ValueError(f"{folder} is a file; give the folder with its config.json.")
-    sizes = _fields(configs.dit_fields, config, folder)
+    attends = _ATTENDS in TensorFiles(folder)
+    sizes = _fields(partial(configs.dit_fields, attends=attends), config, folder)
     module = DiT(**sizes, **_types(dtype), **fields)
     rules = partial(wan.dit_rules, channels=configs.patch_channels(module))
     return _load(
@@ -105,8 +106,7 @@ def save_dit(folder: PathLike, params: Any, module: DiT, like: PathLike) -> None
     source, config = _part(like, "transformer")
     layout = "diffusers" if "num_attention_heads" in (config or {}) else "original"
     tensors = export(wan.dit_rules(layout, configs.patch_channels(module)), params)
-    file = folder / "diffusion_pytorch_model.safetensors"
-    save_file(tensors, file, metadata={"format": "pt"})
+    write_tensors(folder / "diffusion_pytorch_model.safetensors", tensors)
     shutil.copy(source / "config.json", folder / "config.json")
 
 

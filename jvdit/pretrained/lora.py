@@ -1,9 +1,9 @@
 """Adapter files of other projects: read into ours, and written.
 
-A file names the layers as the network's own checkpoint does, with a prefix and the two
-factors behind: `lora_A`, `lora_B` (PEFT, diffusers) or `lora_down`, `lora_up` (kohya,
-ComfyUI). Strengths are in `.alpha` tensors, in an `adapter_config.json` beside the file
-(PEFT), or in metadata of the file (diffusers); without any they are 1.
+A file names the layers as the network's own checkpoint does, with a prefix, and the two
+factors behind: `lora_A`, `lora_B` (PEFT, diffusers) or `lora_down`, `lora_up`
+(ComfyUI). Strengths are in `.alpha` tensors, in an `adapter_config.json` beside the
+file (PEFT), or in metadata of the file (diffusers); without any they are 1.
 """
 
 import json
@@ -12,14 +12,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import einops
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors.numpy import save_file
 
 from jvdit.models.lora import A, B
 from jvdit.pretrained.loading import paths_of
 from jvdit.pretrained.rules import STACKS, Rule, names_of, places_of
-from jvdit.pretrained.tensors import PathLike, TensorFiles
+from jvdit.pretrained.tensors import PathLike, TensorFiles, write_tensors
 
 # Of the names of layers. The first is the one that is written.
 PREFIXES = ("transformer.", "base_model.model.", "diffusion_model.", "model.", "")
@@ -53,13 +53,17 @@ def read_lora(
             continue
         match = _FACTORS.fullmatch(name)
         place = match and _place(match["layer"], tables)
-        if not match or place is None:
+        if not match or place is None or tensors[name].ndim < 2:
             unknown.append(name)
             continue
         layer, rule = place
         tensor = np.asarray(tensors[name], np.float32)
         if match["a"]:
-            factor = rule.to_ours(tensor) if rule.layout else tensor
+            try:
+                factor = rule.to_ours(tensor)
+            except einops.EinopsError:
+                unknown.append(name)
+                continue
             found[f"{layer}/{A}"] = factor
         else:
             strength = alphas.of(match["layer"], rank := tensor.shape[1]) / rank
@@ -101,7 +105,7 @@ def write_lora(
             tensors[name] = np.ascontiguousarray(turned)
     file = pathlib.Path(folder) / FILE
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, file, metadata={"format": "pt"})
+    write_tensors(file, tensors)
     return file
 
 
@@ -153,18 +157,23 @@ def _stacked(flat: Mapping[str, np.ndarray], params: Mapping[str, Any]) -> dict:
     """
     shapes = {path: leaf.shape for path, leaf in paths_of(params).items()}
     joined: dict[str, Any] = {}
+    layers: dict[tuple[str, int], dict[int, np.ndarray]] = {}
     for path, value in flat.items():
         stack = _stack_of(path)
         if stack is None or stack[0] not in {p.partition("/")[0] for p in shapes}:
             joined[path] = value
             continue
         name, number, rest = stack
-        kernel = shapes.get(f"{name}/{rest.rpartition('/')[0]}/kernel")
-        depth = kernel[0] if kernel else number + 1
-        whole = joined.setdefault(
-            f"{name}/{rest}", np.zeros((depth, *value.shape), np.float32)
-        )
-        whole[number] = value
+        kernel = shapes.get(f"{name}/{rest.rpartition('/')[0]}/kernel", (0,))
+        if number >= kernel[0]:
+            raise ValueError(f"there is no layer {path}; {name} are {kernel[0]}.")
+        layers.setdefault((f"{name}/{rest}", kernel[0]), {})[number] = value
+    for (path, depth), values in layers.items():
+        # Layers may differ in rank: zeros fill up.
+        shape = np.max([value.shape for value in values.values()], axis=0)
+        joined[path] = np.zeros((depth, *shape), np.float32)
+        for number, value in values.items():
+            joined[path][number, : value.shape[0], : value.shape[1]] = value
     return unflatten_dict(joined, sep="/")
 
 

@@ -18,6 +18,11 @@ NEGATIVE_PROMPT = (
     "背景人很多，倒着走"
 )
 
+TIMESTEPS = 1000
+TEXT_LENGTH = 512
+# Of `TimestepPolicy`: Wan never asks for pure noise, so the first timestep is 999.
+POLICY = {"shift_range": (1e-3, 1e3), "grid": (1 - 1e-6, 1 / TIMESTEPS)}
+
 _WAN = {
     "steps": 50,
     "shift": 5.0,

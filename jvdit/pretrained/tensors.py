@@ -14,6 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
+from safetensors.numpy import save_file
 
 PathLike = str | os.PathLike[str]
 
@@ -152,3 +153,10 @@ def _unpickle(path: pathlib.Path) -> str:
         f"s.save_file({{k: v.contiguous() for k, v in torch.load('{path}', "
         f"map_location='cpu', weights_only=True).items()}}, '{path.parent / new}')\""
     )
+
+
+def write_tensors(file: PathLike, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a safetensors file, as PyTorch's are marked, whole or not at all."""
+    scratch = f"{os.fspath(file)}.{os.getpid()}.tmp"
+    save_file(dict(tensors), scratch, metadata={"format": "pt"})
+    os.replace(scratch, file)

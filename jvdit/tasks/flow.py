@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jvdit.caption_encoder import CaptionEncoder
 from jvdit.config import Config
 from jvdit.conventions import Conventions
 from jvdit.data.catalog import open_source
@@ -30,19 +29,17 @@ from jvdit.generation.request import Request
 from jvdit.models.dit import DiT
 from jvdit.models.lora import LoRA
 from jvdit.models.text_encoder import TextEncoder
-from jvdit.models.video_vae import VideoVAE
-from jvdit.networks import finished_parameters
+from jvdit.networks import fingerprint, finished_parameters
 from jvdit.pretrained import wan
 from jvdit.pretrained.folders import save_dit
 from jvdit.pretrained.lora import write_lora
 from jvdit.pretrained.release import is_release, read_release
+from jvdit.sharding import parameter_shardings
+from jvdit.tasks.caches import cached_autoencoder, cached_captions
 from jvdit.tasks.task import Task
 from jvdit.training.checkpoint import (
     build,
-    differences,
-    load_weights,
     module_fields,
-    weights_hash,
 )
 from jvdit.training.objectives import FlowObjective
 
@@ -60,8 +57,10 @@ class FlowTask(Task):
     def __init__(self, config: Config, mesh: Mesh, workdir: pathlib.Path):
         super().__init__(config, mesh, workdir)
         data = config.data
-        self.vae, self.vae_params, self.vae_hash = self._autoencoder()
-        self.captions = self._cached_captions()
+        self.vae, self.vae_params, self.vae_hash = cached_autoencoder(
+            config, self.sources
+        )
+        self.captions = cached_captions(config, self.sources)
         self.tokenizer = self.captions.tokenizer if self.captions else self._tokenizer()
         self.plan = self._plan(self.sources, config.seed, data.weights or None)
         self.fingerprint = self.plan.fingerprint
@@ -94,54 +93,6 @@ class FlowTask(Task):
                 "latents; encode it first with python -m jvdit.encode."
             )
         return source
-
-    def _autoencoder(self):
-        """The autoencoder of the cache; refuses caches of several, or of another."""
-        cache = self.config.data.sources[0].partition("#")[0]
-        folder = pathlib.Path(cache) / "vae"
-        for name, source in zip(self.config.data.sources, self.sources, strict=True):
-            differing = differences(
-                self.sources[0].settings["vae"], source.settings["vae"]
-            )
-            if differing:
-                raise ValueError(
-                    f"the latents of {self.config.data.sources[0]} and {name} come "
-                    f"from two autoencoders: {'; '.join(differing)}. Encode one anew."
-                )
-        params, fields = load_weights(folder)
-        held = self.sources[0].settings["vae"]
-        if self.config.autoencoder:
-            ours, our_fields = load_weights(self.config.autoencoder)
-            asked = {"hash": weights_hash(ours)}
-            differing = differences({"hash": held["hash"]}, asked)
-            if differing:
-                raise ValueError(
-                    f"the latent cache {self.config.data.sources[0]} is stale: it was "
-                    f"encoded by another autoencoder than {self.config.autoencoder} "
-                    f"({'; '.join(differing)}). Encode it anew with "
-                    f"python -m jvdit.encode --vae {self.config.autoencoder}."
-                )
-        return build(VideoVAE, fields), params, held["hash"]
-
-    def _cached_captions(self) -> CaptionEncoder | None:
-        """What made the text states of the cache; None if an encoder is trained."""
-        if self.config.text_encoder:
-            return None
-        names = self.config.data.sources
-        found = [source.settings.get("text") for source in self.sources]
-        for name, settings in zip(names, found, strict=True):
-            if settings is None:
-                raise ValueError(
-                    f"`text_encoder` is empty but the latents {name} hold no states of "
-                    "their captions; encode them with --text_encoder, or give the "
-                    "sizes of a text encoder to train."
-                )
-            if differing := differences(found[0], settings):
-                raise ValueError(
-                    f"the captions of {names[0]} and {name} were encoded differently: "
-                    f"{'; '.join(differing)}. Encode one anew."
-                )
-        return CaptionEncoder.load(names[0].partition("#")[0])
 
     def _plan(self, sources, seed: int, weights=None) -> PackPlan:
         data = self.config.data
@@ -223,12 +174,15 @@ class FlowTask(Task):
         config = self.config
         if config.expert != "both":
             return 0.0
-        if not 0 < config.boundary < 1 or config.lora.rank:
+        released = config.start_from and is_release(config.start_from)
+        if not 0 < config.boundary < 1 or config.lora.rank or not released:
             raise ValueError(
                 f"`expert` 'both' needs a `boundary` (={config.boundary}) inside (0, 1)"
-                " and no `lora.rank`: adapt one expert after the other."
+                ", a released `start_from`, and no `lora.rank`: adapt one expert after "
+                "the other."
             )
         ways = 2 * self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        ways *= config.optim.accumulate
         if config.data.rows % ways:
             raise ValueError(
                 f"`data.rows` (={config.data.rows}) must be divisible by {ways}, so "
@@ -246,17 +200,23 @@ class FlowTask(Task):
             )
         init = dataclasses.replace(self.objective, lora=None).init
         wanted = jax.eval_shape(init, jax.random.key(0), self.example)
-        return finished_parameters(folder, wanted, self.mesh, self.config.expert)
+        params = finished_parameters(folder, wanted, self.mesh, self.config.expert)
+        return jax.device_put(params, parameter_shardings(params, self.mesh))
 
     def _identity(self) -> dict[str, Any]:
         objective = self.objective
-        text = self.captions.settings if self.captions else None
-        adapters = {}
+        text = None
+        if self.captions:
+            # What made the cache, without reading the encoder for it.
+            text = dict(self.sources[0].settings["text"])
+            text.pop("length")
+        adapters, expert = {}, self.config.expert
         if objective.lora:
             adapters = dataclasses.asdict(objective.lora)
-            adapters |= {"base": weights_hash(self.frozen)}
+            adapters |= {"base": fingerprint(self.config.start_from, expert)}
         return {
             **({"lora": adapters} if adapters else {}),
+            **({"expert": expert} if expert != "dit" else {}),
             "objective": "flow",
             "seed": self.config.seed,
             "dit": module_fields(objective.dit),
@@ -353,6 +313,8 @@ class FlowTask(Task):
             mesh=self.mesh,
             conventions=Conventions(**self.config.conventions),
             boundary=objective.boundary,
+            text_release=self.captions.release if self.captions else "",
+            together=False,
         )
 
     def show(self, params, metrics, step, folder):

@@ -1,0 +1,90 @@
+"""The `model` folder of a training: what sampling needs, and nothing else."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+from jvdit.caption_encoder import CaptionEncoder
+from jvdit.conventions import Conventions
+from jvdit.diffusion.flow import Path, TimestepPolicy
+from jvdit.models.dit import DiT
+from jvdit.models.video_vae import VideoVAE
+from jvdit.training.checkpoint import (
+    build,
+    load_weights,
+    model_folder,
+    module_fields,
+    save_weights,
+    write_json,
+)
+
+_MODULES = {"dit": DiT, "vae": VideoVAE}
+# What a training may leave in the place of a whole model, and how it is sampled.
+_PARTS = {
+    "pytorch_lora_weights.safetensors": "adapters; give their model, and --lora={0}",
+    "transformer": "a network; give --pretrained=RELEASE --dit={0}/transformer",
+    "transformer_2": "a network; give --pretrained=RELEASE --dit_low={0}/transformer_2",
+}
+
+
+def read_model(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The fields of a `Generator` that `write_model` wrote, by name.
+
+    Args:
+        folder: a workdir, or the `model` folder in it.
+
+    Raises:
+        FileNotFoundError: there is no such model; says what is missing.
+    """
+    folder = model_folder(folder)
+    settings_file = folder / "generator.json"
+    for part, told in _PARTS.items():
+        if (folder / part).exists():
+            told = told.format(folder)
+            raise FileNotFoundError(f"{folder} is no whole model but {told}.")
+    if not settings_file.exists():
+        raise FileNotFoundError(
+            f"{folder} holds no text-to-video model (generator.json is missing); "
+            "give the workdir of a training with config.objective = 'flow'."
+        )
+    settings = json.loads(settings_file.read_text())
+    text = CaptionEncoder.load(folder)
+    modules, params = {"text_encoder": text.module}, {"text_encoder": text.params}
+    for name, module in _MODULES.items():
+        params[name], fields = load_weights(folder / name)
+        modules[name] = build(module, fields)
+    return {
+        **modules,
+        "params": params,
+        "tokenizer": text.tokenizer,
+        "path": Path(**settings["path"]),
+        "policy": TimestepPolicy.of(settings["policy"]),
+        "patch_size": tuple(settings["patch_size"]),
+        "text_length": settings["text_length"],
+        "defaults": settings["defaults"],
+        "conventions": Conventions(**settings.get("conventions", {})),
+        "text_release": text.release,
+    }
+
+
+def write_model(folder: str | os.PathLike[str], generator: Any) -> None:
+    """Writes the folder of a `Generator`."""
+    folder = pathlib.Path(folder)
+    for name in _MODULES:
+        fields = module_fields(getattr(generator, name))
+        save_weights(folder / name, generator.params[name], fields)
+    text = generator.text_encoder, generator.params["text_encoder"], generator.tokenizer
+    CaptionEncoder(*text, generator.text_release).save(folder)
+    write_json(
+        folder / "generator.json",
+        {
+            "path": dataclasses.asdict(generator.path),
+            "policy": dataclasses.asdict(generator.policy),
+            "patch_size": generator.patch_size,
+            "text_length": generator.text_length,
+            "defaults": generator.defaults,
+            "conventions": dataclasses.asdict(generator.conventions),
+        },
+    )

@@ -1,0 +1,63 @@
+"""What made a cache of latents and text states; refused if it is stale or mixed."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from jvdit.caption_encoder import CaptionEncoder
+from jvdit.config import Config
+from jvdit.data.sources import LatentSource
+from jvdit.models.video_vae import VideoVAE
+from jvdit.training.checkpoint import build, differences, load_weights, weights_hash
+
+
+def cached_autoencoder(
+    config: Config, sources: Sequence[LatentSource]
+) -> tuple[VideoVAE, Any, str]:
+    """The autoencoder of the cache; refuses caches of several, or of another."""
+    cache = config.data.sources[0].partition("#")[0]
+    folder = pathlib.Path(cache) / "vae"
+    for name, source in zip(config.data.sources, sources, strict=True):
+        differing = differences(sources[0].settings["vae"], source.settings["vae"])
+        if differing:
+            raise ValueError(
+                f"the latents of {config.data.sources[0]} and {name} come "
+                f"from two autoencoders: {'; '.join(differing)}. Encode one anew."
+            )
+    params, fields = load_weights(folder)
+    held = sources[0].settings["vae"]
+    if config.autoencoder:
+        ours, our_fields = load_weights(config.autoencoder)
+        asked = {"hash": weights_hash(ours)}
+        differing = differences({"hash": held["hash"]}, asked)
+        if differing:
+            raise ValueError(
+                f"the latent cache {config.data.sources[0]} is stale: it was "
+                f"encoded by another autoencoder than {config.autoencoder} "
+                f"({'; '.join(differing)}). Encode it anew with "
+                f"python -m jvdit.encode --vae {config.autoencoder}."
+            )
+    return build(VideoVAE, fields), params, held["hash"]
+
+
+def cached_captions(
+    config: Config, sources: Sequence[LatentSource]
+) -> CaptionEncoder | None:
+    """What made the text states of the cache; None if an encoder is trained."""
+    if config.text_encoder:
+        return None
+    names = config.data.sources
+    found = [source.settings.get("text") for source in sources]
+    for name, settings in zip(names, found, strict=True):
+        if settings is None:
+            raise ValueError(
+                f"`text_encoder` is empty but the latents {name} hold no states of "
+                "their captions; encode them with --text_encoder, or give the "
+                "sizes of a text encoder to train."
+            )
+        if differing := differences(found[0], settings):
+            raise ValueError(
+                f"the captions of {names[0]} and {name} were encoded differently: "
+                f"{'; '.join(differing)}. Encode one anew."
+            )
+    return CaptionEncoder.load(names[0].partition("#")[0])
