@@ -112,6 +112,10 @@ def test_what_does_not_fit_is_named(params):
     shallow = {k: v for k, v in params.items() if k != "block_1"}
     with pytest.raises(ValueError, match="there is no layer block_1/"):
         merged(shallow, adapters)
+    low = adapters["block_0"]["self_attention"]["query"]
+    half = {"block_0": {"self_attention": {"query": {"lora_a": low["lora_a"]}}}}
+    with pytest.raises(ValueError, match="block_0/.*/query has one factor only"):
+        check(params, half)
     with pytest.raises(ValueError, match="find no layer; layers are for example"):
         LoRA(targets=("attn",)).init(jax.random.key(0), params)
     with pytest.raises(ValueError, match="try 32"):

@@ -1,6 +1,7 @@
 """Folders of released models: what is read from them, and what is refused in a line."""
 
 import json
+import weakref
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from jvdit.generation.conditioning import (
 from jvdit.generation.request import Request, size_like
 from jvdit.generation.residence import Residence, fits_together
 from jvdit.models.dit import VARIANTS
+from jvdit.pretrained.configs import dit_fields
 from jvdit.pretrained.recipes import RECIPES, name_of
 from jvdit.pretrained.release import read_release
 from jvdit.sharding import make_mesh
@@ -149,6 +151,15 @@ def test_a_mask_parts_footage_into_what_stays_and_what_changes():
     assert (cells[:2] == 0).all() and (cells[2, 0] == 1).all()
 
 
+def test_original_files_of_i2v_differ_in_their_weights_alone():
+    config = {"model_type": "i2v", "dim": 24, "ffn_dim": 40, "freq_dim": 256}
+    config |= {"num_heads": 2, "num_layers": 2, "in_dim": 36, "out_dim": 16}
+    config |= {"eps": 1e-6}
+    assert dit_fields(config)["image_width"] == 1280
+    fields = dit_fields(config, attends=False)
+    assert fields["image_width"] == 0 and fields["cond_channels"] == 80
+
+
 def test_pictures_that_a_model_does_not_take():
     picture = np.zeros((4, 4, 3), np.uint8)
     with pytest.raises(ValueError, match="`image` was given.*takes no pictures"):
@@ -180,6 +191,24 @@ def test_a_picture_of_another_size_is_covered_and_cropped(tmp_path):
 
 
 # Residence
+
+
+def test_a_network_leaves_before_the_next_comes():
+    mesh, held = make_mesh(devices=jax.devices()[:1]), []
+
+    class Weights(dict):
+        pass  # which a weak reference can follow
+
+    def bring():
+        assert not held or held[-1]() is None, "two networks at a time"
+        made = Weights(a=np.ones(2))
+        held.append(weakref.ref(made))
+        return made
+
+    residence = Residence({"x": bring, "y": bring, "z": {}}, mesh, together=False)
+    for name in "xzyx":
+        assert residence[name] is not None
+    assert len(held) == 3
 
 
 def test_one_network_is_on_the_devices_at_a_time():

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import runpy
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from test_release_parity import DIT, filled, pipeline
 from jvdit import config as defaults
 from jvdit.diffusion.denoise import Guidance
 from jvdit.encode import encode
+from jvdit.generation.generator import Generator
 from jvdit.generation.release import add_adapters, load_release
 from jvdit.generation.request import Request
 from jvdit.models.dit import VARIANTS
@@ -106,7 +108,18 @@ def latents(folder, **parts):
 
 def test_all_weights_of_an_expert(release, tmp_path):
     folder, _ = release
-    train(config_of(folder, "dit_low"), str(tmp_path / "full"))
+    moved = folder / "moved"
+    config = config_of(folder, "dit_low")
+    config.start_from = str(shutil.copytree(folder / "release", moved))
+    config.sample.prompts = ()
+    config.steps = 1
+    train(config, str(tmp_path / "full"))
+    shutil.rmtree(moved / "transformer_2")
+    (moved / "transformer_2").mkdir()
+    given = folder / "release/transformer_2/config.json"
+    shutil.copy(given, moved / "transformer_2")
+    config.steps = 2
+    train(config, str(tmp_path / "full"))  # goes on without its weights
     made = tmp_path / "full/model/transformer_2"
     theirs = diffusers.WanTransformer3DModel.from_pretrained(made)
     own = load_file(made / "diffusion_pytorch_model.safetensors")
@@ -149,7 +162,10 @@ def test_adapters_of_an_expert(release, tmp_path):
     config.lora.update(rank=2, alpha=2.0)
     config.optim.lr = 0.3
     config.timesteps.span = (0.875, 1.0)
+    config.mesh.update(data=2, fsdp=-1)
     train(config, str(tmp_path / "lora"))
+    with pytest.raises(FileNotFoundError, match="adapters; give their model"):
+        Generator.load(tmp_path / "lora")
     generator, plain = latents(folder)
     add_adapters(generator, [(tmp_path / "lora/model", 1.0)], ["dit"])
     request = Request("a red circle", frames=5, height=32, width=32)

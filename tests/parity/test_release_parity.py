@@ -284,6 +284,31 @@ def test_ti2v_from_a_picture(tmp_path):
     compare(pipe, tmp_path, side=16, image=picture("image", 64, 96))
 
 
+def test_requests_with_and_without_a_picture_in_one_call(tmp_path):
+    pipe = pipeline(
+        diffusers.WanImageToVideoPipeline,
+        5.0,
+        VAE_2_2,
+        dit=LARGE,
+        expand_timesteps=True,
+    )
+    pipe.save_pretrained(tmp_path)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    generator = load_release(tmp_path, mesh, jnp.float32)
+    size = {"frames": 5, "height": 32, "width": 64}
+    plain = Request("a cat", **size, seed=-1)
+    seen = Request("a cat", **size, image=picture("image", 32, 64))
+    larger = Request("a dog", frames=9, height=32, width=64)
+    settings = {"steps": 2, "guidance": Guidance(2.0)}
+    alone = [generator.latents([x], **settings)[0] for x in (plain, seen, larger)]
+    for order in ([0, 1, 2], [1, 2, 0]):
+        requests = [(plain, seen, larger)[i] for i in order]
+        together = generator.latents(requests, **settings)
+        for i, found in zip(order, together, strict=True):
+            np.testing.assert_allclose(found, alone[i], atol=1e-4)
+    assert np.abs(alone[0][0] - alone[1][0]).max() > 0.1
+
+
 KNOWN = {"in_channels": 36, "out_channels": 16}
 
 
