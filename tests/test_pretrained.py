@@ -1,6 +1,9 @@
 """Importing weights: complete both ways or refused, bit for bit, wherever it goes."""
 
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -179,3 +182,53 @@ def test_bad_files_are_named_with_the_remedy(tmp_path):
     (tmp_path / "Wan2.1_VAE.pth").unlink()
     with pytest.raises(FileNotFoundError, match="holds no .*safetensors"):
         TensorFiles(tmp_path)
+
+
+_MEASURE = """
+import sys, threading, jax, jax.numpy as jnp
+from jvdit.pretrained.loading import load
+from jvdit.pretrained.rules import Rule
+from jvdit.pretrained.tensors import TensorFiles
+from jvdit.sharding import make_mesh, parameter_shardings
+
+def held():
+    for line in open("/proc/self/status"):
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) / 1024
+
+shape = jax.ShapeDtypeStruct((12, 2048, 2048), jnp.bfloat16)
+shapes = {"blocks": {"kernel": shape}}
+places = parameter_shardings(shapes, make_mesh())
+rules = [Rule("blocks.{i}.weight", "block_{i}/kernel", "o i -> i o")]
+tensors = TensorFiles(sys.argv[1])
+jax.block_until_ready(jnp.zeros(8) + 1)
+before, peak, stop = held(), 0.0, threading.Event()
+
+def watch():
+    global peak
+    while not stop.is_set():
+        peak = max(peak, held())
+
+thread = threading.Thread(target=watch)
+thread.start()
+jax.block_until_ready(load(rules, tensors, shapes, places, jnp.bfloat16))
+stop.set()
+thread.join()
+print(peak - before)
+"""
+
+
+def test_loading_takes_the_memory_of_few_tensors(tmp_path):
+    """Of a stack of 12 layers of 16 MiB, here 8 each: 96 MiB stay, and little more."""
+    layer = np.ones((2048, 2048), np.float32)
+    tensors = {f"blocks.{i}.weight": layer for i in range(12)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    command = [sys.executable, "-c", _MEASURE, str(tmp_path)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    found = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=environment
+    )
+    taken = float(found.stdout.split()[-1])
+    print(f"{taken:.0f} MiB")
+    # What stays, twice a tensor, and what compiling the two small programs takes.
+    assert taken < 96 + 2 * 16 + 40

@@ -9,6 +9,7 @@ import sys
 import time
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
@@ -134,6 +135,23 @@ def test_a_clip_is_the_same_whatever_else_is_in_the_batch(generator):
     assert among[0].shape == (3, 2, 4, 4)
     other = Request("one object: a red circle", frames=5, height=16, width=16, seed=8)
     assert np.abs(generator.latents([other], **settings)[0] - alone[0]).max() > 0.1
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_guidance_is_divided_over_devices(workdir, generator, devices):
+    mesh = make_mesh(devices=jax.devices()[:devices])
+    few = Generator.load(workdir / "dit", mesh)
+    requests = [
+        Request(f"{i} objects", frames=5, height=16, width=16, seed=i) for i in (1, 2)
+    ]
+    settings = {"steps": 2, "guidance": Guidance(3.0)}
+    found = few.latents(requests, **settings)
+    for x, y in zip(found, generator.latents(requests, **settings), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-4)
+    # Two requests with guidance are four rows: no more are made up for four devices.
+    rows = []
+    few.latents(requests, on_step=lambda _, __, x: rows.append(len(x)), **settings)
+    assert set(rows) == {2}
 
 
 def test_videos_come_in_the_order_of_the_requests(generator):

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float
 
 from jvdit.caption_encoder import encode_captions
@@ -46,7 +46,12 @@ from jvdit.models.image_encoder import ImageEncoder, preprocess
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.models.video_vae import VideoVAE
 from jvdit.models.video_vae_chunked import decode_normalized, encode_normalized
-from jvdit.sharding import batch_sharding, make_mesh, parameter_shardings
+from jvdit.sharding import (
+    batch_sharding,
+    make_mesh,
+    parameter_shardings,
+    replicated,
+)
 from jvdit.training.vae_objective import to_uint8
 
 ROWS = 8  # solved at once
@@ -211,15 +216,18 @@ class Generator:
         sizes = [self.check(request) for request in requests]
         given = self._given(requests, sizes)
         sizes = [(f + g.lead, h, w) for (f, h, w), g in zip(sizes, given, strict=True)]
+        guidances = {"dit": guidance, "dit_low": low_guidance or guidance}
+        ways = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+        if all(each.scale != 1 for each in guidances.values()) and ways % 2 == 0:
+            ways //= 2  # guidance doubles the rows
         batches = batches_of(
             *self._items(requests, sizes, given, noise),
             [request.seed for request in requests],
             rows,
-            self._mesh.shape["data"] * self._mesh.shape["fsdp"],
+            ways,
             self.text_length,
         )
         self._stepper.on_step = on_step and counting(on_step, len(batches) * steps)
-        guidances = {"dit": guidance, "dit_low": low_guidance or guidance}
         solved = self._solved(batches, steps, solver, guidances, reuse, bool(noise))
         found = unpacked(batches, solved, sizes, self.patch_size)
         jax.effects_barrier()
@@ -254,8 +262,8 @@ class Generator:
         noisy: bool,
     ) -> list[np.ndarray]:
         """The latents of each batch at t = 0, network after network."""
-        places, spans = batch_sharding(self._mesh), self._spans(steps)
-        begin = places, self.policy, steps, solver, noisy
+        spans = self._spans(steps)
+        begin = self.policy, steps, solver, noisy
         running: list[Any] = [None] * len(batches)
         with jax.set_mesh(self._mesh):
             for name, span in spans.items():
@@ -265,9 +273,10 @@ class Generator:
                     homes = parameter_shardings(lora, self._mesh)
                     variables["lora"] = jax.device_put(lora, homes)
                 for i, batch in enumerate(batches):
+                    places = self._places(batch)
                     at = self._stepper(
                         variables,
-                        running[i] or batch.begin(*begin),
+                        running[i] or batch.begin(places, *begin),
                         texts_of(batch, self.conventions.pad_text, places),
                         solver=solver,
                         guidance=guidances[name],
@@ -349,6 +358,13 @@ class Generator:
         high = int((times >= self.boundary - 1e-6).sum())
         spans = {"dit": (0, high), "dit_low": (high, steps)}
         return {name: span for name, span in spans.items() if span[0] < span[1]}
+
+    def _places(self, batch: Batch) -> NamedSharding:
+        """Rows over the devices; all on each if only guidance makes them enough."""
+        ways = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+        if len(batch.seeds) % ways:
+            return replicated(self._mesh)
+        return batch_sharding(self._mesh)
 
     @cached_property
     def _mesh(self) -> Mesh:

@@ -330,7 +330,8 @@ def test_from_a_first_frame_to_a_last_one(tmp_path):
     dit = ATTENDED | {"pos_embed_seq_len": 10}
     pipe = pipeline(diffusers.WanImageToVideoPipeline, 5.0, dit=dit)
     ends = {"image": picture("image", 32, 48), "last_image": picture("last", 32, 48)}
-    compare(pipe, tmp_path, words=512, **ends)
+    # At a scale of 4 these random weights double rounding errors at every step.
+    compare(pipe, tmp_path, words=512, scale=2.0, **ends)
 
 
 CONTROL = {"vace_layers": [0, 1], "vace_in_channels": 96}
