@@ -30,7 +30,7 @@ from jvdit.generation.conditioning import (
     with_clean,
 )
 from jvdit.generation.model_folder import read_model, write_model
-from jvdit.generation.request import Request
+from jvdit.generation.request import Request, for_encoder
 from jvdit.generation.residence import Residence
 from jvdit.generation.sampling import (
     Batch,
@@ -42,7 +42,7 @@ from jvdit.generation.sampling import (
     unpacked,
 )
 from jvdit.models.dit import DiT
-from jvdit.models.image_encoder import ImageEncoder, preprocess
+from jvdit.models.image_encoder import ImageEncoder
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.models.video_vae import VideoVAE
 from jvdit.models.video_vae_chunked import decode_normalized, encode_normalized
@@ -300,12 +300,9 @@ class Generator:
             return given
         params = self._residence["image_encoder"]
         for i, request in enumerate(requests):
-            images = [
-                preprocess(jnp.asarray(x)[None], encoder.image_size)
-                for x in request.pictures
-            ]
+            images = [for_encoder(x, encoder.image_size) for x in request.pictures]
             with jax.set_mesh(self._mesh):
-                states = _image_states(encoder, params, jnp.concatenate(images))
+                states = _image_states(encoder, params, jnp.asarray(np.stack(images)))
             image = np.concatenate(np.asarray(states, np.float32))
             given[i] = given[i]._replace(image=image)
         return given

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from jvdit.data.media import decode_clip
@@ -15,6 +16,10 @@ from jvdit.data.media import decode_clip
 Pictures = str | os.PathLike[str] | np.ndarray
 
 _SMOOTH = Image.Resampling.LANCZOS
+# Of each colour in [0, 1], over the pictures that CLIP was trained with.
+_CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+_CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
 PICTURES = ("image", "last_image", "video", "mask")
 
 
@@ -151,6 +156,24 @@ def size_like(picture: np.ndarray, pixels: int, unit: int) -> tuple[int, int]:
     height, width = (pixels * aspect) ** 0.5, (pixels / aspect) ** 0.5
     sides = [max(int(x + 1e-6) // unit, 1) * unit for x in (height, width)]
     return sides[0], sides[1]
+
+
+def for_encoder(
+    picture: UInt8[np.ndarray, "H W 3"], side: int
+) -> Float[np.ndarray, "S S 3"]:
+    """A picture as CLIP takes it, as transformers' CLIPImageProcessor prepares it.
+
+    The shorter side is resized to `side`, what the longer one has too much is cut off
+    at both ends, and colours are standardised. (Wan's own code squeezes the whole
+    picture into the square instead; diffusers does as here.)
+    """
+    height, width = picture.shape[:2]
+    short = min(height, width)
+    size = side * width // short, side * height // short
+    image = Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)
+    left, top = ((x - side) // 2 for x in size)
+    square = np.asarray(image, np.float32)[top : top + side, left : left + side] / 255
+    return (square - _CLIP_MEAN) / _CLIP_STD
 
 
 def _picture(source: Pictures, name: str) -> np.ndarray:

@@ -9,12 +9,10 @@ from functools import partial
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float
 
 from jvdit.models.dense import Dense
 from jvdit.models.dit_blocks import Attention
@@ -44,10 +42,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Of each colour in [0, 1], over the pictures that CLIP was trained with.
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
-
 
 def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """GELU with a sigmoid in place of the normal distribution (arXiv:1606.08415)."""
@@ -58,30 +52,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": partial(nn.gelu, approximate=False),
     "quick_gelu": quick_gelu,
 }
-
-
-def preprocess(
-    images: UInt8[Array, "b H W 3"], image_size: int = 224
-) -> Float[Array, "b S S 3"]:
-    """Pictures as the encoder takes them, as transformers' CLIPImageProcessor does it.
-
-    The shorter side is resized to `image_size`, what the longer one has too much is cut
-    off at both ends, and colours are standardised. (Wan's own code squeezes the whole
-    picture into the square instead; diffusers does as here.)
-    """
-    height, width = images.shape[1:3]
-    short = min(height, width)
-    x = images.astype(jnp.float32)
-    # One axis after the other, rounded to whole colours each time, as PIL does it.
-    for axis, side in ((2, width), (1, height)):
-        shape = list(x.shape)
-        shape[axis] = image_size * side // short
-        x = jax.image.resize(x, shape, "cubic", antialias=True)
-        x = jnp.clip(jnp.floor(x + 0.5), 0, 255)
-    top, left = ((side - image_size) // 2 for side in x.shape[1:3])
-    x = x[:, top : top + image_size, left : left + image_size] / 255
-    mean, std = (np.array(row, np.float32).reshape(1, 1, 1, 3) for row in (MEAN, STD))
-    return (x - mean) / std
 
 
 class TokenEmbed(nn.Module):

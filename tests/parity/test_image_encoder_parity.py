@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jvdit.models.image_encoder import VARIANTS, ImageEncoder, preprocess
+from jvdit.generation.request import for_encoder
+from jvdit.models.image_encoder import VARIANTS, ImageEncoder
 from jvdit.pretrained import clip
 from jvdit.pretrained.configs import image_encoder_fields
 from jvdit.pretrained.folders import load_image_encoder
@@ -168,13 +169,10 @@ def test_pictures_are_prepared_as_theirs(shape):
     picture[: shape[0] // 2] = rng.integers(0, 256, (shape[0] // 2, shape[1], 3))
     processor = pil_clip.CLIPImageProcessorPil()
     want = processor(images=Image.fromarray(picture), return_tensors="np")
-    want = want["pixel_values"].transpose(0, 2, 3, 1)
-    found = preprocess(jnp.asarray(picture[None]))
-    assert found.shape == want.shape and found.dtype == jnp.float32
-    error = np.abs(np.asarray(found) - want)
-    print(f"mean error {error.mean():.1e}, highest {error.max():.1e}")
-    # Both round to whole colours: seldom one falls to the other side, 0.015 at most.
-    assert error.mean() < 1e-4 and error.max() < 0.02
+    want = want["pixel_values"][0].transpose(1, 2, 0)
+    found = for_encoder(picture, 224)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, want, atol=1e-6)
 
 
 # Names of the released networks
