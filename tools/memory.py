@@ -9,6 +9,7 @@ one chip of a TPU (which need not be there), and the compiler says what it would
 parameters and inputs, and the most that is alive besides. Networks are on the device
 one after another, so the largest row is what is needed. Attention holds the scores of
 one head here; flash attention, as on a GPU, holds none: there this is an upper bound.
+A TPU's convolutions copy a lot; the last row says what the autoencoder takes elsewhere.
 """
 
 import argparse
@@ -112,8 +113,8 @@ def dit_program(name, grid, dtype):
     )
 
 
-def vae_program(module, grid):
-    """Decoding a piece in the middle of the video."""
+def vae_program(module, grid, on_cpu=False):
+    """Decoding a piece in the middle of the video, for a TPU or a CPU."""
     f, h, w = grid
     side = module.spatial_compression
     pixels = h * w * side**2 * module.temporal_compression
@@ -127,6 +128,8 @@ def vae_program(module, grid):
     _, cache = jax.eval_shape(
         lambda params, x: decode_step(module, params, x, {}), params, first
     )
+    if on_cpu:
+        return decode_step.lower(module, params, later, cache)
     # Convolutions have a form of their own on a CPU, which is not meant here.
     with mock.patch("jax.default_backend", return_value="tpu"):
         return decode_step.lower(module, *placed((params, later, cache)))
@@ -150,6 +153,7 @@ def main():
             args.name, tokens, jnp.bfloat16
         ),
         "autoencoder, a piece (float32)": lambda: vae_program(vae, latent),
+        "the same, in the form of a CPU": lambda: vae_program(vae, latent, True),
     }
     size = f"{clip['frames']} x {clip['height']} x {clip['width']}"
     table = Table(title=f"{args.name}, {size}: GB on a TPU {TOPOLOGY[:3]}")
