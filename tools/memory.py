@@ -137,7 +137,7 @@ def vae_program(module, grid, on_cpu=False):
 
 def main():
     """Compiles the three programs and prints what they take."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("name", choices=[*RECIPES])
     parser.add_argument("--size", help="HEIGHTxWIDTH in pixels")
     parser.add_argument("--frames", type=int)
