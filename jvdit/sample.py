@@ -6,7 +6,6 @@ of them.
 """
 
 import dataclasses
-import json
 import pathlib
 import re
 import sys
@@ -22,8 +21,9 @@ from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.reuse import Reuse, save_ratios
 from jvdit.diffusion.solvers import SOLVERS
 from jvdit.generation.generator import Generator
+from jvdit.generation.prompt_lines import read_requests
 from jvdit.generation.release import EXPERTS, add_adapters, load_release
-from jvdit.generation.request import Request, size_fields, size_like
+from jvdit.generation.request import Request, size_fields
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of a training, or its model folder.")
 _PROMPTS = flags.DEFINE_string(
@@ -70,50 +70,6 @@ _INTERVAL = flags.DEFINE_list(
 )
 _RESCALE = flags.DEFINE_float("guidance_rescale", 0.0, "0 to 1.")
 _ROWS = flags.DEFINE_integer("rows", 8, "Rows solved at once; fewer need less memory.")
-
-
-def read_requests(
-    prompts: list[str], defaults: dict[str, Any], unit: int = 0
-) -> list[Request]:
-    """Requests from prompts and from lines of JSON, with consecutive seeds.
-
-    Args:
-        prompts: each is a prompt, or a JSON object with fields of `Request`.
-        defaults: fields that a line doesn't give.
-        unit: what height and width are multiples of, where a first frame's proportions
-            decide them; 0: the defaults do.
-
-    Raises:
-        ValueError: a line isn't a prompt or has an unknown field.
-    """
-    names = {field.name for field in dataclasses.fields(Request)}
-    requests = []
-    for number, line in enumerate(prompts):
-        fields = defaults | {"prompt": line, "seed": defaults["seed"] + number}
-        given: dict[str, Any] = {}
-        if line.lstrip().startswith("{"):
-            try:
-                given = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"line {number + 1} is no JSON: {error}") from error
-            if unknown := set(given) - names:
-                raise ValueError(
-                    f"line {number + 1} has the unknown fields {sorted(unknown)}; "
-                    f"known are {sorted(names)}."
-                )
-            if "prompt" not in given:
-                raise ValueError(f"line {number + 1} has no `prompt`.")
-            fields |= given
-            pictures = fields["references"]
-            alone = isinstance(pictures, str)
-            fields["references"] = (pictures,) if alone else tuple(pictures)
-        if unit and fields["image"] and not {"height", "width"} & set(given):
-            picture = Request("", image=fields["image"]).pictures[0]
-            pixels = fields["height"] * fields["width"]
-            height, width = size_like(picture, pixels, unit)
-            fields |= {"height": height, "width": width}
-        requests.append(Request(**fields))
-    return requests
 
 
 def file_name(request: Request) -> str:
@@ -237,7 +193,9 @@ def main(argv: list[str]) -> None:
             prompts += [line for line in lines if line.strip()]
         for path in sample(prompts):
             print(path)
-    except (ValueError, FileNotFoundError) as error:
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+    except (ValueError, OSError) as error:
         if flags.FLAGS["verbosity"].present:
             raise
         sys.exit(f"error: {error}")

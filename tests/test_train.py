@@ -23,6 +23,7 @@ from jvdit.data.records import RecordDataset
 from jvdit.diffusion.denoise import Guidance
 from jvdit.encode import encode
 from jvdit.generation.generator import Generator
+from jvdit.generation.prompt_lines import read_requests
 from jvdit.generation.release import add_adapters
 from jvdit.generation.request import Request
 from jvdit.sharding import make_mesh
@@ -183,6 +184,14 @@ def test_impossible_sizes_are_named(generator, change, message):
     request = {"prompt": "x", "frames": 5, "height": 16, "width": 16} | change
     with pytest.raises(ValueError, match=message):
         generator([Request(**request)])
+
+
+def test_a_field_of_the_wrong_kind_is_named():
+    defaults = {"seed": 0, "image": None, "references": ()}
+    with pytest.raises(ValueError, match="line 2: `frames`.*a number"):
+        read_requests(["x", '{"prompt": "y", "frames": "17"}'], defaults)
+    (request,) = read_requests(['{"prompt": "y", "references": "a.png"}'], defaults)
+    assert request.references == ("a.png",)
 
 
 def test_sampling_from_the_command_line(workdir, tmp_path):

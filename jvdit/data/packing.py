@@ -240,13 +240,8 @@ def pack_rows(
         "valid": np.zeros((b, m), np.bool_),
         "clip_id": np.full((b, m), -1, np.int64),
     }
-    extras = [k for k in _EXTRAS if getattr(items[0], k) is not None]
-    for key in (*_EXTRAS, "image"):
-        if len({getattr(item, key) is None for item in items}) > 1:
-            raise ValueError(f"Some items have `{key}` and others have not.")
-    for key in extras:
-        value = getattr(items[0], key)
-        batch[key] = np.zeros((b, n, *value.shape[1:]), value.dtype)
+    extras = _blank_extras(items, b, n)
+    batch |= extras
     if items[0].image is not None:
         batch["image"] = np.stack([row[0].image for row in rows])
     for r, row in enumerate(rows):
@@ -268,6 +263,19 @@ def pack_rows(
                 batch[key][tokens] = getattr(item, key)
             batch["text_segment"][words] = i + 1
     return batch
+
+
+def _blank_extras(items: Sequence[Item], b: int, n: int) -> dict[str, np.ndarray]:
+    """Room for what only some batches have of each token."""
+    for key in (*_EXTRAS, "image"):
+        if len({getattr(item, key) is None for item in items}) > 1:
+            raise ValueError(f"Some items have `{key}` and others have not.")
+    given = {key: getattr(items[0], key) for key in _EXTRAS}
+    return {
+        key: np.zeros((b, n, *value.shape[1:]), value.dtype)
+        for key, value in given.items()
+        if value is not None
+    }
 
 
 def _check_row(

@@ -3,6 +3,7 @@
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from jvdit.generation.residence import fits_together
 from jvdit.models.lora import check, scaled, stacked
 from jvdit.pretrained.configs import PATCH_SIZE, patch_channels
 from jvdit.pretrained.folders import (
+    Loaded,
     dit_inputs,
     load_dit,
     load_image_encoder,
@@ -26,7 +28,7 @@ from jvdit.pretrained.folders import (
 )
 from jvdit.pretrained.lora import read_lora
 from jvdit.pretrained.recipes import POLICY, TEXT_LENGTH, TIMESTEPS
-from jvdit.pretrained.release import read_release
+from jvdit.pretrained.release import Release, read_release
 from jvdit.pretrained.wan import LAYOUTS, dit_rules
 from jvdit.sharding import make_mesh
 from jvdit.training.checkpoint import module_fields
@@ -64,28 +66,8 @@ def load_release(
     """
     release = read_release(folder)
     mesh = make_mesh() if mesh is None else mesh
-    loaders = {
-        "dit": lambda path: load_dit(path, mesh, dtype, **fields),
-        "dit_low": lambda path: load_dit(path, mesh, dtype, **fields),
-        "text_encoder": lambda path: load_text_encoder(path, mesh, dtype),
-        "vae": lambda path: load_vae(path, mesh),
-        "image_encoder": lambda path: load_image_encoder(path, mesh),
-    }
-    fields = {"scan_layers": jax.default_backend() != "cpu"} | fields
-    if unknown := set(parts) - set(release.parts):
-        raise ValueError(f"{folder} has no {', '.join(unknown)} to replace.")
-    paths = release.parts | {k: pathlib.Path(v) for k, v in parts.items()}
-    found = {name: loaders[name](path) for name, path in paths.items()}
+    found = _networks(release, parts, mesh, dtype, fields)
     dit = found["dit"].module
-    if "dit_low" in found and found["dit_low"].module != dit:
-        raise ValueError(f"the two experts of {folder} are of different sizes.")
-    if not dit.image_width:
-        found.pop("image_encoder", None)
-    elif "image_encoder" not in found:
-        raise FileNotFoundError(
-            f"{folder} has no image encoder, and its network attends to a picture; "
-            "download it (`image_encoder/`, or models_clip*.safetensors)."
-        )
     recipe = release.recipe(module_fields(dit))
     image_encoder = found.get("image_encoder")
     return Generator(
@@ -95,7 +77,9 @@ def load_release(
         params={name: part.load for name, part in found.items()},
         tokenizer=release_tokenizer(release.tokenizer),
         path=Path(timesteps=TIMESTEPS),
-        policy=TimestepPolicy(shift=shift or recipe["shift"], **POLICY),
+        policy=TimestepPolicy(
+            shift=recipe["shift"] if shift is None else shift, **POLICY
+        ),
         patch_size=PATCH_SIZE,
         text_length=TEXT_LENGTH,
         defaults=recipe,
@@ -110,6 +94,39 @@ def load_release(
         image_encoder=None if image_encoder is None else image_encoder.module,
         together=fits_together(sum(part.num_bytes for part in found.values()), mesh),
     )
+
+
+def _networks(
+    release: Release,
+    parts: Mapping[str, str | os.PathLike[str]],
+    mesh: Mesh,
+    dtype: DTypeLike,
+    fields: Mapping[str, Any],
+) -> dict[str, Loaded]:
+    """The networks of a release, none of them read yet; see `load_release`."""
+    if unknown := set(parts) - set(release.parts):
+        raise ValueError(f"{release.folder} has no {', '.join(unknown)} to replace.")
+    fields = {"scan_layers": jax.default_backend() != "cpu"} | dict(fields)
+    loaders = {
+        "dit": partial(load_dit, mesh=mesh, dtype=dtype, **fields),
+        "dit_low": partial(load_dit, mesh=mesh, dtype=dtype, **fields),
+        "text_encoder": partial(load_text_encoder, mesh=mesh, dtype=dtype),
+        "vae": partial(load_vae, mesh=mesh),
+        "image_encoder": partial(load_image_encoder, mesh=mesh),
+    }
+    paths = release.parts | {name: pathlib.Path(path) for name, path in parts.items()}
+    found = {name: loaders[name](path) for name, path in paths.items()}
+    dit = found["dit"].module
+    if "dit_low" in found and found["dit_low"].module != dit:
+        raise ValueError(f"the experts of {release.folder} are of different sizes.")
+    if not dit.image_width:
+        found.pop("image_encoder", None)
+    elif "image_encoder" not in found:
+        raise FileNotFoundError(
+            f"{release.folder} has no image encoder, and its network attends to a "
+            "picture; download it (`image_encoder/`, or models_clip*.safetensors)."
+        )
+    return found
 
 
 def add_adapters(

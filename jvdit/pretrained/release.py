@@ -27,6 +27,7 @@ class Release:
     """A released model.
 
     Attributes:
+        folder: of all of it.
         parts: where each network is: "dit", "text_encoder", "vae", and where there are
             such, "dit_low" (the expert for low noise) and "image_encoder".
         tokenizer: the file of the tokenizer: sentencepiece's, or a `tokenizer.json`.
@@ -34,6 +35,7 @@ class Release:
         settings: what its own configuration says of sampling, see `recipe`.
     """
 
+    folder: pathlib.Path
     parts: dict[str, pathlib.Path]
     tokenizer: pathlib.Path
     clean_frames: bool
@@ -101,6 +103,7 @@ def _diffusers(folder: pathlib.Path, index: dict[str, Any]) -> Release:
         shift = scheduler.get("flow_shift", scheduler.get("shift"))
         settings |= {} if shift is None else {"shift": float(shift)}
     return Release(
+        folder,
         {part: _there(folder / name) for part, name in names.items()},
         _tokenizer(folder / "tokenizer"),
         bool(index.get("expand_timesteps")),
@@ -125,7 +128,9 @@ def _original(folder: pathlib.Path) -> Release:
                 f"{folder} has no {pattern}, of the original release; download it, or "
                 "give a folder as diffusers saves it."
             )
-    return Release(parts, _tokenizer(folder / "google/umt5-xxl"), kind == "ti2v", {})
+    return Release(
+        folder, parts, _tokenizer(folder / "google/umt5-xxl"), kind == "ti2v", {}
+    )
 
 
 def _there(path: pathlib.Path) -> pathlib.Path:

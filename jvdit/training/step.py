@@ -79,10 +79,9 @@ def make_train_step(
         decay = jnp.minimum(optim.ema, (1.0 + applied) / (10.0 + applied))
         ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        old = state.params, state.ema, state.opt_state
         params, ema, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (params, ema, opt_state),
-            (state.params, state.ema, state.opt_state),
+            lambda new, old: jnp.where(finite, new, old), (params, ema, opt_state), old
         )
         bad = 1 - finite.astype(jnp.int32)
         metrics = {name: _mean(value, weight) for name, value in metrics.items()}

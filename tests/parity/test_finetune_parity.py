@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from einops import rearrange
 from safetensors.numpy import load_file
-from test_release_parity import DIT, filled, pipeline
+from tiny_models import DIT, filled, pipeline
 
 from jvdit import config as defaults
 from jvdit.diffusion.denoise import Guidance

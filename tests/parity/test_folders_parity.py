@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import text_config
 
 from jvdit.pretrained import umt5, wan, wan_vae
 from jvdit.pretrained.configs import patch_channels
@@ -31,15 +32,6 @@ def release(tmp_path_factory):
         "added_kv_proj_dim": 24,
     }
     control = {"vace_layers": [0, 1], "vace_in_channels": 96}
-    text = transformers.UMT5Config(
-        vocab_size=50,
-        d_model=32,
-        d_kv=8,
-        d_ff=40,
-        num_layers=2,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-    )
     networks = {
         "transformer": diffusers.WanTransformer3DModel(**sizes),
         "transformer_2": diffusers.WanTransformer3DModel(**sizes),
@@ -48,7 +40,7 @@ def release(tmp_path_factory):
         ),
         "vace/transformer": diffusers.WanVACETransformer3DModel(**sizes, **control),
         "vae": diffusers.AutoencoderKLWan(base_dim=4, z_dim=4),
-        "text_encoder": transformers.UMT5EncoderModel(text),
+        "text_encoder": transformers.UMT5EncoderModel(text_config(50)),
     }
     folder = tmp_path_factory.mktemp("release")
     for name, network in networks.items():

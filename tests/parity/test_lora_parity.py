@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from einops import rearrange
 from safetensors.numpy import load_file, save_file
+from tiny_models import DIT, filled
 
 from jvdit.models.lora import LoRA
 from jvdit.pretrained import wan
@@ -28,19 +29,8 @@ def draw(*shape, seed=0):
 
 
 def network():
-    model = diffusers.WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        text_dim=32,
-        ffn_dim=40,
-        num_layers=2,
-        rope_max_seq_len=32,
-    ).eval()
-    for seed, (_, value) in enumerate(model.named_parameters()):
-        drawn = draw(*value.shape, seed=seed)
-        scale = np.sqrt(max(np.prod(value.shape[1:]), 1))
-        value.data = torch.from_numpy((drawn / scale).astype(np.float32))
-    return model
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 40}
+    return filled(diffusers.WanTransformer3DModel(**DIT | sizes))
 
 
 @pytest.fixture(scope="module")
