@@ -10,8 +10,9 @@
     python -m jvdit.sample "…" --pretrained Wan2.2-TI2V-5B-Diffusers \
         --lora runs/wan/lora/model
 
-The released weights are frozen in bfloat16. Not run here, for want of the weights: a
-tiny release takes the same way in `tests/parity/test_finetune_parity.py`.
+Half of the clips are trained with their first frame given, so `--image` goes on
+working. The released weights are frozen in bfloat16. Not run here, for want of the
+weights: a tiny release takes the same way in `tests/parity/test_finetune_parity.py`.
 """
 
 from jvdit import config as defaults
@@ -26,7 +27,7 @@ def get_config():
     config.data.sources = ("runs/wan/latents",)
     config.data.token_budget = 13 * 22 * 40
     config.dit.param_dtype = "bfloat16"
-    config.conventions.clean_frames = True
+    config.first_frame = 0.5
     config.lora.update(rank=32, alpha=32.0)
     config.optim.lr = 1e-4
     config.sample_every = 500

@@ -114,6 +114,8 @@ def flow(variant: str = "world-s", text_variant: str = "world") -> Config:
     config.dit = fields_of(
         dit.DiT, dit.VARIANTS[variant], "in_channels", "out_channels", "text_width"
     )
+    # Share of the clips whose first frame is given, so that the model takes `image`.
+    config.first_frame = 0.0
     # Adapters to train in the place of the weights of `start_from`; rank 0: none.
     config.lora = dataclasses.asdict(LoRA()) | {"rank": 0}
     config.text_encoder = ConfigDict()

@@ -1,5 +1,6 @@
 """The loss of the DiT, and that training and sampling are one step."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -14,7 +15,13 @@ from jvdit.models.dit import DiT
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.shapes import Text
 from jvdit.sharding import batch_sharding, make_mesh
-from jvdit.training.objectives import FlowObjective, clip_sizes, text_of, tokens_of
+from jvdit.training.objectives import (
+    FlowObjective,
+    clip_sizes,
+    first_frames,
+    text_of,
+    tokens_of,
+)
 from jvdit.training.optim import Optim
 from jvdit.training.state import new_state, state_shardings
 from jvdit.training.step import make_train_step
@@ -106,6 +113,58 @@ def test_padding_and_other_clips_do_not_count(objective, params, batch):
     np.testing.assert_allclose(before[:, :4], after[:, :4], rtol=1e-5)
     assert jnp.abs(before[:, 4:9] - after[:, 4:9]).min() > 1e-4
     np.testing.assert_array_equal(after[:, 9:], 0)
+
+
+@pytest.fixture(scope="module")
+def framed(batch):
+    """The same rows as a picture of 4 tokens and a clip of 3 beside 2."""
+    times = jnp.array([0.0] * 4 + [0.0] * 3 + [0.5] * 2 + [0.0] * 3)
+    return {**batch, "position": batch["position"].at[..., 0].set(times)}
+
+
+def test_a_first_frame_is_given_to_clips_alone(objective, framed):
+    """A picture has nothing else to generate; padding is nobody's first frame."""
+    all_chosen = first_frames(framed, jnp.ones((8, 2), bool))
+    np.testing.assert_array_equal(np.flatnonzero(all_chosen[0]), [4, 5, 6])
+    assert not first_frames(framed, jnp.zeros((8, 2), bool)).any()
+    half = dataclasses.replace(objective, first_frame=0.5)
+    drawn = [half.prepare(framed, jax.random.key(i))["clean"] for i in range(20)]
+    assert 0.35 < np.mean([x[:, 4] for x in drawn]) < 0.65
+
+
+def test_what_is_given_is_clean_and_costs_nothing(objective, params, framed):
+    """No noise reaches it, the others see it, and it has no part in the loss."""
+    given = dataclasses.replace(objective, first_frame=1.0)
+    prepared = given.prepare(framed, jax.random.key(0))
+    assert given.weight(prepared) == 8 * (4 + 2)
+    x0, keys = framed["latents"], jax.random.split(jax.random.key(3))
+    noises = [jax.random.normal(key, x0.shape) for key in keys]
+    clean = prepared["clean"][..., None]
+    noises[1] = jnp.where(clean, noises[1], noises[0])
+    t = jnp.full((8, 2), 0.4)
+    run = jax.jit(given.error)
+    first, levels = run(params, prepared, x0, noises[0], t)
+    np.testing.assert_array_equal(first, run(params, prepared, x0, noises[1], t)[0])
+    np.testing.assert_array_equal(first[:, 4:7], 0)
+    np.testing.assert_allclose(levels[0, :9], [0.4] * 4 + [0] * 3 + [0.4] * 2)
+    moved, _ = run(params, prepared, x0 + clean, noises[0], t)
+    assert jnp.abs(moved - first)[:, 7:9].min() > 1e-5
+    np.testing.assert_allclose(moved[:, :4], first[:, :4], rtol=1e-5)
+
+
+def test_a_row_of_one_clip_needs_no_mask_for_its_first_frame(objective, params, framed):
+    """The same loss, with segments and without."""
+    alone = {name: value[:, 4:9] for name, value in framed.items() if name[0] in "lps"}
+    alone["segment"] = jnp.ones((8, 5), jnp.int32)
+    alone |= {"text_ids": framed["text_ids"][:, 3:7], "valid": jnp.ones((8, 1), bool)}
+    alone["text_segment"] = jnp.ones((8, 4), jnp.int32)
+    losses = []
+    for one_clip in (False, True):
+        made = dataclasses.replace(objective, first_frame=0.5, one_clip=one_clip)
+        prepared = made.prepare(alone, jax.random.key(1))
+        losses.append(jax.jit(made.loss)(params, prepared)[0])
+    assert 0 < prepared["clean"][:, 0].sum() < 8
+    np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def updated(objective, params, batch, mesh):

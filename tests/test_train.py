@@ -1,5 +1,6 @@
 """The whole way, from clips to samples; and that a run survives what happens to it."""
 
+import dataclasses
 import os
 import pathlib
 import shutil
@@ -169,6 +170,20 @@ def test_videos_come_in_the_order_of_the_requests(generator):
     assert [video.shape for video in videos] == [(*size, 3) for size in sizes]
     assert all(video.dtype == np.uint8 for video in videos)
     assert seen == [(1, 2), (2, 2)]
+
+
+def test_a_clip_begins_with_the_picture_that_it_is_given(generator):
+    """Trained with `first_frame`, on its own latents; others beside it don't see it."""
+    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3)).astype(np.uint8)
+    plain = Request("x", frames=5, height=16, width=16)
+    settings = {"steps": 2, "guidance": Guidance(2.0)}
+    alone = generator.latents([plain], **settings)
+    requests = [dataclasses.replace(plain, image=picture), plain]
+    given, beside = generator.latents(requests, **settings)
+    first = generator.encode(picture[None].astype(np.float32) / 127.5 - 1)
+    np.testing.assert_allclose(given[:1], first, atol=1e-5)
+    assert np.abs(given[1:] - beside[1:]).max() > 1e-3
+    np.testing.assert_allclose(beside, alone[0], atol=1e-4)
 
 
 @pytest.mark.parametrize(

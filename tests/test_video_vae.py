@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jvdit.models import video_vae_layers
 from jvdit.models.video_vae import VARIANTS, VideoVAE
 from jvdit.models.video_vae_chunked import (
     decode_scan,
@@ -105,6 +106,20 @@ def test_decoding_in_a_loop_is_decoding_whole():
     reconstruction, mean, _ = whole("tiny")
     run = jax.jit(decode_scan, static_argnums=0)
     np.testing.assert_allclose(run(vae, params, mean), reconstruction, atol=1e-5)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_large_frames_in_turns_are_the_same(row, monkeypatch):
+    """Every stage takes a frame at a time, and what it keeps goes on."""
+    vae, params, _ = build(row)
+    reconstruction, mean, _ = whole(row)
+    monkeypatch.setattr(video_vae_layers, "ACTIVATIONS_AT_ONCE", 0)
+    decode = jax.jit(functools.partial(vae.apply, method="decode", mutable="cache"))
+    first, cache = decode({"params": params}, mean[:, :1])
+    later, _ = decode({"params": params, **cache}, mean[:, 1:])
+    assert "scan[" in str(jax.make_jaxpr(decode)({"params": params, **cache}, mean))
+    joined = jnp.concatenate([first, later], axis=1)
+    np.testing.assert_allclose(joined, reconstruction, atol=1e-5)
 
 
 @pytest.mark.parametrize("row", ROWS)

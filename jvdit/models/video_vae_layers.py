@@ -25,6 +25,8 @@ from jvdit.sharding import constrain
 
 # Largest number of attention scores held at once; more frames than fit go in turns.
 SCORES_AT_ONCE = 2**26
+# The same for the activations that go into or come out of a decoder's stage.
+ACTIVATIONS_AT_ONCE = 2**27
 
 
 class ChannelNorm(nn.Module):
@@ -364,16 +366,39 @@ class Decoder(_Coder):
         """Decodes latents to patches of pixels."""
         x = self._middle(self._conv("conv_in", self.widths[-1], self.taps[-1], x))
         for i, width in reversed(list(enumerate(self.widths))):
-            x = UpStage(
-                width,
+            fields = {
+                "features": width,
                 # Wan 2.1 narrows while it upsamples, 2.2 in the next stage.
-                width if self.residual else width // 2,
-                self.num_res_blocks + 1,
-                spatial=i > 0 and self.spatial[i - 1],
-                temporal=i > 0 and self.temporal[i - 1],
-                residual=self.residual,
-                block=self._res_block(self.taps[i]),
-                types=self._types,
-                name=f"up_{i}",
-            )(x)
+                "out_features": width if self.residual else width // 2,
+                "blocks": self.num_res_blocks + 1,
+                "spatial": i > 0 and self.spatial[i - 1],
+                "temporal": i > 0 and self.temporal[i - 1],
+                "residual": self.residual,
+                "block": self._res_block(self.taps[i]),
+                "types": self._types,
+                "name": f"up_{i}",
+            }
+            stage = UpStage(**fields)
+            x = _in_turns(stage, x) if self._is_large(x, fields) else stage(x)
         return self._head(x, self.taps[0])
+
+    def _is_large(self, x: Array, stage: dict[str, Any]) -> bool:
+        """Whether a stage of a video that goes on is to take a frame at a time."""
+        cells = (1 + stage["spatial"]) ** 2 * (1 + stage["temporal"])
+        largest = max(x.size, x[..., 0].size * cells * stage["out_features"])
+        goes_on = stage["name"] in self.variables.get("cache", {})
+        return goes_on and x.shape[1] > 1 and largest > ACTIVATIONS_AT_ONCE
+
+
+def _in_turns(stage: UpStage, x: Array) -> Array:
+    """Takes frame after frame through a stage, each from the cache of the last."""
+    run = nn.scan(
+        lambda stage, _, frame: (None, stage(frame)),
+        variable_broadcast="params",
+        variable_carry="cache",
+        split_rngs={"params": False},
+        in_axes=1,
+        out_axes=1,
+    )
+    _, frames = run(stage, None, x[:, :, None])
+    return rearrange(frames, "b f u h w c -> b (f u) h w c")

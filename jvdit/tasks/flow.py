@@ -167,7 +167,20 @@ class FlowTask(Task):
             one_clip=one_clip,
             pad_text=config.conventions.pad_text,
             boundary=self._boundary(),
+            first_frame=self._first_frame(),
         )
+
+    def _first_frame(self) -> float:
+        """The share of the clips that are trained with their first frame given."""
+        share, frames = self.config.first_frame, self.config.patch_size[0]
+        if not 0 <= share <= 1:
+            raise ValueError(f"`first_frame` (={share}) must be a share from 0 to 1.")
+        if share and frames != 1:
+            raise ValueError(
+                f"`first_frame` (={share}) needs tokens of one frame, and `patch_size` "
+                f"(={tuple(self.config.patch_size)}) has {frames}."
+            )
+        return share
 
     def _boundary(self) -> float:
         """The time between two experts that are trained together; 0: one is."""
@@ -294,6 +307,8 @@ class FlowTask(Task):
 
     def _generator_of(self, params) -> Generator:
         sample, objective = self.config.sample, self.objective
+        conventions = self.config.conventions.to_dict()
+        conventions["clean_frames"] |= objective.first_frame > 0
         weights = {**self.frozen, **(params or {}), "vae": self.vae_params}
         text_encoder = objective.text_encoder
         if self.captions:
@@ -311,7 +326,7 @@ class FlowTask(Task):
             text_length=self.config.data.text_length,
             defaults={k: v for k, v in sample.items() if k not in _OF_TRAINING},
             mesh=self.mesh,
-            conventions=Conventions(**self.config.conventions),
+            conventions=Conventions(**conventions),
             boundary=objective.boundary,
             text_release=self.captions.release if self.captions else "",
             together=False,

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from jvdit.diffusion.denoise import denoise
 from jvdit.diffusion.flow import Path, TimestepPolicy
@@ -39,15 +39,33 @@ def tokens_of(batch: Batch, latents: Float[Array, "b n c"], one_clip: bool) -> T
     """The tokens of a packed batch.
 
     Args:
-        batch: a packed batch.
+        batch: a packed batch, perhaps with `clean` tokens.
         latents: clean or noisy.
         one_clip: every row of every batch is exactly one clip without padding: no mask
-            and a single noise level.
+            and, unless tokens are clean, a single noise level.
     """
-    if one_clip:
+    segment, clean = batch["segment"], batch.get("clean")
+    if one_clip and clean is None:
         return Tokens(latents, batch["position"])
-    segment = batch["segment"]
-    return Tokens(latents, batch["position"], segment, segment)
+    level = segment if clean is None else jnp.where(clean, 0, segment)
+    return Tokens(latents, batch["position"], None if one_clip else segment, level)
+
+
+def generated(batch: Batch) -> Bool[Array, "b n"]:
+    """Which tokens are to be generated: neither padding nor given."""
+    inside = batch["segment"] > 0
+    return inside & ~batch["clean"] if "clean" in batch else inside
+
+
+def first_frames(batch: Batch, chosen: Bool[Array, "b m"]) -> Bool[Array, "b n"]:
+    """The tokens of the first frame of the chosen clips, but of those that have one.
+
+    Positions count from a clip's first frame, so that is where they are 0 in time.
+    """
+    segment, first = batch["segment"], batch["position"][..., 0] == 0
+    member = jax.nn.one_hot(segment, chosen.shape[1] + 1, dtype=bool)[..., 1:]
+    longer = (member & ~first[..., None]).any(1)
+    return first & (member & (chosen & longer)[:, None]).any(-1)
 
 
 def clip_sizes(batch: Batch) -> Float[Array, "b m"]:
@@ -63,7 +81,8 @@ class FlowObjective:
 
     The squared error of the velocity (Eq. 14 of arXiv:2210.02747 for the flow path),
     weighted so that it is the squared error of the path's target, averaged over
-    tokens. Each clip has its own time.
+    tokens. Each clip has its own time; what is given of it is clean, and no part of
+    the loss.
 
     Attributes:
         dit: the network.
@@ -75,6 +94,8 @@ class FlowObjective:
         boundary: with two experts, "dit" above this time and "dit_low" below, the first
             half of a batch's rows trains the one and the second half the other. 0:
             there is one network.
+        first_frame: share of the clips whose first latent frame is given, as `image`
+            gives it in sampling.
         lora: adapters of the DiT that are trained in the place of all else, which is
             frozen then.
     """
@@ -86,6 +107,7 @@ class FlowObjective:
     one_clip: bool = False
     pad_text: bool = False
     boundary: float = 0.0
+    first_frame: float = 0.0
     lora: LoRA | None = None
 
     def init(self, key: PRNGKeyArray, batch: Batch) -> Any:
@@ -103,7 +125,7 @@ class FlowObjective:
             ]
         text = self._text(params, batch)
         tokens = tokens_of(batch, batch["latents"], self.one_clip)
-        levels = 1 if self.one_clip else batch["valid"].shape[1] + 1
+        levels = 1 if tokens.level is None else batch["valid"].shape[1] + 1
         t = jnp.zeros((1, levels))
         params["dit"] = self.dit.init(keys[1], tokens, t, text)["params"]
         if self.lora is not None:
@@ -113,8 +135,12 @@ class FlowObjective:
         return params
 
     def prepare(self, batch: Batch, key: PRNGKeyArray) -> Batch:
-        """Draws a time for each clip and a key for each row."""
+        """Draws a time for each clip, what is given of it, and a key for each row."""
         time_key, row_key = jax.random.split(key)
+        if self.first_frame:
+            given_key, shape = jax.random.fold_in(key, 2), batch["valid"].shape
+            chosen = jax.random.bernoulli(given_key, self.first_frame, shape)
+            batch = {**batch, "clean": first_frames(batch, chosen)}
         sizes = jnp.maximum(clip_sizes(batch), 1)
         t = self.policy.sample(time_key, sizes)
         if self.boundary:
@@ -132,8 +158,8 @@ class FlowObjective:
         return {**batch, "t": t, "key": rows}
 
     def weight(self, batch: Batch) -> Float[Array, ""]:
-        """Tokens that belong to a clip."""
-        return (batch["segment"] > 0).sum().astype(jnp.float32)
+        """Tokens that are generated."""
+        return generated(batch).sum().astype(jnp.float32)
 
     def loss(self, params: Any, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
         """Sum over tokens of the squared error, and the loss by noise level."""
@@ -143,7 +169,7 @@ class FlowObjective:
         metrics: Metrics = {}
         for i in range(BUCKETS):
             inside = (t >= i / BUCKETS) & (t < (i + 1) / BUCKETS + (i == BUCKETS - 1))
-            inside = inside & (batch["segment"] > 0)
+            inside = inside & generated(batch)
             name = f"loss_at_t/{i / BUCKETS:.1f}-{(i + 1) / BUCKETS:.1f}"
             count = inside.sum().astype(jnp.float32)
             metrics[name] = (jnp.where(inside, error, 0.0).sum(), count)
@@ -158,7 +184,7 @@ class FlowObjective:
         t: Float[Array, "b m"],
         rng: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "b n"], Float[Array, "b n"]]:
-        """Squared error of each token (0 for padding), and the token's time.
+        """Squared error of each generated token (0 elsewhere), and the token's time.
 
         `rng` is for dropout; None: there is none.
         """
@@ -174,8 +200,8 @@ class FlowObjective:
         return jax.tree.map(lambda *halves: jnp.concatenate(halves), high, low)
 
     def _error(self, params, name, batch, x0, noise, t, rng=None):
-        levels = t if self.one_clip else jnp.pad(t, ((0, 0), (1, 0)))
         clean = tokens_of(batch, x0, self.one_clip)
+        levels = t if clean.level is None else jnp.pad(t, ((0, 0), (1, 0)))
         token_t = clean.per_token(levels)
         tokens = clean.with_latents(self.path.mix(x0, noise, token_t))
         variables, rngs = {"params": params[name]}, {}
@@ -186,7 +212,7 @@ class FlowObjective:
         text = self._text(params, batch)
         velocity = denoise(model, tokens, levels, text, self.path)
         wanted = self.path.true_velocity(x0, noise, token_t)
-        weight = self.path.loss_weight(token_t) * (batch["segment"] > 0)[..., None]
+        weight = self.path.loss_weight(token_t) * generated(batch)[..., None]
         error = (weight * (velocity - wanted) ** 2).mean(-1)
         return error, jnp.broadcast_to(token_t[..., 0], error.shape)
 
