@@ -176,6 +176,9 @@ def test_tfds_data_sets_are_scanned(records, tmp_path):
         TfdsSource(records, video="film")
 
 
+_SETTINGS = {"vae": {"fields": {"temporal_downsample": [True, True]}}}
+
+
 @pytest.mark.parametrize("text", [True, False])
 def test_latents_are_read_as_stored(tmp_path, text):
     rng = np.random.default_rng(0)
@@ -193,12 +196,12 @@ def test_latents_are_read_as_stored(tmp_path, text):
             example["text_length"] = i + 2
         examples.append(example)
     writer = RecordWriter(
-        tmp_path / "x", features, shards={"train": 1}, settings={"v": 1}
+        tmp_path / "x", features, shards={"train": 1}, settings=_SETTINGS
     )
     writer.write_shard("train", 0, examples)
     source = LatentSource(writer.finish(), max_text=16)
     assert_keeps_its_word(source, "mean")
-    assert source.settings == {"v": 1}
+    assert source.settings == _SETTINGS
     assert source.captions([1, 0]) == ["x" * 10, ""]
     for example, clip in zip(examples, source.read(range(3)), strict=True):
         for name in ("mean", "logvar", "text_embeds")[: 2 + text]:
@@ -208,6 +211,18 @@ def test_latents_are_read_as_stored(tmp_path, text):
     assert list(source.index["text_length"]) == lengths
     with pytest.raises(ValueError, match="LatentSource"):
         RecordSource(tmp_path / "x")
+    # The first frames alone: 5 of pixels are 2 of latents, and one clip has fewer.
+    short = open_source(f"{tmp_path}/x#train:5", max_text=16)
+    assert_keeps_its_word(short, "mean")
+    assert list(short.index["frames"]) == [1, 2, 2]
+    assert short.fingerprint != source.fingerprint
+    for example, clip in zip(examples, short.read(range(3)), strict=True):
+        np.testing.assert_array_equal(clip["mean"], example["mean"][:2])
+        assert clip["logvar"].shape == clip["mean"].shape
+    with pytest.raises(ValueError, match="frames.*7.*try 5 or 9"):
+        open_source(f"{tmp_path}/x#train:7")
+    with pytest.raises(ValueError, match=r"first frames.*#train:5\."):
+        open_source(f"{tmp_path}/x#train:5x4x6@8")
 
 
 def test_videos_are_no_latents(records):

@@ -6,6 +6,8 @@
 `world:val:17x64x64@8:64:7`    the same, of another seed (default 0)
 `FOLDER`, `FOLDER#val`         prepared data set of clips or latents, and split
 `FOLDER#train:5x64x96@8`       all windows of that size, of a data set of clips
+`FOLDER#train:5`               at most the first 5 frames of each, of one of latents;
+                               1: they are pictures
 `tfds:NAME`, `tfds:NAME#test`  a TFDS data set with encoded videos
 =============================  ==================================================
 """
@@ -21,7 +23,7 @@ from jvdit.data.world import World
 
 _SIZE = r"(\d+)x(\d+)x(\d+)@([\d.]+)"
 _WORLD = re.compile(rf"world:(\w+):{_SIZE}:(\d+)(?::(\d+))?")
-_SPLIT = re.compile(rf"(\w*)(?::{_SIZE})?")
+_SPLIT = re.compile(rf"(\w*)(?::{_SIZE})?(?::(\d+))?")
 
 
 def open_source(
@@ -65,7 +67,7 @@ def open_source(
     match = _SPLIT.fullmatch(part)
     if match is None:
         raise ValueError(
-            f"source {name!r} must read FOLDER, FOLDER#SPLIT or "
+            f"source {name!r} must read FOLDER, FOLDER#SPLIT, FOLDER#SPLIT:FRAMES or "
             "FOLDER#SPLIT:FRAMESxHEIGHTxWIDTH@FPS; for example clips#train:5x64x96@8."
         )
     split = match[1] or "train"
@@ -74,11 +76,16 @@ def open_source(
         sizes = zip(("frames", "height", "width"), match.groups()[1:4], strict=True)
         options |= {axis: int(size) for axis, size in sizes}
         options |= {"fps": float(match[5]), "windows": "all"}
-    if path.startswith("tfds:"):
-        return TfdsSource(path.removeprefix("tfds:"), split, **options)
-    path = str(local_path(path))
-    if "mean" not in RecordDataset(path, split).features:
-        return RecordSource(path, split, **options)
+    tfds = path.startswith("tfds:")
+    path = path.removeprefix("tfds:") if tfds else str(local_path(path))
+    if tfds or "mean" not in RecordDataset(path, split).features:
+        if match[6]:
+            raise ValueError(f"source {name!r} holds no latents; give FRAMESxHxW@FPS.")
+        return (TfdsSource if tfds else RecordSource)(path, split, **options)
     if match[2]:
-        raise ValueError(f"source {name!r} holds latents, whose size is what it is.")
-    return LatentSource(path, split, max_text=max_text, pad_text=pad_text)
+        raise ValueError(
+            f"source {name!r} holds latents, whose size is what it is; only the first "
+            f"frames can be taken: {path}#{split}:{match[2]}."
+        )
+    text = {"max_text": max_text, "pad_text": pad_text}
+    return LatentSource(path, split, frames=match[6] and int(match[6]), **text)

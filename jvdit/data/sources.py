@@ -231,12 +231,14 @@ class LatentSource(OneByOne):
         split: which split.
         max_text: most text tokens kept for a caption that has no stored states.
         pad_text: every caption has room for `max_text` tokens.
+        frames: take at most the first so many pixel frames of each clip, which a causal
+            autoencoder codes without looking at the others. None: all.
 
     Attributes:
         settings: what made the latents: the VAE, its normalisation and so on.
 
     Raises:
-        ValueError: the data set holds no latents.
+        ValueError: the data set holds no latents, or none of so many frames.
     """
 
     def __init__(
@@ -246,6 +248,7 @@ class LatentSource(OneByOne):
         *,
         max_text: int = 512,
         pad_text: bool = False,
+        frames: int | None = None,
     ):
         self._records = RecordDataset(path, split)
         features, index = self._records.features, self._records.index
@@ -264,14 +267,14 @@ class LatentSource(OneByOne):
         if pad_text:
             text = np.full_like(text, max_text)
         columns = ("frames", "height", "width", "fps", "has_audio")
-        self.index = make_index(
-            len(self._records),
-            text_length=text,
-            **{name: index[name] for name in columns},
-        )
-        padded = ("padded",) if pad_text else ()
+        taken = {name: index[name] for name in columns}
+        if frames is not None:
+            most = _latent_frames(frames, self.settings["vae"]["fields"])
+            taken["frames"] = np.minimum(taken["frames"], most)
+        self.index = make_index(len(self._records), text_length=text, **taken)
+        options = ("padded",) * pad_text + (f"frames {frames}",) * (frames is not None)
         self.fingerprint = fingerprint(
-            "latents", self._records.fingerprint, max_text, *padded
+            "latents", self._records.fingerprint, max_text, *options
         )
 
     def captions(self, ids: Ids) -> list[str]:
@@ -285,7 +288,24 @@ class LatentSource(OneByOne):
         for name in ("mean", "logvar", "text_embeds"):
             if name in record:
                 clip[name] = np.asarray(record[name], np.float32)
-        size = tuple(int(self.index[name][i]) for name in ("frames", "height", "width"))
+        index = self._records.index
+        size = tuple(int(index[name][i]) for name in ("frames", "height", "width"))
         if clip["mean"].shape[:3] != size:
             return BadClip(f"latents of {clip['mean'].shape}, indexed as {size}")
+        for name in ("mean", "logvar"):
+            if name in clip:
+                clip[name] = clip[name][: self.index["frames"][i]]
         return clip
+
+
+def _latent_frames(frames: int, vae: dict[str, Any]) -> int:
+    """How many latent frames hold the first `frames` pixel frames of a clip."""
+    each = 2 ** sum(map(bool, vae["temporal_downsample"]))
+    whole, rest = divmod(frames - 1, each)
+    if frames < 1 or rest:
+        near = 1 + max(whole, 0) * each
+        raise ValueError(
+            f"`frames` (={frames}) of latents must be 1 more than a multiple of {each};"
+            f" try {near} or {near + each}."
+        )
+    return 1 + whole
