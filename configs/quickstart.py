@@ -24,8 +24,8 @@ def get_config():
     for stage in (vae.images, vae.videos, dit):
         stage.steps = stage.sample_every = 300
         stage.optim.warmup = 20
-    # After 300 steps there is only grey; colours come within a thousand or two.
-    dit.steps = dit.sample_every = 1000
+    dit.steps = dit.sample_every = 500
+    dit.first_frame = 0.0
     return defaults.stages(
         vae_images=vae.images, vae_videos=vae.videos, latents=latents, dit=dit
     )

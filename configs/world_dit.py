@@ -38,11 +38,13 @@ def videos():
     config.data.sources = ("{workdir}/latents",)
     config.data.validation = "{workdir}/latents#val"
     # A clip is 5 x 4 x 4 tokens.
-    config.data.rows = 16
+    config.data.rows = 32
     config.data.token_budget = 80
     config.data.max_clips = 1
     config.data.text_length = 48
     config.data.text_budget = 48
+    # Where things go is learned best where it is known where they are.
+    config.first_frame = 0.4
     # What moves where is decided at much noise.
     config.timesteps.shift = 3.0
     config.sample.guidance_scale = 2.5
@@ -50,9 +52,11 @@ def videos():
     config.dit.position_scale = (4.0, 1.0, 1.0)
     # As a TPU multiplies by default; a CPU with matrix units is faster so.
     config.matmul_precision = "bfloat16"
-    config.optim.lr = 1.5e-3
+    # Learns as much from 24 thousand clips as AdamW, 16 a step, from 100 thousand.
+    config.optim.name = "muon"
+    config.optim.lr = 3e-3
     config.optim.schedule = "linear"
-    config.optim.warmup = 200
+    config.optim.warmup = 100
     config.checkpoint_every = 250
     config.evaluate_every = 500
     config.sample_every = 2000
