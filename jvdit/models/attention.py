@@ -102,8 +102,16 @@ def _mapped(q: Array, k: Array, v: Array, segments: tuple[Array, ...]) -> Array:
         if segment:
             visible = segment[0][:, None] == segment[1][None, :]
             scores = jnp.where(visible, scores, HIDDEN)
-        weights = jax.nn.softmax(scores, axis=-1)
-        return jnp.einsum("ns,sk->nk", weights.astype(v.dtype), v)
+        # Softmax, divided by its sum last: there are fewer channels than keys.
+        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+        total = weights.sum(axis=-1, keepdims=True)
+        out = jnp.einsum(
+            "ns,sk->nk",
+            weights.astype(v.dtype),
+            v,
+            preferred_element_type=jnp.float32,
+        )
+        return (out / total).astype(v.dtype)
 
     heads = [rearrange(x, "b n q k -> (b q) n k") for x in (q, k, v)]
     spread = [repeat(x, "b n -> (b q) n", q=q.shape[2]) for x in segments]
