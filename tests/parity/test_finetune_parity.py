@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from einops import rearrange
 from safetensors.numpy import load_file
-from tiny_models import DIT, filled, pipeline
+from tiny_models import DIT, VAE_2_2, filled, pipeline
 
 from jvdit import config as defaults
 from jvdit.diffusion.denoise import Guidance
@@ -94,6 +94,42 @@ def test_the_loss_is_that_of_diffusers_network(release, tmp_path, expert):
     np.testing.assert_allclose(found, want.mean(-1), rtol=1e-4)
     # All 16 states are seen, those past the end of a caption too.
     assert batch["text_segment"].min() == 1
+
+
+def test_the_loss_with_a_first_frame_is_that_of_diffusers_network(tmp_path):
+    """TI2V: given tokens are clean and at timestep 0, and no part of the loss."""
+    large = {"in_channels": 48, "out_channels": 48}
+    kind = diffusers.WanPipeline
+    pipe = pipeline(kind, 5.0, VAE_2_2, dit=large, expand_timesteps=True)
+    pipe.save_pretrained(tmp_path / "release")
+    release, cache = str(tmp_path / "release"), str(tmp_path / "latents")
+    encode("world:train:5x32x64@8:8", release, cache, "", release, text_length=16)
+    config = config_of(tmp_path)
+    config.data.token_budget = 4
+    config.first_frame = 1.0
+    config.sample.width = 64
+    task = FlowTask(config, make_mesh(), tmp_path / "run")
+    assert task._generator_of(None).conventions.clean_frames
+    batch = jax.tree.map(jnp.asarray, task.batch_builder[0][0])
+    shapes = jax.eval_shape(task.objective.init, jax.random.key(0), batch)
+    params = finished_parameters(release, shapes, make_mesh(), "dit")
+    batch = task.objective.prepare(batch, jax.random.key(0))
+    x0 = batch["latents"]
+    noise = jax.random.normal(jax.random.key(1), x0.shape)
+    t = jnp.full(batch["valid"].shape, 0.6284)
+    found, _ = task.objective.error(params, batch, x0, noise, t)
+    level = np.array([0, 0, 0.6284, 0.6284])[None, :, None]
+    mixed = torch.from_numpy(np.array((1 - level) * x0 + level * noise, np.float32))
+    with torch.no_grad():
+        velocity = pipe.transformer(
+            rearrange(mixed, "b (f w) (p q c) -> b c f p (w q)", f=2, p=2, q=2),
+            torch.tensor([[0, 0, 628, 628]] * 8),
+            torch.from_numpy(np.array(batch["text_embeds"])),
+        ).sample.numpy()
+    velocity = rearrange(velocity, "b c f p (w q) -> b (f w) (p q c)", p=2, q=2)
+    want = ((velocity - (noise - x0)) ** 2).mean(-1)
+    np.testing.assert_allclose(found[:, 2:], want[:, 2:], rtol=1e-4)
+    np.testing.assert_array_equal(found[:, :2], 0)
 
 
 def latents(folder, **parts):
