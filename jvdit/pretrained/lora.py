@@ -2,8 +2,8 @@
 
 A file names the layers as the network's own checkpoint does, with a prefix, and the two
 factors behind: `lora_A`, `lora_B` (PEFT, diffusers) or `lora_down`, `lora_up`
-(ComfyUI). Strengths are in `.alpha` tensors, in an `adapter_config.json` beside the
-file (PEFT), or in metadata of the file (diffusers); without any they are 1.
+(ComfyUI, kohya). Strengths are in `.alpha` tensors, in an `adapter_config.json` beside
+the file (PEFT), or in metadata of the file (diffusers); without any they are 1.
 """
 
 import json
@@ -25,6 +25,10 @@ from jvdit.pretrained.tensors import PathLike, TensorFiles, write_tensors
 PREFIXES = ("transformer.", "base_model.model.", "diffusion_model.", "model.", "")
 _FACTORS = re.compile(
     r"(?P<layer>.+)\.(?:(?P<a>lora_A|lora_down)|lora_B|lora_up)(?:\.\w+)?\.weight"
+)
+# kohya's scripts (musubi-tuner) join the authors' names by underscores.
+_JOINED = re.compile(
+    r"lora_unet_((?:vace_)?blocks)_(\d+)_(self_attn|cross_attn|ffn)_(\w+)"
 )
 FILE = "pytorch_lora_weights.safetensors"
 
@@ -111,6 +115,7 @@ def write_lora(
 
 def _place(name: str, tables: Sequence[Sequence[Rule]]) -> tuple[str, Rule] | None:
     """The path of a layer, and its rule."""
+    name = _JOINED.sub(r"\1.\2.\3.\4", name)
     for prefix in PREFIXES:
         for rules in tables if name.startswith(prefix) else ():
             for path, rule in places_of(rules, f"{name[len(prefix) :]}.weight"):

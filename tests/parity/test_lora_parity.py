@@ -1,6 +1,7 @@
 """Adapter files of PEFT and diffusers load and match, and ours load there."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +102,8 @@ def test_a_folder_of_peft(folder, tmp_path):
     assert alike(ours(loaded, found), theirs(model.base_model.model))
 
 
-def test_names_of_comfyui_with_alphas(folder, tmp_path):
+@pytest.mark.parametrize("kohya", [False, True])
+def test_names_of_comfyui_and_kohya_with_alphas(folder, tmp_path, kohya):
     model = adapted(lora_alpha=8)
     model.save_lora_adapter(tmp_path)
     tensors = {}
@@ -115,8 +117,17 @@ def test_names_of_comfyui_with_alphas(folder, tmp_path):
             layer = name.partition(".lora_up")[0]
             layer = layer.replace("transformer.", "diffusion_model.")
             tensors[f"{layer}.alpha"] = np.full((), 8, np.float32)
-    save_file(tensors, tmp_path / "comfy.safetensors")
     assert any("self_attn" in name for name in tensors)
+    if kohya:
+        # blocks.0.self_attn.q.alpha -> lora_unet_blocks_0_self_attn_q.alpha
+        layers = r"(?:diffusion_model\.)?(blocks.+?)(\.(?:lora_\w+\.weight|alpha))"
+
+        def joined(match):
+            return f"lora_unet_{match[1].replace('.', '_')}{match[2]}"
+
+        tensors = {re.sub(layers, joined, name): x for name, x in tensors.items()}
+        assert "lora_unet_blocks_0_self_attn_q.lora_down.weight" in tensors
+    save_file(tensors, tmp_path / "comfy.safetensors")
     loaded = load_dit(folder, dtype=jnp.float32)
     found = read_lora(tmp_path / "comfy.safetensors", TABLES, loaded.params)
     assert alike(ours(loaded, found), theirs(model))
