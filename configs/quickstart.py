@@ -25,7 +25,7 @@ def get_config():
         stage.steps = stage.sample_every = 300
         stage.optim.warmup = 20
     dit.steps = dit.sample_every = 500
-    dit.first_frame = 0.0
+    dit.first_frame, dit.sample.draft = 0.0, False
     return defaults.stages(
         vae_images=vae.images, vae_videos=vae.videos, latents=latents, dit=dit
     )

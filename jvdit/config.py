@@ -155,6 +155,8 @@ def flow(variant: str = "world-s", text_variant: str = "world") -> Config:
         "steps": 30,
         "solver": "unipc",
         "guidance_scale": 4.0,
+        # Twice, the second time from the first frame of the first.
+        "draft": False,
     }
     return config
 

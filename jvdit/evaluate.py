@@ -12,6 +12,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from jvdit.evaluation.adherence import describe, read
 from jvdit.evaluation.detection import detect
 from jvdit.evaluation.overlay import overlay
 from jvdit.evaluation.tracks import follow
+from jvdit.generation.draft import generate
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request, size_fields
 from jvdit.training.checkpoint import weights_hash, write_json
@@ -48,6 +50,7 @@ _N = flags.DEFINE_integer("n", 512, "Clips to score.", lower_bound=2)
 _STEPS = flags.DEFINE_list("steps", None, "Of the solver; several: each in turn.")
 _GUIDANCE = flags.DEFINE_list("guidance", None, "Guidance scales; several: each.")
 _SOLVER = flags.DEFINE_enum("solver", None, sorted(SOLVERS), "Default: the model's.")
+_DRAFT = flags.DEFINE_boolean("draft", None, "In two passes. Default: the model's.")
 _SIZE = flags.DEFINE_string("size", None, "HEIGHTxWIDTH in pixels.")
 _FRAMES = flags.DEFINE_integer("frames", None, "Frames of a clip.", lower_bound=4)
 _FPS = flags.DEFINE_float("fps", None, "Frames per second.")
@@ -65,9 +68,11 @@ class Setting:
     steps: int
     guidance: float
     solver: str
+    draft: bool
 
     def __str__(self) -> str:
-        return f"{self.solver} {self.steps} steps, guidance {self.guidance:g}"
+        drafted = ", from a draft" * self.draft
+        return f"{self.solver} {self.steps} steps, guidance {self.guidance:g}{drafted}"
 
 
 def world_of(model: dict[str, Any]) -> World:
@@ -89,7 +94,8 @@ def settings_of(model: dict[str, Any]) -> list[Setting]:
             "numbers with commas between them, such as 8,30."
         ) from error
     solver = _SOLVER.value or model.get("solver", "unipc")
-    return [Setting(*pair, solver) for pair in itertools.product(steps, scales)]
+    draft = model.get("draft", False) if _DRAFT.value is None else _DRAFT.value
+    return [Setting(*pair, solver, draft) for pair in itertools.product(steps, scales)]
 
 
 def generated(
@@ -115,8 +121,10 @@ def generated(
                 )
                 for i, prompt in zip(ids, world.captions(ids), strict=True)
             ]
-            videos = generator(
+            videos = generate(
+                generator,
                 requests,
+                draft=setting.draft,
                 steps=setting.steps,
                 solver=setting.solver,
                 guidance=Guidance(setting.guidance),
@@ -268,7 +276,7 @@ def _page(results, jobs, worlds, bounds, found) -> str:
         parts.append(report.section(size, report.score_table(bound.summary, columns)))
     rows = [
         [
-            f"{c['workdir']}: {Setting(c['steps'], c['guidance'], c['solver'])}",
+            f"{c['workdir']}: {Setting(*(c[x.name] for x in fields(Setting)))}",
             *(f"{c[name]:.4f}" for name in ("copies", "authentic", "frechet")),
         ]
         for c in results["columns"]

@@ -20,6 +20,7 @@ from jvdit.data.sheets import contact_sheet, write_png
 from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.reuse import Reuse, save_ratios
 from jvdit.diffusion.solvers import SOLVERS
+from jvdit.generation.draft import generate
 from jvdit.generation.generator import Generator
 from jvdit.generation.prompt_lines import read_requests
 from jvdit.generation.release import EXPERTS, add_adapters, load_release
@@ -69,6 +70,9 @@ _INTERVAL = flags.DEFINE_list(
     "guidance_interval", ["0", "1"], "Times to guide between."
 )
 _RESCALE = flags.DEFINE_float("guidance_rescale", 0.0, "0 to 1.")
+_DRAFT = flags.DEFINE_boolean(
+    "draft", None, "Generate twice, the second time from the first one's first frame."
+)
 _ROWS = flags.DEFINE_integer("rows", 8, "Rows solved at once; fewer need less memory.")
 
 
@@ -141,6 +145,7 @@ def sample(prompts: list[str]) -> list[pathlib.Path]:
     steps = _given(_STEPS, defaults, 30)
     solver = _given(_SOLVER, defaults, "unipc")
     scale = _given(_SCALE, defaults, 4.0)
+    draft = _given(_DRAFT, defaults, False)
     low, high = (float(x) for x in _INTERVAL.value)
     guidance = Guidance(scale, (low, high), _RESCALE.value)
     scale_2 = scale if _SCALE.value is not None else defaults.get(_SCALE_2.name, scale)
@@ -162,8 +167,10 @@ def sample(prompts: list[str]) -> list[pathlib.Path]:
         def on_step(done: int, total: int, latents: Any) -> None:
             progress.update(task, description="denoising", total=total, completed=done)
 
-        videos = generator(requests, rows=_ROWS.value, on_step=on_step, **settings)
-    told = {"steps": steps, "solver": solver, **dataclasses.asdict(guidance)}
+        settings |= {"rows": _ROWS.value, "on_step": on_step}
+        videos = generate(generator, requests, draft=draft, **settings)
+    told = {"steps": steps, "solver": solver, "draft": draft}
+    told |= dataclasses.asdict(guidance)
     if generator.boundary:
         told["scale_2"] = scale_2
     flags_told = (_PRETRAINED, _DIT, _DIT_LOW, _LORA, _LORA_HIGH, _LORA_LOW, _REUSE)

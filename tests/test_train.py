@@ -19,10 +19,12 @@ import thread_config
 from jax import tree
 from ml_collections import ConfigDict
 
+from jvdit.conventions import Conventions
 from jvdit.data.media import read_metadata
 from jvdit.data.records import RecordDataset
 from jvdit.diffusion.denoise import Guidance
 from jvdit.encode import encode
+from jvdit.generation.draft import generate
 from jvdit.generation.generator import Generator
 from jvdit.generation.prompt_lines import read_requests
 from jvdit.generation.release import add_adapters
@@ -184,6 +186,31 @@ def test_a_clip_begins_with_the_picture_that_it_is_given(generator):
     np.testing.assert_allclose(given[:1], first, atol=1e-5)
     assert np.abs(given[1:] - beside[1:]).max() > 1e-3
     np.testing.assert_allclose(beside, alone[0], atol=1e-4)
+
+
+def test_a_draft_gives_the_first_frame(generator):
+    """To clips that have none; what isn't a clip, or has one, takes one pass."""
+    picture = np.random.default_rng(1).integers(0, 256, (16, 16, 3)).astype(np.uint8)
+    plain = Request("x", frames=5, height=16, width=16)
+    given = dataclasses.replace(plain, image=picture, seed=3)
+    still = dataclasses.replace(plain, frames=1, seed=4)
+    settings = {"steps": 2, "solver": "euler", "guidance": Guidance(1.0), "rows": 8}
+    told = []
+    videos = generate(
+        generator,
+        [plain, given, still],
+        draft=True,
+        on_step=lambda done, total, _: told.append((done, total)),
+        **settings,
+    )
+    (draft,) = generator([dataclasses.replace(plain, seed=1 << 31)], **settings)
+    begun = [dataclasses.replace(plain, image=draft[0]), given, still]
+    for found, want in zip(videos, generator(begun, **settings), strict=True):
+        np.testing.assert_allclose(found, want, atol=1)
+    assert told[0] == (1, 4) and told[-1] == (4, 4)
+    fixed = dataclasses.replace(generator, conventions=Conventions())
+    with pytest.raises(ValueError, match="first_frame"):
+        generate(fixed, [plain], draft=True, **settings)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.flow import Path, TimestepPolicy
 from jvdit.diffusion.solvers import check_solver
 from jvdit.evaluation import oracle
+from jvdit.generation.draft import check_draft, generate
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request
 from jvdit.models.dit import DiT
@@ -252,6 +253,8 @@ class FlowTask(Task):
         if sample.scored:
             oracle.check_frames(self._world().frames)
         generator = self._generator_of(None)
+        if sample.draft:
+            check_draft(generator)
         for request in self._requests(self.config.sample.prompts or [""]):
             generator.check(request)
 
@@ -297,8 +300,10 @@ class FlowTask(Task):
         """Clips of the prompts by the solver that ships, with seeds 0, 1, ..."""
         assert self._generator is not None
         sample = self.config.sample
-        return self._generator(
+        return generate(
+            self._generator,
             self._requests(prompts),
+            draft=sample.draft,
             steps=sample.steps,
             solver=sample.solver,
             guidance=Guidance(sample.guidance_scale),
