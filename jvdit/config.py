@@ -20,6 +20,22 @@ from jvdit.training.optim import Optim
 # A ConfigDict. Its attributes have no types that a checker could know.
 Config: TypeAlias = Any
 
+# What a training of a DiT shows of itself, and what suits its model later.
+SAMPLE: dict[str, Any] = {
+    "prompts": (),
+    # Clips of prompts of the procedural world that the oracle scores.
+    "scored": 0,
+    "frames": 17,
+    "height": 64,
+    "width": 64,
+    "fps": 8.0,
+    "steps": 30,
+    "solver": "unipc",
+    "guidance_scale": 4.0,
+    # Twice, the second time from the first frame of the first.
+    "draft": False,
+}
+
 
 def fields_of(module: type, values: dict[str, Any], *decided: str) -> Config:
     """All fields of a Linen module as settings.
@@ -53,11 +69,12 @@ def run(objective: str) -> Config:
     # Of float32 products: "default" (the backend's own), "bfloat16" or "float32".
     config.matmul_precision = "default"
     config.optim = dataclasses.asdict(Optim())
+    # Steps from one to the next; 0: only at the end.
     config.checkpoint_every = 500
-    config.keep_checkpoints = 3
     config.log_every = 20
     config.evaluate_every = 1000
     config.sample_every = 2000
+    config.keep_checkpoints = 3
     # Steps in a row with a loss or gradient that isn't finite after which to stop.
     config.max_skipped = 20
     config.data = {
@@ -144,20 +161,7 @@ def flow(variant: str = "world-s", text_variant: str = "world") -> Config:
         caption_dropout=0.1,
     )
     config.validation_times = (0.1, 0.3, 0.5, 0.7, 0.9)
-    config.sample = {
-        "prompts": (),
-        # Clips of prompts of the procedural world that the oracle scores.
-        "scored": 0,
-        "frames": 17,
-        "height": 64,
-        "width": 64,
-        "fps": 8.0,
-        "steps": 30,
-        "solver": "unipc",
-        "guidance_scale": 4.0,
-        # Twice, the second time from the first frame of the first.
-        "draft": False,
-    }
+    config.sample = SAMPLE
     return config
 
 

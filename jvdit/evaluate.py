@@ -31,9 +31,10 @@ from jvdit.evaluation.adherence import describe, read
 from jvdit.evaluation.detection import detect
 from jvdit.evaluation.overlay import overlay
 from jvdit.evaluation.tracks import follow
-from jvdit.generation.draft import generate
+from jvdit.generation.draft import check_draft, generate
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request, size_fields
+from jvdit.huge_pages import use_huge_pages
 from jvdit.training.checkpoint import weights_hash, write_json
 from jvdit.training.metrics import read_history
 
@@ -195,6 +196,9 @@ def evaluate() -> list[pathlib.Path]:
     for label, world in worlds.items():
         size = (world.frames, world.height, world.width, world.fps)
         generators[label].check(Request("", "", *size))
+    for label, setting in jobs:
+        if setting.draft:
+            check_draft(generators[label])
     found: dict[str, Measured] = {}
     bounds = {world: Measured.of(world, real(world)) for world in set(worlds.values())}
     with Progress(
@@ -378,4 +382,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     app.run(main)

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict, config_flags
 
 from jvdit.config import Config
 from jvdit.encode import encode
+from jvdit.huge_pages import use_huge_pages
 from jvdit.networks import finished_parameters
 from jvdit.sharding import batch_sharding, make_mesh, parameter_shardings
 from jvdit.tasks import TASKS, Task
@@ -163,7 +164,7 @@ class _Loop:
                 self._account(metrics, pending, rates, batches)
                 pending = (number, values, batch, idle)
                 done = number + 1
-                if done % config.checkpoint_every == 0 or self.stop.asked:
+                if _due(done, config.checkpoint_every) or self.stop.asked:
                     self._save(done)
                 self._look(metrics, done)
                 if self.stop.asked:
@@ -208,7 +209,7 @@ class _Loop:
                 f"{self.workdir}/bad_clips.json, the last of them "
                 f"{self.recent[-1][:8]}; lower `optim.lr`, or remove the clips."
             )
-        if (number + 1) % self.config.log_every == 0:
+        if _due(number + 1, self.config.log_every):
             found = {name: float(value) for name, value in values.items()}
             speed = rates.rates()
             metrics.scalars(number + 1, found)
@@ -222,16 +223,20 @@ class _Loop:
     def _look(self, metrics, done):
         """Validation and samples, from the average, at their intervals."""
         ema, last = self.state.ema, done == self.config.steps
-        if done % self.config.evaluate_every == 0 or last:
+        if last or _due(done, self.config.evaluate_every):
             found = self.task.validate(ema)
             metrics.scalars(done, found)
             if found:
                 told = (f"{k.partition('/')[2]} {v:.4g}" for k, v in found.items())
                 metrics.say(f"step {done}, held out: {', '.join(told)}")
-        if done % self.config.sample_every == 0 or last:
+        if last or _due(done, self.config.sample_every):
             self.task.save(ema, self.workdir / "model")
             self.task.show(ema, metrics, done, self.workdir / "samples")
             metrics.flush()
+
+
+def _due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0
 
 
 def _status(values: dict[str, float], speed: dict[str, float], bad: int) -> str:
@@ -296,5 +301,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main)

@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "training": {"training", "models", "diffusion", "data"} | LOWEST,
 }
 ENTRY_POINTS = [
+    "huge_pages",
     "conventions",
     "config",
     "caption_encoder",

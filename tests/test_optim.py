@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jvdit.sharding import make_mesh
-from jvdit.training.optim import Optim, matrix_axes
+from jvdit.training.optim import Optim, kinds
 from jvdit.training.state import new_state, state_shardings
 
 SETTINGS = {"warmup": 0, "lr": 0.01, "clip": 1e9, "weight_decay": 0.0}
@@ -58,10 +58,8 @@ def test_muon_follows_the_gradient():
 def test_muon_leaves_vectors_and_tables_to_adamw():
     muon, adamw = (update(name, GRADIENTS)["dit"] for name in ("muon", "adamw"))
     for path in (("dense", "bias"), ("token_embed", "embedding")):
-        ours, theirs = muon[path[0]][path[1]], adamw[path[0]][path[1]]
-        # The first step is the gradient's sign; Nesterov's look ahead makes it longer.
-        np.testing.assert_allclose(ours / theirs, 1.474, rtol=1e-3)
-        assert matrix_axes(GRADIENTS)["dit"][path[0]][path[1]] is None
+        np.testing.assert_array_equal(muon[path[0]][path[1]], adamw[path[0]][path[1]])
+        assert kinds(GRADIENTS)["dit"][path[0]][path[1]] == "adamw"
 
 
 def test_a_stack_of_layers_moves_as_its_layers_do():

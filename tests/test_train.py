@@ -331,9 +331,12 @@ def test_a_run_starts_from_the_weights_of_another(workdir, tmp_path):
     config.steps = 2
     config.sample.prompts = ()
     config.optim.update(lr=1e-9, weight_decay=0.0)
+    # Only at the end.
+    config.checkpoint_every = config.evaluate_every = config.sample_every = 0
     # Its captions would make another tokenizer of that many pieces.
     config.vocab_size -= 20
     train(config, str(tmp_path / "on"))
+    assert [f.name for f in (tmp_path / "on/checkpoints").iterdir()] == ["2"]
     models = [f / "model/tokenizer.model" for f in (workdir / "dit", tmp_path / "on")]
     assert models[0].read_bytes() == models[1].read_bytes()
     for name in ("dit", "text_encoder"):

@@ -42,22 +42,7 @@ def open_source(
         FileNotFoundError: there is no such data set.
     """
     if name.startswith("world"):
-        match = _WORLD.fullmatch(name)
-        if match is None:
-            raise ValueError(
-                f"source {name!r} must read world:SPLIT:FRAMESxHEIGHTxWIDTH@FPS:CLIPS; "
-                "for example world:train:17x64x64@8:100000."
-            )
-        split, frames, height, width, fps, count, seed = match.groups()
-        world = World(
-            split=split,
-            seed=int(seed or 0),
-            frames=int(frames),
-            height=int(height),
-            width=int(width),
-            fps=float(fps),
-        )
-        return WorldSource(world, int(count), audio=audio)
+        return _world(name, audio)
     if not name:
         raise ValueError(
             "a source is empty; name one, such as world:train:17x64x64@8:100000, the "
@@ -89,3 +74,22 @@ def open_source(
         )
     text = {"max_text": max_text, "pad_text": pad_text}
     return LatentSource(path, split, frames=match[6] and int(match[6]), **text)
+
+
+def _world(name: str, audio: bool) -> WorldSource:
+    match = _WORLD.fullmatch(name)
+    if match is None:
+        raise ValueError(
+            f"source {name!r} must read world:SPLIT:FRAMESxHEIGHTxWIDTH@FPS:CLIPS; "
+            "for example world:train:17x64x64@8:100000."
+        )
+    split, frames, height, width, fps, count, seed = match.groups()
+    world = World(
+        split=split,
+        seed=int(seed or 0),
+        frames=int(frames),
+        height=int(height),
+        width=int(width),
+        fps=float(fps),
+    )
+    return WorldSource(world, int(count), audio=audio)

@@ -253,15 +253,11 @@ def pack_rows(
             batch["valid"][r, i], batch["clip_id"][r, i] = item.valid, item.clip_id
             if not item.valid:
                 continue
-            batch["latents"][tokens] = item.latents
-            if item.logvar is not None:
-                batch["logvar"][tokens] = item.logvar
-            batch["position"][tokens] = item.position
-            batch["segment"][tokens] = i + 1
+            batch["segment"][tokens] = batch["text_segment"][words] = i + 1
             batch[name][words] = item.text
-            for key in extras:
-                batch[key][tokens] = getattr(item, key)
-            batch["text_segment"][words] = i + 1
+            for key in ("latents", "logvar", "position", *extras):
+                if (value := getattr(item, key)) is not None:
+                    batch[key][tokens] = value
     return batch
 
 

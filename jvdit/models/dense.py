@@ -51,9 +51,19 @@ def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
 def _backward(factors: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     x, kernel = factors
     grad = grad.astype(jnp.bfloat16)
-    # XLA would fold the transposition into the product, and leave the matrix units.
-    turned = jax.lax.optimization_barrier(x.T)
-    return _product(grad, kernel.T), _product(turned, grad)
+    return _product(grad, turned(kernel)), _product(turned(x), grad)
+
+
+def turned(x: Float[Array, "i o"]) -> Float[Array, "o i"]:
+    """The transposed matrix as a factor of a fast product in bfloat16.
+
+    XLA on CPU uses the matrix units only if both factors lie row by row in memory. A
+    transposition is a mere change of view to it, which it folds into the product.
+    """
+    if jax.default_backend() != "cpu":
+        return x.T
+    flat = jax.lax.optimization_barrier(x.T.reshape(-1))
+    return jax.lax.optimization_barrier(flat.reshape(x.shape[::-1]))
 
 
 _rounded_product.defvjp(_forward, _backward)

@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 import optax
-from optax.contrib import MuonDimensionNumbers, muon
+
+from jvdit.training.muon import scale_by_muon
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,16 +94,12 @@ def _adamw(optim: Optim, learning_rate: optax.Schedule) -> optax.GradientTransfo
 
 
 def _muon(optim: Optim, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-    return muon(
-        learning_rate,
-        weight_decay=optim.weight_decay,
-        weight_decay_mask=_matrices,
-        adam_b1=optim.b1,
-        adam_b2=optim.b2,
-        eps=optim.eps,
-        muon_weight_dimension_numbers=matrix_axes,
-        consistent_rms=0.2,
+    muon = optax.chain(
+        scale_by_muon(),
+        optax.add_decayed_weights(optim.weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
     )
+    return optax.partition({"muon": muon, "adamw": _adamw(optim, learning_rate)}, kinds)
 
 
 OPTIMIZERS: dict[str, Any] = {"adamw": _adamw, "muon": _muon}
@@ -112,19 +109,14 @@ def _matrices(params: Any) -> Any:
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
-def matrix_axes(params: Any) -> Any:
-    """Which axes of each parameter are the rows and columns of one matrix.
+def kinds(params: Any) -> Any:
+    """Which optimizer moves each parameter of a run with Muon.
 
-    The kernels of dense layers and convolutions are: from all axes but the last to the
-    last. Those of a scanned stack of layers are one matrix for each layer. Tables and
-    vectors are none (None).
+    "muon" moves the kernels of dense layers and convolutions, "adamw" whatever else
+    there is: tables and vectors.
     """
 
-    def axes(path, leaf):
-        names = [str(getattr(key, "key", key)) for key in path]
-        if names[-1] != "kernel":
-            return None
-        stacked = int("blocks" in names)
-        return MuonDimensionNumbers(tuple(range(stacked, leaf.ndim - 1)), leaf.ndim - 1)
+    def kind(path, _):
+        return "muon" if getattr(path[-1], "key", "") == "kernel" else "adamw"
 
-    return jax.tree_util.tree_map_with_path(axes, params)
+    return jax.tree_util.tree_map_with_path(kind, params)

@@ -92,15 +92,14 @@ def make_train_step(
             "skipped": state.skipped + bad,
             "skipped_in_a_row": bad * (state.skipped_in_a_row + 1),
         }
-        state = TrainState(
+        return TrainState(
             step=state.step + 1,
             params=params,
             ema=ema,
             opt_state=opt_state,
             skipped=state.skipped + bad,
             skipped_in_a_row=bad * (state.skipped_in_a_row + 1),
-        )
-        return state, metrics
+        ), metrics
 
     return train_step
 

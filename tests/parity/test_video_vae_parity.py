@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from einops import rearrange
+from tiny_models import VAE_2_2
 
 from jvdit.models.video_vae import VideoVAE
 from jvdit.pretrained import wan_vae
@@ -16,14 +17,8 @@ diffusers = pytest.importorskip("diffusers")
 THEIRS = {
     "2.1": {"base_dim": 6, "z_dim": 4},
     "2.2": {
-        "base_dim": 8,
-        "decoder_base_dim": 12,
+        **VAE_2_2,
         "z_dim": 6,
-        "is_residual": True,
-        "in_channels": 12,
-        "out_channels": 12,
-        "patch_size": 2,
-        "scale_factor_spatial": 16,
         "latents_mean": [0.0] * 6,
         "latents_std": [1.0] * 6,
     },
