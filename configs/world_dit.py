@@ -56,7 +56,7 @@ def videos():
     config.dit.position_scale = (4.0, 1.0, 1.0)
     # As a TPU multiplies by default; a CPU with matrix units is faster so.
     config.matmul_precision = "bfloat16"
-    # Went on from where AdamW had all but stopped (README, Results).
+    # Goes on where AdamW all but stops.
     config.optim.name = "muon"
     config.optim.lr = 3e-3
     config.optim.schedule = "linear"
@@ -72,7 +72,7 @@ def videos():
 
 
 def images():
-    """Settings of the DiT's first stage: first frames, a fifth of the cost of clips."""
+    """Settings of the first stage: first frames, a quarter of the cost of clips."""
     config = videos()
     config.steps = 5000
     config.data.sources = ("{workdir}/latents#train:1",)

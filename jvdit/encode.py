@@ -26,6 +26,7 @@ from jvdit.data.catalog import open_source
 from jvdit.data.clips import BadClip, Clip, Source
 from jvdit.data.record_format import latent_features
 from jvdit.data.records import RecordDataset, RecordWriter
+from jvdit.huge_pages import use_huge_pages
 from jvdit.models.video_vae import VideoVAE
 from jvdit.models.video_vae_chunked import encode_stream, split
 from jvdit.pretrained.folders import load_vae
@@ -260,5 +261,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     flags.mark_flags_as_required(["source", "vae", "out"])
     app.run(main)

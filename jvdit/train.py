@@ -216,9 +216,9 @@ class _Loop:
             metrics.scalars(number + 1, {f"speed/{k}": v for k, v in speed.items()})
             metrics.scalars(number + 1, {"bad_clips": batches.bad})
             metrics.show(number + 1, _status(found, speed, batches.bad))
-            while batches.reports:
-                step, clip, reason = batches.reports.popleft()
-                metrics.say(f"step {step}: left out clip {clip}: {reason}")
+        while batches.reports:
+            step, clip, reason = batches.reports.popleft()
+            metrics.say(f"step {step}: left out clip {clip}: {reason}")
 
     def _look(self, metrics, done):
         """Validation and samples, from the average, at their intervals."""

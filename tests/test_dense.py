@@ -1,5 +1,7 @@
 """Linear layers: float32 exactly, or rounded to bfloat16 where JAX asks for it."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,3 +51,22 @@ def test_half_precision_layers_are_left_alone():
     with jax.default_matmul_precision("bfloat16"):
         y, _ = layer.init_with_output(jax.random.key(0), x)
     assert y.dtype == jnp.bfloat16
+
+
+def factors(function, *arguments):
+    """The types of the factors of every product of a compiled function."""
+    text = jax.jit(function).lower(*arguments).compile().as_text()
+    types = dict(re.findall(r"(%[\w.-]+) = (\w+)\[", text))
+    products = re.findall(r" dot\((%[\w.-]+), (%[\w.-]+)\)", text)
+    return {types[name] for pair in products for name in pair}
+
+
+def test_gradients_products_stay_in_bfloat16_where_the_forward_ones_do():
+    """Else the processor's matrix units are left, unnoticed but for the time."""
+    x, layer = jnp.ones((256, 64)), Dense(128)
+    with jax.default_matmul_precision("bfloat16"):
+        params = layer.init(jax.random.key(0), x)
+        if factors(layer.apply, params, x) != {"bf16"}:
+            pytest.skip("XLA multiplies in float32 on this processor")
+        loss = jax.grad(lambda p, x: jnp.sin(layer.apply(p, x)).sum(), (0, 1))
+        assert factors(loss, params, x) == {"bf16"}

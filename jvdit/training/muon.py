@@ -35,7 +35,7 @@ def scale_by_muon(momentum: float = 0.95) -> optax.GradientTransformation:
 
 
 def _step(path: tuple, kernel: Array) -> Array:
-    stack = kernel.shape[:1] if in_stack(path) else ()
+    stack = kernel.shape[:1] if _in_stack(path) else ()
     rows = math.prod(kernel.shape[len(stack) : -1])
     matrix = kernel.reshape(*stack, rows, kernel.shape[-1])
     made = jax.vmap(orthogonal)(matrix) if stack else orthogonal(matrix)
@@ -43,8 +43,7 @@ def _step(path: tuple, kernel: Array) -> Array:
     return 0.2 * max(matrix.shape[-2:]) ** 0.5 * made.reshape(kernel.shape)
 
 
-def in_stack(path: tuple) -> bool:
-    """Whether the parameter at this path is a stack, of the layers of a scan."""
+def _in_stack(path: tuple) -> bool:
     return "blocks" in [str(getattr(key, "key", key)) for key in path]
 
 
