@@ -75,6 +75,16 @@ def make_mesh(
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def platform() -> str:
+    """Of the devices that a program is traced for: "cpu", "gpu" or "tpu".
+
+    Those of the current mesh, which need not be there: programs for a pod are compiled
+    on a laptop. Without a mesh, the default backend's.
+    """
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    return described.platform if described else jax.default_backend()
+
+
 def activation_spec(*axes: str | None) -> PartitionSpec:
     """The partition of an activation whose axes have these names.
 

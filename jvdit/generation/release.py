@@ -30,7 +30,7 @@ from jvdit.pretrained.lora import read_lora
 from jvdit.pretrained.recipes import POLICY, TEXT_LENGTH, TIMESTEPS
 from jvdit.pretrained.release import Release, read_release
 from jvdit.pretrained.wan import LAYOUTS, dit_rules
-from jvdit.sharding import make_mesh
+from jvdit.sharding import make_mesh, platform
 from jvdit.training.checkpoint import module_fields
 
 EXPERTS = ("dit", "dit_low")
@@ -106,7 +106,7 @@ def _networks(
     """The networks of a release, none of them read yet; see `load_release`."""
     if unknown := set(parts) - set(release.parts):
         raise ValueError(f"{release.folder} has no {', '.join(unknown)} to replace.")
-    fields = {"scan_layers": jax.default_backend() != "cpu"} | dict(fields)
+    fields = {"scan_layers": platform() != "cpu"} | dict(fields)
     loaders = {
         "dit": partial(load_dit, mesh=mesh, dtype=dtype, **fields),
         "dit_low": partial(load_dit, mesh=mesh, dtype=dtype, **fields),

@@ -12,11 +12,12 @@ import numpy as np
 from einops import rearrange, repeat
 from jaxtyping import Array, Bool, Float, Int
 
-IMPLEMENTATIONS = ("auto", "mapped", "xla", "cudnn")
+from jvdit.models.attention_parallel import DENSE, HIDDEN, Segments, divided
+from jvdit.models.attention_splash import SPLASH, splash, suits_splash
+from jvdit.sharding import platform
 
-# Added to the score of a hidden key. Finite, so that a query that sees no key at all
-# has a finite gradient.
-HIDDEN = -1e30
+IMPLEMENTATIONS = ("auto", "mapped", "xla", "cudnn", "splash")
+
 # Scores of a head up to which they stay in a processor's cache without being mapped.
 FEW_SCORES = 192**2
 
@@ -43,7 +44,9 @@ def attention(
         kv_segment: clip of each key; given exactly when `q_segment` is.
         implementation: "mapped", one head of one row at a time, recomputed in the
             backward pass (CPU); "xla", plain; "cudnn", GPU flash attention
-            in half precision; "auto", the best of them on this backend.
+            in half precision; "splash", TPU flash attention; "auto", the best of
+            them on this backend. On a mesh, what each device does with its part
+            (`attention_parallel`).
 
     Raises:
         ValueError: the form is unknown, or one segment is given without the other.
@@ -54,22 +57,44 @@ def attention(
     if implementation not in IMPLEMENTATIONS:
         known = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"`implementation` (={implementation!r}) must be in: {known}.")
-    if implementation == "auto":
-        implementation = _best_implementation(q, k)
-    segments = ()
+    segments: Segments = ()
     if q_segment is not None and kv_segment is not None:
         segments = (q_segment, kv_segment)
-    if implementation == "mapped":
-        out = _mapped(q, k, v, segments)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        out = _local(q, k, v, segments, implementation)
     else:
-        mask = _visible(*segments)[:, None] if segments else None
-        out = jax.nn.dot_product_attention(
-            q, k, v, mask=mask, implementation=implementation
-        )
+        out = _divided(q, k, v, segments, implementation)
     if segments and q_segment is not kv_segment:
         seen = _visible(*segments).any(axis=-1)
         out = jnp.where(seen[:, :, None, None], out, 0)
     return out
+
+
+def _local(
+    q: Array, k: Array, v: Array, segments: Segments, implementation: str
+) -> Array:
+    """Attention on one device."""
+    if implementation == "auto":
+        implementation = _best_implementation(q, k)
+    if implementation == "mapped":
+        return _mapped(q, k, v, segments)
+    if implementation == "splash":
+        return splash(q, k, v, segments)
+    mask = _visible(*segments)[:, None] if segments else None
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask, implementation=implementation
+    )
+
+
+def _divided(
+    q: Array, k: Array, v: Array, segments: Segments, implementation: str
+) -> Array:
+    """Attention on the devices of a mesh."""
+    fast = platform() == "tpu" and suits_splash(q, k)
+    pieces = SPLASH if implementation == "splash" or fast else DENSE
+    local = partial(_local, implementation=implementation)
+    return divided(local, pieces, q, k, v, segments)
 
 
 def _visible(q_segment: Array, kv_segment: Array) -> Bool[Array, "b n s"]:
@@ -77,16 +102,14 @@ def _visible(q_segment: Array, kv_segment: Array) -> Bool[Array, "b n s"]:
 
 
 def _best_implementation(q: Array, k: Array) -> str:
-    backend = jax.default_backend()
-    mesh = jax.sharding.get_abstract_mesh()
-    # A loop over rows and heads can't be divided over the devices of a mesh.
-    if backend == "cpu" and (mesh.empty or mesh.size == 1):
+    backend = platform()
+    if backend == "cpu":
         return "mapped" if q.shape[1] * k.shape[1] > FEW_SCORES else "xla"
     # cuDNN's flash kernel takes half precision and heads of a multiple of 8 channels.
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     if backend == "gpu" and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
         return "cudnn"
-    return "xla"
+    return "splash" if backend == "tpu" and suits_splash(q, k) else "xla"
 
 
 def _mapped(q: Array, k: Array, v: Array, segments: tuple[Array, ...]) -> Array:

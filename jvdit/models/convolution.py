@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
+from jvdit.sharding import platform
+
 IMPLEMENTATIONS = ("auto", "cpu", "native")
 Padding = Sequence[tuple[int, int]]
 
@@ -31,7 +33,7 @@ def choose_implementation(implementation: str = "auto") -> str:
         )
     if implementation != "auto":
         return implementation
-    return "cpu" if jax.default_backend() == "cpu" else "native"
+    return "cpu" if platform() == "cpu" else "native"
 
 
 def conv2d(

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jvdit.models.lora import RATE, A, B
+from jvdit.sharding import platform
 
 
 def dot_general(
@@ -26,7 +27,7 @@ def dot_general(
     asked = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     single = x.dtype == kernel.dtype == jnp.float32
     rounded = single and precision is None and asked == "bfloat16"
-    if not rounded or jax.default_backend() != "cpu":
+    if not rounded or platform() != "cpu":
         return jax.lax.dot_general(x, kernel, dimension_numbers, precision, **kinds)
     y = _rounded_product(x.reshape(-1, x.shape[-1]), kernel)
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
@@ -60,7 +61,7 @@ def turned(x: Float[Array, "i o"]) -> Float[Array, "o i"]:
     XLA on CPU uses the matrix units only if both factors lie row by row in memory. A
     transposition is a mere change of view to it, which it folds into the product.
     """
-    if jax.default_backend() != "cpu":
+    if platform() != "cpu":
         return x.T
     flat = jax.lax.optimization_barrier(x.T.reshape(-1))
     return jax.lax.optimization_barrier(flat.reshape(x.shape[::-1]))

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jvdit.models.dense import Dense
+from jvdit.sharding import platform
 
 Initializer = Callable[..., Array]
 
@@ -220,7 +221,7 @@ def fusion_boundary(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     conditional. The other branch, taken where `x` begins with NaN, is all NaN.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if jax.default_backend() != "cpu" or not (mesh.empty or mesh.size == 1):
+    if platform() != "cpu" or not (mesh.empty or mesh.size == 1):
         return x
     first = x.reshape(-1)[0]
     return jax.lax.cond(

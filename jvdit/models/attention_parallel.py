@@ -1,0 +1,261 @@
+"""Attention whose rows, heads and tokens are divided over the devices of a mesh.
+
+Rows and heads don't know of one another. Tokens do, and two ways lead from a part of
+them on each device to all pairs: groups of neighbours trade tokens for heads, so that
+each sees all tokens of the group with some of the heads (Ulysses, arXiv:2309.14509);
+and keys and values travel around a ring of such groups, while each device adds up what
+it has seen (arXiv:2310.01889). Ulysses sends less, but needs a head for each device.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, PartitionSpec
+from jaxtyping import Array, Float
+
+from jvdit.sharding import activation_spec, fit
+
+AXIS = "context"
+# Devices that trade tokens for heads: neighbours, between which links are short.
+MOST_ULYSSES = 8
+# Added to the score of a hidden key, and the log-sum-exp of a query without keys:
+# finite, so that its gradient is.
+HIDDEN = -1e30
+
+Segments = tuple[()] | tuple[Array, Array]
+Local = Callable[[Array, Array, Array, Segments], Array]
+
+
+class Pieces(NamedTuple):
+    """Attention to some of the keys, and its gradient given what all of them make.
+
+    Attributes:
+        forward: (q, k, v, segments) to the result in float32 and the log-sum-exp of
+            the scores [b q n].
+        backward: (q, k, v, segments, out, lse, gradient of out), where `out` and `lse`
+            are of all keys, to the gradients of q, k and v.
+    """
+
+    forward: Callable[..., tuple[Array, Array]]
+    backward: Callable[..., tuple[Array, Array, Array]]
+
+
+def divide_context(size: int, heads: int) -> tuple[int, int]:
+    """Splits the devices along "context" into (Ulysses, ring).
+
+    Args:
+        size: devices along the axis.
+        heads: that each of them would hold without Ulysses.
+    """
+    ulysses = next(
+        u for u in range(min(size, MOST_ULYSSES), 0, -1) if not (size % u or heads % u)
+    )
+    return ulysses, size // ulysses
+
+
+def divided(
+    local: Local,
+    pieces: Pieces,
+    q: Float[Array, "b n q k"],
+    k: Float[Array, "b s q k"],
+    v: Float[Array, "b s q k"],
+    segments: Segments,
+) -> Float[Array, "b n q k"]:
+    """Attention on the current mesh.
+
+    Keys are taken to be divided over "context" if they are as many as the queries:
+    those of text are few, and every device has them all. An axis that the mesh doesn't
+    divide stays whole, and is computed on each device.
+
+    Args:
+        local: attention on one device: (q, k, v, segments).
+        pieces: the same in pieces, for the ring.
+        q: queries.
+        k: keys.
+        v: values.
+        segments: () or the clips of queries [b n] and of keys [b s].
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    among = k.shape[1] == q.shape[1]
+    places = _spec(q, "tokens", mesh), _spec(k, "tokens" if among else "text", mesh)
+    size = mesh.shape[AXIS] if among and places[0][1] else 1
+    heads = q.shape[2] // _ways(places[0][2], mesh)
+    ulysses, ring = divide_context(size, heads)
+
+    def on_device(q: Array, k: Array, v: Array, *segments: Array) -> Array:
+        groups = np.arange(size).reshape(ring, ulysses).tolist()
+        if ulysses > 1:
+            q, k, v = (_trade(x, groups, 2, 1) for x in (q, k, v))
+            segments = tuple(
+                jax.lax.all_gather(
+                    x, AXIS, axis_index_groups=groups, axis=1, tiled=True
+                )
+                for x in segments
+            )
+        if ring > 1:
+            out = _ring(q, k, v, segments, pieces, (ulysses, ring))
+        else:
+            out = local(q, k, v, segments)  # type: ignore[arg-type]
+        return _trade(out, groups, 1, 2) if ulysses > 1 else out
+
+    segment_places = tuple(PartitionSpec(*place[:2]) for place in places)
+    return jax.shard_map(
+        on_device,
+        in_specs=(places[0], places[1], places[1], *segment_places[: len(segments)]),
+        out_specs=places[0],
+        check_vma=False,
+    )(q, k, v, *segments)
+
+
+def _spec(x: Array, tokens: str, mesh: AbstractMesh) -> PartitionSpec:
+    return fit(activation_spec("batch", tokens, "heads", None), x.shape, mesh.shape)
+
+
+def _ways(names: str | tuple[str, ...] | None, mesh: AbstractMesh) -> int:
+    names = (names,) if isinstance(names, str) else (names or ())
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def _trade(x: Array, groups: list[list[int]], split: int, concat: int) -> Array:
+    return jax.lax.all_to_all(
+        x, AXIS, split, concat, axis_index_groups=groups, tiled=True
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _ring(
+    q: Array,
+    k: Array,
+    v: Array,
+    segments: Segments,
+    pieces: Pieces,
+    sizes: tuple[int, int],
+) -> Array:
+    return _ring_forward(q, k, v, segments, pieces, sizes)[0]
+
+
+def _ring_forward(q, k, v, segments, pieces, sizes):
+    out = jnp.zeros(q.shape, jnp.float32)
+    lse = jnp.full((q.shape[0], q.shape[2], q.shape[1]), HIDDEN, jnp.float32)
+
+    def turn(carry, _):
+        out, lse, k, v, keys = carry
+        # Sent before it is needed: the transfer hides behind the products.
+        arriving = _pass_on((k, v, keys), sizes)
+        part, part_lse = pieces.forward(q, k, v, (*segments[:1], *keys))
+        total = jnp.logaddexp(lse, part_lse)
+        out = out * _by_query(lse - total) + part * _by_query(part_lse - total)
+        return (out, total, *arriving), None
+
+    carry = out, lse, k, v, segments[1:]
+    (out, lse, *_), _ = jax.lax.scan(turn, carry, length=sizes[1])
+    out = out.astype(q.dtype)
+    return out, (q, k, v, segments, out, lse)
+
+
+def _ring_backward(pieces, sizes, saved, grad):
+    q, k, v, segments, out, lse = saved
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+
+    def turn(carry, _):
+        *sums, k, v, keys = carry
+        arriving = _pass_on((k, v, keys), sizes)
+        parts = pieces.backward(q, k, v, (*segments[:1], *keys), out, lse, grad)
+        dq, dk, dv = (a + b.astype(a.dtype) for a, b in zip(sums, parts, strict=True))
+        # Gradients of keys travel with them, and are home after the last turn.
+        return (dq, *_pass_on((dk, dv), sizes), *arriving), None
+
+    carry = *zeros, k, v, segments[1:]
+    (dq, dk, dv, *_), _ = jax.lax.scan(turn, carry, length=sizes[1])
+    grads = (d.astype(x.dtype) for d, x in ((dq, q), (dk, k), (dv, v)))
+    return *grads, jax.tree.map(
+        lambda x: np.zeros(x.shape, jax.dtypes.float0), segments
+    )
+
+
+_ring.defvjp(_ring_forward, _ring_backward)
+
+
+def _pass_on(values, sizes: tuple[int, int]):
+    """Hands values to the device at the same place of the next group."""
+    ulysses, ring = sizes
+    size = ulysses * ring
+    steps = [(i, (i + ulysses) % size) for i in range(size)]
+    return jax.tree.map(lambda x: jax.lax.ppermute(x, AXIS, steps), values)
+
+
+def _by_query(log_weight: Float[Array, "b q n"]) -> Float[Array, "b n q 1"]:
+    return jnp.exp(log_weight).swapaxes(1, 2)[..., None]
+
+
+def _each_head(function, arrays, segments):
+    """Maps over rows and heads, so that the scores of only one are held at once."""
+    rows, heads = arrays[0].shape[0], arrays[0].shape[2]
+    stacked = [x.swapaxes(1, 2).reshape(rows * heads, *x.shape[1::2]) for x in arrays]
+    spread = [jnp.repeat(x, heads, axis=0) for x in segments]
+    results = jax.lax.map(lambda x: function(*x), (stacked, spread))
+    return tuple(x.reshape(rows, heads, *x.shape[1:]) for x in results)
+
+
+def _scores(q: Array, k: Array, segments: list[Array]) -> Array:
+    scale = q.shape[-1] ** -0.5
+    scores = jnp.einsum("nk,sk->ns", q, k, preferred_element_type=jnp.float32) * scale
+    if not segments:
+        return scores
+    visible = segments[0][:, None] == segments[1][None, :]
+    return jnp.where(visible, scores, HIDDEN)
+
+
+def dense_forward(
+    q: Float[Array, "b n q k"],
+    k: Float[Array, "b s q k"],
+    v: Float[Array, "b s q k"],
+    segments: Segments,
+) -> tuple[Float[Array, "b n q k"], Float[Array, "b q n"]]:
+    """Attention to some of the keys in plain products; see `Pieces.forward`."""
+
+    def head(arrays, segments):
+        q, k, v = arrays
+        scores = _scores(q, k, segments)
+        lse = jax.nn.logsumexp(scores, axis=-1)
+        weights = jnp.exp(scores - lse[:, None]).astype(v.dtype)
+        out = jnp.einsum("ns,sk->nk", weights, v, preferred_element_type=jnp.float32)
+        return out, lse
+
+    out, lse = _each_head(head, (q, k, v), segments)
+    return out.swapaxes(1, 2), lse
+
+
+def dense_backward(
+    q: Float[Array, "b n q k"],
+    k: Float[Array, "b s q k"],
+    v: Float[Array, "b s q k"],
+    segments: Segments,
+    out: Float[Array, "b n q k"],
+    lse: Float[Array, "b q n"],
+    grad: Float[Array, "b n q k"],
+) -> tuple[Array, Array, Array]:
+    """Gradients of q, k, v in plain products (arXiv:2205.14135, Algorithm 4)."""
+    slope = jnp.sum(out.astype(jnp.float32) * grad.astype(jnp.float32), axis=-1)
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    def head(arrays, segments):
+        q, k, v, grad, slope, lse = arrays
+        weights = jnp.exp(_scores(q, k, segments) - lse)
+        dv = product("ns,nk->sk", weights.astype(grad.dtype), grad)
+        dweights = product("nk,sk->ns", grad, v)
+        dscores = weights * (dweights - slope) * q.shape[-1] ** -0.5
+        dq = product("ns,sk->nk", dscores.astype(k.dtype), k)
+        return dq, product("ns,nk->sk", dscores.astype(q.dtype), q), dv
+
+    column = slope[..., None], lse.swapaxes(1, 2)[..., None]
+    grads = _each_head(head, (q, k, v, grad, *column), segments)
+    return tuple(g.swapaxes(1, 2) for g in grads)  # type: ignore[return-value]
+
+
+DENSE = Pieces(dense_forward, dense_backward)

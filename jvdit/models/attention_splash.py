@@ -1,0 +1,254 @@
+"""Flash attention on TPU by JAX's splash kernel, whole or in the pieces of a ring.
+
+The kernel wants queries and keys in whole blocks, whose best size differs from chip to
+chip; here they are padded, and the padding hidden by segments. Without a TPU the kernel
+is interpreted, slowly.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as kernel,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_mask as masks,
+)
+from jaxtyping import Array, Float
+
+from jvdit.models.attention_parallel import Pieces, Segments
+from jvdit.sharding import platform
+
+LANES = 128
+# The name under which remat finds the kernel's result and log-sum-exp (`layers`).
+RESIDUALS = "attention_residuals"
+PADDING = -1  # a segment of its own
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Largest blocks of a chip, in tokens: the best of a sweep over its schedules.
+
+    Attributes:
+        q, kv, compute: of the forward kernel: queries, keys that are fetched at once,
+            and of these, that are computed at once.
+        dkv: the same of the kernel for the gradients of keys and values.
+        dq: queries and keys of the kernel for the gradient of queries.
+    """
+
+    q: int = 1024
+    kv: int = 2048
+    compute: int = 1024
+    dkv: tuple[int, int, int] = (1024, 2048, 1024)
+    dq: tuple[int, int] = (1024, 2048)
+
+
+# By what `device_kind` contains; v5p's vector memory holds no 2,048 queries.
+BLOCKS = {"v6": Blocks(q=2048)}
+
+
+def suits_splash(q: Float[Array, "b n q k"], k: Float[Array, "b s q k"]) -> bool:
+    """Whether the kernel takes these heads, and is worth its padding."""
+    return q.shape[-1] % LANES == 0 and min(q.shape[1], k.shape[1]) >= LANES
+
+
+def padded_length(tokens: int, block: int) -> int:
+    """The fewest tokens that are whole blocks of at most this size, or half of it."""
+    sizes = range(min(block, _whole(tokens, LANES)), block // 2 - 1, -LANES)
+    return min((_whole(tokens, size) for size in sizes), default=_whole(tokens, LANES))
+
+
+def _whole(tokens: int, block: int) -> int:
+    return -(-tokens // block) * block
+
+
+def _fitting(length: int, most: int) -> int:
+    """The largest block that divides a padded length."""
+    return next(b for b in range(min(most, length), 0, -LANES) if length % b == 0)
+
+
+def block_sizes(queries: int, keys: int, chip: str) -> kernel.BlockSizes:
+    """Blocks of the three kernels for padded numbers of queries and keys.
+
+    Args:
+        queries: a multiple of 128.
+        keys: a multiple of 128.
+        chip: its `device_kind`.
+    """
+    most = next((b for name, b in BLOCKS.items() if name in chip), Blocks())
+    q, kv = partial(_fitting, queries), partial(_fitting, keys)
+    ahead, dkv_ahead = kv(most.kv), kv(most.dkv[1])
+    return kernel.BlockSizes(
+        block_q=q(most.q),
+        block_kv=ahead,
+        block_kv_compute=_fitting(ahead, most.compute),
+        block_q_dkv=q(most.dkv[0]),
+        block_kv_dkv=dkv_ahead,
+        block_kv_dkv_compute=_fitting(dkv_ahead, most.dkv[2]),
+        block_q_dq=q(most.dq[0]),
+        block_kv_dq=kv(most.dq[1]),
+    )
+
+
+def _chip() -> str:
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    return described.device_kind if described else jax.devices()[0].device_kind
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """What the kernel is built for.
+
+    Attributes:
+        queries, keys: how many there are.
+        heads: of each row.
+    """
+
+    queries: int
+    keys: int
+    heads: int
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        most = next((b for name, b in BLOCKS.items() if name in _chip()), Blocks())
+        return (
+            padded_length(self.queries, most.q),
+            padded_length(self.keys, most.kv),
+        )
+
+    def kernel(self, **settings: Any) -> Any:
+        queries, keys = self.padded
+        full = masks.FullMask((queries, keys))
+        return kernel.make_splash_mha(
+            masks.MultiHeadMask([full] * self.heads),
+            block_sizes=block_sizes(queries, keys, _chip()),
+            head_shards=1,
+            q_seq_shards=1,
+            interpret=platform() != "tpu",
+            **settings,
+        )
+
+
+def _shape(q: Array, k: Array) -> _Shape:
+    return _Shape(q.shape[1], k.shape[1], q.shape[2])
+
+
+def _pad(x: Array, axis: int, length: int, value: int = 0) -> Array:
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, length - x.shape[axis])
+    return jnp.pad(x, widths, constant_values=value)
+
+
+def _heads_first(x: Float[Array, "b n q k"], length: int) -> Float[Array, "b q N k"]:
+    return _pad(x.swapaxes(1, 2), 2, length)
+
+
+def _segment_ids(shape: _Shape, rows: int, segments: Segments) -> Any:
+    """Segments of the padded tokens; None: every query sees every key."""
+    sizes, padded = (shape.queries, shape.keys), shape.padded
+    if not segments:
+        if padded[1] == shape.keys:
+            return None
+        segments = tuple(jnp.ones((rows, n), jnp.int32) for n in sizes)  # type: ignore
+    ids = (_pad(x, 1, n, PADDING) for x, n in zip(segments, padded, strict=True))
+    return kernel.SegmentIds(*ids)
+
+
+def splash(
+    q: Float[Array, "b n q k"],
+    k: Float[Array, "b s q k"],
+    v: Float[Array, "b s q k"],
+    segments: Segments,
+) -> Float[Array, "b n q k"]:
+    """Attention of each query to the keys of its segment, on one device.
+
+    Result and log-sum-exp are named `RESIDUALS`, so that a rematerialised block can
+    keep them in the place of computing them anew.
+    """
+    shape = _shape(q, k)
+    queries, keys = shape.padded
+    inputs = (
+        _heads_first(_scaled(q), queries),
+        _heads_first(k, keys),
+        _heads_first(v, keys),
+    )
+    ids = _segment_ids(shape, len(q), segments)
+    run = shape.kernel(residual_checkpoint_name=RESIDUALS)
+    out = jax.vmap(run, in_axes=(0, 0, 0, None if ids is None else 0))(*inputs, ids)
+    return out.swapaxes(1, 2)[:, : shape.queries]
+
+
+def _scaled(q: Array) -> Array:
+    return (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
+
+
+def splash_forward(
+    q: Float[Array, "b n q k"],
+    k: Float[Array, "b s q k"],
+    v: Float[Array, "b s q k"],
+    segments: Segments,
+) -> tuple[Float[Array, "b n q k"], Float[Array, "b q n"]]:
+    """Attention to some of the keys; see `attention_parallel.Pieces.forward`."""
+    shape = _shape(q, k)
+    queries, keys = shape.padded
+    ids = _segment_ids(shape, len(q), segments)
+    run = jax.vmap(
+        shape.kernel(save_residuals=True), (0, 0, 0, None if ids is None else 0)
+    )
+    out, (lse,) = run(
+        _heads_first(_scaled(q), queries),
+        _heads_first(k, keys),
+        _heads_first(v, keys),
+        ids,
+    )
+    out = out.swapaxes(1, 2)[:, : shape.queries].astype(jnp.float32)
+    return out, lse[..., : shape.queries]
+
+
+def splash_backward(
+    q: Float[Array, "b n q k"],
+    k: Float[Array, "b s q k"],
+    v: Float[Array, "b s q k"],
+    segments: Segments,
+    out: Float[Array, "b n q k"],
+    lse: Float[Array, "b q n"],
+    grad: Float[Array, "b n q k"],
+) -> tuple[Array, Array, Array]:
+    """Gradients of q, k, v; see `attention_parallel.Pieces.backward`.
+
+    JAX's kernel is differentiable as a whole only. Its backward pass, which takes
+    `out` and `lse` of whatever keys there are, has no public name.
+    """
+    shape = _shape(q, k)
+    queries, keys = shape.padded
+    made = shape.kernel()
+    ids = _segment_ids(shape, len(q), segments)
+    static = {n: x for n, x in made.kwargs.items() if n != "save_residuals"}
+
+    def row(q, k, v, ids, out, lse, grad):
+        saved = q, k, v, ids, None, out, lse, made.dq_mask_info, made.dkv_mask_info
+        results = kernel._splash_attention_bwd(
+            save_residuals=False, **static, res=saved, do=grad
+        )
+        return results[3:6]
+
+    dq, dk, dv = jax.vmap(row, (0, 0, 0, None if ids is None else 0, 0, 0, 0))(
+        _heads_first(_scaled(q), queries),
+        _heads_first(k, keys),
+        _heads_first(v, keys),
+        ids,
+        _heads_first(out, queries),
+        _pad(lse, 2, queries),
+        _heads_first(grad, queries),
+    )
+    dq = dq.astype(jnp.float32) * q.shape[-1] ** -0.5
+    sizes = shape.queries, shape.keys, shape.keys
+    return tuple(  # type: ignore[return-value]
+        x.swapaxes(1, 2)[:, :n] for x, n in zip((dq, dk, dv), sizes, strict=True)
+    )
+
+
+SPLASH = Pieces(splash_forward, splash_backward)

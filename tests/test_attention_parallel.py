@@ -1,0 +1,133 @@
+"""Attention divided over a mesh is attention; so is the TPU's kernel, interpreted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jvdit.models import attention_parallel, attention_splash
+from jvdit.models.attention import attention
+from jvdit.sharding import make_mesh, platform
+
+ROWS, TOKENS, HEADS, CHANNELS = 2, 16, 4, 8
+
+
+def draw(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def outputs(mesh, qkv, segments, form="auto"):
+    """The result of attention, and the gradients of something made of it."""
+
+    def loss(q, k, v):
+        out = attention(q, k, v, *segments, implementation=form)
+        return jnp.sum(out * draw(*out.shape, seed=3)), out
+
+    run = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
+    if mesh is None:
+        grads, out = run(*qkv)
+    else:
+        with jax.set_mesh(mesh):
+            grads, out = run(*qkv)
+    return jax.tree.map(np.asarray, (out, *grads))
+
+
+def packed(tokens):
+    """Two rows: three clips and padding; one clip, whose end no other sees."""
+    first = np.repeat([1, 2, 3, 0], tokens // 4)
+    second = np.where(np.arange(tokens) < tokens - 3, 1, 2)
+    return jnp.asarray(np.stack([first, second]), jnp.int32)
+
+
+@pytest.mark.parametrize(
+    "sizes, heads",
+    [
+        ({"context": 8}, 8),  # Ulysses alone
+        ({"context": 8}, 1),  # a ring alone
+        ({"context": 8}, 2),  # two heads: a ring of four
+        ({"context": 4, "tensor": 2}, 4),
+        ({"data": 2, "context": 2, "fsdp": -1}, 4),  # rows don't divide: whole
+        ({"data": 2, "tensor": 4}, 4),
+    ],
+)
+@pytest.mark.parametrize("clips", [False, True])
+def test_divided_is_whole_and_so_are_the_gradients(sizes, heads, clips):
+    qkv = [draw(ROWS, TOKENS, heads, CHANNELS, seed=i) for i in range(3)]
+    segments = (packed(TOKENS),) * 2 if clips else ()
+    whole = outputs(None, qkv, segments, "xla")
+    parts = outputs(make_mesh(sizes), qkv, segments)
+    for ours, plain in zip(parts, whole, strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=2e-6)
+
+
+def test_every_device_has_all_of_the_text():
+    text = packed(8)
+    qkv = draw(2, 16, 4, 8), draw(2, 8, 4, 8, seed=1), draw(2, 8, 4, 8, seed=2)
+    segments = packed(16), text
+    whole = outputs(None, qkv, segments, "xla")
+    parts = outputs(make_mesh({"context": 8}), qkv, segments)
+    for ours, plain in zip(parts, whole, strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=2e-6)
+
+
+def test_ulysses_takes_what_heads_and_neighbours_allow():
+    assert attention_parallel.divide_context(8, 40) == (8, 1)
+    assert attention_parallel.divide_context(64, 40) == (8, 8)
+    assert attention_parallel.divide_context(16, 12) == (4, 4)
+    assert attention_parallel.divide_context(8, 1) == (1, 8)
+
+
+def test_a_ring_holds_no_more_than_its_part():
+    """Nothing on a device is as long as the whole sequence."""
+    mesh, tokens = make_mesh({"context": 8}), 512
+    q = jax.ShapeDtypeStruct((1, tokens, 1, 8), jnp.float32)
+
+    def loss(q, k, v):
+        return attention(q, k, v).sum()
+
+    with jax.set_mesh(mesh):
+        place = jax.sharding.NamedSharding(
+            mesh, jax.sharding.PartitionSpec(None, "context")
+        )
+        run = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), in_shardings=place)
+        text = run.lower(q, q, q).compile().as_text()
+    assert "collective-permute" in text
+    assert f"[1,{tokens}," not in text
+
+
+@pytest.mark.parametrize("clips", [False, True])
+def test_the_kernel_of_tpus_agrees(clips):
+    # Not whole blocks: 160 tokens are padded to 256, and the padding is hidden.
+    shape = (2, 160, 2, 128)
+    qkv = [draw(*shape, seed=i) for i in range(3)]
+    segments = (packed(160),) * 2 if clips else ()
+    plain = outputs(None, qkv, segments, "xla")
+    ours = outputs(None, qkv, segments, "splash")
+    for a, b in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_the_kernel_of_tpus_goes_around_a_ring():
+    qkv = [draw(2, 160, 1, 128, seed=i) for i in range(3)]
+    segments = (packed(160),) * 2
+    plain = outputs(None, qkv, segments, "xla")
+    ours = outputs(make_mesh({"context": 2, "data": -1}), qkv, segments, "splash")
+    for a, b in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("tokens", [128, 1184, 9450, 32760, 75600])
+def test_blocks_divide_what_they_are_padded_to(tokens):
+    length = attention_splash.padded_length(tokens, 2048)
+    assert length % 128 == 0 and tokens <= length <= 1.05 * tokens + 128
+    blocks = attention_splash.block_sizes(length, length, "TPU v6 lite")
+    assert blocks.has_backward_blocks
+    for block in (blocks.block_q, blocks.block_kv, blocks.block_q_dkv):
+        assert length % block == 0 and block >= 512 * (length >= 1184)
+    assert blocks.block_kv % blocks.block_kv_compute == 0
+
+
+def test_the_platform_is_that_of_the_mesh():
+    assert platform() == jax.default_backend()
+    with jax.set_mesh(make_mesh()):
+        assert platform() == "cpu"
