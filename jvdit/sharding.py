@@ -31,13 +31,19 @@ ACTIVATIONS: dict[str, tuple[str, ...]] = {
 }
 
 # Parameter path (a regular expression, first match wins) -> rule. "fsdp" divides the
-# largest divisible axis; "replicate" copies. Scalars and vectors are small enough to
-# copy everywhere.
+# largest divisible axis; "columns" first divides the last axis over `tensor`, and
+# "rows" the one before it (Megatron, arXiv:1909.08053, section 3); "replicate" copies.
+# Scalars and vectors are small enough to copy everywhere.
 PARAMETERS: tuple[tuple[str, str], ...] = (
     (r".*/(bias|scale|gamma|logit_scale)", "replicate"),
+    (r".*_attention/(query|key|value)/kernel|.*/mlp/fc_in/kernel", "columns"),
+    (r".*_attention/out/kernel|.*/mlp/fc_out/kernel", "rows"),
     (r".*/(kernel|embedding|table|modulation|relative_bias)", "fsdp"),
     (r".*/lora_(a|b)", "fsdp"),
 )
+# Where `fsdp` has fewer devices, parameters are divided over `context` too. With more,
+# the shards would be slivers, and gathering them slower than it saves memory.
+ENOUGH_SHARDS = 8
 
 
 def make_mesh(
@@ -139,12 +145,28 @@ def parameter_spec(
     rules = [rule for pattern, rule in PARAMETERS if re.fullmatch(pattern, path)]
     if not rules:
         raise ValueError(f"no rule in sharding.PARAMETERS places parameter `{path}`.")
-    ways = sizes["fsdp"]
-    divisible = [axis for axis, size in enumerate(shape) if size % ways == 0]
-    if rules[0] == "replicate" or ways == 1 or len(shape) < 2 or not divisible:
+    if rules[0] == "replicate" or len(shape) < 2:
         return PartitionSpec()
-    largest = max(divisible, key=lambda axis: shape[axis])
-    return PartitionSpec(*("fsdp" if a == largest else None for a in range(len(shape))))
+    places: list[Any] = [None] * len(shape)
+    turned = {"columns": len(shape) - 1, "rows": len(shape) - 2}.get(rules[0])
+    if turned is not None and shape[turned] % sizes["tensor"] == 0:
+        places[turned] = "tensor"
+    names = ("fsdp",) if sizes["fsdp"] >= ENOUGH_SHARDS else ("fsdp", "context")
+    for axes in (names, names[:1]):
+        ways = math.prod(sizes[name] for name in axes)
+        free = [a for a, n in enumerate(shape) if places[a] is None and n % ways == 0]
+        if ways > 1 and free:
+            places[max(free, key=lambda a: shape[a])] = axes
+            break
+    places = [_used(place, sizes) for place in places]
+    return PartitionSpec(*places) if any(places) else PartitionSpec()
+
+
+def _used(place: Any, sizes: Mapping[str, int]) -> Any:
+    """A place without the axes of one device."""
+    names = (place,) if isinstance(place, str) else (place or ())
+    names = tuple(name for name in names if sizes[name] > 1)
+    return names[0] if len(names) == 1 else names or None
 
 
 def parameter_shardings(params: Any, mesh: Mesh) -> Any:

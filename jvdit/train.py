@@ -22,7 +22,7 @@ from jvdit.config import Config
 from jvdit.encode import encode
 from jvdit.huge_pages import use_huge_pages
 from jvdit.networks import finished_parameters
-from jvdit.sharding import batch_sharding, make_mesh, parameter_shardings
+from jvdit.sharding import make_mesh, parameter_shardings
 from jvdit.tasks import TASKS, Task
 from jvdit.training.checkpoint import (
     Checkpoints,
@@ -32,7 +32,7 @@ from jvdit.training.checkpoint import (
 from jvdit.training.metrics import Metrics, Throughput
 from jvdit.training.optim import Optim
 from jvdit.training.state import TrainState, new_state, state_shardings
-from jvdit.training.step import make_train_step
+from jvdit.training.step import jit_train_step
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything of the run goes.")
@@ -111,11 +111,14 @@ class _Loop:
             self.given = finished_parameters(folder, networks, mesh, expert)
         places = parameter_shardings(task.frozen, mesh)
         self.frozen = jax.device_put(task.frozen, places)
-        self.step = jax.jit(
-            make_train_step(task.objective, optim, config.steps, config.seed),
-            in_shardings=(self.shardings, batch_sharding(mesh), places),
-            out_shardings=(self.shardings, None),
-            donate_argnums=0,
+        self.step = jit_train_step(
+            task.objective,
+            optim,
+            config.steps,
+            config.seed,
+            mesh=mesh,
+            shardings=self.shardings,
+            frozen=places,
         )
 
     def run(self) -> int:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float
 
@@ -26,6 +27,8 @@ MOST_ULYSSES = 8
 # Added to the score of a hidden key, and the log-sum-exp of a query without keys:
 # finite, so that its gradient is.
 HIDDEN = -1e30
+# The name under which remat finds a result of flash attention and its log-sum-exp.
+RESIDUALS = "attention_residuals"
 
 Segments = tuple[()] | tuple[Array, Array]
 Local = Callable[[Array, Array, Array, Segments], Array]
@@ -154,7 +157,7 @@ def _ring_forward(q, k, v, segments, pieces, sizes):
 
     carry = out, lse, k, v, segments[1:]
     (out, lse, *_), _ = jax.lax.scan(turn, carry, length=sizes[1])
-    out = out.astype(q.dtype)
+    out, lse = (checkpoint_name(x, RESIDUALS) for x in (out.astype(q.dtype), lse))
     return out, (q, k, v, segments, out, lse)
 
 

@@ -19,12 +19,10 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jaxtyping import Array, Float
 
-from jvdit.models.attention_parallel import Pieces, Segments
+from jvdit.models.attention_parallel import RESIDUALS, Pieces, Segments
 from jvdit.sharding import platform
 
 LANES = 128
-# The name under which remat finds the kernel's result and log-sum-exp (`layers`).
-RESIDUALS = "attention_residuals"
 PADDING = -1  # a segment of its own
 
 
@@ -176,7 +174,9 @@ def splash(
         _heads_first(v, keys),
     )
     ids = _segment_ids(shape, len(q), segments)
-    run = shape.kernel(residual_checkpoint_name=RESIDUALS)
+    # Attention to a text costs little to compute again.
+    name = RESIDUALS if shape.queries == shape.keys else None
+    run = shape.kernel(residual_checkpoint_name=name)
     out = jax.vmap(run, in_axes=(0, 0, 0, None if ids is None else 0))(*inputs, ids)
     return out.swapaxes(1, 2)[:, : shape.queries]
 

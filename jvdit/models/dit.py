@@ -113,8 +113,9 @@ class DiT(nn.Module):
         control_layers: the blocks that get a hint, in order.
         dtype: type of the computation; norms, softmax and modulation stay float32.
         param_dtype: type of the parameters.
-        remat: what the backward pass recomputes: "none", "full" (whole blocks) or
-            "dots" (all but matrix products).
+        remat: what the backward pass recomputes: "none", "full" (whole blocks), "dots"
+            (all but matrix products), "attention" (all but flash attention), or
+            "offload" (the same, with what goes into each block in the host's memory).
         scan_layers: stack the parameters of the blocks on a leading axis and loop over
             it: compiles once for all blocks. Unrolled is faster on CPU.
         attention_implementation: form of `attention`.

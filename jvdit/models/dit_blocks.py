@@ -6,12 +6,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jvdit.models.attention import attention, rotate
 from jvdit.models.dense import Dense
-from jvdit.models.layers import LayerNorm, Mlp, Modulation, RMSNorm, modulate
+from jvdit.models.layers import (
+    BLOCK_INPUT,
+    LayerNorm,
+    Mlp,
+    Modulation,
+    RMSNorm,
+    modulate,
+)
 from jvdit.sharding import constrain
 
 
@@ -111,6 +119,7 @@ class Block(nn.Module):
     ) -> Float[Array, "b n d"]:
         """Updates the tokens; norms, modulation and residual sums are float32."""
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = checkpoint_name(x, BLOCK_INPUT)
         heads = (self.num_heads, self.qk_norm, self.eps, self.attention_implementation)
         modulation = Modulation(6, self.param_dtype, name="modulation")
         rows = modulation(embedding, level)

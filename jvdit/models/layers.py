@@ -10,15 +10,25 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from jvdit.models.attention_parallel import RESIDUALS
 from jvdit.models.dense import Dense
 from jvdit.sharding import platform
 
 Initializer = Callable[..., Array]
 
+# The name of what goes into a block, where remat may find it.
+BLOCK_INPUT = "block_input"
 # What a rematerialised block keeps for its backward pass; "none" keeps everything.
 REMAT_POLICIES: dict[str, Callable[..., bool]] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(RESIDUALS),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[RESIDUALS],
+        names_which_can_be_offloaded=[BLOCK_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 

@@ -21,14 +21,13 @@ from jvdit.data.sources import LatentSource
 from jvdit.data.tokenizer import Tokenizer, train_tokenizer
 from jvdit.data.world import World
 from jvdit.diffusion.denoise import Guidance
-from jvdit.diffusion.flow import Path, TimestepPolicy
+from jvdit.diffusion.flow import Path
 from jvdit.diffusion.solvers import check_solver
 from jvdit.evaluation import oracle
 from jvdit.generation.draft import check_draft, generate
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request
 from jvdit.models.dit import DiT
-from jvdit.models.lora import LoRA
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.networks import fingerprint, finished_parameters
 from jvdit.pretrained import wan
@@ -37,9 +36,9 @@ from jvdit.pretrained.lora import write_lora
 from jvdit.pretrained.release import is_release, read_release
 from jvdit.sharding import parameter_shardings
 from jvdit.tasks.caches import cached_autoencoder, cached_captions
+from jvdit.tasks.flow_objective import flow_objective
 from jvdit.tasks.task import Task
 from jvdit.training.checkpoint import (
-    build,
     module_fields,
 )
 from jvdit.training.objectives import FlowObjective
@@ -144,65 +143,15 @@ class FlowTask(Task):
         )
 
     def _objective(self, one_clip: bool) -> FlowObjective:
-        config = self.config
-        if self.captions:
-            text_encoder, text_width = None, self.captions.module.width
-        else:
-            fields = config.text_encoder.to_dict()
-            fields["vocab_size"] = self.tokenizer.vocab_size
-            text_encoder = build(TextEncoder, fields)
-            text_width = text_encoder.width
-        channels = self.example["latents"].shape[-1]
-        network = config.dit.to_dict() | {
-            "in_channels": channels,
-            "out_channels": channels,
-            "text_width": text_width,
-        }
-        lora = config.lora.to_dict()
-        return FlowObjective(
-            lora=LoRA(**lora) if lora["rank"] else None,
-            dit=build(DiT, network),
-            text_encoder=text_encoder,
-            path=Path(**config.path),
-            policy=TimestepPolicy.of(config.timesteps.to_dict()),
+        width = self.captions.module.width if self.captions else 0
+        return flow_objective(
+            self.config,
+            self.mesh,
+            channels=self.example["latents"].shape[-1],
+            text_width=width,
+            vocab_size=0 if self.captions else self.tokenizer.vocab_size,
             one_clip=one_clip,
-            pad_text=config.conventions.pad_text,
-            boundary=self._boundary(),
-            first_frame=self._first_frame(),
         )
-
-    def _first_frame(self) -> float:
-        """The share of the clips that are trained with their first frame given."""
-        share, frames = self.config.first_frame, self.config.patch_size[0]
-        if not 0 <= share <= 1:
-            raise ValueError(f"`first_frame` (={share}) must be a share from 0 to 1.")
-        if share and frames != 1:
-            raise ValueError(
-                f"`first_frame` (={share}) needs tokens of one frame, and `patch_size` "
-                f"(={tuple(self.config.patch_size)}) has {frames}."
-            )
-        return share
-
-    def _boundary(self) -> float:
-        """The time between two experts that are trained together; 0: one is."""
-        config = self.config
-        if config.expert != "both":
-            return 0.0
-        released = config.start_from and is_release(config.start_from)
-        if not 0 < config.boundary < 1 or config.lora.rank or not released:
-            raise ValueError(
-                f"`expert` 'both' needs a `boundary` (={config.boundary}) inside (0, 1)"
-                ", a released `start_from`, and no `lora.rank`: adapt one expert after "
-                "the other."
-            )
-        ways = 2 * self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        ways *= config.optim.accumulate
-        if config.data.rows % ways:
-            raise ValueError(
-                f"`data.rows` (={config.data.rows}) must be divisible by {ways}, so "
-                f"that each expert has half; try {-(-config.data.rows // ways) * ways}."
-            )
-        return config.boundary
 
     def _base(self) -> dict[str, Any]:
         """The networks that the adapters adapt."""

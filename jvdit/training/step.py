@@ -6,8 +6,10 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from jvdit.sharding import batch_sharding
 from jvdit.training.optim import Optim
 from jvdit.training.state import TrainState
 
@@ -102,6 +104,35 @@ def make_train_step(
         ), metrics
 
     return train_step
+
+
+def jit_train_step(
+    objective: Objective,
+    optim: Optim,
+    steps: int,
+    seed: int,
+    *,
+    mesh: Mesh,
+    shardings: TrainState,
+    frozen: Any = (),
+) -> Any:
+    """`make_train_step`, mapped over the mesh: what training and its forecasts compile.
+
+    Args:
+        objective: what is trained.
+        optim: how.
+        steps: of the whole run.
+        seed: of its randomness.
+        mesh: rows of a batch are divided over it.
+        shardings: of the state, whose memory is used again.
+        frozen: shardings of the frozen parameters.
+    """
+    return jax.jit(
+        make_train_step(objective, optim, steps, seed),
+        in_shardings=(shardings, batch_sharding(mesh), frozen),
+        out_shardings=(shardings, None),
+        donate_argnums=0,
+    )
 
 
 def _mean(value, weight):

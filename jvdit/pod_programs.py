@@ -1,0 +1,201 @@
+"""The programs of training and sampling, compiled for a pod that need not be there.
+
+They are the ones that run: the same update and the same solver step, over the same
+tables of shardings. Only shapes go in, so that neither data nor weights are needed.
+"""
+
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+
+from jvdit.config import Config
+from jvdit.diffusion.denoise import Guidance
+from jvdit.diffusion.flow import Path, TimestepPolicy
+from jvdit.generation.sampling import Stepper, start_noise
+from jvdit.models.dit import DiT
+from jvdit.pretrained.folders import dit_inputs
+from jvdit.shapes import Text
+from jvdit.sharding import batch_sharding, make_mesh, parameter_shardings, replicated
+from jvdit.tasks.flow_objective import flow_objective
+from jvdit.training.optim import Optim
+from jvdit.training.state import TrainState, new_state, state_shardings
+from jvdit.training.step import jit_train_step
+
+# The compiler looks for the TPU that it works for, unless it is told not to.
+_ALONE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+
+def pod_mesh(topology: str, sizes: dict[str, int], devices: int | None = None) -> Mesh:
+    """The mesh of a TPU slice, from its compiler alone.
+
+    Args:
+        topology: as `pods.chips.topology` returns it.
+        sizes: of the axes, as for `make_mesh`.
+        devices: how many to use. Default: all.
+
+    Raises:
+        ModuleNotFoundError: libtpu is not installed.
+    """
+    try:
+        import libtpu  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "compiling for TPUs needs their compiler: pip install libtpu"
+        ) from error
+    os.environ.update({k: v for k, v in _ALONE.items() if k not in os.environ})
+    described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    return make_mesh(sizes, described.devices[:devices])
+
+
+def _shape(*sizes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def _key() -> Any:
+    # Shapes alone: a mesh of devices that aren't there can hold no array.
+    return jax.eval_shape(lambda: jax.random.key(0))
+
+
+def packed_shapes(
+    config: Config, rows: int, channels: int, text_width: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a batch as `PackedBatches` makes it.
+
+    Args:
+        config: from `jvdit.config.flow` or `wan`.
+        rows: of the batch.
+        channels: of a patch of latents.
+        text_width: of cached text states; 0: token ids.
+    """
+    data = config.data
+    n, s = data.token_budget, data.text_budget
+    text = {"text_ids": _shape(rows, s, dtype=jnp.int32)}
+    if text_width:
+        text = {"text_embeds": _shape(rows, s, text_width)}
+    return text | {
+        "latents": _shape(rows, n, channels),
+        "logvar": _shape(rows, n, channels),
+        "position": _shape(rows, n, 3),
+        "segment": _shape(rows, n, dtype=jnp.int32),
+        "text_segment": _shape(rows, s, dtype=jnp.int32),
+        "valid": _shape(rows, data.max_clips, dtype=jnp.bool_),
+    }
+
+
+def train_program(
+    config: Config, mesh: Mesh, rows: int, latent_channels: int, text_width: int
+) -> tuple[Any, TrainState, TrainState]:
+    """One update of a DiT on full rows of latents.
+
+    Args:
+        config: from `jvdit.config.flow` or `wan`.
+        mesh: from `pod_mesh`, or of devices that are there.
+        rows: of the whole batch.
+        latent_channels: of the autoencoder.
+        text_width: of cached text states; 0: the config's text encoder trains along.
+
+    Returns:
+        The lowered program, the shapes of its state, and their shardings.
+    """
+    pt, ph, pw = config.patch_size
+    channels = latent_channels * pt * ph * pw
+    batch = packed_shapes(config, rows, channels, text_width)
+    optim = Optim(**config.optim)
+    with jax.set_mesh(mesh), jax.default_matmul_precision(config.matmul_precision):
+        objective = flow_objective(
+            config,
+            mesh,
+            channels=channels,
+            text_width=text_width,
+            vocab_size=config.vocab_size,
+            one_clip=config.data.max_clips == 1,
+        )
+        optimizer = optim.optimizer(config.steps)
+        state = jax.eval_shape(
+            lambda key, batch: new_state(objective.init(key, batch), optimizer),
+            _key(),
+            batch,
+        )
+        shardings = state_shardings(state, mesh)
+        step = jit_train_step(
+            objective,
+            optim,
+            config.steps,
+            config.seed,
+            mesh=mesh,
+            shardings=shardings,
+            frozen={},
+        )
+        return step.lower(state, batch, {}), state, shardings
+
+
+def sample_program(
+    module: DiT, mesh: Mesh, rows: int, tokens: int, text_length: int
+) -> Any:
+    """One step of the solver with guidance, in the types of the module.
+
+    Args:
+        module: the network.
+        mesh: as for `train_program`.
+        rows: clips that are solved together; guidance makes them twice as many.
+        tokens: of each.
+        text_length: states of each prompt.
+
+    Returns:
+        The lowered program.
+    """
+    arrays = {
+        "latents": _shape(rows, tokens, module.in_channels),
+        "position": _shape(rows, tokens, 3),
+        "segment": _shape(rows, tokens, dtype=jnp.int32),
+    }
+    for key in ("cond", "control"):
+        if channels := getattr(module, f"{key}_channels"):
+            arrays[key] = _shape(rows, tokens, channels)
+    settings: dict[str, Any] = {"steps": 2, "solver": "unipc"}
+    image = None
+    if module.image_width:
+        image = _shape(rows, module.image_length or 257, module.image_width)
+    states = _shape(rows, text_length, module.text_width)
+    with jax.set_mesh(mesh):
+        params = jax.eval_shape(
+            lambda key: module.init(key, *dit_inputs(module)), _key()
+        )
+        running = jax.eval_shape(
+            lambda *x: start_noise(
+                *x, policy=TimestepPolicy(), one_clip=True, noisy=False, **settings
+            ),
+            arrays,
+            _shape(rows, 2, dtype=jnp.uint32),
+        )
+        text = jax.eval_shape(lambda x, y: Text(x, image=y), states, image)
+        divided, whole = batch_sharding(mesh), replicated(mesh)
+
+        def by_row(shape: Any) -> Any:
+            place = divided if shape.shape[:1] == (rows,) else whole
+            return _placed(shape, place)
+
+        variables = {
+            "params": jax.tree.map(_placed, params, parameter_shardings(params, mesh))
+        }
+        return Stepper(module, Path()).lower(
+            variables,
+            jax.tree.map(by_row, running),
+            jax.tree.map(by_row, (text, text)),
+            solver="unipc",
+            guidance=Guidance(5.0),
+            span=(0, 2),
+            skips=None,
+        )
+
+
+def _placed(shape: Any, place: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)

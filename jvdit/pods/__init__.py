@@ -1,0 +1,1 @@
+"""What a program will take on a pod of TPUs that isn't there."""

@@ -1,0 +1,192 @@
+"""How long a scheduled TPU program will take, without a TPU.
+
+The compiler writes the cycles that it expects beside almost every instruction; flash
+attention, which it can't see into, takes its products over the speed of its kernels'
+schedules, and what goes over links takes its bytes over their bandwidth, behind
+whatever runs meanwhile. Against published runs that is -9 to +2 % (docs in README).
+"""
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from jvdit.pods.chips import Chip
+from jvdit.pods.schedule import Instruction, Program, arrays, byte_sizes, group
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+)
+
+
+@dataclasses.dataclass
+class Forecast:
+    """What one step takes on each chip.
+
+    Attributes:
+        seconds: from its beginning to its end.
+        parts: seconds by kind of work: "products", "other", "attention", "links"
+            (waiting for them).
+        sources: seconds by part of the model.
+        sent: bytes over links, by (collective, mesh axes).
+    """
+
+    seconds: float = 0.0
+    parts: dict[str, float] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(float)
+    )
+    sources: dict[str, float] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(float)
+    )
+    sent: dict[tuple[str, str], float] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(float)
+    )
+
+
+def forecast(program: Program, chip: Chip, axes: Mapping[str, int]) -> Forecast:
+    """Walks through a program.
+
+    Args:
+        program: from `schedule.read`.
+        chip: that it was compiled for.
+        axes: of the mesh, by name, in the order of the devices.
+    """
+    walk = _Walk(program, chip, axes)
+    walk.result.seconds = walk.run(program.entry, 1)
+    return walk.result
+
+
+class _Walk:
+    def __init__(self, program: Program, chip: Chip, axes: Mapping[str, int]):
+        self.program, self.chip, self.axes = program, chip, axes
+        self.devices = int(np.prod([*axes.values()]))
+        self.result = Forecast()
+
+    def run(self, name: str, times: int) -> float:
+        """Seconds of a computation; what it adds to the result counts `times`."""
+        now = wire = 0.0  # until when the core and the links are busy
+        arrivals: dict[str, float] = {}
+        for each in self.program.computations[name]:
+            base = each.op.removesuffix("-start").removesuffix("-done")
+            inner = self._collective_of(each)
+            if each.op.endswith("-start") and base in COLLECTIVES:
+                wire = max(wire, now) + self._transfer(each, base, times)
+                arrivals[each.name] = wire
+            elif inner is not None and "start" in each.name:
+                wire = max(wire, now) + self._transfer(inner, inner.op, times)
+                arrivals[each.name.replace("start", "done")] = wire
+            elif each.op.endswith("-done") and base in COLLECTIVES:
+                now += self._wait(arrivals.get(each.operands[0], now) - now, times)
+            elif each.name in arrivals:
+                now += self._wait(arrivals[each.name] - now, times)
+            elif base in COLLECTIVES:
+                now += self._wait(self._transfer(each, base, times), times)
+            elif inner is not None and each.cycles is None:
+                kind = _scattered(self.program.inside(each)) or inner.op
+                now += self._wait(self._transfer(inner, kind, times), times)
+            else:
+                now += self._work(each, times)
+        return now
+
+    def _collective_of(self, each: Instruction) -> Instruction | None:
+        if each.op != "fusion":
+            return None
+        return next((x for x in self.program.inside(each) if x.op in COLLECTIVES), None)
+
+    def _work(self, each: Instruction, times: int) -> float:
+        """Seconds of what the core does itself."""
+        if each.op == "while":
+            trips = self.program.trips(each)
+            return trips * self.run(each.attribute("body"), times * trips)
+        if each.op == "call":
+            return self.run(each.attribute("to_apply"), times)
+        if each.op == "conditional":
+            return max(self.run(name, times) for name in self._branches(each))
+        if each.op == "custom-call" and '"tpu_custom_call"' in each.text:
+            return self._add("attention", each, self._flash(each), times)
+        if each.cycles is None or each.op.endswith("-start"):
+            return 0.0
+        kind = "products" if "kind=kOutput" in each.text else "other"
+        kind = "products" if each.op == "convolution" else kind
+        return self._add(kind, each, each.cycles / self.chip.clock, times)
+
+    def _branches(self, each: Instruction) -> list[str]:
+        names = [n for n in self.program.computations if f"%{n}" in each.text]
+        return [n for n in names if n not in each.operands] or [self.program.entry]
+
+    def _add(self, kind: str, each: Instruction, seconds: float, times: int) -> float:
+        self.result.parts[kind] += seconds * times
+        self.result.sources[_part(each.source)] += seconds * times
+        return seconds
+
+    def _wait(self, seconds: float, times: int) -> float:
+        seconds = max(seconds, 0.0)
+        self.result.parts["links"] += seconds * times
+        return seconds
+
+    def _flash(self, each: Instruction) -> float:
+        layouts = each.text.partition("operand_layout_constraints=")[2]
+        operands = [s for _, s in arrays(layouts) if len(s) == 3 and s[-1] >= 64]
+        heads, queries, channels = operands[0]
+        product = 2 * heads * queries * operands[1][1] * channels
+        forward, keys, query = self.chip.flash
+        if "dkv" in each.name:
+            products, speed = 4, keys
+        elif "dq" in each.name:
+            products, speed = 3, query
+        else:
+            products, speed = 2, forward
+        return products * product / (self.chip.peak * speed)
+
+    def _transfer(self, each: Instruction, kind: str, times: int) -> float:
+        """Seconds on the links of a ring; counts the bytes that a chip sends."""
+        together = group(each.text, self.devices)
+        size = 2 if kind == "collective-permute" else len(together)
+        whole = max(byte_sizes(each.shape), default=0.0)
+        if kind != "all-gather" and not each.op.endswith("-start"):
+            whole = sum(byte_sizes(each.shape))
+        share, both = (size - 1) / size, 2 * self.chip.link
+        sent, bandwidth = {
+            "all-gather": (whole * share, both),
+            "all-reduce": (2 * whole * share, both),
+            "reduce-scatter": (whole * (size - 1), both),
+            "scattered": (whole * share, both),
+            # A quarter of the ring away, on average.
+            "all-to-all": (whole * share, both * 4 * share / max(size, 4)),
+            "collective-permute": (whole, self.chip.link),
+        }[kind]
+        self.result.sent[
+            kind.replace("scattered", "reduce-scatter"), self._along(together)
+        ] += sent * times
+        return sent / bandwidth if size > 1 else 0.0
+
+    def _along(self, together: np.ndarray) -> str:
+        """The mesh axes along which a group of devices lies."""
+        places = np.unravel_index(together, tuple(self.axes.values()))
+        names = [n for n, x in zip(self.axes, places, strict=True) if len(set(x)) > 1]
+        return "+".join(names) or "none"
+
+
+def _scattered(inside: Sequence[Instruction]) -> str:
+    """Whether an all-reduce keeps but its part: a reduce-scatter by another name."""
+    ops = {each.op for each in inside}
+    return "scattered" if {"all-reduce", "dynamic-slice"} <= ops else ""
+
+
+_PARTS = (
+    ("self_attention", "self-attention"),
+    ("cross_attention", "cross-attention"),
+    ("mlp", "MLP"),
+    ("/blocks", "rest of the blocks"),
+    ("TextEncoder", "text encoder"),
+    ("DiT", "around the blocks"),
+)
+
+
+def _part(source: str) -> str:
+    return next((told for name, told in _PARTS if name in source), "update of weights")

@@ -1,0 +1,176 @@
+"""Reads the text of a program that XLA has scheduled for a TPU."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import numpy as np
+
+_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2}
+_BYTES |= {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "s64": 8, "u64": 8}
+_BYTES |= {"f64": 8, "f8e4m3fn": 1, "f8e5m2": 1}
+_ARRAY = re.compile(rf"\b({'|'.join(_BYTES)})\[([\d,]*)\]")
+_BEGIN = re.compile(r"\s+(ROOT )?%?([\w.\-<>]+) = ")
+# Attributes may run over several lines, some of which begin with a brace, too.
+_END = re.compile(r"\}(, execution_thread=.*)?\s*$")
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-<>]+) \(.*\{\s*$")
+
+
+def arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Types and sizes of the arrays in a shape, which may be a tuple."""
+    return [
+        (kind, tuple(int(n) for n in sizes.split(",") if n))
+        for kind, sizes in _ARRAY.findall(shape)
+    ]
+
+
+def byte_sizes(shape: str) -> list[float]:
+    """Bytes of each array of a shape."""
+    return [_BYTES[kind] * math.prod(sizes) for kind, sizes in arrays(shape)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation.
+
+    Attributes:
+        name: unique in the program.
+        shape: of the result.
+        op: such as "fusion".
+        text: operands, attributes and all.
+    """
+
+    name: str
+    shape: str
+    op: str
+    text: str
+
+    @cached_property
+    def cycles(self) -> int | None:
+        """What the compiler expects it to take."""
+        found = re.search(r'"estimated_cycles":"(\d+)"', self.text)
+        return int(found[1]) if found else None
+
+    @cached_property
+    def operands(self) -> list[str]:
+        """Names of the instructions whose results it takes."""
+        depth, end = 0, len(self.text)
+        for i, letter in enumerate(self.text):
+            depth += (letter == "(") - (letter == ")")
+            if letter == ")" and not depth:
+                end = i
+                break
+        return re.findall(r"%([\w.\-<>]+)", self.text[:end])
+
+    @property
+    def source(self) -> str:
+        """Where in the model it comes from."""
+        found = re.search(r'op_name="([^"]*)"', self.text)
+        return found[1] if found else ""
+
+    def attribute(self, *names: str) -> str:
+        """The computation that an attribute such as `body` names; "" if none does."""
+        found = re.search(rf"\b(?:{'|'.join(names)})=%?([\w.\-<>]+)", self.text)
+        return found[1] if found else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A scheduled program.
+
+    Attributes:
+        computations: instructions of each computation, in the order of execution.
+        entry: the name of the one that runs.
+    """
+
+    computations: Mapping[str, Sequence[Instruction]]
+    entry: str
+
+    def trips(self, loop: Instruction) -> int:
+        """How often a while loop turns; 1 where the program doesn't tell."""
+        known = re.search(r'known_trip_count[^}]*"n":"(\d+)"', loop.text)
+        if known:
+            return int(known[1])
+        condition = self.computations.get(loop.attribute("condition"), ())
+        bounds = [
+            int(n)
+            for each in condition
+            if each.op == "constant"
+            for n in re.findall(r"^\((\d+)\)", each.text)
+        ]
+        return max(bounds, default=1)
+
+    def inside(self, fusion: Instruction) -> list[Instruction]:
+        """The instructions of a fusion, and of what it calls."""
+        found: list[Instruction] = []
+        for each in self.computations.get(fusion.attribute("calls", "to_apply"), ()):
+            found.append(each)
+            if each.op in ("fusion", "call", "async-start"):
+                found += self.inside(each)
+        return found
+
+
+def read(text: str) -> Program:
+    """Reads `compiled.as_text()`."""
+    computations: dict[str, list[Instruction]] = {}
+    entry, current, line = "", None, ""
+
+    def finish() -> None:
+        if line and current is not None:
+            made = _instruction(line)
+            if made:
+                computations[current].append(made)
+
+    for raw in text.split("\n"):
+        header = _COMPUTATION.match(raw)
+        if header:
+            finish()
+            line, current = "", header[2]
+            computations[current] = []
+            entry = current if header[1] else entry
+        elif _END.match(raw):
+            finish()
+            line, current = "", None
+        elif _BEGIN.match(raw):
+            finish()
+            line = raw
+        elif line:
+            line += raw
+    return Program(computations, entry)
+
+
+def _instruction(line: str) -> Instruction | None:
+    begin = _BEGIN.match(line)
+    assert begin is not None
+    rest, depth, end = line[begin.end() :], 0, 0
+    for end, letter in enumerate(rest):  # noqa: B007
+        depth += (letter in "({") - (letter in ")}")
+        if letter == " " and not depth:
+            break
+    shape, rest = rest[:end], rest[end:]
+    op = re.match(r"\s*([\w\-]+)(?=\()", rest)
+    if not op:
+        return None
+    return Instruction(begin[2], shape, op[1], rest[op.end() :])
+
+
+def group(text: str, devices: int) -> np.ndarray:
+    """The devices that take part in a collective together: the first such group."""
+    pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text)
+    if pairs:
+        return np.array([int(pairs[1]), int(pairs[2])])
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", text)
+    if listed:
+        return np.array([int(n) for n in listed[1].split(",")])
+    strided = re.search(
+        r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text
+    )
+    if strided:
+        sizes = [int(n) for n in strided[3].split(",")]
+        ids = np.arange(math.prod(sizes)).reshape(sizes)
+        if strided[4]:
+            ids = ids.transpose([int(n) for n in strided[4].split(",")])
+        return ids.reshape(int(strided[1]), int(strided[2]))[0]
+    return np.arange(devices)

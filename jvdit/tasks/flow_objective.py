@@ -1,0 +1,92 @@
+"""The objective that a config of kind "flow" describes."""
+
+from jax.sharding import Mesh
+
+from jvdit.config import Config
+from jvdit.diffusion.flow import Path, TimestepPolicy
+from jvdit.models.dit import DiT
+from jvdit.models.lora import LoRA
+from jvdit.models.text_encoder import TextEncoder
+from jvdit.pretrained.release import is_release
+from jvdit.training.checkpoint import build
+from jvdit.training.objectives import FlowObjective
+
+
+def flow_objective(
+    config: Config,
+    mesh: Mesh,
+    *,
+    channels: int,
+    text_width: int,
+    vocab_size: int,
+    one_clip: bool,
+) -> FlowObjective:
+    """Builds networks, path and times from a config, and what of it data decide.
+
+    Args:
+        config: from `jvdit.config.flow` or `wan`.
+        mesh: over whose devices the rows of a batch are divided.
+        channels: of a patch of latents.
+        text_width: of cached text states. 0: a text encoder is trained along.
+        vocab_size: of its tokenizer.
+        one_clip: see `objectives.tokens_of`.
+
+    Raises:
+        ValueError: settings contradict one another.
+    """
+    text_encoder = None
+    if not text_width:
+        fields = config.text_encoder.to_dict() | {"vocab_size": vocab_size}
+        text_encoder = build(TextEncoder, fields)
+        text_width = text_encoder.width
+    network = config.dit.to_dict() | {
+        "in_channels": channels,
+        "out_channels": channels,
+        "text_width": text_width,
+    }
+    lora = config.lora.to_dict()
+    return FlowObjective(
+        lora=LoRA(**lora) if lora["rank"] else None,
+        dit=build(DiT, network),
+        text_encoder=text_encoder,
+        path=Path(**config.path),
+        policy=TimestepPolicy.of(config.timesteps.to_dict()),
+        one_clip=one_clip,
+        pad_text=config.conventions.pad_text,
+        boundary=_boundary(config, mesh),
+        first_frame=_first_frame(config),
+    )
+
+
+def _first_frame(config: Config) -> float:
+    """The share of the clips that are trained with their first frame given."""
+    share, frames = config.first_frame, config.patch_size[0]
+    if not 0 <= share <= 1:
+        raise ValueError(f"`first_frame` (={share}) must be a share from 0 to 1.")
+    if share and frames != 1:
+        raise ValueError(
+            f"`first_frame` (={share}) needs tokens of one frame, and `patch_size` "
+            f"(={tuple(config.patch_size)}) has {frames}."
+        )
+    return share
+
+
+def _boundary(config: Config, mesh: Mesh) -> float:
+    """The time between two experts that are trained together; 0: one is."""
+    if config.expert != "both":
+        return 0.0
+    released = config.start_from and is_release(config.start_from)
+    if not 0 < config.boundary < 1 or config.lora.rank or not released:
+        raise ValueError(
+            f"`expert` 'both' needs a `boundary` (={config.boundary}) inside (0, 1)"
+            ", a released `start_from`, and no `lora.rank`: adapt one expert after "
+            "the other."
+        )
+    ways = 2 * mesh.shape["data"] * mesh.shape["fsdp"]
+    ways *= config.optim.accumulate
+    if config.data.rows % ways:
+        raise ValueError(
+            f"`data.rows` (={config.data.rows}) must be divisible by {ways}, so "
+            f"that each expert has half; try {-(-config.data.rows // ways) * ways}."
+        )
+    return config.boundary

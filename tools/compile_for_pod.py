@@ -1,0 +1,269 @@
+"""Says before a chip is rented whether a training fits a TPU pod, and how fast it is.
+
+    pip install libtpu
+    python tools/compile_for_pod.py --config configs/wan_pod.py \
+        --topology v5p-8,v5p-128,v6e-256
+    python tools/compile_for_pod.py --config configs/wan_pod.py --topology v6e-64 \
+        --mesh fsdp=8,context=8 --mesh fsdp=16,context=4 --price 2.7
+
+The real step is compiled for the real slice, by the compiler of TPUs, which needs none;
+nothing is downloaded and nothing runs. Memory is what the compiler says. Time is an
+estimate: the cycles that the compiler expects, flash attention at the speed of its
+kernels' schedules, links at their bandwidth. Without `--mesh` several are tried.
+"""
+
+import dataclasses
+import os
+import sys
+import time
+from typing import Any
+
+os.environ |= {"JAX_PLATFORMS": "cpu"}
+
+import jax
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+from rich.console import Console
+from rich.table import Table
+
+from jvdit.models.dit import DiT
+from jvdit.pod_programs import pod_mesh, sample_program, train_program
+from jvdit.pods.chips import CHIPS, Chip, topology
+from jvdit.pods.forecast import Forecast, forecast
+from jvdit.pods.schedule import read
+from jvdit.sharding import AXES, parameter_shardings
+
+GB = 1e9
+WAN_TEXT = 4096  # channels of a state of UMT5, which all released models take
+_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+_TOPOLOGY = flags.DEFINE_list("topology", ["v5p-8"], "Slices, such as v5p-8,v6e-256.")
+_MESH = flags.DEFINE_multi_string(
+    "mesh", None, "Devices along axes, such as fsdp=8,context=8; several: each."
+)
+_STEP = flags.DEFINE_enum("step", "train", ("train", "sample"), "Which to compile.")
+_ROWS = flags.DEFINE_integer(
+    "rows", None, "Of a batch. Default: one for each of data x fsdp."
+)
+_LATENTS = flags.DEFINE_integer("latent_channels", 16, "Of the autoencoder.")
+_PRICE = flags.DEFINE_float("price", None, "Of an hour of a chip.")
+_DETAILS = flags.DEFINE_boolean("details", True, "Where time and bytes go.")
+
+
+@dataclasses.dataclass
+class Result:
+    """What one slice and mesh take; without a forecast, why they don't do."""
+
+    slice: str
+    mesh: dict[str, int]
+    rows: int
+    wrong: str = ""
+    memory: dict[str, float] = dataclasses.field(default_factory=dict)
+    forecast: Forecast = dataclasses.field(default_factory=Forecast)
+    flops: float = 0.0
+    slivers: int = 0
+    chip: Chip = CHIPS["v5p"]
+    compiled_in: float = 0.0
+
+    @property
+    def chips(self) -> int:
+        """Devices of the mesh."""
+        return int(np.prod([*self.mesh.values()]))
+
+    @property
+    def mfu(self) -> float:
+        """Share of the chips' peak, counting three forward passes of the model."""
+        peak = self.chips * self.chip.peak
+        return self.flops / (peak * self.forecast.seconds)
+
+
+def meshes_to_try(chips: int) -> list[dict[str, int]]:
+    """Ulysses inside eight neighbours or four, the rest in fsdp."""
+    contexts = [c for c in (4, 8) if c <= chips]
+    return [{"fsdp": chips // c, "context": c} for c in contexts]
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Reads "fsdp=8,context=8".
+
+    Raises:
+        ValueError: it isn't written so.
+    """
+    try:
+        return {k.strip(): int(n) for k, n in (x.split("=") for x in text.split(","))}
+    except ValueError as error:
+        raise ValueError(
+            f"`mesh` (={text!r}) must be AXIS=DEVICES with commas between, such as "
+            f"fsdp=8,context=8; the axes are {', '.join(AXES)}."
+        ) from error
+
+
+def share(shapes: Any, shardings: Any) -> float:
+    """Bytes of a tree of arrays on one chip."""
+    return sum(
+        np.prod(place.shard_shape(x.shape)) * x.dtype.itemsize
+        for x, place in zip(
+            jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True
+        )
+    )
+
+
+def slivers(shapes: Any, shardings: Any) -> int:
+    """Matrices of which a chip's part isn't whole tiles of 8 x 128."""
+    parts = [
+        place.shard_shape(x.shape)[-2:]
+        for x, place in zip(
+            jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True
+        )
+        if x.ndim > 1 and not place.is_fully_replicated
+    ]
+    return sum(bool(rows % 8 or columns % 128) for rows, columns in parts)
+
+
+def lower(config: Any, mesh: Any, result: Result) -> Any:
+    """The program; fills in what shapes alone tell."""
+    text_width = 0 if config.text_encoder else WAN_TEXT
+    tokens, text = config.data.token_budget, config.data.text_budget
+    if _STEP.value == "train":
+        lowered, state, places = train_program(
+            config, mesh, result.rows, _LATENTS.value, text_width
+        )
+        result.memory = {
+            "weights": share(state.params, places.params),
+            "average": share(state.ema, places.ema),
+            "optimizer": share(state.opt_state, places.opt_state),
+        }
+        result.slivers = slivers(state.params, places.params)
+        module = _module(config, text_width)
+        result.flops = 3.0 * result.rows * module.flops(tokens, text)
+        return lowered
+    module = _module(config, text_width, param_dtype=config.dit.dtype)
+    lowered = sample_program(module, mesh, result.rows, tokens, text)
+    params = lowered.in_avals[0][0]["params"]
+    places = parameter_shardings(params, mesh)
+    result.memory = {"weights": share(params, places)}
+    result.slivers = slivers(params, places)
+    # Two steps are compiled, guided: four passes.
+    result.flops = 4.0 * result.rows * module.flops(tokens, text)
+    return lowered
+
+
+def _module(config: Any, text_width: int, **changed: Any) -> DiT:
+    channels = int(_LATENTS.value * np.prod(config.patch_size))
+    fields = config.dit.to_dict() | changed
+    return DiT(
+        in_channels=channels,
+        out_channels=channels,
+        text_width=text_width or config.text_encoder.width,
+        **fields,
+    )
+
+
+def measure(config: Any, name: str, sizes: dict[str, int]) -> Result:
+    """Compiles for one slice and mesh."""
+    where = topology(name)
+    mesh = pod_mesh(where, sizes)
+    rows = _ROWS.value or mesh.shape["data"] * mesh.shape["fsdp"]
+    chip = CHIPS[where.partition(":")[0]]
+    result = Result(name, dict(mesh.shape), rows, chip=chip)
+    start = time.perf_counter()
+    lowered = lower(config, mesh, result)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        result.wrong = (
+            str(error).partition("\n")[0].removeprefix("RESOURCE_EXHAUSTED: ")
+        )
+        return result
+    result.compiled_in = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    known = sum(result.memory.values())
+    result.memory["all else"] = memory.peak_memory_in_bytes - known
+    result.memory["on the host"] = memory.host_temp_size_in_bytes
+    result.forecast = forecast(read(compiled.as_text()), chip, mesh.shape)
+    return result
+
+
+def overview(results: list[Result]) -> Table:
+    """One line for each slice and mesh; the best use of a slice is marked."""
+    table = Table(title=f"a {_STEP.value} step, estimated; memory by the compiler")
+    price = ["cost / 1,000 steps"] if _PRICE.value else []
+    columns = ("slice", "mesh", "clips", "GB of a chip", "s / step", "MFU", "waiting")
+    for column in (*columns, *price):
+        table.add_column(column, justify="left" if column in columns[:2] else "right")
+    for each in results:
+        mesh = " ".join(f"{k} {n}" for k, n in each.mesh.items() if n > 1)
+        if each.wrong:
+            table.add_row(each.slice, mesh, str(each.rows), f"[red]{each.wrong}")
+            continue
+        used = sum(v for k, v in each.memory.items() if k != "on the host")
+        seconds = each.forecast.seconds
+        waiting = each.forecast.parts["links"] / seconds
+        cells = [
+            f"{used / GB:.1f} of {each.chip.memory / GB:.1f}",
+            f"{seconds:.2f}",
+            f"{each.mfu:.0%}" + " *" * (each is best(results, each.slice)),
+            f"{waiting:.0%}",
+        ]
+        if _PRICE.value:
+            hours = seconds * 1000 / 3600
+            cells.append(f"{hours * each.chips * _PRICE.value:,.0f}")
+        table.add_row(each.slice, mesh, str(each.rows), *cells)
+    return table
+
+
+def best(results: list[Result], name: str) -> Result | None:
+    """The mesh of a slice with most clips in a second."""
+    fitting = [r for r in results if r.slice == name and not r.wrong]
+    return max(fitting, key=lambda r: r.rows / r.forecast.seconds, default=None)
+
+
+def details(result: Result, console: Console) -> None:
+    """Prints where memory, time and bytes of one slice and mesh go."""
+    mesh = " ".join(f"{k} {n}" for k, n in result.mesh.items() if n > 1)
+    console.print(
+        f"\n[bold]{result.slice}, {mesh}[/] compiled in {result.compiled_in:.0f} s"
+    )
+    for title, values, unit, scale in (
+        ("memory", result.memory, "GB", GB),
+        ("time", result.forecast.parts, "s", 1.0),
+        ("by part", result.forecast.sources, "s", 1.0),
+        (
+            "sent",
+            {f"{k} over {a}": n for (k, a), n in result.forecast.sent.items()},
+            "GB",
+            GB,
+        ),
+    ):
+        largest = sorted(values.items(), key=lambda x: -x[1])
+        told = [f"{k} {n / scale:.2f} {unit}" for k, n in largest if n / scale >= 0.005]
+        console.print(f"  {title}: {', '.join(told)}")
+    if result.slivers:
+        console.print(
+            f"  [yellow]{result.slivers} matrices are divided into parts that aren't "
+            "whole tiles of 8 x 128; fewer devices along fsdp suit them better."
+        )
+
+
+def main(_: list[str]) -> None:
+    """Compiles for every slice and mesh that is asked for."""
+    console, results = Console(), []
+    try:
+        for name in _TOPOLOGY.value:
+            chips = pod_mesh(topology(name), {"data": -1}).size
+            meshes = [parse_mesh(x) for x in _MESH.value or ()] or meshes_to_try(chips)
+            for sizes in meshes:
+                with console.status(f"compiling for {name}, {sizes} …"):
+                    results.append(measure(_CONFIG.value, name, sizes))
+                if _DETAILS.value and not results[-1].wrong:
+                    details(results[-1], console)
+    except (ValueError, ModuleNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    console.print(overview(results))
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)
