@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
+from jvdit.cluster import to_host
 from jvdit.data.plan import TEXT_MULTIPLE
 from jvdit.data.tokenizer import Tokenizer
 from jvdit.data.tokenizer_json import sentencepiece_of
@@ -147,7 +148,7 @@ def encode_captions(
         for row, caption in enumerate(captions[start : start + batch]):
             tokens = tokenizer.encode(caption, max_length)
             ids[row, : len(tokens)], segment[row, : len(tokens)] = tokens, 1
-        encoded = np.asarray(_apply(module, params, ids, segment))
+        encoded = to_host(_apply(module, params, ids, segment))
         counts = segment.sum(1)[: len(captions) - start]
         states += [encoded[row, :count] for row, count in enumerate(counts)]
     return states

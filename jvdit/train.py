@@ -14,10 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import app, flags, logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
+from jvdit import cluster
 from jvdit.config import Config
 from jvdit.encode import encode
 from jvdit.huge_pages import use_huge_pages
@@ -36,24 +38,41 @@ from jvdit.training.step import jit_train_step
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything of the run goes.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "HOST:PORT of process 0, where no cluster tells it."
+)
+_PROCESSES = flags.DEFINE_integer("processes", 0, "With --coordinator: how many.")
+_PROCESS = flags.DEFINE_integer("process", -1, "With --coordinator: which of them.")
+# What is the fault of settings, files or machines, and told in a line.
+MISTAKES = (ValueError, FileNotFoundError, FloatingPointError, ConnectionError)
 PRECISIONS = ("default", "bfloat16", "float32")
 
 
 class StopRequest:
     """Notices SIGTERM and Ctrl-C, so that the loop can save and end.
 
-    A second signal ends the process at once.
+    A second signal ends the process at once. Among several processes JAX itself takes
+    SIGTERM, and they stop together.
+
+    Attributes:
+        asked: whether to stop.
     """
 
     def __init__(self):
-        self.asked = False
-        if threading.current_thread() is threading.main_thread():
+        self.asked, self._alone = False, jax.process_count() == 1
+        if self._alone and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._notice)
 
     def _notice(self, number, frame):
         self.asked = True
         signal.signal(number, signal.SIG_DFL)
+
+    def look(self, step: int) -> bool:
+        """Whether to stop after this step; every process asks at every step."""
+        if not self._alone:
+            self.asked = cluster.all_asked_to_stop(step)
+        return self.asked
 
 
 def train(config: Config, workdir: str) -> int:
@@ -139,7 +158,8 @@ class _Loop:
     def _fresh(self) -> TrainState:
         """The state of step 0: random, or with the weights of `start_from`."""
         make = jax.jit(self.init, out_shardings=self.shardings)
-        state = make(self.key, self.task.example)
+        # Of an example only the shapes matter, and its rows are another host's too.
+        state = make(self.key, jax.tree.map(np.zeros_like, dict(self.task.example)))
         if self.given is None:
             return state
         # Copies: the state is donated, and must hold no array twice.
@@ -167,10 +187,11 @@ class _Loop:
                 self._account(metrics, pending, rates, batches)
                 pending = (number, values, batch, idle)
                 done = number + 1
-                if _due(done, config.checkpoint_every) or self.stop.asked:
+                stopping = self.stop.look(done)
+                if stopping or _due(done, config.checkpoint_every):
                     self._save(done)
                 self._look(metrics, done)
-                if self.stop.asked:
+                if stopping:
                     break
             self._account(metrics, pending, rates, batches)
             self._save(done)
@@ -205,7 +226,8 @@ class _Loop:
         rates.add(idle, **self.task.counts(batch))
         self.recent.append(self.task.names(batch))
         if skipped >= self.config.max_skipped:
-            write_json(self.workdir / "bad_clips.json", [*self.recent])
+            if cluster.is_lead():
+                write_json(self.workdir / "bad_clips.json", [*self.recent])
             raise FloatingPointError(
                 f"{skipped} steps in a row up to {number} had a loss or gradient that "
                 "isn't finite. Their clips are listed in "
@@ -273,7 +295,9 @@ def run(config: Config, workdir: str) -> None:
             _fill_workdir(stage, workdir)
         if stage.objective == "encode":
             settings = {k: v for k, v in stage.items() if k != "objective"}
-            encode(out=folder, **settings)
+            if cluster.is_lead():
+                encode(out=folder, **settings)
+            cluster.wait_for_others(f"encoded {name}")
         elif train(stage, folder) < stage.steps:
             return
 
@@ -296,8 +320,9 @@ def main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     try:
+        cluster.connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         run(CONFIG.value, WORKDIR.value)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except MISTAKES as error:
         if flags.FLAGS["verbosity"].present:
             raise
         sys.exit(f"error: {error}")

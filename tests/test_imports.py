@@ -17,10 +17,12 @@ MAY_IMPORT = {
     "evaluation": {"evaluation", "data"} | LOWEST,
     "pretrained": {"pretrained", "models"} | LOWEST,
     "training": {"training", "models", "diffusion", "data"} | LOWEST,
+    "pods": {"pods"},
 }
 ENTRY_POINTS = [
     "huge_pages",
     "conventions",
+    "cluster",
     "config",
     "caption_encoder",
     "networks",
@@ -31,6 +33,7 @@ ENTRY_POINTS = [
     "evaluate",
     "tasks",
     "train",
+    "pod_programs",
 ]
 FORBIDDEN = {"torch", "tensorflow", "transformers", "diffusers", "pickle"}
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float
 
 from jvdit.caption_encoder import encode_captions
+from jvdit.cluster import to_host
 from jvdit.conventions import Conventions
 from jvdit.data.packing import Item, Size
 from jvdit.data.tokenizer import Tokenizer
@@ -240,7 +241,7 @@ class Generator:
         """
         with jax.set_mesh(self._mesh):
             pieces = decode_normalized(self.vae, self._residence["vae"], latents)
-            frames = [np.asarray(to_uint8(video)) for video in pieces]
+            frames = [to_host(to_uint8(video)) for video in pieces]
         return np.concatenate(frames, axis=1)
 
     def encode(
@@ -284,7 +285,7 @@ class Generator:
                         skips=reuse and reuse.skips(steps, span[0]),
                     )
                     # Waits, too: the next network needs the place of this one.
-                    latents = np.asarray(at.solution.tokens.latents)
+                    latents = to_host(at.solution.tokens.latents)
                     running[i] = latents if span[1] == steps else at
                 del variables
         return running
@@ -303,7 +304,7 @@ class Generator:
             images = [for_encoder(x, encoder.image_size) for x in request.pictures]
             with jax.set_mesh(self._mesh):
                 states = _image_states(encoder, params, jnp.asarray(np.stack(images)))
-            image = np.concatenate(np.asarray(states, np.float32))
+            image = np.concatenate(np.asarray(to_host(states), np.float32))
             given[i] = given[i]._replace(image=image)
         return given
 

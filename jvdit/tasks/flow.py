@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jvdit.cluster import is_lead, to_host
 from jvdit.config import Config
 from jvdit.conventions import Conventions
 from jvdit.data.catalog import open_source
@@ -136,8 +137,8 @@ class FlowTask(Task):
             caption_dropout=dropout,
             seconds=self.config.conventions.seconds,
             pad_text=self.config.conventions.pad_text,
-            host=jax.process_index(),
-            hosts=jax.process_count(),
+            host=self.host,
+            hosts=self.hosts,
             timeout=self.config.data.timeout,
             **text,
         )
@@ -194,7 +195,7 @@ class FlowTask(Task):
         rows, tokens = self.example["segment"].shape
         text = self.example["text_segment"].shape[1]
         forward = self.objective.dit.flops(tokens, text)
-        return float(rows * jax.process_count() * forward)
+        return float(rows * self.hosts * forward)
 
     def _check_samples(self):
         sample = self.config.sample
@@ -218,10 +219,9 @@ class FlowTask(Task):
     # The loop's questions
 
     def counts(self, batch):  # noqa: D102
-        hosts = jax.process_count()
         return {
-            "clips": float(batch["valid"].sum()) * hosts,
-            "tokens": float((batch["segment"] > 0).sum()) * hosts,
+            "clips": float(batch["valid"].sum()) * self.hosts,
+            "tokens": float((batch["segment"] > 0).sum()) * self.hosts,
         }
 
     def validate(self, params):
@@ -233,9 +233,10 @@ class FlowTask(Task):
         total = np.zeros(len(times))
         for i in range(batches):
             batch, _ = self._validation[i]
-            keys = jax.random.split(jax.random.key(i), len(batch["segment"]))
+            rows = len(batch["segment"]) * self.hosts
+            keys = jax.random.split(jax.random.key(i), rows)
             params = {**self.frozen, **params}
-            total += np.asarray(self._measure(params, self.place(batch), keys, times))
+            total += to_host(self._measure(params, self.place(batch), keys, times))
         errors = dict(zip(self.config.validation_times, total / batches, strict=True))
         found = {f"validation/t={t:g}": float(e) for t, e in errors.items()}
         return found | {"validation/loss": float(np.mean(total / batches))}
@@ -299,17 +300,22 @@ class FlowTask(Task):
             self._generator.load_params(params)
         if prompts:
             videos = self._clips(prompts)
-            sheet = contact_sheet(videos, prompts)
-            metrics.sheet(step, "samples", sheet)
-            write_png(folder / f"step_{step:07d}.png", sheet)
-            for i, video in enumerate(videos):
-                name = f"step_{step:07d}_{i}.mp4"
-                encode_clip(folder / name, video, self.config.sample.fps)
+            if is_lead():
+                self._write(videos, metrics, step, folder)
         if scored:
             found = self._scores(np.arange(scored))
             metrics.scalars(step, {f"oracle/{name}": x for name, x in found.items()})
             told = (f"{name} {found[name]:.2f}" for name in _TOLD)
             metrics.say(f"step {step}, {scored} clips scored: {', '.join(told)}")
+
+    def _write(self, videos, metrics, step, folder):
+        """Writes sample clips, and a sheet of them."""
+        sheet = contact_sheet(videos, self.config.sample.prompts)
+        metrics.sheet(step, "samples", sheet)
+        write_png(folder / f"step_{step:07d}.png", sheet)
+        for i, video in enumerate(videos):
+            name = f"step_{step:07d}_{i}.mp4"
+            encode_clip(folder / name, video, self.config.sample.fps)
 
     def _world(self) -> World:
         sample = self.config.sample
@@ -334,7 +340,9 @@ class FlowTask(Task):
         Adapters, and a network of a released model, are written alone, as diffusers
         reads them.
         """
-        params, start = jax.device_get(params), self.config.start_from
+        params, start = to_host(params), self.config.start_from
+        if not is_lead():
+            return
         if self.objective.lora:
             write_lora(folder, self._adapters(params), wan.dit_rules())
         elif start and is_release(start):

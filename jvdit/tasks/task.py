@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jvdit.cluster import share_of_rows
 from jvdit.config import Config
 from jvdit.data.catalog import open_source
 from jvdit.data.clips import Source
@@ -28,6 +29,7 @@ class Task(ABC):
         frozen: parameters that stay as they are, by network.
         fingerprint: of the order of the data.
         example: a batch, for its shapes.
+        host, hosts: which of how many parts of a batch this process reads.
         flops: of the model in one step, forward and backward; 0 if not known.
         summary: a line about data and batches.
     """
@@ -44,6 +46,7 @@ class Task(ABC):
 
     def __init__(self, config: Config, mesh: Mesh, workdir: pathlib.Path):
         self.config, self.mesh, self.workdir = config, mesh, workdir
+        self.host, self.hosts = share_of_rows(mesh)
         self.frozen: Mapping[str, Any] = {}
         data = config.data
         self.sources = [self.open(name) for name in data.sources]
@@ -111,7 +114,7 @@ class Task(ABC):
 
     def check_rows(self, accumulate: int) -> None:
         """ValueError if the rows don't divide over devices and parts."""
-        rows = len(self.example["clip_id"]) * jax.process_count()
+        rows = len(self.example["clip_id"]) * self.hosts
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"] * accumulate
         if rows % ways:
             raise ValueError(

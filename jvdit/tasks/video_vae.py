@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jvdit.cluster import is_lead, to_host
 from jvdit.config import Config
 from jvdit.data.clips import BadClip, Source
 from jvdit.data.pipeline import ClipBatches
@@ -51,8 +52,8 @@ class VAETask(Task):
         self.batch_builder = ClipBatches(
             self.sources,
             self.plan,
-            host=jax.process_index(),
-            hosts=jax.process_count(),
+            host=self.host,
+            hosts=self.hosts,
             timeout=config.data.timeout,
         )
         self.example, _ = self.batch_builder[0]
@@ -68,13 +69,13 @@ class VAETask(Task):
         return _held_out(self.open(data.validation), data.validation_clips)
 
     def counts(self, batch):  # noqa: D102
-        videos = float(batch["valid"].sum()) * jax.process_count()
+        videos = float(batch["valid"].sum()) * self.hosts
         return {"clips": videos}
 
     def _reconstructed(self, params):
         """Held-out videos beside their reconstructions."""
         originals = [clip["video"] for clip in self._validation]
-        decoded = [np.asarray(self._reconstruct(params, v[None])[0]) for v in originals]
+        decoded = [to_host(self._reconstruct(params, v[None]))[0] for v in originals]
         return list(zip(originals, decoded, strict=True))
 
     def validate(self, params):
@@ -99,10 +100,13 @@ class VAETask(Task):
         ]
         sheet = contact_sheet(videos, captions)
         metrics.sheet(step, "reconstructions", sheet)
-        write_png(folder / f"step_{step:07d}.png", sheet)
+        if is_lead():
+            write_png(folder / f"step_{step:07d}.png", sheet)
 
     def save(self, params, folder):  # noqa: D102
-        save_weights(folder / "vae", params["vae"], module_fields(self.vae))
+        params = to_host(params["vae"])
+        if is_lead():
+            save_weights(folder / "vae", params, module_fields(self.vae))
 
 
 def _held_out(source: Source, count: int) -> list[dict[str, Any]]:

@@ -134,7 +134,8 @@ def claim_workdir(
                 f"workdir {workdir} holds another model: {'; '.join(differing)}. "
                 "Choose another --workdir, or restore those settings."
             )
-    write_json(path, config)
+    if jax.process_index() == 0:
+        write_json(path, config)
 
 
 def differences(held: Any, asked: Any, name: str = "") -> list[str]:

@@ -1,0 +1,108 @@
+"""Several processes that train one model: the hosts of a pod, or of a cluster."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+_NO_CLUSTER = "coordinator_address should be defined"
+
+
+def connect(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
+    """Joins the processes of a run; call it before anything else of JAX.
+
+    On TPU VMs, GKE and under SLURM or MPI the others are found without being told;
+    where there is no cluster, this process is alone.
+
+    Args:
+        coordinator: HOST:PORT of process 0, where nothing else tells it.
+        processes: how many there are, with `coordinator`.
+        process: which of them this is, from 0, with `coordinator`.
+
+    Raises:
+        ValueError: of the three only some are given.
+        ConnectionError: the others can't be reached: a run that went on alone would
+            train another model than the one asked for.
+    """
+    told = bool(coordinator), processes > 0, process >= 0
+    if any(told) and not all(told):
+        raise ValueError(
+            f"`coordinator` (={coordinator!r}), `processes` (={processes}) and "
+            f"`process` (={process}) go together; give all three, or none on a TPU "
+            "pod, GKE or SLURM, which know them."
+        )
+    try:
+        if all(told):
+            jax.distributed.initialize(coordinator, processes, process)
+        else:
+            jax.distributed.initialize()
+    except Exception as error:
+        if isinstance(error, ValueError) and _NO_CLUSTER in str(error):
+            return
+        raise ConnectionError(
+            f"the other processes of this run can't be reached: {error}"
+        ) from error
+
+
+def is_lead() -> bool:
+    """Whether this process writes what only one of them should."""
+    return jax.process_index() == 0
+
+
+def to_host(tree: Any) -> Any:
+    """Arrays of all hosts' devices as numpy arrays, whole, on every host.
+
+    Every process has to call it.
+    """
+
+    def whole(x: Any) -> np.ndarray:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable:
+            return np.asarray(x)
+        if x.is_fully_replicated:
+            return np.asarray(x.addressable_data(0))
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+    return jax.tree.map(whole, tree)
+
+
+def wait_for_others(where: str) -> None:
+    """Returns when all processes are there."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
+
+
+def all_asked_to_stop(step: int) -> bool:
+    """Whether the processes are to stop at this step, because one was told to.
+
+    They agree on the step, though the signal (SIGTERM, or the notice before a TPU is
+    taken away) reaches them at different times. Every process asks at every step.
+    """
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
+def share_of_rows(mesh: Mesh) -> tuple[int, int]:
+    """Which of how many equal parts of a batch this process reads.
+
+    Processes whose devices hold the same rows, because their tokens are divided over
+    several hosts, read the same part.
+
+    Raises:
+        ValueError: processes share rows only partly.
+    """
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    by_row = mesh.devices.reshape(ways, -1)
+    rows: dict[int, set[int]] = {}
+    for row, devices in enumerate(by_row):
+        for device in devices:
+            rows.setdefault(device.process_index, set()).add(row)
+    parts = sorted({tuple(sorted(held)) for held in rows.values()})
+    ours = tuple(sorted(rows[jax.process_index()]))
+    if [row for part in parts for row in part] != [*range(ways)]:
+        raise ValueError(
+            f"mesh {dict(mesh.shape)} gives processes parts of a batch that overlap: "
+            f"{parts}; make `data` times `fsdp` a multiple or a divisor of the "
+            f"{jax.process_count()} processes."
+        )
+    return parts.index(ours), len(parts)

@@ -1,0 +1,170 @@
+"""Several processes train one model, as hosts of a pod do; over loopback, on CPUs."""
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import Mesh
+
+from jvdit.cluster import connect, share_of_rows, to_host
+from jvdit.sharding import AXES
+
+HERE = pathlib.Path(__file__).parent
+STEPS = 60
+RUN = ("-m", "jvdit.train", f"--config.steps={STEPS}", "--config.checkpoint_every=10")
+RUN += ("--config.sample_every=1000", "--config.evaluate_every=1000")
+
+
+def settings(thread, folder):
+    """The flow stage of the small thread, as a config file."""
+    config = folder / "cluster_config.py"
+    config.write_text(
+        f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
+        "from thread_config import flow_config\n"
+        f"def get_config():\n    return flow_config({str(thread)!r})\n"
+    )
+    return config
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+def launch(config, workdir, processes, *extra, devices=2):
+    """Processes of one run, with some devices each."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_COMPILATION_CACHE_DIR": str(config.parent / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = [sys.executable, *RUN, f"--config={config}", f"--workdir={workdir}"]
+    command += ["--config.sample.prompts=()", "--config.mesh.fsdp=2", *extra]
+    if processes > 1:
+        command += [f"--coordinator=localhost:{free_port()}"]
+        command += [f"--processes={processes}"]
+    return [
+        subprocess.Popen(
+            [*command, *([f"--process={i}"] if processes > 1 else [])], env=environment
+        )
+        for i in range(processes)
+    ]
+
+
+def finish(processes, timeout=300):
+    """Exit codes of processes, which end by themselves."""
+    deadline = time.monotonic() + timeout
+    try:
+        return [p.wait(timeout=deadline - time.monotonic()) for p in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def wait_for_step(processes, workdir, step):
+    deadline = time.monotonic() + 300
+    while not (workdir / "checkpoints" / str(step)).exists():
+        assert all(p.poll() is None for p in processes), "ended too early"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def final_state(workdir):
+    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
+        assert manager.latest_step() == STEPS
+        restored = manager.restore(
+            STEPS, args=ocp.args.Composite(state=ocp.args.PyTreeRestore())
+        )
+    return jax.tree.map(np.asarray, restored["state"])
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_hosts_come_and_go_and_the_run_is_the_same(workdir, tmp_path):
+    """Two processes; one killed, then one told to stop, then one alone to the end."""
+    config = settings(workdir, tmp_path)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert finish(launch(config, whole, 2)) == [0, 0]
+
+    running = launch(config, broken, 2)
+    wait_for_step(running, broken, 10)
+    running[1].kill()
+    # The one that is left can't go on alone, and does not wait for ever.
+    assert finish(running)[0] != 0
+
+    running = launch(config, broken, 2)
+    wait_for_step(running, broken, 30)
+    running[0].send_signal(signal.SIGTERM)
+    assert finish(running) == [0, 0]
+    assert finish(launch(config, broken, 2)) == [0, 0]
+    a, b = final_state(whole), final_state(broken)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+    # Other numbers of processes and devices: the same clips in the same order.
+    alone = tmp_path / "alone"
+    assert finish(launch(config, alone, 1, devices=4)) == [0]
+    c = final_state(alone)["params"]
+    for x, y in zip(jax.tree.leaves(a["params"]), jax.tree.leaves(c), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+class Device(NamedTuple):
+    """As much of a device as a mesh asks for."""
+
+    id: int
+    process_index: int
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+def hosts(shape, processes):
+    """A mesh of devices that are spread over processes, in order."""
+    count = int(np.prod(shape))
+    devices = np.empty(count, object)
+    for i in range(count):
+        devices[i] = Device(i, i * processes // count)
+    return Mesh(devices.reshape(shape), AXES)
+
+
+@pytest.mark.parametrize(
+    "shape, processes, parts",
+    [
+        ((1, 8, 1, 1), 4, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        ((2, 1, 8, 1), 4, [(0, 2), (0, 2), (1, 2), (1, 2)]),  # a row over two hosts
+        ((1, 1, 8, 1), 2, [(0, 1), (0, 1)]),
+        ((4, 2, 1, 2), 2, [(0, 2), (1, 2)]),
+    ],
+)
+def test_hosts_that_share_a_row_read_the_same(monkeypatch, shape, processes, parts):
+    for process, part in enumerate(parts):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        assert share_of_rows(hosts(shape, processes)) == part
+
+
+def test_rows_that_hosts_share_in_part_are_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    with pytest.raises(ValueError, match="overlap"):
+        share_of_rows(hosts((3, 1, 2, 1), 2))
+
+
+def test_a_coordinator_alone_is_not_enough():
+    with pytest.raises(ValueError, match="go together"):
+        connect("localhost:1", 2)
+
+
+def test_arrays_come_to_the_host_whole():
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    x = np.arange(16.0)
+    np.testing.assert_array_equal(to_host({"x": jax.device_put(x, place)})["x"], x)
