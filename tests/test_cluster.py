@@ -1,5 +1,6 @@
 """Several processes train one model, as hosts of a pod do; over loopback, on CPUs."""
 
+import dataclasses
 import os
 import pathlib
 import signal
@@ -7,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -119,7 +119,8 @@ def test_hosts_come_and_go_and_the_run_is_the_same(workdir, tmp_path):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
-class Device(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Device:
     """As much of a device as a mesh asks for."""
 
     id: int
