@@ -99,7 +99,8 @@ def share_of_rows(mesh: Mesh) -> tuple[int, int]:
             rows.setdefault(device.process_index, set()).add(row)
     parts = sorted({tuple(sorted(held)) for held in rows.values()})
     ours = tuple(sorted(rows[jax.process_index()]))
-    if [row for part in parts for row in part] != [*range(ways)]:
+    whole = sorted(row for part in parts for row in part) == [*range(ways)]
+    if not whole or len({len(part) for part in parts}) > 1:
         raise ValueError(
             f"mesh {dict(mesh.shape)} gives processes parts of a batch that overlap: "
             f"{parts}; make `data` times `fsdp` a multiple or a divisor of the "

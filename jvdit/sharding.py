@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "context", "tensor")
@@ -77,8 +78,31 @@ def make_mesh(
             f"mesh sizes {sizes} make {math.prod(shape)} devices but there are "
             f"{len(devices)}; use -1 for one axis to take what remains."
         )
-    grid = np.asarray(devices).reshape(shape)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(_grid(devices, shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _grid(devices: list[Any], shape: list[int]) -> np.ndarray:
+    """Lays devices out so that those along an axis are neighbours where links matter.
+
+    Between the slices of a run on several lies a slow network, which only copies of
+    the model (`data`), or else parts of its weights (`fsdp`), are divided by.
+    """
+    if devices[0].platform != "tpu" or len(devices) == 1:
+        return np.asarray(devices).reshape(shape)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    between = next((axis for axis in (0, 1) if shape[axis] % slices == 0), None)
+    if between is None:
+        raise ValueError(
+            f"mesh sizes {dict(zip(AXES, shape, strict=True))} can't lie on {slices} "
+            f"slices: make `data`, or else `fsdp`, a multiple of {slices}."
+        )
+    outer = [slices if axis == between else 1 for axis in range(len(shape))]
+    inner = [size // n for size, n in zip(shape, outer, strict=True)]
+    return create_hybrid_device_mesh(
+        inner, outer, devices, allow_split_physical_axes=True
+    )
 
 
 def platform() -> str:

@@ -28,7 +28,7 @@ def arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
 
 def byte_sizes(shape: str) -> list[float]:
     """Bytes of each array of a shape."""
-    return [_BYTES[kind] * math.prod(sizes) for kind, sizes in arrays(shape)]
+    return [float(_BYTES[kind]) * math.prod(sizes) for kind, sizes in arrays(shape)]
 
 
 @dataclasses.dataclass(frozen=True)

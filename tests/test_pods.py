@@ -1,0 +1,142 @@
+"""Forecasts for TPU pods: from a program written out here, and from a compiled one."""
+
+import collections
+import importlib.util
+
+import jax
+import numpy as np
+import pytest
+
+from jvdit import config as defaults
+from jvdit.models.dit import DiT
+from jvdit.pod_programs import pod_mesh, sample_program, train_program
+from jvdit.pods.chips import CHIPS, topology
+from jvdit.pods.forecast import forecast
+from jvdit.pods.schedule import arrays, group, read
+
+AXES = {"data": 1, "fsdp": 2, "context": 4, "tensor": 1}
+CYCLES = 'backend_config={"window_config":{"estimated_cycles":"1750000"}}'
+# A gathering that hides behind a product, one that doesn't, and a loop of four turns
+# around a kernel, whose attributes fill several lines.
+TEXT = f"""HloModule step, is_scheduled=true
+
+%condition (p: (s32[])) -> pred[] {{
+  %p = (s32[]) parameter(0)
+  %bound = s32[] constant(4)
+  ROOT %less = pred[] compare(%p, %bound), direction=LT
+}}
+
+%body (p.1: (s32[])) -> (s32[]) {{
+  %p.1 = (s32[]) parameter(0)
+  %splash_mha_fwd.1 = bf16[2,1024,128]{{2,1,0}} custom-call(%p.1), \
+custom_call_target="tpu_custom_call", operand_layout_constraints={{s8[1,1,1]{{2,1,0}}, \
+bf16[2,1024,128]{{2,1,0}}, bf16[2,2048,128]{{2,1,0}}, bf16[2,2048,128]{{2,1,0}}}}, \
+frontend_attributes={{kernel_metadata={{
+}}, name="x"}}
+  ROOT %next = (s32[]) tuple(%p.1)
+}}
+
+ENTRY %main (x: f32[1024,1024]) -> f32[1024,1024] {{
+  %x = f32[1024,1024]{{1,0:T(8,128)}} parameter(0)
+  %all-gather-start = (f32[1024,1024]{{1,0}}, f32[4096,1024]{{1,0}}) \
+all-gather-start(%x), replica_groups={{{{0,1,2,3}},{{4,5,6,7}}}}, dimensions={{0}}
+  %product = f32[1024,1024]{{1,0}} fusion(%x), kind=kOutput, calls=%f, \
+metadata={{op_name="jit(step)/DiT/blocks/mlp/dot_general"}}, {CYCLES}
+  %all-gather-done = f32[4096,1024]{{1,0}} all-gather-done(%all-gather-start)
+  %all-reduce = f32[1024,1024]{{1,0}} all-reduce(%product), \
+replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add
+  %start = (s32[]) tuple(%x)
+  ROOT %loop = (s32[]) while(%start), condition=%condition, body=%body
+}}
+"""
+
+
+def test_a_program_is_read_whole():
+    program = read(TEXT)
+    assert program.entry == "main"
+    by_name = {x.name: x for c in program.computations.values() for x in c}
+    assert len(program.computations["body"]) == 3  # the kernel's lines are one
+    assert program.trips(by_name["loop"]) == 4
+    assert by_name["product"].cycles == 1_750_000
+    assert by_name["all-gather-done"].operands == ["all-gather-start"]
+    assert arrays("(bf16[2,3]{1,0}, s32[])") == [("bf16", (2, 3)), ("s32", ())]
+    np.testing.assert_array_equal(group(by_name["all-reduce"].text, 8), [0, 4])
+
+
+def test_time_is_that_of_the_core_and_of_links_that_it_waits_for():
+    chip = CHIPS["v5p"]
+    made = forecast(read(TEXT), chip, AXES)
+    kernel = 4 * 2 * 1024 * 2048 * 128 / (chip.peak * chip.flash[0])
+    reduced = 2 * 4 * 1024**2 * (1 / 2) / (2 * chip.link)
+    assert made.parts["attention"] == pytest.approx(4 * kernel)
+    assert made.parts["products"] == pytest.approx(1e-3)
+    # 12 MB arrive in 0.07 ms, while the product takes 1 ms: nothing waits for them.
+    assert made.parts["links"] == pytest.approx(reduced)
+    assert made.seconds == pytest.approx(sum(made.parts.values()))
+    assert made.sent["all-gather", "context"] == 3 * 4 * 1024**2
+    assert made.sent["all-reduce", "fsdp"] == 4 * 1024**2
+    assert made.sources["MLP"] == pytest.approx(1e-3)
+
+
+def test_slices_are_known_as_they_are_rented():
+    assert topology("v5p-8") == "v5p:2x2x1"
+    assert topology("v6e-256") == "v6e:16x16"
+    assert topology("v5e:4x8") == "v5e:4x8"
+    with pytest.raises(ValueError, match=r"'v6e-65'.*try 'v6e-64'"):
+        topology("v6e-65")
+
+
+@pytest.fixture(scope="module")
+def config():
+    if not importlib.util.find_spec("libtpu"):
+        pytest.skip("libtpu, the compiler, is not installed")
+    config = defaults.wan("wan2.1-t2v-1.3b", "")
+    config.dit.update(width=256, depth=3, num_heads=4, ffn_width=512)
+    config.dit.update(remat="attention", rope_dims=(24, 20, 20))
+    config.dit.update(num_heads=2, rope_dims=None)
+    config.data.token_budget = 2000
+    return config
+
+
+def kernels(program):
+    """How often each kernel of flash attention is called."""
+    names = [
+        x.name.partition("_residuals")[0].removesuffix("_no").removesuffix("_segmented")
+        for computation in program.computations.values()
+        for x in computation
+        if x.op == "custom-call" and "tpu_custom_call" in x.text
+    ]
+    return collections.Counter(names)
+
+
+def test_a_training_step_for_a_slice_that_is_not_there(config):
+    mesh = pod_mesh("v5e:2x2", {"fsdp": 2, "context": 2})
+    lowered, state, places = train_program(config, mesh, 2, 16, 64)
+    compiled = lowered.compile()
+    program = read(compiled.as_text())
+    # Attention to clip and to text; the backward pass has kept the former.
+    assert kernels(program) == {
+        "splash_mha_fwd": 3,
+        "splash_mha_dq": 2,
+        "splash_mha_dkv": 2,
+    }
+    ops = [x.op for c in program.computations.values() for x in c]
+    assert ops.count("all-to-all") >= 4
+    leaves = zip(jax.tree.leaves(state), jax.tree.leaves(places), strict=True)
+    held = sum(np.prod(p.shard_shape(x.shape)) * x.dtype.itemsize for x, p in leaves)
+    memory = compiled.memory_analysis()
+    assert held <= memory.argument_size_in_bytes <= 2 * held + 2**24
+    assert memory.peak_memory_in_bytes < 2**30
+    made = forecast(program, CHIPS["v5e"], mesh.shape)
+    assert made.parts["attention"] > 0 and made.parts["products"] > 0
+    assert any(axes == "context" for _, axes in made.sent)
+
+
+def test_a_sampling_step_for_a_slice_that_is_not_there(config):
+    fields = config.dit.to_dict() | {"param_dtype": "bfloat16"}
+    module = DiT(in_channels=64, out_channels=64, text_width=64, **fields)
+    mesh = pod_mesh("v5e:2x2", {"data": 2, "context": 2})
+    compiled = sample_program(module, mesh, 2, 2000, 512).compile()
+    program = read(compiled.as_text())
+    assert kernels(program)["splash_mha_fwd"] >= 2
+    assert forecast(program, CHIPS["v5e"], mesh.shape).seconds > 0
