@@ -15,7 +15,7 @@ CLIPS = "data/clips"
 
 def stage():
     """What both stages have in common."""
-    config = defaults.vae("world")
+    config = defaults.vae("clips")
     config.data.validation = f"{CLIPS}#val:17x64x96@8"
     config.optim.name = "muon"
     config.optim.lr = 2e-3

@@ -16,9 +16,9 @@ def get_config():
     vae = world_vae.get_config().stages
     vae.videos.start_from = "{workdir}/vae_images/model"
     latents = defaults.encode(
-        "world:train:17x32x32@16:4096",
+        "world:train:9x32x32@8:8192",
         vae="{workdir}/vae_videos",
-        validation="world:val:17x32x32@16:48",
+        validation="world:val:9x32x32@8:48",
     )
     dit = world_dit.videos()
     for stage in (vae.images, vae.videos, dit):

@@ -28,6 +28,7 @@ from jvdit.diffusion.solvers import SOLVERS
 from jvdit.evaluate_vae import evaluate_vae
 from jvdit.evaluation import distance, oracle, report
 from jvdit.evaluation.adherence import describe, read
+from jvdit.evaluation.breakdown import breakdown
 from jvdit.evaluation.detection import detect
 from jvdit.evaluation.overlay import overlay
 from jvdit.evaluation.tracks import follow
@@ -235,7 +236,7 @@ def _results(jobs, worlds, bounds, found) -> dict[str, Any]:
     neighbours = {world: _neighbours(world) for world in bounds}
     for label, setting in jobs:
         world, measured = worlds[label], found[f"{label}: {setting}"]
-        bound = bounds[world]
+        bound, scenes = bounds[world], world.scenes(np.arange(_N.value))
         copies = distance.memorisation(measured.thumbnails, *neighbours[world])
         columns.append(
             {
@@ -244,6 +245,8 @@ def _results(jobs, worlds, bounds, found) -> dict[str, Any]:
                 **dataclasses.asdict(setting),
                 "scores": measured.summary,
                 "real": bound.summary,
+                "parts": breakdown(measured.scores, scenes),
+                "real_parts": breakdown(bound.scores, scenes),
                 **copies,
                 "frechet": distance.frechet_distance(measured.features, bound.features),
             }
@@ -278,6 +281,10 @@ def _page(results, jobs, worlds, bounds, found) -> str:
         }
         size = f"{world.frames} x {world.height} x {world.width} at {world.fps:g} fps"
         parts.append(report.section(size, report.score_table(bound.summary, columns)))
+    for c in results["columns"]:
+        name = f"{c['workdir']}: {Setting(*(c[x.name] for x in fields(Setting)))}"
+        table = report.parts_table(c["real_parts"], c["parts"])
+        parts.append(report.section(f"By what is in the clips, {name}", table))
     rows = [
         [
             f"{c['workdir']}: {Setting(*(c[x.name] for x in fields(Setting)))}",

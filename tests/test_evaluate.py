@@ -9,7 +9,10 @@ import sys
 import numpy as np
 import pytest
 
+from jvdit.data.world import World
+from jvdit.data.world_scene import SHAPES
 from jvdit.evaluation import distance, report
+from jvdit.evaluation.breakdown import NAMES, breakdown
 from jvdit.evaluation.oracle import COLUMNS
 from jvdit.evaluation.reconstruction import temporal_error
 from jvdit.training.metrics import read_history
@@ -127,6 +130,19 @@ def test_temporal_error_sees_flicker_that_is_added():
     flickering = still.copy()
     flickering[1, ::2] += 51
     np.testing.assert_allclose(temporal_error(flickering, still), [0, 0.2])
+
+
+def test_parts_tell_where_a_score_is_lost():
+    scenes = World("test").scenes(np.arange(200))
+    crosses = (scenes.count == 1) & (scenes.shape[:, 0] == SHAPES.index("cross"))
+    right = np.where(crosses | (scenes.count == 3), 0.0, 1.0)
+    parts = breakdown({name: right for name in NAMES}, scenes)
+    assert parts["3 objects"]["all"] == parts["a cross"]["shape"] == 0
+    assert parts["2 objects"]["all"] == parts["a circle"]["all"] == 1
+    assert 0.6 < parts["1 object"]["all"] < 0.95
+    assert sum(parts[f"{n} object{'s' * (n > 1)}"]["clips"] for n in (1, 2, 3)) == 200
+    page = report.parts_table(parts, parts)
+    assert "a cross" in page and "0.00 <small>0.00" in page
 
 
 def test_numbers_and_missing_ones():

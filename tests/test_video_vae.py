@@ -260,7 +260,7 @@ def test_normalized_latents_return():
 )
 def test_sizes_that_are_not_whole_latents_are_refused(size, message):
     with pytest.raises(ValueError, match=message):
-        VideoVAE(**VARIANTS["world"]).latent_shape(*size)
+        VideoVAE(**VARIANTS["clips"]).latent_shape(*size)
 
 
 @pytest.mark.parametrize(

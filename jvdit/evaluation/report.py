@@ -15,6 +15,7 @@ from jaxtyping import Float, Int, UInt8
 from matplotlib.figure import Figure
 
 from jvdit.data.media_encode import encode_clip
+from jvdit.evaluation.breakdown import NAMES, Parts
 from jvdit.evaluation.oracle import COLUMNS
 
 # Mean, and the ends of its 95 % interval.
@@ -84,6 +85,23 @@ def score_table(real: Mapping[str, Interval], scores: Mapping[str, Any]) -> str:
             cells.append(number(value) + _share(value, bound, column.best))
         rows.append([label, *cells])
     return table(["", "real clips", *scores], rows)
+
+
+def parts_table(real: Parts, scores: Parts) -> str:
+    """Scores of each part of a set of clips, those of real clips beside them."""
+    rows = [
+        [
+            f"{part} <small>{found['clips']:.0f} clips</small>",
+            *(
+                f"{found[name]:.2f} <small>{real[part][name]:.2f}</small>"
+                if name in found and name in real[part]
+                else "–"
+                for name in NAMES
+            ),
+        ]
+        for part, found in scores.items()
+    ]
+    return table(["", *NAMES], rows) + "<p>Small: real clips.</p>"
 
 
 def _share(value: Interval, bound: Interval, best: float | None) -> str:

@@ -250,9 +250,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "patch_size": 2,
         "residual_shortcuts": True,
     },
-    # The procedural world, trained on a CPU: the finest stage works at half resolution
-    # and within frames. Objects are few pixels wide: 4 x 4 of them make a latent.
+    # The procedural world, trained on a CPU: objects are few pixels wide, so that 4 x 4
+    # of them in two frames make a latent. The finest stage works within frames.
     "world": {
+        "encoder_width": 32,
+        "decoder_width": 48,
+        "multipliers": (1, 2),
+        "num_res_blocks": 1,
+        "temporal_downsample": (True,),
+        "stage_taps": (1, 3),
+        "latent_channels": 12,
+        "patch_size": 2,
+        "residual_shortcuts": True,
+        "norm_eps": 1e-6,
+    },
+    # Clips of one's own, on a CPU: half as many latents.
+    "clips": {
         "encoder_width": 24,
         "decoder_width": 24,
         "multipliers": (1, 2, 2),
