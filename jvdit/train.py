@@ -95,6 +95,11 @@ def train(config: Config, workdir: str) -> int:
             f"`matmul_precision` (={config.matmul_precision!r}) must be one of: "
             f"{', '.join(PRECISIONS)}."
         )
+    if "://" in workdir:
+        raise ValueError(
+            f"`workdir` (={workdir}) must be a path that all hosts see; mount the "
+            "bucket, for example: gcsfuse BUCKET /mnt/bucket."
+        )
     mesh = make_mesh(config.mesh.to_dict())
     optim = Optim(**config.optim)
     task = TASKS[config.objective](config, mesh, pathlib.Path(workdir))

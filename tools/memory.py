@@ -7,37 +7,28 @@
 Nothing is downloaded and nothing runs: each network is compiled at its real size for
 one chip of a TPU (which need not be there), and the compiler says what it would take:
 parameters and inputs, and the most that is alive besides. Networks are on the device
-one after another, so the largest row is what is needed. Attention holds the scores of
-one head here; flash attention, as on a GPU, holds none: there this is an upper bound.
-A TPU's convolutions copy a lot; the last row says what the autoencoder takes elsewhere.
+one after another, so the largest row is what is needed. A TPU's convolutions copy a lot; the last
+row says what the autoencoder takes elsewhere.
 """
 
 import argparse
+import math
 import os
-from unittest import mock
 
-# Before jax: compile for a TPU, run nothing on one.
-os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-os.environ |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+os.environ |= {"JAX_PLATFORMS": "cpu"}  # compile for a TPU, run nothing on one
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
-from jvdit.diffusion.denoise import Guidance
-from jvdit.diffusion.flow import Path, TimestepPolicy
 from jvdit.generation.request import size_fields
-from jvdit.generation.sampling import Stepper, start_noise
 from jvdit.models import dit, text_encoder, video_vae
 from jvdit.models.video_vae_chunked import DECODED_PIXELS, decode_step
+from jvdit.pod_programs import pod_mesh, sample_program
 from jvdit.pretrained.configs import PATCH_SIZE
-from jvdit.pretrained.folders import dit_inputs
 from jvdit.pretrained.recipes import RECIPES, TEXT_LENGTH
-from jvdit.shapes import Text
+from jvdit.sharding import replicated
 
 GB = 1e9
 TOPOLOGY = "v5p:2x2x1"  # a chip of which has 95 GB
@@ -52,10 +43,14 @@ def abstract(module, *inputs, method=None):
     )
 
 
+def chip():
+    """A mesh of one chip."""
+    return pod_mesh(TOPOLOGY, {"data": 1}, devices=1)
+
+
 def placed(shapes):
     """The same shapes, on one chip."""
-    chips = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY).devices
-    place = NamedSharding(Mesh(np.array(chips[:1]), ("data",)), PartitionSpec())
+    place = replicated(chip())
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes
     )
@@ -75,42 +70,7 @@ def dit_program(name, grid, dtype):
     """One step of the solver, with guidance."""
     kinds = {"dtype": dtype, "param_dtype": dtype, "scan_layers": True}
     module = dit.DiT(**dit.VARIANTS[name], **kinds)
-    params = jax.eval_shape(module.init, jax.random.key(0), *dit_inputs(module))
-    n = grid[0] * grid[1] * grid[2]
-    float32 = jnp.float32
-    arrays = {
-        "latents": jax.ShapeDtypeStruct((1, n, module.in_channels), float32),
-        "position": jax.ShapeDtypeStruct((1, n, 3), float32),
-        "segment": jax.ShapeDtypeStruct((1, n), jnp.int32),
-    }
-    for key in ("cond", "control"):
-        if channels := getattr(module, f"{key}_channels"):
-            arrays[key] = jax.ShapeDtypeStruct((1, n, channels), float32)
-    running = jax.eval_shape(
-        lambda *x: start_noise(
-            *x,
-            policy=TimestepPolicy(),
-            steps=2,
-            solver="unipc",
-            one_clip=True,
-            noisy=False,
-        ),
-        arrays,
-        jax.ShapeDtypeStruct((1, 2), jnp.uint32),
-    )
-    states = jax.ShapeDtypeStruct((1, TEXT_LENGTH, module.text_width), float32)
-    image = None
-    if module.image_width:
-        length = module.image_length or 257
-        image = jax.ShapeDtypeStruct((1, length, module.image_width), float32)
-    text = jax.eval_shape(lambda x, y: Text(x, image=y), states, image)
-    return Stepper(module, Path()).lower(
-        *placed(({"params": params["params"]}, running, (text, text))),
-        solver="unipc",
-        guidance=Guidance(5.0),
-        span=(0, 2),
-        skips=None,
-    )
+    return sample_program(module, chip(), 1, math.prod(grid), TEXT_LENGTH)
 
 
 def vae_program(module, grid, on_cpu=False):
@@ -130,8 +90,7 @@ def vae_program(module, grid, on_cpu=False):
     )
     if on_cpu:
         return decode_step.lower(module, params, later, cache)
-    # Convolutions have a form of their own on a CPU, which is not meant here.
-    with mock.patch("jax.default_backend", return_value="tpu"):
+    with jax.set_mesh(chip()):
         return decode_step.lower(module, *placed((params, later, cache)))
 
 

@@ -38,8 +38,8 @@ class Pieces(NamedTuple):
     """Attention to some of the keys, and its gradient given what all of them make.
 
     Attributes:
-        forward: (q, k, v, segments) to the result in float32 and the log-sum-exp of
-            the scores [b q n].
+        forward: (q, k, v, segments) to the result and the log-sum-exp of the scores
+            [b q n].
         backward: (q, k, v, segments, out, lse, gradient of out), where `out` and `lse`
             are of all keys, to the gradients of q, k and v.
     """

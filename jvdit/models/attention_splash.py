@@ -5,12 +5,16 @@ chip; here they are padded, and the padding hidden by segments. Without a TPU th
 is interpreted, slowly.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel as kernel,
 )
@@ -48,6 +52,10 @@ class Blocks:
 BLOCKS = {"v6": Blocks(q=2048)}
 
 
+def _most(chip: str) -> Blocks:
+    return next((b for name, b in BLOCKS.items() if name in chip), Blocks())
+
+
 def suits_splash(q: Float[Array, "b n q k"], k: Float[Array, "b s q k"]) -> bool:
     """Whether the kernel takes these heads, and is worth its padding."""
     return q.shape[-1] % LANES == 0 and min(q.shape[1], k.shape[1]) >= LANES
@@ -76,7 +84,7 @@ def block_sizes(queries: int, keys: int, chip: str) -> kernel.BlockSizes:
         keys: a multiple of 128.
         chip: its `device_kind`.
     """
-    most = next((b for name, b in BLOCKS.items() if name in chip), Blocks())
+    most = _most(chip)
     q, kv = partial(_fitting, queries), partial(_fitting, keys)
     ahead, dkv_ahead = kv(most.kv), kv(most.dkv[1])
     return kernel.BlockSizes(
@@ -111,13 +119,10 @@ class _Shape:
 
     @property
     def padded(self) -> tuple[int, int]:
-        most = next((b for name, b in BLOCKS.items() if name in _chip()), Blocks())
-        return (
-            padded_length(self.queries, most.q),
-            padded_length(self.keys, most.kv),
-        )
+        most = _most(_chip())
+        return padded_length(self.queries, most.q), padded_length(self.keys, most.kv)
 
-    def kernel(self, **settings: Any) -> Any:
+    def kernel(self) -> Any:
         queries, keys = self.padded
         full = masks.FullMask((queries, keys))
         return kernel.make_splash_mha(
@@ -125,8 +130,8 @@ class _Shape:
             block_sizes=block_sizes(queries, keys, _chip()),
             head_shards=1,
             q_seq_shards=1,
+            save_residuals=True,
             interpret=platform() != "tpu",
-            **settings,
         )
 
 
@@ -155,6 +160,7 @@ def _segment_ids(shape: _Shape, rows: int, segments: Segments) -> Any:
     return kernel.SegmentIds(*ids)
 
 
+@jax.custom_vjp
 def splash(
     q: Float[Array, "b n q k"],
     k: Float[Array, "b s q k"],
@@ -166,19 +172,25 @@ def splash(
     Result and log-sum-exp are named `RESIDUALS`, so that a rematerialised block can
     keep them in the place of computing them anew.
     """
-    shape = _shape(q, k)
-    queries, keys = shape.padded
-    inputs = (
-        _heads_first(_scaled(q), queries),
-        _heads_first(k, keys),
-        _heads_first(v, keys),
-    )
-    ids = _segment_ids(shape, len(q), segments)
-    # Attention to a text costs little to compute again.
-    name = RESIDUALS if shape.queries == shape.keys else None
-    run = shape.kernel(residual_checkpoint_name=name)
-    out = jax.vmap(run, in_axes=(0, 0, 0, None if ids is None else 0))(*inputs, ids)
-    return out.swapaxes(1, 2)[:, : shape.queries]
+    return splash_forward(q, k, v, segments)[0]
+
+
+def _splash_forward(q, k, v, segments):
+    out, lse = splash_forward(q, k, v, segments)
+    if q.shape[1] == k.shape[1]:  # attention to a text costs little to compute again
+        out, lse = (checkpoint_name(x, RESIDUALS) for x in (out, lse))
+    return out, (q, k, v, segments, out, lse)
+
+
+def _splash_backward(saved, grad):
+    q, k, v, segments, out, lse = saved
+    grads = splash_backward(q, k, v, segments, out, lse, grad)
+    grads = (d.astype(x.dtype) for d, x in zip(grads, (q, k, v), strict=True))
+    nothing = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), segments)
+    return *grads, nothing
+
+
+splash.defvjp(_splash_forward, _splash_backward)
 
 
 def _scaled(q: Array) -> Array:
@@ -195,17 +207,14 @@ def splash_forward(
     shape = _shape(q, k)
     queries, keys = shape.padded
     ids = _segment_ids(shape, len(q), segments)
-    run = jax.vmap(
-        shape.kernel(save_residuals=True), (0, 0, 0, None if ids is None else 0)
-    )
+    run = jax.vmap(shape.kernel(), (0, 0, 0, None if ids is None else 0))
     out, (lse,) = run(
         _heads_first(_scaled(q), queries),
         _heads_first(k, keys),
         _heads_first(v, keys),
         ids,
     )
-    out = out.swapaxes(1, 2)[:, : shape.queries].astype(jnp.float32)
-    return out, lse[..., : shape.queries]
+    return out.swapaxes(1, 2)[:, : shape.queries], lse[..., : shape.queries]
 
 
 def splash_backward(
@@ -219,36 +228,90 @@ def splash_backward(
 ) -> tuple[Array, Array, Array]:
     """Gradients of q, k, v; see `attention_parallel.Pieces.backward`.
 
-    JAX's kernel is differentiable as a whole only. Its backward pass, which takes
-    `out` and `lse` of whatever keys there are, has no public name.
+    JAX's kernel is differentiable as a whole only. Its two backward kernels, which
+    take the log-sum-exp of whatever keys there are, have no public names.
     """
     shape = _shape(q, k)
     queries, keys = shape.padded
     made = shape.kernel()
     ids = _segment_ids(shape, len(q), segments)
-    static = {n: x for n, x in made.kwargs.items() if n != "save_residuals"}
+    blocks = made.kwargs["block_sizes"]
+    names = ("is_mqa", "mask_value", "attn_logits_soft_cap", "mask_function")
+    shared = {name: made.kwargs[name] for name in (*names, "interpret")}
+    shared |= {f"{x}_layout": getattr(blocks, f"{x}_layout") for x in "qkv"}
 
-    def row(q, k, v, ids, out, lse, grad):
-        saved = q, k, v, ids, None, out, lse, made.dq_mask_info, made.dkv_mask_info
-        results = kernel._splash_attention_bwd(
-            save_residuals=False, **static, res=saved, do=grad
-        )
-        return results[3:6]
+    def row(q, k, v, ids, slope, lse, grad):
+        inputs = q, k, v, ids, None, lse, grad, slope
+        with _heads_on_both_cores(1):
+            _, dk, dv = kernel._splash_attention_bwd_dkv(
+                *inputs,
+                bq=blocks.block_q_dkv,
+                bkv=blocks.block_kv_dkv,
+                bkv_compute=blocks.block_kv_dkv_compute,
+                mask_info=made.dkv_mask_info,
+                use_fused_bwd_kernel=False,
+                **shared,
+            )
+        with _heads_on_both_cores(0):
+            dq = kernel._splash_attention_bwd_dq(
+                *inputs,
+                bq=blocks.block_q_dq,
+                bkv=blocks.block_kv_dq,
+                mask_info=made.dq_mask_info,
+                **shared,
+            )
+        return dq, dk, dv
 
+    out, grad = _heads_first(out, queries), _heads_first(grad, queries)
+    slope = jnp.sum(out.astype(jnp.float32) * grad.astype(jnp.float32), axis=-1)
     dq, dk, dv = jax.vmap(row, (0, 0, 0, None if ids is None else 0, 0, 0, 0))(
         _heads_first(_scaled(q), queries),
         _heads_first(k, keys),
         _heads_first(v, keys),
         ids,
-        _heads_first(out, queries),
+        slope,
         _pad(lse, 2, queries),
-        _heads_first(grad, queries),
+        grad,
     )
     dq = dq.astype(jnp.float32) * q.shape[-1] ** -0.5
     sizes = shape.queries, shape.keys, shape.keys
     return tuple(  # type: ignore[return-value]
         x.swapaxes(1, 2)[:, :n] for x, n in zip((dq, dk, dv), sizes, strict=True)
     )
+
+
+class _Ordered:
+    """Pallas' module for TPUs, but for the order in which a kernel's grid may run."""
+
+    def __init__(self, module: Any, order: tuple[str, ...]):
+        self._module, self._order = module, order
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def CompilerParams(self, **settings: Any) -> Any:  # noqa: N802, D102
+        settings["dimension_semantics"] = self._order
+        return self._module.CompilerParams(**settings)
+
+
+@contextlib.contextmanager
+def _heads_on_both_cores(axis: int) -> Iterator[None]:
+    """Divides the heads of a backward kernel over the two cores of a v5p chip.
+
+    JAX has its backward kernels go through their whole grid in order, since heads that
+    share their keys add up there; ours have keys of their own. The forward kernel
+    divides its heads in the same way.
+
+    Args:
+        axis: of the grid, along which the heads lie.
+    """
+    plain = kernel.pltpu
+    order = tuple("parallel" if i == axis else "arbitrary" for i in range(3))
+    kernel.pltpu = _Ordered(plain, order)
+    try:
+        yield
+    finally:
+        kernel.pltpu = plain
 
 
 SPLASH = Pieces(splash_forward, splash_backward)

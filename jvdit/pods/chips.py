@@ -26,11 +26,11 @@ class Chip:
     flash: tuple[float, float, float]
 
 
-# By the name before the colon of a topology. v5p's backward kernels use one of its two
-# cores; v6e's matrix units are 256 wide and its heads' channels 128.
+# By the name before the colon of a topology. v6e's matrix units are 256 wide: heads of
+# 128 channels fill them by half.
 CHIPS: Mapping[str, Chip] = {
     "v5e": Chip(197e12, 15.75 * 2**30, 45e9, 1.50e9, (0.80, 0.80, 0.80)),
-    "v5p": Chip(459e12, 95.74 * 2**30, 90e9, 1.75e9, (0.80, 0.45, 0.45)),
+    "v5p": Chip(459e12, 95.74 * 2**30, 90e9, 1.75e9, (0.80, 0.80, 0.80)),
     "v6e": Chip(918e12, 31.25 * 2**30, 90e9, 1.75e9, (0.37, 0.45, 0.46)),
 }
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16"}
