@@ -7,8 +7,8 @@
 Nothing is downloaded and nothing runs: each network is compiled at its real size for
 one chip of a TPU (which need not be there), and the compiler says what it would take:
 parameters and inputs, and the most that is alive besides. Networks are on the device
-one after another, so the largest row is what is needed. A TPU's convolutions copy a lot; the last
-row says what the autoencoder takes elsewhere.
+one after another, so the largest row is what is needed. A TPU's convolutions copy a
+lot; the last row says what the autoencoder takes elsewhere.
 """
 
 import argparse
