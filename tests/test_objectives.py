@@ -24,7 +24,7 @@ from jvdit.training.objectives import (
 )
 from jvdit.training.optim import Optim
 from jvdit.training.state import new_state, state_shardings
-from jvdit.training.step import make_train_step
+from jvdit.training.step import jit_train_step
 
 CHANNELS, WORDS = 4, 40
 
@@ -173,12 +173,12 @@ def updated(objective, params, batch, mesh):
     state = new_state(params, optim.optimizer(10))
     places, rows = state_shardings(state, mesh), batch_sharding(mesh)
     with jax.set_mesh(mesh):
-        step = jax.jit(
-            make_train_step(objective, optim, 10, seed=0),
-            in_shardings=(places, rows),
-            out_shardings=(places, None),
+        step = jit_train_step(
+            objective, optim, 10, seed=0, mesh=mesh, shardings=places, frozen={}
         )
-        return step(jax.device_put(state, places), jax.device_put(batch, rows))
+        # The step takes the memory of its state, and `params` are another test's too.
+        state = jax.device_put(jax.tree.map(jnp.copy, state), places)
+        return step(state, jax.device_put(batch, rows), {})
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,16 @@ def on_one_device(objective, params, batch):
     return updated(objective, params, batch, make_mesh({}, jax.devices()[:1]))
 
 
-@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 4}])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"data": 8},
+        {"data": 2, "fsdp": 4},
+        {"data": 2, "context": 4},  # two heads: Ulysses and a ring
+        {"fsdp": 4, "tensor": 2},
+        {"fsdp": 2, "context": 2, "tensor": 2},
+    ],
+)
 def test_sharded_update_is_that_of_one_device(
     objective, params, batch, on_one_device, sizes
 ):
@@ -202,7 +211,8 @@ def test_sharded_update_is_that_of_one_device(
     ):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-7)
     kernel = jax.tree.leaves(many.params["dit"]["block_0"]["mlp"])[-1]
-    assert ("fsdp" in str(kernel.sharding.spec)) == (sizes.get("fsdp", 1) > 1)
+    for axis in ("fsdp", "tensor"):
+        assert (axis in str(kernel.sharding.spec)) == (sizes.get(axis, 1) > 1)
 
 
 def test_validation_is_the_same_every_time(objective, params, batch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Mapping
 
@@ -61,8 +62,11 @@ def topology(name: str) -> str:
     if name in known:
         return known[name]
     alike = [slice for slice in known if slice.startswith(f"{kind}-")] or [*known]
-    near = difflib.get_close_matches(name, alike, 1, 0)
+    near = difflib.get_close_matches(name, alike, 1, 0)[0]
+    if number.isdigit():
+        wanted = math.log(max(int(number), 1))
+        near = min(alike, key=lambda x: abs(wanted - math.log(int(x.split("-")[1]))))
     raise ValueError(
         f"topology {name!r} is not known; those of its kind are {', '.join(alike)}, or "
-        f"CHIP:AxBxC; try {near[0]!r}."
+        f"CHIP:AxBxC; try {near!r}."
     )

@@ -1,0 +1,188 @@
+"""Starts a training on a TPU slice, a GKE cluster or under SLURM, and keeps it going.
+
+    python tools/launch.py --on tpu-vm --slice v5p-128 --zone us-east5-a -- \
+        --config configs/wan_pod.py --workdir /mnt/bucket/wan --config.mesh.fsdp=8
+    python tools/launch.py --on gke --slice v6e-256 --image IMAGE -- --config …
+    python tools/launch.py --on slurm --nodes 4 --devices 8 -- --config …
+
+What comes after `--` are the arguments of `jvdit.train`. It prints what would be run (a
+script, a JobSet, a batch file) and runs it with `--go`. Processes that end before the
+training does are started again with the same command, which goes on from the newest
+checkpoint; a slice that was taken away is asked for again. The workdir must be a path
+that all hosts see, for example a bucket mounted by gcsfuse. Not run here on any of the
+three, for want of them.
+"""
+
+import argparse
+import math
+import shlex
+import subprocess
+import sys
+
+from jvdit.pods.chips import topology
+
+# By chip: the names of the same slice in Google's interfaces, and chips of a host.
+ACCELERATORS = {"v5e": "v5litepod", "v5p": "v5p", "v6e": "v6e"}
+RUNTIMES = {"v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5"}
+RUNTIMES |= {"v6e": "v2-alpha-tpuv6e"}
+NODES = {"v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice"}
+NODES |= {"v6e": "tpu-v6e-slice"}
+CHIPS_OF_HOST = 4
+INSTALL = "pip install -q -e '.[tpu]'"
+
+
+def train_command(arguments: list[str]) -> str:
+    """The command that every process runs."""
+    return shlex.join(["python", "-m", "jvdit.train", *arguments])
+
+
+def tpu_vm(args: argparse.Namespace) -> str:
+    """A script that asks for a slice, trains on it, and asks again if it is lost."""
+    chip = args.slice.partition("-")[0]
+    accelerator = args.slice.replace(chip, ACCELERATORS[chip])
+    place = f"--zone {shlex.quote(args.zone)}"
+    if args.project:
+        place += f" --project {shlex.quote(args.project)}"
+    spot = " --spot" if args.spot else ""
+    work = f"cd {shlex.quote(args.code)} && {INSTALL} && {train_command(args.train)}"
+    return f"""#!/usr/bin/env bash
+set -uo pipefail
+name={shlex.quote(args.name)}
+tpus="gcloud compute tpus"
+state() {{
+  $tpus queued-resources describe "$name" {place} --format='value(state.state)'
+}}
+until
+  case "$(state 2>/dev/null)" in
+    ACTIVE|ACCEPTED|PROVISIONING|WAITING_FOR_RESOURCES|CREATING) ;;
+    *) # never asked for, or taken away
+      $tpus queued-resources delete "$name" {place} --force --quiet
+      $tpus queued-resources create "$name" --node-id "$name" {place} \\
+        --accelerator-type {accelerator} \\
+        --runtime-version {RUNTIMES[chip]}{spot} || exit 1 ;;
+  esac
+  until [ "$(state)" = ACTIVE ]; do sleep 30; done
+  $tpus tpu-vm scp --recurse . "$name:{args.code}" {place} --worker=all &&
+  $tpus tpu-vm ssh "$name" {place} --worker=all --command={shlex.quote(work)}
+do
+  echo "ended early; starting again" >&2
+  sleep 30
+done
+$tpus queued-resources delete "$name" {place} --force --quiet
+"""
+
+
+def gke(args: argparse.Namespace) -> str:
+    """A JobSet with a pod for each host; failed ones are all started again."""
+    chip, _, shape = topology(args.slice).partition(":")
+    hosts = math.prod(map(int, shape.split("x"))) // CHIPS_OF_HOST
+    return f"""apiVersion: jobset.x-k8s.io/v1alpha2
+kind: JobSet
+metadata:
+  name: {args.name}
+spec:
+  failurePolicy:
+    maxRestarts: 1000
+  replicatedJobs:
+  - name: slice
+    replicas: 1
+    template:
+      spec:
+        parallelism: {hosts}
+        completions: {hosts}
+        backoffLimit: 0
+        template:
+          spec:
+            restartPolicy: Never
+            terminationGracePeriodSeconds: 120
+            nodeSelector:
+              cloud.google.com/gke-tpu-accelerator: {NODES[chip]}
+              cloud.google.com/gke-tpu-topology: {shape}
+            containers:
+            - name: train
+              image: {args.image}
+              command: ["bash", "-c", {_quoted(train_command(args.train))}]
+              ports:
+              - containerPort: 8471
+              resources:
+                requests: {{google.com/tpu: {CHIPS_OF_HOST}}}
+                limits: {{google.com/tpu: {CHIPS_OF_HOST}}}
+"""
+
+
+def _quoted(text: str) -> str:
+    """A string of YAML."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def slurm(args: argparse.Namespace) -> str:
+    """A batch file that asks to be queued again when its time is over."""
+    return f"""#!/usr/bin/env bash
+#SBATCH --job-name={args.name}
+#SBATCH --nodes={args.nodes}
+#SBATCH --ntasks-per-node={args.devices}
+#SBATCH --gpus-per-node={args.devices}
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:TERM@180
+# SIGTERM three minutes before the end: the processes save together, and go on later.
+trap 'kill -TERM "$running"; wait "$running"; scontrol requeue "$SLURM_JOB_ID"' TERM
+srun {train_command(args.train)} &
+running=$!
+wait "$running"
+"""
+
+
+TARGETS = {"tpu-vm": tpu_vm, "gke": gke, "slurm": slurm}
+RUNNERS = {"tpu-vm": ["bash"], "gke": ["kubectl", "apply", "-f", "-"]}
+RUNNERS |= {"slurm": ["sbatch"]}
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Reads the command line; ends with a line if it can't be."""
+    ours, _, train = " ".join(map(shlex.quote, argv)).partition(" -- ")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--on", choices=TARGETS, required=True)
+    parser.add_argument("--name", default="jvdit")
+    parser.add_argument("--slice", help="such as v5p-128")
+    parser.add_argument("--zone")
+    parser.add_argument("--project")
+    parser.add_argument("--spot", action="store_true")
+    parser.add_argument("--code", default="jvdit", help="folder on the hosts")
+    parser.add_argument("--image", help="with jvdit[tpu] in it, for GKE")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--devices", type=int, default=8, help="GPUs of a node")
+    parser.add_argument("--go", action="store_true", help="run it")
+    args = parser.parse_args(shlex.split(ours))
+    args.train = shlex.split(train)
+    needed = {"tpu-vm": ("slice", "zone"), "gke": ("slice", "image"), "slurm": ()}
+    for name in needed[args.on]:
+        if not getattr(args, name):
+            parser.error(f"--on {args.on} needs --{name}")
+    given = " ".join(args.train)
+    if "--config" not in given or "--workdir" not in given:
+        parser.error(
+            "give the arguments of jvdit.train after --, --config and "
+            "--workdir among them"
+        )
+    if args.slice:
+        try:
+            topology(args.slice)
+        except ValueError as error:
+            parser.error(str(error))
+    return args
+
+
+def main() -> None:
+    """Prints what would be run, or runs it."""
+    args = parse(sys.argv[1:])
+    text = TARGETS[args.on](args)
+    if not args.go:
+        print(text, end="")
+        return
+    sys.exit(subprocess.run(RUNNERS[args.on], input=text, text=True).returncode)
+
+
+if __name__ == "__main__":
+    main()
