@@ -68,6 +68,8 @@ def run(objective: str) -> Config:
     config.mesh = {"data": -1, "fsdp": 1, "context": 1, "tensor": 1}
     # Of float32 products: "default" (the backend's own), "bfloat16" or "float32".
     config.matmul_precision = "default"
+    # Options of XLA beside those of the chip, "xla_…=VALUE" each.
+    config.compiler_options = ()
     config.optim = dataclasses.asdict(Optim())
     # Steps from one to the next; 0: only at the end.
     config.checkpoint_every = 500

@@ -22,6 +22,7 @@ from absl import app, flags, logging
 from rich.progress import Progress
 
 from jvdit.caption_encoder import CaptionEncoder
+from jvdit.compilation import keep_compilations
 from jvdit.data.catalog import open_source
 from jvdit.data.clips import BadClip, Clip, Source
 from jvdit.data.record_format import latent_features
@@ -247,6 +248,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"unexpected argument {argv[1]!r}; see --help")
     try:
+        keep_compilations()
         encode(
             _SOURCE.value,
             _VAE.value,

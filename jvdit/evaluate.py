@@ -20,6 +20,7 @@ from absl import app, flags, logging
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
+from jvdit.compilation import keep_compilations
 from jvdit.data.files import replacing, write_atomically
 from jvdit.data.world import World
 from jvdit.data.world_scene import SPLITS
@@ -378,6 +379,7 @@ def main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     try:
+        keep_compilations()
         for path in evaluate():
             print(path)
     except KeyboardInterrupt:

@@ -133,6 +133,7 @@ def train_program(
             mesh=mesh,
             shardings=shardings,
             frozen={},
+            options=config.compiler_options,
         )
         return step.lower(state, batch, {}), state, shardings
 

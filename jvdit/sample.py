@@ -15,6 +15,7 @@ from absl import app, flags, logging
 from rich.console import Console
 from rich.progress import Progress
 
+from jvdit.compilation import keep_compilations
 from jvdit.data.media_encode import encode_clip
 from jvdit.data.sheets import contact_sheet, write_png
 from jvdit.diffusion.denoise import Guidance
@@ -196,6 +197,7 @@ def main(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)
     prompts = argv[1:]
     try:
+        keep_compilations()
         if _PROMPTS.value is not None:
             lines = pathlib.Path(_PROMPTS.value).read_text().splitlines()
             prompts += [line for line in lines if line.strip()]

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from jvdit import cluster
+from jvdit.compilation import keep_compilations
 from jvdit.config import Config
 from jvdit.encode import encode
 from jvdit.huge_pages import use_huge_pages
@@ -143,6 +144,7 @@ class _Loop:
             mesh=mesh,
             shardings=self.shardings,
             frozen=places,
+            options=config.compiler_options,
         )
 
     def run(self) -> int:
@@ -326,6 +328,7 @@ def main(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)
     try:
         cluster.connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+        keep_compilations()
         run(CONFIG.value, WORKDIR.value)
     except MISTAKES as error:
         if flags.FLAGS["verbosity"].present:

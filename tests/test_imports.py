@@ -7,10 +7,11 @@ import ast
 import pathlib
 
 ROOT = pathlib.Path(__file__).parent.parent / "jvdit"
-LOWEST = {"shapes", "sharding"}
+LOWEST = {"shapes", "sharding", "compilation"}
 MAY_IMPORT = {
     "shapes": set(),
     "sharding": set(),
+    "compilation": set(),
     "data": {"data"},
     "models": {"models"} | LOWEST,
     "diffusion": {"diffusion"} | LOWEST,

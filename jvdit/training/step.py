@@ -1,6 +1,6 @@
 """One update of the weights: the same for every objective."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from jvdit.compilation import compiler_options
 from jvdit.sharding import batch_sharding
 from jvdit.training.optim import Optim
 from jvdit.training.state import TrainState
@@ -114,7 +115,8 @@ def jit_train_step(
     *,
     mesh: Mesh,
     shardings: TrainState,
-    frozen: Any = (),
+    frozen: Any,
+    options: Sequence[str] = (),
 ) -> Any:
     """`make_train_step`, mapped over the mesh: what training and its forecasts compile.
 
@@ -126,12 +128,14 @@ def jit_train_step(
         mesh: rows of a batch are divided over it.
         shardings: of the state, whose memory is used again.
         frozen: shardings of the frozen parameters.
+        options: of XLA, see `compilation`.
     """
     return jax.jit(
         make_train_step(objective, optim, steps, seed),
         in_shardings=(shardings, batch_sharding(mesh), frozen),
         out_shardings=(shardings, None),
         donate_argnums=0,
+        compiler_options=compiler_options(options),
     )
 
 
