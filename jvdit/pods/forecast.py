@@ -109,7 +109,8 @@ class _Walk:
         if each.op == "call":
             return self.run(each.attribute("to_apply"), times)
         if each.op == "conditional":
-            return max(self.run(name, times) for name in self._branches(each))
+            branches = (self.run(name, times) for name in self.program.branches(each))
+            return max(branches, default=0.0)
         if each.op == "custom-call" and '"tpu_custom_call"' in each.text:
             return self._add("attention", each, self._flash(each), times)
         if each.cycles is None or each.op.endswith("-start"):
@@ -117,10 +118,6 @@ class _Walk:
         kind = "products" if "kind=kOutput" in each.text else "other"
         kind = "products" if each.op == "convolution" else kind
         return self._add(kind, each, each.cycles / self.chip.clock, times)
-
-    def _branches(self, each: Instruction) -> list[str]:
-        names = [n for n in self.program.computations if f"%{n}" in each.text]
-        return [n for n in names if n not in each.operands] or [self.program.entry]
 
     def _add(self, kind: str, each: Instruction, seconds: float, times: int) -> float:
         self.result.parts[kind] += seconds * times

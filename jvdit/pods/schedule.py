@@ -102,6 +102,15 @@ class Program:
         ]
         return max(bounds, default=1)
 
+    def branches(self, conditional: Instruction) -> list[str]:
+        """The computations that a conditional chooses from."""
+        listed = re.search(r"branch_computations=\{([^}]*)\}", conditional.text)
+        if listed:
+            return re.findall(r"%([\w.\-<>]+)", listed[1])
+        names = ("true_computation", "false_computation")
+        found = [conditional.attribute(name) for name in names]
+        return [name for name in found if name]
+
     def inside(self, fusion: Instruction) -> list[Instruction]:
         """The instructions of a fusion, and of what it calls."""
         found: list[Instruction] = []
