@@ -45,9 +45,9 @@ def videos():
     config.data.max_clips = 1
     config.data.text_length = 48
     config.data.text_budget = 48
-    # Where things go is learned best where it is known where they are, and generated
-    # best in two passes.
-    config.first_frame = 0.6
+    # Clips make the network forget how to draw shapes. So the first stage's draws the
+    # first frames, and this one learns above all to go on from them.
+    config.first_frame = 0.9
     # What moves where is decided at much noise.
     config.timesteps.shift = 3.0
     config.sample.guidance_scale = 2.5
@@ -94,5 +94,5 @@ def get_config():
         "world:train:9x32x32@8:65536", VAE, validation="world:val:9x32x32@8:256"
     )
     then = videos()
-    then.start_from = "{workdir}/images/model"
+    then.start_from = then.sample.pictures = "{workdir}/images/model"
     return defaults.stages(latents=latents, images=images(), videos=then)

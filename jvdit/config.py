@@ -34,6 +34,8 @@ SAMPLE: dict[str, Any] = {
     "guidance_scale": 4.0,
     # Twice, the second time from the first frame of the first.
     "draft": False,
+    # Folder of a model that draws the first frames of drafts. "": the model itself.
+    "pictures": "",
 }
 
 

@@ -212,7 +212,8 @@ def evaluate() -> list[pathlib.Path]:
             world = worlds[label]
             name = f"{label}: {setting}"
             task = progress.add_task(name, total=_N.value)
-            weights = weights_hash(generators[label].params)[:12]
+            used = [generators[label], generators[label].pictures]
+            weights = weights_hash([g.params for g in used if g])[:12]
             size = f"{world.frames}x{world.height}x{world.width}@{world.fps:g}"
             folder = out / "clips" / f"{weights}-{world.split}-{size}"
             folder = folder / re.sub(r"[^a-z0-9.]+", "-", str(setting))

@@ -188,7 +188,7 @@ def test_a_clip_begins_with_the_picture_that_it_is_given(generator):
     np.testing.assert_allclose(beside, alone[0], atol=1e-4)
 
 
-def test_a_draft_gives_the_first_frame(generator):
+def test_a_draft_gives_the_first_frame(generator, tmp_path):
     """To clips that have none; what isn't a clip, or has one, takes one pass."""
     picture = np.random.default_rng(1).integers(0, 256, (16, 16, 3)).astype(np.uint8)
     plain = Request("x", frames=5, height=16, width=16)
@@ -208,6 +208,15 @@ def test_a_draft_gives_the_first_frame(generator):
     for found, want in zip(videos, generator(begun, **settings), strict=True):
         np.testing.assert_allclose(found, want, atol=1)
     assert told[0] == (1, 4) and told[-1] == (4, 4)
+    # Another model's picture, which a folder keeps beside the model's own parts.
+    painter = dataclasses.replace(generator, conventions=Conventions())
+    drawn = dataclasses.replace(generator, pictures=painter)
+    drawn.save(tmp_path / "model")
+    drawn = Generator.load(tmp_path / "model")
+    (video,) = generate(drawn, [plain], draft=True, **settings)
+    picture = painter([dataclasses.replace(plain, seed=1 << 31, frames=1)], **settings)
+    begun = dataclasses.replace(plain, image=picture[0][0])
+    np.testing.assert_allclose(video, generator([begun], **settings)[0], atol=1)
     fixed = dataclasses.replace(generator, conventions=Conventions())
     with pytest.raises(ValueError, match="first_frame"):
         generate(fixed, [plain], draft=True, **settings)

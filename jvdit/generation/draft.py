@@ -1,8 +1,9 @@
 """Clips in two passes: a draft, and then the clip anew from the draft's first frame.
 
 A network that was trained with its first frame given (`first_frame`) heeds what a
-prompt says of motion better where it knows what moves, and where it is. (Emu Video,
-arXiv:2311.10709, section 3.1, generates a picture first and then the clip from it.)
+prompt says of motion better where it knows what moves, and where it is. The draft may
+be a picture by another model, which learned nothing but pictures and forgot none of
+them over clips (Emu Video, arXiv:2311.10709, section 3.1).
 """
 
 import dataclasses
@@ -40,7 +41,7 @@ def generate(
     """Generates clips: uint8 `[T H W 3]` each, in the order of the requests.
 
     Args:
-        generator: of the clips.
+        generator: of the clips; its `pictures`, if it has them, draws the drafts.
         requests: those that are a picture, or have a first frame, need no draft.
         draft: in two passes, which takes twice as long; else in one.
         on_step: as of `Generator.latents`; counts the steps of both passes.
@@ -53,11 +54,16 @@ def generate(
         return generator(requests, on_step=on_step, **settings)
     check_draft(generator)
     wanted = [i for i, x in enumerate(requests) if x.image is None and x.frames > 1]
+    painter, sizes = generator.pictures or generator, {}
+    if generator.pictures is not None:
+        sizes = {"frames": 1}
     begun = list(requests)
     if wanted:
-        drafts = generator(
+        drafts = painter(
             [
-                dataclasses.replace(requests[i], seed=requests[i].seed ^ _OTHER_NOISE)
+                dataclasses.replace(
+                    requests[i], seed=requests[i].seed ^ _OTHER_NOISE, **sizes
+                )
                 for i in wanted
             ],
             on_step=on_step and _half(on_step, 0),

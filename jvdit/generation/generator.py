@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
@@ -30,7 +31,12 @@ from jvdit.generation.conditioning import (
     pictures_of,
     with_clean,
 )
-from jvdit.generation.model_folder import read_model, write_model
+from jvdit.generation.model_folder import (
+    PICTURES,
+    pictures_folder,
+    read_model,
+    write_model,
+)
 from jvdit.generation.request import Request, for_encoder
 from jvdit.generation.residence import Residence
 from jvdit.generation.sampling import (
@@ -80,6 +86,7 @@ class Generator:
         adapters: of "dit" and "dit_low" (`lora.py`), at their strength.
         text_release: folder of the released model that has this text encoder, or "".
         together: whether all of the parameters fit on the devices at once.
+        pictures: a model that draws the first frames of drafts; None: this one does.
     """
 
     dit: DiT
@@ -99,6 +106,7 @@ class Generator:
     text_release: str = ""
     together: bool = True
     adapters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    pictures: "Generator | None" = None
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], mesh: Mesh | None = None):
@@ -107,7 +115,9 @@ class Generator:
         Raises:
             FileNotFoundError: there is no such model; says what is missing.
         """
-        return cls(**read_model(folder), mesh=mesh)
+        drawn = pictures_folder(folder)
+        pictures = cls.load(drawn, mesh) if drawn.is_dir() else None
+        return cls(**read_model(folder), mesh=mesh, pictures=pictures)
 
     def load_params(self, params: dict[str, Any]) -> None:
         """Replaces weights, already on the mesh, without compiling anew."""
@@ -116,6 +126,8 @@ class Generator:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes a folder that `load` reads and that needs nothing else."""
         write_model(folder, self)
+        if self.pictures is not None:
+            self.pictures.save(pathlib.Path(folder) / PICTURES)
 
     def __call__(
         self, requests: Sequence[Request], **settings: Any

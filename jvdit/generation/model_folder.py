@@ -20,6 +20,7 @@ from jvdit.training.checkpoint import (
     write_json,
 )
 
+PICTURES = "pictures"  # a model in the folder of another, which draws first frames
 _MODULES = {"dit": DiT, "vae": VideoVAE}
 # What a training may leave in the place of a whole model, and how it is sampled.
 _PARTS = {
@@ -27,6 +28,11 @@ _PARTS = {
     "transformer": "a network; give --pretrained=RELEASE --dit={0}/transformer",
     "transformer_2": "a network; give --pretrained=RELEASE --dit_low={0}/transformer_2",
 }
+
+
+def pictures_folder(folder: str | os.PathLike[str]) -> pathlib.Path:
+    """Where the model is that draws the first frames for the one of a folder."""
+    return model_folder(folder) / PICTURES
 
 
 def read_model(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ from jvdit.training.checkpoint import (
 )
 from jvdit.training.objectives import FlowObjective
 
-_OF_TRAINING = ("prompts", "scored")
+_OF_TRAINING = ("prompts", "scored", "pictures")
 _TOLD = ("all", "count", "color", "shape", "size", "direction", "physics")
 
 
@@ -202,6 +202,9 @@ class FlowTask(Task):
         check_solver(sample.solver)
         if sample.scored:
             oracle.check_frames(self._world().frames)
+        self._pictures = None
+        if sample.pictures:
+            self._pictures = Generator.load(sample.pictures, self.mesh)
         generator = self._generator_of(None)
         if sample.draft:
             check_draft(generator)
@@ -283,6 +286,7 @@ class FlowTask(Task):
             mesh=self.mesh,
             conventions=Conventions(**conventions),
             boundary=objective.boundary,
+            pictures=self._pictures,
             text_release=self.captions.release if self.captions else "",
             together=False,
         )
