@@ -20,12 +20,15 @@ def get_config():
         vae="{workdir}/vae_videos",
         validation="world:val:9x32x32@8:48",
     )
-    dit = world_dit.videos()
-    for stage in (vae.images, vae.videos, dit):
+    dit = world_dit.get_config().stages
+    dit.videos.sample.scored = 0
+    for stage in (vae.images, vae.videos, dit.images, dit.videos):
         stage.steps = stage.sample_every = 300
         stage.optim.warmup = 20
-    dit.steps = dit.sample_every = 500
-    dit.first_frame, dit.sample.draft = 0.0, False
     return defaults.stages(
-        vae_images=vae.images, vae_videos=vae.videos, latents=latents, dit=dit
+        vae_images=vae.images,
+        vae_videos=vae.videos,
+        latents=latents,
+        images=dit.images,
+        dit=dit.videos,
     )
