@@ -4,6 +4,7 @@ They are the ones that run: the same update and the same solver step, over the s
 tables of shardings. Only shapes go in, so that neither data nor weights are needed.
 """
 
+import importlib.util
 import os
 from typing import Any
 
@@ -44,12 +45,10 @@ def pod_mesh(topology: str, sizes: dict[str, int], devices: int | None = None) -
     Raises:
         ModuleNotFoundError: libtpu is not installed.
     """
-    try:
-        import libtpu  # noqa: F401
-    except ModuleNotFoundError as error:
+    if importlib.util.find_spec("libtpu") is None:
         raise ModuleNotFoundError(
             "compiling for TPUs needs their compiler: pip install libtpu"
-        ) from error
+        )
     os.environ.update({k: v for k, v in _ALONE.items() if k not in os.environ})
     described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     return make_mesh(sizes, described.devices[:devices])

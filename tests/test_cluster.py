@@ -20,8 +20,9 @@ from jvdit.sharding import AXES
 
 HERE = pathlib.Path(__file__).parent
 STEPS = 60
-RUN = ("-m", "jvdit.train", f"--config.steps={STEPS}", "--config.checkpoint_every=10")
+RUN = (f"--config.steps={STEPS}", "--config.checkpoint_every=10")
 RUN += ("--config.sample_every=1000", "--config.evaluate_every=1000")
+RUN += ("--config.sample.prompts=()", "--config.mesh.fsdp=2")
 
 
 def settings(thread, folder):
@@ -41,7 +42,7 @@ def free_port():
         return found.getsockname()[1]
 
 
-def launch(config, workdir, processes, *extra, devices=2):
+def launch(config, workdir, processes, devices=2):
     """Processes of one run, with some devices each."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -49,8 +50,8 @@ def launch(config, workdir, processes, *extra, devices=2):
         "JAX_COMPILATION_CACHE_DIR": str(config.parent / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    command = [sys.executable, *RUN, f"--config={config}", f"--workdir={workdir}"]
-    command += ["--config.sample.prompts=()", "--config.mesh.fsdp=2", *extra]
+    command = [sys.executable, "-m", "jvdit.train", f"--config={config}"]
+    command += [f"--workdir={workdir}", *RUN]
     if processes > 1:
         command += [f"--coordinator=localhost:{free_port()}"]
         command += [f"--processes={processes}"]

@@ -10,7 +10,7 @@ it has seen (arXiv:2310.01889). Ulysses sends less, but needs a head for each de
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +100,7 @@ def divided(
                 )
                 for x in segments
             )
+        out: Any
         if ring > 1:
             out = _ring(q, k, v, segments, pieces, (ulysses, ring))
         else:

@@ -28,6 +28,7 @@ from jvdit.sharding import platform
 
 LANES = 128
 PADDING = -1  # a segment of its own
+_PALLAS = "pltpu"  # what the kernels' module calls Pallas' for TPUs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,13 +306,13 @@ def _heads_on_both_cores(axis: int) -> Iterator[None]:
     Args:
         axis: of the grid, along which the heads lie.
     """
-    plain = kernel.pltpu
+    plain = getattr(kernel, _PALLAS)
     order = tuple("parallel" if i == axis else "arbitrary" for i in range(3))
-    kernel.pltpu = _Ordered(plain, order)
+    setattr(kernel, _PALLAS, _Ordered(plain, order))
     try:
         yield
     finally:
-        kernel.pltpu = plain
+        setattr(kernel, _PALLAS, plain)
 
 
 SPLASH = Pieces(splash_forward, splash_backward)
