@@ -10,8 +10,8 @@
 Clips are encoded as in `wan_full.py`, of 81 frames. A row is one clip of 75,600 tokens,
 which the devices along `context` share. Not run here, for want of a pod; by the first
 command on v5p-8 (context 4, one clip): 99.6 of 102.8 GB of a chip, 24.4 s a step, 44 %
-MFU, both cores of a chip in all kernels of attention; on v5p-128 (fsdp 8, context 8, one
-core in the backward ones): 51.0 GB, 16.8 s for 8 clips, 32 %.
+MFU, with both cores of a chip in all kernels of attention; on v5p-128 (fsdp 8, context
+8; one core in the backward ones): 51.0 GB, 16.8 s for 8 clips, 32 %.
 """
 
 from jvdit import config as defaults
