@@ -167,7 +167,7 @@ def sample_program(
     states = _shape(rows, text_length, module.text_width)
     with jax.set_mesh(mesh):
         params = jax.eval_shape(
-            lambda key: module.init(key, *dit_inputs(module)), _key()
+            lambda key: module.init(key, *dit_inputs(module))["params"], _key()
         )
         running = jax.eval_shape(
             lambda *x: start_noise(
