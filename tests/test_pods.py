@@ -2,18 +2,21 @@
 
 import collections
 import importlib.util
+import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
+import pod_config
 import pytest
 
-from jvdit import config as defaults
-from jvdit.models.dit import DiT
-from jvdit.pod_programs import pod_mesh, sample_program, train_program
+from jvdit.pod_programs import pod_mesh, train_program
 from jvdit.pods.chips import CHIPS, topology
 from jvdit.pods.forecast import forecast
 from jvdit.pods.schedule import arrays, group, read
 
+HERE = pathlib.Path(__file__).parent
 AXES = {"data": 1, "fsdp": 2, "context": 4, "tensor": 1}
 CYCLES = 'backend_config={"window_config":{"estimated_cycles":"1750000"}}'
 # A gathering that hides behind a product, one that doesn't, and a loop of four turns
@@ -90,12 +93,7 @@ def test_slices_are_known_as_they_are_rented():
 def config():
     if not importlib.util.find_spec("libtpu"):
         pytest.skip("libtpu, the compiler, is not installed")
-    config = defaults.wan("wan2.1-t2v-1.3b", "")
-    config.dit.update(width=256, depth=3, num_heads=4, ffn_width=512)
-    config.dit.update(remat="attention", rope_dims=(24, 20, 20))
-    config.dit.update(num_heads=2, rope_dims=None)
-    config.data.token_budget = 2000
-    return config
+    return pod_config.get_config()
 
 
 def kernels(program):
@@ -132,11 +130,12 @@ def test_a_training_step_for_a_slice_that_is_not_there(config):
     assert any(axes == "context" for _, axes in made.sent)
 
 
-def test_a_sampling_step_for_a_slice_that_is_not_there(config):
-    fields = config.dit.to_dict() | {"param_dtype": "bfloat16"}
-    module = DiT(in_channels=64, out_channels=64, text_width=64, **fields)
-    mesh = pod_mesh("v5e:2x2", {"data": 2, "context": 2})
-    compiled = sample_program(module, mesh, 2, 2000, 512).compile()
-    program = read(compiled.as_text())
-    assert kernels(program)["splash_mha_fwd"] >= 2
-    assert forecast(program, CHIPS["v5e"], mesh.shape).seconds > 0
+def test_a_sampling_step_from_the_command_line(config):
+    tool = HERE.parent / "tools/compile_for_pod.py"
+    line = [sys.executable, tool, f"--config={HERE / 'pod_config.py'}"]
+    line += ["--topology=v5e:2x2", "--mesh=data=2,context=2", "--step=sample"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "MFU" in done.stdout and "all-to-all over context" in " ".join(
+        done.stdout.split()
+    )

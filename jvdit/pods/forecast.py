@@ -11,6 +11,7 @@ ratios of them are worth more than seconds.
 
 import collections
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -131,9 +132,11 @@ class _Walk:
 
     def _flash(self, each: Instruction) -> float:
         layouts = each.text.partition("operand_layout_constraints=")[2]
-        operands = [s for _, s in arrays(layouts) if len(s) == 3 and s[-1] >= 64]
-        heads, queries, channels = operands[0]
-        product = 2 * heads * queries * operands[1][1] * channels
+        # Queries and keys come first, after the integers that tell what is masked.
+        kinds = ("bf16", "f32", "f16")
+        operands = [s for kind, s in arrays(layouts) if kind in kinds and len(s) > 2]
+        *heads, queries, channels = operands[0]
+        product = 2 * math.prod(heads) * queries * operands[1][-2] * channels
         forward, keys, query = self.chip.flash
         if "dkv" in each.name:
             products, speed = 4, keys
