@@ -12,6 +12,7 @@ lot; the last row says what the autoencoder takes elsewhere.
 """
 
 import argparse
+import functools
 import math
 import os
 
@@ -43,6 +44,7 @@ def abstract(module, *inputs, method=None):
     )
 
 
+@functools.cache
 def chip():
     """A mesh of one chip."""
     return pod_mesh(TOPOLOGY, {"data": 1}, devices=1)
