@@ -50,7 +50,8 @@ def connect(coordinator: str = "", processes: int = 0, process: int = -1) -> Non
         if isinstance(error, ValueError) and _NO_CLUSTER in str(error):
             return
         raise ConnectionError(
-            f"the other processes of this run can't be reached: {error}"
+            f"the other processes of this run can't be reached: {error} (One that is "
+            "alone says so: --coordinator localhost:7000 --processes 1 --process 0)"
         ) from error
 
 

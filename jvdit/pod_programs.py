@@ -26,6 +26,8 @@ from jvdit.training.optim import Optim
 from jvdit.training.state import TrainState, new_state, state_shardings
 from jvdit.training.step import jit_train_step
 
+# Steps of the solver in a program of sampling: with the second, none is the first.
+SAMPLED = 2
 # The compiler looks for the TPU that it works for, unless it is told not to.
 _ALONE = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -140,7 +142,7 @@ def train_program(
 def sample_program(
     module: DiT, mesh: Mesh, rows: int, tokens: int, text_length: int
 ) -> Any:
-    """One step of the solver with guidance, in the types of the module.
+    """`SAMPLED` steps of the solver with guidance, in the types of the module.
 
     Args:
         module: the network.
@@ -160,7 +162,7 @@ def sample_program(
     for key in ("cond", "control"):
         if channels := getattr(module, f"{key}_channels"):
             arrays[key] = _shape(rows, tokens, channels)
-    settings: dict[str, Any] = {"steps": 2, "solver": "unipc"}
+    settings: dict[str, Any] = {"steps": SAMPLED, "solver": "unipc"}
     image = None
     if module.image_width:
         image = _shape(rows, module.image_length or 257, module.image_width)
@@ -192,7 +194,7 @@ def sample_program(
             jax.tree.map(by_row, (text, text)),
             solver="unipc",
             guidance=Guidance(5.0),
-            span=(0, 2),
+            span=(0, SAMPLED),
             skips=None,
         )
 

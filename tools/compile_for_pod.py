@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jvdit.models.dit import DiT
-from jvdit.pod_programs import pod_mesh, sample_program, train_program
+from jvdit.pod_programs import SAMPLED, pod_mesh, sample_program, train_program
 from jvdit.pods.chips import CHIPS, Chip, topology
 from jvdit.pods.forecast import Forecast, forecast
 from jvdit.pods.schedule import read
@@ -60,6 +60,7 @@ class Result:
     wrong: str = ""
     memory: dict[str, float] = dataclasses.field(default_factory=dict)
     forecast: Forecast = dataclasses.field(default_factory=Forecast)
+    steps: int = 1
     flops: float = 0.0
     slivers: int = 0
     chip: Chip = CHIPS["v5p"]
@@ -72,7 +73,7 @@ class Result:
 
     @property
     def mfu(self) -> float:
-        """Share of the chips' peak, counting three forward passes of the model."""
+        """Share of the chips' peak; recomputed passes don't count."""
         peak = self.chips * self.chip.peak
         return self.flops / (peak * self.forecast.seconds)
 
@@ -143,8 +144,9 @@ def lower(config: Any, mesh: Any, result: Result) -> Any:
     places = parameter_shardings(params, mesh)
     result.memory = {"weights": share(params, places)}
     result.slivers = slivers(params, places)
-    # Two steps are compiled, guided: four passes.
-    result.flops = 4.0 * result.rows * module.flops(tokens, text)
+    # Of a solution, all steps are one program: here two of them, guided.
+    result.steps = SAMPLED
+    result.flops = 2.0 * SAMPLED * result.rows * module.flops(tokens, text)
     return lowered
 
 
@@ -203,12 +205,12 @@ def overview(results: list[Result]) -> Table:
         waiting = each.forecast.parts["links"] / seconds
         cells = [
             f"{used / GB:.1f} of {each.chip.memory / GB:.1f}",
-            f"{seconds:.2f}",
+            f"{seconds / each.steps:.2f}",
             f"{each.mfu:.0%}" + " *" * (each is best(results, each.slice)),
             f"{waiting:.0%}",
         ]
         if _PRICE.value:
-            hours = seconds * 1000 / 3600
+            hours = seconds / each.steps * 1000 / 3600
             cells.append(f"{hours * each.chips * _PRICE.value:,.0f}")
         table.add_row(each.slice, mesh, str(each.rows), *cells)
     return table

@@ -44,11 +44,14 @@ def tpu_vm(args: argparse.Namespace) -> str:
     if args.project:
         place += f" --project {shlex.quote(args.project)}"
     spot = " --spot" if args.spot else ""
-    work = f"cd {shlex.quote(args.code)} && {INSTALL} && {train_command(args.train)}"
+    code = shlex.quote(args.code)
+    work = f"mkdir -p {code} && tar -xzf jvdit.tar.gz -C {code} && cd {code}"
+    work += f" && {INSTALL} && {train_command(args.train)}"
     return f"""#!/usr/bin/env bash
 set -uo pipefail
 name={shlex.quote(args.name)}
 tpus="gcloud compute tpus"
+packed=$(mktemp -d)
 state() {{
   $tpus queued-resources describe "$name" {place} --format='value(state.state)'
 }}
@@ -62,7 +65,8 @@ until
         --runtime-version {RUNTIMES[chip]}{spot} || exit 1 ;;
   esac
   until [ "$(state)" = ACTIVE ]; do sleep 30; done
-  $tpus tpu-vm scp --recurse . "$name:{args.code}" {place} --worker=all &&
+  git ls-files -z | tar --null -T - -czf "$packed/jvdit.tar.gz" &&
+  $tpus tpu-vm scp "$packed/jvdit.tar.gz" "$name:" {place} --worker=all &&
   $tpus tpu-vm ssh "$name" {place} --worker=all --command={shlex.quote(work)}
 do
   echo "ended early; starting again" >&2

@@ -40,8 +40,8 @@ class Pieces(NamedTuple):
     Attributes:
         forward: (q, k, v, segments) to the result and the log-sum-exp of the scores
             [b q n].
-        backward: (q, k, v, segments, out, lse, gradient of out), where `out` and `lse`
-            are of all keys, to the gradients of q, k and v.
+        backward: (q, k, v, segments, lse, slope, gradient of the result), where `lse`
+            and `slope_of` the result are of all keys, to the gradients of q, k and v.
     """
 
     forward: Callable[..., tuple[Array, Array]]
@@ -164,12 +164,13 @@ def _ring_forward(q, k, v, segments, pieces, sizes):
 
 def _ring_backward(pieces, sizes, saved, grad):
     q, k, v, segments, out, lse = saved
+    slope = slope_of(out, grad)
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
 
     def turn(carry, _):
         *sums, k, v, keys = carry
         arriving = _pass_on((k, v, keys), sizes)
-        parts = pieces.backward(q, k, v, (*segments[:1], *keys), out, lse, grad)
+        parts = pieces.backward(q, k, v, (*segments[:1], *keys), lse, slope, grad)
         dq, dk, dv = (a + b.astype(a.dtype) for a, b in zip(sums, parts, strict=True))
         # Gradients of keys travel with them, and are home after the last turn.
         return (dq, *_pass_on((dk, dv), sizes), *arriving), None
@@ -177,12 +178,26 @@ def _ring_backward(pieces, sizes, saved, grad):
     carry = *zeros, k, v, segments[1:]
     (dq, dk, dv, *_), _ = jax.lax.scan(turn, carry, length=sizes[1])
     grads = (d.astype(x.dtype) for d, x in ((dq, q), (dk, k), (dv, v)))
-    return *grads, jax.tree.map(
-        lambda x: np.zeros(x.shape, jax.dtypes.float0), segments
-    )
+    return *grads, no_gradient(segments)
 
 
 _ring.defvjp(_ring_forward, _ring_backward)
+
+
+def no_gradient(segments: Segments) -> Any:
+    """What stands for the gradients of integers."""
+    return jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), segments)
+
+
+def slope_of(
+    out: Float[Array, "b n q k"], grad: Float[Array, "b n q k"]
+) -> Float[Array, "b q n"]:
+    """What the gradient of each query's weights is taken against: `out` times `grad`.
+
+    It is the D of arXiv:2205.14135, Algorithm 4.
+    """
+    out, grad = (x.astype(jnp.float32) for x in (out, grad))
+    return jnp.einsum("bnqk,bnqk->bqn", out, grad)
 
 
 def _pass_on(values, sizes: tuple[int, int]):
@@ -240,12 +255,11 @@ def dense_backward(
     k: Float[Array, "b s q k"],
     v: Float[Array, "b s q k"],
     segments: Segments,
-    out: Float[Array, "b n q k"],
     lse: Float[Array, "b q n"],
+    slope: Float[Array, "b q n"],
     grad: Float[Array, "b n q k"],
 ) -> tuple[Array, Array, Array]:
     """Gradients of q, k, v in plain products (arXiv:2205.14135, Algorithm 4)."""
-    slope = jnp.sum(out.astype(jnp.float32) * grad.astype(jnp.float32), axis=-1)
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def head(arrays, segments):
@@ -257,7 +271,7 @@ def dense_backward(
         dq = product("ns,sk->nk", dscores.astype(k.dtype), k)
         return dq, product("ns,nk->sk", dscores.astype(q.dtype), q), dv
 
-    column = slope[..., None], lse.swapaxes(1, 2)[..., None]
+    column = (x.swapaxes(1, 2)[..., None] for x in (slope, lse))
     grads = _each_head(head, (q, k, v, grad, *column), segments)
     return tuple(g.swapaxes(1, 2) for g in grads)  # type: ignore[return-value]
 

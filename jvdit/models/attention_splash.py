@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel as kernel,
@@ -23,7 +22,13 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jaxtyping import Array, Float
 
-from jvdit.models.attention_parallel import RESIDUALS, Pieces, Segments
+from jvdit.models.attention_parallel import (
+    RESIDUALS,
+    Pieces,
+    Segments,
+    no_gradient,
+    slope_of,
+)
 from jvdit.sharding import platform
 
 LANES = 128
@@ -120,10 +125,12 @@ class _Shape:
 
     @property
     def padded(self) -> tuple[int, int]:
+        """Queries and keys in whole blocks."""
         most = _most(_chip())
         return padded_length(self.queries, most.q), padded_length(self.keys, most.kv)
 
     def kernel(self) -> Any:
+        """JAX's kernel: (q, k, v, segments) of a row to its result and log-sum-exp."""
         queries, keys = self.padded
         full = masks.FullMask((queries, keys))
         return kernel.make_splash_mha(
@@ -185,10 +192,10 @@ def _splash_forward(q, k, v, segments):
 
 def _splash_backward(saved, grad):
     q, k, v, segments, out, lse = saved
-    grads = splash_backward(q, k, v, segments, out, lse, grad)
+    slope = slope_of(out, grad)
+    grads = splash_backward(q, k, v, segments, lse, slope, grad)
     grads = (d.astype(x.dtype) for d, x in zip(grads, (q, k, v), strict=True))
-    nothing = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), segments)
-    return *grads, nothing
+    return *grads, no_gradient(segments)
 
 
 splash.defvjp(_splash_forward, _splash_backward)
@@ -223,8 +230,8 @@ def splash_backward(
     k: Float[Array, "b s q k"],
     v: Float[Array, "b s q k"],
     segments: Segments,
-    out: Float[Array, "b n q k"],
     lse: Float[Array, "b q n"],
+    slope: Float[Array, "b q n"],
     grad: Float[Array, "b n q k"],
 ) -> tuple[Array, Array, Array]:
     """Gradients of q, k, v; see `attention_parallel.Pieces.backward`.
@@ -263,16 +270,14 @@ def splash_backward(
             )
         return dq, dk, dv
 
-    out, grad = _heads_first(out, queries), _heads_first(grad, queries)
-    slope = jnp.sum(out.astype(jnp.float32) * grad.astype(jnp.float32), axis=-1)
     dq, dk, dv = jax.vmap(row, (0, 0, 0, None if ids is None else 0, 0, 0, 0))(
         _heads_first(_scaled(q), queries),
         _heads_first(k, keys),
         _heads_first(v, keys),
         ids,
-        slope,
+        _pad(slope, 2, queries),
         _pad(lse, 2, queries),
-        grad,
+        _heads_first(grad, queries),
     )
     dq = dq.astype(jnp.float32) * q.shape[-1] ** -0.5
     sizes = shape.queries, shape.keys, shape.keys

@@ -210,6 +210,8 @@ class FlowTask(Task):
             check_draft(generator)
         for request in self._requests(self.config.sample.prompts or [""]):
             generator.check(request)
+            if self._pictures is not None:
+                self._pictures.check(dataclasses.replace(request, frames=1))
 
     def _validation_batch(self):
         data = self.config.data
