@@ -8,10 +8,14 @@
         --config.data.rows=8 --config.mesh.fsdp=8 --config.mesh.context=8
 
 Clips are encoded as in `wan_full.py`, of 81 frames. A row is one clip of 75,600 tokens,
-which the devices along `context` share. Not run here, for want of a pod; by the first
-command on v5p-8 (context 4, one clip): 99.6 of 102.8 GB of a chip, 24.4 s a step, 44 %
-MFU, with both cores of a chip in all kernels of attention; on v5p-128 (fsdp 8, context
-8; one core in the backward ones): 51.0 GB, 16.8 s for 8 clips, 32 %.
+which the devices along `context` share. Not run here, for want of a pod. What the first
+command says (with libtpu 0.0.42.1; one clip for each of fsdp; MFU without what the
+backward pass computes again):
+
+    slice    fsdp x context  GB of a chip    s a step   MFU
+    v5p-8     1 x 4          99.6 of 102.8      24.4   44 %
+    v5p-128   8 x 8          50.8 of 102.8      12.4   43 %
+    v6e-256  32 x 8          21.4 of  33.6      11.7   23 %
 """
 
 from jvdit import config as defaults

@@ -64,6 +64,8 @@ def test_a_program_is_read_whole():
     assert by_name["all-gather-done"].operands == ["all-gather-start"]
     assert arrays("(bf16[2,3]{1,0}, s32[])") == [("bf16", (2, 3)), ("s32", ())]
     np.testing.assert_array_equal(group(by_name["all-reduce"].text, 8), [0, 4])
+    passed_on = "source_target_pairs={{0,0},{1,5},{5,1}}, metadata={}"
+    np.testing.assert_array_equal(group(passed_on, 8), [1, 5])
 
 
 def test_time_is_that_of_the_core_and_of_links_that_it_waits_for():

@@ -167,9 +167,11 @@ def _instruction(line: str) -> Instruction | None:
 
 def group(text: str, devices: int) -> np.ndarray:
     """The devices that take part in a collective together: the first such group."""
-    pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", text)
+    pairs = re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", text)
     if pairs:
-        return np.array([int(pairs[1]), int(pairs[2])])
+        ends = re.findall(r"\{(\d+),(\d+)\}", pairs[1])
+        moved = [pair for pair in ends if pair[0] != pair[1]]
+        return np.array((moved or ends)[0], int)
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", text)
     if listed:
         return np.array([int(n) for n in listed[1].split(",")])
