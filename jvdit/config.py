@@ -89,7 +89,10 @@ def run(objective: str) -> Config:
         # Held out: the same kinds of source. "": no validation.
         "validation": "",
         "validation_clips": 64,
+        # Batches are made by so many threads, or processes with so many threads each:
+        # a GPU that takes thousands of small clips a second needs several of those.
         "threads": 2,
+        "workers": 0,
         # Seconds after which a batch that doesn't come is reported as stuck.
         "timeout": 600.0,
         # Share of clips that may be unreadable before the run stops.

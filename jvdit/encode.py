@@ -11,7 +11,7 @@ encoding goes on after its last finished shard.
 import math
 import pathlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -172,7 +172,11 @@ def _examples(
     run: Callable[[Any], Any],
     states: _States | None,
 ) -> Iterator[dict[str, Any]]:
-    """The records of clips, those of one size after another."""
+    """The records of clips, those of one size after another.
+
+    A device encodes the next batch while the one before is made to records.
+    """
+    before: Iterator[dict[str, Any]] = iter(())
     for size, alike in _by_size(source.index, ids).items():
         batch = min(BATCH, max(PIXELS // math.prod(size), 1))
         for start in range(0, len(alike), batch):
@@ -186,13 +190,22 @@ def _examples(
                 videos = np.stack([clip["video"] for clip in good.values()])
                 # One shape, one compilation: the last batch is filled up.
                 spare = np.repeat(videos[:1], batch - len(videos), axis=0)
-                mean, logvar = run(np.concatenate([videos, spare]))
-                texts: list[Any] = [None] * len(good)
-                if states is not None:
-                    texts = states([clip["caption"] for clip in good.values()])
-                moments = np.asarray(mean), np.asarray(logvar), texts
-                for (i, clip), *found in zip(good.items(), *moments, strict=False):
-                    yield _record(f"{split}-{i:09d}", clip, *found)
+                moments = run(np.concatenate([videos, spare]))
+                yield from before
+                before = _records(good, split, moments, states)
+    yield from before
+
+
+def _records(
+    clips: Mapping[int, Clip], split: str, moments: Sequence[Any], states: Any
+) -> Iterator[dict[str, Any]]:
+    """The records of one batch, of which the last clips may be spare."""
+    texts: list[Any] = [None] * len(clips)
+    if states is not None:
+        texts = states([clip["caption"] for clip in clips.values()])
+    mean, logvar = map(np.asarray, moments)
+    for (i, clip), *found in zip(clips.items(), mean, logvar, texts, strict=False):
+        yield _record(f"{split}-{i:09d}", clip, *found)
 
 
 def _record(

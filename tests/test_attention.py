@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jvdit.models.attention as attention_module
 from jvdit.models.attention import (
     attention,
     rope,
@@ -91,6 +92,23 @@ def test_arguments_that_do_not_fit_raise(qkv):
         attention(*qkv, jnp.asarray(Q_SEGMENT))
     with pytest.raises(ValueError, match="'flash'.*mapped"):
         attention(*qkv, implementation="flash")
+
+
+@pytest.mark.parametrize(
+    "queries, keys, dtype, form",
+    [
+        (4096, 512, jnp.bfloat16, "cudnn"),
+        (4095, 512, jnp.bfloat16, "xla"),  # cuDNN refuses odd lengths
+        (320, 320, jnp.bfloat16, "xla"),  # few scores
+        (4096, 512, jnp.float32, "xla"),
+    ],
+)
+def test_a_gpu_gets_the_flash_kernel_where_it_runs_and_pays(
+    queries, keys, dtype, form, monkeypatch
+):
+    monkeypatch.setattr(attention_module, "platform", lambda: "gpu")
+    q, k = (jnp.zeros((1, n, 4, 64), dtype) for n in (queries, keys))
+    assert attention_module._best_implementation(q, k) == form
 
 
 def test_rope_turns_neighbouring_pairs_by_axis():

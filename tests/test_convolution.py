@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jvdit.models.convolution as convolution
 from jvdit.models.convolution import causal_conv3d, conv2d, upsample_conv2d
 
 
@@ -40,7 +41,7 @@ def test_forms_agree_forward_and_backward(case, past_frames):
 
             return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(x, kernel, bias)
 
-        return one("cpu"), one("native")
+        return one("taps"), one("native")
 
     cpu, native = run(x, kernel, bias, past)
     assert cpu[0][1].shape == native[0][1].shape
@@ -48,7 +49,7 @@ def test_forms_agree_forward_and_backward(case, past_frames):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-4)
 
 
-@pytest.mark.parametrize("form", ["cpu", "native"])
+@pytest.mark.parametrize("form", ["taps", "native"])
 @pytest.mark.parametrize("strides", [(1, 1, 1), (2, 1, 1)])
 def test_an_image_is_the_first_frame_of_a_video(form, strides):
     """Though it is computed with the last tap alone."""
@@ -66,7 +67,7 @@ def test_an_image_is_the_first_frame_of_a_video(form, strides):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-4)
 
 
-@pytest.mark.parametrize("form", ["cpu", "native"])
+@pytest.mark.parametrize("form", ["taps", "native"])
 def test_frames_depend_on_the_past_only(form):
     x, kernel = normal(1, 5, 4, 4, 2), normal(3, 3, 3, 2, 2)
 
@@ -77,7 +78,7 @@ def test_frames_depend_on_the_past_only(form):
     assert (seen[:3] > 0).all() and (seen[3:] == 0).all()
 
 
-@pytest.mark.parametrize("form", ["cpu", "native"])
+@pytest.mark.parametrize("form", ["taps", "native"])
 def test_past_continues_a_video(form):
     x, kernel = normal(1, 7, 4, 4, 2), normal(3, 3, 3, 2, 2)
     whole = causal_conv3d(x, kernel, implementation=form)
@@ -85,7 +86,7 @@ def test_past_continues_a_video(form):
     np.testing.assert_allclose(later, whole[:, 4:], atol=1e-5)
 
 
-@pytest.mark.parametrize("form", ["cpu", "native"])
+@pytest.mark.parametrize("form", ["taps", "native"])
 def test_no_frames_where_the_kernel_never_fits(form):
     kernel = normal(3, 3, 3, 2, 5)
     few = causal_conv3d(
@@ -117,6 +118,14 @@ def test_upsampling_convolution_is_repetition_then_convolution():
     assert a[0][1].shape == (2, 10, 6, 6)
     for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_allclose(u, v, rtol=2e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "device, form", [("cpu", "taps"), ("gpu", "taps"), ("tpu", "native")]
+)
+def test_each_device_gets_its_fastest_form(device, form, monkeypatch):
+    monkeypatch.setattr(convolution, "platform", lambda: device)
+    assert convolution.choose_implementation() == form
 
 
 def test_unknown_form_is_named():

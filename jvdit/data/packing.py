@@ -5,6 +5,7 @@ layout of what was learned. Everything here has an inverse.
 """
 
 import bisect
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,6 +91,7 @@ def latent_times(
     return np.where(i == 0, 0.0, middle) / fps
 
 
+@functools.lru_cache(maxsize=1024)
 def positions(
     latent_size: Size, patch_size: Size, fps: float | None, temporal_compression: int
 ) -> Float[np.ndarray, "n 3"]:
@@ -105,7 +107,8 @@ def positions(
     Returns:
         t in seconds, the mean over the latent frames of the patch, so that clips of
         different frame rates share one clock; y and x in patches, so that neighbouring
-        tokens differ by 1. float32, in the order of `patchify`.
+        tokens differ by 1. float32, in the order of `patchify`; not to be written to,
+        for clips of a size share it.
     """
     f, h, w = token_grid(latent_size, patch_size)
     if fps is None:
@@ -114,7 +117,9 @@ def positions(
         times = latent_times(latent_size[0], fps, temporal_compression)
         t = rearrange(times, "(f pt) -> f pt", f=f).mean(axis=1)
     grid = np.meshgrid(t, np.arange(h), np.arange(w), indexing="ij")
-    return rearrange(np.stack(grid), "a f h w -> (f h w) a").astype(np.float32)
+    position = rearrange(np.stack(grid), "a f h w -> (f h w) a").astype(np.float32)
+    position.flags.writeable = False
+    return position
 
 
 def best_fit(

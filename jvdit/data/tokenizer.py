@@ -225,7 +225,10 @@ def train_tokenizer(
             ) from error
     messages: Any = sentencepiece_model_pb2  # made when imported
     proto = messages.ModelProto.FromString(model.getvalue())
-    proto.trainer_spec.ClearField("seed_sentencepieces_file")  # its name is a chance
+    # Its name is a chance; sentencepiece before 0.2.3 writes it but doesn't know it.
+    proto.trainer_spec.DiscardUnknownFields()
+    if "seed_sentencepieces_file" in proto.trainer_spec.DESCRIPTOR.fields_by_name:
+        proto.trainer_spec.ClearField("seed_sentencepieces_file")
     data = proto.SerializeToString(deterministic=True)
     if path is not None:
         write_atomically(Path(path), data)

@@ -20,6 +20,7 @@ IMPLEMENTATIONS = ("auto", "mapped", "xla", "cudnn", "splash")
 
 # Scores of a head up to which they stay in a processor's cache without being mapped.
 FEW_SCORES = 192**2
+FLASH_SCORES = 512**2  # from which a flash kernel pays on a GPU
 
 
 def attention(
@@ -105,9 +106,14 @@ def _best_implementation(q: Array, k: Array) -> str:
     backend = platform()
     if backend == "cpu":
         return "mapped" if q.shape[1] * k.shape[1] > FEW_SCORES else "xla"
-    # cuDNN's flash kernel takes half precision and heads of a multiple of 8 channels.
+    # cuDNN's flash kernel takes half precision, heads of a multiple of 8 channels and
+    # even lengths; it pays where there are many scores (0.20 ms to 0.09 at 80 x 80,
+    # 0.82 to 0.76 at 320 x 320 on an H200).
     half = q.dtype in (jnp.bfloat16, jnp.float16)
-    if backend == "gpu" and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
+    fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    even = q.shape[1] % 2 == k.shape[1] % 2 == 0
+    many = q.shape[1] * k.shape[1] > FLASH_SCORES
+    if backend == "gpu" and half and fits and even and many:
         return "cudnn"
     return "splash" if backend == "tpu" and suits_splash(q, k) else "xla"
 

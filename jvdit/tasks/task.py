@@ -83,6 +83,7 @@ class Task(ABC):
             self.batch_builder,
             start=start,
             num_threads=data.threads,
+            num_workers=data.workers,
             buffer_bytes=data.prefetch_bytes,
             max_bad=data.max_bad,
         )

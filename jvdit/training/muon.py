@@ -53,7 +53,7 @@ def orthogonal(x: Float[Array, "i o"]) -> Float[Array, "i o"]:
     Quintic Newton-Schulz iteration. The result is float32; zeros stay zeros.
     """
     if x.shape[0] > x.shape[1]:
-        return orthogonal(x.T).T
+        return orthogonal(turned(x)).T
     a, b, c = COEFFICIENTS
     x = x.astype(jnp.float32)
     x = (x / (jnp.linalg.norm(x) + 1e-8)).astype(jnp.bfloat16)
