@@ -7,7 +7,7 @@ wider and looks at single latents. The finished model is runs/world/videos.
 
 On one H200, compilation included: autoencoder 64 and 85 s (41.5 dB, SSIM 0.991),
 latents 60 s, pictures 77 s (the first 972 of the 1,600 steps), clips 179 s. All at once
-is right in .85 of the clips of test in one pass, .83 from a draft's picture (real: .96).
+is right in .85 of the clips of test (real: .96).
 """
 
 from configs import world_dit, world_vae

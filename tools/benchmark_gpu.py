@@ -235,7 +235,9 @@ def told(case: str, times: dict[str, list[float]], flops: float, peak: float) ->
 def main() -> None:
     """Runs the cases that are asked for."""
     parser = argparse.ArgumentParser(description="Times jvdit beside PyTorch on a GPU.")
-    parser.add_argument("cases", nargs="*", default=CASES, metavar="CASE", help=CASES)
+    parser.add_argument(
+        "cases", nargs="*", default=CASES, metavar="CASE", help=", ".join(CASES)
+    )
     parser.add_argument("--rounds", type=int, default=5, help="pairs of each row")
     parser.add_argument("--alone", action="store_true", help="without the peer")
     parser.add_argument("--json", help="file for every single time")
