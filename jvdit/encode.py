@@ -260,6 +260,8 @@ def main(argv: list[str]) -> None:
     """Parses, encodes, and turns mistakes of the user into one line."""
     if len(argv) > 1:
         sys.exit(f"unexpected argument {argv[1]!r}; see --help")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
     try:
         keep_compilations()
         encode(
