@@ -8,6 +8,7 @@ the same time and then run in turn, a round of one after a round of the other.
 """
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import multiprocessing
@@ -118,7 +119,6 @@ def _our_dit(size: str, train: bool) -> tuple[Run, float]:
 
 def theirs(case: str) -> tuple[Run, float]:
     """The same in PyTorch."""
-    import diffusers
     import torch
 
     def synchronized(call: Run) -> Run:
@@ -133,6 +133,7 @@ def theirs(case: str) -> tuple[Run, float]:
         x = torch.randn(MATRIX, MATRIX, device="cuda", dtype=torch.bfloat16)
         return synchronized(lambda: [x @ x for _ in range(PRODUCTS)]), 0.0
     if kind == "vae":
+        diffusers: Any = importlib.import_module("diffusers")
         vae = diffusers.AutoencoderKLWan().to("cuda", torch.bfloat16)
         b, f, h, w, c = LATENTS
         z = torch.randn(b, c, f, h, w, device="cuda", dtype=torch.bfloat16)
@@ -142,10 +143,11 @@ def theirs(case: str) -> tuple[Run, float]:
 
 
 def _their_dit(size: str, train: bool) -> Run:
-    import diffusers
     import torch
 
     from jvdit.models.dit import VARIANTS
+
+    diffusers: Any = importlib.import_module("diffusers")
 
     name, (f, h, w), channels = DITS[size]
     row, kind = VARIANTS[name], torch.float32 if train else torch.bfloat16
