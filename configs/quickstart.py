@@ -1,4 +1,4 @@
-"""Everything once, in a quarter of an hour on two cores: autoencoder, latents, DiT.
+"""Everything once, in twenty minutes on two cores: autoencoder, latents, DiT.
 
     python -m jvdit.train --config configs/quickstart.py --workdir runs/quickstart
     python -m jvdit.sample "one object: a large red rubber circle moving quickly up on \
