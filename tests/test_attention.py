@@ -79,6 +79,27 @@ def test_a_query_without_keys_gets_zeros_and_finite_gradients(form, qkv):
         np.testing.assert_array_equal(grad, 0)
 
 
+@pytest.mark.parametrize("offset", [-150, 0, 150])
+def test_scores_of_any_size_have_finite_weights_and_gradients(offset, qkv):
+    # float32's exp ends at 88: then the largest score has to be subtracted.
+    q, k, v = qkv
+    shift = jnp.ones_like(q[..., :1])
+    q = jnp.concatenate([3 * q, shift * offset * 3], axis=-1)
+    k, v = (jnp.concatenate([x, shift[:, :5]], axis=-1) for x in (k, v))
+
+    def total(q, k, v, form):
+        return jnp.sum(attention(q, k, v, implementation=form) * v[:, :1])
+
+    want = reference(q, k, v, np.ones((2, 7, 5), bool))
+    out = attention(q, k, v, implementation="mapped")
+    np.testing.assert_allclose(out, want, atol=1e-4)
+    grads, plain = (
+        jax.grad(total, argnums=(0, 1, 2))(q, k, v, form) for form in ("mapped", "xla")
+    )
+    for ours, theirs in zip(grads, plain, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-3 * np.abs(theirs).max())
+
+
 def test_half_precision_keeps_a_float32_softmax(qkv):
     q, k, v = (x.astype(jnp.bfloat16) for x in qkv)
     out = attention(q * 4, k * 4, v, implementation="mapped")

@@ -9,14 +9,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange, repeat
+from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
-from jvdit.models.attention_parallel import DENSE, HIDDEN, Segments, divided
-from jvdit.models.attention_splash import SPLASH, splash, suits_splash
+from jvdit.models.attention_parallel import divided
+from jvdit.models.attention_pieces import DENSE, Segments, flash
+from jvdit.models.attention_splash import SPLASH, suits_splash
 from jvdit.sharding import platform
 
 IMPLEMENTATIONS = ("auto", "mapped", "xla", "cudnn", "splash")
+PIECES = {"mapped": DENSE, "splash": SPLASH}
 
 # Scores of a head up to which they stay in a processor's cache without being mapped.
 FEW_SCORES = 192**2
@@ -78,10 +80,8 @@ def _local(
     """Attention on one device."""
     if implementation == "auto":
         implementation = _best_implementation(q, k)
-    if implementation == "mapped":
-        return _mapped(q, k, v, segments)
-    if implementation == "splash":
-        return splash(q, k, v, segments)
+    if implementation in PIECES:
+        return flash(q, k, v, segments, PIECES[implementation])
     mask = _visible(*segments)[:, None] if segments else None
     return jax.nn.dot_product_attention(
         q, k, v, mask=mask, implementation=implementation
@@ -116,36 +116,6 @@ def _best_implementation(q: Array, k: Array) -> str:
     if backend == "gpu" and half and fits and even and many:
         return "cudnn"
     return "splash" if backend == "tpu" and suits_splash(q, k) else "xla"
-
-
-def _mapped(q: Array, k: Array, v: Array, segments: tuple[Array, ...]) -> Array:
-    """One head of one row at a time: its scores stay in the processor's cache."""
-    scale = q.shape[-1] ** -0.5
-
-    @jax.checkpoint
-    def head(inputs: tuple[Array, ...]) -> Array:
-        q, k, v, *segment = inputs
-        scores = jnp.einsum(
-            "nk,sk->ns", q * scale, k, preferred_element_type=jnp.float32
-        )
-        if segment:
-            visible = segment[0][:, None] == segment[1][None, :]
-            scores = jnp.where(visible, scores, HIDDEN)
-        # Softmax, divided by its sum last: there are fewer channels than keys.
-        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-        total = weights.sum(axis=-1, keepdims=True)
-        out = jnp.einsum(
-            "ns,sk->nk",
-            weights.astype(v.dtype),
-            v,
-            preferred_element_type=jnp.float32,
-        )
-        return (out / total).astype(v.dtype)
-
-    heads = [rearrange(x, "b n q k -> (b q) n k") for x in (q, k, v)]
-    spread = [repeat(x, "b n -> (b q) n", q=q.shape[2]) for x in segments]
-    out = jax.lax.map(head, (*heads, *spread))
-    return rearrange(out, "(b q) n k -> b n q k", q=q.shape[2])
 
 
 def wan_axes_dims(head_dim: int) -> tuple[int, int, int]:

@@ -10,7 +10,7 @@ it has seen (arXiv:2310.01889). Ulysses sends less, but needs a head for each de
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,33 +19,21 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float
 
+from jvdit.models.attention_pieces import (
+    HIDDEN,
+    RESIDUALS,
+    Pieces,
+    Segments,
+    no_gradient,
+    slope_of,
+)
 from jvdit.sharding import activation_spec, fit
 
 AXIS = "context"
 # Devices that trade tokens for heads: neighbours, between which links are short.
 MOST_ULYSSES = 8
-# Added to the score of a hidden key, and the log-sum-exp of a query without keys:
-# finite, so that its gradient is.
-HIDDEN = -1e30
-# The name under which remat finds a result of flash attention and its log-sum-exp.
-RESIDUALS = "attention_residuals"
 
-Segments = tuple[()] | tuple[Array, Array]
 Local = Callable[[Array, Array, Array, Segments], Array]
-
-
-class Pieces(NamedTuple):
-    """Attention to some of the keys, and its gradient given what all of them make.
-
-    Attributes:
-        forward: (q, k, v, segments) to the result and the log-sum-exp of the scores
-            [b q n].
-        backward: (q, k, v, segments, lse, slope, gradient of the result), where `lse`
-            and `slope_of` the result are of all keys, to the gradients of q, k and v.
-    """
-
-    forward: Callable[..., tuple[Array, Array]]
-    backward: Callable[..., tuple[Array, Array, Array]]
 
 
 def divide_context(size: int, heads: int) -> tuple[int, int]:
@@ -184,22 +172,6 @@ def _ring_backward(pieces, sizes, saved, grad):
 _ring.defvjp(_ring_forward, _ring_backward)
 
 
-def no_gradient(segments: Segments) -> Any:
-    """What stands for the gradients of integers."""
-    return jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), segments)
-
-
-def slope_of(
-    out: Float[Array, "b n q k"], grad: Float[Array, "b n q k"]
-) -> Float[Array, "b q n"]:
-    """What the gradient of each query's weights is taken against: `out` times `grad`.
-
-    It is the D of arXiv:2205.14135, Algorithm 4.
-    """
-    out, grad = (x.astype(jnp.float32) for x in (out, grad))
-    return jnp.einsum("bnqk,bnqk->bqn", out, grad)
-
-
 def _pass_on(values, sizes: tuple[int, int]):
     """Hands values to the device at the same place of the next group."""
     ulysses, ring = sizes
@@ -210,70 +182,3 @@ def _pass_on(values, sizes: tuple[int, int]):
 
 def _by_query(log_weight: Float[Array, "b q n"]) -> Float[Array, "b n q 1"]:
     return jnp.exp(log_weight).swapaxes(1, 2)[..., None]
-
-
-def _each_head(function, arrays, segments):
-    """Maps over rows and heads, so that the scores of only one are held at once."""
-    rows, heads = arrays[0].shape[0], arrays[0].shape[2]
-    stacked = [x.swapaxes(1, 2).reshape(rows * heads, *x.shape[1::2]) for x in arrays]
-    spread = [jnp.repeat(x, heads, axis=0) for x in segments]
-    results = jax.lax.map(lambda x: function(*x), (stacked, spread))
-    return tuple(x.reshape(rows, heads, *x.shape[1:]) for x in results)
-
-
-def _scores(q: Array, k: Array, segments: list[Array]) -> Array:
-    scale = q.shape[-1] ** -0.5
-    scores = jnp.einsum("nk,sk->ns", q, k, preferred_element_type=jnp.float32) * scale
-    if not segments:
-        return scores
-    visible = segments[0][:, None] == segments[1][None, :]
-    return jnp.where(visible, scores, HIDDEN)
-
-
-def dense_forward(
-    q: Float[Array, "b n q k"],
-    k: Float[Array, "b s q k"],
-    v: Float[Array, "b s q k"],
-    segments: Segments,
-) -> tuple[Float[Array, "b n q k"], Float[Array, "b q n"]]:
-    """Attention to some of the keys in plain products; see `Pieces.forward`."""
-
-    def head(arrays, segments):
-        q, k, v = arrays
-        scores = _scores(q, k, segments)
-        lse = jax.nn.logsumexp(scores, axis=-1)
-        weights = jnp.exp(scores - lse[:, None]).astype(v.dtype)
-        out = jnp.einsum("ns,sk->nk", weights, v, preferred_element_type=jnp.float32)
-        return out, lse
-
-    out, lse = _each_head(head, (q, k, v), segments)
-    return out.swapaxes(1, 2), lse
-
-
-def dense_backward(
-    q: Float[Array, "b n q k"],
-    k: Float[Array, "b s q k"],
-    v: Float[Array, "b s q k"],
-    segments: Segments,
-    lse: Float[Array, "b q n"],
-    slope: Float[Array, "b q n"],
-    grad: Float[Array, "b n q k"],
-) -> tuple[Array, Array, Array]:
-    """Gradients of q, k, v in plain products (arXiv:2205.14135, Algorithm 4)."""
-    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-
-    def head(arrays, segments):
-        q, k, v, grad, slope, lse = arrays
-        weights = jnp.exp(_scores(q, k, segments) - lse)
-        dv = product("ns,nk->sk", weights.astype(grad.dtype), grad)
-        dweights = product("nk,sk->ns", grad, v)
-        dscores = weights * (dweights - slope) * q.shape[-1] ** -0.5
-        dq = product("ns,sk->nk", dscores.astype(k.dtype), k)
-        return dq, product("ns,nk->sk", dscores.astype(q.dtype), q), dv
-
-    column = (x.swapaxes(1, 2)[..., None] for x in (slope, lse))
-    grads = _each_head(head, (q, k, v, grad, *column), segments)
-    return tuple(g.swapaxes(1, 2) for g in grads)  # type: ignore[return-value]
-
-
-DENSE = Pieces(dense_forward, dense_backward)

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel as kernel,
 )
@@ -22,13 +21,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jaxtyping import Array, Float
 
-from jvdit.models.attention_parallel import (
-    RESIDUALS,
-    Pieces,
-    Segments,
-    no_gradient,
-    slope_of,
-)
+from jvdit.models.attention_pieces import Pieces, Segments
 from jvdit.sharding import platform
 
 LANES = 128
@@ -168,39 +161,6 @@ def _segment_ids(shape: _Shape, rows: int, segments: Segments) -> Any:
     return kernel.SegmentIds(*ids)
 
 
-@jax.custom_vjp
-def splash(
-    q: Float[Array, "b n q k"],
-    k: Float[Array, "b s q k"],
-    v: Float[Array, "b s q k"],
-    segments: Segments,
-) -> Float[Array, "b n q k"]:
-    """Attention of each query to the keys of its segment, on one device.
-
-    Result and log-sum-exp are named `RESIDUALS`, so that a rematerialised block can
-    keep them in the place of computing them anew.
-    """
-    return splash_forward(q, k, v, segments)[0]
-
-
-def _splash_forward(q, k, v, segments):
-    out, lse = splash_forward(q, k, v, segments)
-    if q.shape[1] == k.shape[1]:  # attention to a text costs little to compute again
-        out, lse = (checkpoint_name(x, RESIDUALS) for x in (out, lse))
-    return out, (q, k, v, segments, out, lse)
-
-
-def _splash_backward(saved, grad):
-    q, k, v, segments, out, lse = saved
-    slope = slope_of(out, grad)
-    grads = splash_backward(q, k, v, segments, lse, slope, grad)
-    grads = (d.astype(x.dtype) for d, x in zip(grads, (q, k, v), strict=True))
-    return *grads, no_gradient(segments)
-
-
-splash.defvjp(_splash_forward, _splash_backward)
-
-
 def _scaled(q: Array) -> Array:
     return (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
 
@@ -211,7 +171,7 @@ def splash_forward(
     v: Float[Array, "b s q k"],
     segments: Segments,
 ) -> tuple[Float[Array, "b n q k"], Float[Array, "b q n"]]:
-    """Attention to some of the keys; see `attention_parallel.Pieces.forward`."""
+    """Attention to some of the keys; see `attention_pieces.Pieces.forward`."""
     shape = _shape(q, k)
     queries, keys = shape.padded
     ids = _segment_ids(shape, len(q), segments)
@@ -234,7 +194,7 @@ def splash_backward(
     slope: Float[Array, "b q n"],
     grad: Float[Array, "b n q k"],
 ) -> tuple[Array, Array, Array]:
-    """Gradients of q, k, v; see `attention_parallel.Pieces.backward`.
+    """Gradients of q, k, v; see `attention_pieces.Pieces.backward`.
 
     JAX's kernel is differentiable as a whole only. Its two backward kernels, which
     take the log-sum-exp of whatever keys there are, have no public names.

@@ -1,0 +1,176 @@
+"""Attention to some of the keys, its gradient, and both put together.
+
+Keys that are seen in several pieces, as around a ring of devices, need the logarithm of
+the sum of each query's weights beside the result; so does a backward pass that keeps no
+scores. Here are the two passes in plain products; those of a kernel fit the same place.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+# Score of a hidden key, and the log-sum-exp of a query without keys: finite, so that
+# gradients are.
+HIDDEN = -1e30
+# The exponentials of scores within +-60, and sums of them, are float32's.
+LARGEST_SCORE = 60.0
+# The name under which remat finds a result of flash attention and its log-sum-exp.
+RESIDUALS = "attention_residuals"
+
+Segments = tuple[()] | tuple[Array, Array]
+
+
+class Pieces(NamedTuple):
+    """Attention to some of the keys, and its gradient given what all of them make.
+
+    Attributes:
+        forward: (q, k, v, segments) to the result and the log-sum-exp of the scores
+            [b q n].
+        backward: (q, k, v, segments, lse, slope, gradient of the result), where `lse`
+            and `slope_of` the result are of all keys, to the gradients of q, k and v.
+    """
+
+    forward: Callable[..., tuple[Array, Array]]
+    backward: Callable[..., tuple[Array, Array, Array]]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def flash(
+    q: Float[Array, "b n q k"],
+    k: Float[Array, "b s q k"],
+    v: Float[Array, "b s q k"],
+    segments: Segments,
+    pieces: Pieces,
+) -> Float[Array, "b n q k"]:
+    """Attention of each query to the keys of its segment, on one device.
+
+    The backward pass computes scores again. Result and log-sum-exp are named
+    `RESIDUALS`, so that a rematerialised block can keep them in the place of computing
+    them anew.
+    """
+    return pieces.forward(q, k, v, segments)[0].astype(q.dtype)
+
+
+def _flash_forward(q, k, v, segments, pieces):
+    out, lse = pieces.forward(q, k, v, segments)
+    out = out.astype(q.dtype)
+    if q.shape[1] == k.shape[1]:  # attention to a text costs little to compute again
+        out, lse = (checkpoint_name(x, RESIDUALS) for x in (out, lse))
+    return out, (q, k, v, segments, out, lse)
+
+
+def _flash_backward(pieces, saved, grad):
+    q, k, v, segments, out, lse = saved
+    grads = pieces.backward(q, k, v, segments, lse, slope_of(out, grad), grad)
+    grads = (d.astype(x.dtype) for d, x in zip(grads, (q, k, v), strict=True))
+    return *grads, no_gradient(segments)
+
+
+flash.defvjp(_flash_forward, _flash_backward)
+
+
+def no_gradient(segments: Segments) -> Any:
+    """What stands for the gradients of integers."""
+    return jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), segments)
+
+
+def slope_of(
+    out: Float[Array, "b n q k"], grad: Float[Array, "b n q k"]
+) -> Float[Array, "b q n"]:
+    """What the gradient of each query's weights is taken against: `out` times `grad`.
+
+    It is the D of arXiv:2205.14135, Algorithm 4.
+    """
+    out, grad = (x.astype(jnp.float32) for x in (out, grad))
+    return jnp.einsum("bnqk,bnqk->bqn", out, grad)
+
+
+_product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _each_head(function, arrays, segments):
+    """Maps over rows and heads: the scores of one at a time stay in a cache."""
+    rows, heads = arrays[0].shape[0], arrays[0].shape[2]
+    stacked = [x.swapaxes(1, 2).reshape(rows * heads, *x.shape[1::2]) for x in arrays]
+    spread = [jnp.repeat(x, heads, axis=0) for x in segments]
+    results = jax.lax.map(lambda x: function(*x), (stacked, spread))
+    return tuple(x.reshape(rows, heads, *x.shape[1:]) for x in results)
+
+
+def _scores(
+    rows: Float[Array, "n k"], columns: Float[Array, "s k"], segments: list[Array]
+) -> Float[Array, "n s"]:
+    scores = _product("nk,sk->ns", rows, columns)
+    if not segments:
+        return scores
+    return jnp.where(segments[0][:, None] == segments[1][None, :], scores, HIDDEN)
+
+
+def dense_forward(
+    q: Float[Array, "b n q k"],
+    k: Float[Array, "b s q k"],
+    v: Float[Array, "b s q k"],
+    segments: Segments,
+) -> tuple[Float[Array, "b n q k"], Float[Array, "b q n"]]:
+    """Attention to some of the keys in plain products; see `Pieces.forward`.
+
+    Scores are at most the product of the lengths of query and key. Where that is small
+    the largest needn't be found and subtracted, which takes a pass over all of them.
+    """
+
+    def head(arrays, segments, *, small: bool):
+        q, k, v = arrays
+        scores = _scores(q * q.shape[-1] ** -0.5, k, segments)
+        top = 0.0 if small else scores.max(axis=-1)
+        weights = jnp.exp(scores if small else scores - top[:, None])
+        total = weights.sum(axis=-1)
+        # Divided last: there are fewer channels than keys.
+        out = _product("ns,sk->nk", weights.astype(v.dtype), v)
+        out = out / jnp.where(total > 0, total, 1)[:, None]
+        return out, jnp.where(total > 0, top + jnp.log(total), HIDDEN)
+
+    def longest(x: Array) -> Array:
+        return jnp.square(x.astype(jnp.float32)).sum(axis=-1).max()
+
+    ways = (partial(_each_head, partial(head, small=small)) for small in (True, False))
+    most = LARGEST_SCORE**2 * q.shape[-1]
+    out, lse = jax.lax.cond(longest(q) * longest(k) < most, *ways, (q, k, v), segments)
+    return out.swapaxes(1, 2), lse
+
+
+def dense_backward(
+    q: Float[Array, "b n q k"],
+    k: Float[Array, "b s q k"],
+    v: Float[Array, "b s q k"],
+    segments: Segments,
+    lse: Float[Array, "b q n"],
+    slope: Float[Array, "b q n"],
+    grad: Float[Array, "b n q k"],
+) -> tuple[Array, Array, Array]:
+    """Gradients of q, k, v in plain products (arXiv:2205.14135, Algorithm 4).
+
+    Scores have a row for each key: two of three products then take them as they lie.
+    """
+
+    def head(arrays, segments):
+        q, k, v, grad, slope, lse = arrays
+        scale = q.shape[-1] ** -0.5
+        q = q * scale
+        weights = jnp.exp(_scores(k, q, segments[::-1]) - lse)
+        dscores = weights * (_product("sk,nk->sn", v, grad) - slope)
+        dv = _product("sn,nk->sk", weights.astype(grad.dtype), grad)
+        dk = _product("sn,nk->sk", dscores.astype(q.dtype), q)
+        return _product("sn,sk->nk", dscores.astype(k.dtype), k) * scale, dk, dv
+
+    line = (x[:, None] for x in (slope, lse))
+    grads = _each_head(head, (q, k, v, grad, *line), segments)
+    return tuple(g.swapaxes(1, 2) for g in grads)  # type: ignore[return-value]
+
+
+DENSE = Pieces(dense_forward, dense_backward)
