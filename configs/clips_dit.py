@@ -4,7 +4,8 @@
         --vae runs/clips/vae/videos --out runs/clips/latents
     python -m jvdit.train --config configs/clips_dit.py --workdir runs/clips/dit
 
-With a hundred clips it learns them by heart; a model that generalises needs millions.
+22 minutes on two cores give the colours of a caption. Many more steps learn a hundred
+clips by heart; a model that generalises needs millions of clips.
 """
 
 from jvdit import config as defaults

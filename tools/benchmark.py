@@ -26,6 +26,7 @@ from einops import rearrange
 from jvdit.data.pipeline import Batches, PackedBatches
 from jvdit.data.plan import BucketPlan, PackPlan
 from jvdit.data.sources import ArraySource
+from jvdit.huge_pages import use_huge_pages
 from jvdit.models.dit import DiT
 from jvdit.models.video_vae import VideoVAE
 from jvdit.shapes import Text, Tokens
@@ -247,4 +248,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    use_huge_pages()  # as jvdit's commands do; the peer has them too
     main()

@@ -127,7 +127,7 @@ def dense_forward(
     def head(arrays, segments, *, small: bool):
         q, k, v = arrays
         scores = _scores(q * q.shape[-1] ** -0.5, k, segments)
-        top = 0.0 if small else scores.max(axis=-1)
+        top = jnp.zeros(len(q)) if small else scores.max(axis=-1)
         weights = jnp.exp(scores if small else scores - top[:, None])
         total = weights.sum(axis=-1)
         # Divided last: there are fewer channels than keys.
