@@ -292,9 +292,14 @@ def launch(thread, workdir, cache, steps=300):
     return subprocess.Popen(command, env=environment)
 
 
+def _newest(workdir):
+    names = [path.name for path in (workdir / "checkpoints").glob("*")]
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
 def wait_for_step(process, workdir, step):
     deadline = time.monotonic() + 300
-    while not (workdir / "checkpoints" / str(step)).exists():
+    while step > _newest(workdir):
         assert process.poll() is None, "ended before it could be stopped"
         assert time.monotonic() < deadline
         time.sleep(0.01)
