@@ -32,7 +32,6 @@ from jvdit.sharding import activation_spec, fit
 AXIS = "context"
 # Devices that trade tokens for heads: neighbours, between which links are short.
 MOST_ULYSSES = 8
-
 Local = Callable[[Array, Array, Array, Segments], Array]
 
 
