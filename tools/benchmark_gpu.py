@@ -26,7 +26,8 @@ DITS = {
 TEXT = 512  # text states
 LATENTS = (1, 6, 60, 104, 16)  # 21 frames of 480 x 832
 MATRIX, PRODUCTS = 8192, 50  # side, and how many are timed at once
-CASES = ("matmul", "denoise-1.3b", "vae-decode", "train-1.3b", "denoise-5b")
+RANK = 32  # of adapters on the attention's layers
+CASES = ("matmul", "denoise-1.3b", "vae-decode", "train-1.3b", "denoise-5b", "lora-5b")
 Run = Callable[[], Any]
 
 
@@ -46,7 +47,7 @@ def ours(case: str) -> tuple[Run, float]:
         return products, 2.0 * MATRIX**3 * PRODUCTS
     if kind == "vae":
         return _our_decoder(), 0.0
-    return _our_dit(size, train=kind == "train")
+    return _our_dit(size, kind)
 
 
 def _our_decoder() -> Run:
@@ -69,13 +70,14 @@ def _our_decoder() -> Run:
     return run
 
 
-def _our_dit(size: str, train: bool) -> tuple[Run, float]:
+def _our_dit(size: str, kind: str) -> tuple[Run, float]:
     import jax
     import jax.numpy as jnp
     import numpy as np
     import optax
 
     from jvdit.models.dit import VARIANTS, DiT
+    from jvdit.models.lora import LoRA
     from jvdit.shapes import Text, Tokens
 
     name, grid, _ = DITS[size]
@@ -83,9 +85,9 @@ def _our_dit(size: str, train: bool) -> tuple[Run, float]:
     model = DiT(
         **VARIANTS[name],
         scan_layers=True,
-        remat="full" if train else "none",
+        remat="none" if kind == "denoise" else "full",
         dtype=jnp.bfloat16,
-        param_dtype=jnp.float32 if train else jnp.bfloat16,
+        param_dtype=jnp.float32 if kind == "train" else jnp.bfloat16,
     )
     latents = jax.random.normal(jax.random.key(1), (1, n, model.in_channels))
     cells = np.indices(grid).reshape(1, 3, n).swapaxes(1, 2).astype(np.float32)
@@ -93,28 +95,34 @@ def _our_dit(size: str, train: bool) -> tuple[Run, float]:
     states = jax.random.normal(jax.random.key(2), (1, TEXT, model.text_width))
     text, flops = Text(states.astype(jnp.bfloat16)), float(model.flops(n, TEXT))
     params = jax.jit(model.init)(jax.random.key(0), tokens, t, text)
-    if not train:
+    if kind == "denoise":
         forward = jax.jit(model.apply)
         return lambda: jax.block_until_ready(forward(params, tokens, t, text)), flops
     optimizer = optax.adamw(1e-4, weight_decay=0.01)
+    trained, frozen, multiple = params, {}, 3
+    if kind == "lora":
+        adapters = LoRA(rank=RANK).init(jax.random.key(3), params["params"])
+        # Weights have no gradient of their own.
+        trained, frozen, multiple = {"lora": adapters}, params, 2
 
-    def loss(params, tokens, text):
-        return ((model.apply(params, tokens, t, text) - tokens.latents) ** 2).mean()
+    def loss(trained, frozen, tokens, text):
+        out = model.apply({**frozen, **trained}, tokens, t, text)
+        return ((out - tokens.latents) ** 2).mean()
 
-    def update(state, tokens, text):
-        params, moments = state
-        grads = jax.grad(loss)(params, tokens, text)
-        changes, moments = optimizer.update(grads, moments, params)
-        return optax.apply_updates(params, changes), moments
+    def update(state, frozen, tokens, text):
+        trained, moments = state
+        grads = jax.grad(loss)(trained, frozen, tokens, text)
+        changes, moments = optimizer.update(grads, moments, trained)
+        return optax.apply_updates(trained, changes), moments
 
     step = jax.jit(update, donate_argnums=0)
-    state = params, jax.jit(optimizer.init)(params)
+    state = trained, jax.jit(optimizer.init)(trained)
 
     def run() -> None:
         nonlocal state
-        state = jax.block_until_ready(step(state, tokens, text))
+        state = jax.block_until_ready(step(state, frozen, tokens, text))
 
-    return run, 3 * flops
+    return run, multiple * flops
 
 
 def theirs(case: str) -> tuple[Run, float]:
@@ -139,10 +147,10 @@ def theirs(case: str) -> tuple[Run, float]:
         z = torch.randn(b, c, f, h, w, device="cuda", dtype=torch.bfloat16)
         decode = torch.no_grad()(lambda: vae.decode(z))
         return synchronized(decode), 0.0
-    return synchronized(_their_dit(size, train=kind == "train")), 0.0
+    return synchronized(_their_dit(size, kind)), 0.0
 
 
-def _their_dit(size: str, train: bool) -> Run:
+def _their_dit(size: str, kind: str) -> Run:
     import torch
 
     from jvdit.models.dit import VARIANTS
@@ -150,9 +158,9 @@ def _their_dit(size: str, train: bool) -> Run:
     diffusers: Any = importlib.import_module("diffusers")
 
     name, (f, h, w), channels = DITS[size]
-    row, kind = VARIANTS[name], torch.float32 if train else torch.bfloat16
+    row, dtype = VARIANTS[name], torch.float32 if kind == "train" else torch.bfloat16
     with torch.device("cuda"):
-        torch.set_default_dtype(kind)
+        torch.set_default_dtype(dtype)
         model = diffusers.WanTransformer3DModel(
             num_attention_heads=row["num_heads"],
             attention_head_dim=row["width"] // row["num_heads"],
@@ -162,14 +170,22 @@ def _their_dit(size: str, train: bool) -> Run:
             num_layers=row["depth"],
         )
         torch.set_default_dtype(torch.float32)
-        x = torch.randn(1, channels, f, 2 * h, 2 * w, dtype=kind)
-        inputs = x, torch.tensor([500.0]), torch.randn(1, TEXT, 4096, dtype=kind)
+        x = torch.randn(1, channels, f, 2 * h, 2 * w, dtype=dtype)
+        inputs = x, torch.tensor([500.0]), torch.randn(1, TEXT, 4096, dtype=dtype)
+    if kind == "lora":
+        peft: Any = importlib.import_module("peft")
+        layers = ["to_q", "to_k", "to_v", "to_out.0"]
+        model.requires_grad_(False)
+        model.add_adapter(peft.LoraConfig(r=RANK, target_modules=layers))
+        for weight in filter(lambda x: x.requires_grad, model.parameters()):
+            weight.data = weight.data.float()
     model.compile_repeated_blocks(fullgraph=True)
-    if not train:
+    if kind == "denoise":
         model.eval()
         return torch.no_grad()(lambda: model(*inputs))
     model.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+    trained = [x for x in model.parameters() if x.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 1e-4, fused=True)
 
     def step() -> None:
         optimizer.zero_grad()

@@ -18,6 +18,10 @@ import av
 from av.container import InputContainer
 from av.error import DecoderNotFoundError, FFmpegError
 
+# Titles that aren't UTF-8 are no reason to refuse a file; from PyAV 19 on they aren't.
+_LENIENT: dict[str, Any] = (
+    {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+)
 REASONS = {
     "missing": "there is no such file",
     "unreadable": "not a media file, or its header is damaged",
@@ -112,7 +116,7 @@ def open_media(source: Media) -> Iterator[InputContainer]:
             container = av.open(
                 file,
                 "r",
-                metadata_errors="ignore",
+                **_LENIENT,
                 buffer_size=2**18,
                 options={"protocol_whitelist": "data"},
             )
