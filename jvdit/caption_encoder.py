@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jvdit.cluster import to_host
+from jvdit.compilation import jit
 from jvdit.data.plan import TEXT_MULTIPLE
 from jvdit.data.tokenizer import Tokenizer
 from jvdit.data.tokenizer_json import sentencepiece_of
@@ -154,6 +155,6 @@ def encode_captions(
     return states
 
 
-@partial(jax.jit, static_argnames="module")
+@partial(jit, static_argnames="module")
 def _apply(module: TextEncoder, params: Any, ids: jax.Array, segment: jax.Array):
     return module.apply({"params": params}, ids, segment)

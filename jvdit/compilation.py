@@ -1,13 +1,20 @@
 """How programs are compiled: kept for the next start, with options for the chip."""
 
+import functools
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.core
 
 # XLA's options by what the chip's `device_kind` contains, first match wins.
-OPTIONS: Mapping[str, Mapping[str, str]] = {}
+OPTIONS: Mapping[str, Mapping[str, str]] = {
+    # Products and convolutions of float32 by Eigen: XLA would give them to YNNPACK,
+    # which takes up to 1.5 times as long.
+    "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
+}
 
 
 def compiler_options(given: Sequence[str] = ()) -> dict[str, str] | None:
@@ -25,6 +32,8 @@ def compiler_options(given: Sequence[str] = ()) -> dict[str, str] | None:
     described = jax.sharding.get_abstract_mesh().abstract_device
     kind = described.device_kind if described else jax.devices()[0].device_kind
     options = dict(next((x for name, x in OPTIONS.items() if name in kind), {}))
+    if "cpu" in kind and not _suits_processor(tuple(options.items())):
+        options = {}
     for text in given:
         name, equals, value = text.partition("=")
         if not (name.startswith("xla") and equals and value):
@@ -34,6 +43,61 @@ def compiler_options(given: Sequence[str] = ()) -> dict[str, str] | None:
             )
         options[name] = value
     return options or None
+
+
+def _suits_processor(options: tuple[tuple[str, str], ...]) -> bool:
+    """Whether options of a processor are for the products that are asked for now.
+
+    In bfloat16 YNNPACK has the better ones.
+    """
+    asked = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    return asked != "bfloat16" and _known(options)
+
+
+@functools.cache
+def _known(options: tuple[tuple[str, str], ...]) -> bool:
+    """Whether this XLA has these options, all of them, for a processor."""
+    program = jax.jit(lambda: 0, compiler_options=dict(options))
+    try:
+        program.lower().compile()
+    except (jax.errors.JaxRuntimeError, ValueError):
+        return False
+    return True
+
+
+class jit:
+    """`jax.jit` with the options of the chip that a program is compiled for.
+
+    They are looked up at a call, not where a function is defined. Within another
+    program a function is part of that.
+
+    Args:
+        function: what to compile.
+        settings: of `jax.jit`.
+    """
+
+    def __init__(self, function: Callable[..., Any], **settings: Any):
+        functools.update_wrapper(self, function)
+        self._programs: dict[Any, Any] = {}
+        self._function, self._settings = function, settings
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        """Runs the program, which is compiled at its first call."""
+        leaves = jax.tree.leaves((args, named))
+        within = any(isinstance(x, jax.core.Tracer) for x in leaves)
+        return self._program(None if within else compiler_options())(*args, **named)
+
+    def lower(self, *args: Any, **named: Any) -> Any:
+        """The program of a call, to be compiled for its own sake."""
+        return self._program(compiler_options()).lower(*args, **named)
+
+    def _program(self, options: dict[str, str] | None) -> Any:
+        key = options and tuple(options.items())
+        if key not in self._programs:
+            self._programs[key] = jax.jit(
+                self._function, compiler_options=options, **self._settings
+            )
+        return self._programs[key]
 
 
 def keep_compilations() -> None:

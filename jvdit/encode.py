@@ -22,7 +22,7 @@ from absl import app, flags, logging
 from rich.progress import Progress
 
 from jvdit.caption_encoder import CaptionEncoder
-from jvdit.compilation import keep_compilations
+from jvdit.compilation import jit, keep_compilations
 from jvdit.data.catalog import open_source
 from jvdit.data.clips import BadClip, Clip, Source
 from jvdit.data.record_format import latent_features
@@ -138,7 +138,7 @@ def _weights_folder(vae: str) -> pathlib.Path:
 
 
 def _encoder(module: VideoVAE, params: Any) -> Callable[[Any], Any]:
-    @jax.jit
+    @jit
     def whole(params, video):
         return module.apply({"params": params}, to_float(video), method="encode")
 

@@ -6,12 +6,12 @@ that generates latents of this autoencoder can be expected to score higher.
 
 import pathlib
 
-import jax
 import numpy as np
 from jaxtyping import UInt8
 from rich.console import Console
 from rich.progress import Progress
 
+from jvdit.compilation import jit
 from jvdit.data.catalog import open_source
 from jvdit.data.clips import BadClip
 from jvdit.data.files import write_atomically
@@ -50,7 +50,7 @@ class Reconstructor:
         params, fields = load_weights(inside)
         self.vae = build(VideoVAE, fields)
 
-        @jax.jit
+        @jit
         def reconstruct(video):
             variables = {"params": params}
             return to_uint8(self.vae.apply(variables, to_float(video))[0])

@@ -1,17 +1,51 @@
 """Options of the compiler, and where compiled programs are kept."""
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from jvdit import compilation
 
+TABLE = {"cpu": {"xla_a": "1", "xla_b": "1"}, "TPU": {"xla_c": "1"}}
+
 
 def test_options_given_win_over_those_of_the_chip(monkeypatch):
-    assert compilation.compiler_options() is None
-    table = {"cpu": {"xla_a": "1", "xla_b": "1"}, "TPU": {"xla_c": "1"}}
-    monkeypatch.setattr(compilation, "OPTIONS", table)
+    monkeypatch.setattr(compilation, "OPTIONS", TABLE)
+    monkeypatch.setattr(compilation, "_known", lambda options: True)
     made = compilation.compiler_options(["xla_b=2", "xla_d=x=y"])
     assert made == {"xla_a": "1", "xla_b": "2", "xla_d": "x=y"}
+
+
+def test_a_processor_gets_its_options_for_float32_alone():
+    options = compilation.compiler_options()
+    assert options == compilation.OPTIONS["cpu"]  # this XLA has them
+    with jax.default_matmul_precision("bfloat16"):
+        assert compilation.compiler_options() is None
+
+
+def test_options_that_this_xla_lacks_are_left_out(monkeypatch):
+    monkeypatch.setattr(compilation, "OPTIONS", TABLE)
+    assert compilation.compiler_options() is None
+    assert compilation.compiler_options(["xla_d=1"]) == {"xla_d": "1"}
+
+
+def test_a_program_has_the_options_of_the_moment_and_runs_within_others(monkeypatch):
+    asked = []
+    plain = jax.jit
+
+    def spy(function, **settings):
+        asked.append(settings["compiler_options"])
+        return plain(function, **settings)
+
+    double = compilation.jit(lambda x, *, times: x * times, static_argnames="times")
+    monkeypatch.setattr(compilation.jax, "jit", spy)
+    assert double(jnp.ones(()), times=2) == double(jnp.ones(()), times=2) == 2
+    assert asked == [compilation.OPTIONS["cpu"]]  # compiled once
+    # XLA refuses options of a part of a program.
+    assert plain(lambda x: double(x, times=3) + 1)(jnp.ones(())) == 4
+    assert asked[1:] == [None]
+    text = double.lower(jnp.ones(()), times=2).compile().as_text()
+    assert "HloModule" in text and len(asked) == 2
 
 
 @pytest.mark.parametrize("text", ["xla_a", "xla_a=", "fast=true"])

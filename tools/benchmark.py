@@ -23,6 +23,7 @@ import numpy as np
 import optax
 from einops import rearrange
 
+from jvdit.compilation import jit
 from jvdit.data.pipeline import Batches, PackedBatches
 from jvdit.data.plan import BucketPlan, PackPlan
 from jvdit.data.sources import ArraySource
@@ -84,9 +85,9 @@ def our_dit(inputs: tuple[Any, ...], train: bool) -> tuple[Any, Run]:
     patch = 4 * CHANNELS
     model = DiT(WIDTH, DEPTH, HEADS, 4 * WIDTH, patch, patch, TEXT)
     params = jax.jit(model.init)(jax.random.key(0), *inputs[:3])
-    forward, optimizer = jax.jit(model.apply), optax.adamw(1e-4, weight_decay=0.01)
+    forward, optimizer = jit(model.apply), optax.adamw(1e-4, weight_decay=0.01)
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jit, donate_argnums=0)
     def update(state: Any, *inputs: Any) -> Any:
         params, moments = state
         grad = jax.grad(lambda p: ((forward(p, *inputs[:3]) - inputs[3]) ** 2).mean())
@@ -150,7 +151,7 @@ def vae(args: argparse.Namespace, peers: Any) -> Iterator[Row]:
     theirs = peers and peers[1].AutoencoderKLWan(base_dim=VAE_WIDTH).eval()
     for half, shape in (("encode", (*VIDEO, 3)), ("decode", latents)):
         x = rng.uniform(-1, 1, shape).astype(np.float32)
-        apply = jax.jit(functools.partial(model.apply, method=half))
+        apply = jit(functools.partial(model.apply, method=half))
         ours, peer = functools.partial(apply, params, jnp.asarray(x)), None
         if peers:
             check_sizes(params, theirs)

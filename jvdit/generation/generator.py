@@ -16,6 +16,7 @@ from jaxtyping import Float
 
 from jvdit.caption_encoder import encode_captions
 from jvdit.cluster import to_host
+from jvdit.compilation import jit
 from jvdit.conventions import Conventions
 from jvdit.data.packing import Item, Size
 from jvdit.data.tokenizer import Tokenizer
@@ -389,6 +390,6 @@ class Generator:
         return Stepper(self.dit, self.path)
 
 
-@partial(jax.jit, static_argnames="encoder")
+@partial(jit, static_argnames="encoder")
 def _image_states(encoder: ImageEncoder, params: Any, images: jax.Array):
     return encoder.apply({"params": params}, images)

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Key, PyTree
 
+from jvdit.compilation import jit
 from jvdit.data.packing import Item, Size, best_fit, pack_rows, unpack_rows
 from jvdit.diffusion.denoise import Guidance, guided
 from jvdit.diffusion.flow import Path, TimestepPolicy
@@ -139,7 +140,7 @@ def _rows(counts: Sequence[int]) -> list[list[int]]:
     return best_fit(counts, [0] * len(counts), max(counts), 0, len(counts))
 
 
-@partial(jax.jit, static_argnames=("policy", "steps", "solver", "one_clip", "noisy"))
+@partial(jit, static_argnames=("policy", "steps", "solver", "one_clip", "noisy"))
 def start_noise(
     arrays: dict[str, Array],
     seeds: Array,
@@ -234,7 +235,7 @@ class Stepper:
     def __init__(self, dit: DiT, path: Path):
         self.on_step: Callable[[int, np.ndarray], None] | None = None
         self.ratios: dict[tuple[int, int], np.ndarray] = {}
-        self._run = jax.jit(
+        self._run = jit(
             partial(self._steps, dit, path),
             static_argnames=("solver", "guidance", "span", "skips", "watched"),
         )

@@ -95,9 +95,11 @@ def _even(q: Array, k: Array, v: Array, segments: Segments) -> Array:
     n, s = q.shape[1], k.shape[1]
     lengths: dict[str, Array] = {}
     if n % 2 or s % 2:
-        *segments, q, k, v = (
-            jnp.pad(x, [(0, 0), (0, x.shape[1] % 2)] + [(0, 0)] * (x.ndim - 2))
-            for x in (*segments, q, k, v)
+        q, k, v, segments = jax.tree.map(
+            lambda x: jnp.pad(
+                x, [(0, 0), (0, x.shape[1] % 2)] + [(0, 0)] * (x.ndim - 2)
+            ),
+            (q, k, v, segments),
         )
         lengths["query_seq_lengths"] = jnp.full(len(q), n, jnp.int32)
         lengths["key_value_seq_lengths"] = jnp.full(len(k), s, jnp.int32)

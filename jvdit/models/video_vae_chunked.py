@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jvdit.compilation import jit
 from jvdit.models.video_vae import VideoVAE
 
 Cache = dict[str, Any]
@@ -22,7 +23,7 @@ Cache = dict[str, Any]
 DECODED_PIXELS = 1 << 21  # at once: a few GB of activations in a large autoencoder
 
 
-@functools.partial(jax.jit, static_argnames="vae", donate_argnames="cache")
+@functools.partial(jit, static_argnames="vae", donate_argnames="cache")
 def encode_step(
     vae: VideoVAE, params: Any, video: Float[Array, "b T H W 3"], cache: Cache
 ) -> tuple[tuple[Float[Array, "b f h w c"], Float[Array, "b f h w c"]], Cache]:
@@ -43,7 +44,7 @@ def encode_step(
     return moments, dict(state["cache"])
 
 
-@functools.partial(jax.jit, static_argnames="vae", donate_argnames="cache")
+@functools.partial(jit, static_argnames="vae", donate_argnames="cache")
 def decode_step(
     vae: VideoVAE, params: Any, latents: Float[Array, "b f h w c"], cache: Cache
 ) -> tuple[Float[Array, "b T H W 3"], Cache]:

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jvdit.cluster import is_lead, to_host
+from jvdit.compilation import jit
 from jvdit.config import Config
 from jvdit.conventions import Conventions
 from jvdit.data.catalog import open_source
@@ -77,7 +78,7 @@ class FlowTask(Task):
         self.flops = 3.0 * self._forward_flops()
         self._check_samples()
         self._validation = self._validation_batch()
-        self._measure = jax.jit(self.objective.validate)
+        self._measure = jit(self.objective.validate)
         self._generator: Generator | None = None
 
     # Building

@@ -3,11 +3,11 @@
 import pathlib
 from typing import Any, ClassVar
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from jvdit.cluster import is_lead, to_host
+from jvdit.compilation import jit
 from jvdit.config import Config
 from jvdit.data.clips import BadClip, Source
 from jvdit.data.pipeline import ClipBatches
@@ -60,7 +60,7 @@ class VAETask(Task):
         clips = sum(map(len, self.sources))
         self.summary = f"{clips} clips, batches {self.plan.batches}"
         self._validation = self._validation_clips()
-        self._reconstruct = jax.jit(self.objective.reconstruct)
+        self._reconstruct = jit(self.objective.reconstruct)
 
     def _validation_clips(self):
         data = self.config.data
