@@ -115,6 +115,12 @@ def platform() -> str:
     return described.platform if described else jax.default_backend()
 
 
+def alone() -> bool:
+    """Whether a program is traced for one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
+
+
 def activation_spec(*axes: str | None) -> PartitionSpec:
     """The partition of an activation whose axes have these names.
 
@@ -140,10 +146,10 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     spec = activation_spec(*axes)
     if len(axes) != x.ndim:
         raise ValueError(f"{len(axes)} axis names {axes} for an array of {x.ndim} axes")
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if alone():
         return x
-    return jax.lax.with_sharding_constraint(x, fit(spec, x.shape, mesh.shape))
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return jax.lax.with_sharding_constraint(x, fit(spec, x.shape, sizes))
 
 
 def fit(

@@ -253,6 +253,13 @@ def test_damaged_files_are_refused_and_never_crash(tmp_path):
     assert reason(bad.tobytes(), frames=8) == "corrupt"
 
 
+def test_a_mistake_in_our_own_call_is_not_blamed_on_the_file(monkeypatch):
+    """PyAV 19 dropped an argument, and every clip was said to be damaged."""
+    monkeypatch.setattr("jvdit.data.media_file._LENIENT", {"no_such_argument": 1})
+    with pytest.raises(TypeError, match="no_such_argument"):
+        probe(mux(frames_of(grey(80, 4))))
+
+
 def test_a_playlist_in_disguise_opens_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("clip.ts").write_bytes(mux(frames_of(numbered(24)), container="mpegts"))

@@ -87,10 +87,13 @@ DEFAULT_BUDGET = Budget()
 
 @contextlib.contextmanager
 def media_errors(reason: str = "corrupt") -> Iterator[None]:
-    """Turns whatever a damaged file makes FFmpeg or PyAV raise into a MediaError."""
+    """Turns whatever a damaged file makes FFmpeg or PyAV raise into a MediaError.
+
+    A TypeError is no fault of the file's but of ours, or of another version of PyAV.
+    """
     try:
         yield
-    except (MediaError, MemoryError):
+    except (MediaError, MemoryError, TypeError):
         raise
     except FileNotFoundError as e:
         raise MediaError("missing", str(e.filename)) from None

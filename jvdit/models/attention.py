@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jvdit.models.attention_parallel import divided
 from jvdit.models.attention_pieces import DENSE, Segments, flash
 from jvdit.models.attention_splash import SPLASH, suits_splash
-from jvdit.sharding import platform
+from jvdit.sharding import alone, platform
 
 IMPLEMENTATIONS = ("auto", "mapped", "xla", "cudnn", "splash")
 PIECES = {"mapped": DENSE, "splash": SPLASH}
@@ -63,11 +63,8 @@ def attention(
     segments: Segments = ()
     if q_segment is not None and kv_segment is not None:
         segments = (q_segment, kv_segment)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        out = _local(q, k, v, segments, implementation)
-    else:
-        out = _divided(q, k, v, segments, implementation)
+    compute = _local if alone() else _divided
+    out = compute(q, k, v, segments, implementation)
     if segments and q_segment is not kv_segment:
         seen = _visible(*segments).any(axis=-1)
         out = jnp.where(seen[:, :, None, None], out, 0)

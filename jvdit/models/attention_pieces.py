@@ -96,16 +96,38 @@ _product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def _each_head(function, arrays, segments):
-    """Maps over rows and heads: the scores of one at a time stay in a cache."""
-    rows, heads = arrays[0].shape[0], arrays[0].shape[2]
-    stacked = [x.swapaxes(1, 2).reshape(rows * heads, *x.shape[1::2]) for x in arrays]
-    spread = [jnp.repeat(x, heads, axis=0) for x in segments]
-    results = jax.lax.map(lambda x: function(*x), (stacked, spread))
-    return tuple(x.reshape(rows, heads, *x.shape[1:]) for x in results)
+    """Runs a function for one row and head at a time: its scores stay in a cache.
+
+    Arrays, of which the heads are the third axis, and results lie as they are: nothing
+    is stacked.
+    """
+    rows, _, heads, _ = arrays[0].shape
+
+    def part(x, row, head):
+        sizes = (1, x.shape[1], 1, x.shape[3])
+        x = jax.lax.dynamic_slice(x, (row, 0, head, 0), sizes)
+        return x.reshape(x.shape[1::2])
+
+    def compute(row, head):
+        own = tuple(part(x, row, head) for x in arrays)
+        return function(own, tuple(x[row] for x in segments))
+
+    def run(i, results):
+        row, head = i // heads, i % heads
+        return tuple(
+            jax.lax.dynamic_update_slice(whole, x[None, :, None], (row, 0, head, 0))
+            for whole, x in zip(results, compute(row, head), strict=True)
+        )
+
+    results = tuple(
+        jnp.zeros((rows, x.shape[0], heads, x.shape[1]), x.dtype)
+        for x in jax.eval_shape(compute, 0, 0)
+    )
+    return jax.lax.fori_loop(0, rows * heads, run, results)
 
 
 def _scores(
-    rows: Float[Array, "n k"], columns: Float[Array, "s k"], segments: list[Array]
+    rows: Float[Array, "n k"], columns: Float[Array, "s k"], segments: Segments
 ) -> Float[Array, "n s"]:
     scores = _product("nk,sk->ns", rows, columns)
     if not segments:
@@ -134,7 +156,8 @@ def dense_forward(
         # Divided last: there are fewer channels than keys.
         out = _product("ns,sk->nk", weights.astype(v.dtype), v)
         out = out / jnp.where(total > 0, total, 1)[:, None]
-        return out, jnp.where(total > 0, top + jnp.log(total), HIDDEN)
+        lse = jnp.where(total > 0, top + jnp.log(total), HIDDEN)
+        return out, lse[None]
 
     def longest(x: Array) -> Array:
         return jnp.square(x.astype(jnp.float32)).sum(axis=-1).max()
@@ -143,7 +166,7 @@ def dense_forward(
     most = SMALL_SCORES * np.log(float(jnp.finfo(v.dtype).max))
     small = longest(q) * longest(k) < most**2 * q.shape[-1]
     out, lse = jax.lax.cond(small, *ways, (q, k, v), segments)
-    return out.swapaxes(1, 2), lse
+    return out, lse[:, 0]
 
 
 def dense_backward(
@@ -171,8 +194,7 @@ def dense_backward(
         return _product("sn,sk->nk", dscores.astype(k.dtype), k) * scale, dk, dv
 
     line = (x[:, None] for x in (slope, lse))
-    grads = _each_head(head, (q, k, v, grad, *line), segments)
-    return tuple(g.swapaxes(1, 2) for g in grads)  # type: ignore[return-value]
+    return _each_head(head, (q, k, v, grad, *line), segments)
 
 
 DENSE = Pieces(dense_forward, dense_backward)

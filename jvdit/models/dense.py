@@ -6,8 +6,6 @@ ignores the setting, although a processor with matrix units (Intel AMX) is sever
 faster at it. Activations, gradients and weights remain float32 in either case.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,23 +15,24 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jvdit.models.lora import RATE, A, B
-from jvdit.sharding import platform
+from jvdit.sharding import alone, platform
 
 
-def dot_general(
-    x: Array, kernel: Array, dimension_numbers: Any, precision: Any = None, **kinds: Any
-) -> Array:
-    """`jax.lax.dot_general` of a linear layer, rounded where JAX asks for it."""
+def product(x: Float[Array, "*batch i"], kernel: Float[Array, "i o"]) -> Array:
+    """The product of a linear layer, rounded where JAX asks for it."""
     asked = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     single = x.dtype == kernel.dtype == jnp.float32
-    rounded = single and precision is None and asked == "bfloat16"
-    if not rounded or platform() != "cpu":
-        return jax.lax.dot_general(x, kernel, dimension_numbers, precision, **kinds)
-    y = _rounded_product(x.reshape(-1, x.shape[-1]), kernel)
+    rounded = single and asked == "bfloat16"
+    if platform() != "cpu" or not (rounded or alone()):
+        return x @ kernel
+    # As matrices: XLA on CPU turns factors with more axes around in memory for the
+    # gradient of the kernel, 0.1 of the time of a training step.
+    multiply = _rounded_product if rounded else jnp.matmul
+    y = multiply(x.reshape(-1, x.shape[-1]), kernel)
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def _product(x: Array, y: Array) -> Array:
+def _wide(x: Array, y: Array) -> Array:
     return jnp.matmul(x, y, preferred_element_type=jnp.float32)
 
 
@@ -41,18 +40,18 @@ def _product(x: Array, y: Array) -> Array:
 def _rounded_product(
     x: Float[Array, "n i"], kernel: Float[Array, "i o"]
 ) -> Float[Array, "n o"]:
-    return _product(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))
+    return _wide(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))
 
 
 def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
     x, kernel = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
-    return _product(x, kernel), (x, kernel)
+    return _wide(x, kernel), (x, kernel)
 
 
 def _backward(factors: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     x, kernel = factors
     grad = grad.astype(jnp.bfloat16)
-    return _product(grad, turned(kernel)), _product(turned(x), grad)
+    return _wide(grad, turned(kernel)), _wide(turned(x), grad)
 
 
 def turned(x: Float[Array, "i o"]) -> Float[Array, "o i"]:
@@ -99,7 +98,7 @@ class Dense(nn.Module):
             zeros = nn.initializers.zeros_init()
             bias = self.param("bias", zeros, shape[1:], self.param_dtype)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        y = dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+        y = product(x, kernel)
         if bias is not None:
             y += bias.reshape((1,) * (y.ndim - 1) + (-1,))
         if self.has_variable("lora", A):

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jvdit.models.attention_pieces import RESIDUALS
 from jvdit.models.dense import Dense
-from jvdit.sharding import platform
+from jvdit.sharding import alone, platform
 
 Initializer = Callable[..., Array]
 
@@ -230,8 +230,7 @@ def fusion_boundary(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     takes a fifth longer. It fuses across `optimization_barrier`, but not across a
     conditional. The other branch, taken where `x` begins with NaN, is all NaN.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if platform() != "cpu" or not (mesh.empty or mesh.size == 1):
+    if platform() != "cpu" or not alone():
         return x
     first = x.reshape(-1)[0]
     return jax.lax.cond(
