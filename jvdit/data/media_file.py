@@ -86,14 +86,16 @@ DEFAULT_BUDGET = Budget()
 
 
 @contextlib.contextmanager
-def media_errors(reason: str = "corrupt") -> Iterator[None]:
+def media_errors(reason: str = "corrupt", *passing: type[Exception]) -> Iterator[None]:
     """Turns whatever a damaged file makes FFmpeg or PyAV raise into a MediaError.
 
-    A TypeError is no fault of the file's but of ours, or of another version of PyAV.
+    Args:
+        reason: one of `REASONS`, where the error tells none.
+        passing: errors that aren't the file's fault.
     """
     try:
         yield
-    except (MediaError, MemoryError, TypeError):
+    except (MediaError, MemoryError, *passing):
         raise
     except FileNotFoundError as e:
         raise MediaError("missing", str(e.filename)) from None
@@ -111,7 +113,8 @@ def media_errors(reason: str = "corrupt") -> Iterator[None]:
 def open_media(source: Media) -> Iterator[InputContainer]:
     """Opens a file or its bytes for reading."""
     with contextlib.ExitStack() as stack:
-        with media_errors("unreadable"):
+        # A TypeError means that this version of PyAV takes other arguments.
+        with media_errors("unreadable", TypeError):
             if isinstance(source, bytes):
                 file = io.BytesIO(source)
             else:

@@ -192,7 +192,7 @@ def dense_backward(
         dv = _product("sn,nk->sk", weights.astype(grad.dtype), grad)
         dk = _product("sn,nk->sk", dscores.astype(q.dtype), q)
         dq = _product("sn,sk->kn", dscores.astype(k.dtype), k)
-        # Turned afterwards: a sixth of the backward pass less than "sn,sk->nk".
+        # Turned afterwards: at 1,280 tokens "sn,sk->nk" makes this pass a sixth longer.
         return jax.lax.optimization_barrier(dq).T * scale, dk, dv
 
     line = (x[:, None] for x in (slope, lse))
