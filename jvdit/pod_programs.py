@@ -20,7 +20,7 @@ from jvdit.generation.sampling import Stepper, start_noise
 from jvdit.models.dit import DiT
 from jvdit.pretrained.folders import dit_inputs
 from jvdit.shapes import Text
-from jvdit.sharding import batch_sharding, make_mesh, parameter_shardings, replicated
+from jvdit.sharding import make_mesh, parameter_shardings, replicated, rows_sharding
 from jvdit.tasks.flow_objective import flow_objective
 from jvdit.training.optim import Optim
 from jvdit.training.state import TrainState, new_state, state_shardings
@@ -179,7 +179,7 @@ def sample_program(
             _shape(rows, 2, dtype=jnp.uint32),
         )
         text = jax.eval_shape(lambda x, y: Text(x, image=y), states, image)
-        divided, whole = batch_sharding(mesh), replicated(mesh)
+        divided, whole = rows_sharding(mesh, rows), replicated(mesh)
 
         def by_row(shape: Any) -> Any:
             place = divided if shape.shape[:1] == (rows,) else whole

@@ -11,7 +11,9 @@ import re
 import sys
 from typing import Any
 
+import jax
 from absl import app, flags, logging
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import Progress
 
@@ -27,6 +29,7 @@ from jvdit.generation.prompt_lines import read_requests
 from jvdit.generation.release import EXPERTS, add_adapters, load_release
 from jvdit.generation.request import Request, size_fields
 from jvdit.huge_pages import use_huge_pages
+from jvdit.sharding import make_mesh, parse_mesh, sampling_sizes
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of a training, or its model folder.")
 _PROMPTS = flags.DEFINE_string(
@@ -76,6 +79,9 @@ _DRAFT = flags.DEFINE_boolean(
     "draft", None, "Generate twice, the second time from the first one's first frame."
 )
 _ROWS = flags.DEFINE_integer("rows", 8, "Rows solved at once; fewer need less memory.")
+_MESH = flags.DEFINE_string(
+    "mesh", None, "Devices along axes: data=2,context=4. Default: as rows are many."
+)
 
 
 def file_name(request: Request) -> str:
@@ -98,18 +104,27 @@ def _request_defaults(generator: Generator) -> dict[str, Any]:
     }
 
 
-def _load() -> Generator:
+def _mesh(prompts: int) -> Mesh:
+    """A row to a device; what is left over divides the tokens of each."""
+    if _MESH.value is not None:
+        return make_mesh(parse_mesh(_MESH.value))
+    rows = min(prompts, _ROWS.value) * (1 if _SCALE.value == 1 else 2)
+    return make_mesh(sampling_sizes(rows, jax.device_count()))
+
+
+def _load(mesh: Mesh) -> Generator:
     if (_WORKDIR.value is None) == (_PRETRAINED.value is None):
         raise ValueError("give one of --workdir and --pretrained.")
     if _PRETRAINED.value is None:
         for flag in (_DIT, _DIT_LOW, _SHIFT):
             if flag.value is not None:
                 raise ValueError(f"--{flag.name} goes with --pretrained.")
-        generator = Generator.load(_WORKDIR.value)
+        generator = Generator.load(_WORKDIR.value, mesh)
     else:
         networks = {"dit": _DIT.value, "dit_low": _DIT_LOW.value}
         generator = load_release(
             _PRETRAINED.value,
+            mesh,
             dtype=_DTYPE.value,
             shift=_SHIFT.value,
             parts={name: path for name, path in networks.items() if path},
@@ -140,7 +155,7 @@ def sample(prompts: list[str]) -> list[pathlib.Path]:
     """Generates and writes what the flags and prompts ask for; returns the files."""
     if not prompts:
         raise ValueError('give a prompt, "…", or --prompts=FILE.')
-    generator = _load()
+    generator = _load(_mesh(len(prompts)))
     defaults = generator.defaults
     unit = 0 if _SIZE.value else generator.unit
     requests = read_requests(prompts, _request_defaults(generator), unit)

@@ -16,6 +16,8 @@ import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jvdit.pods.chips import memory_of
+
 AXES = ("data", "fsdp", "context", "tensor")
 
 # Name of an activation axis -> mesh axes that divide it.
@@ -43,8 +45,11 @@ PARAMETERS: tuple[tuple[str, str], ...] = (
     (r".*/lora_(a|b)", "fsdp"),
 )
 # Where `fsdp` has fewer devices, parameters are divided over `context` too. With more,
-# the shards would be slivers, and gathering them slower than it saves memory.
+# the shards would be slivers, and gathering them slower, so then only if they wouldn't
+# fit otherwise: if a training's five copies (weights, average, two moments, gradient)
+# took more than half of the memory.
 ENOUGH_SHARDS = 8
+COPIES, SHARE_OF_COPIES = 5, 0.5
 
 
 def make_mesh(
@@ -79,6 +84,32 @@ def make_mesh(
             f"{len(devices)}; use -1 for one axis to take what remains."
         )
     return Mesh(_grid(devices, shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Reads the sizes of a mesh, such as "fsdp=8,context=8".
+
+    Raises:
+        ValueError: it isn't written so.
+    """
+    try:
+        return {k.strip(): int(n) for k, n in (x.split("=") for x in text.split(","))}
+    except ValueError as error:
+        raise ValueError(
+            f"`mesh` (={text!r}) must be AXIS=DEVICES with commas between, such as "
+            f"fsdp=8,context=8; the axes are {', '.join(AXES)}."
+        ) from error
+
+
+def sampling_sizes(rows: int, devices: int) -> dict[str, int]:
+    """Sizes of a mesh that leaves no device idle, however few rows there are.
+
+    Args:
+        rows: that are solved at once; guidance makes them twice as many as clips.
+        devices: how many there are; those that rows don't need divide tokens.
+    """
+    data = math.gcd(1 << (max(rows, 1) - 1).bit_length(), devices)
+    return {"data": data, "context": devices // data}
 
 
 def _grid(devices: list[Any], shape: list[int]) -> np.ndarray:
@@ -164,10 +195,25 @@ def fit(
     return PartitionSpec(*fitted)
 
 
+def shard_axes(params: Any, mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes over which a tree of parameters is divided."""
+    ways = mesh.shape["fsdp"]
+    copies = COPIES * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+    room = SHARE_OF_COPIES * memory_of(mesh.devices.flat[0])
+    enough = ways >= ENOUGH_SHARDS and copies / ways <= room
+    return ("fsdp",) if enough else ("fsdp", "context")
+
+
 def parameter_spec(
-    path: str, shape: Sequence[int], sizes: Mapping[str, int]
+    path: str, shape: Sequence[int], sizes: Mapping[str, int], names: Sequence[str]
 ) -> PartitionSpec:
     """The partition of one parameter (or of its moment or average).
+
+    Args:
+        path: of the parameter, as in `PARAMETERS`.
+        shape: of the parameter.
+        sizes: of the mesh.
+        names: from `shard_axes`.
 
     Raises:
         ValueError: no rule of `PARAMETERS` matches the path.
@@ -181,8 +227,7 @@ def parameter_spec(
     turned = {"columns": len(shape) - 1, "rows": len(shape) - 2}.get(rules[0])
     if turned is not None and shape[turned] % sizes["tensor"] == 0:
         places[turned] = "tensor"
-    names = ("fsdp",) if sizes["fsdp"] >= ENOUGH_SHARDS else ("fsdp", "context")
-    for axes in (names, names[:1]):
+    for axes in (tuple(names), tuple(names[:1])):
         ways = math.prod(sizes[name] for name in axes)
         free = [a for a, n in enumerate(shape) if places[a] is None and n % ways == 0]
         if ways > 1 and free:
@@ -201,10 +246,11 @@ def _used(place: Any, sizes: Mapping[str, int]) -> Any:
 
 def parameter_shardings(params: Any, mesh: Mesh) -> Any:
     """Shardings for a tree of parameters, by `PARAMETERS`."""
+    names = shard_axes(params, mesh)
 
     def place(path, leaf):
         name = "/".join(str(getattr(key, "key", key)) for key in path)
-        spec = parameter_spec(name, leaf.shape, mesh.shape)
+        spec = parameter_spec(name, leaf.shape, mesh.shape, names)
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(place, params)
@@ -213,6 +259,15 @@ def parameter_shardings(params: Any, mesh: Mesh) -> Any:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows over `data` and `fsdp`; everything else of a batch whole."""
     return NamedSharding(mesh, PartitionSpec(ACTIVATIONS["batch"]))
+
+
+def rows_sharding(mesh: Mesh, rows: int) -> NamedSharding:
+    """As `batch_sharding`; all rows everywhere if the mesh doesn't divide them.
+
+    So begin the few rows of a sampler, which guidance doubles within the program.
+    """
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    return replicated(mesh) if rows % ways else batch_sharding(mesh)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -14,6 +14,15 @@ jax.config.update("jax_default_matmul_precision", "highest")
 import pytest  # noqa: E402
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=2, help="of the four processes' run")
+
+
+@pytest.fixture
+def kills(request):
+    return request.config.getoption("--kills")
+
+
 @pytest.fixture(scope="session")
 def workdir(tmp_path_factory):
     """A folder in which all stages of a small training have run."""

@@ -145,7 +145,9 @@ def test_a_gpu_gets_the_flash_kernel_where_it_runs_and_pays(
     assert attention_module._best_implementation(q, k) == form
 
 
-def test_rope_turns_neighbouring_pairs_by_axis():
+@pytest.mark.parametrize("backend", ["cpu", "tpu"])
+def test_rope_turns_neighbouring_pairs_by_axis(backend, monkeypatch):
+    monkeypatch.setattr(attention_module, "platform", lambda: backend)
     x, position = draw(1, 4, 2, 12), draw(1, 4, 3, seed=1) * 30
     out = np.asarray(rope(x, position, (6, 4, 2), theta=100.0), np.float64)
     frequencies = [100.0 ** (-np.arange(0, dim, 2) / dim) for dim in (6, 4, 2)]

@@ -96,8 +96,11 @@ def test_a_ring_holds_no_more_than_its_part():
 
 
 @pytest.mark.parametrize("clips", [False, True])
-def test_the_kernel_of_tpus_agrees(clips):
+@pytest.mark.parametrize("most", [1024, 128])
+def test_the_kernel_of_tpus_agrees(clips, most, monkeypatch):
     # Not whole blocks: 160 tokens are padded to 256, and the padding is hidden.
+    blocks = attention_splash.Blocks(most, most, most, (most,) * 3)
+    monkeypatch.setattr(attention_splash, "_most", lambda chip: blocks)
     shape = (2, 160, 2, 128)
     qkv = [draw(*shape, seed=i) for i in range(3)]
     segments = (packed(160),) * 2 if clips else ()

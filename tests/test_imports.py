@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parent.parent / "jvdit"
 LOWEST = {"shapes", "sharding", "compilation"}
 MAY_IMPORT = {
     "shapes": set(),
-    "sharding": set(),
+    "sharding": {"pods"},
     "compilation": set(),
     "data": {"data"},
     "models": {"models"} | LOWEST,

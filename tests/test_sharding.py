@@ -1,16 +1,24 @@
 """The tables that place arrays refuse what they don't know."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
+from jvdit import sharding
+from jvdit.pods.chips import CHIPS, memory_of
 from jvdit.sharding import (
     activation_spec,
     constrain,
     make_mesh,
     parameter_shardings,
     parameter_spec,
+    parse_mesh,
+    rows_sharding,
+    sampling_sizes,
+    shard_axes,
 )
 
 
@@ -39,6 +47,28 @@ def test_impossible_meshes_are_named(sizes, message):
         make_mesh(sizes)
 
 
+def test_a_mesh_is_written_with_its_axes():
+    assert parse_mesh("fsdp=8, context=-1") == {"fsdp": 8, "context": -1}
+    for text in ("8x8", "fsdp=", ""):
+        with pytest.raises(ValueError, match="must be AXIS=DEVICES"):
+            parse_mesh(text)
+
+
+@pytest.mark.parametrize(
+    "rows, devices, data",
+    [(1, 1, 1), (2, 1, 1), (2, 8, 2), (3, 8, 4), (16, 8, 8), (2, 6, 2), (0, 4, 1)],
+)
+def test_few_rows_leave_no_device_idle(rows, devices, data):
+    sizes = sampling_sizes(rows, devices)
+    assert sizes == {"data": data, "context": devices // data}
+
+
+def test_rows_that_do_not_divide_are_everywhere():
+    mesh = make_mesh({"data": 2, "context": 4})
+    assert rows_sharding(mesh, 1).is_fully_replicated
+    assert rows_sharding(mesh, 4).shard_shape((4, 3)) == (2, 3)
+
+
 def test_constrain_places_by_name_and_knows_its_names():
     x = jnp.zeros((8, 4, 6))
     assert constrain(x, "batch", "tokens", None) is x  # no mesh
@@ -56,11 +86,36 @@ def test_constrain_places_by_name_and_knows_its_names():
 
 def test_parameters_follow_their_path():
     sizes = {"data": 1, "fsdp": 4, "context": 1, "tensor": 1}
-    assert parameter_spec("a/kernel", (6, 8), sizes) == PartitionSpec(None, "fsdp")
-    assert parameter_spec("a/kernel", (6, 7), sizes) == PartitionSpec()
-    assert parameter_spec("a/bias", (8,), sizes) == PartitionSpec()
+    names = ("fsdp",)
+    spec = parameter_spec("a/kernel", (6, 8), sizes, names)
+    assert spec == PartitionSpec(None, "fsdp")
+    assert parameter_spec("a/kernel", (6, 7), sizes, names) == PartitionSpec()
+    assert parameter_spec("a/bias", (8,), sizes, names) == PartitionSpec()
     with pytest.raises(ValueError, match="no rule.*a/weights"):
-        parameter_spec("a/weights", (8, 8), sizes)
+        parameter_spec("a/weights", (8, 8), sizes, names)
     mesh = make_mesh({"fsdp": 8})
     placed = parameter_shardings({"a": {"kernel": jnp.zeros((16, 8))}}, mesh)
     assert placed["a"]["kernel"].spec == PartitionSpec("fsdp", None)
+
+
+@pytest.mark.parametrize(
+    "fsdp, memory, names",
+    [
+        (8, 2 * 5 * 2**20 // 8, ("fsdp",)),
+        (8, 2 * 5 * 2**20 // 8 - 1, ("fsdp", "context")),  # five copies need more
+        (4, 1e12, ("fsdp", "context")),
+    ],
+)
+def test_parameters_are_divided_over_context_where_they_need_it(
+    fsdp, memory, names, monkeypatch
+):
+    monkeypatch.setattr(sharding, "memory_of", lambda device: memory)
+    mesh = make_mesh({"fsdp": fsdp, "context": 8 // fsdp})
+    kernel = jax.ShapeDtypeStruct((512, 512), jnp.float32)
+    assert shard_axes({"a": kernel}, mesh) == names
+
+
+def test_chips_that_are_not_there_have_their_memory():
+    device = SimpleNamespace(device_kind="TPU v6 lite", platform="tpu")
+    assert memory_of(device) == CHIPS["v6e"].memory
+    assert memory_of(jax.devices()[0]) == float("inf")

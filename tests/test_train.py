@@ -1,6 +1,7 @@
 """The whole way, from clips to samples; and that a run survives what happens to it."""
 
 import dataclasses
+import math
 import os
 import pathlib
 import shutil
@@ -141,9 +142,9 @@ def test_a_clip_is_the_same_whatever_else_is_in_the_batch(generator):
     assert np.abs(generator.latents([other], **settings)[0] - alone[0]).max() > 0.1
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4])
-def test_guidance_is_divided_over_devices(workdir, generator, devices):
-    mesh = make_mesh(devices=jax.devices()[:devices])
+@pytest.mark.parametrize("sizes", [{"data": 1}, {"data": 4}, {"data": 2, "context": 4}])
+def test_guidance_and_tokens_are_divided_over_devices(workdir, generator, sizes):
+    mesh = make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
     few = Generator.load(workdir / "dit", mesh)
     requests = [
         Request(f"{i} objects", frames=5, height=16, width=16, seed=i) for i in (1, 2)

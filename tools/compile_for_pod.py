@@ -32,7 +32,7 @@ from jvdit.pod_programs import SAMPLED, pod_mesh, sample_program, train_program
 from jvdit.pods.chips import CHIPS, Chip, topology
 from jvdit.pods.forecast import Forecast, forecast
 from jvdit.pods.schedule import read
-from jvdit.sharding import AXES, parameter_shardings
+from jvdit.sharding import parameter_shardings, parse_mesh, sampling_sizes
 
 GB = 1e9
 WAN_TEXT = 4096  # channels of a state of UMT5, which all released models take
@@ -43,7 +43,7 @@ _MESH = flags.DEFINE_multi_string(
 )
 _STEP = flags.DEFINE_enum("step", "train", ("train", "sample"), "Which to compile.")
 _ROWS = flags.DEFINE_integer(
-    "rows", None, "Of a batch. Default: one for each of data x fsdp."
+    "rows", None, "Of a batch. Default: one for each of data x fsdp, guided or not."
 )
 _LATENTS = flags.DEFINE_integer("latent_channels", 16, "Of the autoencoder.")
 _PRICE = flags.DEFINE_float("price", None, "Of an hour of a chip.")
@@ -79,24 +79,11 @@ class Result:
 
 
 def meshes_to_try(chips: int) -> list[dict[str, int]]:
-    """Ulysses inside eight neighbours or four, the rest in fsdp."""
+    """Training: Ulysses inside eight neighbours or four, the rest in fsdp."""
+    if _STEP.value == "sample":
+        return [sampling_sizes(2 * (_ROWS.value or 1), chips)]
     contexts = [c for c in (4, 8) if c <= chips]
     return [{"fsdp": chips // c, "context": c} for c in contexts]
-
-
-def parse_mesh(text: str) -> dict[str, int]:
-    """Reads "fsdp=8,context=8".
-
-    Raises:
-        ValueError: it isn't written so.
-    """
-    try:
-        return {k.strip(): int(n) for k, n in (x.split("=") for x in text.split(","))}
-    except ValueError as error:
-        raise ValueError(
-            f"`mesh` (={text!r}) must be AXIS=DEVICES with commas between, such as "
-            f"fsdp=8,context=8; the axes are {', '.join(AXES)}."
-        ) from error
 
 
 def share(shapes: Any, shardings: Any) -> float:
@@ -166,6 +153,8 @@ def measure(config: Any, name: str, sizes: dict[str, int]) -> Result:
     where = topology(name)
     mesh = pod_mesh(where, sizes)
     rows = _ROWS.value or mesh.shape["data"] * mesh.shape["fsdp"]
+    if _STEP.value == "sample" and not _ROWS.value and rows % 2 == 0:
+        rows //= 2  # guidance doubles them
     chip = CHIPS[where.partition(":")[0]]
     result = Result(name, dict(mesh.shape), rows, chip=chip)
     start = time.perf_counter()

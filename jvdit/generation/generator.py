@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Float
 
 from jvdit.caption_encoder import encode_captions
@@ -55,10 +55,9 @@ from jvdit.models.text_encoder import TextEncoder
 from jvdit.models.video_vae import VideoVAE
 from jvdit.models.video_vae_chunked import decode_normalized, encode_normalized
 from jvdit.sharding import (
-    batch_sharding,
     make_mesh,
     parameter_shardings,
-    replicated,
+    rows_sharding,
 )
 from jvdit.training.vae_objective import to_uint8
 
@@ -287,7 +286,7 @@ class Generator:
                     homes = parameter_shardings(lora, self._mesh)
                     variables["lora"] = jax.device_put(lora, homes)
                 for i, batch in enumerate(batches):
-                    places = self._places(batch)
+                    places = rows_sharding(self._mesh, len(batch.seeds))
                     at = self._stepper(
                         variables,
                         running[i] or batch.begin(places, *begin),
@@ -369,13 +368,6 @@ class Generator:
         high = int((times >= self.boundary - 1e-6).sum())
         spans = {"dit": (0, high), "dit_low": (high, steps)}
         return {name: span for name, span in spans.items() if span[0] < span[1]}
-
-    def _places(self, batch: Batch) -> NamedSharding:
-        """Rows over the devices; all on each if only guidance makes them enough."""
-        ways = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
-        if len(batch.seeds) % ways:
-            return replicated(self._mesh)
-        return batch_sharding(self._mesh)
 
     @cached_property
     def _mesh(self) -> Mesh:

@@ -1,5 +1,6 @@
 """Where the parameters of several networks are: on the devices, or waiting."""
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jvdit.sharding import parameter_shardings
+from jvdit.pods.chips import memory_of
+from jvdit.sharding import parameter_shardings, shard_axes
 
 # A tree of parameters, or what brings one to the devices.
 Source = Any | Callable[[], Any]
@@ -65,10 +67,9 @@ def fits_together(num_bytes: int, mesh: Mesh) -> bool:
 
     Devices that don't tell their memory are taken for the host's.
     """
-    device = mesh.devices.flat[0]
-    stats = device.memory_stats() or {}
-    limit = stats.get("bytes_limit")
-    if limit is None:
+    limit = memory_of(mesh.devices.flat[0])
+    if limit == math.inf:
         limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         limit //= mesh.devices.size
-    return num_bytes <= _SHARE * limit * mesh.shape["fsdp"]
+    ways = math.prod(mesh.shape[name] for name in shard_axes({}, mesh))
+    return num_bytes <= _SHARE * limit * ways

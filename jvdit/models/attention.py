@@ -225,10 +225,30 @@ def rotate(
         cos: from `rope_tables`.
         sin: from `rope_tables`, with alternating sign.
     """
+    if platform() == "tpu":
+        cos, sin = cos[:, :, None], sin[:, :, None]
+        return (x.astype(jnp.float32) * cos + _swapped(x) * sin).astype(x.dtype)
     pairs = rearrange(x.astype(jnp.float32), "b n q (p c) -> b n q p c", c=2)
     cos, sin = (rearrange(y, "b n (p c) -> b n 1 p c", c=2) for y in (cos, sin))
     turned = pairs * cos + pairs[..., ::-1] * sin
     return rearrange(turned, "b n q p c -> b n q (p c)").astype(x.dtype)
+
+
+def _swapped(x: Float[Array, "b n q k"]) -> Float[Array, "b n q k"]:
+    """The channels of each pair in turned order, by a product, in float32.
+
+    A TPU holds the last axis in 128 lanes. With an axis of two channels most of these
+    stay empty: there the rotation took 2.7 of the 8 s of a sampling step of Wan 14B.
+    """
+    channels = np.arange(x.shape[-1])
+    swap = jnp.asarray(channels[:, None] == (channels ^ 1)[None], x.dtype)
+    return jnp.einsum(
+        "bnqk,kl->bnql",
+        x,
+        swap,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
 
 
 def rope(

@@ -23,6 +23,8 @@ HIDDEN = -1e30
 SMALL_SCORES = 0.6
 # The name under which remat finds a result of flash attention and its log-sum-exp.
 RESIDUALS = "attention_residuals"
+# The same of its queries, keys and values, as they go into it.
+OPERANDS = "attention_operands"
 
 Segments = tuple[()] | tuple[Array, Array]
 
@@ -59,9 +61,12 @@ def flash(
 
 
 def _flash_forward(q, k, v, segments, pieces):
+    long = q.shape[1] == k.shape[1]  # attention to a text costs little to compute again
+    if long:
+        q, k, v = (checkpoint_name(x, OPERANDS) for x in (q, k, v))
     out, lse = pieces.forward(q, k, v, segments)
     out = out.astype(q.dtype)
-    if q.shape[1] == k.shape[1]:  # attention to a text costs little to compute again
+    if long:
         out, lse = (checkpoint_name(x, RESIDUALS) for x in (out, lse))
     return out, (q, k, v, segments, out, lse)
 

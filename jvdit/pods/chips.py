@@ -5,6 +5,7 @@ import difflib
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,32 +13,46 @@ class Chip:
     """What one device of a TPU can do, as published.
 
     Attributes:
+        kind: what JAX calls it.
         peak: bfloat16 FLOP/s.
         memory: bytes of HBM that a program can have.
         link: bytes/s of one link to a neighbour, in one direction.
         clock: cycles/s, from the peak and the products of a cycle.
-        flash: share of the peak that the flash attention kernels reach, forward,
-            gradients of keys and values, gradient of queries: from their schedules.
+        flash: share of the peak that the flash attention kernels reach, forward and
+            backward: from their schedules, 0.8 at the most.
     """
 
+    kind: str
     peak: float
     memory: float
     link: float
     clock: float
-    flash: tuple[float, float, float]
+    flash: tuple[float, float]
 
 
 # By the name before the colon of a topology. v6e's matrix units are 256 wide: heads of
 # 128 channels fill them by half.
 CHIPS: Mapping[str, Chip] = {
-    "v5e": Chip(197e12, 15.75 * 2**30, 45e9, 1.50e9, (0.80, 0.80, 0.80)),
-    "v5p": Chip(459e12, 95.74 * 2**30, 90e9, 1.75e9, (0.80, 0.80, 0.80)),
-    "v6e": Chip(918e12, 31.25 * 2**30, 90e9, 1.75e9, (0.37, 0.45, 0.46)),
+    "v5e": Chip("TPU v5 lite", 197e12, 15.75 * 2**30, 45e9, 1.50e9, (0.80, 0.80)),
+    "v5p": Chip("TPU v5", 459e12, 95.74 * 2**30, 90e9, 1.75e9, (0.80, 0.80)),
+    "v6e": Chip("TPU v6 lite", 918e12, 31.25 * 2**30, 90e9, 1.75e9, (0.37, 0.45)),
 }
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16"}
 _FLAT |= {256: "16x16"}
 _CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4"}
 _CUBES |= {128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
+
+
+def memory_of(device: Any) -> float:
+    """Bytes that a program can have on a device, which need not be there.
+
+    Infinite where nothing tells: on a processor.
+    """
+    known = {chip.kind: chip.memory for chip in CHIPS.values()}
+    if device.device_kind in known:
+        return known[device.device_kind]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    return float((stats or {}).get("bytes_limit", math.inf))
 
 
 def topology(name: str) -> str:

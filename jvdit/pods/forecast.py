@@ -102,6 +102,11 @@ class _Walk:
             return None
         return next((x for x in self.program.inside(each) if x.op in COLLECTIVES), None)
 
+    def _kernel_of(self, each: Instruction) -> Instruction | None:
+        """A kernel, which may take its inputs out of larger arrays by itself."""
+        among = self.program.inside(each) if each.op == "fusion" else [each]
+        return next((x for x in among if '"tpu_custom_call"' in x.text), None)
+
     def _work(self, each: Instruction, times: int) -> float:
         """Seconds of what the core does itself."""
         if each.op == "while":
@@ -112,8 +117,9 @@ class _Walk:
         if each.op == "conditional":
             branches = (self.run(name, times) for name in self.program.branches(each))
             return max(branches, default=0.0)
-        if each.op == "custom-call" and '"tpu_custom_call"' in each.text:
-            return self._add("attention", each, self._flash(each), times)
+        kernel = self._kernel_of(each)
+        if kernel is not None:
+            return self._add("attention", kernel, self._flash(kernel), times)
         if each.cycles is None or each.op.endswith("-start"):
             return 0.0
         kind = "products" if "kind=kOutput" in each.text else "other"
@@ -137,13 +143,8 @@ class _Walk:
         operands = [s for kind, s in arrays(layouts) if kind in kinds and len(s) > 2]
         *heads, queries, channels = operands[0]
         product = 2 * math.prod(heads) * queries * operands[1][-2] * channels
-        forward, keys, query = self.chip.flash
-        if "dkv" in each.name:
-            products, speed = 4, keys
-        elif "dq" in each.name:
-            products, speed = 3, query
-        else:
-            products, speed = 2, forward
+        forward, backward = self.chip.flash
+        products, speed = (5, backward) if "dkv" in each.name else (2, forward)
         return products * product / (self.chip.peak * speed)
 
     def _transfer(self, each: Instruction, kind: str, times: int) -> float:
