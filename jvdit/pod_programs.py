@@ -154,6 +154,9 @@ def sample_program(
     Returns:
         The lowered program.
     """
+    # As `batches_of` pads them; padding is a segment of its own.
+    padding = -tokens % mesh.shape["context"]
+    tokens += padding
     arrays = {
         "latents": _shape(rows, tokens, module.in_channels),
         "position": _shape(rows, tokens, 3),
@@ -173,12 +176,17 @@ def sample_program(
         )
         running = jax.eval_shape(
             lambda *x: start_noise(
-                *x, policy=TimestepPolicy(), one_clip=True, noisy=False, **settings
+                *x,
+                policy=TimestepPolicy(),
+                one_clip=not padding,
+                noisy=False,
+                **settings,
             ),
             arrays,
             _shape(rows, 2, dtype=jnp.uint32),
         )
-        text = jax.eval_shape(lambda x, y: Text(x, image=y), states, image)
+        clips = _shape(rows, text_length, dtype=jnp.int32) if padding else None
+        text = jax.eval_shape(Text, states, clips, image)
         divided, whole = rows_sharding(mesh, rows), replicated(mesh)
 
         def by_row(shape: Any) -> Any:

@@ -1,6 +1,22 @@
 """Strict by default: 8 CPU devices, checked shapes, no silent broadcasting."""
 
-from jaxtyping import install_import_hook
+import os
+
+# Workers that run beside one another (-n auto) share the cores out: threads of several
+# XLAs on the same core wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    ours = sorted(os.sched_getaffinity(0))[
+        number :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    ]
+    os.sched_setaffinity(0, ours or os.sched_getaffinity(0))
+
+# Programs are compiled once and run on tiny arrays, so LLVM needn't try hard; but for
+# what tests start in a process of its own, as a user would.
+flags = os.environ.get("XLA_FLAGS")
+os.environ["XLA_FLAGS"] = f"{flags or ''} --xla_backend_optimization_level=0"
+
+from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook("jvdit", "beartype.beartype")
 
@@ -13,9 +29,22 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 import pytest  # noqa: E402
 
+assert len(jax.devices()) == 8  # the flags are read now
+if flags is None:
+    del os.environ["XLA_FLAGS"]
+else:
+    os.environ["XLA_FLAGS"] = flags
+
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=2, help="of the four processes' run")
+
+
+def pytest_collection_modifyitems(items):
+    """A file stays with one worker, as do all that take the training below."""
+    for item in items:
+        place = "thread" if "workdir" in item.fixturenames else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(place))
 
 
 @pytest.fixture

@@ -159,6 +159,23 @@ def test_guidance_and_tokens_are_divided_over_devices(workdir, generator, sizes)
     assert set(rows) == {2}
 
 
+def test_tokens_that_devices_do_not_divide_are_padded(workdir, generator):
+    mesh = make_mesh({"context": 8})
+    many = Generator.load(workdir / "dit", mesh)
+    request = Request("a circle", frames=5, height=16, width=16, seed=3)
+    settings = {"steps": 2, "guidance": Guidance(3.0)}
+    found, expected = (
+        many.latents([request], **settings),
+        generator.latents([request], **settings),
+    )
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-4)
+    tokens = []
+    many.latents(
+        [request], on_step=lambda _, __, x: tokens.append(x.shape[1]), **settings
+    )
+    assert set(tokens) == {8}
+
+
 def test_videos_come_in_the_order_of_the_requests(generator):
     sizes = [(5, 16, 16), (1, 16, 32), (5, 16, 16)]
     requests = [Request("x", "", *size, seed=i) for i, size in enumerate(sizes)]
@@ -438,6 +455,13 @@ def test_a_stale_cache_is_refused(workdir, tmp_path):
         (lambda c: c.data.update(sources=("nowhere",)), "nowhere"),
         (lambda c: c.dit.update(num_heads=5), "width.*32.*num_heads.*5"),
         (lambda c: c.mesh.update(data=3), "3 devices but there are 8"),
+        (
+            lambda c: (
+                c.mesh.update(data=1, context=8),
+                c.data.update(token_budget=12),
+            ),
+            "token_budget.*12.*divisible.*8.*try 16",
+        ),
         (lambda c: c.update(matmul_precision="bf16"), "precision.*'bf16'.*bfloat16"),
         (lambda c: c.sample.update(frames=1), "1 frames.*at least 4"),
     ],

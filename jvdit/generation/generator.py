@@ -238,6 +238,7 @@ class Generator:
             [request.seed for request in requests],
             rows,
             ways,
+            self._mesh.shape["context"],
             self.text_length,
         )
         self._stepper.on_step = on_step and counting(on_step, len(batches) * steps)

@@ -84,6 +84,7 @@ def batches_of(
     seeds: Sequence[int],
     rows: int,
     ways: int,
+    among: int,
     text_length: int,
 ) -> list[Batch]:
     """Packs requests into rows, and rows into batches.
@@ -94,6 +95,8 @@ def batches_of(
         seeds: of the noise of each.
         rows: how many rows a batch has at the most.
         ways: what the rows of a batch must be a multiple of.
+        among: what the tokens of a row must be a multiple of: the devices that share
+            them.
         text_length: text states of an item at the most.
     """
     counts = [len(item.latents) for item in items]
@@ -101,6 +104,7 @@ def batches_of(
     for group in _groups(items):
         packing = [[group[i] for i in row] for row in _rows([counts[i] for i in group])]
         budget = max(sum(counts[i] for i in row) for row in packing)
+        budget = -(-budget // among) * among
         clips = max(map(len, packing))
         size = max(-(-min(rows, len(packing)) // ways) * ways, ways)
         for start in range(0, len(packing), size):

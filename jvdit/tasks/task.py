@@ -114,7 +114,7 @@ class Task(ABC):
         )
 
     def check_rows(self, accumulate: int) -> None:
-        """ValueError if the rows don't divide over devices and parts."""
+        """ValueError if rows, or their tokens, don't divide over devices and parts."""
         rows = len(self.example["clip_id"]) * self.hosts
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"] * accumulate
         if rows % ways:
@@ -122,4 +122,13 @@ class Task(ABC):
                 f"rows of a batch (={rows}) must be divisible by {ways}, the devices "
                 f"along data and fsdp times `optim.accumulate` (={accumulate}); try "
                 f"{-(-rows // ways) * ways}."
+            )
+        tokens, ways = (
+            self.config.data.get("token_budget", 0),
+            self.mesh.shape["context"],
+        )
+        if tokens % ways:
+            raise ValueError(
+                f"`data.token_budget` (={tokens}) must be divisible by `mesh.context` "
+                f"(={ways}); try {-(-tokens // ways) * ways}."
             )
