@@ -1,21 +1,16 @@
 """All weights of Wan 2.1 T2V-14B on clips of 81 x 720 x 1280, on a pod.
 
     python tools/compile_for_pod.py --config configs/wan_pod.py \
-        --topology v5p-8,v5p-128,v6e-256
+        --topology v5p-128 --mesh fsdp=8,context=8
     python tools/launch.py --on tpu-vm --slice v5p-128 --zone us-east5-a -- \
         --config configs/wan_pod.py --workdir /mnt/bucket/wan \
         --config.start_from=/mnt/bucket/Wan2.1-T2V-14B-Diffusers \
         --config.data.rows=8 --config.mesh.fsdp=8 --config.mesh.context=8
 
 Clips are encoded as in `wan_full.py`, of 81 frames. A row is one clip of 75,600 tokens,
-which the devices along `context` share. Not run here, for want of a pod. What the first
-command says (with libtpu 0.0.42.1; one clip for each of fsdp; MFU without what the
-backward pass computes again):
-
-    slice    fsdp x context  GB of a chip    s a step   MFU
-    v5p-8     1 x 4          99.6 of 102.8      24.4   44 %
-    v5p-128   8 x 8          50.8 of 102.8      12.4   43 %
-    v6e-256  32 x 8          21.4 of  33.6      11.7   23 %
+which the devices along `context` share. Not run here, for want of a pod; what the first
+command says of several slices is in `jvdit/pods/README.md`. On v5p-8 it fits with
+`--config.dit.remat=attention`.
 """
 
 from jvdit import config as defaults
@@ -27,6 +22,6 @@ def get_config():
     config.steps = 5000
     config.data.sources = ("runs/wan/latents",)
     config.data.token_budget = 21 * 45 * 80
-    # Flash attention is two thirds of a step: what it made is kept.
-    config.dit.remat = "attention"
+    # Flash attention is half of a step: what it made, and of what, is kept.
+    config.dit.remat = "heads"
     return config

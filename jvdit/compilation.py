@@ -11,6 +11,8 @@ import jax.core
 
 # XLA's options by what the chip's `device_kind` contains, first match wins.
 OPTIONS: Mapping[str, Mapping[str, str]] = {
+    # What tokens are traded for goes over the links while something else is computed.
+    "TPU": {"xla_tpu_enable_async_all_to_all": "true"},
     # Products and convolutions of float32 by Eigen: XLA would give them to YNNPACK,
     # which takes up to 1.5 times as long.
     "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
@@ -39,7 +41,7 @@ def compiler_options(given: Sequence[str] = ()) -> dict[str, str] | None:
         if not (name.startswith("xla") and equals and value):
             raise ValueError(
                 f"option {text!r} must be written NAME=VALUE with a name of XLA's, "
-                "such as xla_tpu_enable_async_all_to_all=true."
+                "such as xla_tpu_scoped_vmem_limit_kib=65536."
             )
         options[name] = value
     return options or None

@@ -2,14 +2,13 @@
 
 import os
 
-# Workers that run beside one another (-n auto) share the cores out: threads of several
-# XLAs on the same core wait for each other.
-if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
-    number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
-    ours = sorted(os.sched_getaffinity(0))[
-        number :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    ]
-    os.sched_setaffinity(0, ours or os.sched_getaffinity(0))
+# Workers that run beside one another (-n auto) share the cores out among the threads of
+# their XLAs, which would wait for each other. Processes that tests start have all.
+cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+if ours := sorted(cores)[number::workers]:
+    os.sched_setaffinity(0, ours)
 
 # Programs are compiled once and run on tiny arrays, so LLVM needn't try hard; but for
 # what tests start in a process of its own, as a user would.
@@ -29,15 +28,13 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 import pytest  # noqa: E402
 
-assert len(jax.devices()) == 8  # the flags are read now
+assert len(jax.devices()) == 8  # flags and cores are read now
+if cores:
+    os.sched_setaffinity(0, cores)
 if flags is None:
     del os.environ["XLA_FLAGS"]
 else:
     os.environ["XLA_FLAGS"] = flags
-
-
-def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=2, help="of the four processes' run")
 
 
 def pytest_collection_modifyitems(items):
@@ -45,11 +42,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         place = "thread" if "workdir" in item.fixturenames else str(item.path)
         item.add_marker(pytest.mark.xdist_group(place))
-
-
-@pytest.fixture
-def kills(request):
-    return request.config.getoption("--kills")
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import pathlib
-import random
 import signal
 import socket
 import subprocess
@@ -21,8 +20,8 @@ from jvdit.training.checkpoint import load_weights
 
 HERE = pathlib.Path(__file__).parent
 STEPS = 60
-RUN = ("--config.checkpoint_every=10", "--config.sample_every=1000")
-RUN += ("--config.evaluate_every=1000",)
+RUN = (f"--config.steps={STEPS}", "--config.checkpoint_every=10")
+RUN += ("--config.sample_every=1000", "--config.evaluate_every=1000")
 RUN += ("--config.sample.prompts=()", "--config.mesh.fsdp=2")
 
 
@@ -43,16 +42,17 @@ def free_port():
         return found.getsockname()[1]
 
 
-def launch(config, workdir, processes, devices=2, steps=STEPS):
+def launch(config, workdir, processes, devices=2):
     """Processes of one run, with some devices each."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_COMPILATION_CACHE_DIR": str(config.parent / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # as in conftest.py
     }
     command = [sys.executable, "-m", "jvdit.train", f"--config={config}"]
-    command += [f"--workdir={workdir}", *RUN, f"--config.steps={steps}"]
+    command += [f"--workdir={workdir}", *RUN]
     if processes > 1:
         command += [f"--coordinator=localhost:{free_port()}"]
         command += [f"--processes={processes}"]
@@ -72,6 +72,7 @@ def finish(processes, timeout=300):
     finally:
         for process in processes:
             process.kill()
+            process.wait()
 
 
 def wait_for_step(processes, workdir, step):
@@ -82,9 +83,9 @@ def wait_for_step(processes, workdir, step):
         time.sleep(0.01)
 
 
-def averages(workdir, steps=STEPS):
+def averages(workdir):
     """What a run leaves: the averages of its weights, which saw all of its updates."""
-    assert max(int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*")) == steps
+    assert max(int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*")) == STEPS
     return {x: load_weights(workdir / "model" / x)[0] for x in ("dit", "text_encoder")}
 
 
@@ -115,41 +116,6 @@ def test_hosts_come_and_go_and_the_run_is_the_same(workdir, tmp_path):
     c = averages(alone)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(c), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
-
-
-def wait_for_a_moment(draw, processes, workdir):
-    """Any of a life: at its start, when a save begins, or somewhere between saves."""
-
-    def saves():
-        return {path.name for path in (workdir / "checkpoints").glob("*")}
-
-    before = saves()
-    if draw.random() < 0.2:
-        time.sleep(draw.uniform(0, 15))
-        return
-    while saves() <= before and any(p.poll() is None for p in processes):
-        time.sleep(0.002)
-    time.sleep(draw.choice((0, draw.uniform(0, 0.1), draw.uniform(0, 2))))
-
-
-def test_kills_at_any_moment_change_nothing(workdir, tmp_path, kills):
-    """Four processes; one of them, or all, are killed again and again."""
-    config, draw, steps = settings(workdir, tmp_path), random.Random(kills), 40 * kills
-    run = {"processes": 4, "devices": 1, "steps": steps}
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert finish(launch(config, whole, **run)) == [0] * 4
-    for kill in range(kills):
-        running = launch(config, broken, **run)
-        wait_for_a_moment(draw, running, broken)
-        for process in draw.choice((running, [draw.choice(running)])):
-            process.kill()
-        ended, saved = finish(running), sorted((broken / "checkpoints").glob("*"))
-        print(f"kill {kill}:", ended, *(path.name for path in saved), flush=True)
-        assert all(ended), "ended before it was killed"
-    assert finish(launch(config, broken, **run)) == [0] * 4
-    a, b = averages(whole, steps), averages(broken, steps)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(x, y)
 
 
 @dataclasses.dataclass(frozen=True)
