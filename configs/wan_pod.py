@@ -9,8 +9,7 @@
 
 Clips are encoded as in `wan_full.py`, of 81 frames. A row is one clip of 75,600 tokens,
 which the devices along `context` share. Not run here, for want of a pod; what the first
-command says of several slices is in `jvdit/pods/README.md`. On v5p-8 it fits with
-`--config.dit.remat=attention`.
+command says of several slices is in `jvdit/pods/README.md`.
 """
 
 from jvdit import config as defaults
@@ -22,6 +21,6 @@ def get_config():
     config.steps = 5000
     config.data.sources = ("runs/wan/latents",)
     config.data.token_budget = 21 * 45 * 80
-    # Flash attention is half of a step: what it made, and of what, is kept.
-    config.dit.remat = "heads"
+    # Flash attention is half of a step: what it made is kept.
+    config.dit.remat = "attention"
     return config

@@ -139,6 +139,19 @@ def train_program(
         return step.lower(state, batch, {}), state, shardings
 
 
+def _row_shapes(module: DiT, rows: int, tokens: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of rows that are to be solved."""
+    arrays = {
+        "latents": _shape(rows, tokens, module.in_channels),
+        "position": _shape(rows, tokens, 3),
+        "segment": _shape(rows, tokens, dtype=jnp.int32),
+    }
+    for key in ("cond", "control"):
+        if channels := getattr(module, f"{key}_channels"):
+            arrays[key] = _shape(rows, tokens, channels)
+    return arrays
+
+
 def sample_program(
     module: DiT, mesh: Mesh, rows: int, tokens: int, text_length: int
 ) -> Any:
@@ -156,15 +169,7 @@ def sample_program(
     """
     # As `batches_of` pads them; padding is a segment of its own.
     padding = -tokens % mesh.shape["context"]
-    tokens += padding
-    arrays = {
-        "latents": _shape(rows, tokens, module.in_channels),
-        "position": _shape(rows, tokens, 3),
-        "segment": _shape(rows, tokens, dtype=jnp.int32),
-    }
-    for key in ("cond", "control"):
-        if channels := getattr(module, f"{key}_channels"):
-            arrays[key] = _shape(rows, tokens, channels)
+    arrays = _row_shapes(module, rows, tokens + padding)
     settings: dict[str, Any] = {"steps": SAMPLED, "solver": "unipc"}
     image = None
     if module.image_width:

@@ -196,10 +196,13 @@ def fit(
 
 
 def shard_axes(params: Any, mesh: Mesh) -> tuple[str, ...]:
-    """The mesh axes over which a tree of parameters is divided."""
+    """The mesh axes over which a tree of parameters is divided.
+
+    A device is known by its kind alone, so that all hosts of a run decide the same.
+    """
     ways = mesh.shape["fsdp"]
     copies = COPIES * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
-    room = SHARE_OF_COPIES * memory_of(mesh.devices.flat[0])
+    room = SHARE_OF_COPIES * memory_of(mesh.devices.flat[0].device_kind)
     enough = ways >= ENOUGH_SHARDS and copies / ways <= room
     return ("fsdp",) if enough else ("fsdp", "context")
 

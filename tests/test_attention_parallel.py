@@ -1,5 +1,7 @@
 """Attention divided over a mesh is attention; so is the TPU's kernel, interpreted."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,6 +110,20 @@ def test_the_kernel_of_tpus_agrees(clips, most, monkeypatch):
     ours = outputs(None, qkv, segments, "splash")
     for a, b in zip(ours, plain, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_both_cores_of_a_chip_share_blocks():
+    """Of queries in the forward kernel, of keys in the backward one."""
+    q, line = draw(1, 256, 3, 128), draw(1, 3, 256)
+
+    def orders(run):
+        return re.findall(r"dimension_semantics=\((.*?)\)", str(jax.make_jaxpr(run)()))
+
+    forward = orders(lambda: attention_splash.splash_forward(q, q, q, ()))
+    assert forward == ["'arbitrary', 'parallel', 'arbitrary'"]
+    inputs = q, q, q, (), line, line, q
+    backward = orders(lambda: attention_splash.splash_backward(*inputs))
+    assert backward == ["'parallel', 'arbitrary', 'arbitrary'"]
 
 
 def test_the_kernel_of_tpus_goes_around_a_ring():

@@ -51,7 +51,12 @@ def params(fresh):
 @functools.cache
 def forward(**fields):
     model = DiT(**SIZES | fields)
-    return jax.jit(lambda params, *inputs: model.apply({"params": params}, *inputs))
+
+    def run(params, *inputs):
+        return model.apply({"params": params}, *inputs)
+
+    # As users have it, unlike the rest of the suite: the last bits are compared.
+    return jax.jit(run, compiler_options={"xla_backend_optimization_level": 3})
 
 
 def velocity(params, tokens, t, text, **fields):
@@ -109,7 +114,7 @@ def test_equal_levels_are_one_level(params):
     one = velocity(params, tokens, jnp.full((1, 1), 0.4), text)
     each = tokens.replace(level=jnp.asarray([[0, 1, 2, 2, 1, 0]]))
     many = velocity(params, each, jnp.full((1, 3), 0.4), text)
-    np.testing.assert_allclose(many, one, rtol=1e-5, atol=2e-6)
+    np.testing.assert_allclose(many, one, atol=2e-6)
     other = velocity(params, each, jnp.asarray([[0.4, 0.4, 0.6]]), text)
     assert np.abs(other - one).max() > 1e-3
 
@@ -189,7 +194,7 @@ def plain(params):
     [
         {"remat": "full"},
         {"remat": "dots"},
-        {"remat": "heads", "attention_implementation": "mapped"},
+        {"remat": "attention", "attention_implementation": "mapped"},
         {"scan_layers": True},
         {"scan_layers": True, "remat": "full"},
         {"attention_implementation": "xla"},
@@ -226,7 +231,7 @@ def test_what_is_kept_is_not_computed_again(params):
 
         return jax.jit(jax.grad(loss)).lower(params).as_text().count("dot_general")
 
-    counts = [products(x) for x in ("none", "heads", "attention", "full")]
+    counts = [products(x) for x in ("none", "attention", "full")]
     assert counts == sorted(set(counts))
 
 

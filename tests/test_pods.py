@@ -122,6 +122,8 @@ def test_a_training_step_for_a_slice_that_is_not_there(config):
     # An axis of two channels would leave most lanes empty.
     shapes = {s for _, s in arrays(compiled.as_text())}
     assert not [s for s in shapes if s[-1:] == (2,) and np.prod(s) > 1e4]
+    ops = [x.op for c in program.computations.values() for x in c]
+    assert ops.count("all-to-all-start") >= 4
     leaves = zip(jax.tree.leaves(state), jax.tree.leaves(places), strict=True)
     held = sum(np.prod(p.shard_shape(x.shape)) * x.dtype.itemsize for x, p in leaves)
     memory = compiled.memory_analysis()

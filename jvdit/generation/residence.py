@@ -8,7 +8,6 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jvdit.pods.chips import memory_of
 from jvdit.sharding import parameter_shardings, shard_axes
 
 # A tree of parameters, or what brings one to the devices.
@@ -67,8 +66,10 @@ def fits_together(num_bytes: int, mesh: Mesh) -> bool:
 
     Devices that don't tell their memory are taken for the host's.
     """
-    limit = memory_of(mesh.devices.flat[0])
-    if limit == math.inf:
+    device = mesh.devices.flat[0]
+    stats = device.memory_stats() or {}
+    limit = stats.get("bytes_limit")
+    if limit is None:
         limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         limit //= mesh.devices.size
     ways = math.prod(mesh.shape[name] for name in shard_axes({}, mesh))

@@ -21,7 +21,6 @@ from jaxtyping import Array, Float
 
 from jvdit.models.attention_pieces import (
     HIDDEN,
-    OPERANDS,
     RESIDUALS,
     Pieces,
     Segments,
@@ -132,7 +131,6 @@ def _ring(
 
 
 def _ring_forward(q, k, v, segments, pieces, sizes):
-    q, k, v = (checkpoint_name(x, OPERANDS) for x in (q, k, v))
     out = jnp.zeros(q.shape, jnp.float32)
     lse = jnp.full((q.shape[0], q.shape[2], q.shape[1]), HIDDEN, jnp.float32)
 

@@ -23,8 +23,6 @@ HIDDEN = -1e30
 SMALL_SCORES = 0.6
 # The name under which remat finds a result of flash attention and its log-sum-exp.
 RESIDUALS = "attention_residuals"
-# The same of its queries, keys and values, as they go into it.
-OPERANDS = "attention_operands"
 
 Segments = tuple[()] | tuple[Array, Array]
 
@@ -61,12 +59,9 @@ def flash(
 
 
 def _flash_forward(q, k, v, segments, pieces):
-    long = q.shape[1] == k.shape[1]  # attention to a text costs little to compute again
-    if long:
-        q, k, v = (checkpoint_name(x, OPERANDS) for x in (q, k, v))
     out, lse = pieces.forward(q, k, v, segments)
     out = out.astype(q.dtype)
-    if long:
+    if q.shape[1] == k.shape[1]:  # attention to a text costs little to compute again
         out, lse = (checkpoint_name(x, RESIDUALS) for x in (out, lse))
     return out, (q, k, v, segments, out, lse)
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jvdit.models.attention_pieces import OPERANDS, RESIDUALS
+from jvdit.models.attention_pieces import RESIDUALS
 from jvdit.models.dense import Dense
 from jvdit.sharding import alone, platform
 
@@ -23,7 +23,6 @@ REMAT_POLICIES: dict[str, Callable[..., bool]] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names(RESIDUALS),
-    "heads": jax.checkpoint_policies.save_only_these_names(RESIDUALS, OPERANDS),
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[RESIDUALS],
         names_which_can_be_offloaded=[BLOCK_INPUT],

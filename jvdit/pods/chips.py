@@ -5,7 +5,6 @@ import difflib
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,16 +42,10 @@ _CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4"}
 _CUBES |= {128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
 
 
-def memory_of(device: Any) -> float:
-    """Bytes that a program can have on a device, which need not be there.
-
-    Infinite where nothing tells: on a processor.
-    """
+def memory_of(kind: str) -> float:
+    """Bytes that a program can have on a chip that JAX calls so; infinite: unknown."""
     known = {chip.kind: chip.memory for chip in CHIPS.values()}
-    if device.device_kind in known:
-        return known[device.device_kind]
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    return float((stats or {}).get("bytes_limit", math.inf))
+    return known.get(kind, math.inf)
 
 
 def topology(name: str) -> str:
