@@ -102,15 +102,23 @@ class jit:
         return self._programs[key]
 
 
-def keep_compilations() -> None:
+def keep_compilations(shared: str = "") -> None:
     """Keeps compiled programs on disk, so that the next start takes them from there.
 
     On a TPU or GPU, where a large model compiles for minutes; programs of a processor
     might meet another one there. A folder that JAX was told stays (it is
     JAX_COMPILATION_CACHE_DIR), as does the rule that only what took a second is kept.
+
+    Args:
+        shared: a folder that all processes see, for programs of several: the first of
+            them writes for all, so in a home of their own the others find none.
     """
     told = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if told or jax.default_backend() == "cpu":
         return
-    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(home / "jvdit" / "compiled"))
+    if jax.process_count() > 1 and shared:
+        folder = pathlib.Path(shared)
+    else:
+        home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+        folder = pathlib.Path(home).expanduser() / "jvdit"
+    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))

@@ -5,7 +5,9 @@ tables of shardings. Only shapes go in, so that neither data nor weights are nee
 """
 
 import importlib.util
+import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,9 +20,19 @@ from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.flow import Path, TimestepPolicy
 from jvdit.generation.sampling import Stepper, start_noise
 from jvdit.models.dit import DiT
+from jvdit.models.video_vae import VideoVAE
+from jvdit.models.video_vae_chunked import decode_step, decoded_at_once, encode_step
 from jvdit.pretrained.folders import dit_inputs
 from jvdit.shapes import Text
-from jvdit.sharding import make_mesh, parameter_shardings, replicated, rows_sharding
+from jvdit.sharding import (
+    activation_spec,
+    fit,
+    frame_axes,
+    make_mesh,
+    parameter_shardings,
+    replicated,
+    rows_sharding,
+)
 from jvdit.tasks.flow_objective import flow_objective
 from jvdit.training.optim import Optim
 from jvdit.training.state import TrainState, new_state, state_shardings
@@ -210,6 +222,44 @@ def sample_program(
             span=(0, SAMPLED),
             skips=None,
         )
+
+
+def vae_program(vae: VideoVAE, mesh: Mesh, clip: Sequence[int], step: str) -> Any:
+    """A piece in the middle of a video, encoded or decoded.
+
+    Args:
+        vae: the autoencoder.
+        mesh: as for `train_program`; devices along `context` share the pixels.
+        clip: frames, height and width in pixels.
+        step: "encode" or "decode".
+
+    Returns:
+        The lowered program, and how many such pieces follow the first frame.
+
+    Raises:
+        ValueError: the sizes are not whole numbers of latents.
+    """
+    frames, *latent = vae.latent_shape(*clip)
+    program, at_once, length = encode_step, 1, vae.temporal_compression
+    shape = (*clip[1:], 3)
+    if step == "decode":
+        at_once = min(decoded_at_once(vae, math.prod(latent)), max(frames - 1, 1))
+        program, length, shape = decode_step, at_once, (*latent, vae.latent_channels)
+    with jax.set_mesh(mesh):
+        small = _shape(1, 1, *(vae.spatial_compression,) * 2, 3)
+        params = jax.eval_shape(lambda *x: vae.init(*x)["params"], _key(), small)
+        _, cache = jax.eval_shape(
+            lambda *x: program(vae, *x, {}), params, _shape(1, 1, *shape)
+        )
+
+        def divided(x: Any) -> Any:
+            spec = fit(activation_spec(*frame_axes(x)), x.shape, mesh.shape)
+            return _placed(x, NamedSharding(mesh, spec))
+
+        params = jax.tree.map(_placed, params, parameter_shardings(params, mesh))
+        piece = _placed(_shape(1, length, *shape), replicated(mesh))
+        lowered = program.lower(vae, params, piece, jax.tree.map(divided, cache))
+    return lowered, -(-(frames - 1) // at_once)
 
 
 def _placed(shape: Any, place: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -29,7 +29,7 @@ ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "width": (),
     "ffn": ("tensor",),
     "frames": (),
-    "height": ("context",),
+    "side": ("context",),
     "channels": (),
 }
 
@@ -181,6 +181,15 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
         return x
     sizes = jax.sharding.get_abstract_mesh().shape
     return jax.lax.with_sharding_constraint(x, fit(spec, x.shape, sizes))
+
+
+def frame_axes(x: Any) -> tuple[str | None, ...]:
+    """Names of the axes of frames [b f h w c], the longer side being divided.
+
+    It is the longer one at every resolution, and more often a multiple of the devices.
+    """
+    wide = x.shape[3] > x.shape[2]
+    return ("batch", "frames", *((None, "side") if wide else ("side", None)), None)
 
 
 def fit(

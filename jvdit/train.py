@@ -340,7 +340,7 @@ def main(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)
     try:
         cluster.connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-        keep_compilations()
+        keep_compilations(WORKDIR.value)
         run(CONFIG.value, WORKDIR.value)
     except MISTAKES as error:
         if flags.FLAGS["verbosity"].present:

@@ -1,6 +1,9 @@
 """Strict by default: 8 CPU devices, checked shapes, no silent broadcasting."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Workers that run beside one another (-n auto) share the cores out among the threads of
 # their XLAs, which would wait for each other. Processes that tests start have all.
@@ -10,10 +13,16 @@ number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 if ours := sorted(cores)[number::workers]:
     os.sched_setaffinity(0, ours)
 
-# Programs are compiled once and run on tiny arrays, so LLVM needn't try hard; but for
-# what tests start in a process of its own, as a user would.
-flags = os.environ.get("XLA_FLAGS")
-os.environ["XLA_FLAGS"] = f"{flags or ''} --xla_backend_optimization_level=0"
+# Programs are compiled once and run on tiny arrays, so LLVM needn't try hard; and a
+# program that took long is kept for the processes that tests start one after another.
+flags = os.environ.get("XLA_FLAGS", "")
+if (O0 := "--xla_backend_optimization_level=0") not in flags:
+    os.environ["XLA_FLAGS"] = f"{flags} {O0}"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    kept = tempfile.mkdtemp(prefix="jvdit-compiled-")
+    atexit.register(shutil.rmtree, kept, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = kept
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 from jaxtyping import install_import_hook  # noqa: E402
 
@@ -28,13 +37,14 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 import pytest  # noqa: E402
 
-assert len(jax.devices()) == 8  # flags and cores are read now
+assert len(jax.devices()) == 8  # cores are counted now
 if cores:
     os.sched_setaffinity(0, cores)
-if flags is None:
-    del os.environ["XLA_FLAGS"]
-else:
-    os.environ["XLA_FLAGS"] = flags
+
+
+def pytest_addoption(parser):
+    told = "how often test_cluster.py kills a run of four processes at random"
+    parser.addoption("--kills", type=int, default=2, help=told)
 
 
 def pytest_collection_modifyitems(items):

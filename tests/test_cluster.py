@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import pathlib
+import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,10 +21,11 @@ from jvdit.sharding import AXES
 from jvdit.training.checkpoint import load_weights
 
 HERE = pathlib.Path(__file__).parent
-STEPS = 60
-RUN = (f"--config.steps={STEPS}", "--config.checkpoint_every=10")
-RUN += ("--config.sample_every=1000", "--config.evaluate_every=1000")
-RUN += ("--config.sample.prompts=()", "--config.mesh.fsdp=2")
+STEPS = 24
+RUN = (f"--config.steps={STEPS}", "--config.checkpoint_every=3")
+RUN += ("--config.sample_every=0", "--config.evaluate_every=0")
+RUN += ("--config.sample.prompts=()", "--config.sample.scored=0")
+RUN += ("--config.data.validation=", "--config.mesh.fsdp=2")
 
 
 def settings(thread, folder):
@@ -42,24 +45,18 @@ def free_port():
         return found.getsockname()[1]
 
 
-def launch(config, workdir, processes, devices=2):
-    """Processes of one run, with some devices each."""
+def launch(config, workdir, processes):
+    """Processes of one run, which have four devices together."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_COMPILATION_CACHE_DIR": str(config.parent / "cache"),
+        "JAX_NUM_CPU_DEVICES": str(4 // processes),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # as in conftest.py
     }
-    command = [sys.executable, "-m", "jvdit.train", f"--config={config}"]
-    command += [f"--workdir={workdir}", *RUN]
-    if processes > 1:
-        command += [f"--coordinator=localhost:{free_port()}"]
-        command += [f"--processes={processes}"]
+    command = [sys.executable, HERE / "one_of_many.py", f"--config={config}"]
+    command += [f"--workdir={workdir}", *RUN, f"--coordinator=localhost:{free_port()}"]
+    command += [f"--processes={processes}"]
     return [
-        subprocess.Popen(
-            [*command, *([f"--process={i}"] if processes > 1 else [])], env=environment
-        )
+        subprocess.Popen([*command, f"--process={i}"], env=environment)
         for i in range(processes)
     ]
 
@@ -70,50 +67,83 @@ def finish(processes, timeout=300):
     try:
         return [p.wait(timeout=deadline - time.monotonic()) for p in processes]
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+        kill(processes)
 
 
-def wait_for_step(processes, workdir, step):
+def kill(processes):
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.wait()
+
+
+def wait_for(processes, happened):
+    """Returns what happened, while the processes run."""
     deadline = time.monotonic() + 300
-    while not (workdir / "checkpoints" / str(step)).exists():
+    while not (found := happened()):
         assert all(p.poll() is None for p in processes), "ended too early"
         assert time.monotonic() < deadline
-        time.sleep(0.01)
+        time.sleep(0.005)
+    return found
+
+
+def newest(workdir):
+    names = [path.name for path in (workdir / "checkpoints").glob("*")]
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def being_written(workdir):
+    return [*(workdir / "checkpoints").glob("*tmp*")]
 
 
 def averages(workdir):
     """What a run leaves: the averages of its weights, which saw all of its updates."""
-    assert max(int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*")) == STEPS
+    assert newest(workdir) == STEPS
     return {x: load_weights(workdir / "model" / x)[0] for x in ("dit", "text_encoder")}
 
 
-def test_hosts_come_and_go_and_the_run_is_the_same(workdir, tmp_path):
-    """Two processes; one killed, then one told to stop, then one alone to the end."""
+def one_life(config, workdir, chance):
+    """Four processes that are killed: one of them, or all, at any time or in a save."""
+    running, before = launch(config, workdir, 4), newest(workdir)
+    if chance.random() < 0.5:
+        wait_for(running, lambda: being_written(workdir))
+    else:
+        wait_for(running, lambda: newest(workdir) > before)
+        time.sleep(chance.uniform(0, 1))
+    if chance.random() < 0.5:
+        kill(running)
+        return
+    running[chance.randrange(4)].kill()
+    # Those that are left can't go on alone, and do not wait for ever.
+    assert finish(running) != [0] * 4
+
+
+def test_hosts_come_and_go_and_the_run_is_the_same(workdir, tmp_path, pytestconfig):
+    """Killed at random, then told to stop: the bits of a run that never stopped."""
     config = settings(workdir, tmp_path)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert finish(launch(config, whole, 2)) == [0, 0]
+    assert finish(launch(config, whole, 4)) == [0] * 4
+    chance, kills = random.Random(0), pytestconfig.getoption("kills")
+    for _ in range(kills):
+        one_life(config, broken, chance)
+        if newest(broken) > STEPS // 2:
+            shutil.rmtree(broken)  # it begins anew, so that there is a way to go
 
-    running = launch(config, broken, 2)
-    wait_for_step(running, broken, 10)
-    running[1].kill()
-    # The one that is left can't go on alone, and does not wait for ever.
-    assert finish(running)[0] != 0
-
-    running = launch(config, broken, 2)
-    wait_for_step(running, broken, 30)
+    running, before = launch(config, broken, 4), newest(broken)
+    wait_for(running, lambda: newest(broken) > before)
     running[0].send_signal(signal.SIGTERM)
-    assert finish(running) == [0, 0]
-    assert finish(launch(config, broken, 2)) == [0, 0]
+    assert finish(running) == [0] * 4
+    assert before < newest(broken) < STEPS
+    shutil.copytree(broken, tmp_path / "fewer")
+
+    assert finish(launch(config, broken, 4)) == [0] * 4
     a, b = averages(whole), averages(broken)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(x, y)
 
-    # Other numbers of processes and devices: the same clips in the same order.
-    alone = tmp_path / "alone"
-    assert finish(launch(config, alone, 1, devices=4)) == [0]
-    c = averages(alone)
+    # Other numbers of processes and devices in each: the same clips in the same order.
+    assert finish(launch(config, tmp_path / "fewer", 2)) == [0] * 2
+    c = averages(tmp_path / "fewer")
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(c), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 

@@ -64,3 +64,8 @@ def test_programs_are_kept_where_compiling_takes_long(monkeypatch, tmp_path):
     compilation.keep_compilations()
     folder = str(tmp_path / "jvdit/compiled")
     assert told == [("jax_compilation_cache_dir", folder)]
+    # Among hosts one writes: to a folder of its own it would write for itself alone.
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    compilation.keep_compilations(str(tmp_path / "run"))
+    folder = str(tmp_path / "run/compiled")
+    assert told[1:] == [("jax_compilation_cache_dir", folder)]

@@ -5,6 +5,7 @@
         --topology v5p-8,v5p-128,v6e-256
     python tools/compile_for_pod.py --config configs/wan_pod.py --topology v6e-64 \
         --mesh fsdp=8,context=8 --mesh fsdp=16,context=4 --price 2.7
+    python tools/compile_for_pod.py --step decode --clip 81x720x1280 --topology v6e-8
 
 The real step is compiled for the real slice, by the compiler of TPUs, which needs none;
 nothing is downloaded and nothing runs. Memory is what the compiler says. Time is an
@@ -27,21 +28,35 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
+from jvdit.models import video_vae
 from jvdit.models.dit import DiT
-from jvdit.pod_programs import SAMPLED, pod_mesh, sample_program, train_program
+from jvdit.pod_programs import (
+    SAMPLED,
+    pod_mesh,
+    sample_program,
+    train_program,
+    vae_program,
+)
 from jvdit.pods.chips import CHIPS, Chip, topology
 from jvdit.pods.forecast import Forecast, forecast
 from jvdit.pods.schedule import read
 from jvdit.sharding import parameter_shardings, parse_mesh, sampling_sizes
 
 GB = 1e9
+CLIP_STEPS = ("encode", "decode")
 WAN_TEXT = 4096  # channels of a state of UMT5, which all released models take
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _TOPOLOGY = flags.DEFINE_list("topology", ["v5p-8"], "Slices, such as v5p-8,v6e-256.")
 _MESH = flags.DEFINE_multi_string(
     "mesh", None, "Devices along axes, such as fsdp=8,context=8; several: each."
 )
-_STEP = flags.DEFINE_enum("step", "train", ("train", "sample"), "Which to compile.")
+_STEP = flags.DEFINE_enum(
+    "step", "train", ("train", "sample", *CLIP_STEPS), "Which to compile."
+)
+_VAE = flags.DEFINE_enum(
+    "vae", "wan2.1", [*video_vae.VARIANTS], "Which encodes or decodes a clip."
+)
+_CLIP = flags.DEFINE_string("clip", "81x720x1280", "To encode or decode: TxHxW.")
 _ROWS = flags.DEFINE_integer(
     "rows", None, "Of a batch. Default: one for each of data x fsdp, guided or not."
 )
@@ -60,7 +75,7 @@ class Result:
     wrong: str = ""
     memory: dict[str, float] = dataclasses.field(default_factory=dict)
     forecast: Forecast = dataclasses.field(default_factory=Forecast)
-    steps: int = 1
+    steps: float = 1
     flops: float = 0.0
     slivers: int = 0
     chip: Chip = CHIPS["v5p"]
@@ -80,6 +95,8 @@ class Result:
 
 def meshes_to_try(chips: int) -> list[dict[str, int]]:
     """Training: Ulysses inside eight neighbours or four, the rest in fsdp."""
+    if _STEP.value in CLIP_STEPS:
+        return [{"context": chips}]
     if _STEP.value == "sample":
         return [sampling_sizes(2 * (_ROWS.value or 1), chips)]
     contexts = [c for c in (4, 8) if c <= chips]
@@ -137,6 +154,20 @@ def lower(config: Any, mesh: Any, result: Result) -> Any:
     return lowered
 
 
+def lower_clip(mesh: Any, result: Result) -> Any:
+    """A piece of encoding or decoding; the table is of all the pieces of a clip."""
+    try:
+        frames, height, width = map(int, _CLIP.value.split("x"))
+    except ValueError as error:
+        raise ValueError(
+            f"`clip` (={_CLIP.value}) must be TxHxW, such as 81x720x1280."
+        ) from error
+    vae = video_vae.VideoVAE(**video_vae.VARIANTS[_VAE.value])
+    lowered, pieces = vae_program(vae, mesh, (frames, height, width), _STEP.value)
+    result.steps = 1 / pieces
+    return lowered
+
+
 def _module(config: Any, text_width: int, **changed: Any) -> DiT:
     channels = int(_LATENTS.value * np.prod(config.patch_size))
     fields = config.dit.to_dict() | changed
@@ -158,7 +189,10 @@ def measure(config: Any, name: str, sizes: dict[str, int]) -> Result:
     chip = CHIPS[where.partition(":")[0]]
     result = Result(name, dict(mesh.shape), rows, chip=chip)
     start = time.perf_counter()
-    lowered = lower(config, mesh, result)
+    if _STEP.value in CLIP_STEPS:
+        lowered = lower_clip(mesh, result)
+    else:
+        lowered = lower(config, mesh, result)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -179,9 +213,18 @@ def measure(config: Any, name: str, sizes: dict[str, int]) -> Result:
 
 def overview(results: list[Result]) -> Table:
     """One line for each slice and mesh; the best use of a slice is marked."""
-    table = Table(title=f"a {_STEP.value} step, estimated; memory by the compiler")
-    price = ["cost / 1,000 steps"] if _PRICE.value else []
-    columns = ("slice", "mesh", "clips", "GB of a chip", "s / step", "MFU", "waiting")
+    unit = "clip" if _STEP.value in CLIP_STEPS else "step"
+    table = Table(title=f"{_STEP.value}, estimated; memory by the compiler")
+    price = [f"cost / 1,000 {unit}s"] if _PRICE.value else []
+    columns = (
+        "slice",
+        "mesh",
+        "clips",
+        "GB of a chip",
+        f"s / {unit}",
+        "MFU",
+        "waiting",
+    )
     for column in (*columns, *price):
         table.add_column(column, justify="left" if column in columns[:2] else "right")
     for each in results:
@@ -195,7 +238,8 @@ def overview(results: list[Result]) -> Table:
         cells = [
             f"{used / GB:.1f} of {each.chip.memory / GB:.1f}",
             f"{seconds / each.steps:.2f}",
-            f"{each.mfu:.0%}" + " *" * (each is best(results, each.slice)),
+            f"{each.mfu:.0%}" * (each.flops > 0)
+            + " *" * (each is best(results, each.slice)),
             f"{waiting:.0%}",
         ]
         if _PRICE.value:
@@ -241,6 +285,10 @@ def details(result: Result, console: Console) -> None:
 def main(_: list[str]) -> None:
     """Compiles for every slice and mesh that is asked for."""
     console, results = Console(), []
+    if _CONFIG.value is None and _STEP.value not in CLIP_STEPS:
+        sys.exit(
+            f"error: --step {_STEP.value} needs --config, such as configs/wan_pod.py"
+        )
     try:
         for name in _TOPOLOGY.value:
             chips = pod_mesh(topology(name), {"data": -1}).size
@@ -256,5 +304,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
     app.run(main)

@@ -25,11 +25,10 @@ from rich.table import Table
 
 from jvdit.generation.request import size_fields
 from jvdit.models import dit, text_encoder, video_vae
-from jvdit.models.video_vae_chunked import DECODED_PIXELS, decode_step
-from jvdit.pod_programs import pod_mesh, sample_program
+from jvdit.pod_programs import pod_mesh, sample_program, vae_program
 from jvdit.pretrained.configs import PATCH_SIZE
 from jvdit.pretrained.recipes import RECIPES, TEXT_LENGTH
-from jvdit.sharding import replicated
+from jvdit.sharding import make_mesh, replicated
 
 GB = 1e9
 TOPOLOGY = "v5p:2x2x1"  # a chip of which has 95 GB
@@ -75,27 +74,6 @@ def dit_program(name, grid, dtype):
     return sample_program(module, chip(), 1, math.prod(grid), TEXT_LENGTH)
 
 
-def vae_program(module, grid, on_cpu=False):
-    """Decoding a piece in the middle of the video, for a TPU or a CPU."""
-    f, h, w = grid
-    side = module.spatial_compression
-    pixels = h * w * side**2 * module.temporal_compression
-    piece = min(max(DECODED_PIXELS // pixels, 1), max(f - 1, 1))
-    video = jax.ShapeDtypeStruct((1, 1, side, side, 3), jnp.float32)
-    params = abstract(module, video)
-    first, later = (
-        jax.ShapeDtypeStruct((1, frames, h, w, module.latent_channels), jnp.float32)
-        for frames in (1, piece)
-    )
-    _, cache = jax.eval_shape(
-        lambda params, x: decode_step(module, params, x, {}), params, first
-    )
-    if on_cpu:
-        return decode_step.lower(module, params, later, cache)
-    with jax.set_mesh(chip()):
-        return decode_step.lower(module, *placed((params, later, cache)))
-
-
 def main():
     """Compiles the three programs and prints what they take."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -106,18 +84,24 @@ def main():
     clip = size_fields(RECIPES[args.name], args.size, args.frames, None)
     which = "wan2.2" if args.name.endswith("ti2v-5b") else "wan2.1"
     vae = video_vae.VideoVAE(**video_vae.VARIANTS[which])
-    latent = vae.latent_shape(clip["frames"], clip["height"], clip["width"])
+    size = clip["frames"], clip["height"], clip["width"]
+    latent = vae.latent_shape(*size)
     tokens = tuple(a // b for a, b in zip(latent, PATCH_SIZE, strict=True))
+    cpu = make_mesh({"data": 1}, jax.devices()[:1])
+
+    def decoding(mesh):
+        return vae_program(vae, mesh, size, "decode")[0]
+
     programs = {
         "text encoder (bfloat16)": lambda: text_program(jnp.bfloat16),
         "DiT step, guided (bfloat16)": lambda: dit_program(
             args.name, tokens, jnp.bfloat16
         ),
-        "autoencoder, a piece (float32)": lambda: vae_program(vae, latent),
-        "the same, in the form of a CPU": lambda: vae_program(vae, latent, True),
+        "autoencoder, a piece (float32)": lambda: decoding(chip()),
+        "the same, in the form of a CPU": lambda: decoding(cpu),
     }
-    size = f"{clip['frames']} x {clip['height']} x {clip['width']}"
-    table = Table(title=f"{args.name}, {size}: GB on a TPU {TOPOLOGY[:3]}")
+    told = " x ".join(map(str, size))
+    table = Table(title=f"{args.name}, {told}: GB on a TPU {TOPOLOGY[:3]}")
     for column in ("on the device", "arguments", "besides", "in all"):
         table.add_column(column, justify="left" if column[0] == "o" else "right")
     for name, lower in programs.items():

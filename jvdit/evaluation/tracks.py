@@ -10,7 +10,6 @@ import warnings
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
-from scipy.signal import savgol_filter
 
 from jvdit.data.world_scene import PAN_REACH, Scenes
 from jvdit.evaluation.detection import Detections
@@ -149,6 +148,9 @@ def camera_shift(
     refined = np.where(moved, refined, 0.0)
     if window < 3 or not len(video):
         return refined
+    # Its import takes half a second, which every start of a training would wait for.
+    from scipy.signal import savgol_filter
+
     return np.asarray(savgol_filter(refined, window, 1))
 
 

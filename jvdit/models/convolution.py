@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from jvdit.sharding import platform
+from jvdit.sharding import constrain, frame_axes, platform
 
 IMPLEMENTATIONS = ("auto", "taps", "native")
 Padding = Sequence[tuple[int, int]]
@@ -271,5 +271,6 @@ def recall(
     past = module.get_variable("cache", "frames") if begun else None
     before = jnp.zeros_like(x, shape=(x.shape[0], frames, *x.shape[2:]))
     seen = jnp.concatenate([before if past is None else past, x], axis=1)
-    module.put_variable("cache", "frames", seen[:, -frames:])
+    last = seen[:, -frames:]
+    module.put_variable("cache", "frames", constrain(last, *frame_axes(last)))
     return past

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from jvdit.models.convolution import Convolution
 from jvdit.models.video_vae_layers import REMAT, Decoder, Encoder
-from jvdit.sharding import constrain
+from jvdit.sharding import constrain, frame_axes
 
 # Bounds of the log variance: its exponential stays finite and positive in float32.
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -181,7 +181,7 @@ class VideoVAE(nn.Module):
         self.latent_shape(frames, *video.shape[2:4])
         p = self.patch_size
         x = rearrange(video, "b f (h r) (w q) c -> b f h w (c q r)", r=p, q=p)
-        x = constrain(x, "batch", "frames", "height", None, None)
+        x = constrain(x, *frame_axes(x))
         moments = self.quant_conv(self.encoder(x)).astype(jnp.float32)
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(logvar, *LOGVAR_RANGE)
@@ -200,7 +200,7 @@ class VideoVAE(nn.Module):
                 f"latents have {latents.shape[-1]} channels but `latent_channels` is "
                 f"{self.latent_channels}; decode with the VAE that encoded them."
             )
-        latents = constrain(latents, "batch", "frames", "height", None, None)
+        latents = constrain(latents, *frame_axes(latents))
         x = self.decoder(self.post_quant_conv(latents)).astype(jnp.float32)
         p = self.patch_size
         return rearrange(x, "b f h w (c q r) -> b f (h r) (w q) c", r=p, q=p)

@@ -103,13 +103,18 @@ def encode_normalized(
     return np.asarray(vae.normalize(jnp.asarray(np.concatenate(means, axis=1))))[0]
 
 
+def decoded_at_once(vae: VideoVAE, latents: int) -> int:
+    """Latent frames of that many latents to decode as one piece."""
+    pixels = latents * vae.spatial_compression**2 * vae.temporal_compression
+    return max(DECODED_PIXELS // pixels, 1)
+
+
 def decode_normalized(
     vae: VideoVAE, params: Any, latents: Float[np.ndarray, "b f h w c"]
 ) -> Iterator[Float[Array, "b _T H W 3"]]:
     """Normalised latents to pixels, in pieces as long as memory allows."""
     x = vae.denormalize(jnp.asarray(latents))
-    pixels = x[:, 0, ..., 0].size * vae.spatial_compression**2
-    piece = max(DECODED_PIXELS // (pixels * vae.temporal_compression), 1)
+    piece = decoded_at_once(vae, x.shape[0] * x.shape[2] * x.shape[3])
     return decode_stream(vae, params, split(x, piece))
 
 

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from jvdit.models.convolution import Convolution, copies, inflated, recall
 from jvdit.models.video_vae_shortcuts import average_down, duplicate_up
-from jvdit.sharding import constrain
+from jvdit.sharding import constrain, frame_axes
 
 # Largest number of attention scores held at once; more frames than fit go in turns.
 SCORES_AT_ONCE = 2**26
@@ -203,7 +203,7 @@ class DownStage(nn.Module):
         if self.residual:
             factors = (1 + self.temporal, 1 + self.spatial)
             y = y + average_down(x, self.features, *factors)
-        return constrain(y, "batch", "frames", "height", None, None)
+        return constrain(y, *frame_axes(y))
 
 
 class UpStage(nn.Module):
@@ -225,7 +225,7 @@ class UpStage(nn.Module):
         for i in range(self.blocks):
             y = self.block(self.features, name=f"res_{i}")(y)
         if not (self.spatial or self.temporal):
-            return constrain(y, "batch", "frames", "height", None, None)
+            return constrain(y, *frame_axes(y))
         y = Upsample(
             self.out_features,
             self.spatial,
@@ -237,7 +237,7 @@ class UpStage(nn.Module):
             copies = duplicate_up(x, y.shape[-1], 1 + self.temporal, 1 + self.spatial)
             # At the start of a video the first frame is one frame, not two.
             y = y + copies[:, copies.shape[1] - y.shape[1] :]
-        return constrain(y, "batch", "frames", "height", None, None)
+        return constrain(y, *frame_axes(y))
 
 
 def _save_products(primitive: Any, *_: Any, **__: Any) -> bool:

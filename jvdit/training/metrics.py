@@ -21,7 +21,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Column
-from tensorboardX import SummaryWriter
 
 _HISTORY = "history.jsonl"
 # Dense bf16 peaks of a device as jax counts devices, in FLOP/s, by device_kind.
@@ -71,6 +70,9 @@ class Metrics:
     def __init__(
         self, workdir: str | os.PathLike[str], steps: int, start: int, title: str
     ):
+        # Its import takes longer than JAX's where torch is installed.
+        from tensorboardX import SummaryWriter
+
         self._lead = jax.process_index() == 0
         self._console, self._steps = Console(quiet=not self._lead), steps
         self._history = pathlib.Path(workdir) / _HISTORY
