@@ -7,6 +7,7 @@ side has and the other lacks is an error that lists the names.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -225,6 +226,7 @@ def norms(pairs: Mapping[str, str]) -> list[Rule]:
     return found
 
 
+@functools.cache
 def _regex(pattern: str) -> re.Pattern[str]:
     """The pattern of a name; a number that occurs twice must be the same."""
     seen: set[str] = set()

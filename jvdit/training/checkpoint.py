@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
+_LARGE_PART = 1 << 20  # bytes of an array that one of several devices writes
 PathLike = str | os.PathLike[str]
 
 
@@ -44,7 +45,10 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, enable_async_checkpointing=True
         )
-        self._manager = ocp.CheckpointManager(path, options=options)
+        handlers = {"state": _state_handler(), "data": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(
+            path, options=options, item_handlers=handlers
+        )
 
     @property
     def latest(self) -> int | None:
@@ -64,7 +68,7 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data))
+                state=ocp.args.PyTreeSave(state), data=ocp.args.JsonSave(dict(data))
             ),
         )
 
@@ -83,7 +87,11 @@ class Checkpoints:
         restored = self._manager.restore(
             self.latest,
             args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
+                state=ocp.args.PyTreeRestore(
+                    abstract,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+                ),
+                data=ocp.args.JsonRestore(),
             ),
         )
         # Restored buffers may be borrowed from the reader; donation needs our own.
@@ -97,6 +105,18 @@ class Checkpoints:
     def close(self) -> None:
         """Waits, and ends the background threads."""
         self._manager.close()
+
+
+def _state_handler() -> ocp.PyTreeCheckpointHandler:
+    """Writes arrays; of those on several devices each writes a part if it is large.
+
+    Left to itself, orbax cuts every bias into as many files as there are devices.
+    """
+    arrays = ocp.type_handlers.ArrayHandler(
+        min_slice_bytes_for_replica_parallel=_LARGE_PART
+    )
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
 def claim_workdir(
