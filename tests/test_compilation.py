@@ -1,5 +1,7 @@
 """Options of the compiler, and where compiled programs are kept."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -55,8 +57,13 @@ def test_an_option_that_is_none_is_named(text):
 
 
 def test_programs_are_kept_where_compiling_takes_long(monkeypatch, tmp_path):
-    told = []
-    monkeypatch.setattr(jax.config, "update", lambda *x: told.append(x))
+    told, kept = [], jax.config.jax_compilation_cache_dir
+    compilation.keep_compilations()
+    assert jax.config.jax_compilation_cache_dir == kept  # where JAX was told to
+    without = mock.Mock(
+        jax_compilation_cache_dir=None, update=lambda *x: told.append(x)
+    )
+    monkeypatch.setattr(jax, "config", without)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compilation.keep_compilations()
     assert not told  # on a processor

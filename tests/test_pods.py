@@ -11,7 +11,8 @@ import numpy as np
 import pod_config
 import pytest
 
-from jvdit.pod_programs import pod_mesh, train_program
+from jvdit.models.video_vae import VARIANTS, VideoVAE
+from jvdit.pod_programs import pod_mesh, train_program, vae_program
 from jvdit.pods.chips import CHIPS, topology
 from jvdit.pods.forecast import forecast
 from jvdit.pods.schedule import arrays, group, read
@@ -132,6 +133,20 @@ def test_a_training_step_for_a_slice_that_is_not_there(config):
     made = forecast(program, CHIPS["v5e"], mesh.shape)
     assert made.parts["attention"] > 0 and made.parts["products"] > 0
     assert made.sent["all-to-all", "context"] > 0
+
+
+@pytest.mark.parametrize("step", ["encode", "decode"])
+def test_pixels_are_divided_and_only_their_edges_are_sent(config, step):
+    """The longer side of a clip goes over the devices, with halos for convolutions."""
+    mesh = pod_mesh("v5e:2x2", {"context": 4})
+    vae = VideoVAE(**VARIANTS["tiny"] | {"middle_attention": False})
+    lowered, pieces = vae_program(vae, mesh, (9, 64, 256), step)
+    assert pieces == (2 if step == "encode" else 1)
+    compiled = lowered.compile()
+    made = forecast(read(compiled.as_text()), CHIPS["v5e"], mesh.shape)
+    whole = 4 * 4 * 64 * 256 * 4  # bytes of the finest activations
+    assert made.sent["collective-permute", "context"] > 0
+    assert sum(made.sent.values()) < whole / 2, dict(made.sent)
 
 
 def test_a_sampling_step_from_the_command_line(config):

@@ -92,13 +92,17 @@ class FrameAttention(nn.Module):
         batch, _, height, width, channels = x.shape
         y = ChannelNorm(self.eps, self.param_dtype, name="norm")(x)
         y = Convolution(3 * channels, (1, 1), **types, name="qkv")(y)
-        y = rearrange(y, "b f h w c -> (b f) (h w) c")
+        # Positions of the side that devices divide come first: so each has a stretch.
+        order = "(w h)" if frame_axes(y)[3] else "(h w)"
+        y = rearrange(y, f"b f h w c -> (b f) {order} c")
+        y = constrain(y, None, "tokens", None)
         at_once = max(1, SCORES_AT_ONCE // y.shape[1] ** 2)
         if at_once < y.shape[0]:
             y = jax.lax.map(jax.checkpoint(_attend), y, batch_size=at_once)
         else:
             y = jax.vmap(_attend)(y)
-        y = rearrange(y, "(b f) (h w) c -> b f h w c", b=batch, h=height, w=width)
+        sizes = {"b": batch, "h": height, "w": width}
+        y = rearrange(y, f"(b f) {order} c -> b f h w c", **sizes)
         return x + Convolution(channels, (1, 1), **types, name="proj")(y)
 
 

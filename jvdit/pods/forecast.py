@@ -188,6 +188,7 @@ _PARTS = (
     ("mlp", "MLP"),
     ("/blocks", "rest of the blocks"),
     ("TextEncoder", "text encoder"),
+    ("VideoVAE", "autoencoder"),
     ("DiT", "around the blocks"),
 )
 
