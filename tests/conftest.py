@@ -48,23 +48,35 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    """A file stays with one worker, as do all that take the training below."""
+    """A file stays with one worker, as do all that take one of the trainings below."""
     for item in items:
-        place = "thread" if "workdir" in item.fixturenames else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(place))
+        taken = {"workdir", "latents"} & set(item.fixturenames)
+        item.add_marker(pytest.mark.xdist_group(*taken or {str(item.path)}))
 
 
-@pytest.fixture(scope="session")
-def workdir(tmp_path_factory):
-    """A folder in which all stages of a small training have run."""
+def trained(folder, stages):
+    """Runs the first stages of a small training."""
     # Imported late: what is imported above is not checked by beartype.
     import thread_config
 
     from jvdit.train import run
 
-    folder = tmp_path_factory.mktemp("thread")
-    run(thread_config.get_config(), str(folder))
+    config = thread_config.get_config()
+    config.order = config.order[:stages]
+    run(config, str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def workdir(tmp_path_factory):
+    """A folder in which all stages of a small training have run."""
+    return trained(tmp_path_factory.mktemp("thread"), 3)
+
+
+@pytest.fixture(scope="session")
+def latents(tmp_path_factory):
+    """The same without the last stage, for trainings in processes of their own."""
+    return trained(tmp_path_factory.mktemp("latents"), 2)
 
 
 @pytest.fixture(scope="session")

@@ -93,7 +93,9 @@ def newest(workdir):
 
 
 def being_written(workdir):
-    return [*(workdir / "checkpoints").glob("*tmp*")]
+    """Of checkpoints, the step and when it was begun."""
+    found = (workdir / "checkpoints").glob("*tmp*")
+    return {(path.name, path.stat().st_ctime_ns) for path in found}
 
 
 def averages(workdir):
@@ -104,9 +106,10 @@ def averages(workdir):
 
 def one_life(config, workdir, chance):
     """Four processes that are killed: one of them, or all, at any time or in a save."""
-    running, before = launch(config, workdir, 4), newest(workdir)
+    before, left = newest(workdir), being_written(workdir)
+    running = launch(config, workdir, 4)
     if chance.random() < 0.5:
-        wait_for(running, lambda: being_written(workdir))
+        wait_for(running, lambda: being_written(workdir) - left)
     else:
         wait_for(running, lambda: newest(workdir) > before)
         time.sleep(chance.uniform(0, 1))
@@ -118,9 +121,9 @@ def one_life(config, workdir, chance):
     assert finish(running) != [0] * 4
 
 
-def test_hosts_come_and_go_and_the_run_is_the_same(workdir, tmp_path, pytestconfig):
+def test_hosts_come_and_go_and_the_run_is_the_same(latents, tmp_path, pytestconfig):
     """Killed at random, then told to stop: the bits of a run that never stopped."""
-    config = settings(workdir, tmp_path)
+    config = settings(latents, tmp_path)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert finish(launch(config, whole, 4)) == [0] * 4
     chance, kills = random.Random(0), pytestconfig.getoption("kills")

@@ -323,20 +323,20 @@ def wait_for_step(process, workdir, step):
 
 # Restored here as plain arrays: where they were placed doesn't matter.
 @pytest.mark.filterwarnings("ignore:Sharding info not provided")
-def test_killed_and_restarted_is_bit_identical(workdir, tmp_path):
+def test_killed_and_restarted_is_bit_identical(latents, tmp_path):
     """SIGKILL, then SIGTERM, then to the end: as if it had never stopped."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert launch(workdir, whole).wait(timeout=300) == 0
-    killed = launch(workdir, broken)
+    assert launch(latents, whole).wait(timeout=300) == 0
+    killed = launch(latents, broken)
     wait_for_step(killed, broken, 20)
     killed.kill()
     killed.wait()
-    ended = launch(workdir, broken)
+    ended = launch(latents, broken)
     wait_for_step(ended, broken, 50)
     ended.send_signal(signal.SIGTERM)
     assert ended.wait(timeout=300) == 0
     assert _newest(broken) < 100
-    assert launch(workdir, broken).wait(timeout=300) == 0
+    assert launch(latents, broken).wait(timeout=300) == 0
     a, b = final_state(whole), final_state(broken)
     assert int(a["step"]) == int(b["step"]) == 100
     for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True):

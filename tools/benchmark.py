@@ -33,7 +33,6 @@ from jvdit.models.video_vae import VideoVAE
 from jvdit.shapes import Text, Tokens
 
 BATCH, DEPTH, WIDTH, HEADS, CHANNELS, TEXT, STATES = 4, 6, 256, 4, 16, 256, 64
-CLIP = 1.0  # the norm of gradients, as trainings have it
 # Two videos: torch takes a slow path for convolutions over time of a single one.
 VAE_WIDTH, VIDEO = 32, (2, 17, 64, 64)
 # Latent frames, height and width of the clips that are packed.
@@ -86,8 +85,7 @@ def our_dit(inputs: tuple[Any, ...], train: bool) -> tuple[Any, Run]:
     patch = 4 * CHANNELS
     model = DiT(WIDTH, DEPTH, HEADS, 4 * WIDTH, patch, patch, TEXT)
     params = jax.jit(model.init)(jax.random.key(0), *inputs[:3])
-    forward, adamw = jit(model.apply), optax.adamw(1e-4, weight_decay=0.01)
-    optimizer = optax.chain(optax.clip_by_global_norm(CLIP), adamw)
+    forward, optimizer = jit(model.apply), optax.adamw(1e-4, weight_decay=0.01)
 
     @functools.partial(jit, donate_argnums=0)
     def update(state: Any, *inputs: Any) -> Any:
@@ -118,7 +116,6 @@ def their_dit(params: Any, peers: Any, inputs: tuple[Any, ...], train: bool) -> 
     def step() -> None:
         optimizer.zero_grad()
         ((model(*arrays).sample - target) ** 2).mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
 
     return step if train else torch.inference_mode()(lambda: model(*arrays))

@@ -232,7 +232,15 @@ class Convolution(nn.Module):
         x: Float[Array, "b f h w c"],
         past: Float[Array, "b p h w c"] | None = None,
     ) -> Float[Array, "b g i j d"]:
-        """Convolves frames; `past` overrides the cached (or zero) frames before."""
+        """Convolves frames; `past` overrides the cached (or zero) frames before.
+
+        Devices divide the result along its longer side, whichever axis of the kernel
+        they divide: edges are sent, and kernels gathered.
+        """
+        y = self._convolved(x, past)
+        return constrain(y, *frame_axes(y))
+
+    def _convolved(self, x: Array, past: Array | None) -> Array:
         shape = (*self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         zeros = nn.initializers.zeros_init()

@@ -182,8 +182,7 @@ class VideoVAE(nn.Module):
         p = self.patch_size
         x = rearrange(video, "b f (h r) (w q) c -> b f h w (c q r)", r=p, q=p)
         x = constrain(x, *frame_axes(x))
-        x = self.encoder(x)
-        moments = self.quant_conv(constrain(x, *frame_axes(x))).astype(jnp.float32)
+        moments = self.quant_conv(self.encoder(x)).astype(jnp.float32)
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(logvar, *LOGVAR_RANGE)
 
@@ -203,7 +202,6 @@ class VideoVAE(nn.Module):
             )
         latents = constrain(latents, *frame_axes(latents))
         x = self.decoder(self.post_quant_conv(latents)).astype(jnp.float32)
-        x = constrain(x, *frame_axes(x))
         p = self.patch_size
         return rearrange(x, "b f h w (c q r) -> b f (h r) (w q) c", r=p, q=p)
 

@@ -207,7 +207,7 @@ class DownStage(nn.Module):
         if self.residual:
             factors = (1 + self.temporal, 1 + self.spatial)
             y = y + average_down(x, self.features, *factors)
-        return constrain(y, *frame_axes(y))
+        return y
 
 
 class UpStage(nn.Module):
@@ -229,7 +229,7 @@ class UpStage(nn.Module):
         for i in range(self.blocks):
             y = self.block(self.features, name=f"res_{i}")(y)
         if not (self.spatial or self.temporal):
-            return constrain(y, *frame_axes(y))
+            return y
         y = Upsample(
             self.out_features,
             self.spatial,
@@ -241,7 +241,7 @@ class UpStage(nn.Module):
             copies = duplicate_up(x, y.shape[-1], 1 + self.temporal, 1 + self.spatial)
             # At the start of a video the first frame is one frame, not two.
             y = y + copies[:, copies.shape[1] - y.shape[1] :]
-        return constrain(y, *frame_axes(y))
+        return y
 
 
 def _save_products(primitive: Any, *_: Any, **__: Any) -> bool:
