@@ -21,8 +21,7 @@ from jvdit.sharding import AXES
 from jvdit.training.checkpoint import load_weights
 
 HERE = pathlib.Path(__file__).parent
-STEPS = 24
-RUN = (f"--config.steps={STEPS}", "--config.checkpoint_every=3")
+RUN = ("--config.checkpoint_every=3",)
 RUN += ("--config.sample_every=0", "--config.evaluate_every=0")
 RUN += ("--config.sample.prompts=()", "--config.sample.scored=0")
 RUN += ("--config.data.validation=", "--config.mesh.fsdp=2")
@@ -45,7 +44,7 @@ def free_port():
         return found.getsockname()[1]
 
 
-def launch(config, workdir, processes):
+def launch(config, workdir, processes, steps):
     """Processes of one run, which have four devices together."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -53,8 +52,8 @@ def launch(config, workdir, processes):
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     command = [sys.executable, HERE / "one_of_many.py", f"--config={config}"]
-    command += [f"--workdir={workdir}", *RUN, f"--coordinator=localhost:{free_port()}"]
-    command += [f"--processes={processes}"]
+    command += [f"--workdir={workdir}", f"--config.steps={steps}", *RUN]
+    command += [f"--coordinator=localhost:{free_port()}", f"--processes={processes}"]
     return [
         subprocess.Popen([*command, f"--process={i}"], env=environment)
         for i in range(processes)
@@ -100,14 +99,13 @@ def being_written(workdir):
 
 def averages(workdir):
     """What a run leaves: the averages of its weights, which saw all of its updates."""
-    assert newest(workdir) == STEPS
     return {x: load_weights(workdir / "model" / x)[0] for x in ("dit", "text_encoder")}
 
 
-def one_life(config, workdir, chance):
+def one_life(config, workdir, steps, chance):
     """Four processes that are killed: one of them, or all, at any time or in a save."""
     before, left = newest(workdir), being_written(workdir)
-    running = launch(config, workdir, 4)
+    running = launch(config, workdir, 4, steps)
     if chance.random() < 0.5:
         wait_for(running, lambda: being_written(workdir) - left)
     else:
@@ -123,32 +121,32 @@ def one_life(config, workdir, chance):
 
 def test_hosts_come_and_go_and_the_run_is_the_same(latents, tmp_path, pytestconfig):
     """Killed at random, then told to stop: the bits of a run that never stopped."""
-    config = settings(latents, tmp_path)
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert finish(launch(config, whole, 4)) == [0] * 4
-    chance, kills = random.Random(0), pytestconfig.getoption("kills")
+    config, kills = settings(latents, tmp_path), pytestconfig.getoption("kills")
+    whole, broken, fewer = (tmp_path / x for x in ("whole", "broken", "fewer"))
+    steps = 6 * kills + 15  # a life ends after three to six
+    assert finish(launch(config, whole, 4, steps)) == [0] * 4
+    chance = random.Random(0)
     for _ in range(kills):
-        one_life(config, broken, chance)
-        if newest(broken) > STEPS // 2:
-            shutil.rmtree(broken)  # it begins anew, so that there is a way to go
+        one_life(config, broken, steps, chance)
 
-    running, before = launch(config, broken, 4), newest(broken)
+    running, before = launch(config, broken, 4, steps), newest(broken)
     wait_for(running, lambda: newest(broken) > before)
     running[0].send_signal(signal.SIGTERM)
     assert finish(running) == [0] * 4
-    assert before < newest(broken) < STEPS
-    shutil.copytree(broken, tmp_path / "fewer")
+    assert before < newest(broken) < steps
+    shutil.copytree(broken, fewer)
 
-    assert finish(launch(config, broken, 4)) == [0] * 4
+    assert finish(launch(config, broken, 4, steps)) == [0] * 4
     a, b = averages(whole), averages(broken)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(x, y)
 
     # Other numbers of processes and devices in each: the same clips in the same order.
-    assert finish(launch(config, tmp_path / "fewer", 2)) == [0] * 2
-    c = averages(tmp_path / "fewer")
+    assert finish(launch(config, fewer, 2, steps)) == [0] * 2
+    c = averages(fewer)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(c), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+    assert newest(whole) == newest(broken) == newest(fewer) == steps
 
 
 @dataclasses.dataclass(frozen=True)
