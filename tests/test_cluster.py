@@ -92,9 +92,12 @@ def newest(workdir):
 
 
 def being_written(workdir):
-    """Of checkpoints, the step and when it was begun."""
-    found = (workdir / "checkpoints").glob("*tmp*")
-    return {(path.name, path.stat().st_ctime_ns) for path in found}
+    """Of checkpoints, the folder's name and number: the same step is begun again."""
+    try:
+        with os.scandir(workdir / "checkpoints") as found:
+            return {(x.name, x.inode()) for x in found if "tmp" in x.name}
+    except FileNotFoundError:
+        return set()
 
 
 def averages(workdir):
@@ -110,7 +113,7 @@ def one_life(config, workdir, steps, chance):
         wait_for(running, lambda: being_written(workdir) - left)
     else:
         wait_for(running, lambda: newest(workdir) > before)
-        time.sleep(chance.uniform(0, 1))
+        time.sleep(chance.uniform(0, 0.5))
     if chance.random() < 0.5:
         kill(running)
         return

@@ -164,6 +164,11 @@ def lower_clip(mesh: Any, result: Result) -> Any:
         ) from error
     vae = video_vae.VideoVAE(**video_vae.VARIANTS[_VAE.value])
     lowered, pieces = vae_program(vae, mesh, (frames, height, width), _STEP.value)
+    if not pieces:
+        raise ValueError(
+            f"`clip` (={_CLIP.value}) has one frame, but what is compiled is a piece "
+            f"after the first; try {1 + vae.temporal_compression}x{height}x{width}."
+        )
     result.steps = 1 / pieces
     return lowered
 
