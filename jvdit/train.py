@@ -99,7 +99,7 @@ def train(config: Config, workdir: str) -> int:
     if "://" in workdir:
         raise ValueError(
             f"`workdir` (={workdir}) must be a path that all hosts see; mount the "
-            "bucket, for example: gcsfuse BUCKET /mnt/bucket."
+            "bucket, as tools/launch.py does with --bucket."
         )
     mesh = make_mesh(config.mesh.to_dict())
     optim = Optim(**config.optim)

@@ -1,11 +1,12 @@
 """What the launcher would run: scripts that a shell reads, and nothing left out."""
 
 import importlib.util
+import json
+import os
 import pathlib
 import subprocess
 
 import pytest
-import yaml
 
 ROOT = pathlib.Path(__file__).parent.parent
 found = importlib.util.spec_from_file_location("launch", ROOT / "tools/launch.py")
@@ -27,29 +28,70 @@ def test_a_slice_is_asked_for_again_until_the_training_has_ended():
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     assert "v5litepod-64" in script and "v2-alpha-tpuv5-lite --spot" in script
     # gcloud, replaced: the command ends badly once, then well.
-    fake = """
-    tries=0
-    gcloud() {
-      case "$*" in
-        *describe*) echo ACTIVE ;;
-        *" ssh "*) tries=$((tries + 1)); echo "$*"; [ $tries -ge 2 ] ;;
-      esac
-    }
-    sleep() { :; }
-    """
-    ran = subprocess.run(
-        ["bash"], input=fake + script, text=True, capture_output=True, timeout=60
-    )
+    ran = run(script, "[ $(wc -l < ssh) -ge 2 ]")
     assert ran.returncode == 0
     assert ran.stdout.count("python -m jvdit.train --config configs/wan_pod.py") == 2
 
 
+def run(script, ends_well):
+    """Runs a script for TPU VMs where each ssh is told, and ends as a test says."""
+    fake = f"""
+    cd "$(mktemp -d)" && git init -q
+    gcloud() {{
+      case "$*" in
+        *describe*) echo ACTIVE ;;
+        *" ssh "*) echo "$5" >> ssh; echo "$@"; {ends_well} ;;
+      esac
+    }}
+    sleep() {{ :; }}
+    """
+    return subprocess.run(
+        ["bash"], input=fake + script, text=True, capture_output=True, timeout=60
+    )
+
+
+def test_slices_train_together_and_start_again_together():
+    where = ("--on", "tpu-vm", "--slice", "v6e-64", "--slices", "3", "--zone", "z")
+    script = text(*where)
+    assert '--node-prefix "$name" --node-count 3' in script
+    # The middle one of three fails the first time.
+    ran = run(script, '[ "$5" != jvdit-1 ] || [ $(grep -c jvdit-1 ssh) -ge 2 ]')
+    assert ran.returncode == 0
+    for node in ("jvdit-0", "jvdit-1", "jvdit-2"):
+        assert ran.stdout.count(f"ssh {node}") == 2
+
+
+def test_a_bucket_is_mounted_once_and_remembers_nothing(tmp_path):
+    made = launch.mount_command("b")
+    # Without gcsfuse it is installed; with it and a mount there is nothing to do.
+    for name in ("sudo", "curl", "lsb_release", "gcsfuse", "mountpoint", "tee"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {tmp_path}/log\n')
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "USER": "u"}
+
+    def commands():
+        log = tmp_path / "log"
+        log.unlink(missing_ok=True)
+        subprocess.run(["bash", "-c", made], env=environment, check=True)
+        return log.read_text().splitlines()
+
+    assert commands() == ["mountpoint -q /mnt/b"]
+    (tmp_path / "mountpoint").write_text("#!/bin/sh\nexit 1\n")
+    mounting = "gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 "
+    mounting += "--metadata-cache-negative-ttl-secs=0 b /mnt/b"
+    assert commands() == ["sudo mkdir -p /mnt/b", "sudo chown u /mnt/b", mounting]
+
+
 def test_a_pod_for_each_host():
-    made = yaml.safe_load(text("--on", "gke", "--slice", "v6e-256", "--image", "i"))
-    job = made["spec"]["replicatedJobs"][0]["template"]["spec"]
-    assert job["parallelism"] == job["completions"] == 64
+    where = ("--on", "gke", "--slice", "v6e-256", "--slices", "2", "--image", "i")
+    made = json.loads(text(*where, "--bucket", "b"))
+    slices = made["spec"]["replicatedJobs"][0]
+    job = slices["template"]["spec"]
+    assert slices["replicas"] == 2 and job["parallelism"] == job["completions"] == 64
     pod = job["template"]["spec"]
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "16x16"
+    assert pod["containers"][0]["volumeMounts"][0]["mountPath"] == "/mnt/b"
+    assert "metadata-cache:ttl-secs:0" in json.dumps(pod["volumes"])
     command = pod["containers"][0]["command"]
     assert command[:2] == ["bash", "-c"] and "it" in command[2]
     printed = subprocess.run(
@@ -73,6 +115,7 @@ def test_a_batch_file_goes_back_to_the_queue():
         (["--on", "tpu-vm", "--slice", "v5p-128"], "needs --zone"),
         (["--on", "gke", "--slice", "v5p-129", "--image", "i"], "try 'v5p-128'"),
         (["--on", "nowhere"], "invalid choice"),
+        (["--on", "slurm", "--bucket", "c"], "--workdir /mnt/c/NAME"),
     ],
 )
 def test_what_is_missing_is_named(args, message, capsys):

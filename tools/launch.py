@@ -1,23 +1,30 @@
 """Starts a training on a TPU slice, a GKE cluster or under SLURM, and keeps it going.
 
-    python tools/launch.py --on tpu-vm --slice v5p-128 --zone us-east5-a -- \
-        --config configs/wan_pod.py --workdir /mnt/bucket/wan --config.mesh.fsdp=8
-    python tools/launch.py --on gke --slice v6e-256 --image IMAGE -- --config …
+    python tools/launch.py --on tpu-vm --slice v5p-128 --zone us-east5-a --bucket B \
+        -- --config configs/wan_pod.py --workdir /mnt/B/wan --config.mesh.fsdp=8
+    python tools/launch.py --on gke --slice v6e-256 --slices 2 --image I -- --config …
     python tools/launch.py --on slurm --nodes 4 --devices 8 -- --config …
 
 What comes after `--` are the arguments of `jvdit.train`. It prints what would be run (a
 script, a JobSet, a batch file) and runs it with `--go`. Processes that end before the
 training does are started again with the same command, which goes on from the newest
 checkpoint; a slice that was taken away is asked for again. The workdir must be a path
-that all hosts see, for example a bucket mounted by gcsfuse. Not run here on any of the
-three, for want of them.
+that all hosts see: `--bucket B` mounts the bucket B of Cloud Storage at /mnt/B. Folders
+are renamed in it, which takes one with a hierarchical namespace:
+
+    gcloud storage buckets create gs://B --location us-east5 \
+        --uniform-bucket-level-access --enable-hierarchical-namespace
+
+Not run here on any of the three, for want of them.
 """
 
 import argparse
+import json
 import math
 import shlex
 import subprocess
 import sys
+from typing import Any
 
 from jvdit.pods.chips import topology
 
@@ -29,6 +36,10 @@ NODES = {"v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice"}
 NODES |= {"v6e": "tpu-v6e-slice"}
 CHIPS_OF_HOST = 4
 INSTALL = "pip install -q -e '.[tpu]'"
+PACKAGES = "https://packages.cloud.google.com/apt"
+# Hosts write into one folder together, so that none may remember what it held. On TPU
+# hosts gcsfuse would, for ever.
+UNCACHED = {"metadata-cache-ttl-secs": 0, "metadata-cache-negative-ttl-secs": 0}
 
 
 def train_command(arguments: list[str]) -> str:
@@ -36,38 +47,69 @@ def train_command(arguments: list[str]) -> str:
     return shlex.join(["python", "-m", "jvdit.train", *arguments])
 
 
+def mount_command(bucket: str) -> str:
+    """Mounts a bucket on a host by gcsfuse, which is installed if it isn't there."""
+    folder, key = f"/mnt/{bucket}", "/usr/share/keyrings/cloud.google.asc"
+    options = " ".join(f"--{name}={value}" for name, value in UNCACHED.items())
+    return f"""set -e
+if ! command -v gcsfuse >/dev/null; then
+  curl -fsSL {PACKAGES}/doc/apt-key.gpg | sudo tee {key} >/dev/null
+  echo "deb [signed-by={key}] {PACKAGES} gcsfuse-$(lsb_release -cs) main" |
+    sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
+  sudo apt-get -qq update && sudo apt-get -qq install -y gcsfuse
+fi
+if ! mountpoint -q {folder}; then
+  sudo mkdir -p {folder} && sudo chown "$USER" {folder}
+  gcsfuse --implicit-dirs {options} {bucket} {folder}
+fi
+"""
+
+
 def tpu_vm(args: argparse.Namespace) -> str:
-    """A script that asks for a slice, trains on it, and asks again if it is lost."""
+    """A script that asks for slices, trains, and asks again if they are lost."""
     chip = args.slice.partition("-")[0]
     accelerator = args.slice.replace(chip, ACCELERATORS[chip])
     place = f"--zone {shlex.quote(args.zone)}"
     if args.project:
         place += f" --project {shlex.quote(args.project)}"
     spot = " --spot" if args.spot else ""
-    code = shlex.quote(args.code)
-    work = f"mkdir -p {code} && tar -xzf jvdit.tar.gz -C {code} && cd {code}"
+    code, name = shlex.quote(args.code), shlex.quote(args.name)
+    nodes, ask = name, '--node-id "$name"'
+    if args.slices > 1:
+        nodes = " ".join(f"{name}-{i}" for i in range(args.slices))
+        ask = f'--node-prefix "$name" --node-count {args.slices}'
+    work = mount_command(args.bucket) if args.bucket else ""
+    work += f"mkdir -p {code} && tar -xzf jvdit.tar.gz -C {code} && cd {code}"
     work += f" && {INSTALL} && {train_command(args.train)}"
     return f"""#!/usr/bin/env bash
 set -uo pipefail
-name={shlex.quote(args.name)}
+name={name}
 tpus="gcloud compute tpus"
 packed=$(mktemp -d)
 state() {{
   $tpus queued-resources describe "$name" {place} --format='value(state.state)'
+}}
+train() {{ # on the hosts of one slice
+  $tpus tpu-vm scp "$packed/jvdit.tar.gz" "$1:" {place} --worker=all &&
+  $tpus tpu-vm ssh "$1" {place} --worker=all --command={shlex.quote(work)}
+}}
+train_all() {{
+  local running=() failed=0
+  for node in {nodes}; do train "$node" & running+=($!); done
+  for one in "${{running[@]}}"; do wait "$one" || failed=1; done
+  return $failed
 }}
 until
   case "$(state 2>/dev/null)" in
     ACTIVE|ACCEPTED|PROVISIONING|WAITING_FOR_RESOURCES|CREATING) ;;
     *) # never asked for, or taken away
       $tpus queued-resources delete "$name" {place} --force --quiet
-      $tpus queued-resources create "$name" --node-id "$name" {place} \\
-        --accelerator-type {accelerator} \\
+      $tpus queued-resources create "$name" {ask} {place} \
+        --accelerator-type {accelerator} \
         --runtime-version {RUNTIMES[chip]}{spot} || exit 1 ;;
   esac
   until [ "$(state)" = ACTIVE ]; do sleep 30; done
-  git ls-files -z | tar --null -T - -czf "$packed/jvdit.tar.gz" &&
-  $tpus tpu-vm scp "$packed/jvdit.tar.gz" "$name:" {place} --worker=all &&
-  $tpus tpu-vm ssh "$name" {place} --worker=all --command={shlex.quote(work)}
+  git ls-files -z | tar --null -T - -czf "$packed/jvdit.tar.gz" && train_all
 do
   echo "ended early; starting again" >&2
   sleep 30
@@ -80,44 +122,50 @@ def gke(args: argparse.Namespace) -> str:
     """A JobSet with a pod for each host; failed ones are all started again."""
     chip, _, shape = topology(args.slice).partition(":")
     hosts = math.prod(map(int, shape.split("x"))) // CHIPS_OF_HOST
-    return f"""apiVersion: jobset.x-k8s.io/v1alpha2
-kind: JobSet
-metadata:
-  name: {args.name}
-spec:
-  failurePolicy:
-    maxRestarts: 1000
-  replicatedJobs:
-  - name: slice
-    replicas: 1
-    template:
-      spec:
-        parallelism: {hosts}
-        completions: {hosts}
-        backoffLimit: 0
-        template:
-          spec:
-            restartPolicy: Never
-            terminationGracePeriodSeconds: 120
-            nodeSelector:
-              cloud.google.com/gke-tpu-accelerator: {NODES[chip]}
-              cloud.google.com/gke-tpu-topology: {shape}
-            containers:
-            - name: train
-              image: {args.image}
-              command: ["bash", "-c", {_quoted(train_command(args.train))}]
-              ports:
-              - containerPort: 8471
-              resources:
-                requests: {{google.com/tpu: {CHIPS_OF_HOST}}}
-                limits: {{google.com/tpu: {CHIPS_OF_HOST}}}
-"""
+    chips = {"google.com/tpu": CHIPS_OF_HOST}
+    container = {
+        "name": "train",
+        "image": args.image,
+        "command": ["bash", "-c", train_command(args.train)],
+        "ports": [{"containerPort": 8471}],
+        "resources": {"requests": chips, "limits": chips},
+    }
+    pod = {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": 120,
+        "nodeSelector": {
+            "cloud.google.com/gke-tpu-accelerator": NODES[chip],
+            "cloud.google.com/gke-tpu-topology": shape,
+        },
+        "containers": [container],
+    }
+    template: dict[str, Any] = {"spec": pod}
+    if args.bucket:
+        template["metadata"] = {"annotations": {"gke-gcsfuse/volumes": "true"}}
+        pod["volumes"] = [{"name": "bucket", "csi": _csi(args.bucket)}]
+        mount = {"name": "bucket", "mountPath": f"/mnt/{args.bucket}"}
+        container["volumeMounts"] = [mount]
+    job = {"parallelism": hosts, "completions": hosts, "backoffLimit": 0}
+    job["template"] = template
+    slices = {"name": "slice", "replicas": args.slices, "template": {"spec": job}}
+    # The hosts of a slice have to be neighbours: those of one pool of nodes.
+    pool = "cloud.google.com/gke-nodepool"
+    notes = {"alpha.jobset.sigs.k8s.io/exclusive-topology": pool}
+    jobset = {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {"name": args.name, "annotations": notes},
+        "spec": {"failurePolicy": {"maxRestarts": 1000}, "replicatedJobs": [slices]},
+    }
+    return json.dumps(jobset, indent=2) + "\n"
 
 
-def _quoted(text: str) -> str:
-    """A string of YAML."""
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
+def _csi(bucket: str) -> dict[str, Any]:
+    """A bucket as a volume of Kubernetes."""
+    options = (f"{k}:{v}".replace("cache-", "cache:", 1) for k, v in UNCACHED.items())
+    mount = {"mountOptions": ",".join(["implicit-dirs", *options])}
+    driver = "gcsfuse.csi.storage.gke.io"
+    return {"driver": driver, "volumeAttributes": {"bucketName": bucket} | mount}
 
 
 def slurm(args: argparse.Namespace) -> str:
@@ -150,6 +198,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--on", choices=TARGETS, required=True)
     parser.add_argument("--name", default="jvdit")
     parser.add_argument("--slice", help="such as v5p-128")
+    parser.add_argument("--slices", type=int, default=1, help="how many, joined")
+    parser.add_argument("--bucket", default="", help="for the workdir")
     parser.add_argument("--zone")
     parser.add_argument("--project")
     parser.add_argument("--spot", action="store_true")
@@ -170,6 +220,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
             "give the arguments of jvdit.train after --, --config and "
             "--workdir among them"
         )
+    folder = f"/mnt/{args.bucket}/"
+    if args.bucket and folder not in given:
+        parser.error(f"--bucket {args.bucket} is mounted there: --workdir {folder}NAME")
     if args.slice:
         try:
             topology(args.slice)

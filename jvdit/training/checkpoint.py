@@ -9,6 +9,8 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +21,10 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
+from jvdit.cluster import is_lead, wait_for_others
+
 _LARGE_PART = 1 << 20  # bytes of an array that one of several devices writes
+_SEEN_WITHIN = 60  # seconds, after which hosts of NFS see each other's files
 PathLike = str | os.PathLike[str]
 
 
@@ -136,7 +141,8 @@ def claim_workdir(
             class got only after the folder was made is at its default there.
 
     Raises:
-        ValueError: the folder holds another model; the message says what differs.
+        ValueError: the folder holds another model; the message says what differs. Or
+            it can't hold checkpoints, or isn't the same folder on all hosts.
     """
     path = pathlib.Path(workdir) / "config.json"
     if path.exists():
@@ -154,8 +160,40 @@ def claim_workdir(
                 f"workdir {workdir} holds another model: {'; '.join(differing)}. "
                 "Choose another --workdir, or restore those settings."
             )
-    if jax.process_index() == 0:
+    if is_lead():
+        _check_renaming(path.parent)
         write_json(path, config)
+    wait_for_others("claimed the workdir")
+    deadline = time.monotonic() + _SEEN_WITHIN
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"process {jax.process_index()} doesn't see what process 0 wrote to "
+                f"{path}; `workdir` must be one folder that all hosts share."
+            )
+        time.sleep(1)
+
+
+def _check_renaming(folder: pathlib.Path) -> None:
+    """Whether folders can be renamed, by which a checkpoint is there as a whole.
+
+    Raises:
+        ValueError: they can't.
+    """
+    before, after = (folder / f"renamed.{os.getpid()}.{i}.tmp" for i in range(2))
+    (before / "folder").mkdir(parents=True)
+    (before / "folder" / "file").touch()
+    try:
+        before.rename(after)
+    except OSError as error:
+        raise ValueError(
+            f"folders in workdir {folder} can't be renamed ({error}), and so no "
+            "checkpoint be finished; a mounted bucket must have a hierarchical "
+            "namespace, see tools/launch.py."
+        ) from error
+    finally:
+        for probe in (before, after):
+            shutil.rmtree(probe, ignore_errors=True)
 
 
 def differences(held: Any, asked: Any, name: str = "") -> list[str]:
