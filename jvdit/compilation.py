@@ -11,6 +11,8 @@ import jax.core
 
 # XLA's options by what the chip's `device_kind` contains, first match wins.
 OPTIONS: Mapping[str, Mapping[str, str]] = {
+    # On slices of more than 16 of them the compiler refuses what the others have.
+    "TPU v5 lite": {},
     # What tokens are traded for goes over the links while something else is computed.
     "TPU": {"xla_tpu_enable_async_all_to_all": "true"},
     # Products and convolutions of float32 by Eigen: XLA would give them to YNNPACK,

@@ -22,6 +22,7 @@ from jvdit.generation.sampling import Stepper, start_noise
 from jvdit.models.dit import DiT
 from jvdit.models.video_vae import VideoVAE
 from jvdit.models.video_vae_chunked import decode_step, decoded_at_once, encode_step
+from jvdit.pods.chips import several
 from jvdit.pretrained.folders import dit_inputs
 from jvdit.shapes import Text
 from jvdit.sharding import (
@@ -49,10 +50,10 @@ _ALONE = {
 
 
 def pod_mesh(topology: str, sizes: dict[str, int], devices: int | None = None) -> Mesh:
-    """The mesh of a TPU slice, from its compiler alone.
+    """The mesh of a TPU slice, or of several, from its compiler alone.
 
     Args:
-        topology: as `pods.chips.topology` returns it.
+        topology: as `pods.chips.topology` returns it, such as "2xv6e:8x8".
         sizes: of the axes, as for `make_mesh`.
         devices: how many to use. Default: all.
 
@@ -64,7 +65,10 @@ def pod_mesh(topology: str, sizes: dict[str, int], devices: int | None = None) -
             "compiling for TPUs needs their compiler: pip install libtpu"
         )
     os.environ.update({k: v for k, v in _ALONE.items() if k not in os.environ})
-    described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    slices, name = several(topology)
+    described = topologies.get_topology_desc(
+        platform="tpu", topology_name=name, num_slices=slices
+    )
     return make_mesh(sizes, described.devices[:devices])
 
 

@@ -51,7 +51,7 @@ def run(script, ends_well):
 
 
 def test_slices_train_together_and_start_again_together():
-    where = ("--on", "tpu-vm", "--slice", "v6e-64", "--slices", "3", "--zone", "z")
+    where = ("--on", "tpu-vm", "--slice", "3xv6e-64", "--zone", "z")
     script = text(*where)
     assert '--node-prefix "$name" --node-count 3' in script
     # The middle one of three fails the first time.
@@ -83,7 +83,7 @@ def test_a_bucket_is_mounted_once_and_remembers_nothing(tmp_path):
 
 
 def test_a_pod_for_each_host():
-    where = ("--on", "gke", "--slice", "v6e-256", "--slices", "2", "--image", "i")
+    where = ("--on", "gke", "--slice", "2xv6e-256", "--image", "i")
     made = json.loads(text(*where, "--bucket", "b"))
     slices = made["spec"]["replicatedJobs"][0]
     job = slices["template"]["spec"]

@@ -10,7 +10,9 @@ import jax
 import numpy as np
 import pod_config
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+from jvdit.compilation import jit
 from jvdit.models.video_vae import VARIANTS, VideoVAE
 from jvdit.pod_programs import pod_mesh, train_program, vae_program
 from jvdit.pods.chips import CHIPS, topology
@@ -84,10 +86,83 @@ def test_time_is_that_of_the_core_and_of_links_that_it_waits_for():
     assert made.sources["MLP"] == pytest.approx(1e-3)
 
 
+def across(op, name, shape, kind):
+    """A line by which slices 1 to 4 talk to each other."""
+    told = {
+        "host_transfer_rendezvous": f"{kind.lower()}.1",
+        "megascale_target": "{1,2,3,4}x{0:7}",
+        "megascale_transfer_type": kind,
+    }
+    attributes = ",".join(f'_xla_{k}="{v}"' for k, v in told.items())
+    return f"  %{name} = ({shape}, u32[], token[]) {op}(%x), channel_id=1, \
+is_host_transfer=true, frontend_attributes={{{attributes}}}\n"
+
+
+def test_slices_send_over_the_network_behind_what_runs_meanwhile():
+    chip, size = CHIPS["v5p"], 4.0 * 1024**2
+    reduced = 2 * size * 3 / 4
+    head = TEXT[: TEXT.index("ENTRY")] + TEXT[TEXT.index("ENTRY") :].split("\n")[0]
+    given = "  %x = f32[1024,1024]{1,0:T(8,128)} parameter(0)\n"
+    product = f"  %p = f32[4]{{0}} fusion(%x), kind=kOutput, calls=%f, {CYCLES}\n"
+    text = f"{head}\n{given}"
+    for op, name in (("recv", "r"), ("send", "s")):
+        text += across(op, name, "f32[1024,1024]{1,0}", "ALL_REDUCE")
+    text += product + "  %rd = (f32[1024,1024]{1,0}, token[]) recv-done(%r)\n"
+    # Of a whole array on each chip the others get a part, which they wait for.
+    text += across("send", "s2", "f32[1024,1024]{1,0}", "REDUCE_SCATTER")
+    text += across("recv", "r2", "f32[256,1024]{1,0}", "REDUCE_SCATTER")
+    text += "  ROOT %rd2 = (f32[256,1024]{1,0}, token[]) recv-done(%r2)\n}\n"
+    made = forecast(read(text), chip, AXES)
+    assert made.sent["all-reduce", "slices"] == reduced
+    assert made.sent["reduce-scatter", "slices"] == size * 3 / 4
+    waited = reduced / chip.network - 1e-3 + size * 3 / 4 / chip.network
+    assert made.parts["links"] == pytest.approx(waited)
+
+
+def test_only_gradients_go_between_slices(config):
+    """Copies of the model are in different slices, parts of it are not."""
+    mesh = pod_mesh("2xv5e:2x4", {"data": 2, "fsdp": 8})
+    lowered, state, places = train_program(config, mesh, 16, 16, 64)
+    program = read(lowered.compile().as_text())
+    made = forecast(program, CHIPS["v5e"], mesh.shape)
+    leaves = zip(
+        jax.tree.leaves(state.params), jax.tree.leaves(places.params), strict=True
+    )
+    held = sum(np.prod(p.shard_shape(x.shape)) for x, p in leaves)
+    sent = {k: v for (k, axes), v in made.sent.items() if axes == "slices"}
+    # Some of them in bfloat16, some in float32; sums come back, so twice a half of it.
+    assert 2 * held <= sent.pop("all-reduce") <= 4 * held
+    assert sum(sent.values()) < held / 2, sent
+    assert not [axes for _, axes in made.sent if "data" in axes]
+
+
+def test_the_options_of_a_chip_are_known_on_large_slices(config):
+    """There the compiler refuses some that it takes on small ones."""
+    mesh = pod_mesh("v5e:4x8", {"fsdp": 4, "context": 8})
+
+    def traded(x):
+        y = x
+        for _ in range(2):
+            y = jax.lax.all_to_all(y, "context", 1, 0, tiled=True)
+            x = x @ x.T @ x  # meanwhile
+            y = jax.lax.all_to_all(y + 1, "context", 0, 1, tiled=True) + x
+        return y
+
+    place = PartitionSpec(("fsdp", "context"))
+    x = jax.ShapeDtypeStruct(
+        (4096, 1024), "bfloat16", sharding=NamedSharding(mesh, place)
+    )
+    spread = {"in_specs": place, "out_specs": place, "check_vma": False}
+    with jax.set_mesh(mesh):
+        program = jit(jax.shard_map(traded, mesh=mesh, **spread))
+        assert "all-to-all" in program.lower(x).compile().as_text()
+
+
 def test_slices_are_known_as_they_are_rented():
     assert topology("v5p-8") == "v5p:2x2x1"
     assert topology("v6e-256") == "v6e:16x16"
     assert topology("v5e:4x8") == "v5e:4x8"
+    assert topology("2xv5p-128") == "2xv5p:4x4x4"
     with pytest.raises(ValueError, match=r"'v6e-65'.*try 'v6e-64'"):
         topology("v6e-65")
 

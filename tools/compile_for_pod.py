@@ -5,6 +5,8 @@
         --topology v5p-8,v5p-128,v6e-256
     python tools/compile_for_pod.py --config configs/wan_pod.py --topology v6e-64 \
         --mesh fsdp=8,context=8 --mesh fsdp=16,context=4 --price 2.7
+    python tools/compile_for_pod.py --config configs/wan_pod.py --topology 2xv5p-128 \
+        --mesh data=2,fsdp=8,context=8
     python tools/compile_for_pod.py --step decode --clip 81x720x1280 --topology v6e-8
 
 The real step is compiled for the real slice, by the compiler of TPUs, which needs none;
@@ -37,7 +39,7 @@ from jvdit.pod_programs import (
     train_program,
     vae_program,
 )
-from jvdit.pods.chips import CHIPS, Chip, topology
+from jvdit.pods.chips import CHIPS, Chip, several, topology
 from jvdit.pods.forecast import Forecast, forecast
 from jvdit.pods.schedule import read
 from jvdit.sharding import parameter_shardings, parse_mesh, sampling_sizes
@@ -46,7 +48,7 @@ GB = 1e9
 CLIP_STEPS = ("encode", "decode")
 WAN_TEXT = 4096  # channels of a state of UMT5, which all released models take
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-_TOPOLOGY = flags.DEFINE_list("topology", ["v5p-8"], "Slices, such as v5p-8,v6e-256.")
+_TOPOLOGY = flags.DEFINE_list("topology", ["v5p-8"], "Slices, such as v5p-8,2xv6e-256.")
 _MESH = flags.DEFINE_multi_string(
     "mesh", None, "Devices along axes, such as fsdp=8,context=8; several: each."
 )
@@ -191,7 +193,7 @@ def measure(config: Any, name: str, sizes: dict[str, int]) -> Result:
     rows = _ROWS.value or mesh.shape["data"] * mesh.shape["fsdp"]
     if _STEP.value == "sample" and not _ROWS.value and rows % 2 == 0:
         rows //= 2  # guidance doubles them
-    chip = CHIPS[where.partition(":")[0]]
+    chip = CHIPS[several(where)[1].partition(":")[0]]
     result = Result(name, dict(mesh.shape), rows, chip=chip)
     start = time.perf_counter()
     if _STEP.value in CLIP_STEPS:

@@ -2,7 +2,7 @@
 
     python tools/launch.py --on tpu-vm --slice v5p-128 --zone us-east5-a --bucket B \
         -- --config configs/wan_pod.py --workdir /mnt/B/wan --config.mesh.fsdp=8
-    python tools/launch.py --on gke --slice v6e-256 --slices 2 --image I -- --config …
+    python tools/launch.py --on gke --slice 2xv6e-256 --image IMAGE -- --config …
     python tools/launch.py --on slurm --nodes 4 --devices 8 -- --config …
 
 What comes after `--` are the arguments of `jvdit.train`. It prints what would be run (a
@@ -26,7 +26,7 @@ import subprocess
 import sys
 from typing import Any
 
-from jvdit.pods.chips import topology
+from jvdit.pods.chips import several, topology
 
 # By chip: the names of the same slice in Google's interfaces, and chips of a host.
 ACCELERATORS = {"v5e": "v5litepod", "v5p": "v5p", "v6e": "v6e"}
@@ -67,17 +67,18 @@ fi
 
 def tpu_vm(args: argparse.Namespace) -> str:
     """A script that asks for slices, trains, and asks again if they are lost."""
-    chip = args.slice.partition("-")[0]
-    accelerator = args.slice.replace(chip, ACCELERATORS[chip])
+    slices, kind = several(args.slice)
+    chip = kind.partition("-")[0]
+    accelerator = kind.replace(chip, ACCELERATORS[chip])
     place = f"--zone {shlex.quote(args.zone)}"
     if args.project:
         place += f" --project {shlex.quote(args.project)}"
     spot = " --spot" if args.spot else ""
     code, name = shlex.quote(args.code), shlex.quote(args.name)
     nodes, ask = name, '--node-id "$name"'
-    if args.slices > 1:
-        nodes = " ".join(f"{name}-{i}" for i in range(args.slices))
-        ask = f'--node-prefix "$name" --node-count {args.slices}'
+    if slices > 1:
+        nodes = " ".join(f"{name}-{i}" for i in range(slices))
+        ask = f'--node-prefix "$name" --node-count {slices}'
     work = mount_command(args.bucket) if args.bucket else ""
     work += f"mkdir -p {code} && tar -xzf jvdit.tar.gz -C {code} && cd {code}"
     work += f" && {INSTALL} && {train_command(args.train)}"
@@ -120,7 +121,8 @@ $tpus queued-resources delete "$name" {place} --force --quiet
 
 def gke(args: argparse.Namespace) -> str:
     """A JobSet with a pod for each host; failed ones are all started again."""
-    chip, _, shape = topology(args.slice).partition(":")
+    number, kind = several(args.slice)
+    chip, _, shape = topology(kind).partition(":")
     hosts = math.prod(map(int, shape.split("x"))) // CHIPS_OF_HOST
     chips = {"google.com/tpu": CHIPS_OF_HOST}
     container = {
@@ -147,7 +149,7 @@ def gke(args: argparse.Namespace) -> str:
         container["volumeMounts"] = [mount]
     job = {"parallelism": hosts, "completions": hosts, "backoffLimit": 0}
     job["template"] = template
-    slices = {"name": "slice", "replicas": args.slices, "template": {"spec": job}}
+    slices = {"name": "slice", "replicas": number, "template": {"spec": job}}
     # The hosts of a slice have to be neighbours: those of one pool of nodes.
     pool = "cloud.google.com/gke-nodepool"
     notes = {"alpha.jobset.sigs.k8s.io/exclusive-topology": pool}
@@ -197,8 +199,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--on", choices=TARGETS, required=True)
     parser.add_argument("--name", default="jvdit")
-    parser.add_argument("--slice", help="such as v5p-128")
-    parser.add_argument("--slices", type=int, default=1, help="how many, joined")
+    parser.add_argument("--slice", help="such as v5p-128, or two of them: 2xv5p-128")
     parser.add_argument("--bucket", default="", help="for the workdir")
     parser.add_argument("--zone")
     parser.add_argument("--project")

@@ -12,6 +12,7 @@ ratios of them are worth more than seconds.
 import collections
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -26,6 +27,9 @@ COLLECTIVES = (
     "all-to-all",
     "collective-permute",
 )
+
+
+_SLICE = 100_000  # what numbers of devices grow by from slice to slice
 
 
 @dataclasses.dataclass
@@ -75,6 +79,7 @@ class _Walk:
         """Seconds of a computation; what it adds to the result counts `times`."""
         now = wire = 0.0  # until when the core and the links are busy
         arrivals: dict[str, float] = {}
+        network = _Network(self.chip.network)
         for each in self.program.computations[name]:
             base = each.op.removesuffix("-start").removesuffix("-done")
             inner = self._collective_of(each)
@@ -86,6 +91,11 @@ class _Walk:
                 arrivals[each.name.replace("start", "done")] = wire
             elif each.op.endswith("-done") and base in COLLECTIVES:
                 now += self._wait(arrivals.get(each.operands[0], now) - now, times)
+            elif each.op in ("send", "recv") and "_xla_megascale" in each.text:
+                kind, sent = network.meet(each, now)
+                self.result.sent[kind, "slices"] += sent * times
+            elif each.op == "recv-done":
+                now += self._wait(network.arrival(each.operands[0]) - now, times)
             elif each.name in arrivals:
                 now += self._wait(arrivals[each.name] - now, times)
             elif base in COLLECTIVES:
@@ -174,6 +184,52 @@ class _Walk:
         places = np.unravel_index(together, tuple(self.axes.values()))
         names = [n for n, x in zip(self.axes, places, strict=True) if len(set(x)) > 1]
         return "+".join(names) or "none"
+
+
+class _Network:
+    """What slices send each other, one after another, by way of their hosts."""
+
+    def __init__(self, bandwidth: float):
+        self.bandwidth, self.busy = bandwidth, 0.0
+        self.sizes: dict[str, float] = {}
+        self.meetings: dict[str, str] = {}
+        self.arrivals: dict[str, float] = {}
+
+    def meet(self, each: Instruction, now: float) -> tuple[str, float]:
+        """Begins once both sides are there; the kind, and bytes that a chip sends."""
+
+        def told(name: str) -> str:
+            return re.findall(rf'_xla_{name}=("[^"]*"|{{{{.*?}}}})', each.text)[0]
+
+        meeting = told("host_transfer_rendezvous")
+        kind = told("megascale_transfer_type").strip('"').lower().replace("_", "-")
+        size = max(byte_sizes(each.shape), default=0.0)
+        self.meetings[each.name] = meeting
+        if meeting not in self.sizes:
+            self.sizes[meeting] = size
+            return kind, 0.0
+        slices = _slices(told("megascale_target"))
+        size = max(size, self.sizes.pop(meeting))
+        if kind != "one-to-one":
+            size *= (slices - 1) / slices
+        size *= 2 if kind == "all-reduce" else 1
+        self.busy = max(self.busy, now) + size / self.bandwidth
+        self.arrivals[meeting] = self.busy
+        return kind, size
+
+    def arrival(self, received: str) -> float:
+        """When what an instruction receives is there; 0: it waits for nothing."""
+        return self.arrivals.get(self.meetings.get(received, ""), 0.0)
+
+
+def _slices(target: str) -> int:
+    """How many "{1,2}x{0:7}" names, or "{{100000,200000},…}", by their devices."""
+    listed = re.findall(r"[\d,:]+", target)[0]
+    if ":" in listed:
+        first, last = map(int, listed.split(":"))
+        return last - first + 1
+    names = map(int, listed.split(","))
+    return len({name // _SLICE if name >= _SLICE else name for name in names})
 
 
 def _scattered(inside: Sequence[Instruction]) -> str:
