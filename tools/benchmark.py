@@ -2,8 +2,8 @@
 
     python tools/benchmark.py denoise train --tokens 320 --rounds 7 --json times.json
 
-Ours and the peer (diffusers' Wan models, torch eager) run in turn, after one uncounted
-call each; a ratio is of one round. On a busy machine trust the ratio of CPU times.
+Ours and the peer (diffusers' Wan models, torch eager) run in turn, the second of two
+calls counting; a ratio is of one round. On a busy machine trust the ratio of CPU times.
 """
 
 import argparse
@@ -43,7 +43,10 @@ Row = dict[str, Any]
 
 
 def timed(run: Run) -> tuple[float, float]:
-    """Returns the seconds (wall, CPU) that a call takes."""
+    """Returns the seconds (wall, CPU) that a call takes which follows another."""
+    # Memory that was given back since the last turn is had again: from a virtual
+    # machine's host that takes a second for each gigabyte, which steps in a row don't.
+    jax.block_until_ready(run())
     time.sleep(0.05)  # idle threads of the call before spin for a while
     wall, cpu = time.perf_counter(), time.process_time()
     jax.block_until_ready(run())
@@ -54,7 +57,6 @@ def measure(what: str, rounds: int, ours: Run, peer: Run | None) -> Row:
     """Times both in turn; a list has an entry for each round."""
     runs = {"ours": ours} | ({"peer": peer} if peer else {})
     row: Row = {"what": what, "rounds": rounds, "load": os.getloadavg()[0]}
-    row["first_call"] = {side: timed(run)[0] for side, run in runs.items()}
     times = [{side: timed(run) for side, run in runs.items()} for _ in range(rounds)]
     for i, clock in enumerate(("wall", "cpu")):
         row[clock] = {side: [t[side][i] for t in times] for side in runs}
