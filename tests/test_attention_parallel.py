@@ -112,23 +112,29 @@ def test_the_kernel_of_tpus_agrees(clips, most, monkeypatch):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
 
-def test_both_cores_of_a_chip_share_blocks():
+def test_both_cores_of_a_chip_share_blocks_and_the_compiler_knows_their_cost():
     """Of queries in the forward kernel, of keys in the backward one."""
     q, line = draw(1, 256, 3, 128), draw(1, 3, 256)
 
-    def orders(run):
-        return re.findall(r"dimension_semantics=\((.*?)\)", str(jax.make_jaxpr(run)()))
+    def told(run):
+        text = str(jax.make_jaxpr(run)())
+        (order,) = re.findall(r"dimension_semantics=\((.*?)\)", text)
+        (flops,) = re.findall(r"CostEstimate\(flops=(\d+)", text)
+        return order, int(flops)
 
-    forward = orders(lambda: attention_splash.splash_forward(q, q, q, ()))
-    assert forward == ["'arbitrary', 'parallel', 'arbitrary'"]
-    inputs = q, q, q, (), line, line, q
-    backward = orders(lambda: attention_splash.splash_backward(*inputs))
-    assert backward == ["'parallel', 'arbitrary', 'arbitrary'"]
+    product = 2 * 256 * 256 * 128
+    order, flops = told(lambda: attention_splash.splash_forward(q, q, q, ()))
+    assert order == "'arbitrary', 'parallel', 'arbitrary'" and flops == 2 * 3 * product
+    inputs = q, q, q, (), line, line, q  # head after head
+    order, flops = told(lambda: attention_splash.splash_backward(*inputs))
+    assert order == "'parallel', 'arbitrary', 'arbitrary'" and flops == 5 * product
 
 
-def test_the_kernel_of_tpus_goes_around_a_ring():
+@pytest.mark.parametrize("clips", [False, True])
+def test_the_kernel_of_tpus_goes_around_a_ring(clips):
+    # 80 tokens on each device are padded to 128.
     qkv = [draw(2, 160, 1, 128, seed=i) for i in range(3)]
-    segments = (packed(160),) * 2
+    segments = (packed(160),) * 2 if clips else ()
     plain = outputs(None, qkv, segments, "xla")
     ours = outputs(make_mesh({"context": 2, "data": -1}), qkv, segments, "splash")
     for a, b in zip(ours, plain, strict=True):

@@ -8,7 +8,7 @@ it has seen (arXiv:2310.01889). Ulysses sends less, but needs a head for each de
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -20,11 +20,12 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from jvdit.models.attention_pieces import (
-    HIDDEN,
+    PADDING,
     RESIDUALS,
     Pieces,
     Segments,
     no_gradient,
+    pad,
     slope_of,
 )
 from jvdit.sharding import activation_spec, fit
@@ -89,7 +90,7 @@ def divided(
             )
         out: Any
         if ring > 1:
-            out = _ring(q, k, v, segments, pieces, (ulysses, ring))
+            out = _padded_ring(q, k, v, segments, pieces, (ulysses, ring))
         else:
             out = local(q, k, v, segments)  # type: ignore[arg-type]
         return _trade(out, groups, 1, 2) if ulysses > 1 else out
@@ -118,6 +119,25 @@ def _trade(x: Array, groups: list[list[int]], split: int, concat: int) -> Array:
     )
 
 
+def _padded_ring(
+    q: Array,
+    k: Array,
+    v: Array,
+    segments: Segments,
+    pieces: Pieces,
+    sizes: tuple[int, int],
+) -> Array:
+    """Goes around in whole blocks: else each turn would pad the same anew."""
+    rows, tokens = q.shape[:2]
+    length = pieces.padded(tokens)
+    if length > tokens:
+        ones = jnp.ones((rows, tokens), jnp.int32)
+        hidden = partial(pad, axis=1, length=length, value=PADDING)
+        segments = tuple(map(hidden, segments or (ones, ones)))  # type: ignore
+        q, k, v = (pad(x, 1, length) for x in (q, k, v))
+    return _ring(q, k, v, segments, pieces, sizes)[:, :tokens]
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _ring(
     q: Array,
@@ -131,20 +151,15 @@ def _ring(
 
 
 def _ring_forward(q, k, v, segments, pieces, sizes):
-    out = jnp.zeros(q.shape, jnp.float32)
-    lse = jnp.full((q.shape[0], q.shape[2], q.shape[1]), HIDDEN, jnp.float32)
-
-    def turn(carry, _):
-        out, lse, k, v, keys = carry
-        # Sent before it is needed: the transfer hides behind the products.
-        arriving = _pass_on((k, v, keys), sizes)
-        part, part_lse = pieces.forward(q, k, v, (*segments[:1], *keys))
+    out = lse = None
+    for k_here, v_here, keys in _turns((k, v, segments[1:]), sizes):
+        part, part_lse = pieces.forward(q, k_here, v_here, (*segments[:1], *keys))
+        if lse is None:
+            out, lse = part.astype(jnp.float32), part_lse
+            continue
         total = jnp.logaddexp(lse, part_lse)
         out = out * _by_query(lse - total) + part * _by_query(part_lse - total)
-        return (out, total, *arriving), None
-
-    carry = out, lse, k, v, segments[1:]
-    (out, lse, *_), _ = jax.lax.scan(turn, carry, length=sizes[1])
+        lse = total
     out, lse = (checkpoint_name(x, RESIDUALS) for x in (out.astype(q.dtype), lse))
     return out, (q, k, v, segments, out, lse)
 
@@ -152,23 +167,28 @@ def _ring_forward(q, k, v, segments, pieces, sizes):
 def _ring_backward(pieces, sizes, saved, grad):
     q, k, v, segments, out, lse = saved
     slope = slope_of(out, grad)
-    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-
-    def turn(carry, _):
-        *sums, k, v, keys = carry
-        arriving = _pass_on((k, v, keys), sizes)
-        parts = pieces.backward(q, k, v, (*segments[:1], *keys), lse, slope, grad)
+    sums = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+    for k_here, v_here, keys in _turns((k, v, segments[1:]), sizes):
+        seen = (*segments[:1], *keys)
+        parts = pieces.backward(q, k_here, v_here, seen, lse, slope, grad)
         dq, dk, dv = (a + b.astype(a.dtype) for a, b in zip(sums, parts, strict=True))
         # Gradients of keys travel with them, and are home after the last turn.
-        return (dq, *_pass_on((dk, dv), sizes), *arriving), None
-
-    carry = *zeros, k, v, segments[1:]
-    (dq, dk, dv, *_), _ = jax.lax.scan(turn, carry, length=sizes[1])
-    grads = (d.astype(x.dtype) for d, x in ((dq, q), (dk, k), (dv, v)))
+        sums = dq, *_pass_on((dk, dv), sizes)
+    grads = (d.astype(x.dtype) for d, x in zip(sums, (q, k, v), strict=True))
     return *grads, no_gradient(segments)
 
 
 _ring.defvjp(_ring_forward, _ring_backward)
+
+
+def _turns(held: Any, sizes: tuple[int, int]) -> Iterator[Any]:
+    """What a device has of keys and values, turn after turn.
+
+    Not a loop of the program: transfers then hide behind the turns before.
+    """
+    for left in range(sizes[1] - 1, -1, -1):
+        here, held = held, _pass_on(held, sizes) if left else None
+        yield here
 
 
 def _pass_on(values, sizes: tuple[int, int]):

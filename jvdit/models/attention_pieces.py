@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 # Score of a hidden key, and the log-sum-exp of a query without keys: finite, so that
 # gradients are.
 HIDDEN = -1e30
+PADDING = -1  # a segment of its own
 # Scores up to this part of the largest exponent of a kind of numbers have exponentials,
 # and sums of them, that it holds: 53 in float32 and bfloat16, 6.7 in float16.
 SMALL_SCORES = 0.6
@@ -35,10 +36,13 @@ class Pieces(NamedTuple):
             [b q n].
         backward: (q, k, v, segments, lse, slope, gradient of the result), where `lse`
             and `slope_of` the result are of all keys, to the gradients of q, k and v.
+        padded: how many tokens to make of a number of them: whole blocks, which needn't
+            be padded each time.
     """
 
     forward: Callable[..., tuple[Array, Array]]
     backward: Callable[..., tuple[Array, Array, Array]]
+    padded: Callable[[int], int] = lambda tokens: tokens
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -74,6 +78,13 @@ def _flash_backward(pieces, saved, grad):
 
 
 flash.defvjp(_flash_forward, _flash_backward)
+
+
+def pad(x: Array, axis: int, length: int, value: int = 0) -> Array:
+    """Makes an axis so long, with a value at its end."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, length - x.shape[axis])
+    return jnp.pad(x, widths, constant_values=value)
 
 
 def no_gradient(segments: Segments) -> Any:

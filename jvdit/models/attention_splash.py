@@ -25,11 +25,10 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jaxtyping import Array, Float
 
-from jvdit.models.attention_pieces import Pieces, Segments
+from jvdit.models.attention_pieces import PADDING, Pieces, Segments, pad
 from jvdit.sharding import platform
 
 LANES = 128
-PADDING = -1  # a segment of its own
 _PALLAS = "pl"  # what the kernels' module calls Pallas
 
 
@@ -141,14 +140,8 @@ def _shape(q: Array, k: Array) -> _Shape:
     return _Shape(q.shape[1], k.shape[1], q.shape[2])
 
 
-def _pad(x: Array, axis: int, length: int, value: int = 0) -> Array:
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, length - x.shape[axis])
-    return jnp.pad(x, widths, constant_values=value)
-
-
 def _heads_first(x: Float[Array, "b n q k"], length: int) -> Float[Array, "b q N k"]:
-    return _pad(x.swapaxes(1, 2), 2, length)
+    return pad(x.swapaxes(1, 2), 2, length)
 
 
 def _segment_ids(shape: _Shape, rows: int, segments: Segments) -> Any:
@@ -158,7 +151,7 @@ def _segment_ids(shape: _Shape, rows: int, segments: Segments) -> Any:
         if padded[1] == shape.keys:
             return None
         segments = tuple(jnp.ones((rows, n), jnp.int32) for n in sizes)  # type: ignore
-    ids = (_pad(x, 1, n, PADDING) for x, n in zip(segments, padded, strict=True))
+    ids = (pad(x, 1, n, PADDING) for x, n in zip(segments, padded, strict=True))
     return kernel.SegmentIds(*ids)
 
 
@@ -234,8 +227,8 @@ def splash_backward(
         _heads_first(_scaled(q), queries),
         _heads_first(k, keys),
         _heads_first(v, keys),
-        _pad(slope, 2, queries),
-        _pad(lse, 2, queries),
+        pad(slope, 2, queries),
+        pad(lse, 2, queries),
         _heads_first(grad, queries),
     )
     with _on_both_cores(0):
@@ -248,23 +241,39 @@ def splash_backward(
 
 
 class _Pallas:
-    """Pallas, but for how the grid of a kernel is divided; see `_on_both_cores`."""
+    """Pallas, but for what JAX's kernels don't tell the compiler.
+
+    How the grid of a kernel is divided, see `_on_both_cores`; and what it costs, so
+    that transfers are planned behind it: else it counts as nothing.
+    """
 
     def __init__(self, axis: int):
         order = ["arbitrary"] * 3
         order[axis] = "parallel"
         self._order = pltpu.CompilerParams(dimension_semantics=order)
+        self._products = 2 if axis else 5
 
     def __getattr__(self, name: str) -> Any:
         return getattr(pl, name)
 
     def pallas_call(self, body: Any, **settings: Any) -> Any:  # noqa: D102
-        run = pl.pallas_call(body, **settings | {"compiler_params": self._order})
+        settings |= {"compiler_params": self._order}
 
         def call(*inputs: Any) -> Any:
+            run = pl.pallas_call(body, cost_estimate=self._cost(inputs), **settings)
             return [_added(x) if _by_block(x) else x for x in run(*inputs)]
 
         return call
+
+    def _cost(self, inputs: Any) -> pl.CostEstimate:
+        arrays = [x for x in inputs if x is not None]
+        q, k = [x for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)][:2]
+        scores = q.shape[0] * q.shape[1] * k.shape[1]
+        return pl.CostEstimate(
+            flops=self._products * 2 * scores * q.shape[2],
+            transcendentals=scores,
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays),
+        )
 
 
 def _by_block(x: Any) -> bool:
@@ -299,4 +308,8 @@ def _on_both_cores(axis: int) -> Iterator[None]:
         setattr(kernel, _PALLAS, pl)
 
 
-SPLASH = Pieces(splash_forward, splash_backward)
+def _padded(tokens: int) -> int:
+    return padded_length(tokens, _most(_chip()).kv)
+
+
+SPLASH = Pieces(splash_forward, splash_backward, _padded)
