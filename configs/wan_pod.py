@@ -2,9 +2,10 @@
 
     python tools/compile_for_pod.py --config configs/wan_pod.py \
         --topology v5p-128 --mesh fsdp=8,context=8
-    python tools/launch.py --on tpu-vm --slice v5p-128 --zone us-east5-a -- \
-        --config configs/wan_pod.py --workdir /mnt/bucket/wan \
-        --config.start_from=/mnt/bucket/Wan2.1-T2V-14B-Diffusers \
+    python tools/launch.py --on tpu-vm --slice v5p-128 --zone us-east5-a --bucket B -- \
+        --config configs/wan_pod.py --workdir /mnt/B/wan \
+        --config.start_from=/mnt/B/Wan2.1-T2V-14B-Diffusers \
+        --config.data.sources="('/mnt/B/latents',)" \
         --config.data.rows=8 --config.mesh.fsdp=8 --config.mesh.context=8
 
 Clips are encoded as in `wan_full.py`, of 81 frames. A row is one clip of 75,600 tokens,

@@ -1,5 +1,10 @@
 """Several processes that train one model: the hosts of a pod, or of a cluster."""
 
+import os
+import signal
+import threading
+import time
+import urllib.request
 from typing import Any
 
 import jax
@@ -10,6 +15,9 @@ from jax.sharding import Mesh
 
 _PATIENCE = 24 * 3600  # seconds that one process may take longer than another
 _HEARTBEAT = 30  # seconds of silence after which a process counts as lost
+# What the metadata of a machine of Google's say before it is taken away.
+_METADATA = "http://metadata.google.internal/computeMetadata/v1/instance"
+_NOTICES = {"maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE", "preempted": "TRUE"}
 _NO_CLUSTER = "coordinator_address should be defined"
 
 
@@ -92,6 +100,36 @@ def all_asked_to_stop(step: int) -> bool:
     taken away) reaches them at different times. Every process asks at every step.
     """
     return multihost_utils.reached_preemption_sync_point(step)
+
+
+def heed_notices(metadata: str = _METADATA) -> None:
+    """Turns the notice that this machine is to be taken away into a SIGTERM.
+
+    Google's TPUs are told minutes before maintenance, and half a minute before they
+    are given to somebody else. Elsewhere nothing answers, and nothing happens.
+
+    Args:
+        metadata: address of the server that tells.
+    """
+    for name, leaving in _NOTICES.items():
+        # It answers when what it would say has changed.
+        address = f"{metadata}/{name}?wait_for_change=true"
+        watch = threading.Thread(target=_wait_for, args=(address, leaving), daemon=True)
+        watch.start()
+
+
+def _wait_for(address: str, leaving: str) -> None:
+    request = urllib.request.Request(address, headers={"Metadata-Flavor": "Google"})
+    while True:
+        try:
+            with urllib.request.urlopen(request) as answer:
+                told = answer.read().decode().strip()
+        except OSError:
+            time.sleep(_HEARTBEAT)
+            continue
+        if told == leaving:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
 
 
 def share_of_rows(mesh: Mesh) -> tuple[int, int]:

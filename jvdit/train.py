@@ -44,6 +44,9 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _PROCESSES = flags.DEFINE_integer("processes", 0, "With --coordinator: how many.")
 _PROCESS = flags.DEFINE_integer("process", -1, "With --coordinator: which of them.")
+_EXIT_STOPPED = flags.DEFINE_integer(
+    "exit_stopped", 0, "Exit code if it was asked to stop, and did: for a launcher."
+)
 # What is the fault of settings, files or machines, and told in a line.
 MISTAKES = (ValueError, FileNotFoundError, FloatingPointError, ConnectionError)
 PRECISIONS = ("default", "bfloat16", "float32")
@@ -302,11 +305,14 @@ def _status(values: dict[str, float], speed: dict[str, float], bad: int) -> str:
     return " ".join(parts)
 
 
-def run(config: Config, workdir: str) -> None:
-    """Runs a config, stage after stage if it has several."""
+def run(config: Config, workdir: str) -> bool:
+    """Runs a config, stage after stage if it has several.
+
+    Returns:
+        Whether it came to its end; False: it was asked to stop.
+    """
     if "stages" not in config:
-        train(config, workdir)
-        return
+        return train(config, workdir) >= config.steps
     for name in config.order:
         stage = config.stages[name].copy_and_resolve_references()
         folder = str(pathlib.Path(workdir) / name)
@@ -318,7 +324,8 @@ def run(config: Config, workdir: str) -> None:
                 encode(out=folder, **settings)
             cluster.wait_for_others(f"encoded {name}")
         elif train(stage, folder) < stage.steps:
-            return
+            return False
+    return True
 
 
 def _fill_workdir(config: Config, workdir: str) -> None:
@@ -341,11 +348,15 @@ def main(argv: list[str]) -> None:
     try:
         cluster.connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         keep_compilations(WORKDIR.value)
-        run(CONFIG.value, WORKDIR.value)
+        if jax.default_backend() == "tpu":
+            cluster.heed_notices()
+        finished = run(CONFIG.value, WORKDIR.value)
     except MISTAKES as error:
         if flags.FLAGS["verbosity"].present:
             raise
         sys.exit(f"error: {error}")
+    if not finished:
+        sys.exit(_EXIT_STOPPED.value)
 
 
 if __name__ == "__main__":

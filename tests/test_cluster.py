@@ -1,6 +1,7 @@
 """Several processes train one model, as hosts of a pod do; over loopback, on CPUs."""
 
 import dataclasses
+import http.server
 import os
 import pathlib
 import random
@@ -9,13 +10,16 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from typing import ClassVar
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from jvdit import cluster
 from jvdit.cluster import connect, share_of_rows, to_host
 from jvdit.sharding import AXES
 from jvdit.training.checkpoint import load_weights
@@ -150,6 +154,40 @@ def test_hosts_come_and_go_and_the_run_is_the_same(latents, tmp_path, pytestconf
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(c), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
     assert newest(whole) == newest(broken) == newest(fewer) == steps
+
+
+class Metadata(http.server.BaseHTTPRequestHandler):
+    """Answers as the metadata server of a TPU: nothing, a fault, then the notice."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self):  # noqa: D102, N802
+        self.asked.append(self.path)
+        known = self.headers["Metadata-Flavor"] == "Google"
+        told = {1: "NONE", 3: "TERMINATE_ON_HOST_MAINTENANCE"}.get(len(self.asked))
+        self.send_response(200 if known and told else 503)
+        self.end_headers()
+        self.wfile.write(f"{told}\n".encode())
+
+    def log_message(self, *args):
+        """Says nothing."""
+
+
+def test_a_notice_of_maintenance_is_a_sigterm(monkeypatch):
+    got = threading.Event()
+    monkeypatch.setattr(cluster, "_HEARTBEAT", 0.01)
+    monkeypatch.setattr(
+        cluster, "_NOTICES", {"maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE"}
+    )
+    sent = []
+    monkeypatch.setattr(os, "kill", lambda *a: (sent.append(a), got.set()))
+    with http.server.ThreadingHTTPServer(("localhost", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        cluster.heed_notices(f"http://localhost:{server.server_port}/instance")
+        assert got.wait(timeout=60)
+        server.shutdown()
+    assert sent == [(os.getpid(), signal.SIGTERM)]
+    assert Metadata.asked == ["/instance/maintenance-event?wait_for_change=true"] * 3
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,6 +61,17 @@ def test_slices_train_together_and_start_again_together():
         assert ran.stdout.count(f"ssh {node}") == 2
 
 
+def test_what_ends_at_once_again_and_again_is_given_up():
+    script = text("--on", "tpu-vm", "--slice", "v6e-64", "--zone", "z")
+    ran = run(script, "false")
+    assert ran.returncode == 1 and "giving the slices back" in ran.stderr
+    assert ran.stdout.count(" ssh ") == 3
+    # Four, but each after an hour's work: so spot slices go.
+    hour = "wait() { SECONDS=$((SECONDS + 3600)); builtin wait $1; }"
+    ran = run(f"{hour}\n{script}", "[ $(wc -l < ssh) -ge 5 ]")
+    assert ran.returncode == 0 and ran.stdout.count(" ssh ") == 5
+
+
 def test_a_bucket_is_mounted_once_and_remembers_nothing(tmp_path):
     made = launch.mount_command("b")
     # Without gcsfuse it is installed; with it and a mount there is nothing to do.
@@ -100,7 +111,7 @@ def test_a_pod_for_each_host():
         capture_output=True,
         check=True,
     )
-    assert printed.stdout.splitlines()[-4:] == TRAIN
+    assert printed.stdout.splitlines()[-5:] == [*TRAIN, "--exit_stopped=75"]
 
 
 def test_a_batch_file_goes_back_to_the_queue():

@@ -305,7 +305,7 @@ def launch(thread, workdir):
     command += [f"--workdir={workdir}", "--config.steps=100"]
     command += ["--config.checkpoint_every=10", "--config.sample_every=0"]
     command += ["--config.evaluate_every=0", "--config.sample.prompts=()"]
-    command += ["--config.sample.scored=0"]
+    command += ["--config.sample.scored=0", "--exit_stopped=75"]
     return subprocess.Popen(command)
 
 
@@ -335,7 +335,7 @@ def test_killed_and_restarted_is_bit_identical(latents, tmp_path):
     ended = launch(latents, broken)
     wait_for_step(ended, broken, 50)
     ended.send_signal(signal.SIGTERM)
-    assert ended.wait(timeout=300) == 0
+    assert ended.wait(timeout=300) == 75
     assert _newest(broken) < 100
     assert launch(latents, broken).wait(timeout=300) == 0
     a, b = final_state(whole), final_state(broken)

@@ -8,7 +8,8 @@
 What comes after `--` are the arguments of `jvdit.train`. It prints what would be run (a
 script, a JobSet, a batch file) and runs it with `--go`. Processes that end before the
 training does are started again with the same command, which goes on from the newest
-checkpoint; a slice that was taken away is asked for again. The workdir must be a path
+checkpoint; a slice that was taken away is asked for again. (Told that they will be, they
+save first.) The workdir must be a path
 that all hosts see: `--bucket B` mounts the bucket B of Cloud Storage at /mnt/B. Folders
 are renamed in it, which takes one with a hierarchical namespace:
 
@@ -36,6 +37,9 @@ NODES = {"v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice"}
 NODES |= {"v6e": "tpu-v6e-slice"}
 CHIPS_OF_HOST = 4
 INSTALL = "pip install -q -e '.[tpu]'"
+# Seconds after its start within which a training ends at once; how often it may.
+AT_ONCE, TRIES = 300, 3
+STOPPED = 75  # "try again later", as sysexits.h has it
 PACKAGES = "https://packages.cloud.google.com/apt"
 # Hosts write into one folder together, so that none may remember what it held. On TPU
 # hosts gcsfuse would, for ever.
@@ -43,8 +47,9 @@ UNCACHED = {"metadata-cache-ttl-secs": 0, "metadata-cache-negative-ttl-secs": 0}
 
 
 def train_command(arguments: list[str]) -> str:
-    """The command that every process runs."""
-    return shlex.join(["python", "-m", "jvdit.train", *arguments])
+    """The command that every process runs; to be told to stop is not its end."""
+    stopped = f"--exit_stopped={STOPPED}"
+    return shlex.join(["python", "-m", "jvdit.train", *arguments, stopped])
 
 
 def mount_command(bucket: str) -> str:
@@ -100,6 +105,7 @@ train_all() {{
   for one in "${{running[@]}}"; do wait "$one" || failed=1; done
   return $failed
 }}
+early=0
 until
   case "$(state 2>/dev/null)" in
     ACTIVE|ACCEPTED|PROVISIONING|WAITING_FOR_RESOURCES|CREATING) ;;
@@ -110,12 +116,19 @@ until
         --runtime-version {RUNTIMES[chip]}{spot} || exit 1 ;;
   esac
   until [ "$(state)" = ACTIVE ]; do sleep 30; done
+  begun=$SECONDS
   git ls-files -z | tar --null -T - -czf "$packed/jvdit.tar.gz" && train_all
 do
+  if [ $((SECONDS - begun)) -lt {AT_ONCE} ]; then early=$((early + 1)); else early=0; fi
+  if [ $early -ge {TRIES} ]; then
+    echo "ended at once {TRIES} times; giving the slices back" >&2
+    break
+  fi
   echo "ended early; starting again" >&2
   sleep 30
 done
 $tpus queued-resources delete "$name" {place} --force --quiet
+[ $early -lt {TRIES} ]
 """
 
 
