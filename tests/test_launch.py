@@ -39,7 +39,7 @@ def run(script, ends_well):
     cd "$(mktemp -d)" && git init -q
     gcloud() {{
       case "$*" in
-        *describe*) echo ACTIVE ;;
+        *describe*) echo ${{STATE:-ACTIVE}} ;;
         *" ssh "*) echo "$5" >> ssh; echo "$@"; {ends_well} ;;
       esac
     }}
@@ -70,6 +70,12 @@ def test_what_ends_at_once_again_and_again_is_given_up():
     hour = "wait() { SECONDS=$((SECONDS + 3600)); builtin wait $1; }"
     ran = run(f"{hour}\n{script}", "[ $(wc -l < ssh) -ge 5 ]")
     assert ran.returncode == 0 and ran.stdout.count(" ssh ") == 5
+
+
+def test_a_slice_that_is_never_given_is_given_up():
+    script = text("--on", "tpu-vm", "--slice", "v6e-64", "--zone", "z")
+    ran = run(f"STATE=FAILED\n{script}", "false")
+    assert ran.returncode == 1 and "giving the slices back" in ran.stderr
 
 
 def test_a_bucket_is_mounted_once_and_remembers_nothing(tmp_path):

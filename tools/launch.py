@@ -8,8 +8,7 @@
 What comes after `--` are the arguments of `jvdit.train`. It prints what would be run (a
 script, a JobSet, a batch file) and runs it with `--go`. Processes that end before the
 training does are started again with the same command, which goes on from the newest
-checkpoint; a slice that was taken away is asked for again. (Told that they will be, they
-save first.) The workdir must be a path
+checkpoint; a slice that was taken away is asked for again. The workdir must be a path
 that all hosts see: `--bucket B` mounts the bucket B of Cloud Storage at /mnt/B. Folders
 are renamed in it, which takes one with a hierarchical namespace:
 
@@ -115,7 +114,10 @@ until
         --accelerator-type {accelerator} \
         --runtime-version {RUNTIMES[chip]}{spot} || exit 1 ;;
   esac
-  until [ "$(state)" = ACTIVE ]; do sleep 30; done
+  until now=$(state); [ "$now" = ACTIVE ]; do
+    case "$now" in FAILED|SUSPENDED) break ;; esac
+    sleep 30
+  done
   begun=$SECONDS
   git ls-files -z | tar --null -T - -czf "$packed/jvdit.tar.gz" && train_all
 do
