@@ -1,10 +1,11 @@
-"""Everything once, in twenty minutes on two cores: autoencoder, latents, DiT.
+"""Everything once, in 20 to 30 minutes on two cores: autoencoder, latents, DiT.
 
     python -m jvdit.train --config configs/quickstart.py --workdir runs/quickstart
     python -m jvdit.sample "one object: a large red rubber circle moving quickly up on \
 a grey plain background." --workdir runs/quickstart/dit
 
-Far too short to obey prompts; `world_vae.py` and `world_dit.py` are the same, longer.
+Colours and backgrounds are those of the prompt, but it is far too short to obey it as a
+whole; `world_vae.py` and `world_dit.py` are the same, longer.
 """
 
 from configs import world_dit, world_vae
