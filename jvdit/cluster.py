@@ -1,6 +1,7 @@
 """Several processes that train one model: the hosts of a pod, or of a cluster."""
 
 import os
+import pathlib
 import signal
 import threading
 import time
@@ -14,6 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 _PATIENCE = 24 * 3600  # seconds that one process may take longer than another
+_SEEN_WITHIN = 60  # seconds, after which hosts of NFS see each other's files
 _HEARTBEAT = 30  # seconds of silence after which a process counts as lost
 # What the metadata of a machine of Google's say before it is taken away.
 _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance"
@@ -91,6 +93,23 @@ def wait_for_others(where: str) -> None:
         ocp.multihost.sync_global_processes(
             where, timeout=_PATIENCE, processes=everyone
         )
+
+
+def check_seen(path: pathlib.Path) -> None:
+    """Makes sure that every process sees a file that the first one wrote.
+
+    Raises:
+        ValueError: this process doesn't.
+    """
+    wait_for_others(f"wrote {path}")
+    deadline = time.monotonic() + _SEEN_WITHIN
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"process {jax.process_index()} doesn't see what process 0 wrote to "
+                f"{path}; `workdir` must be one folder that all hosts share."
+            )
+        time.sleep(1)
 
 
 def all_asked_to_stop(step: int) -> bool:

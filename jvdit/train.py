@@ -112,6 +112,7 @@ def train(config: Config, workdir: str) -> int:
         loop = _Loop(config, pathlib.Path(workdir), mesh, task, optim)
         settings = {"identity": task.identity, "config": config.to_dict()}
         claim_workdir(workdir, settings, task.networks)
+        cluster.check_seen(pathlib.Path(workdir) / "config.json")
         return loop.run()
 
 

@@ -156,6 +156,15 @@ def test_hosts_come_and_go_and_the_run_is_the_same(latents, tmp_path, pytestconf
     assert newest(whole) == newest(broken) == newest(fewer) == steps
 
 
+def test_hosts_have_to_share_their_workdir(tmp_path, monkeypatch):
+    (tmp_path / "seen").touch()
+    monkeypatch.setattr(cluster, "_SEEN_WITHIN", 0)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    cluster.check_seen(tmp_path / "seen")
+    with pytest.raises(ValueError, match="process 1 doesn't see what process 0 wrote"):
+        cluster.check_seen(tmp_path / "not seen")
+
+
 class Metadata(http.server.BaseHTTPRequestHandler):
     """Answers as the metadata server of a TPU: nothing, a fault, then the notice."""
 

@@ -135,7 +135,8 @@ def _padded_ring(
         hidden = partial(pad, axis=1, length=length, value=PADDING)
         segments = tuple(map(hidden, segments or (ones, ones)))  # type: ignore
         q, k, v = (pad(x, 1, length) for x in (q, k, v))
-    return _ring(q, k, v, segments, pieces, sizes)[:, :tokens]
+    out: Any = _ring(q, k, v, segments, pieces, sizes)
+    return out[:, :tokens]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -151,7 +152,8 @@ def _ring(
 
 
 def _ring_forward(q, k, v, segments, pieces, sizes):
-    out = lse = None
+    out: Any = None
+    lse: Any = None
     for k_here, v_here, keys in _turns((k, v, segments[1:]), sizes):
         part, part_lse = pieces.forward(q, k_here, v_here, (*segments[:1], *keys))
         if lse is None:

@@ -10,7 +10,6 @@ import json
 import os
 import pathlib
 import shutil
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,10 +20,7 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
-from jvdit.cluster import is_lead, wait_for_others
-
 _LARGE_PART = 1 << 20  # bytes of an array that one of several devices writes
-_SEEN_WITHIN = 60  # seconds, after which hosts of NFS see each other's files
 PathLike = str | os.PathLike[str]
 
 
@@ -142,7 +138,7 @@ def claim_workdir(
 
     Raises:
         ValueError: the folder holds another model; the message says what differs. Or
-            it can't hold checkpoints, or isn't the same folder on all hosts.
+            it can't hold checkpoints.
     """
     path = pathlib.Path(workdir) / "config.json"
     if path.exists():
@@ -160,18 +156,9 @@ def claim_workdir(
                 f"workdir {workdir} holds another model: {'; '.join(differing)}. "
                 "Choose another --workdir, or restore those settings."
             )
-    if is_lead():
+    if jax.process_index() == 0:
         _check_renaming(path.parent)
         write_json(path, config)
-    wait_for_others("claimed the workdir")
-    deadline = time.monotonic() + _SEEN_WITHIN
-    while not path.exists():
-        if time.monotonic() > deadline:
-            raise ValueError(
-                f"process {jax.process_index()} doesn't see what process 0 wrote to "
-                f"{path}; `workdir` must be one folder that all hosts share."
-            )
-        time.sleep(1)
 
 
 def _check_renaming(folder: pathlib.Path) -> None:
