@@ -186,7 +186,7 @@ def kernels(program):
 
 
 def test_a_training_step_for_a_slice_that_is_not_there(config):
-    mesh = pod_mesh("v5e:2x2", {"fsdp": 2, "context": 2})
+    mesh = pod_mesh("v6e:2x2", {"fsdp": 2, "context": 2})
     lowered, state, places = train_program(config, mesh, 2, 16, 64)
     compiled = lowered.compile()
     program = read(compiled.as_text())
@@ -205,7 +205,7 @@ def test_a_training_step_for_a_slice_that_is_not_there(config):
     memory = compiled.memory_analysis()
     assert held <= memory.argument_size_in_bytes <= 2 * held + 2**24
     assert memory.peak_memory_in_bytes < 2**30
-    made = forecast(program, CHIPS["v5e"], mesh.shape)
+    made = forecast(program, CHIPS["v6e"], mesh.shape)
     assert made.parts["attention"] > 0 and made.parts["products"] > 0
     assert made.sent["all-to-all", "context"] > 0
 
