@@ -14,6 +14,7 @@ assert found is not None and found.loader is not None
 launch = importlib.util.module_from_spec(found)
 found.loader.exec_module(launch)
 
+GKE = ["--on", "gke", "--slice", "v5p-128", "--image", "i"]
 TRAIN = ["--config", "configs/wan_pod.py", "--workdir", "/mnt/b/it's here"]
 
 
@@ -132,7 +133,9 @@ def test_a_batch_file_goes_back_to_the_queue():
         (["--on", "tpu-vm", "--slice", "v5p-128"], "needs --zone"),
         (["--on", "gke", "--slice", "v5p-129", "--image", "i"], "try 'v5p-128'"),
         (["--on", "nowhere"], "invalid choice"),
-        (["--on", "slurm", "--bucket", "c"], "--workdir /mnt/c/NAME"),
+        ([*GKE, "--bucket", "c"], "--workdir /mnt/c/NAME"),
+        ([*GKE, "--bucket", "gs://b/x"], "must be a name alone; try b"),
+        (["--on", "slurm", "--bucket", "b"], "is for Google's hosts"),
     ],
 )
 def test_what_is_missing_is_named(args, message, capsys):

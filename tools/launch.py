@@ -19,8 +19,10 @@ Not run here on any of the three, for want of them.
 """
 
 import argparse
+import itertools
 import json
 import math
+import re
 import shlex
 import subprocess
 import sys
@@ -236,15 +238,27 @@ def parse(argv: list[str]) -> argparse.Namespace:
             "give the arguments of jvdit.train after --, --config and "
             "--workdir among them"
         )
-    folder = f"/mnt/{args.bucket}/"
-    if args.bucket and folder not in given:
-        parser.error(f"--bucket {args.bucket} is mounted there: --workdir {folder}NAME")
+    if args.bucket:
+        check_bucket(args, parser)
     if args.slice:
         try:
             topology(args.slice)
         except ValueError as error:
             parser.error(str(error))
     return args
+
+
+def check_bucket(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Ends with a line if a bucket can't be mounted, or isn't where the run goes."""
+    if args.on == "slurm":
+        parser.error("--bucket is for Google's hosts; those of SLURM share folders")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", args.bucket):
+        name = args.bucket.removeprefix("gs://").partition("/")[0]
+        parser.error(f"--bucket {args.bucket} must be a name alone; try {name}")
+    words, folder = args.train, f"/mnt/{args.bucket}/"
+    given = {word.partition("=")[::2] for word in words} | {*itertools.pairwise(words)}
+    if not any(k == "--workdir" and v.startswith(folder) for k, v in given):
+        parser.error(f"--bucket {args.bucket} is mounted there: --workdir {folder}NAME")
 
 
 def main() -> None:

@@ -90,7 +90,10 @@ def divided(
             )
         out: Any
         if ring > 1:
-            out = _padded_ring(q, k, v, segments, pieces, (ulysses, ring))
+            tokens = q.shape[1]
+            inputs = _whole_blocks((q, k, v), segments, pieces)
+            out = _ring(*inputs, pieces, (ulysses, ring))
+            out = out[:, :tokens]
         else:
             out = local(q, k, v, segments)  # type: ignore[arg-type]
         return _trade(out, groups, 1, 2) if ulysses > 1 else out
@@ -119,24 +122,15 @@ def _trade(x: Array, groups: list[list[int]], split: int, concat: int) -> Array:
     )
 
 
-def _padded_ring(
-    q: Array,
-    k: Array,
-    v: Array,
-    segments: Segments,
-    pieces: Pieces,
-    sizes: tuple[int, int],
-) -> Array:
-    """Goes around in whole blocks: else each turn would pad the same anew."""
-    rows, tokens = q.shape[:2]
+def _whole_blocks(qkv: tuple[Array, ...], segments: Any, pieces: Pieces) -> Any:
+    """Pads what goes around a ring: else each turn would pad the same anew."""
+    rows, tokens = qkv[0].shape[:2]
     length = pieces.padded(tokens)
     if length > tokens:
         ones = jnp.ones((rows, tokens), jnp.int32)
-        hidden = partial(pad, axis=1, length=length, value=PADDING)
-        segments = tuple(map(hidden, segments or (ones, ones)))  # type: ignore
-        q, k, v = (pad(x, 1, length) for x in (q, k, v))
-    out: Any = _ring(q, k, v, segments, pieces, sizes)
-    return out[:, :tokens]
+        segments = tuple(pad(x, 1, length, PADDING) for x in segments or (ones, ones))
+        qkv = tuple(pad(x, 1, length) for x in qkv)
+    return *qkv, segments
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
