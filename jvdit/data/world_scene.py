@@ -28,9 +28,12 @@ DIRECTIONS = (  # of the initial velocity, in steps of 45 degrees from +x toward
 SPEEDS = ("slowly", "quickly")
 TONES = ("black", "grey", "pale")
 TEXTURES = ("plain", "striped", "checkered")
-SPLITS = ("train", "val", "test", "comp", "ood_speed", "ood_size", "ood_count")
+SPLITS = (  # Appending leaves old ones alone.
+    *("train", "val", "test", "comp", "ood_speed", "ood_size", "ood_count", "single"),
+)
 
 MAX_OBJECTS = 4
+_COUNTS = {"ood_count": MAX_OBJECTS, "single": 1}  # of objects, in all scenes
 GRAVITY = 1.2  # short sides per second squared
 RADII, RADII_OOD = (0.090, 0.135), (0.070, 0.165)  # of the disc of equal area
 RATES, RATES_OOD = (0.40, 0.75), (0.20, 1.10)  # slow and fast
@@ -240,11 +243,13 @@ def _choose(u: np.ndarray, options: tuple) -> np.ndarray:
 def _sample_stage(u: dict[str, np.ndarray], split: str) -> dict[str, np.ndarray]:
     """Attributes of the scene as a whole."""
     count = np.searchsorted([0.45, 0.85], u["count"], side="right") + 1
-    if split == "ood_count":
-        count = np.full_like(count, MAX_OBJECTS)
-    gravity = u["gravity"] < 0.25
+    if split in _COUNTS:
+        count = np.full_like(count, _COUNTS[split])
+    plays = split != "single"  # more than the one object
+    gravity = (u["gravity"] < 0.25) & plays
     # A bar asks for its own size and speed, which the ood splits must not dilute.
-    bar = (u["bar"] < 0.2) & ~gravity & (count == 1) & (not split.startswith("ood"))
+    barred = plays and not split.startswith("ood")
+    bar = (u["bar"] < 0.2) & ~gravity & (count == 1) & barred
     still = bar | (count >= (2 if split == "ood_size" else 3))  # else too crowded
     return {
         "count": count,
@@ -252,8 +257,8 @@ def _sample_stage(u: dict[str, np.ndarray], split: str) -> dict[str, np.ndarray]
         "bar": bar,
         "tone": _choose(u["tone"], TONES),
         "texture": _choose(u["texture"], TEXTURES),
-        "light": (u["light"] < 0.3) * np.where(u["light"] < 0.15, -1, 1),
-        "pan": (u["pan"] < 0.2) * np.where(u["pan"] < 0.1, -1, 1) * ~still,
+        "light": (u["light"] < 0.3 * plays) * np.where(u["light"] < 0.15, -1, 1),
+        "pan": (u["pan"] < 0.2 * plays) * np.where(u["pan"] < 0.1, -1, 1) * ~still,
     }
 
 
