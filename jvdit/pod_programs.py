@@ -5,7 +5,6 @@ tables of shardings. Only shapes go in, so that neither data nor weights are nee
 """
 
 import importlib.util
-import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +20,12 @@ from jvdit.diffusion.flow import Path, TimestepPolicy
 from jvdit.generation.sampling import Stepper, start_noise
 from jvdit.models.dit import DiT
 from jvdit.models.video_vae import VideoVAE
-from jvdit.models.video_vae_chunked import decode_step, decoded_at_once, encode_step
+from jvdit.models.video_vae_chunked import (
+    at_once,
+    decode_step,
+    decoded_at_once,
+    encode_step,
+)
 from jvdit.pods.chips import several
 from jvdit.pretrained.folders import dit_inputs
 from jvdit.shapes import Text
@@ -233,7 +237,7 @@ def vae_program(vae: VideoVAE, mesh: Mesh, clip: Sequence[int], step: str) -> An
 
     Args:
         vae: the autoencoder.
-        mesh: as for `train_program`; devices along `context` share the pixels.
+        mesh: as for `train_program`; see `autoencoder_mesh`.
         clip: frames, height and width in pixels.
         step: "encode" or "decode".
 
@@ -244,16 +248,16 @@ def vae_program(vae: VideoVAE, mesh: Mesh, clip: Sequence[int], step: str) -> An
         ValueError: the sizes are not whole numbers of latents.
     """
     frames, *latent = vae.latent_shape(*clip)
-    program, at_once, length = encode_step, 1, vae.temporal_compression
-    shape = (*clip[1:], 3)
-    if step == "decode":
-        at_once = min(decoded_at_once(vae, math.prod(latent)), max(frames - 1, 1))
-        program, length, shape = decode_step, at_once, (*latent, vae.latent_channels)
     with jax.set_mesh(mesh):
+        program, at_a_time = encode_step, at_once(1, frames - 1)
+        shape = at_a_time * vae.temporal_compression, *clip[1:], 3
+        if step == "decode":
+            program, at_a_time = decode_step, decoded_at_once(vae, frames, *latent)
+            shape = at_a_time, *latent, vae.latent_channels
         small = _shape(1, 1, *(vae.spatial_compression,) * 2, 3)
         params = jax.eval_shape(lambda *x: vae.init(*x)["params"], _key(), small)
         _, cache = jax.eval_shape(
-            lambda *x: program(vae, *x, {}), params, _shape(1, 1, *shape)
+            lambda *x: program(vae, *x, {}), params, _shape(1, 1, *shape[1:])
         )
 
         def divided(x: Any) -> Any:
@@ -261,9 +265,9 @@ def vae_program(vae: VideoVAE, mesh: Mesh, clip: Sequence[int], step: str) -> An
             return _placed(x, NamedSharding(mesh, spec))
 
         params = jax.tree.map(_placed, params, parameter_shardings(params, mesh))
-        piece = _placed(_shape(1, length, *shape), replicated(mesh))
+        piece = _placed(_shape(1, *shape), replicated(mesh))
         lowered = program.lower(vae, params, piece, jax.tree.map(divided, cache))
-    return lowered, -(-(frames - 1) // at_once)
+    return lowered, -(-(frames - 1) // at_a_time)
 
 
 def _placed(shape: Any, place: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -33,6 +33,9 @@ ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "channels": (),
 }
 
+# What divides the frames of a piece of video, by hand (`video_vae_chunked`).
+FRAMES = "tensor"
+
 # Parameter path (a regular expression, first match wins) -> rule. "fsdp" divides the
 # largest divisible axis; "columns" first divides the last axis over `tensor`, and
 # "rows" the one before it (Megatron, arXiv:1909.08053, section 3); "replicate" copies.
@@ -110,6 +113,31 @@ def sampling_sizes(rows: int, devices: int) -> dict[str, int]:
     """
     data = math.gcd(1 << (max(rows, 1) - 1).bit_length(), devices)
     return {"data": data, "context": devices // data}
+
+
+def autoencoder_mesh(mesh: Mesh, height: int, width: int) -> Mesh:
+    """The same devices, for an autoencoder of frames of so many latents.
+
+    Of those along `context`, as many as divide the longer side do so; the others divide
+    frames.
+    """
+    sizes = dict(mesh.shape)
+    beside = math.gcd(max(height, width), sizes["context"])
+    sizes[FRAMES] *= sizes["context"] // beside
+    sizes["context"] = beside
+    devices = mesh.devices.reshape([sizes[axis] for axis in AXES])
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def frame_ways() -> int:
+    """How many devices of the current mesh divide the frames of a piece of video."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape[FRAMES]
+
+
+def frames_divided() -> bool:
+    """Whether what is traced sees the frames of one device alone."""
+    return FRAMES in jax.sharding.get_abstract_mesh().manual_axes
 
 
 def _grid(devices: list[Any], shape: list[int]) -> np.ndarray:

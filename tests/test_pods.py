@@ -18,6 +18,7 @@ from jvdit.pod_programs import pod_mesh, train_program, vae_program
 from jvdit.pods.chips import CHIPS, topology
 from jvdit.pods.forecast import forecast
 from jvdit.pods.schedule import arrays, group, read
+from jvdit.sharding import autoencoder_mesh
 
 HERE = pathlib.Path(__file__).parent
 AXES = {"data": 1, "fsdp": 2, "context": 4, "tensor": 1}
@@ -222,6 +223,19 @@ def test_pixels_are_divided_and_only_their_edges_are_sent(config, step):
     whole = 4 * 4 * 64 * 256 * 4  # bytes of the finest activations
     assert made.sent["collective-permute", "context"] > 0
     assert sum(made.sent.values()) < whole / 2, dict(made.sent)
+
+
+def test_devices_that_cannot_divide_pixels_divide_frames(config):
+    """Of four, two divide 6 latents; the other two send what layers look back at."""
+    mesh = autoencoder_mesh(pod_mesh("v5e:2x2", {"context": 4}), 4, 6)
+    vae = VideoVAE(**VARIANTS["tiny"] | {"middle_attention": False})
+    lowered, pieces = vae_program(vae, mesh, (17, 32, 48), "decode")
+    assert pieces == 1
+    compiled = lowered.compile()
+    made = forecast(read(compiled.as_text()), CHIPS["v5e"], mesh.shape)
+    assert made.sent["collective-permute", "context"] > 0
+    assert made.sent["collective-permute", "tensor"] > 0
+    assert not made.sent["all-gather", "tensor"]
 
 
 def test_a_sampling_step_from_the_command_line(config):

@@ -1,6 +1,8 @@
 """The video autoencoder: causal, the same whole and in pieces, strict about sizes."""
 
 import functools
+import math
+import re
 
 import flax.linen as nn
 import jax
@@ -11,9 +13,11 @@ import pytest
 from jvdit.models import video_vae_layers
 from jvdit.models.video_vae import VARIANTS, VideoVAE
 from jvdit.models.video_vae_chunked import (
+    decode_normalized,
     decode_scan,
     decode_step,
     decode_stream,
+    encode_normalized,
     encode_stream,
     split,
 )
@@ -319,6 +323,37 @@ def test_the_mesh_changes_no_latent():
     assert "collective-permute" in text or "all-gather" in text
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("sizes", [{"tensor": 2}, {"tensor": 2, "context": 4}])
+def test_devices_that_divide_frames_change_none(row, sizes):
+    """Nor do those that fill the last piece."""
+    vae, params, _ = build(row)
+    c = vae.temporal_compression
+    r = np.random.RandomState(2)
+    video = r.uniform(-1, 1, (1 + 7 * c, 16, 24, 3)).astype(np.float32)
+    expected = encode_normalized(vae, params, video)
+    pixels = np.concatenate([*decode_normalized(vae, params, expected[None])], axis=1)
+    devices = jax.devices()[: math.prod(sizes.values())]
+    with jax.set_mesh(make_mesh(sizes, devices)):
+        found = encode_normalized(vae, params, video)
+        again = np.concatenate([*decode_normalized(vae, params, found[None])], axis=1)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert again.shape == pixels.shape == (1, *video.shape)
+    np.testing.assert_allclose(again, pixels, atol=1e-4)
+
+
+def test_a_device_sends_the_next_one_what_it_looks_back_at_alone():
+    vae, params, _ = build("plain")
+    latents = jnp.ones((1, 4, 4, 6, vae.latent_channels))
+    with jax.set_mesh(make_mesh({"tensor": 2}, jax.devices()[:2])):
+        _, cache = decode_step(vae, params, latents[:, :1], {})
+        text = decode_step.lower(vae, params, latents, cache).compile().as_text()
+    assert "all-gather(" not in text
+    shapes = re.findall(r"f32\[([\d,]+)\]\S* (?:collective-permute|all-reduce)\(", text)
+    sent = [math.prod(map(int, shape.split(","))) for shape in shapes]
+    assert sent and max(sent) <= max(x.size for x in jax.tree.leaves(cache))
 
 
 def test_a_new_autoencoder_treats_every_frame_as_an_image():

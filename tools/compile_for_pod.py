@@ -42,7 +42,12 @@ from jvdit.pod_programs import (
 from jvdit.pods.chips import CHIPS, Chip, several, topology
 from jvdit.pods.forecast import Forecast, forecast
 from jvdit.pods.schedule import read
-from jvdit.sharding import parameter_shardings, parse_mesh, sampling_sizes
+from jvdit.sharding import (
+    autoencoder_mesh,
+    parameter_shardings,
+    parse_mesh,
+    sampling_sizes,
+)
 
 GB = 1e9
 CLIP_STEPS = ("encode", "decode")
@@ -156,8 +161,8 @@ def lower(config: Any, mesh: Any, result: Result) -> Any:
     return lowered
 
 
-def lower_clip(mesh: Any, result: Result) -> Any:
-    """A piece of encoding or decoding; the table is of all the pieces of a clip."""
+def lower_clip(mesh: Any, result: Result) -> tuple[Any, Any]:
+    """A piece of encoding or decoding, and its mesh; the table is of all pieces."""
     try:
         frames, height, width = map(int, _CLIP.value.split("x"))
     except ValueError as error:
@@ -165,14 +170,17 @@ def lower_clip(mesh: Any, result: Result) -> Any:
             f"`clip` (={_CLIP.value}) must be TxHxW, such as 81x720x1280."
         ) from error
     vae = video_vae.VideoVAE(**video_vae.VARIANTS[_VAE.value])
-    lowered, pieces = vae_program(vae, mesh, (frames, height, width), _STEP.value)
+    clip = frames, height, width
+    mesh = autoencoder_mesh(mesh, *vae.latent_shape(*clip)[1:])
+    result.mesh = dict(mesh.shape)
+    lowered, pieces = vae_program(vae, mesh, clip, _STEP.value)
     if not pieces:
         raise ValueError(
             f"`clip` (={_CLIP.value}) has one frame, but what is compiled is a piece "
             f"after the first; try {1 + vae.temporal_compression}x{height}x{width}."
         )
     result.steps = 1 / pieces
-    return lowered
+    return lowered, mesh
 
 
 def _module(config: Any, text_width: int, **changed: Any) -> DiT:
@@ -197,7 +205,7 @@ def measure(config: Any, name: str, sizes: dict[str, int]) -> Result:
     result = Result(name, dict(mesh.shape), rows, chip=chip)
     start = time.perf_counter()
     if _STEP.value in CLIP_STEPS:
-        lowered = lower_clip(mesh, result)
+        lowered, mesh = lower_clip(mesh, result)
     else:
         lowered = lower(config, mesh, result)
     try:

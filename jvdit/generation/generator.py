@@ -55,6 +55,7 @@ from jvdit.models.text_encoder import TextEncoder
 from jvdit.models.video_vae import VideoVAE
 from jvdit.models.video_vae_chunked import decode_normalized, encode_normalized
 from jvdit.sharding import (
+    autoencoder_mesh,
     make_mesh,
     parameter_shardings,
     rows_sharding,
@@ -252,7 +253,7 @@ class Generator:
 
         Takes the memory of a few latent frames, whatever the length.
         """
-        with jax.set_mesh(self._mesh):
+        with jax.set_mesh(autoencoder_mesh(self._mesh, *latents.shape[2:4])):
             pieces = decode_normalized(self.vae, self._residence["vae"], latents)
             frames = [to_host(to_uint8(video)) for video in pieces]
         return np.concatenate(frames, axis=1)
@@ -261,7 +262,8 @@ class Generator:
         self, video: Float[np.ndarray, "T H W 3"]
     ) -> Float[np.ndarray, "f h w c"]:
         """Pixels in [-1, 1] to normalised latents, the mean of each."""
-        with jax.set_mesh(self._mesh):
+        _, *latent = self.vae.latent_shape(*video.shape[:3])
+        with jax.set_mesh(autoencoder_mesh(self._mesh, *latent)):
             return encode_normalized(self.vae, self._residence["vae"], video)
 
     # How it is done

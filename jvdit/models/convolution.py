@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from jvdit.sharding import constrain, frame_axes, platform
+from jvdit.sharding import FRAMES, constrain, frame_axes, frames_divided, platform
 
 IMPLEMENTATIONS = ("auto", "taps", "native")
 Padding = Sequence[tuple[int, int]]
@@ -270,7 +270,8 @@ def recall(
     """The last frames that a module saw before `x`; None at the start of a video.
 
     Where the collection "cache" is mutable, the last frames of `x` take their place
-    for the next call; else every call is a whole video.
+    for the next call; else every call is a whole video. Where devices divide the frames
+    of a call, each but the first looks back at those of the device before it.
     """
     chunked = module.is_mutable_collection("cache") and not module.is_initializing()
     if not (frames and chunked):
@@ -280,5 +281,15 @@ def recall(
     before = jnp.zeros_like(x, shape=(x.shape[0], frames, *x.shape[2:]))
     seen = jnp.concatenate([before if past is None else past, x], axis=1)
     last = seen[:, -frames:]
+    if frames_divided():
+        past, last = _of_neighbours(past, last)
     module.put_variable("cache", "frames", constrain(last, *frame_axes(last)))
     return past
+
+
+def _of_neighbours(past: Array, last: Array) -> tuple[Array, Array]:
+    """What each device looks back at, and the last frames of all."""
+    ways, device = jax.lax.axis_size(FRAMES), jax.lax.axis_index(FRAMES)
+    before = jax.lax.ppermute(last, FRAMES, [(i, i + 1) for i in range(ways - 1)])
+    final = jnp.where(device == ways - 1, last, jnp.zeros_like(last))
+    return jnp.where(device == 0, past, before), jax.lax.psum(final, FRAMES)

@@ -4,6 +4,9 @@ The same network and parameters as for a whole video: `VideoVAE.encode` and `dec
 continue from the collection "cache" (see `video_vae_layers`). A step function takes a
 piece of the video and the cache that the piece before left, an empty one at the start;
 it is compiled once for the first piece and once for all that follow.
+
+Devices along `sharding.FRAMES` divide the frames of every piece but the first: at each
+layer a device sends the next one its last frames, which is what that one looks back at.
 """
 
 import functools
@@ -13,14 +16,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jvdit.compilation import jit
 from jvdit.models.video_vae import VideoVAE
+from jvdit.sharding import FRAMES, frame_ways
 
 Cache = dict[str, Any]
 
 DECODED_PIXELS = 1 << 21  # at once: a few GB of activations in a large autoencoder
+# Frames before its own that a layer needs at the most, and so a device has.
+LOOKS_BACK = 2
 
 
 @functools.partial(jit, static_argnames="vae", donate_argnames="cache")
@@ -39,9 +46,8 @@ def encode_step(
     Returns:
         (mean, logvar) of the latents of these frames, and the cache.
     """
-    variables = {"params": params, "cache": cache} if cache else {"params": params}
-    moments, state = vae.apply(variables, video, method="encode", mutable=["cache"])
-    return moments, dict(state["cache"])
+    frames = video.shape[1] // vae.temporal_compression
+    return _advance(vae, "encode", frames)(params, cache, video)
 
 
 @functools.partial(jit, static_argnames="vae", donate_argnames="cache")
@@ -60,9 +66,30 @@ def decode_step(
         `temporal_compression` frames for each latent frame, one for the first of the
         video, and the cache.
     """
-    variables = {"params": params, "cache": cache} if cache else {"params": params}
-    video, state = vae.apply(variables, latents, method="decode", mutable=["cache"])
-    return video, dict(state["cache"])
+    return _advance(vae, "decode", latents.shape[1])(params, cache, latents)
+
+
+def _advance(vae: VideoVAE, method: str, frames: int) -> Any:
+    """Makes a step for a piece of so many latent frames, on as many devices as can."""
+
+    def advance(params: Any, cache: Cache, x: Any) -> tuple[Any, Cache]:
+        variables = {"params": params, "cache": cache} if cache else {"params": params}
+        y, state = vae.apply(variables, x, method=method, mutable=["cache"])
+        return y, dict(state["cache"])
+
+    def divided(params: Any, cache: Cache, x: Any) -> tuple[Any, Cache]:
+        each, rest = divmod(frames, frame_ways())
+        if not cache or rest or each < LOOKS_BACK:
+            return advance(params, cache, x)
+        places = PartitionSpec(None, FRAMES)
+        return jax.shard_map(
+            advance,
+            in_specs=(PartitionSpec(), PartitionSpec(), places),
+            out_specs=(places, PartitionSpec()),
+            axis_names={FRAMES},
+        )(params, cache, x)
+
+    return divided if frame_ways() > 1 else advance
 
 
 def encode_stream(
@@ -98,15 +125,36 @@ def encode_normalized(
     vae: VideoVAE, params: Any, video: Float[np.ndarray, "T H W 3"]
 ) -> Float[np.ndarray, "f h w c"]:
     """A video in [-1, 1] to normalised latents, the mean of each, piece by piece."""
-    pieces = split(jnp.asarray(video)[None], vae.temporal_compression)
+    frames, *_ = vae.latent_shape(*video.shape[:3])
+    piece = at_once(1, frames - 1) * vae.temporal_compression
+    pieces = split(_filled(jnp.asarray(video)[None], piece), piece)
     means = [np.asarray(mean) for mean, _ in encode_stream(vae, params, pieces)]
-    return np.asarray(vae.normalize(jnp.asarray(np.concatenate(means, axis=1))))[0]
+    mean = np.concatenate(means, axis=1)[:, :frames]
+    return np.asarray(vae.normalize(jnp.asarray(mean)))[0]
 
 
-def decoded_at_once(vae: VideoVAE, latents: int) -> int:
-    """Latent frames of that many latents to decode as one piece."""
-    pixels = latents * vae.spatial_compression**2 * vae.temporal_compression
-    return max(DECODED_PIXELS // pixels, 1)
+def at_once(frames: int, later: int) -> int:
+    """Latent frames of a piece.
+
+    Args:
+        frames: that one device can take at once.
+        later: of the video, after its first.
+    """
+    ways = frame_ways()
+    each = min(frames, -(-later // ways))
+    return ways * max(each, 1 if ways == 1 else LOOKS_BACK)
+
+
+def decoded_at_once(vae: VideoVAE, frames: int, height: int, width: int) -> int:
+    """Latent frames of a piece to decode, of a video of so many latents."""
+    pixels = height * width * vae.spatial_compression**2 * vae.temporal_compression
+    return at_once(DECODED_PIXELS // pixels, frames - 1)
+
+
+def _filled(x: Array, piece: int) -> Array:
+    """Repeats the last frame until devices can divide every piece."""
+    missing = -(x.shape[1] - 1) % piece if frame_ways() > 1 else 0
+    return jnp.concatenate([x, jnp.repeat(x[:, -1:], missing, axis=1)], axis=1)
 
 
 def decode_normalized(
@@ -114,8 +162,12 @@ def decode_normalized(
 ) -> Iterator[Float[Array, "b _T H W 3"]]:
     """Normalised latents to pixels, in pieces as long as memory allows."""
     x = vae.denormalize(jnp.asarray(latents))
-    piece = decoded_at_once(vae, x.shape[0] * x.shape[2] * x.shape[3])
-    return decode_stream(vae, params, split(x, piece))
+    clips, frames, height, width, _ = x.shape
+    left, *_ = vae.video_shape(frames, height, width)
+    piece = decoded_at_once(vae, frames, clips * height, width)
+    for video in decode_stream(vae, params, split(_filled(x, piece), piece)):
+        yield video[:, :left]
+        left -= video.shape[1]
 
 
 def decode_scan(

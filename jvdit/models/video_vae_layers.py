@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from jvdit.models.convolution import Convolution, copies, inflated, recall
 from jvdit.models.video_vae_shortcuts import average_down, duplicate_up
-from jvdit.sharding import constrain, frame_axes
+from jvdit.sharding import constrain, frame_axes, frames_divided
 
 # Largest number of attention scores held at once; more frames than fit go in turns.
 SCORES_AT_ONCE = 2**26
@@ -349,7 +349,9 @@ class Decoder(_Coder):
         cells = (1 + stage["spatial"]) ** 2 * (1 + stage["temporal"])
         largest = max(x.size, x[..., 0].size * cells * stage["out_features"])
         goes_on = stage["name"] in self.variables.get("cache", {})
-        return goes_on and x.shape[1] > 1 and largest > ACTIVATIONS_AT_ONCE
+        # What one device looks back at is the end of another's frames: no turns there.
+        in_order = x.shape[1] > 1 and not frames_divided()
+        return goes_on and in_order and largest > ACTIVATIONS_AT_ONCE
 
 
 def _in_turns(stage: UpStage, x: Array) -> Array:
