@@ -29,7 +29,7 @@ def get_config():
     )
     dit = world_dit.videos()
     dit.steps = dit.sample_every = 1000
-    dit.dit.update(width=128, depth=4, ffn_width=512)
+    dit.dit.update(width=128, depth=3, ffn_width=512)
     dit.optim.lr, dit.optim.warmup = 6e-3, 20
     dit.data.text_length = dit.data.text_budget = 32
     # It learns to draw first frames as well, from which its own clips then start.
