@@ -1,12 +1,12 @@
-"""Everything once, in about ten minutes on two cores: autoencoder, latents, DiT.
+"""Everything once, in twelve minutes on two cores: autoencoder, latents, DiT.
 
     python -m jvdit.train --config configs/quickstart.py --workdir runs/quickstart
-    python -m jvdit.sample "one object: a large red rubber circle moving quickly up on \
-a grey plain background." --workdir runs/quickstart/dit
+    python -m jvdit.sample "one object: a large purple rubber circle moving quickly \
+down-right on a grey checkered background." --workdir runs/quickstart/dit
 
 The stages of `world_vae.py` and `world_dit.py` with smaller networks, on clips of one
-object. Colour, size, background and mostly direction are those of the prompt; shapes
-take longer.
+object. Its colour is that of the prompt in 1.00 of 64 clips, its size in .98, its
+direction in .72 (`jvdit.evaluate --split single`); shapes take longer.
 """
 
 from configs import world_dit, world_vae
