@@ -245,10 +245,10 @@ def _sample_stage(u: dict[str, np.ndarray], split: str) -> dict[str, np.ndarray]
     count = np.searchsorted([0.45, 0.85], u["count"], side="right") + 1
     if split in _COUNTS:
         count = np.full_like(count, _COUNTS[split])
-    plays = split != "single"  # more than the one object
-    gravity = (u["gravity"] < 0.25) & plays
+    eventful = split != "single"
+    gravity = (u["gravity"] < 0.25) & eventful
     # A bar asks for its own size and speed, which the ood splits must not dilute.
-    barred = plays and not split.startswith("ood")
+    barred = eventful and not split.startswith("ood")
     bar = (u["bar"] < 0.2) & ~gravity & (count == 1) & barred
     still = bar | (count >= (2 if split == "ood_size" else 3))  # else too crowded
     return {
@@ -257,8 +257,8 @@ def _sample_stage(u: dict[str, np.ndarray], split: str) -> dict[str, np.ndarray]
         "bar": bar,
         "tone": _choose(u["tone"], TONES),
         "texture": _choose(u["texture"], TEXTURES),
-        "light": (u["light"] < 0.3 * plays) * np.where(u["light"] < 0.15, -1, 1),
-        "pan": (u["pan"] < 0.2 * plays) * np.where(u["pan"] < 0.1, -1, 1) * ~still,
+        "light": (u["light"] < 0.3 * eventful) * np.where(u["light"] < 0.15, -1, 1),
+        "pan": (u["pan"] < 0.2 * eventful) * np.where(u["pan"] < 0.1, -1, 1) * ~still,
     }
 
 
