@@ -6,11 +6,13 @@ import signal
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import flags
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -65,6 +67,20 @@ def connect(coordinator: str = "", processes: int = 0, process: int = -1) -> Non
         ) from error
 
 
+def define_flags() -> Callable[[], None]:
+    """Defines the flags of `connect` for a command; returns what calls it with them."""
+    coordinator = flags.DEFINE_string(
+        "coordinator", "", "HOST:PORT of process 0, where no cluster tells it."
+    )
+    processes = flags.DEFINE_integer(
+        "processes", 0, "With --coordinator: how many there are."
+    )
+    process = flags.DEFINE_integer(
+        "process", -1, "With --coordinator: which of them this is, from 0."
+    )
+    return lambda: connect(coordinator.value, processes.value, process.value)
+
+
 def is_lead() -> bool:
     """Whether this process writes what only one of them should."""
     return jax.process_index() == 0
@@ -102,12 +118,25 @@ def check_seen(path: pathlib.Path) -> None:
         ValueError: this process doesn't.
     """
     wait_for_others(f"wrote {path}")
+    await_seen(path.exists, f"what process 0 wrote to {path}")
+
+
+def await_seen(seen: Callable[[], bool], what: str) -> None:
+    """Returns when what another process wrote is seen, which on NFS takes a while.
+
+    Args:
+        seen: whether it is.
+        what: it is.
+
+    Raises:
+        ValueError: it isn't seen in time.
+    """
     deadline = time.monotonic() + _SEEN_WITHIN
-    while not path.exists():
+    while not seen():
         if time.monotonic() > deadline:
             raise ValueError(
-                f"process {jax.process_index()} doesn't see what process 0 wrote to "
-                f"{path}; `workdir` must be one folder that all hosts share."
+                f"process {jax.process_index()} doesn't see {what}, which must lie in "
+                "a folder that all hosts share."
             )
         time.sleep(1)
 

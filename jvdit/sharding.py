@@ -86,7 +86,16 @@ def make_mesh(
             f"mesh sizes {sizes} make {math.prod(shape)} devices but there are "
             f"{len(devices)}; use -1 for one axis to take what remains."
         )
-    return Mesh(_grid(devices, shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return _mesh(_grid(devices, shape))
+
+
+def host_mesh() -> Mesh:
+    """The devices of this host alone, each with rows of its own."""
+    return _mesh(np.reshape(jax.local_devices(), (-1, 1, 1, 1)))
+
+
+def _mesh(devices: np.ndarray) -> Mesh:
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -125,8 +134,7 @@ def autoencoder_mesh(mesh: Mesh, height: int, width: int) -> Mesh:
     beside = math.gcd(max(height, width), sizes["context"])
     sizes[FRAMES] *= sizes["context"] // beside
     sizes["context"] = beside
-    devices = mesh.devices.reshape([sizes[axis] for axis in AXES])
-    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return _mesh(mesh.devices.reshape([sizes[axis] for axis in AXES]))
 
 
 def frame_ways() -> int:

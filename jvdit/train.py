@@ -22,8 +22,8 @@ from ml_collections import ConfigDict, config_flags
 from jvdit import cluster
 from jvdit.compilation import keep_compilations
 from jvdit.config import Config
-from jvdit.encode import encode
 from jvdit.huge_pages import use_huge_pages
+from jvdit.latents import encode
 from jvdit.networks import finished_parameters
 from jvdit.sharding import make_mesh, parameter_shardings
 from jvdit.tasks import TASKS, Task
@@ -39,11 +39,7 @@ from jvdit.training.step import jit_train_step
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything of the run goes.")
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator", "", "HOST:PORT of process 0, where no cluster tells it."
-)
-_PROCESSES = flags.DEFINE_integer("processes", 0, "With --coordinator: how many.")
-_PROCESS = flags.DEFINE_integer("process", -1, "With --coordinator: which of them.")
+_connect = cluster.define_flags()
 _EXIT_STOPPED = flags.DEFINE_integer(
     "exit_stopped", 0, "Exit code if it was asked to stop, and did: for a launcher."
 )
@@ -53,7 +49,7 @@ PRECISIONS = ("default", "bfloat16", "float32")
 
 
 class StopRequest:
-    """Notices SIGTERM and Ctrl-C, so that the loop can save and end.
+    """Within it SIGTERM and Ctrl-C are noticed, so that the loop can save and end.
 
     A second signal ends the process at once. Among several processes JAX itself takes
     SIGTERM, and they stop together.
@@ -64,9 +60,17 @@ class StopRequest:
 
     def __init__(self):
         self.asked, self._alone = False, jax.process_count() == 1
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
         if self._alone and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self._notice)
+                self._before[number] = signal.signal(number, self._notice)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _notice(self, number, frame):
         self.asked = True
@@ -108,8 +112,9 @@ def train(config: Config, workdir: str) -> int:
     optim = Optim(**config.optim)
     task = TASKS[config.objective](config, mesh, pathlib.Path(workdir))
     task.check_rows(optim.accumulate)
-    with jax.set_mesh(mesh), jax.default_matmul_precision(config.matmul_precision):
-        loop = _Loop(config, pathlib.Path(workdir), mesh, task, optim)
+    precision = jax.default_matmul_precision(config.matmul_precision)
+    with StopRequest() as stop, jax.set_mesh(mesh), precision:
+        loop = _Loop(config, pathlib.Path(workdir), mesh, task, optim, stop)
         settings = {"identity": task.identity, "config": config.to_dict()}
         claim_workdir(workdir, settings, task.networks)
         cluster.check_seen(pathlib.Path(workdir) / "config.json")
@@ -117,9 +122,11 @@ def train(config: Config, workdir: str) -> int:
 
 
 class _Loop:
-    def __init__(self, config, workdir, mesh: Mesh, task: Task, optim: Optim):
+    def __init__(
+        self, config, workdir, mesh: Mesh, task: Task, optim: Optim, stop: StopRequest
+    ):
         self.config, self.workdir, self.mesh, self.task = config, workdir, mesh, task
-        self.stop = StopRequest()
+        self.stop = stop
         self.recent: collections.deque[Any] = collections.deque(
             maxlen=config.max_skipped
         )
@@ -321,9 +328,7 @@ def run(config: Config, workdir: str) -> bool:
             _fill_workdir(stage, workdir)
         if stage.objective == "encode":
             settings = {k: v for k, v in stage.items() if k != "objective"}
-            if cluster.is_lead():
-                encode(out=folder, **settings)
-            cluster.wait_for_others(f"encoded {name}")
+            encode(out=folder, **settings)
         elif train(stage, folder) < stage.steps:
             return False
     return True
@@ -347,7 +352,7 @@ def main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     try:
-        cluster.connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+        _connect()
         keep_compilations(WORKDIR.value)
         if jax.default_backend() == "tpu":
             cluster.heed_notices()
@@ -356,6 +361,9 @@ def main(argv: list[str]) -> None:
         if flags.FLAGS["verbosity"].present:
             raise
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # before the first step, or while encoding
+        print("stopped; the same command goes on")
+        finished = False
     if not finished:
         sys.exit(_EXIT_STOPPED.value)
 

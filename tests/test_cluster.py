@@ -7,7 +7,6 @@ import pathlib
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from processes import finish, free_port, kill, wait_for
 
 from jvdit import cluster
 from jvdit.cluster import connect, share_of_rows, to_host
@@ -42,12 +42,6 @@ def settings(thread, folder):
     return config
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return found.getsockname()[1]
-
-
 def launch(config, workdir, processes, steps):
     """Processes of one run, which have four devices together."""
     environment = os.environ | {
@@ -62,32 +56,6 @@ def launch(config, workdir, processes, steps):
         subprocess.Popen([*command, f"--process={i}"], env=environment)
         for i in range(processes)
     ]
-
-
-def finish(processes, timeout=300):
-    """Exit codes of processes, which end by themselves."""
-    deadline = time.monotonic() + timeout
-    try:
-        return [p.wait(timeout=deadline - time.monotonic()) for p in processes]
-    finally:
-        kill(processes)
-
-
-def kill(processes):
-    for process in processes:
-        process.kill()
-    for process in processes:
-        process.wait()
-
-
-def wait_for(processes, happened):
-    """Returns what happened, while the processes run."""
-    deadline = time.monotonic() + 300
-    while not (found := happened()):
-        assert all(p.poll() is None for p in processes), "ended too early"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    return found
 
 
 def newest(workdir):

@@ -26,6 +26,8 @@ ENTRY_POINTS = [
     "cluster",
     "config",
     "caption_encoder",
+    "clip_encoder",
+    "latents",
     "networks",
     "generation",
     "encode",

@@ -20,7 +20,7 @@ TRAIN = ["--config", "configs/wan_pod.py", "--workdir", "/mnt/b/it's here"]
 
 def text(*args):
     parsed = launch.parse([*args, "--", *TRAIN])
-    assert parsed.train == TRAIN
+    assert parsed.arguments == TRAIN
     return launch.TARGETS[parsed.on](parsed)
 
 
@@ -144,7 +144,16 @@ def test_what_is_missing_is_named(args, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_the_arguments_of_the_training_are_needed(capsys):
+@pytest.mark.parametrize("module, needed", launch.NEEDED.items())
+def test_the_arguments_of_the_command_are_needed(capsys, module, needed):
+    given = ["--on", "slurm", "--module", module]
     with pytest.raises(SystemExit):
-        launch.parse(["--on", "slurm"])
-    assert "--workdir" in capsys.readouterr().err
+        launch.parse([*given, "--", *(f"{name}=x" for name in needed[1:])])
+    assert needed[0] in capsys.readouterr().err
+
+
+def test_hosts_encode_together():
+    encode = ["--source=data/clips", "--vae=v", "--out=/mnt/b/latents"]
+    args = [*GKE, "--bucket", "b", "--module", "encode", "--", *encode]
+    container = json.loads(launch.gke(launch.parse(args)))
+    assert f'python -m jvdit.encode {" ".join(encode)}"' in json.dumps(container)

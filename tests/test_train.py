@@ -23,15 +23,15 @@ from jvdit.conventions import Conventions
 from jvdit.data.media import read_metadata
 from jvdit.data.records import RecordDataset
 from jvdit.diffusion.denoise import Guidance
-from jvdit.encode import encode
 from jvdit.generation.draft import generate
 from jvdit.generation.generator import Generator
 from jvdit.generation.prompt_lines import read_requests
 from jvdit.generation.release import add_adapters
 from jvdit.generation.request import Request
+from jvdit.latents import encode
 from jvdit.sharding import make_mesh
 from jvdit.tasks.flow import FlowTask
-from jvdit.train import train
+from jvdit.train import StopRequest, train
 from jvdit.training.checkpoint import (
     claim_workdir,
     load_weights,
@@ -341,6 +341,15 @@ def test_killed_and_restarted_is_bit_identical(latents, tmp_path):
     assert int(a["step"]) == int(b["step"]) == 100
     for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+def test_after_a_training_signals_do_what_they_did():
+    numbers = signal.SIGTERM, signal.SIGINT
+    before = [signal.getsignal(number) for number in numbers]
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.asked
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_a_workdir_of_another_model_is_refused_and_untouched(workdir, tmp_path):

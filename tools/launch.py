@@ -1,16 +1,17 @@
-"""Starts a training on a TPU slice, a GKE cluster or under SLURM, and keeps it going.
+"""Trains on TPU slices, a GKE cluster or under SLURM, and keeps the training going.
 
     python tools/launch.py --on tpu-vm --slice v5p-128 --zone us-east5-a --bucket B \
         -- --config configs/wan_pod.py --workdir /mnt/B/wan --config.mesh.fsdp=8
     python tools/launch.py --on gke --slice 2xv6e-256 --image IMAGE -- --config …
     python tools/launch.py --on slurm --nodes 4 --devices 8 -- --config …
 
-What comes after `--` are the arguments of `jvdit.train`. It prints what would be run (a
-script, a JobSet, a batch file) and runs it with `--go`. Processes that end before the
-training does are started again with the same command, which goes on from the newest
-checkpoint; a slice that was taken away is asked for again. The workdir must be a path
-that all hosts see: `--bucket B` mounts the bucket B of Cloud Storage at /mnt/B. Folders
-are renamed in it, which takes one with a hierarchical namespace:
+What comes after `--` are the arguments of `jvdit.train`, or with `--module encode`
+those of `jvdit.encode`. It prints what would be run (a script, a JobSet, a batch file)
+and runs it with `--go`. Processes that end before their work does are started again
+with the same command, which goes on from what is saved; a slice that was taken away is
+asked for again. The workdir must be a path that all hosts see: `--bucket B` mounts the
+bucket B of Cloud Storage at /mnt/B. Folders are renamed in it, which takes one with a
+hierarchical namespace:
 
     gcloud storage buckets create gs://B --location us-east5 \
         --uniform-bucket-level-access --enable-hierarchical-namespace
@@ -40,6 +41,8 @@ CHIPS_OF_HOST = 4
 INSTALL = "pip install -q -e '.[tpu]'"
 # Seconds after its start within which a training ends at once; how often it may.
 AT_ONCE, TRIES = 300, 3
+# What the commands can't do without; the last of them says where everything goes.
+NEEDED = {"train": ("--config", "--workdir"), "encode": ("--source", "--vae", "--out")}
 STOPPED = 75  # "try again later", as sysexits.h has it
 PACKAGES = "https://packages.cloud.google.com/apt"
 # Hosts write into one folder together, so that none may remember what it held. On TPU
@@ -47,10 +50,11 @@ PACKAGES = "https://packages.cloud.google.com/apt"
 UNCACHED = {"metadata-cache-ttl-secs": 0, "metadata-cache-negative-ttl-secs": 0}
 
 
-def train_command(arguments: list[str]) -> str:
+def command(args: argparse.Namespace) -> str:
     """The command that every process runs; to be told to stop is not its end."""
-    stopped = f"--exit_stopped={STOPPED}"
-    return shlex.join(["python", "-m", "jvdit.train", *arguments, stopped])
+    stopped = [f"--exit_stopped={STOPPED}"] if args.module == "train" else []
+    module = f"jvdit.{args.module}"
+    return shlex.join(["python", "-m", module, *args.arguments, *stopped])
 
 
 def mount_command(bucket: str) -> str:
@@ -87,7 +91,7 @@ def tpu_vm(args: argparse.Namespace) -> str:
         ask = f'--node-prefix "$name" --node-count {slices}'
     work = mount_command(args.bucket) if args.bucket else ""
     work += f"mkdir -p {code} && tar -xzf jvdit.tar.gz -C {code} && cd {code}"
-    work += f" && {INSTALL} && {train_command(args.train)}"
+    work += f" && {INSTALL} && {command(args)}"
     return f"""#!/usr/bin/env bash
 set -uo pipefail
 name={name}
@@ -145,7 +149,7 @@ def gke(args: argparse.Namespace) -> str:
     container = {
         "name": "train",
         "image": args.image,
-        "command": ["bash", "-c", train_command(args.train)],
+        "command": ["bash", "-c", command(args)],
         "ports": [{"containerPort": 8471}],
         "resources": {"requests": chips, "limits": chips},
     }
@@ -198,8 +202,13 @@ def slurm(args: argparse.Namespace) -> str:
 #SBATCH --open-mode=append
 #SBATCH --signal=B:TERM@180
 # SIGTERM three minutes before the end: the processes save together, and go on later.
-trap 'kill -TERM "$running"; wait "$running"; scontrol requeue "$SLURM_JOB_ID"' TERM
-srun {train_command(args.train)} &
+stop() {{
+  kill -TERM "$running"
+  timeout 150 tail --pid="$running" -f /dev/null
+  scontrol requeue "$SLURM_JOB_ID"
+}}
+trap stop TERM
+srun {command(args)} &
 running=$!
 wait "$running"
 """
@@ -212,9 +221,10 @@ RUNNERS |= {"slurm": ["sbatch"]}
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Reads the command line; ends with a line if it can't be."""
-    ours, _, train = " ".join(map(shlex.quote, argv)).partition(" -- ")
+    ours, _, theirs = " ".join(map(shlex.quote, argv)).partition(" -- ")
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--on", choices=TARGETS, required=True)
+    parser.add_argument("--module", choices=NEEDED, default="train")
     parser.add_argument("--name", default="jvdit")
     parser.add_argument("--slice", help="such as v5p-128, or two of them: 2xv5p-128")
     parser.add_argument("--bucket", default="", help="for the workdir")
@@ -227,16 +237,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--devices", type=int, default=8, help="GPUs of a node")
     parser.add_argument("--go", action="store_true", help="run it")
     args = parser.parse_args(shlex.split(ours))
-    args.train = shlex.split(train)
+    args.arguments = shlex.split(theirs)
     needed = {"tpu-vm": ("slice", "zone"), "gke": ("slice", "image"), "slurm": ()}
     for name in needed[args.on]:
         if not getattr(args, name):
             parser.error(f"--on {args.on} needs --{name}")
-    given = " ".join(args.train)
-    if "--config" not in given or "--workdir" not in given:
+    given = {word.partition("=")[0] for word in args.arguments}
+    if not given.issuperset(NEEDED[args.module]):
         parser.error(
-            "give the arguments of jvdit.train after --, --config and "
-            "--workdir among them"
+            f"give the arguments of jvdit.{args.module} after --, "
+            f"{' and '.join(NEEDED[args.module])} among them"
         )
     if args.bucket:
         check_bucket(args, parser)
@@ -255,10 +265,11 @@ def check_bucket(args: argparse.Namespace, parser: argparse.ArgumentParser) -> N
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", args.bucket):
         name = args.bucket.removeprefix("gs://").partition("/")[0]
         parser.error(f"--bucket {args.bucket} must be a name alone; try {name}")
-    words, folder = args.train, f"/mnt/{args.bucket}/"
+    words, folder = args.arguments, f"/mnt/{args.bucket}/"
+    where = NEEDED[args.module][-1]
     given = {word.partition("=")[::2] for word in words} | {*itertools.pairwise(words)}
-    if not any(k == "--workdir" and v.startswith(folder) for k, v in given):
-        parser.error(f"--bucket {args.bucket} is mounted there: --workdir {folder}NAME")
+    if not any(k == where and v.startswith(folder) for k, v in given):
+        parser.error(f"--bucket {args.bucket} is mounted there: {where} {folder}NAME")
 
 
 def main() -> None:

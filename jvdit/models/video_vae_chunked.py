@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from jvdit.compilation import jit
 from jvdit.models.video_vae import VideoVAE
@@ -113,8 +113,8 @@ def decode_stream(
 
 
 def split(
-    x: Float[Array, "b f h w c"], frames: int
-) -> Iterator[Float[Array, "b _g h w c"]]:
+    x: Num[Array | np.ndarray, "b f h w c"], frames: int
+) -> Iterator[Num[Array | np.ndarray, "b _g h w c"]]:
     """Cuts a video, or latents, to its first frame and then pieces of `frames`."""
     yield x[:, :1]
     for start in range(1, x.shape[1], frames):

@@ -15,10 +15,10 @@ from tiny_models import DIT, VAE_2_2, filled, pipeline
 
 from jvdit import config as defaults
 from jvdit.diffusion.denoise import Guidance
-from jvdit.encode import encode
 from jvdit.generation.generator import Generator
 from jvdit.generation.release import add_adapters, load_release
 from jvdit.generation.request import Request
+from jvdit.latents import encode
 from jvdit.models.dit import VARIANTS
 from jvdit.networks import finished_parameters
 from jvdit.sharding import make_mesh
