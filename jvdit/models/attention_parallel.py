@@ -20,12 +20,10 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from jvdit.models.attention_pieces import (
-    PADDING,
     RESIDUALS,
     Pieces,
     Segments,
     no_gradient,
-    pad,
     slope_of,
 )
 from jvdit.sharding import activation_spec, fit
@@ -90,10 +88,7 @@ def divided(
             )
         out: Any
         if ring > 1:
-            tokens = q.shape[1]
-            inputs = _whole_blocks((q, k, v), segments, pieces)
-            out = _ring(*inputs, pieces, (ulysses, ring))
-            out = out[:, :tokens]
+            out = _ring(q, k, v, segments, pieces, (ulysses, ring))
         else:
             out = local(q, k, v, segments)  # type: ignore[arg-type]
         return _trade(out, groups, 1, 2) if ulysses > 1 else out
@@ -120,17 +115,6 @@ def _trade(x: Array, groups: list[list[int]], split: int, concat: int) -> Array:
     return jax.lax.all_to_all(
         x, AXIS, split, concat, axis_index_groups=groups, tiled=True
     )
-
-
-def _whole_blocks(qkv: tuple[Array, ...], segments: Any, pieces: Pieces) -> Any:
-    """Pads what goes around a ring: else each turn would pad the same anew."""
-    rows, tokens = qkv[0].shape[:2]
-    length = pieces.padded(tokens)
-    if length > tokens:
-        ones = jnp.ones((rows, tokens), jnp.int32)
-        segments = tuple(pad(x, 1, length, PADDING) for x in segments or (ones, ones))
-        qkv = tuple(pad(x, 1, length) for x in qkv)
-    return *qkv, segments
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))

@@ -18,8 +18,9 @@ class Chip:
         link: bytes/s of one link to a neighbour, in one direction.
         network: bytes/s between slices, of each chip, in one direction.
         clock: cycles/s, from the peak and the products of a cycle.
-        flash: share of the peak that the flash attention kernels reach, forward and
-            backward: from their schedules, 0.8 at the most.
+        flash: share of the peak that the flash attention kernels reach, forward (small
+            scores) and backward: from their schedules (tools/kernel_schedules.py), less
+            a twentieth for what lies between blocks; 0.8 at the most.
     """
 
     kind: str
@@ -31,15 +32,15 @@ class Chip:
     flash: tuple[float, float]
 
 
-# By the name before the colon of a topology. v6e's matrix units are 256 wide: heads of
-# 128 channels fill them by half.
+# By the name before the colon of a topology. v6e's matrix units are 256 wide: products
+# over 128 channels fill them by half, others by the kernels' order.
 CHIPS: Mapping[str, Chip] = {
     "v5e": Chip(
         "TPU v5 lite", 197e12, 15.75 * 2**30, 45e9, 3.125e9, 1.50e9, (0.80, 0.80)
     ),
     "v5p": Chip("TPU v5", 459e12, 95.74 * 2**30, 90e9, 6.25e9, 1.75e9, (0.80, 0.80)),
     "v6e": Chip(
-        "TPU v6 lite", 918e12, 31.25 * 2**30, 90e9, 12.5e9, 1.75e9, (0.37, 0.45)
+        "TPU v6 lite", 918e12, 31.25 * 2**30, 90e9, 12.5e9, 1.75e9, (0.58, 0.55)
     ),
 }
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16"}

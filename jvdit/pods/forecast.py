@@ -154,7 +154,7 @@ class _Walk:
         *heads, queries, channels = operands[0]
         product = 2 * math.prod(heads) * queries * operands[1][-2] * channels
         forward, backward = self.chip.flash
-        products, speed = (5, backward) if "dkv" in each.name else (2, forward)
+        products, speed = (5, backward) if "backward" in each.name else (2, forward)
         return products * product / (self.chip.peak * speed)
 
     def _transfer(self, each: Instruction, kind: str, times: int) -> float:
