@@ -91,7 +91,7 @@ def measure(
     keys = attention_mosaic.block_for(share, most[1])
     flops = (5 if backward else 2) * 2 * queries * keys * CHANNELS
     cycles = flops / (chip.peak / cores) * chip.clock
-    kinds = [""] if backward else [", small scores", ", any scores"]
+    kinds = [""] if backward else ["", ", done again"]
     return "\n".join(
         f"{name}{kind}, blocks {','.join(map(str, most))}: "
         f"{queries} x {keys} in {lines} cycles, {cycles / lines:.3f} of the peak"

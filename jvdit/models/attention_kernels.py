@@ -21,6 +21,9 @@ from jvdit.models.attention_pieces import HIDDEN
 
 LANES = 128
 LN2 = math.log(2)
+# Part of the largest exponent of a type that sums of exponentials may have; the rest is
+# for values.
+ROOM = 0.75
 
 # Contractions of two blocks by their first or last axes.
 _LAST = (((1,), (1,)), ((), ()))
@@ -68,90 +71,94 @@ def _places(rows: jax.Array, part: Any) -> jax.Array:
 
 
 def forward(
-    small: Any,
     q: Any,
     k: Any,
     v: Any,
     *refs: Any,
     compute: int,
-    keys: int | None,
+    sizes: tuple[int | None, int | None],
 ) -> None:
     """A block of queries sees a block of keys; after the last, what it has seen.
 
-    Queries don't know of one another: of a block beyond the last, nothing is written.
-
     Args:
-        small: by head, whether exponentials of its scores can be summed as they are.
         q: queries [1 n k], scaled.
         k: keys [1 s k].
         v: values [1 s k].
         *refs: segments of queries [1 1 n] and keys [1 s 128], if there are any; result
             [1 n k] and log-sum-exp [1 1 n]; and what is kept between blocks of keys:
-            largest scores [1 n], sums of weights [1 n] and of weighted values [k n].
+            what was subtracted from scores [1 n], sums of weights [1 n] and of weighted
+            values [k n].
         compute: keys at once.
-        keys: how many there are. None: whole blocks.
+        sizes: how many queries and keys there are. None: whole blocks.
     """
     *ids, out, lse, top, total, sums = refs
-    left = None if keys is None else keys - pl.program_id(2) * k.shape[1]
-    is_small = small[pl.program_id(0)] > 0
+    starts = pl.program_id(1) * q.shape[1], pl.program_id(2) * k.shape[1]
+    left = [n if n is None else n - x for n, x in zip(sizes, starts, strict=True)]
 
     @pl.when(pl.program_id(2) == 0)
     def _():
-        top[...] = jnp.full(top.shape, jnp.where(is_small, 0, HIDDEN), jnp.float32)
+        top[...] = jnp.full_like(top, HIDDEN)
         total[...] = jnp.zeros_like(total)
         sums[...] = jnp.zeros_like(sums)
 
-    _clear(v, left)
-    see = partial(_see, q, k, v, ids, (top, total, sums), compute, left)
-    pl.when(is_small)(partial(see, largest=False))
-    pl.when(~is_small)(partial(see, largest=True))
+    _clear(q, left[0])
+    _clear(v, left[1])
+    parts = [pl.ds(i, compute) for i in range(0, k.shape[1], compute)]
+
+    def scores(part: Any) -> jax.Array:
+        return _visible(_product(k[0, part], q[0], _LAST), ids, part, left[1])
+
+    def weighted(part: Any, weights: jax.Array) -> jax.Array:
+        return _product(v[0, part], weights.astype(v.dtype), _FIRST)
+
+    most = 2.0 ** (ROOM * jnp.finfo(v.dtype).maxexp)
+    _see(parts, scores, weighted, most, top, total, sums)
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():
-        some = total[...] > 0
-        weight = jnp.where(some, total[...], 1)
-        out[0] = (sums[...] / weight).T.astype(out.dtype)
-        lse[0] = jnp.where(some, (top[...] + jnp.log2(weight)) * LN2, HIDDEN)
+        out[0] = (sums[...] / total[...]).T.astype(out.dtype)
+        lse[0] = (top[...] + jnp.log2(total[...])) * LN2
 
 
-def _see(q, k, v, ids, kept, compute: int, left: Any, *, largest: bool) -> None:
+def _see(parts, scores, weighted, most, top, total, sums) -> None:
     """Adds keys to what queries have seen (arXiv:2205.14135, Algorithm 1).
 
-    Scores of the next keys, and the sums over the ones before, stand beside
-    exponentials, because the compiler keeps about to this order.
-
-    With `largest`, the largest score is subtracted from all.
+    What is subtracted from scores is of the order of the largest in earlier blocks:
+    exponentials then needn't wait until this block's is found. If their sum grows
+    beyond `most`, the block is done again.
     """
-    top_ref, total_ref, sums_ref = kept
-    top, total, sums = (x[...] for x in kept)
-    queries = q[0]
-    parts = [pl.ds(i, compute) for i in range(0, k.shape[1], compute)]
-
-    def scores(part):
-        return _product(k[0, part], queries, _LAST)
-
-    def add(sums, part, weights, shrink):
-        new = _product(v[0, part], weights, _FIRST)
-        return sums * shrink + new if largest else sums + new
-
+    before, new_total, new_sums = top[...], total[...], sums[...]
+    # The next scores and the last sums stand beside exponentials: the compiler keeps
+    # about to this order, and a core does all three at once.
     ahead: Any = scores(parts[0])
     late: Any = None
     for i, part in enumerate(parts):
-        here, shrink = _visible(ahead, ids, part, left), None
+        here = ahead
         if i + 1 < len(parts):
             ahead = scores(parts[i + 1])
-        if largest:
-            before = top
-            top = jnp.maximum(top, here.max(axis=0, keepdims=True))
-            shrink = jnp.exp2(before - top)
-            total = total * shrink
         if late is not None:
-            sums = add(sums, *late)
-        weights = jnp.exp2(here - top if largest else here)
-        total = total + weights.sum(axis=0, keepdims=True)
-        late = part, weights.astype(v.dtype), shrink
-    sums_ref[...] = add(sums, *late)
-    top_ref[...], total_ref[...] = top, total
+            new_sums += weighted(*late)
+        weights = jnp.exp2(here - before)
+        new_total += weights.sum(axis=0, keepdims=True)
+        late = part, weights
+    new_sums += weighted(*late)
+    held = jnp.max(new_total) < most
+
+    @pl.when(held)
+    def _():
+        grown = jnp.maximum(jnp.log2(new_total), 0)
+        shrink = jnp.exp2(-grown)
+        top[...], total[...] = before + grown, new_total * shrink
+        sums[...] = new_sums * shrink
+
+    @pl.when(~held)
+    def _():
+        for part in parts:
+            here, before = scores(part), top[...]
+            top[...] = jnp.maximum(before, here.max(axis=0, keepdims=True))
+            shrink, weights = jnp.exp2(before - top[...]), jnp.exp2(here - top[...])
+            total[...] = total[...] * shrink + weights.sum(axis=0, keepdims=True)
+            sums[...] = sums[...] * shrink + weighted(part, weights)
 
 
 def backward(

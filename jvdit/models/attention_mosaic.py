@@ -21,7 +21,6 @@ from jvdit.models.attention_pieces import (
     Pieces,
     Segments,
     pad,
-    small_scores,
 )
 from jvdit.sharding import platform
 
@@ -53,8 +52,6 @@ BLOCKS = {
 # Bytes of the gradients of a query while they are added up, and of their copy on the
 # way out; and of all else.
 _GRADIENT, _ELSE = 2 * 4, 24 * 2**20
-# Keys from which it pays to find out whether scores are small.
-_MANY = 2048
 
 
 def _chip() -> Blocks:
@@ -164,40 +161,27 @@ def mosaic_forward(
     block, held = block_for(tokens, most[0]), block_for(keys, most[1])
     ids = _segment_ids(segments, held)
     q, k, v = map(_lines, (q, k, v))
-    small = jnp.zeros(len(q), jnp.bool_)
-    if keys >= _MANY:
-        small = small_scores(q, k, v.dtype)
-    of_query = partial(_block, lambda h, i, j, small: i)
-    of_key = partial(_block, lambda h, i, j, small: j)
+    of_query = partial(_block, lambda h, i, j: i)
+    of_key = partial(_block, lambda h, i, j: j)
     column = of_key(1, held, channels)
     shared = [of_query(2, 1, block, each=heads), of_key(1, held, LANES, each=heads)]
     out, lse = pl.pallas_call(
         partial(
             kernels.forward,
             compute=_at_once(held, most[2]),
-            keys=_ragged(keys, held),
+            sizes=(_ragged(tokens, block), _ragged(keys, held)),
         ),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(len(q), pl.cdiv(tokens, block), pl.cdiv(keys, held)),
-            in_specs=[
-                of_query(1, block, channels),
-                column,
-                column,
-                *shared[: len(ids)],
-            ],
-            out_specs=[of_query(1, block, channels), of_query(2, 1, block)],
-            scratch_shapes=[
-                pltpu.VMEM((n, block), jnp.float32) for n in (1, 1, channels)
-            ],
-        ),
+        grid=(len(q), pl.cdiv(tokens, block), pl.cdiv(keys, held)),
+        in_specs=[of_query(1, block, channels), column, column, *shared[: len(ids)]],
+        out_specs=[of_query(1, block, channels), of_query(2, 1, block)],
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((len(q), 1, tokens), jnp.float32),
         ],
+        scratch_shapes=[pltpu.VMEM((n, block), jnp.float32) for n in (1, 1, channels)],
         name="flash_forward",
         **_settings(2, q, k, 3),
-    )(small.astype(jnp.int32), _scaled(q), k, v, *ids)
+    )(_scaled(q), k, v, *ids)
     return _rows(out, rows), lse.reshape(rows, heads, tokens)
 
 

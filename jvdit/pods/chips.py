@@ -18,9 +18,9 @@ class Chip:
         link: bytes/s of one link to a neighbour, in one direction.
         network: bytes/s between slices, of each chip, in one direction.
         clock: cycles/s, from the peak and the products of a cycle.
-        flash: share of the peak that the flash attention kernels reach, forward (small
-            scores) and backward: from their schedules (tools/kernel_schedules.py), less
-            a twentieth for what lies between blocks; 0.8 at the most.
+        flash: share of the peak that the flash attention kernels reach, forward and
+            backward: from their schedules (tools/kernel_schedules.py), less a twentieth
+            for what lies between blocks; 0.8 at the most.
     """
 
     kind: str
@@ -40,7 +40,7 @@ CHIPS: Mapping[str, Chip] = {
     ),
     "v5p": Chip("TPU v5", 459e12, 95.74 * 2**30, 90e9, 6.25e9, 1.75e9, (0.80, 0.80)),
     "v6e": Chip(
-        "TPU v6 lite", 918e12, 31.25 * 2**30, 90e9, 12.5e9, 1.75e9, (0.58, 0.55)
+        "TPU v6 lite", 918e12, 31.25 * 2**30, 90e9, 12.5e9, 1.75e9, (0.55, 0.55)
     ),
 }
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16"}
