@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
             _TEXT_LENGTH.value,
             _SHARD.value,
         )
-    except (ValueError, FileNotFoundError, ConnectionError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on")

@@ -67,9 +67,8 @@ def encode(
     if shard < 1:
         raise ValueError(f"`shard` (={shard}) must be at least 1 clip.")
     encoder = ClipEncoder.load(vae)
-    splits = {"train": open_source(source)}
-    if validation:
-        splits["val"] = open_source(validation)
+    named = {"train": source} | ({"val": validation} if validation else {})
+    splits = {split: open_source(name) for split, name in named.items()}
     _check_sizes(encoder.module, splits.values())
     folder = pathlib.Path(out).absolute()
     settings: dict[str, Any] = {

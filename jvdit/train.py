@@ -44,7 +44,7 @@ _EXIT_STOPPED = flags.DEFINE_integer(
     "exit_stopped", 0, "Exit code if it was asked to stop, and did: for a launcher."
 )
 # What is the fault of settings, files or machines, and told in a line.
-MISTAKES = (ValueError, FileNotFoundError, FloatingPointError, ConnectionError)
+MISTAKES = (ValueError, OSError, FloatingPointError)
 PRECISIONS = ("default", "bfloat16", "float32")
 
 

@@ -101,7 +101,7 @@ def test_a_ring_holds_no_more_than_its_part():
 # of keys, the latter for a core each, and room for the gradients of one of the former.
 CHIPS = {
     "one": attention_mosaic.Blocks(back=(256, 256, 128), ahead=(256, 256, 128)),
-    "two": attention_mosaic.Blocks((128,) * 3, (128,) * 3, cores=2, memory=0),
+    "two": attention_mosaic.Blocks((128,) * 3, (128,) * 3, cores=2, gradients=0),
 }
 
 

@@ -1,12 +1,15 @@
 """Options of the compiler, and where compiled programs are kept."""
 
+from functools import partial
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jvdit import compilation
+from jvdit.sharding import batch_sharding, make_mesh
 
 TABLE = {"cpu": {"xla_a": "1", "xla_b": "1"}, "TPU": {"xla_c": "1"}}
 
@@ -76,3 +79,30 @@ def test_programs_are_kept_where_compiling_takes_long(monkeypatch, tmp_path):
     compilation.keep_compilations(str(tmp_path / "run"))
     folder = str(tmp_path / "run/compiled")
     assert told[1:] == [("jax_compilation_cache_dir", folder)]
+
+
+def test_another_start_loads_its_program_and_no_other(request):
+    """Programs are found by source and settings, data in them, types and devices."""
+    events, salt = [], np.random.default_rng().uniform()  # of no earlier run
+    jax.monitoring.register_event_listener(lambda name, **_: events.append(name))
+    least = "jax_persistent_cache_min_compile_time_secs"
+    request.addfinalizer(partial(jax.config.update, least, getattr(jax.config, least)))
+    jax.config.update(least, 0.0)
+
+    def found(devices=8, dtype=jnp.float32, statistics=1.5, setting=0.25):
+        """Whether a program was kept, which is known to nothing but the disk."""
+        data = np.full(8, statistics, np.float32)
+
+        def program(x):
+            return jnp.sin(x) * data.astype(x.dtype) + jnp.asarray(setting + salt)
+
+        mesh = make_mesh(devices=jax.devices()[:devices])
+        x = jax.device_put(jnp.ones(8, dtype), batch_sharding(mesh))
+        events.clear()
+        jax.jit(program)(x)
+        return "/jax/compilation_cache/cache_hits" in events
+
+    assert [found(), found()] == [False, True]
+    others = {"setting": 0.5}, {"statistics": 2.5}, {"dtype": jnp.bfloat16}
+    for other in (*others, {"devices": 4}):
+        assert [found(**other), found(**other), found()] == [False, True, True]

@@ -53,12 +53,16 @@ def test_a_mesh_is_written_with_its_axes():
 
 
 @pytest.mark.parametrize(
-    "rows, devices, data",
-    [(1, 1, 1), (2, 1, 1), (2, 8, 2), (3, 8, 4), (16, 8, 8), (2, 6, 2), (0, 4, 1)],
+    "rows, devices, data, tensor",
+    [
+        *[(1, 1, 1, 1), (2, 1, 1, 1), (2, 8, 2, 1), (3, 8, 4, 1), (16, 8, 8, 1)],
+        *[(2, 6, 2, 1), (0, 4, 1, 1), (2, 32, 2, 1), (2, 64, 2, 2), (2, 34, 2, 1)],
+    ],
 )
-def test_few_rows_leave_no_device_idle(rows, devices, data):
+def test_few_rows_leave_no_device_idle(rows, devices, data, tensor):
     sizes = sampling_sizes(rows, devices)
-    assert sizes == {"data": data, "context": devices // data}
+    context = devices // data // tensor
+    assert sizes == {"data": data, "context": context, "tensor": tensor}
 
 
 def test_rows_that_do_not_divide_are_everywhere():

@@ -52,6 +52,11 @@ def _visible(scores: jax.Array, ids: Any, part: Any, left: Any) -> jax.Array:
     return jnp.where(seen, scores, HIDDEN)
 
 
+def _left(sizes: tuple[int | None, int | None], starts: Any) -> list[Any]:
+    """Queries and keys that there are from some places on. None: whole blocks."""
+    return [n if n is None else n - x for n, x in zip(sizes, starts, strict=True)]
+
+
 def _clear(block: Any, left: Any) -> None:
     """Puts zeros in the place of tokens that a block [1 n k] hasn't.
 
@@ -70,14 +75,7 @@ def _places(rows: jax.Array, part: Any) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, rows.shape, 0) + part.start
 
 
-def forward(
-    q: Any,
-    k: Any,
-    v: Any,
-    *refs: Any,
-    compute: int,
-    sizes: tuple[int | None, int | None],
-) -> None:
+def forward(q, k, v, *refs, compute, sizes) -> None:
     """A block of queries sees a block of keys; after the last, what it has seen.
 
     Args:
@@ -93,7 +91,7 @@ def forward(
     """
     *ids, out, lse, top, total, sums = refs
     starts = pl.program_id(1) * q.shape[1], pl.program_id(2) * k.shape[1]
-    left = [n if n is None else n - x for n, x in zip(sizes, starts, strict=True)]
+    left = _left(sizes, starts)
 
     @pl.when(pl.program_id(2) == 0)
     def _():
@@ -161,18 +159,7 @@ def _see(parts, scores, weighted, most, top, total, sums) -> None:
             sums[...] = sums[...] * shrink + weighted(part, weights)
 
 
-def backward(
-    q: Any,
-    k: Any,
-    v: Any,
-    grad: Any,
-    lse: Any,
-    slope: Any,
-    *refs: Any,
-    compute: int,
-    blocks: int,
-    sizes: tuple[int | None, int | None],
-) -> None:
+def backward(q, k, v, grad, lse, slope, *refs, compute, blocks, sizes) -> None:
     """The gradients that a block of queries and one of keys give each other.
 
     See arXiv:2205.14135, Algorithm 4. The grid has, within a head and a core, blocks of
@@ -194,7 +181,7 @@ def backward(
     *ids, dq, dk, dv, dk_sums, dv_sums = refs
     block, index = pl.program_id(2), pl.program_id(3)
     starts = index * q.shape[1], (pl.program_id(1) * blocks + block) * k.shape[1]
-    left = [n if n is None else n - x for n, x in zip(sizes, starts, strict=True)]
+    left = _left(sizes, starts)
 
     @pl.when((block == 0) & (index == 0))
     def _():

@@ -16,12 +16,7 @@ from jaxtyping import Array, Float
 
 from jvdit.models import attention_kernels as kernels
 from jvdit.models.attention_kernels import LANES
-from jvdit.models.attention_pieces import (
-    PADDING,
-    Pieces,
-    Segments,
-    pad,
-)
+from jvdit.models.attention_pieces import PADDING, Pieces, Segments, pad
 from jvdit.sharding import platform
 
 
@@ -35,23 +30,26 @@ class Blocks:
         back: the same of the kernel for the gradients.
         cores: that share a device's memory and divide a kernel.
         memory: bytes of a core that a kernel may take.
+        gradients: of these, for gradients of queries while they are added up.
     """
 
     ahead: tuple[int, int, int] = (1024, 2048, 512)
     back: tuple[int, int, int] = (1024, 2048, 1024)
     cores: int = 1
     memory: int = 56 * 2**20
+    gradients: int = 32 * 2**20
 
 
 # By what `device_kind` contains, first match wins.
+_LARGE = {"memory": 112 * 2**20, "gradients": 88 * 2**20}
+_SMALL = {"memory": 13 * 2**20, "gradients": 4 * 2**20}
 BLOCKS = {
-    "v6": Blocks((2048, 2048, 1024), (1024, 2048, 256), memory=112 * 2**20),
-    "v5 lite": Blocks(memory=112 * 2**20),
+    "v6": Blocks((2048, 2048, 1024), (1024, 2048, 256), **_LARGE),
+    "v5 lite": Blocks(**_LARGE),
     "v5": Blocks(cores=2),
+    "v4": Blocks((512, 1024, 512), (512, 512, 512), cores=2, **_SMALL),
 }
-# Bytes of the gradients of a query while they are added up, and of their copy on the
-# way out; and of all else.
-_GRADIENT, _ELSE = 2 * 4, 24 * 2**20
+_GRADIENT = 2 * 4  # bytes of a number in float32, and of its copy on the way out
 
 
 def _chip() -> Blocks:
@@ -61,7 +59,7 @@ def _chip() -> Blocks:
 
 
 def suits_mosaic(q: Float[Array, "b n q k"], k: Float[Array, "b s q k"]) -> bool:
-    """Whether the kernels take these heads, and are worth their padding."""
+    """Whether the kernels take these heads, and tokens fill a block."""
     return q.shape[-1] % LANES == 0 and min(q.shape[1], k.shape[1]) >= LANES
 
 
@@ -199,7 +197,7 @@ def mosaic_backward(
     chip = _chip()
     # Of so many queries a core has room for the gradients.
     block = block_for(tokens, chip.back[0])
-    part = max((chip.memory - _ELSE) // (_GRADIENT * channels) // block, 1) * block
+    part = max(chip.gradients // (_GRADIENT * channels) // block, 1) * block
     q, k, v, grad = map(_lines, (q, k, v, grad))
     lse, slope = (x.reshape(-1, 1, tokens) for x in (lse / kernels.LN2, slope))
     found = []

@@ -148,7 +148,7 @@ class _Walk:
 
     def _flash(self, each: Instruction) -> float:
         layouts = each.text.partition("operand_layout_constraints=")[2]
-        # Queries and keys come first, after the integers that tell what is masked.
+        # Queries and keys come first.
         kinds = ("bf16", "f32", "f16")
         operands = [s for kind, s in arrays(layouts) if kind in kinds and len(s) > 2]
         *heads, queries, channels = operands[0]
