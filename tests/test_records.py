@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from jvdit.data import records
 from jvdit.data.files import local_path, sweep_temporary, temporary_path
 from jvdit.data.record_format import (
     CLIP_FEATURES,
@@ -165,6 +166,26 @@ def test_a_shard_is_whole_or_absent(tmp_path):
     assert writer.write_shard("train", 0, [clip(0), clip(1)]) == 2
     # Done is done: what is offered again is not even looked at.
     assert writer.write_shard("train", 0, failing()) == 2
+
+
+def test_a_full_disk_is_said_and_leaves_nothing_half(tmp_path, monkeypatch):
+    class Full:
+        def __init__(self, *_):
+            pass
+
+        def write(self, _):
+            raise RuntimeError("write() failed: No space left on device; at byte 9")
+
+        def close(self):
+            raise RuntimeError("write() failed: No space left on device; at byte 9")
+
+    writer = RecordWriter(tmp_path / "set", {"key": "text"}, shards={"train": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "ArrayRecordWriter", Full)
+        with pytest.raises(OSError, match=r"No space left on device: '.*set-train"):
+            writer.write_shard("train", 0, [{"key": "a"}])
+    assert not writer.is_done("train", 0)
+    assert writer.write_shard("train", 0, [{"key": "a"}]) == 1
 
 
 def test_dead_writers_are_swept_and_live_ones_are_not(tmp_path):

@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
             timeout=args.timeout,
             overwrite=args.overwrite,
         )
-    except (ValueError, FileNotFoundError) as e:
+    except (ValueError, OSError) as e:
         print(f"prepare_clips: {e}", file=sys.stderr)
         return 2
     directory = dataset_directory(args.out)

@@ -14,11 +14,13 @@ manifest is written last: a directory without one is unfinished and will not ope
 
 import collections
 import contextlib
+import errno
 import hashlib
 import json
+import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,18 @@ from jvdit.data.record_format import (
 
 _OPTIONS = "group_size:1,uncompressed"  # larger groups make random reads slow
 MAX_RECORD_BYTES = 2**31 - 2**20  # protobuf refuses a message of 2 GiB
+
+
+@contextlib.contextmanager
+def _full_disk(file: Path) -> Iterator[None]:
+    """Says what ArrayRecord says of a full disk as Python does."""
+    try:
+        yield
+    except RuntimeError as error:
+        full = os.strerror(errno.ENOSPC)
+        if full not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, full, str(file)) from error
 
 
 class RecordWriter:
@@ -172,12 +186,16 @@ class RecordWriter:
 
         Examples are taken one at a time, so they may be produced lazily; they end
         before the shard is marked as done. A shard that is done is left alone.
+
+        Raises:
+            OSError: it can't be written, because the disk is full for example.
         """
         file, state = self._files(split, shard)
         if self.is_done(split, shard):
             return 0 if self.finished else json.loads(state.read_text())["records"]
         rows, size, digest = [], 0, hashlib.blake2b(digest_size=16)
         with (
+            _full_disk(file),
             replacing(file) as temporary,
             contextlib.closing(ArrayRecordWriter(str(temporary), _OPTIONS)) as out,
         ):
