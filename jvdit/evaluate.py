@@ -24,7 +24,6 @@ from jvdit.compilation import keep_compilations
 from jvdit.data.files import replacing, write_atomically
 from jvdit.data.world import World
 from jvdit.data.world_scene import SPLITS
-from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.solvers import SOLVERS
 from jvdit.evaluate_vae import evaluate_vae
 from jvdit.evaluation import distance, oracle, report
@@ -33,7 +32,7 @@ from jvdit.evaluation.breakdown import breakdown
 from jvdit.evaluation.detection import detect
 from jvdit.evaluation.overlay import overlay
 from jvdit.evaluation.tracks import follow
-from jvdit.generation.draft import check_draft, generate
+from jvdit.generation.draft import check_draft
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request, size_fields
 from jvdit.huge_pages import use_huge_pages
@@ -124,13 +123,12 @@ def generated(
                 )
                 for i, prompt in zip(ids, world.captions(ids), strict=True)
             ]
-            videos = generate(
-                generator,
+            videos = generator(
                 requests,
                 draft=setting.draft,
                 steps=setting.steps,
                 solver=setting.solver,
-                guidance=Guidance(setting.guidance),
+                guidance_scale=setting.guidance,
                 rows=_ROWS.value,
             )
             with replacing(file) as scratch, scratch.open("wb") as opened:

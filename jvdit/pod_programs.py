@@ -227,7 +227,7 @@ def sample_program(
             jax.tree.map(by_row, (text, text)),
             solver="unipc",
             guidance=Guidance(5.0),
-            span=(0, SAMPLED),
+            count=SAMPLED,
             skips=None,
         )
 

@@ -6,30 +6,34 @@ of them.
 """
 
 import dataclasses
+import itertools
 import pathlib
 import re
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from absl import app, flags, logging
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import MofNCompleteColumn, Progress
 
 from jvdit.compilation import keep_compilations
+from jvdit.data.files import replacing
 from jvdit.data.media_encode import encode_clip
 from jvdit.data.sheets import contact_sheet, write_png
-from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.reuse import Reuse, save_ratios
 from jvdit.diffusion.solvers import SOLVERS
-from jvdit.generation.draft import generate
 from jvdit.generation.generator import Generator
 from jvdit.generation.prompt_lines import read_requests
 from jvdit.generation.release import EXPERTS, add_adapters, load_release
 from jvdit.generation.request import Request, size_fields
+from jvdit.generation.settings import Settings
 from jvdit.huge_pages import use_huge_pages
 from jvdit.sharding import make_mesh, parse_mesh, sampling_sizes
+
+_LETTERS, _BYTES = 60, 160  # of a prompt in a file's name, at the most
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Of a training, or its model folder.")
 _PROMPTS = flags.DEFINE_string(
@@ -84,17 +88,26 @@ _MESH = flags.DEFINE_string(
 )
 
 
-def file_name(request: Request) -> str:
-    """A readable name: the prompt's first words and the seed."""
-    words = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower()).strip("-")
-    return f"{words[:60].rstrip('-') or 'empty'}_{request.seed}.mp4"
+def clip_name(request: Request) -> str:
+    """A readable name: the prompt's first words, in any script, and the seed."""
+    words = re.sub(r"[\W_]+", "-", request.prompt.lower()).strip("-")
+    words = words[:_LETTERS].encode()[:_BYTES].decode(errors="ignore").rstrip("-")
+    return f"{words or 'clip'}_{request.seed}"
 
 
-def _request_defaults(generator: Generator) -> dict[str, Any]:
-    model = generator.defaults
-    fields = size_fields(model, _SIZE.value, _FRAMES.value, _FPS.value)
-    return fields | {
-        "negative_prompt": _given(_NEGATIVE, model, ""),
+def free_path(folder: pathlib.Path, name: str, suffix: str) -> pathlib.Path:
+    """A path in the folder at which nothing lies: the name, or it with a number."""
+    for number in itertools.count(1):
+        path = folder / (name + (f"-{number}" if number > 1 else "") + suffix)
+        if not path.exists():
+            return path
+    raise AssertionError  # pragma: no cover
+
+
+def _common_fields() -> dict[str, Any]:
+    """What the flags say of all requests."""
+    return size_fields({}, _SIZE.value, _FRAMES.value, _FPS.value) | {
+        "negative_prompt": _NEGATIVE.value,
         "seed": _SEED.value,
         "image": _IMAGE.value,
         "last_image": _LAST.value,
@@ -147,63 +160,108 @@ def _strength(text: str) -> tuple[str, float]:
     return (match[1], float(match[2])) if match else (text, 1.0)
 
 
-def _given(flag: Any, defaults: dict[str, Any], fallback: Any) -> Any:
-    return flag.value if flag.value is not None else defaults.get(flag.name, fallback)
+def _settings() -> Settings:
+    low, high = (float(x) for x in _INTERVAL.value)
+    return Settings(
+        steps=_STEPS.value,
+        solver=_SOLVER.value,
+        guidance_scale=_SCALE.value,
+        guidance_scale_2=_SCALE_2.value,
+        guidance_interval=(low, high),
+        guidance_rescale=_RESCALE.value,
+        draft=_DRAFT.value,
+    )
 
 
-def sample(prompts: list[str]) -> list[pathlib.Path]:
-    """Generates and writes what the flags and prompts ask for; returns the files."""
+def _told(generator: Generator, settings: Settings) -> dict[str, Any]:
+    """What a clip's file says of how it was made, besides its request."""
+    told = dataclasses.asdict(settings)
+    if not generator.boundary:
+        told.pop("guidance_scale_2")
+    files = (
+        _WORKDIR,
+        _PRETRAINED,
+        _DIT,
+        _DIT_LOW,
+        _LORA,
+        _LORA_HIGH,
+        _LORA_LOW,
+        _REUSE,
+    )
+    told |= {flag.name: flag.value for flag in files if flag.value}
+    return told | {"shift": generator.policy.shift}
+
+
+def sample(prompts: list[str]) -> Iterator[pathlib.Path]:
+    """Generates what the flags and prompts ask for; yields each file once it is there.
+
+    What was generated is shown on a sheet even if the rest never comes.
+    """
     if not prompts:
         raise ValueError('give a prompt, "…", or --prompts=FILE.')
-    generator = _load(_mesh(len(prompts)))
-    defaults = generator.defaults
-    unit = 0 if _SIZE.value else generator.unit
-    requests = read_requests(prompts, _request_defaults(generator), unit)
-    steps = _given(_STEPS, defaults, 30)
-    solver = _given(_SOLVER, defaults, "unipc")
-    scale = _given(_SCALE, defaults, 4.0)
-    draft = _given(_DRAFT, defaults, False)
-    low, high = (float(x) for x in _INTERVAL.value)
-    guidance = Guidance(scale, (low, high), _RESCALE.value)
-    scale_2 = scale if _SCALE.value is not None else defaults.get(_SCALE_2.name, scale)
-    scale_2 = scale_2 if _SCALE_2.value is None else _SCALE_2.value
-    settings = {
-        "steps": steps,
-        "solver": solver,
-        "guidance": guidance,
-        "low_guidance": dataclasses.replace(guidance, scale=scale_2),
-    }
-    if _CALIBRATE.value:
-        save_ratios(_CALIBRATE.value, generator.calibrate(requests[0], **settings))
-        return [pathlib.Path(_CALIBRATE.value)]
-    if _REUSE.value:
-        settings["reuse"] = Reuse.load(_REUSE.value, _THRESHOLD.value)
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("compiling", total=None)
-
-        def on_step(done: int, total: int, latents: Any) -> None:
-            progress.update(task, description="denoising", total=total, completed=done)
-
-        settings |= {"rows": _ROWS.value, "on_step": on_step}
-        videos = generate(generator, requests, draft=draft, **settings)
-    told = {"steps": steps, "solver": solver, "draft": draft}
-    told |= dataclasses.asdict(guidance)
-    if generator.boundary:
-        told["scale_2"] = scale_2
-    flags_told = (_PRETRAINED, _DIT, _DIT_LOW, _LORA, _LORA_HIGH, _LORA_LOW, _REUSE)
-    told |= {flag.name: flag.value for flag in flags_told if flag.value}
-    told["shift"] = generator.policy.shift
+    requests, settings = read_requests(prompts, _common_fields()), _settings()
     folder = pathlib.Path(_OUT.value)
+    if not _CALIBRATE.value:
+        _try_folder(folder)
+    generator = _load(_mesh(len(prompts)))
+    requests = [generator.complete(request) for request in requests]
+    settings = settings.complete(generator.defaults)
+    if _CALIBRATE.value:
+        ratios = generator.calibrate(requests[0], **settings.solving)
+        save_ratios(_CALIBRATE.value, ratios)
+        yield pathlib.Path(_CALIBRATE.value)
+        return
+    reuse = Reuse.load(_REUSE.value, _THRESHOLD.value) if _REUSE.value else None
+    told, shown = _told(generator, settings), {}
+    try:
+        with _Shown(len(requests)) as watch:
+            made = generator.clips(
+                requests, settings, rows=_ROWS.value, watch=watch, reuse=reuse
+            )
+            for i, video in made:
+                request = requests[i]
+                path = free_path(folder, clip_name(request), ".mp4")
+                metadata = {"jvdit": request.settings | told}
+                encode_clip(path, video, request.fps or 8.0, metadata=metadata)
+                shown[i] = video
+                watch.clips(len(shown))
+                yield path
+    finally:
+        if shown:
+            captions = [requests[i].prompt for i in sorted(shown)]
+            sheet = contact_sheet([shown[i] for i in sorted(shown)], captions)
+            path = free_path(folder, "sheet", ".png")
+            write_png(path, sheet)
+    yield path
+
+
+def _try_folder(folder: pathlib.Path) -> None:
+    """Raises OSError, before anything is computed, if no file can be written there."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for request, video in zip(requests, videos, strict=True):
-        path = folder / file_name(request)
-        metadata = {"jvdit": request.settings | told}
-        encode_clip(path, video, request.fps, metadata=metadata)
-        files.append(path)
-    sheet = contact_sheet(videos, [request.prompt for request in requests])
-    write_png(folder / "sheet.png", sheet)
-    return [*files, folder / "sheet.png"]
+    with replacing(folder / "empty") as scratch:
+        scratch.touch()
+    (folder / "empty").unlink()
+
+
+class _Shown(Progress):
+    """Bars of the clips that are ready, and of what is done at the moment."""
+
+    def __init__(self, count: int):
+        super().__init__(
+            *Progress.get_default_columns(),
+            MofNCompleteColumn(),
+            console=Console(stderr=True),
+        )
+        self._clips = self.add_task("clips", total=count)
+        self._now = self.add_task("compiling", total=None)
+
+    def __call__(self, doing: str, done: int, total: int) -> None:
+        """Shows how many steps or frames are done."""
+        self.update(self._now, description=doing, total=total, completed=done)
+
+    def clips(self, done: int) -> None:
+        """Shows how many clips are ready."""
+        self.update(self._clips, completed=done)
 
 
 def main(argv: list[str]) -> None:
@@ -219,7 +277,7 @@ def main(argv: list[str]) -> None:
         for path in sample(prompts):
             print(path)
     except KeyboardInterrupt:
-        sys.exit("stopped")
+        sys.exit("stopped; the clips that were ready are written.")
     except (ValueError, OSError) as error:
         if flags.FLAGS["verbosity"].present:
             raise

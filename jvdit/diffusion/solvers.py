@@ -274,15 +274,15 @@ def advance(
     path: Path,
     keys: Key[Array, "b g"],
     solver: str = "unipc",
-    span: tuple[int, int] | None = None,
-    on_step: Callable[[Any, Any], None] | None = None,
+    first: int | Int[Array, ""] = 0,
+    count: int | None = None,
     memory: Memory | None = None,
 ) -> Solution:
-    """Takes the steps from `span[0]` up to `span[1]`; None: all.
+    """Takes `count` steps from step `first` on; None: all that remain.
 
-    So different networks may take different steps of one solution. `memory` is what the
-    denoiser keeps from step to step; then each step must evaluate it once. The other
-    arguments are those of `solve`.
+    So different networks may take different steps of one solution, and a caller may
+    look at each. `memory` is what the denoiser keeps from step to step; then each step
+    must evaluate it once. The other arguments are those of `solve`.
     """
     step, _ = SOLVERS[check_solver(solver)]
     steps = times.shape[0] - 1
@@ -295,15 +295,16 @@ def advance(
         now = Now(index, steps, t, t_next, path, _fold(keys, index))
         moved, state = step(denoiser, x, now, state)
         latents = jnp.where(x.per_token(t) == x.per_token(t_next), x.latents, moved)
-        if on_step is not None:
-            jax.debug.callback(on_step, index, latents, ordered=False)
         kept = None if memory is None else memory.value
         return (Solution(x.with_latents(latents), state), kept), None
 
-    first, last = (0, steps) if span is None else span
-    now_at = jnp.arange(steps), times[:-1], times[1:]
+    count = steps - int(first) if count is None else count
+    now_at = [
+        jax.lax.dynamic_slice_in_dim(x, first, count)
+        for x in (jnp.arange(steps), times[:-1], times[1:])
+    ]
     carry = solution, None if memory is None else memory.value
-    carry, _ = jax.lax.scan(body, carry, [x[first:last] for x in now_at])
+    carry, _ = jax.lax.scan(body, carry, now_at)
     if memory is not None:
         memory.value = carry[1]
     return carry[0]
@@ -316,7 +317,6 @@ def solve(
     path: Path,
     keys: Key[Array, "b g"],
     solver: str = "unipc",
-    on_step: Callable[[Any, Any], None] | None = None,
 ) -> Float[Array, "b n c"]:
     """Solves from noise to data.
 
@@ -329,8 +329,6 @@ def solve(
         path: the path that the network was trained on.
         keys: a key for each noise level (each clip), for solvers that draw noise.
         solver: a name of `SOLVERS`.
-        on_step: called on the host after each step with its number (0 first) and the
-            latents that it led to.
 
     Returns:
         The latents at t = 0.
@@ -339,5 +337,4 @@ def solve(
         ValueError: the solver is unknown.
     """
     start = begin(tokens, times, solver)
-    end = advance(denoiser, start, times, path, keys, solver, None, on_step)
-    return end.tokens.latents
+    return advance(denoiser, start, times, path, keys, solver).tokens.latents

@@ -4,8 +4,8 @@ import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -14,41 +14,34 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from jvdit.caption_encoder import encode_captions
 from jvdit.cluster import to_host
-from jvdit.compilation import jit
 from jvdit.conventions import Conventions
-from jvdit.data.packing import Item, Size
+from jvdit.data.packing import Size
 from jvdit.data.tokenizer import Tokenizer
 from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.flow import Path, TimestepPolicy
 from jvdit.diffusion.reuse import Reuse
 from jvdit.diffusion.solvers import check_solver
-from jvdit.generation.conditioning import (
-    Given,
-    check_pictures,
-    given_of,
-    item_of,
-    pictures_of,
-    with_clean,
-)
+from jvdit.generation.conditioning import check_pictures, pictures_of
+from jvdit.generation.draft import check_draft, with_first_frames
+from jvdit.generation.inputs import items, known
 from jvdit.generation.model_folder import (
     PICTURES,
     pictures_folder,
     read_model,
     write_model,
 )
-from jvdit.generation.request import Request, for_encoder
+from jvdit.generation.request import Request, complete
 from jvdit.generation.residence import Residence
 from jvdit.generation.sampling import (
     Batch,
     OnStep,
     Stepper,
     batches_of,
-    counting,
     texts_of,
     unpacked,
 )
+from jvdit.generation.settings import Settings
 from jvdit.models.dit import DiT
 from jvdit.models.image_encoder import ImageEncoder
 from jvdit.models.text_encoder import TextEncoder
@@ -63,7 +56,8 @@ from jvdit.sharding import (
 from jvdit.training.vae_objective import to_uint8
 
 ROWS = 8  # solved at once
-_PROMPTS = 8  # encoded at once
+# watch(what is done at the moment, steps or frames of it that are done, and in all)
+Watch = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass
@@ -79,7 +73,7 @@ class Generator:
         path, policy: on which the network was trained.
         patch_size: latent frames, height and width of a token.
         text_length: tokens of a prompt at the most; longer ones are cut.
-        defaults: fields of `Request` and arguments of a call that suit the model.
+        defaults: fields of `Request` and of `Settings` that suit the model.
         mesh: of the devices; default: all of them on `data`.
         conventions: what the network takes its inputs to mean.
         boundary: time below which "dit_low" takes over; 0: there is one network.
@@ -100,7 +94,7 @@ class Generator:
     patch_size: tuple[int, int, int]
     text_length: int
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
-    mesh: Mesh | None = None
+    mesh: Mesh = dataclasses.field(default_factory=make_mesh)
     conventions: Conventions = Conventions()
     boundary: float = 0.0
     image_encoder: ImageEncoder | None = None
@@ -116,13 +110,13 @@ class Generator:
         Raises:
             FileNotFoundError: there is no such model; says what is missing.
         """
-        drawn = pictures_folder(folder)
+        drawn, mesh = pictures_folder(folder), mesh or make_mesh()
         pictures = cls.load(drawn, mesh) if drawn.is_dir() else None
         return cls(**read_model(folder), mesh=mesh, pictures=pictures)
 
     def load_params(self, params: dict[str, Any]) -> None:
         """Replaces weights, already on the mesh, without compiling anew."""
-        self._residence.update(params)
+        self.residence.update(params)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes a folder that `load` reads and that needs nothing else."""
@@ -131,23 +125,97 @@ class Generator:
             self.pictures.save(pathlib.Path(folder) / PICTURES)
 
     def __call__(
-        self, requests: Sequence[Request], **settings: Any
-    ) -> list[np.ndarray]:
-        """Generates clips: uint8 `[T H W 3]` each, in the order of the requests.
+        self,
+        prompts: str | Request | Sequence[str | Request],
+        *,
+        rows: int = ROWS,
+        watch: Watch | None = None,
+        reuse: Reuse | None = None,
+        **fields: Any,
+    ) -> Any:
+        """Generates clips as `jvdit.sample` does, as suits the model.
 
-        Args and errors are those of `latents`.
+        Args:
+            prompts: text, or requests; one, or several.
+            rows: see `clips`, as for `watch` and `reuse`.
+            watch: see there.
+            reuse: see there.
+            **fields: of `Settings`, and of the `Request` of each prompt that is text;
+                their seeds follow one another.
+
+        Returns:
+            A clip, uint8 `[T H W 3]`; of several prompts a list of them, in order.
+
+        Raises:
+            ValueError: a size, solver or number can't be; before any compilation.
+            TypeError: there is no such field.
         """
-        latents = self.latents(requests, **settings)
-        rows = settings.get("rows", ROWS)
-        videos: dict[int, np.ndarray] = {}
-        shapes = [x.shape for x in latents]
-        for shape in dict.fromkeys(shapes):
-            alike = [i for i, other in enumerate(shapes) if other == shape]
-            for start in range(0, len(alike), rows):
-                chunk = alike[start : start + rows]
-                decoded = self.decode(np.stack([latents[i] for i in chunk]))
-                videos |= dict(zip(chunk, decoded, strict=True))
-        return [videos[i] for i in range(len(requests))]
+        one = isinstance(prompts, str | Request)
+        names = {field.name for field in dataclasses.fields(Settings)}
+        settings = Settings(**{k: v for k, v in fields.items() if k in names})
+        common = {k: v for k, v in fields.items() if k not in names}
+        seed = common.pop("seed", 0)
+        requests = [
+            Request(x, seed=seed + i, **common) if isinstance(x, str) else x
+            for i, x in enumerate([prompts] if one else prompts)
+        ]
+        made = dict(self.clips(requests, settings, rows=rows, watch=watch, reuse=reuse))
+        return made[0] if one else [made[i] for i in range(len(requests))]
+
+    def clips(
+        self,
+        requests: Sequence[Request],
+        settings: Settings = Settings(),  # noqa: B008 - immutable
+        *,
+        rows: int = ROWS,
+        watch: Watch | None = None,
+        reuse: Reuse | None = None,
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Generates clips, each handed over as soon as it is ready.
+
+        Args:
+            requests: of any sizes; short ones share rows with others.
+            settings: how.
+            rows: how many rows to solve at once; fewer need less memory.
+            watch: called with what is done at the moment ("drafting", "denoising" or
+                "decoding"), how many steps or frames of it are done, and of how many.
+            reuse: see `latents`.
+
+        Yields:
+            The number of a request, and its clip, uint8 `[T H W 3]`.
+
+        Raises:
+            ValueError: a size, solver or number can't be; before any compilation.
+        """
+        settings = settings.complete(self.defaults)
+        requests = [self.complete(request) for request in requests]
+        for request in requests:
+            self.check(request)
+        watch = watch or _unwatched
+        options: dict[str, Any] = {"rows": rows, "reuse": reuse}
+        if not settings.draft:
+            parts = self.solve(
+                requests,
+                on_step=lambda done, total, _: watch("denoising", done, total),
+                **settings.solving,
+                **options,
+            )
+            for latents in parts:
+                yield from self._decoded(latents, watch)
+            return
+        check_draft(self)
+        plain = dataclasses.replace(settings, draft=False)
+        for start in range(0, len(requests), rows):
+            drafting = lambda _, *counts: watch("drafting", *counts)  # noqa: E731
+            begun = with_first_frames(
+                self, requests[start : start + rows], plain, watch=drafting, **options
+            )
+            for i, video in self.clips(begun, plain, watch=watch, **options):
+                yield start + i, video
+
+    def complete(self, request: Request) -> Request:
+        """The request with what it left open as suits the model."""
+        return complete(request, self.defaults, self.unit)
 
     def calibrate(self, request: Request, **settings: Any) -> list[float]:
         """The curve that `Reuse` goes by, measured on a clip; settings as of a call.
@@ -168,29 +236,41 @@ class Generator:
         """What the height and width of a clip are multiples of, in pixels."""
         return math.lcm(*self.patch_size[1:]) * self.vae.spatial_compression
 
-    def check(self, request: Request) -> tuple[int, int, int]:
+    def check(self, request: Request) -> Size:
         """The latent size of a request.
 
         Raises:
             ValueError: there is no such size, or the model takes other pictures.
         """
-        size = self.vae.latent_shape(request.frames, request.height, request.width)
-        for name, cells, patch in zip(
-            ("frames", "height", "width"), size, self.patch_size, strict=True
-        ):
-            if cells % patch:
-                unit = patch * self.vae.spatial_compression
-                asked = getattr(request, name)
+        request = self.complete(request)
+        size = self.vae.latent_shape(*request.size)
+        for i, name in enumerate(("frames", "height", "width")):
+            patch = self.patch_size[i]
+            if size[i] % patch:
+                cells = max(round(size[i] / patch), 1) * patch
                 raise ValueError(
-                    f"`{name}` (={asked}) must be divisible by {unit}; try "
-                    f"{max(round(asked / unit), 1) * unit}."
+                    f"`{name}` (={request.size[i]}) makes {size[i]} latents, which "
+                    f"patches of {patch} don't divide; try {self._pixels(i, cells)}."
                 )
-        if not request.fps > 0:
+        if not (request.fps or 0) > 0:
             raise ValueError(f"`fps` (={request.fps}) must be positive; try 8.")
         check_pictures(request, *pictures_of(self.dit, self.conventions))
         return size
 
-    def latents(
+    def _pixels(self, axis: int, cells: int) -> int:
+        """Pixel frames, or pixels of a side, of so many latents."""
+        if axis:
+            return cells * self.vae.spatial_compression
+        return (cells - 1) * self.vae.temporal_compression + 1
+
+    def latents(self, requests: Sequence[Request], **options: Any) -> list[np.ndarray]:
+        """Normalised latents `[f h w c]` of each request; arguments as of `solve`."""
+        found: dict[int, np.ndarray] = {}
+        for part in self.solve(requests, **options):
+            found |= part
+        return [found[i] for i in range(len(requests))]
+
+    def solve(
         self,
         requests: Sequence[Request],
         *,
@@ -202,8 +282,8 @@ class Generator:
         on_step: OnStep | None = None,
         noise: Sequence[Float[np.ndarray, "f h w c"]] | None = None,
         reuse: Reuse | None = None,
-    ) -> list[np.ndarray]:
-        """Normalised latents `[f h w c]` of each request.
+    ) -> Iterator[dict[int, np.ndarray]]:
+        """Solves requests batch by batch.
 
         Args:
             requests: of any sizes; short ones share rows with others.
@@ -212,11 +292,14 @@ class Generator:
             guidance: how strongly to follow the prompts.
             low_guidance: of the expert for low noise; None: the same.
             rows: how many rows to solve at once; fewer need less memory.
-            on_step: called after each step with how many are done, how many there are
-                in all, and the packed latents.
+            on_step: called after each step with how many are done of a batch, how many
+                it has in all, and its packed latents.
             noise: to start from, instead of that of the seeds.
             reuse: which steps reuse what the network's blocks added before; faster,
                 and not quite the same. None: none.
+
+        Yields:
+            Of the requests of a batch: number, and normalised latents `[f h w c]`.
 
         Raises:
             ValueError: a size, solver or number can't be; before any compilation.
@@ -227,35 +310,47 @@ class Generator:
                 "`reuse` needs a solver of one evaluation a step; take 'unipc'."
             )
         self.policy.times(steps, jnp.ones(1))
+        requests = [self.complete(request) for request in requests]
         sizes = [self.check(request) for request in requests]
-        given = self._given(requests, sizes)
+        given = known(self, requests, sizes)
         sizes = [(f + g.lead, h, w) for (f, h, w), g in zip(sizes, given, strict=True)]
         guidances = {"dit": guidance, "dit_low": low_guidance or guidance}
-        ways = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         if all(each.scale != 1 for each in guidances.values()) and ways % 2 == 0:
             ways //= 2  # guidance doubles the rows
         batches = batches_of(
-            *self._items(requests, sizes, given, noise),
+            *items(self, requests, sizes, given, noise),
             [request.seed for request in requests],
             rows,
             ways,
-            self._mesh.shape["context"],
+            self.mesh.shape["context"],
             self.text_length,
         )
-        self._stepper.on_step = on_step and counting(on_step, len(batches) * steps)
-        solved = self._solved(batches, steps, solver, guidances, reuse, bool(noise))
-        found = unpacked(batches, solved, sizes, self.patch_size)
-        jax.effects_barrier()
-        return [x[g.lead :] for x, g in zip(found, given, strict=True)]
+        begin = self.policy, steps, solver, bool(noise)
+        for batch in batches:
+            latents = self._solved(batch, begin, guidances, reuse, on_step)
+            found = unpacked(batch, latents, sizes, self.patch_size)
+            yield {i: x[given[i].lead :] for i, x in found.items()}
 
-    def decode(self, latents: Float[np.ndarray, "b f h w c"]) -> np.ndarray:
+    def decode(
+        self,
+        latents: Float[np.ndarray, "b f h w c"],
+        on_frames: Callable[[int, int], None] | None = None,
+    ) -> np.ndarray:
         """Normalised latents to pixels, uint8 `[b T H W 3]`.
 
         Takes the memory of a few latent frames, whatever the length.
+
+        Args:
+            latents: of clips of one size.
+            on_frames: called now and then with how many frames are done, of how many.
         """
-        with jax.set_mesh(autoencoder_mesh(self._mesh, *latents.shape[2:4])):
-            pieces = decode_normalized(self.vae, self._residence["vae"], latents)
-            frames = [to_host(to_uint8(video)) for video in pieces]
+        total, frames = self._pixels(0, latents.shape[1]), []
+        with jax.set_mesh(autoencoder_mesh(self.mesh, *latents.shape[2:4])):
+            for video in decode_normalized(self.vae, self.residence["vae"], latents):
+                frames.append(to_host(to_uint8(video)))
+                if on_frames is not None:
+                    on_frames(sum(x.shape[1] for x in frames), total)
         return np.concatenate(frames, axis=1)
 
     def encode(
@@ -263,107 +358,55 @@ class Generator:
     ) -> Float[np.ndarray, "f h w c"]:
         """Pixels in [-1, 1] to normalised latents, the mean of each."""
         _, *latent = self.vae.latent_shape(*video.shape[:3])
-        with jax.set_mesh(autoencoder_mesh(self._mesh, *latent)):
-            return encode_normalized(self.vae, self._residence["vae"], video)
+        with jax.set_mesh(autoencoder_mesh(self.mesh, *latent)):
+            return encode_normalized(self.vae, self.residence["vae"], video)
 
     # How it is done
 
+    def _decoded(
+        self, latents: Mapping[int, np.ndarray], watch: Watch
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """The clips of a batch; those of one size are decoded together."""
+        shapes = {i: x.shape for i, x in latents.items()}
+        for shape in dict.fromkeys(shapes.values()):
+            alike = [i for i, other in shapes.items() if other == shape]
+            stack = np.stack([latents[i] for i in alike])
+            videos = self.decode(stack, lambda *counts: watch("decoding", *counts))
+            yield from zip(alike, videos, strict=True)
+
     def _solved(
         self,
-        batches: Sequence[Batch],
-        steps: int,
-        solver: str,
+        batch: Batch,
+        begin: tuple[TimestepPolicy, int, str, bool],
         guidances: Mapping[str, Guidance],
         reuse: Reuse | None,
-        noisy: bool,
-    ) -> list[np.ndarray]:
-        """The latents of each batch at t = 0, network after network."""
-        spans = self._spans(steps)
-        begin = self.policy, steps, solver, noisy
-        running: list[Any] = [None] * len(batches)
-        with jax.set_mesh(self._mesh):
-            for name, span in spans.items():
-                variables = {"params": self._residence[name]}
+        on_step: OnStep | None,
+    ) -> np.ndarray:
+        """The latents of a batch at t = 0, network after network."""
+        _, steps, solver, _ = begin
+        places = rows_sharding(self.mesh, len(batch.seeds))
+        running = None
+        for name, span in self._spans(steps).items():
+            with jax.set_mesh(self.mesh):
+                variables = {"params": self.residence[name]}
                 if name in self.adapters:
                     lora = self.adapters[name]
-                    homes = parameter_shardings(lora, self._mesh)
+                    homes = parameter_shardings(lora, self.mesh)
                     variables["lora"] = jax.device_put(lora, homes)
-                for i, batch in enumerate(batches):
-                    places = rows_sharding(self._mesh, len(batch.seeds))
-                    at = self._stepper(
-                        variables,
-                        running[i] or batch.begin(places, *begin),
-                        texts_of(batch, self.conventions.pad_text, places),
-                        solver=solver,
-                        guidance=guidances[name],
-                        span=span,
-                        skips=reuse and reuse.skips(steps, span[0]),
-                    )
-                    # Waits, too: the next network needs the place of this one.
-                    latents = to_host(at.solution.tokens.latents)
-                    running[i] = latents if span[1] == steps else at
+                running = self._stepper(
+                    variables,
+                    running or batch.begin(places, *begin),
+                    texts_of(batch, self.conventions.pad_text, places),
+                    solver=solver,
+                    guidance=guidances[name],
+                    span=span,
+                    on_step=on_step,
+                    skips=reuse and reuse.skips(steps, span[0]),
+                )
+                # Waits, too: the next network needs the place of this one.
+                latents = to_host(running.solution.tokens.latents)
                 del variables
-        return running
-
-    def _given(self, requests: Sequence[Request], sizes: Sequence[Size]) -> list[Given]:
-        """What is known of each clip besides its text."""
-        given = [
-            given_of(request, size, self.dit, self.vae, self.encode)
-            for request, size in zip(requests, sizes, strict=True)
-        ]
-        encoder = self.image_encoder
-        if encoder is None:
-            return given
-        params = self._residence["image_encoder"]
-        for i, request in enumerate(requests):
-            images = [for_encoder(x, encoder.image_size) for x in request.pictures]
-            with jax.set_mesh(self._mesh):
-                states = _image_states(encoder, params, jnp.asarray(np.stack(images)))
-            image = np.concatenate(np.asarray(to_host(states), np.float32))
-            given[i] = given[i]._replace(image=image)
-        return given
-
-    def _items(
-        self,
-        requests: Sequence[Request],
-        sizes: Sequence[Size],
-        given: Sequence[Given],
-        noise: Sequence[np.ndarray] | None,
-    ) -> tuple[list[Item], list[Item]]:
-        """Each request in tokens, with its prompt and with its negative prompt."""
-        prompts = [r.prompt for r in requests] + [r.negative_prompt for r in requests]
-        states, seconds = self._states(prompts), self.conventions.seconds
-        none = [None] * len(requests)
-        items = [
-            item_of(*each, states[each[0].prompt], self.patch_size, self.vae, seconds)
-            for each in zip(requests, sizes, given, noise or none, strict=True)
-        ]
-        if any(item.clean is not None for item in items):
-            items = [with_clean(item) for item in items]
-        nulls = [
-            dataclasses.replace(item, text_embeds=states[request.negative_prompt])
-            for item, request in zip(items, requests, strict=True)
-        ]
-        return items, nulls
-
-    def _states(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        """The text states of each prompt."""
-        texts = list(dict.fromkeys(prompts))
-        batch = min(1 << (len(texts) - 1).bit_length(), _PROMPTS)
-        with jax.set_mesh(self._mesh):
-            states = encode_captions(
-                self.text_encoder,
-                self._residence["text_encoder"],
-                self.tokenizer,
-                texts,
-                self.text_length,
-                batch,
-            )
-        if self.conventions.pad_text:
-            states = [
-                np.pad(x, ((0, self.text_length - len(x)), (0, 0))) for x in states
-            ]
-        return dict(zip(texts, states, strict=True))
+        return latents
 
     def _spans(self, steps: int) -> dict[str, tuple[int, int]]:
         """Which network takes which steps."""
@@ -373,18 +416,14 @@ class Generator:
         return {name: span for name, span in spans.items() if span[0] < span[1]}
 
     @cached_property
-    def _mesh(self) -> Mesh:
-        return make_mesh() if self.mesh is None else self.mesh
-
-    @cached_property
-    def _residence(self) -> Residence:
-        return Residence(self.params, self._mesh, self.together)
+    def residence(self) -> Residence:
+        """The parameters, on the devices or waiting for their turn."""
+        return Residence(self.params, self.mesh, self.together)
 
     @cached_property
     def _stepper(self) -> Stepper:
         return Stepper(self.dit, self.path)
 
 
-@partial(jit, static_argnames="encoder")
-def _image_states(encoder: ImageEncoder, params: Any, images: jax.Array):
-    return encoder.apply({"params": params}, images)
+def _unwatched(doing: str, done: int, total: int) -> None:
+    """Watches nothing."""

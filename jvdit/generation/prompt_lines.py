@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jvdit.generation.request import Request, size_like
+from jvdit.generation.request import Request
 
 _KINDS: dict[str, Any] = {
     "prompt": str,
@@ -17,16 +18,12 @@ _KINDS: dict[str, Any] = {
 }
 
 
-def read_requests(
-    prompts: list[str], defaults: dict[str, Any], unit: int = 0
-) -> list[Request]:
+def read_requests(prompts: Sequence[str], common: Mapping[str, Any]) -> list[Request]:
     """Requests from prompts and from lines of JSON, with consecutive seeds.
 
     Args:
         prompts: each is a prompt, or a JSON object with fields of `Request`.
-        defaults: fields that a line doesn't give.
-        unit: what height and width are multiples of, where a first frame's proportions
-            decide them; 0: the defaults do.
+        common: fields of all of them, which a line may replace; `seed` is the first's.
 
     Raises:
         ValueError: a line isn't a prompt, or has a field that is unknown or of the
@@ -34,19 +31,11 @@ def read_requests(
     """
     requests = []
     for number, line in enumerate(prompts):
-        fields = defaults | {"prompt": line, "seed": defaults["seed"] + number}
-        given: dict[str, Any] = {}
+        fields = {**common, "prompt": line, "seed": common.get("seed", 0) + number}
         if line.lstrip().startswith("{"):
-            given = _fields(line, f"line {number + 1}")
-            fields |= given
-            pictures = fields["references"]
-            alone = isinstance(pictures, str)
-            fields["references"] = (pictures,) if alone else tuple(pictures)
-        if unit and fields["image"] and not {"height", "width"} & set(given):
-            picture = Request("", image=fields["image"]).pictures[0]
-            pixels = fields["height"] * fields["width"]
-            height, width = size_like(picture, pixels, unit)
-            fields |= {"height": height, "width": width}
+            fields |= _fields(line, f"line {number + 1}")
+            if isinstance(fields.get("references"), str):
+                fields["references"] = (fields["references"],)
         requests.append(Request(**fields))
     return requests
 
@@ -71,4 +60,6 @@ def _fields(line: str, place: str) -> dict[str, Any]:
                 f"{place}: `{name}` (={given[name]!r}) must be "
                 f"{'text' if kind is str else 'a number'}."
             )
+    if isinstance(given.get("references"), list):
+        given["references"] = tuple(given["references"])
     return given

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pathlib
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,13 @@ _CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 _CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 PICTURES = ("image", "last_image", "video", "mask")
+# What a request is completed with where its model says nothing.
+_SUITS = {"negative_prompt": "", "frames": 17, "height": 64, "width": 64, "fps": 8.0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to generate.
+    """What to generate. Fields that are None are as suits the model (`complete`).
 
     Pictures of another size are scaled to cover the clip's and cropped. Which of them a
     model takes is a matter of its training (`Generator.check`).
@@ -33,7 +36,8 @@ class Request:
     Attributes:
         prompt: what the clip shows.
         negative_prompt: what guidance turns away from.
-        frames, height, width: of the clip, in pixels.
+        frames, height, width: of the clip, in pixels. With a first frame and neither
+            height nor width, the clip has the proportions of the picture.
         fps: frames per second of the clip.
         seed: of its noise; the same seed gives the same clip whatever else is
             generated along with it.
@@ -46,17 +50,28 @@ class Request:
     """
 
     prompt: str
-    negative_prompt: str = ""
-    frames: int = 17
-    height: int = 64
-    width: int = 64
-    fps: float = 8.0
+    negative_prompt: str | None = None
+    frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    fps: float | None = None
     seed: int = 0
     image: Pictures | None = None
     last_image: Pictures | None = None
     video: Pictures | None = None
     mask: Pictures | None = None
     references: tuple[Pictures, ...] = ()
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Frames, height and width in pixels.
+
+        Raises:
+            ValueError: they were left to a model; `complete` asks it.
+        """
+        if self.frames is None or self.height is None or self.width is None:
+            raise ValueError("this request leaves its size to a model; complete it.")
+        return self.frames, self.height, self.width
 
     @property
     def given(self) -> list[str]:
@@ -80,9 +95,10 @@ class Request:
 
     def fitted(self, picture: np.ndarray) -> np.ndarray:
         """A picture at the size of the clip."""
-        size = self.width, self.height
-        if picture.shape[:2] == size[::-1]:
+        _, height, width = self.size
+        if picture.shape[:2] == (height, width):
             return picture
+        size = width, height
         return np.asarray(ImageOps.fit(Image.fromarray(picture), size, _SMOOTH))
 
     def clip(self, name: str) -> np.ndarray | None:
@@ -94,27 +110,43 @@ class Request:
         source = getattr(self, name)
         if source is None:
             return None
+        frames, height, width = self.size
         if isinstance(source, np.ndarray):
             _check(source, 4, name)
-            if len(source) < self.frames:
+            if len(source) < frames:
                 raise ValueError(
-                    f"`{name}` has {len(source)} frames and the clip {self.frames}; "
+                    f"`{name}` has {len(source)} frames and the clip {frames}; "
                     f"give at least as many, or ask for {len(source)}."
                 )
-            return np.stack([self.fitted(x) for x in source[: self.frames]])
+            return np.stack([self.fitted(x) for x in source[:frames]])
         if not pathlib.Path(source).exists():
             raise FileNotFoundError(f"`{name}` (={source}) doesn't exist.")
-        size = {"height": self.height, "width": self.width}
-        return decode_clip(os.fspath(source), frames=self.frames, fps=self.fps, **size)[
-            "video"
-        ]
+        size = {"frames": frames, "height": height, "width": width}
+        return decode_clip(os.fspath(source), fps=self.fps, **size)["video"]
 
     def reference_pictures(self) -> list[np.ndarray]:
         """`references` as uint8 `[H W 3]`, each whole, on white, at the clip's size."""
+        _, height, width = self.size
         return [
-            _on_white(_picture(x, "references"), self.height, self.width)
-            for x in self.references
+            _on_white(_picture(x, "references"), height, width) for x in self.references
         ]
+
+
+def complete(request: Request, defaults: Mapping[str, Any], unit: int) -> Request:
+    """The request with every field that it left open.
+
+    Args:
+        request: what is wanted.
+        defaults: fields that suit the model.
+        unit: what height and width are multiples of, in pixels.
+    """
+    suits = _SUITS | {k: v for k, v in defaults.items() if k in _SUITS}
+    open_fields = [name for name in _SUITS if getattr(request, name) is None]
+    fields = {name: suits[name] for name in open_fields}
+    if request.image is not None and {"height", "width"} <= set(open_fields):
+        picture, pixels = request.pictures[0], suits["height"] * suits["width"]
+        fields["height"], fields["width"] = size_like(picture, pixels, unit)
+    return dataclasses.replace(request, **fields)
 
 
 def size_fields(
@@ -182,11 +214,25 @@ def _picture(source: Pictures, name: str) -> np.ndarray:
         return source
     try:
         with Image.open(source) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            return np.asarray(_eight_bits(ImageOps.exif_transpose(image), name))
     except FileNotFoundError:
         raise FileNotFoundError(f"`{name}` (={source}) doesn't exist.") from None
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"`{name}` (={source}) is no picture: {error}.") from None
+
+
+def _eight_bits(image: Image.Image, name: str) -> Image.Image:
+    """An RGB picture of 8 bits; Pillow cuts off what is above 255 of others."""
+    if image.mode[0] in "IF":
+        values = np.asarray(image, np.float32)
+        most = 65535.0 if image.mode[0] == "I" else 1.0 if values.max() <= 1 else 255.0
+        if not (values.min() >= 0 and values.max() <= most):
+            raise ValueError(
+                f"`{name}` has values from {values.min():g} to {values.max():g}; "
+                "save it with 8 or 16 bits, or as floats in [0, 1]."
+            )
+        image = Image.fromarray(np.rint(values * (255 / most)).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def _on_white(picture: np.ndarray, height: int, width: int) -> np.ndarray:

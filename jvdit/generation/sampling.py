@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Key, PyTree
 
+from jvdit.cluster import to_host
 from jvdit.compilation import jit
 from jvdit.data.packing import Item, Size, best_fit, pack_rows, unpack_rows
 from jvdit.diffusion.denoise import Guidance, guided
@@ -19,7 +20,7 @@ from jvdit.diffusion.solvers import Solution, advance, begin, clip_noise
 from jvdit.models.dit import DiT
 from jvdit.shapes import Text, Tokens
 
-# on_step(steps done, steps in all, latents of the rows that were stepped)
+# on_step(steps done, steps in all, latents of the rows that are solved at once)
 OnStep = Callable[[int, int, np.ndarray], None]
 
 
@@ -208,14 +209,11 @@ def texts_of(batch: Batch, padded: bool, places: NamedSharding) -> tuple[Text, T
 class _Reusing:
     """A DiT that keeps what its blocks add from step to step, see `reuse.py`."""
 
-    def __init__(self, dit: DiT, variables: PyTree, skips: tuple[bool, ...]):
-        self.dit, self.variables, self.skips = dit, variables, jnp.asarray(skips)
-        self.memory = Memory()
-
-    def begin(self, rows: int, tokens: int) -> None:
-        shape = rows, tokens, self.dit.width
-        residual = jnp.zeros(shape, self.dit.dtype)
-        self.memory.value = residual, jnp.ones(len(self.skips))
+    def __init__(
+        self, dit: DiT, variables: PyTree, skips: tuple[bool, ...], memory: Memory
+    ):
+        self.dit, self.variables, self.memory = dit, variables, memory
+        self.skips = jnp.asarray(skips)
 
     def __call__(self, tokens: Tokens, t: Array, text: Text) -> Array:
         (residual, ratios), i = self.memory.value, self.memory.index
@@ -231,97 +229,100 @@ class Stepper:
     """The compiled steps of one network, kept for the next call.
 
     Attributes:
-        on_step: called on the host after each step with its number in the whole
-            solution and the latents.
         ratios: by how much what the blocks add grew in each step, by `span`.
     """
 
     def __init__(self, dit: DiT, path: Path):
-        self.on_step: Callable[[int, np.ndarray], None] | None = None
+        self.dit = dit
         self.ratios: dict[tuple[int, int], np.ndarray] = {}
         self._run = jit(
-            partial(self._steps, dit, path),
-            static_argnames=("solver", "guidance", "span", "skips", "watched"),
+            partial(self._steps, path),
+            static_argnames=("solver", "guidance", "count", "skips"),
         )
 
     def __call__(
-        self, variables: PyTree, running: Running, texts, *, span, **settings
-    ) -> Running:
-        """Takes the steps of `span`; the settings are those of `advance`, `guided`.
-
-        `skips` says which steps of the whole solution reuse what the blocks added
-        before; None: nothing is kept.
-        """
-        watched = self.on_step is not None
-        running, ratios = self._run(
-            variables, running, texts, span=span, watched=watched, **settings
-        )
-        if ratios is not None:
-            self.ratios[span] = np.asarray(ratios)
-        return running
-
-    def lower(self, *inputs: Any, **settings: Any) -> Any:
-        """The program of a call, to be compiled for its own sake."""
-        return self._run.lower(*inputs, watched=False, **settings)
-
-    def _steps(
         self,
-        dit: DiT,
-        path: Path,
         variables: PyTree,
         running: Running,
         texts: tuple[Text, Text],
         *,
+        span: tuple[int, int],
+        on_step: OnStep | None = None,
+        skips: tuple[bool, ...] | None = None,
+        **settings: Any,
+    ) -> Running:
+        """Takes the steps from `span[0]` up to `span[1]`.
+
+        Args:
+            variables: of the network.
+            running: from `Batch.begin`, or where the steps before led to.
+            texts: from `texts_of`.
+            span: which steps.
+            on_step: called after each step with its number from 1 on, the number of
+                steps in all, and the latents. Without it they are one program.
+            skips: which steps of the whole solution reuse what the blocks added before;
+                None: nothing is kept.
+            **settings: `solver` and `guidance`.
+        """
+        first, last = span
+        count = last - first if on_step is None else 1
+        kept = None
+        if skips is not None:
+            rows, tokens = running.solution.tokens.latents.shape[:2]
+            rows *= 1 if settings["guidance"].scale == 1 else 2
+            residual = jnp.zeros((rows, tokens, self.dit.width), self.dit.dtype)
+            kept = residual, jnp.ones(len(skips))
+        settings |= {"count": count, "skips": skips}
+        for index in range(first, last, count):
+            at = np.int32(index)
+            running, kept = self._run(variables, running, texts, at, kept, **settings)
+            if on_step is not None:
+                steps = len(running.times) - 1
+                on_step(index + 1, steps, to_host(running.solution.tokens.latents))
+        if kept is not None:
+            self.ratios[span] = np.asarray(kept[1])
+        return running
+
+    def lower(self, variables: Any, running: Any, texts: Any, **settings: Any) -> Any:
+        """The program of some steps, to be compiled for its own sake."""
+        at = jax.ShapeDtypeStruct((), jnp.int32)
+        return self._run.lower(variables, running, texts, at, None, **settings)
+
+    def _steps(
+        self,
+        path: Path,
+        variables: PyTree,
+        running: Running,
+        texts: tuple[Text, Text],
+        first: Array,
+        kept: Any,
+        *,
         solver: str,
         guidance: Guidance,
-        span: tuple[int, int],
+        count: int,
         skips: tuple[bool, ...] | None,
-        watched: bool,
-    ) -> tuple[Running, Array | None]:
+    ) -> tuple[Running, Any]:
         solution, times, keys = running
-        model, memory, ratios = partial(dit.apply, variables), None, None
+        model, memory = partial(self.dit.apply, variables), None
         if skips is not None:
-            model = _Reusing(dit, variables, skips)
-            rows, tokens = solution.tokens.latents.shape[:2]
-            model.begin(rows * (1 if guidance.scale == 1 else 2), tokens)
-            memory = model.memory
+            memory = Memory()
+            memory.value = kept
+            model = _Reusing(self.dit, variables, skips, memory)
         denoiser = guided(model, *texts, path, guidance)
-        watch = self._told if watched else None
         solution = advance(
-            denoiser, solution, times, path, keys, solver, span, watch, memory
+            denoiser, solution, times, path, keys, solver, first, count, memory
         )
-        if memory is not None:
-            ratios = memory.value[1]
-        return Running(solution, times, keys), ratios
-
-    def _told(self, index: Any, latents: Any) -> None:
-        if self.on_step is not None:
-            self.on_step(int(index), np.asarray(latents))
-
-
-def counting(on_step: OnStep, total: int) -> Callable[[int, np.ndarray], None]:
-    """What a `Stepper` calls, such that `on_step` hears how many steps are done."""
-    done = 0
-
-    def told(_: int, latents: np.ndarray) -> None:
-        nonlocal done
-        done += 1
-        on_step(done, total, latents)
-
-    return told
+        return Running(solution, times, keys), memory and memory.value
 
 
 def unpacked(
-    batches: Sequence[Batch],
-    solved: Sequence[np.ndarray],
-    sizes: Sequence[Size],
-    patch_size: Size,
-) -> list[np.ndarray]:
-    """The latents `[f h w c]` of each request, in order."""
-    out: dict[int, np.ndarray] = {}
-    for batch, latents in zip(batches, solved, strict=True):
-        row_sizes = [[sizes[i] for i in row] for row in batch.rows]
-        unpacked = unpack_rows(latents[: len(batch.rows)], row_sizes, patch_size)
-        for row, clips in zip(batch.rows, unpacked, strict=True):
-            out |= dict(zip(row, clips, strict=True))
-    return [out[i] for i in range(len(sizes))]
+    batch: Batch, latents: np.ndarray, sizes: Sequence[Size], patch_size: Size
+) -> dict[int, np.ndarray]:
+    """The latents `[f h w c]` of each request of a batch, by its number."""
+    row_sizes = [[sizes[i] for i in row] for row in batch.rows]
+    rows = unpack_rows(latents[: len(batch.rows)], row_sizes, patch_size)
+    return {
+        i: clip
+        for row, clips in zip(batch.rows, rows, strict=True)
+        for i, clip in zip(row, clips, strict=True)
+    }

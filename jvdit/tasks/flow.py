@@ -22,11 +22,10 @@ from jvdit.data.sheets import contact_sheet, write_png
 from jvdit.data.sources import LatentSource
 from jvdit.data.tokenizer import Tokenizer, train_tokenizer
 from jvdit.data.world import World
-from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.flow import Path
 from jvdit.diffusion.solvers import check_solver
 from jvdit.evaluation import oracle
-from jvdit.generation.draft import check_draft, generate
+from jvdit.generation.draft import check_draft
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request
 from jvdit.models.dit import DiT
@@ -256,13 +255,12 @@ class FlowTask(Task):
         """Clips of the prompts by the solver that ships, with seeds 0, 1, ..."""
         assert self._generator is not None
         sample = self.config.sample
-        return generate(
-            self._generator,
+        return self._generator(
             self._requests(prompts),
             draft=sample.draft,
             steps=sample.steps,
             solver=sample.solver,
-            guidance=Guidance(sample.guidance_scale),
+            guidance_scale=sample.guidance_scale,
             rows=self.config.data.rows,
         )
 

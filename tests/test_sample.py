@@ -1,0 +1,139 @@
+"""A finished model as people use it: from the command line and as a function."""
+
+import dataclasses
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jvdit.data.media import decode_clip, read_metadata
+from jvdit.data.media_encode import encode_clip
+from jvdit.diffusion.denoise import Guidance
+from jvdit.generation.prompt_lines import read_requests
+from jvdit.generation.request import Request, complete
+from jvdit.generation.settings import Settings
+
+DEFAULTS = {"frames": 5, "height": 16, "width": 16, "fps": 8.0}
+
+
+def command(*args):
+    line = [sys.executable, "-m", "jvdit.sample", *map(str, args)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=300)
+
+
+def test_from_the_command_line(workdir, generator, tmp_path):
+    """Prompts in any script, a file of them, and twice; the function gives the same."""
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_text(
+        '一只猫\n\n{"prompt": "one object", "frames": 1, "seed": 5}\n', encoding="utf-8"
+    )
+    args = ["One object!", f"--workdir={workdir}/dit", f"--prompts={prompts}"]
+    args += [f"--out={out}", "--steps=2", "--solver=ddim", "--seed=5"]
+    done = command(*args)
+    assert done.returncode == 0, done.stderr
+    films = ["one-object_5.mp4", "一只猫_6.mp4", "one-object_5-2.mp4"]
+    told = [str(out / name) for name in [*films, "sheet.png"]]
+    assert sorted(done.stdout.split()) == sorted(told)
+    found = {read_metadata(out / x)["jvdit"]["frames"]: x for x in films[::2]}
+    assert sorted(found) == [1, 5]
+    settings = read_metadata(out / "一只猫_6.mp4")["jvdit"]
+    assert settings["seed"] == 6 and settings["solver"] == "ddim"
+    assert settings["prompt"] == "一只猫" and settings["steps"] == 2
+
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    assert command(*args, "--guidance_scale=2").returncode == 0
+    assert all(path.read_bytes() == kept for path, kept in before.items())
+    assert len([*out.iterdir()]) == 2 * len(before)
+
+    again = {"steps": 2, "solver": "ddim"}
+    video = generator("One object!", seed=5, **again)
+    (same,) = generator([Request("One object!", seed=5)], **again)
+    np.testing.assert_array_equal(same, video)
+    encode_clip(tmp_path / "ours.mp4", video, 8.0)
+    ours, written, other = (
+        decode_clip(str(file), frames=5, height=16, width=16, fps=8.0)["video"]
+        for file in (tmp_path / "ours.mp4", out / found[5], out / films[1])
+    )
+    assert np.abs(written.astype(int) - ours).mean() < 1
+    assert np.abs(written.astype(int) - other).mean() > 10
+
+
+def test_mistakes_are_told_before_anything_is_computed(workdir, tmp_path):
+    (tmp_path / "file").touch()
+    model = f"--workdir={workdir}/dit"
+    for args, message in (
+        (["x", model, f"--out={tmp_path}/file/out"], "file"),
+        (["x", f"--workdir={tmp_path}"], "holds no text-to-video model"),
+    ):
+        done = command(*args)
+        assert done.returncode == 1 and message in done.stderr
+        assert done.stderr.startswith("error:") and "Traceback" not in done.stderr
+
+
+def test_clips_come_batch_by_batch_in_the_order_of_the_requests(generator):
+    sizes = [(5, 16, 16), (1, 16, 32), (5, 16, 16)]
+    requests = [Request("x", "", *size, seed=i) for i, size in enumerate(sizes)]
+    settings = Settings(steps=2, solver="euler", guidance_scale=1.0)
+    seen = []
+    coming = generator.clips(
+        requests, settings, rows=1, watch=lambda *x: seen.append(x)
+    )
+    number, video = next(coming)
+    assert video.shape == (*sizes[number], 3) and video.dtype == np.uint8
+    frames = sizes[number][0]
+    assert seen[:2] == [("denoising", 1, 2), ("denoising", 2, 2)]
+    assert seen[-1] == ("decoding", frames, frames)
+    assert [x for x in seen if x[0] == "denoising"] == seen[:2], (
+        "the others are to come"
+    )
+    rest = dict(coming)
+    assert sorted([number, *rest]) == [0, 1, 2]
+    videos = generator(requests, steps=2, solver="euler", guidance_scale=1.0)
+    assert [video.shape for video in videos] == [(*size, 3) for size in sizes]
+
+
+def test_a_model_completes_what_requests_and_settings_leave_open():
+    whole = complete(Request("x", frames=9), DEFAULTS, 16)
+    assert whole.size == (9, 16, 16) and whole.fps == 8 and whole.negative_prompt == ""
+    wide = np.zeros((32, 64, 3), np.uint8)
+    assert complete(Request("x", image=wide), DEFAULTS, 8).size == (5, 8, 16)
+    assert complete(Request("x", image=wide, height=16), DEFAULTS, 8).size[1:] == (
+        16,
+        16,
+    )
+
+    model = {"guidance_scale": 3.0, "guidance_scale_2": 5.0, "steps": 7, "draft": True}
+    found = Settings().complete(model)
+    assert found.solving["low_guidance"] == Guidance(5.0) and found.steps == 7
+    assert Settings(guidance_scale=2.0).complete(model).guidance_scale_2 == 2.0
+    assert Settings(guidance_scale=1.0, guidance_scale_2=4.0).complete(model).solving[
+        "low_guidance"
+    ] == Guidance(4.0)
+    assert Settings(draft=False).complete(model).draft is False
+    with pytest.raises(ValueError, match="`steps`.*0"):
+        Settings(steps=0)
+
+
+def test_a_field_of_the_wrong_kind_is_named():
+    with pytest.raises(ValueError, match="line 2: `frames`.*a number"):
+        read_requests(["x", '{"prompt": "y", "frames": "17"}'], {"seed": 0})
+    (request,) = read_requests(['{"prompt": "y", "references": "a.png"}'], {"seed": 4})
+    assert request.references == ("a.png",) and request.seed == 4
+
+
+@pytest.mark.parametrize("kind", ["uint16", "int32", "float32"])
+def test_pictures_of_more_bits_keep_their_brightness(tmp_path, kind):
+    """A grey ramp; Pillow by itself cuts off what is above 255."""
+    grey = np.linspace(0, 1, 64).reshape(8, 8)
+    values = grey if kind == "float32" else np.rint(grey * 65535)
+    file = tmp_path / ("x.tiff" if kind == "float32" else "x.png")
+    Image.fromarray(values.astype(kind)).save(file)
+    (found,) = Request("x", image=file).pictures
+    assert found.shape == (8, 8, 3) and found.dtype == np.uint8
+    np.testing.assert_allclose(found[..., 0], grey * 255, atol=1)
+    wild = dataclasses.replace(Request("x"), image=tmp_path / "wild.tiff")
+    Image.fromarray((grey * 1e4).astype("float32")).save(tmp_path / "wild.tiff")
+    with pytest.raises(ValueError, match="10000.*floats in"):
+        wild.pictures  # noqa: B018
