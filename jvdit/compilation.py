@@ -1,8 +1,10 @@
 """How programs are compiled: kept for the next start, with options for the chip."""
 
 import functools
+import hashlib
 import os
 import pathlib
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -107,20 +109,44 @@ class jit:
 def keep_compilations(shared: str = "") -> None:
     """Keeps compiled programs on disk, so that the next start takes them from there.
 
-    On a TPU or GPU, where a large model compiles for minutes; programs of a processor
-    might meet another one there. A folder that JAX was told stays (it is
-    JAX_COMPILATION_CACHE_DIR), as does the rule that only what took a second is kept.
+    A large model compiles for minutes, and the small one in the box for most of the
+    time of its first clip. Programs of a processor lie in a folder for processors of
+    its kind alone, for others might not know its instructions. A folder that JAX was
+    told stays (it is JAX_COMPILATION_CACHE_DIR), as does its rule of what is kept.
 
     Args:
         shared: a folder that all processes see, for programs of several: the first of
             them writes for all, so in a home of their own the others find none.
     """
-    told = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    if told or jax.default_backend() == "cpu":
+    if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
     if jax.process_count() > 1 and shared:
         folder = pathlib.Path(shared)
     else:
         home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
         folder = pathlib.Path(home).expanduser() / "jvdit"
-    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+    folder /= "compiled"
+    if jax.default_backend() == "cpu":
+        folder /= _processor()
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def _processor() -> str:
+    """A name for processors that know the same instructions."""
+    file = pathlib.Path("/proc/cpuinfo")
+    known = (
+        sorted(
+            {
+                x
+                for x in file.read_text().split("\n\n")[0].splitlines()
+                if x.startswith(
+                    ("vendor_id", "cpu family", "model", "flags", "Features", "CPU")
+                )
+            }
+        )
+        if file.exists()
+        else []
+    )
+    text = "\n".join([platform.machine(), platform.processor(), *known])
+    return "cpu-" + hashlib.sha256(text.encode()).hexdigest()[:12]

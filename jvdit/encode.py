@@ -5,6 +5,12 @@ hosts that are started with the same command share the work out. Killed and star
 again, encoding goes on after its last finished shards.
 """
 
+from jvdit.huge_pages import use_huge_pages
+
+if __name__ == "__main__":
+    use_huge_pages()  # begins this process anew, so before what takes seconds
+
+
 import signal
 import sys
 
@@ -12,7 +18,6 @@ from absl import app, flags, logging
 
 from jvdit import cluster
 from jvdit.compilation import keep_compilations
-from jvdit.huge_pages import use_huge_pages
 from jvdit.latents import SHARD, encode
 
 _SOURCE = flags.DEFINE_string("source", None, "What to encode: see jvdit.data.catalog.")
@@ -57,6 +62,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    use_huge_pages()
     flags.mark_flags_as_required(["source", "vae", "out"])
     app.run(main)

@@ -6,6 +6,12 @@ by the oracle; `--vae` scores the reconstructions of an autoencoder instead. Wri
 goes on where it was stopped.
 """
 
+from jvdit.huge_pages import use_huge_pages
+
+if __name__ == "__main__":
+    use_huge_pages()  # begins this process anew, so before what takes seconds
+
+
 import dataclasses
 import itertools
 import pathlib
@@ -35,7 +41,6 @@ from jvdit.evaluation.tracks import follow
 from jvdit.generation.draft import check_draft
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request, size_fields
-from jvdit.huge_pages import use_huge_pages
 from jvdit.training.checkpoint import weights_hash, write_json
 from jvdit.training.metrics import read_history
 
@@ -48,6 +53,9 @@ _DATA = flags.DEFINE_string(
 )
 _OUT = flags.DEFINE_string("out", None, "Folder. Default: evaluation/ in the workdir.")
 _SPLIT = flags.DEFINE_enum("split", "test", SPLITS, "Of the world.")
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Of the world: another one has other scenes.", lower_bound=0
+)
 _N = flags.DEFINE_integer("n", 512, "Clips to score.", lower_bound=2)
 _STEPS = flags.DEFINE_list("steps", None, "Of the solver; several: each in turn.")
 _GUIDANCE = flags.DEFINE_list("guidance", None, "Guidance scales; several: each.")
@@ -80,7 +88,7 @@ class Setting:
 def world_of(model: dict[str, Any]) -> World:
     """The world at the size that the flags ask for, else the model's own."""
     fields = size_fields(model, _SIZE.value, _FRAMES.value, _FPS.value)
-    return World(_SPLIT.value, **fields)
+    return World(_SPLIT.value, seed=_SEED.value, **fields)
 
 
 def settings_of(model: dict[str, Any]) -> list[Setting]:
@@ -180,7 +188,8 @@ def real(world: World) -> Iterator[np.ndarray]:
 def evaluate() -> list[pathlib.Path]:
     """Generates, scores and reports as the flags say; returns the files."""
     if _VAE.value is not None:
-        data = _DATA.value or f"world:{_SPLIT.value}:17x64x64@8:{_N.value}"
+        data = f"world:{_SPLIT.value}:17x64x64@8:{_N.value}:{_SEED.value}"
+        data = _DATA.value or data
         out = pathlib.Path(_OUT.value or pathlib.Path(_VAE.value) / "evaluation")
         return evaluate_vae(_VAE.value, data, _N.value, out)
     if not _WORKDIR.value:
@@ -213,7 +222,8 @@ def evaluate() -> list[pathlib.Path]:
             used = [generators[label], generators[label].pictures]
             weights = weights_hash([g.params for g in used if g])[:12]
             size = f"{world.frames}x{world.height}x{world.width}@{world.fps:g}"
-            folder = out / "clips" / f"{weights}-{world.split}-{size}"
+            folder = f"{weights}-{world.split}-{world.seed}-{size}"
+            folder = out / "clips" / folder
             folder = folder / re.sub(r"[^a-z0-9.]+", "-", str(setting))
             chunks = generated(
                 generators[label],
@@ -390,5 +400,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    use_huge_pages()
     app.run(main)

@@ -5,6 +5,12 @@ an mp4 for each prompt, with its settings and seed in the file, and one PNG shee
 of them.
 """
 
+from jvdit.huge_pages import use_huge_pages
+
+if __name__ == "__main__":
+    use_huge_pages()  # begins this process anew, so before what takes seconds
+
+
 import dataclasses
 import itertools
 import pathlib
@@ -30,7 +36,6 @@ from jvdit.generation.prompt_lines import read_requests
 from jvdit.generation.release import EXPERTS, add_adapters, load_release
 from jvdit.generation.request import Request, size_fields
 from jvdit.generation.settings import Settings
-from jvdit.huge_pages import use_huge_pages
 from jvdit.sharding import make_mesh, parse_mesh, sampling_sizes
 
 _LETTERS, _BYTES = 60, 160  # of a prompt in a file's name, at the most
@@ -285,5 +290,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    use_huge_pages()
     app.run(main)

@@ -4,6 +4,12 @@ Killed at any moment and started again with the same command, a run goes on from
 newest checkpoint and ends with the same bits as one that was never stopped.
 """
 
+from jvdit.huge_pages import use_huge_pages
+
+if __name__ == "__main__":
+    use_huge_pages()  # begins this process anew, so before what takes seconds
+
+
 import collections
 import pathlib
 import signal
@@ -22,7 +28,6 @@ from ml_collections import ConfigDict, config_flags
 from jvdit import cluster
 from jvdit.compilation import keep_compilations
 from jvdit.config import Config
-from jvdit.huge_pages import use_huge_pages
 from jvdit.latents import encode
 from jvdit.networks import finished_parameters
 from jvdit.sharding import make_mesh, parameter_shardings
@@ -369,6 +374,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    use_huge_pages()
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main)

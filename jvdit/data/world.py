@@ -10,8 +10,9 @@ downloaded: clip i is a pure function of (seed, split, i), at any size and rate.
 
 Splits "train", "val" and "test" are alike. "comp" shows combinations of color, shape
 and direction that these never show (`held_out`), "ood_speed" and "ood_size" other
-speeds and sizes, "ood_count" four objects. "single" is to learn from in minutes: one
-object, no gravity, no bar, steady light and camera.
+speeds and sizes, "ood_count" four objects. "single", "pair" and "falling" are to learn
+from in minutes: one object, two, and one under gravity (which the others have not); no
+bar, steady light and camera.
 """
 
 import dataclasses

@@ -30,10 +30,13 @@ TONES = ("black", "grey", "pale")
 TEXTURES = ("plain", "striped", "checkered")
 SPLITS = (  # Appending leaves old ones alone.
     *("train", "val", "test", "comp", "ood_speed", "ood_size", "ood_count", "single"),
+    *("pair", "falling"),
 )
 
 MAX_OBJECTS = 4
-_COUNTS = {"ood_count": MAX_OBJECTS, "single": 1}  # of objects, in all scenes
+# Of objects, in all scenes.
+_COUNTS = {"ood_count": MAX_OBJECTS, "single": 1, "pair": 2, "falling": 1}
+_QUIET = ("single", "pair", "falling")  # no bar, steady light and camera
 GRAVITY = 1.2  # short sides per second squared
 RADII, RADII_OOD = (0.090, 0.135), (0.070, 0.165)  # of the disc of equal area
 RATES, RATES_OOD = (0.40, 0.75), (0.20, 1.10)  # slow and fast
@@ -245,8 +248,8 @@ def _sample_stage(u: dict[str, np.ndarray], split: str) -> dict[str, np.ndarray]
     count = np.searchsorted([0.45, 0.85], u["count"], side="right") + 1
     if split in _COUNTS:
         count = np.full_like(count, _COUNTS[split])
-    eventful = split != "single"
-    gravity = (u["gravity"] < 0.25) & eventful
+    eventful = split not in _QUIET
+    gravity = (u["gravity"] < 0.25) & eventful | (split == "falling")
     # A bar asks for its own size and speed, which the ood splits must not dilute.
     barred = eventful and not split.startswith("ood")
     bar = (u["bar"] < 0.2) & ~gravity & (count == 1) & barred
