@@ -1,8 +1,8 @@
-"""Generates clips: `python -m jvdit.sample "a large red rubber circle …" --workdir …`.
+"""Generates clips: `python -m jvdit.sample "one object: a large red circle …"`.
 
-With `--pretrained FOLDER` from a released Wan 2 model, as its authors recommend. Writes
-an mp4 for each prompt, with its settings and seed in the file, and one PNG sheet of all
-of them.
+By the small model in the box; with `--workdir` by one of your own, with `--pretrained`
+by a released Wan 2 model, as its authors recommend. Writes an mp4 for each prompt as
+soon as it is ready, with its settings and seed in the file, and a PNG sheet of all.
 """
 
 from jvdit.huge_pages import use_huge_pages
@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
+from jvdit.box import FOLDER
 from jvdit.compilation import keep_compilations
 from jvdit.data.files import replacing
 from jvdit.data.media_encode import encode_clip
@@ -40,7 +41,11 @@ from jvdit.sharding import make_mesh, parse_mesh, sampling_sizes
 
 _LETTERS, _BYTES = 60, 160  # of a prompt in a file's name, at the most
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Of a training, or its model folder.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "Of a training, or its model folder; default: the model in the box.",
+)
 _PROMPTS = flags.DEFINE_string(
     "prompts", None, "File: a prompt a line, or JSON lines with fields of a request."
 )
@@ -131,13 +136,13 @@ def _mesh(prompts: int) -> Mesh:
 
 
 def _load(mesh: Mesh) -> Generator:
-    if (_WORKDIR.value is None) == (_PRETRAINED.value is None):
-        raise ValueError("give one of --workdir and --pretrained.")
+    if _WORKDIR.value is not None and _PRETRAINED.value is not None:
+        raise ValueError("give one of --workdir and --pretrained, not both.")
     if _PRETRAINED.value is None:
         for flag in (_DIT, _DIT_LOW, _SHIFT):
             if flag.value is not None:
                 raise ValueError(f"--{flag.name} goes with --pretrained.")
-        generator = Generator.load(_WORKDIR.value, mesh)
+        generator = Generator.load(_WORKDIR.value or FOLDER, mesh)
     else:
         networks = {"dit": _DIT.value, "dit_low": _DIT_LOW.value}
         generator = load_release(

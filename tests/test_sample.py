@@ -4,6 +4,8 @@ import dataclasses
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,6 +13,7 @@ from PIL import Image
 from jvdit.data.media import decode_clip, read_metadata
 from jvdit.data.media_encode import encode_clip
 from jvdit.diffusion.denoise import Guidance
+from jvdit.generation.generator import Generator
 from jvdit.generation.prompt_lines import read_requests
 from jvdit.generation.request import Request, complete
 from jvdit.generation.settings import Settings
@@ -128,7 +131,7 @@ def test_pictures_of_more_bits_keep_their_brightness(tmp_path, kind):
     """A grey ramp; Pillow by itself cuts off what is above 255."""
     grey = np.linspace(0, 1, 64).reshape(8, 8)
     values = grey if kind == "float32" else np.rint(grey * 65535)
-    file = tmp_path / ("x.tiff" if kind == "float32" else "x.png")
+    file = tmp_path / ("x.png" if kind == "uint16" else "x.tiff")
     Image.fromarray(values.astype(kind)).save(file)
     (found,) = Request("x", image=file).pictures
     assert found.shape == (8, 8, 3) and found.dtype == np.uint8
@@ -137,3 +140,18 @@ def test_pictures_of_more_bits_keep_their_brightness(tmp_path, kind):
     Image.fromarray((grey * 1e4).astype("float32")).save(tmp_path / "wild.tiff")
     with pytest.raises(ValueError, match="10000.*floats in"):
         wild.pictures  # noqa: B018
+
+
+def test_a_folder_may_hold_weights_in_fewer_bits(generator, tmp_path):
+    """They are computed with in the types of the networks."""
+    half = jax.tree.map(
+        lambda x: np.asarray(x).astype(jnp.bfloat16), dict(generator.params)
+    )
+    dataclasses.replace(generator, params=half).save(tmp_path)
+    loaded = Generator.load(tmp_path)
+    for name, tree in loaded.params.items():
+        for x, y in zip(
+            jax.tree.leaves(tree), jax.tree.leaves(half[name]), strict=True
+        ):
+            assert x.dtype == np.float32
+            np.testing.assert_array_equal(x, y.astype(np.float32))

@@ -158,10 +158,12 @@ def test_splits_differ_in_what_their_names_say():
         assert ((value < known.min()) | (value > known.max())).all()
         assert (value < known.min()).any() and (value > known.max()).any()
     assert (measures("ood_count")[0] == 4).all() and count.max() == 3
-    single = World("single").scenes(np.arange(3000))
-    assert (single.count == 1).all()
-    for event in (single.gravity, single.bar, single.light, single.pan):
-        assert not event.any()
+    for split, count in (("single", 1), ("pair", 2), ("falling", 1)):
+        quiet = World(split).scenes(np.arange(3000))
+        assert (quiet.count == count).all()
+        assert (quiet.gravity == (split == "falling")).all()
+        for event in (quiet.bar, quiet.light, quiet.pan):
+            assert not event.any()
 
 
 def test_scene_statistics():

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
+from jvdit.box import FOLDER
 from jvdit.cluster import to_host
 from jvdit.conventions import Conventions
 from jvdit.data.packing import Size
@@ -104,8 +105,8 @@ class Generator:
     pictures: "Generator | None" = None
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str], mesh: Mesh | None = None):
-        """Loads a `model` folder, or the one inside a workdir.
+    def load(cls, folder: str | os.PathLike[str] = FOLDER, mesh: Mesh | None = None):
+        """Loads a `model` folder, or the one inside a workdir; else that in the box.
 
         Raises:
             FileNotFoundError: there is no such model; says what is missing.

@@ -6,6 +6,8 @@ import os
 import pathlib
 from typing import Any
 
+import jax
+
 from jvdit.caption_encoder import CaptionEncoder
 from jvdit.conventions import Conventions
 from jvdit.diffusion.flow import Path, TimestepPolicy
@@ -61,6 +63,10 @@ def read_model(folder: str | os.PathLike[str]) -> dict[str, Any]:
     for name, module in _MODULES.items():
         params[name], fields = load_weights(folder / name)
         modules[name] = build(module, fields)
+    for name, tree in params.items():
+        if not callable(tree):  # a folder may hold them in fewer bits
+            full = modules[name].param_dtype
+            params[name] = jax.tree.map(lambda x, full=full: x.astype(full), tree)
     return {
         **modules,
         "params": params,
