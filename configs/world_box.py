@@ -13,7 +13,7 @@ from jvdit import config as defaults
 PROMPTS = tuple(x for x in world_dit.PROMPTS if x.startswith("one"))[:4] + tuple(
     x for x in world_dit.PROMPTS if x.startswith("two")
 )
-_KINDS = {"single": 40_960, "pair": 24_576}  # clips
+_KINDS = {"single": 32_768, "pair": 16_384}  # clips
 # Another seed of the world than that of the clips to learn from.
 _HELD_OUT = "world:single:9x32x32@8:256:1"
 

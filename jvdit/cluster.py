@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import flags
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -105,6 +104,9 @@ def to_host(tree: Any) -> Any:
 def wait_for_others(where: str) -> None:
     """Returns when all processes are there; `where` names a place in the program."""
     if jax.process_count() > 1:
+        # Its import takes a third of a second, which a process alone needn't wait for.
+        import orbax.checkpoint as ocp
+
         everyone = set(range(jax.process_count()))
         ocp.multihost.sync_global_processes(
             where, timeout=_PATIENCE, processes=everyone

@@ -5,13 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jvdit.models.video_vae import VARIANTS, VideoVAE
+from jvdit.models.video_vae import VARIANTS, VideoVAE, to_float, to_uint8
 from jvdit.training.vae_objective import (
     VAEObjective,
     psnr,
     random_features,
-    to_float,
-    to_uint8,
 )
 
 

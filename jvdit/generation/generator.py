@@ -16,6 +16,7 @@ from jaxtyping import Float
 
 from jvdit.box import FOLDER
 from jvdit.cluster import to_host
+from jvdit.compilation import jit
 from jvdit.conventions import Conventions
 from jvdit.data.packing import Size
 from jvdit.data.tokenizer import Tokenizer
@@ -46,7 +47,7 @@ from jvdit.generation.settings import Settings
 from jvdit.models.dit import DiT
 from jvdit.models.image_encoder import ImageEncoder
 from jvdit.models.text_encoder import TextEncoder
-from jvdit.models.video_vae import VideoVAE
+from jvdit.models.video_vae import VideoVAE, to_uint8
 from jvdit.models.video_vae_chunked import decode_normalized, encode_normalized
 from jvdit.sharding import (
     autoencoder_mesh,
@@ -54,7 +55,6 @@ from jvdit.sharding import (
     parameter_shardings,
     rows_sharding,
 )
-from jvdit.training.vae_objective import to_uint8
 
 ROWS = 8  # solved at once
 # watch(what is done at the moment, steps or frames of it that are done, and in all)
@@ -349,7 +349,7 @@ class Generator:
         total, frames = self._pixels(0, latents.shape[1]), []
         with jax.set_mesh(autoencoder_mesh(self.mesh, *latents.shape[2:4])):
             for video in decode_normalized(self.vae, self.residence["vae"], latents):
-                frames.append(to_host(to_uint8(video)))
+                frames.append(to_host(_bytes(video)))
                 if on_frames is not None:
                     on_frames(sum(x.shape[1] for x in frames), total)
         return np.concatenate(frames, axis=1)
@@ -424,6 +424,9 @@ class Generator:
     @cached_property
     def _stepper(self) -> Stepper:
         return Stepper(self.dit, self.path)
+
+
+_bytes = jit(to_uint8)
 
 
 def _unwatched(doing: str, done: int, total: int) -> None:

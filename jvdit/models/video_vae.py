@@ -234,6 +234,16 @@ class VideoVAE(nn.Module):
         return mean.reshape(axes), std.reshape(axes)
 
 
+def to_float(video: Array) -> Float[Array, "b T H W 3"]:
+    """uint8 pixels to [-1, 1]."""
+    return video.astype(jnp.float32) / 127.5 - 1
+
+
+def to_uint8(video: Float[Array, "b T H W 3"]) -> Array:
+    """[-1, 1] to uint8 pixels, rounded and clipped."""
+    return jnp.round(jnp.clip(video * 127.5 + 127.5, 0, 255)).astype(jnp.uint8)
+
+
 def _numbers(text: str) -> tuple[float, ...]:
     return tuple(map(float, text.split()))
 

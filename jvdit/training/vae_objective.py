@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jvdit.models.video_vae import VideoVAE
+from jvdit.models.video_vae import VideoVAE, to_float, to_uint8
 from jvdit.training.step import Batch, Metrics
 
 
@@ -115,16 +115,6 @@ class VAEObjective:
         variables = {"params": params["vae"]}
         mean, _ = self._encode(variables, to_float(video))
         return to_uint8(self._decode(variables, mean))
-
-
-def to_float(video: Array) -> Float[Array, "b T H W 3"]:
-    """uint8 pixels to [-1, 1]."""
-    return video.astype(jnp.float32) / 127.5 - 1
-
-
-def to_uint8(video: Float[Array, "b T H W 3"]) -> Array:
-    """[-1, 1] to uint8 pixels, rounded and clipped."""
-    return jnp.round(jnp.clip(video * 127.5 + 127.5, 0, 255)).astype(jnp.uint8)
 
 
 def psnr(a: Float[Array, "b T H W 3"], b: Float[Array, "b T H W 3"]) -> Array:
