@@ -10,6 +10,7 @@ import pytest
 from jvdit.models.attention import rope_tables, wan_axes_dims
 from jvdit.models.dit import VARIANTS, DiT
 from jvdit.models.layers import stack_layers, timestep_embedding, unstack_layers
+from jvdit.models.lora import LoRA
 from jvdit.shapes import Text, Tokens
 
 SIZES = {**VARIANTS["tiny"], "in_channels": 6, "out_channels": 6, "text_width": 10}
@@ -329,6 +330,25 @@ def test_flops_are_those_of_the_program():
     )
     extra = count_products(tables.jaxpr)
     assert model.flops(9, 4) == count_products(program.jaxpr) - extra
+
+
+@pytest.mark.parametrize("trained", ["weights", "adapters"])
+def test_flops_of_training_are_those_of_its_program(trained):
+    sizes = SIZES | {"depth": 4, "width": 128, "ffn_width": 256}
+    model = DiT(**sizes, attention_implementation="xla")
+    tokens, text = clip(800, 3, seed=0)
+    inputs = tokens, jnp.ones((1, 1)), text
+    params = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    few = LoRA(rank=1, targets=("self_attention/query$",))
+    adapters = jax.eval_shape(few.init, jax.random.key(0), params["params"])
+    given = {"weights": params, "adapters": {"lora": adapters}}[trained]
+
+    def loss(given, frozen):
+        return model.apply({**frozen, **given}, *inputs).sum()
+
+    found = count_products(jax.make_jaxpr(jax.grad(loss))(given, params).jaxpr)
+    # What is at the ends of the network needs fewer gradients: of four layers much.
+    assert model.flops(800, 3, trained) == pytest.approx(found, rel=0.08)
 
 
 def test_wan_14b_at_720p_takes_its_published_flops():
