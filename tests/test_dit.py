@@ -1,12 +1,15 @@
 """The diffusion transformer: packing, noise levels, layer forms, sizes."""
 
 import functools
+import logging
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jvdit.models import attention_mosaic
 from jvdit.models.attention import rope_tables, wan_axes_dims
 from jvdit.models.dit import VARIANTS, DiT
 from jvdit.models.layers import stack_layers, timestep_embedding, unstack_layers
@@ -372,6 +375,33 @@ def test_fields_that_do_not_fit_raise(fields, message):
     model = DiT(**SIZES | fields)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(model.init, jax.random.key(0), tokens, jnp.ones((1, 1)), text)
+
+
+@pytest.mark.parametrize(
+    ("width", "heads", "told"),
+    [
+        (1536, 24, r"heads of 64 channels.*`num_heads` \(=24\) could be 12"),
+        (192, 4, r"heads of 48 channels.*`width` \(=192\) must be a multiple of 128"),
+        (1536, 12, ""),
+    ],
+)
+def test_heads_that_a_tpu_is_slow_at_are_told(width, heads, told, caplog, monkeypatch):
+    monkeypatch.setattr(attention_mosaic, "_warn", logging.warning)
+
+    def build(tokens):
+        tokens, text = clip(tokens, 3, seed=0)
+        model = DiT(**SIZES | {"width": width, "num_heads": heads, "depth": 1})
+        inputs = tokens, jnp.ones((1, 1)), text
+        jax.eval_shape(model.init, jax.random.key(0), *inputs)
+
+    build(200)
+    assert not caplog.messages, "processors have another form"
+    monkeypatch.setattr(attention_mosaic, "platform", lambda: "tpu")
+    build(100)
+    assert not caplog.messages, "so few tokens cost little"
+    build(200)
+    assert len(caplog.messages) == bool(told)
+    assert re.search(told, "".join(caplog.messages))
 
 
 def test_levels_without_a_choice_raise(params):

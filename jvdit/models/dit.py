@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jvdit.models.attention import rope_tables, wan_axes_dims
+from jvdit.models.attention_mosaic import warn_of_heads
 from jvdit.models.dense import Dense
 from jvdit.models.dit_blocks import Block, ControlBlock, ImageEmbed, ScanBlock
 from jvdit.models.layers import (
@@ -92,7 +93,8 @@ class DiT(nn.Module):
     Attributes:
         width: channels of a token inside the network.
         depth: number of blocks.
-        num_heads: attention heads.
+        num_heads: attention heads. On a TPU they should have a multiple of 128
+            channels: others can't use flash attention there, which is warned of.
         ffn_width: hidden channels of the MLPs.
         in_channels: channels of an input token: a whole patch, ordered (pt ph pw c).
         out_channels: channels of an output token, in the same order.
@@ -335,6 +337,8 @@ class DiT(nn.Module):
                 f"`rope_dims` (={self._rope_dims}) must sum to the channels of a head, "
                 f"`width` / `num_heads` (={head_dim}); try {wan_axes_dims(head_dim)}."
             )
+        if self.attention_implementation == "auto":
+            warn_of_heads(self.width, self.num_heads, tokens.latents.shape[1])
         if self.remat not in ("none", *REMAT_POLICIES):
             known = ", ".join(["none", *REMAT_POLICIES])
             raise ValueError(f"`remat` (={self.remat!r}) must be one of: {known}.")
