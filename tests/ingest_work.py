@@ -39,6 +39,25 @@ def meet(place):
         yield os.getpid()
 
 
+def killed(place):
+    """Yields three results; killed after two, so many times; notes who is at work."""
+    folder, name, times = place
+    mine = folder / f"at-work-{name}"
+    mine.touch()
+    try:
+        for k in range(3):
+            time.sleep(0.05)
+            tries = len(list(folder.glob(f"{name}-*")))
+            if k == 2 and tries < times:
+                (folder / f"{name}-{tries}").touch()
+                mine.unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+            others = [x.name for x in folder.glob("at-work-*") if x != mine]
+            yield name, k, tries, others
+    finally:
+        mine.unlink(missing_ok=True)
+
+
 def misbehave(name):
     if "segv" in name:
         os.kill(os.getpid(), signal.SIGSEGV)

@@ -218,6 +218,25 @@ def test_killed_and_resumed_it_is_the_same_to_the_byte(tmp_path):
     assert sorted(np.concatenate(keys)) == sorted(f"{k}.mp4@0.000" for k in range(12))
 
 
+def test_it_says_that_it_was_stopped(tmp_path):
+    for k in range(6):
+        write(tmp_path / "in" / f"{k}.mp4", k, count=40)
+    tool = HERE.parent / "tools" / "prepare_clips.py"
+    options = "--frames 5 --fps 8 --size 32x48 --windows all --workers 1".split()
+    with subprocess.Popen(
+        [sys.executable, tool, tmp_path / "in", "--out", tmp_path / "out", *options],
+        env=os.environ | {"PYTHONPATH": str(HERE.parent)},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as job:
+        while not children_of(job.pid):
+            time.sleep(0.02)
+        job.send_signal(signal.SIGINT)
+        told = job.communicate(timeout=60)[1]
+    assert told == "prepare_clips: stopped; the same command goes on\n"
+    assert job.returncode == 130
+
+
 def test_events_come_in_order_and_are_complete():
     items = [3, -1, 0, 12, 1, -3, 40, 2, -2, 1]
     events = list(supervise(ingest_work.count, items, workers=3, timeout=2))
@@ -229,6 +248,25 @@ def test_events_come_in_order_and_are_complete():
     values = [e.value if e.kind == "result" else None for e in events]
     assert [(e.item, e.kind) for e in events] == [w[:2] for w in wanted]
     assert values == [w[2] for w in wanted]
+
+
+def test_what_a_killed_worker_had_is_tried_once_more_alone(tmp_path):
+    """Which has all its results once; killed again, it is given up."""
+    times = {"a": 0, "b": 1, "c": 0, "d": 2, "e": 1, "f": 0, "g": 0}
+    items = [(tmp_path, name, killed) for name, killed in times.items()]
+    events = list(supervise(ingest_work.killed, items, workers=3, timeout=60))
+    for item in items:
+        _, name, killed = item
+        found = [e for e in events if e.item == item]
+        results, last = [e.value for e in found[:-1]], found[-1]
+        assert [value[1] for value in results] == [0, 1, 2][: 2 if killed > 1 else 3]
+        if killed > 1:
+            assert last.kind == "crash" and last.value == "killed by SIGKILL, as before"
+        else:
+            assert last.kind == "end"
+        # What came in a second try came while nobody else was at work.
+        assert all(not others for *_, tries, others in results if tries)
+    assert [e.item for e in events] == sorted((e.item for e in events), key=items.index)
 
 
 def test_a_worker_that_dies_idle_is_replaced(tmp_path):
