@@ -252,21 +252,18 @@ def test_events_come_in_order_and_are_complete():
 
 def test_what_a_killed_worker_had_is_tried_once_more_alone(tmp_path):
     """Which has all its results once; killed again, it is given up."""
-    times = {"a": 0, "b": 1, "c": 0, "d": 2, "e": 1, "f": 0, "g": 0}
-    items = [(tmp_path, name, killed) for name, killed in times.items()]
-    events = list(supervise(ingest_work.killed, items, workers=3, timeout=60))
-    for item in items:
-        _, name, killed = item
-        found = [e for e in events if e.item == item]
-        results, last = [e.value for e in found[:-1]], found[-1]
-        assert [value[1] for value in results] == [0, 1, 2][: 2 if killed > 1 else 3]
-        if killed > 1:
-            assert last.kind == "crash" and last.value == "killed by SIGKILL, as before"
-        else:
-            assert last.kind == "end"
-        # What came in a second try came while nobody else was at work.
-        assert all(not others for *_, tries, others in results if tries)
+    times = {"first": 0, "never": 0, "once": 1, "twice": 2}
+    items = [(tmp_path, *pair) for pair in times.items()]
+    events = list(supervise(ingest_work.killed, items, workers=4, timeout=60))
     assert [e.item for e in events] == sorted((e.item for e in events), key=items.index)
+    for item in items:
+        *found, last = [e for e in events if e.item == item]
+        given_up = item[2] > 1
+        assert [e.value[0] for e in found] == [0, 1, 2][: 2 if given_up else 3]
+        assert last.kind == ("crash" if given_up else "end")
+        assert not given_up or last.value == "killed by SIGKILL, as before"
+        again = [first for _, tries, first in (e.value for e in found) if tries]
+        assert len(again) == (item[1] == "once") and not any(again)
 
 
 def test_a_worker_that_dies_idle_is_replaced(tmp_path):
