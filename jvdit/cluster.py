@@ -85,6 +85,13 @@ def is_lead() -> bool:
     return jax.process_index() == 0
 
 
+def own_file(path: pathlib.Path) -> pathlib.Path:
+    """The file of this process where each writes one: named by its number."""
+    if jax.process_count() == 1:
+        return path
+    return path.with_stem(f"{path.stem}_{jax.process_index()}")
+
+
 def to_host(tree: Any) -> Any:
     """Arrays of all hosts' devices as numpy arrays, whole, on every host.
 

@@ -41,7 +41,8 @@ from jvdit.evaluation.tracks import follow
 from jvdit.generation.draft import check_draft
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request, size_fields
-from jvdit.training.checkpoint import weights_hash, write_json
+from jvdit.networks import model_hash
+from jvdit.training.checkpoint import write_json
 from jvdit.training.metrics import read_history
 
 _WORKDIR = flags.DEFINE_multi_string(
@@ -220,7 +221,7 @@ def evaluate() -> list[pathlib.Path]:
             name = f"{label}: {setting}"
             task = progress.add_task(name, total=_N.value)
             used = [generators[label], generators[label].pictures]
-            weights = weights_hash([g.params for g in used if g])[:12]
+            weights = model_hash([(g.params, g.text_release) for g in used if g])[:12]
             size = f"{world.frames}x{world.height}x{world.width}@{world.fps:g}"
             folder = f"{weights}-{world.split}-{world.seed}-{size}"
             folder = out / "clips" / folder

@@ -3,15 +3,16 @@
 import hashlib
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jvdit.pretrained.folders import load_dit
 from jvdit.pretrained.release import is_release, read_release
-from jvdit.training.checkpoint import differences, load_parameters
+from jvdit.training.checkpoint import differences, load_parameters, weights_hash
 
 _BEGINNING = 1 << 20  # bytes of a file: its header, and the first weights
 
@@ -71,14 +72,33 @@ def fingerprint(folder: str | os.PathLike[str], expert: str = "dit") -> str:
 
     Args:
         folder: see `finished_parameters`.
-        expert: see there.
+        expert: which of a released model's parts; see `Release`.
     """
     place = pathlib.Path(folder)
     if is_release(folder):
         place = read_release(folder).parts[expert]
     digest = hashlib.sha256()
-    for file in sorted(place.rglob("*.safetensors")):
+    for file in sorted(place.rglob("*.safetensors")) if place.is_dir() else [place]:
         digest.update(f"{file.relative_to(place)} {file.stat().st_size} ".encode())
         with file.open("rb") as opened:
             digest.update(opened.read(_BEGINNING))
     return digest.hexdigest()[:16]
+
+
+def model_hash(models: Sequence[tuple[Mapping[str, Any], str]]) -> str:
+    """A digest of all weights of models: `weights_hash`, without reading releases.
+
+    Args:
+        models: the parameters of each by network, and the folder of the release in
+            whose files those wait that are functions, see `Generator.params`.
+    """
+
+    def known(params: Mapping[str, Any], release: str) -> dict[str, Any]:
+        return {
+            name: np.frombuffer(fingerprint(release, name).encode(), np.uint8)
+            if callable(value)
+            else value
+            for name, value in params.items()
+        }
+
+    return weights_hash([known(*model) for model in models])

@@ -4,6 +4,7 @@ They are the ones that run: the same update and the same solver step, over the s
 tables of shardings. Only shapes go in, so that neither data nor weights are needed.
 """
 
+import dataclasses
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -139,7 +140,11 @@ def train_program(
             vocab_size=config.vocab_size,
             one_clip=config.data.max_clips == 1,
         )
-        optimizer = optim.optimizer(config.steps)
+        optimizer, frozen = optim.optimizer(config.steps), {}
+        if objective.lora:
+            adapted = dataclasses.replace(objective, lora=None)
+            frozen = jax.eval_shape(adapted.init, _key(), batch)
+        places = parameter_shardings(frozen, mesh)
         state = jax.eval_shape(
             lambda key, batch: new_state(objective.init(key, batch), optimizer),
             _key(),
@@ -153,10 +158,10 @@ def train_program(
             config.seed,
             mesh=mesh,
             shardings=shardings,
-            frozen={},
+            frozen=places,
             options=config.compiler_options,
         )
-        return step.lower(state, batch, {}), state, shardings
+        return step.lower(state, batch, frozen), state, shardings
 
 
 def _row_shapes(module: DiT, rows: int, tokens: int) -> dict[str, jax.ShapeDtypeStruct]:

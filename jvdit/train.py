@@ -261,12 +261,12 @@ class _Loop:
         rates.add(idle, **self.task.counts(batch))
         self.recent.append(self.task.names(batch))
         if skipped >= self.config.max_skipped:
-            if cluster.is_lead():
-                write_json(self.workdir / "bad_clips.json", [*self.recent])
+            # Each process has read other clips, and may be the last one alive.
+            listed = cluster.own_file(self.workdir / "bad_clips.json")
+            write_json(listed, [*self.recent])
             raise FloatingPointError(
                 f"{skipped} steps in a row up to {number} had a loss or gradient that "
-                "isn't finite. Their clips are listed in "
-                f"{self.workdir}/bad_clips.json, the last of them "
+                f"isn't finite. Their clips are listed in {listed}, the last of them "
                 f"{self.recent[-1][:8]}; lower `optim.lr`, or remove the clips."
             )
         if _due(number + 1, self.config.log_every):
@@ -278,7 +278,8 @@ class _Loop:
             metrics.show(number + 1, _status(found, speed, batches.bad))
         while batches.reports:
             step, clip, reason = batches.reports.popleft()
-            metrics.say(f"step {step}: left out clip {clip}: {reason}")
+            told = f"step {step}: left out clip {clip}: {reason}"
+            metrics.say(told, everywhere=True)
 
     def _look(self, metrics, done):
         """Validation and samples, from the average, at their intervals."""

@@ -39,6 +39,29 @@ def meet(place):
         yield os.getpid()
 
 
+def killed(place):
+    """Yields three results, or is killed after two, so many times.
+
+    What is "never" killed ends before "once" is, and "first" is still at work then.
+    """
+    folder, name, times = place
+    mine = folder / f"at-work-{name}"
+    mine.touch()
+    awaited = {"first": "tried-once-0", "never": mine.name}.get(name, "tried-never-0")
+    while not (folder / awaited).exists():
+        time.sleep(0.02)
+    time.sleep(1 if name == "first" else 0)
+    tries = len(list(folder.glob(f"tried-{name}-*")))
+    for k in range(3):
+        if k == 2:
+            (folder / f"tried-{name}-{tries}").touch()
+            mine.unlink()
+        if k == 2 and tries < times:
+            time.sleep(0.1)  # what it yielded is under way
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield k, tries, (folder / "at-work-first").exists()
+
+
 def misbehave(name):
     if "segv" in name:
         os.kill(os.getpid(), signal.SIGSEGV)

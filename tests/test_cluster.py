@@ -1,7 +1,9 @@
 """Several processes train one model, as hosts of a pod do; over loopback, on CPUs."""
 
+import collections
 import dataclasses
 import http.server
+import json
 import os
 import pathlib
 import random
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from typing import ClassVar
 
 import jax
@@ -19,10 +22,11 @@ import pytest
 from jax.sharding import Mesh
 from processes import finish, free_port, kill, wait_for
 
-from jvdit import cluster
+from jvdit import cluster, train
 from jvdit.cluster import connect, share_of_rows, to_host
 from jvdit.sharding import AXES
 from jvdit.training.checkpoint import load_weights
+from jvdit.training.metrics import Metrics, Throughput
 
 HERE = pathlib.Path(__file__).parent
 RUN = ("--config.checkpoint_every=3",)
@@ -131,6 +135,31 @@ def test_hosts_have_to_share_their_workdir(tmp_path, monkeypatch):
     cluster.check_seen(tmp_path / "seen")
     with pytest.raises(ValueError, match="process 1 doesn't see what process 0 wrote"):
         cluster.check_seen(tmp_path / "not seen")
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_each_host_tells_and_lists_its_bad_clips(
+    process, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    loop = object.__new__(train._Loop)  # as much as the account of a step asks for
+    loop.workdir, loop.recent = tmp_path, collections.deque(maxlen=2)
+    loop.config = types.SimpleNamespace(max_skipped=2, log_every=0)
+    clips = [f"clips:{process}"]
+    loop.task = types.SimpleNamespace(counts=lambda _: {}, names=lambda _: clips)
+    bad = collections.deque([(7, 40 + process, "torn")])
+    batches, rates = types.SimpleNamespace(bad=1, reports=bad), Throughput()
+    metrics = Metrics(tmp_path, 10, 0, "flow")
+    loop._account(metrics, (7, {"skipped_in_a_row": 1}, {}, 0.0), rates, batches)
+    told = f"process {process}: step 7: left out clip 4{process}: torn\n"
+    assert capsys.readouterr().out == told
+    pending = 8, {"skipped_in_a_row": 2}, {}, 0.0
+    with pytest.raises(FloatingPointError, match=f"bad_clips_{process}.json, the last"):
+        loop._account(metrics, pending, rates, batches)
+    assert (
+        json.loads((tmp_path / f"bad_clips_{process}.json").read_text()) == [clips] * 2
+    )
 
 
 class Metadata(http.server.BaseHTTPRequestHandler):

@@ -1,15 +1,19 @@
 """The diffusion transformer: packing, noise levels, layer forms, sizes."""
 
 import functools
+import logging
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jvdit.models import attention_mosaic
 from jvdit.models.attention import rope_tables, wan_axes_dims
 from jvdit.models.dit import VARIANTS, DiT
 from jvdit.models.layers import stack_layers, timestep_embedding, unstack_layers
+from jvdit.models.lora import LoRA
 from jvdit.shapes import Text, Tokens
 
 SIZES = {**VARIANTS["tiny"], "in_channels": 6, "out_channels": 6, "text_width": 10}
@@ -331,6 +335,25 @@ def test_flops_are_those_of_the_program():
     assert model.flops(9, 4) == count_products(program.jaxpr) - extra
 
 
+@pytest.mark.parametrize("trained", ["weights", "adapters"])
+def test_flops_of_training_are_those_of_its_program(trained):
+    sizes = SIZES | {"depth": 4, "width": 128, "ffn_width": 256}
+    model = DiT(**sizes, attention_implementation="xla")
+    tokens, text = clip(800, 3, seed=0)
+    inputs = tokens, jnp.ones((1, 1)), text
+    params = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    few = LoRA(rank=1, targets=("self_attention/query$",))
+    adapters = jax.eval_shape(few.init, jax.random.key(0), params["params"])
+    given = {"weights": params, "adapters": {"lora": adapters}}[trained]
+
+    def loss(given, frozen):
+        return model.apply({**frozen, **given}, *inputs).sum()
+
+    found = count_products(jax.make_jaxpr(jax.grad(loss))(given, params).jaxpr)
+    # What is at the ends of the network needs fewer gradients: of four layers much.
+    assert model.flops(800, 3, trained) == pytest.approx(found, rel=0.08)
+
+
 def test_wan_14b_at_720p_takes_its_published_flops():
     model = DiT(**VARIANTS["wan2.1-t2v-14b"])
     assert model.flops(21 * 45 * 80, 512) == pytest.approx(6.52e15, rel=0.01)
@@ -352,6 +375,33 @@ def test_fields_that_do_not_fit_raise(fields, message):
     model = DiT(**SIZES | fields)
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(model.init, jax.random.key(0), tokens, jnp.ones((1, 1)), text)
+
+
+@pytest.mark.parametrize(
+    ("width", "heads", "told"),
+    [
+        (1536, 24, r"heads of 64 channels.*`num_heads` \(=24\) could be 12"),
+        (192, 4, r"heads of 48 channels.*`width` \(=192\) must be a multiple of 128"),
+        (1536, 12, ""),
+    ],
+)
+def test_heads_that_a_tpu_is_slow_at_are_told(width, heads, told, caplog, monkeypatch):
+    monkeypatch.setattr(attention_mosaic, "_warn", logging.warning)
+
+    def build(tokens):
+        tokens, text = clip(tokens, 3, seed=0)
+        model = DiT(**SIZES | {"width": width, "num_heads": heads, "depth": 1})
+        inputs = tokens, jnp.ones((1, 1)), text
+        jax.eval_shape(model.init, jax.random.key(0), *inputs)
+
+    build(200)
+    assert not caplog.messages, "processors have another form"
+    monkeypatch.setattr(attention_mosaic, "platform", lambda: "tpu")
+    build(100)
+    assert not caplog.messages, "so few tokens cost little"
+    build(200)
+    assert len(caplog.messages) == bool(told)
+    assert re.search(told, "".join(caplog.messages))
 
 
 def test_levels_without_a_choice_raise(params):

@@ -218,6 +218,25 @@ def test_killed_and_resumed_it_is_the_same_to_the_byte(tmp_path):
     assert sorted(np.concatenate(keys)) == sorted(f"{k}.mp4@0.000" for k in range(12))
 
 
+def test_it_says_that_it_was_stopped(tmp_path):
+    for k in range(6):
+        write(tmp_path / "in" / f"{k}.mp4", k, count=40)
+    tool = HERE.parent / "tools" / "prepare_clips.py"
+    options = "--frames 5 --fps 8 --size 32x48 --windows all --workers 1".split()
+    with subprocess.Popen(
+        [sys.executable, tool, tmp_path / "in", "--out", tmp_path / "out", *options],
+        env=os.environ | {"PYTHONPATH": str(HERE.parent)},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as job:
+        while not children_of(job.pid):
+            time.sleep(0.02)
+        job.send_signal(signal.SIGINT)
+        told = job.communicate(timeout=60)[1]
+    assert told == "prepare_clips: stopped; the same command goes on\n"
+    assert job.returncode == 130
+
+
 def test_events_come_in_order_and_are_complete():
     items = [3, -1, 0, 12, 1, -3, 40, 2, -2, 1]
     events = list(supervise(ingest_work.count, items, workers=3, timeout=2))
@@ -229,6 +248,22 @@ def test_events_come_in_order_and_are_complete():
     values = [e.value if e.kind == "result" else None for e in events]
     assert [(e.item, e.kind) for e in events] == [w[:2] for w in wanted]
     assert values == [w[2] for w in wanted]
+
+
+def test_what_a_killed_worker_had_is_tried_once_more_alone(tmp_path):
+    """Which has all its results once; killed again, it is given up."""
+    times = {"first": 0, "never": 0, "once": 1, "twice": 2}
+    items = [(tmp_path, *pair) for pair in times.items()]
+    events = list(supervise(ingest_work.killed, items, workers=4, timeout=60))
+    assert [e.item for e in events] == sorted((e.item for e in events), key=items.index)
+    for item in items:
+        *found, last = [e for e in events if e.item == item]
+        given_up = item[2] > 1
+        assert [e.value[0] for e in found] == [0, 1, 2][: 2 if given_up else 3]
+        assert last.kind == ("crash" if given_up else "end")
+        assert not given_up or last.value == "killed by SIGKILL, as before"
+        again = [first for _, tries, first in (e.value for e in found) if tries]
+        assert len(again) == (item[1] == "once") and not any(again)
 
 
 def test_a_worker_that_dies_idle_is_replaced(tmp_path):

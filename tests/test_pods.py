@@ -2,6 +2,7 @@
 
 import collections
 import importlib.util
+import os
 import pathlib
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from jvdit.pod_programs import pod_mesh, train_program, vae_program
 from jvdit.pods.chips import CHIPS, topology
 from jvdit.pods.forecast import forecast
 from jvdit.pods.schedule import arrays, group, read
-from jvdit.sharding import autoencoder_mesh
+from jvdit.sharding import autoencoder_mesh, make_mesh
 
 HERE = pathlib.Path(__file__).parent
 AXES = {"data": 1, "fsdp": 2, "context": 4, "tensor": 1}
@@ -236,6 +237,54 @@ def test_devices_that_cannot_divide_pixels_divide_frames(config):
     assert made.sent["collective-permute", "context"] > 0
     assert made.sent["collective-permute", "tensor"] > 0
     assert not made.sent["all-gather", "tensor"]
+
+
+TOOL = """
+import sys
+import jax
+from absl import flags
+from rich.console import Console
+sys.path.insert(0, sys.argv.pop(1))
+import compile_for_pod as tool
+from jvdit.sharding import make_mesh
+
+class TooLarge:
+    def compile(self):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: too large")
+
+flags.FLAGS(sys.argv)
+tool.pod_mesh = lambda where, sizes: make_mesh(sizes)
+tool.lower = lambda *_: TooLarge()
+meshes = {"fsdp": 2, "context": 2}, {"fsdp": 4}, {"fsdp": 4}
+for flags.FLAGS.rows in (0, None):
+    results = [tool.measure(tool._CONFIG.value, "v6e-4", sizes) for sizes in meshes]
+    print([(each.rows, each.wrong) for each in results])
+results[0].wrong, results[0].forecast.seconds = "", 1.0
+Console().print(tool.overview(results))
+"""
+
+
+def test_a_forecast_is_of_the_rows_of_the_config():
+    line = [sys.executable, "-c", TOOL, HERE.parent / "tools"]
+    line += [f"--config={HERE / 'pod_config.py'}", "--config.data.rows=6"]
+    paths = {"PYTHONPATH": str(HERE.parent), "JAX_NUM_CPU_DEVICES": "4"}
+    done = subprocess.run(line, capture_output=True, text=True, env=os.environ | paths)
+    assert done.returncode == 0, done.stderr
+    told = done.stdout
+    assert "[(2, 'too large'), (4, 'too large')" in told  # as many as the mesh asks for
+    assert "[(6, 'too large'), (6, 'rows of a batch (=6) must be divisible by" in told
+    # What is marked is told.
+    assert told.count("*") == 2 and "* of the meshes tried" in told
+
+
+def test_adapters_are_forecast_beside_the_weights_that_they_adapt():
+    config = pod_config.get_config()
+    config.lora.rank, config.dit.depth, config.data.token_budget = 4, 1, 8
+    mesh = make_mesh({"data": 1}, jax.devices()[:1])
+    lowered, state, _ = train_program(config, mesh, 1, 16, 64)
+    assert [*state.params] == ["lora"]
+    frozen = lowered.in_avals[0][2]["dit"]
+    assert frozen["blocks"]["mlp"]["fc_in"]["kernel"].shape == (1, 256, 512)
 
 
 def test_a_sampling_step_from_the_command_line(config):

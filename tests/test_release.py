@@ -19,10 +19,12 @@ from jvdit.generation.conditioning import (
 from jvdit.generation.request import Request, size_like
 from jvdit.generation.residence import Residence, fits_together
 from jvdit.models.dit import VARIANTS
+from jvdit.networks import fingerprint, model_hash
 from jvdit.pretrained.configs import dit_fields
 from jvdit.pretrained.recipes import RECIPES, name_of
 from jvdit.pretrained.release import read_release
 from jvdit.sharding import make_mesh
+from jvdit.training.checkpoint import weights_hash
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -73,6 +75,25 @@ def test_the_layout_of_the_authors(tmp_path):
     assert parts["vae"].name == "Wan2.1_VAE.safetensors"
     # Refused with the command that turns it, when it is opened.
     assert parts["text_encoder"].suffix == ".pth"
+
+
+def test_weights_that_wait_in_files_are_known_by_them(tmp_path):
+    folder = folder_of(tmp_path, {"_class_name": "WanPipeline"})
+    file = folder / "text_encoder/model.safetensors"
+    file.write_bytes(b"some weights")
+    dit = {"kernel": np.ones(3, np.float32)}
+
+    def found(changed=dit):  # the function is another one in every process
+        params = {"dit": changed, "text_encoder": lambda: {}}
+        return model_hash([(params, str(folder))])
+
+    first = found()
+    assert found() == first != found({"kernel": np.zeros(3, np.float32)})
+    alone = fingerprint(file)  # as the original release has it
+    file.write_bytes(b"other weights")
+    assert found() != first and fingerprint(file) != alone
+    with pytest.raises(TypeError, match="text_encoder.*is no array"):
+        weights_hash({"text_encoder": lambda: {}})
 
 
 def test_another_family_is_named(tmp_path):

@@ -93,36 +93,37 @@ def _our_dit(size: str, kind: str) -> tuple[Run, float]:
     cells = np.indices(grid).reshape(1, 3, n).swapaxes(1, 2).astype(np.float32)
     tokens, t = Tokens(latents, jnp.asarray(cells)), jnp.full((1, 1), 0.5)
     states = jax.random.normal(jax.random.key(2), (1, TEXT, model.text_width))
-    text, flops = Text(states.astype(jnp.bfloat16)), float(model.flops(n, TEXT))
+    trained = {"denoise": "nothing", "train": "weights", "lora": "adapters"}[kind]
+    text = Text(states.astype(jnp.bfloat16))
+    flops = float(model.flops(n, TEXT, trained))
     params = jax.jit(model.init)(jax.random.key(0), tokens, t, text)
     if kind == "denoise":
         forward = jax.jit(model.apply)
         return lambda: jax.block_until_ready(forward(params, tokens, t, text)), flops
     optimizer = optax.adamw(1e-4, weight_decay=0.01)
-    trained, frozen, multiple = params, {}, 3
+    learned, frozen = params, {}
     if kind == "lora":
         adapters = LoRA(rank=RANK).init(jax.random.key(3), params["params"])
-        # Weights have no gradient of their own.
-        trained, frozen, multiple = {"lora": adapters}, params, 2
+        learned, frozen = {"lora": adapters}, params
 
-    def loss(trained, frozen, tokens, text):
-        out = model.apply({**frozen, **trained}, tokens, t, text)
+    def loss(learned, frozen, tokens, text):
+        out = model.apply({**frozen, **learned}, tokens, t, text)
         return ((out - tokens.latents) ** 2).mean()
 
     def update(state, frozen, tokens, text):
-        trained, moments = state
-        grads = jax.grad(loss)(trained, frozen, tokens, text)
-        changes, moments = optimizer.update(grads, moments, trained)
-        return optax.apply_updates(trained, changes), moments
+        learned, moments = state
+        grads = jax.grad(loss)(learned, frozen, tokens, text)
+        changes, moments = optimizer.update(grads, moments, learned)
+        return optax.apply_updates(learned, changes), moments
 
     step = jax.jit(update, donate_argnums=0)
-    state = trained, jax.jit(optimizer.init)(trained)
+    state = learned, jax.jit(optimizer.init)(learned)
 
     def run() -> None:
         nonlocal state
         state = jax.block_until_ready(step(state, frozen, tokens, text))
 
-    return run, multiple * flops
+    return run, flops
 
 
 def theirs(case: str) -> tuple[Run, float]:

@@ -2,17 +2,19 @@
 
     pip install libtpu
     python tools/compile_for_pod.py --config configs/wan_pod.py \
-        --topology v5p-8,v5p-128,v6e-256
+        --topology v5p-8,v5p-128,v6e-256 --rows 0
     python tools/compile_for_pod.py --config configs/wan_pod.py --topology v6e-64 \
-        --mesh fsdp=8,context=8 --mesh fsdp=16,context=4 --price 2.7
+        --mesh fsdp=8,context=8 --mesh fsdp=4,context=16 --price 2.7
     python tools/compile_for_pod.py --config configs/wan_pod.py --topology 2xv5p-128 \
-        --mesh data=2,fsdp=8,context=8
+        --mesh data=2,fsdp=8,context=8 --config.data.rows=16
     python tools/compile_for_pod.py --step decode --clip 81x720x1280 --topology v6e-8
 
 The real step is compiled for the real slice, by the compiler of TPUs, which needs none;
 nothing is downloaded and nothing runs. Memory is what the compiler says. Time is an
 estimate: the cycles that the compiler expects, flash attention at the speed of its
-kernels' schedules, links at their bandwidth. Without `--mesh` several are tried.
+kernels' schedules, links at their bandwidth. Without `--mesh` several are tried. A
+batch has as many rows as in training, `data.rows`; with `--rows 0` one for each of
+data x fsdp.
 """
 
 import dataclasses
@@ -48,6 +50,7 @@ from jvdit.sharding import (
     parse_mesh,
     sampling_sizes,
 )
+from jvdit.tasks.task import check_division
 
 GB = 1e9
 CLIP_STEPS = ("encode", "decode")
@@ -65,7 +68,10 @@ _VAE = flags.DEFINE_enum(
 )
 _CLIP = flags.DEFINE_string("clip", "81x720x1280", "To encode or decode: TxHxW.")
 _ROWS = flags.DEFINE_integer(
-    "rows", None, "Of a batch. Default: one for each of data x fsdp, guided or not."
+    "rows",
+    None,
+    "Of a batch; 0: one for each of data x fsdp. Default: the config's `data.rows`; "
+    "in sampling 0, guided or not.",
 )
 _LATENTS = flags.DEFINE_integer("latent_channels", 16, "Of the autoencoder.")
 _PRICE = flags.DEFINE_float("price", None, "Of an hour of a chip.")
@@ -146,8 +152,12 @@ def lower(config: Any, mesh: Any, result: Result) -> Any:
             "optimizer": share(state.opt_state, places.opt_state),
         }
         result.slivers = slivers(state.params, places.params)
+        if frozen := lowered.in_avals[0][2]:
+            held = share(frozen, parameter_shardings(frozen, mesh))
+            result.memory["frozen weights"] = held
         module = _module(config, text_width)
-        result.flops = 3.0 * result.rows * module.flops(tokens, text)
+        trained = "adapters" if config.lora.rank else "weights"
+        result.flops = float(result.rows * module.flops(tokens, text, trained))
         return lowered
     module = _module(config, text_width, param_dtype=config.dit.dtype)
     lowered = sample_program(module, mesh, result.rows, tokens, text)
@@ -198,11 +208,22 @@ def measure(config: Any, name: str, sizes: dict[str, int]) -> Result:
     """Compiles for one slice and mesh."""
     where = topology(name)
     mesh = pod_mesh(where, sizes)
-    rows = _ROWS.value or mesh.shape["data"] * mesh.shape["fsdp"]
-    if _STEP.value == "sample" and not _ROWS.value and rows % 2 == 0:
-        rows //= 2  # guidance doubles them
+    rows = _ROWS.value
+    if rows is None and _STEP.value == "train":
+        rows = config.data.rows
+    if not rows:
+        rows = mesh.shape["data"] * mesh.shape["fsdp"]
+        if _STEP.value == "sample" and rows % 2 == 0:
+            rows //= 2  # guidance doubles them
     chip = CHIPS[several(where)[1].partition(":")[0]]
     result = Result(name, dict(mesh.shape), rows, chip=chip)
+    if _STEP.value == "train":
+        parts = config.optim.accumulate
+        try:
+            check_division(rows, config.data.token_budget, mesh, parts)
+        except ValueError as error:  # of another mesh it may not be true
+            result.wrong = str(error)
+            return result
     start = time.perf_counter()
     if _STEP.value in CLIP_STEPS:
         lowered, mesh = lower_clip(mesh, result)
@@ -230,6 +251,8 @@ def overview(results: list[Result]) -> Table:
     """One line for each slice and mesh; the best use of a slice is marked."""
     unit = "clip" if _STEP.value in CLIP_STEPS else "step"
     table = Table(title=f"{_STEP.value}, estimated; memory by the compiler")
+    if any(best(results, each.slice) for each in results):
+        table.caption = "* of the meshes tried, the one with most clips a second"
     price = [f"cost / 1,000 {unit}s"] if _PRICE.value else []
     columns = (
         "slice",
@@ -245,7 +268,7 @@ def overview(results: list[Result]) -> Table:
     for each in results:
         mesh = " ".join(f"{k} {n}" for k, n in each.mesh.items() if n > 1)
         if each.wrong:
-            table.add_row(each.slice, mesh, str(each.rows), f"[red]{each.wrong}")
+            table.add_row(each.slice, mesh, str(each.rows), "[red]no, see below")
             continue
         used = sum(v for k, v in each.memory.items() if k != "on the host")
         seconds = each.forecast.seconds
@@ -265,8 +288,9 @@ def overview(results: list[Result]) -> Table:
 
 
 def best(results: list[Result], name: str) -> Result | None:
-    """The mesh of a slice with most clips in a second."""
-    fitting = [r for r in results if r.slice == name and not r.wrong]
+    """The mesh of a slice with most clips in a second, if several were tried."""
+    tried = [r for r in results if r.slice == name]
+    fitting = [r for r in tried if not r.wrong] if len(tried) > 1 else []
     return max(fitting, key=lambda r: r.rows / r.forecast.seconds, default=None)
 
 
@@ -316,6 +340,9 @@ def main(_: list[str]) -> None:
     except (ValueError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
     console.print(overview(results))
+    for each in results:
+        if each.wrong:
+            console.print(f"[red]{each.slice}, {each.mesh}:[/] {each.wrong}")
 
 
 if __name__ == "__main__":

@@ -86,6 +86,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as e:
         print(f"prepare_clips: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("prepare_clips: stopped; the same command goes on", file=sys.stderr)
+        return 130
     directory = dataset_directory(args.out)
     print(f"{report.summary()}\n{directory / 'report.md'}")
     if report.reject_rate > args.max_reject_rate:

@@ -2,8 +2,9 @@
 
 A decoder is native code that is fed what strangers made. Each worker is a process
 of its own with a deadline for its next result; one that dies or hangs costs the item
-it had, and is replaced. Workers die with the process that started them, however it
-ends, and leave no core files.
+it had, and is replaced. If it was killed from outside, as a rule for want of memory,
+the item is tried once more, while no other is worked on. Workers die with the process
+that started them, however it ends, and leave no core files.
 """
 
 import collections
@@ -25,6 +26,7 @@ _READY, _RESULT, _END, _ERROR = "ready", "result", "end", "error"
 _START_SECONDS = 300.0  # to import the libraries, on a busy machine
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _BUFFERED = 32  # results of one item that may wait for the items before it
+_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)  # exit codes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,16 @@ class Event:
     item: Any
     kind: str
     value: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """An item and its place; how many of its results are known from a first try."""
+
+    number: int
+    item: Any
+    known: int = 0
+    again: bool = False
 
 
 def supervise(
@@ -65,19 +77,13 @@ def supervise(
     """
     pool = [_Worker(work) for _ in range(max(1, workers))]
     queue = enumerate(items)
-    ahead = 4 * len(pool)  # bounds what waits for a slow item
     waiting: dict[int, collections.deque[Event]] = {}
+    again: collections.deque[_Task] = collections.deque()
     head = 0  # the item whose events are being yielded
     exhausted = False
     try:
         while True:
-            for worker in pool:
-                if worker.ready and worker.number is None and len(waiting) < ahead:
-                    if (entry := next(queue, None)) is None:
-                        exhausted = True
-                    else:
-                        waiting[entry[0]] = collections.deque()
-                        worker.give(*entry, timeout)
+            exhausted |= _hand_out(pool, queue, waiting, again, timeout)
             while waiting.get(head):
                 event = waiting[head].popleft()
                 yield event
@@ -86,19 +92,41 @@ def supervise(
                     head += 1
             if exhausted and not waiting:
                 return
-            _collect(pool, waiting, head, work, timeout)
+            _collect(pool, waiting, again, head, work, timeout)
     finally:
         for worker in pool:
             worker.kill()
 
 
-def _collect(pool, waiting, head, work, timeout) -> None:
+def _hand_out(pool, queue, waiting, again, timeout) -> bool:
+    """Gives idle workers what is to be done; returns whether no item is left."""
+    ahead = 4 * len(pool)  # bounds what waits for a slow item
+    for worker in pool:
+        busy = [w.task for w in pool if w.task]
+        if worker.task or not worker.ready or any(task.again for task in busy):
+            continue
+        if again:  # those wait until they are alone, and nothing else is begun
+            if not busy:
+                worker.give(again.popleft(), timeout)
+        elif len(waiting) < ahead:
+            if (entry := next(queue, None)) is None:
+                return True
+            waiting[entry[0]] = collections.deque()
+            worker.give(_Task(*entry), timeout)
+    return False
+
+
+def _collect(pool, waiting, again, head, work, timeout) -> None:
     """Waits for messages, deaths and deadlines, and puts them into `waiting`."""
-    # A worker far ahead of the head is left unread: its pipe fills and it waits.
+    # A worker far ahead of the head is left unread: its pipe fills and it waits. But
+    # none may wait for an item that waits for all of them to end.
     heard = [
         w
         for w in pool
-        if w.number in (None, head) or len(waiting[w.number]) < _BUFFERED
+        if again
+        or w.task is None
+        or w.task.number == head
+        or len(waiting[w.task.number]) < _BUFFERED
     ]
     for worker in pool:
         if worker not in heard:
@@ -106,16 +134,18 @@ def _collect(pool, waiting, head, work, timeout) -> None:
     patience = min(w.deadline for w in heard) - time.monotonic()
     ready = connection.wait([w.pipe for w in heard], max(0.0, min(patience, 1.0)))
     for k, worker in enumerate(pool):
-        event = None
+        task, event = worker.task, None
         if worker.pipe in ready:
             event = worker.receive(timeout)
         elif worker in heard and time.monotonic() > worker.deadline:
             event = worker.expire(timeout)
         if event is None:
             continue
-        number, event = event
-        if number is not None:
-            waiting[number].append(event)
+        killed = event.kind == "crash" and worker.process.exitcode in _FROM_OUTSIDE
+        if task and killed and not task.again:
+            again.append(dataclasses.replace(task, known=worker.came, again=True))
+        elif task:
+            waiting[task.number].append(event)
         if event.kind in ("crash", "timeout"):
             worker.kill()
             pool[k] = _Worker(work)
@@ -132,18 +162,19 @@ class _Worker:
         )
         self.process.start()
         theirs.close()
-        self.ready, self.number, self.item = False, None, None
+        self.ready, self.task, self.came = False, None, 0
         self.deadline = time.monotonic() + _START_SECONDS
 
-    def give(self, number: int, item: Any, timeout: float | int) -> None:
+    def give(self, task: _Task, timeout: float | int) -> None:
         """Sends an item to work on."""
-        self.number, self.item = number, item
+        self.task, self.came = task, 0
         self.deadline = time.monotonic() + timeout
         with contextlib.suppress(OSError):  # it died idle; `receive` sees that
-            self.pipe.send(item)
+            self.pipe.send(task.item)
 
-    def receive(self, timeout: float | int) -> tuple[int | None, Event] | None:
-        """Returns what came through the pipe, and for which item, if any."""
+    def receive(self, timeout: float | int) -> Event | None:
+        """Returns what came through the pipe, if it is something new."""
+        item = self.task.item if self.task else None
         try:
             kind, value = self.pipe.recv()
         except (EOFError, OSError):
@@ -151,22 +182,25 @@ class _Worker:
             how = _ending(self.process.exitcode)
             if not self.ready:
                 raise RuntimeError(f"A worker could not start: {how}.") from None
-            return self.number, Event(self.item, "crash", how)
+            if self.task and self.task.again:
+                how += ", as before"
+            return Event(item, "crash", how)
         if kind == _READY:
             self.ready, self.deadline = True, float("inf")
             return None
-        assert self.number is not None, "a worker says nothing unasked"
-        number, event = self.number, Event(self.item, kind, value)
-        self.deadline = time.monotonic() + timeout
+        assert self.task is not None, "a worker says nothing unasked"
+        known, self.deadline = self.task.known, time.monotonic() + timeout
         if kind != _RESULT:
-            self.number, self.item, self.deadline = None, None, float("inf")
-        return number, event
+            self.task, self.deadline = None, float("inf")
+            return Event(item, kind, value)
+        self.came += 1
+        return Event(item, kind, value) if self.came > known else None
 
-    def expire(self, timeout: float | int) -> tuple[int, Event]:
+    def expire(self, timeout: float | int) -> Event:
         """Returns the event of a deadline that has passed."""
-        if self.number is None:
+        if self.task is None:
             raise RuntimeError(f"A worker did not start within {_START_SECONDS} s.")
-        return self.number, Event(self.item, "timeout", f"{timeout:g} s")
+        return Event(self.task.item, "timeout", f"{timeout:g} s")
 
     def kill(self) -> None:
         """Ends the process, whatever it is doing."""

@@ -5,11 +5,14 @@ last one they leave out what isn't there. Without a TPU they are interpreted, sl
 """
 
 import dataclasses
+import functools
+import math
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
@@ -58,9 +61,41 @@ def _chip() -> Blocks:
     return next((b for name, b in BLOCKS.items() if name in kind), Blocks())
 
 
+def obstacle(channels: int, tokens: int) -> str:
+    """Why the kernels can't be used; "": they can.
+
+    Args:
+        channels: of a head.
+        tokens: queries or keys, whichever are fewer: they must fill a block.
+    """
+    if channels % LANES:
+        return f"heads of {channels} channels, which aren't a multiple of {LANES}"
+    return f"{tokens} tokens, fewer than {LANES}" if tokens < LANES else ""
+
+
 def suits_mosaic(q: Float[Array, "b n q k"], k: Float[Array, "b s q k"]) -> bool:
-    """Whether the kernels take these heads, and tokens fill a block."""
-    return q.shape[-1] % LANES == 0 and min(q.shape[1], k.shape[1]) >= LANES
+    """Whether the kernels can be used for these heads and tokens."""
+    return not obstacle(q.shape[-1], min(q.shape[1], k.shape[1]))
+
+
+def warn_of_heads(width: int, num_heads: int, tokens: int) -> None:
+    """Warns, on TPUs and once, of heads that keep many tokens from the kernels."""
+    why = obstacle(width // num_heads, tokens)
+    if platform() == "tpu" and tokens >= LANES and why:
+        remedy = f"`width` (={width}) must be a multiple of {LANES} for any to suit"
+        if width % LANES == 0:
+            fits = [n for n in range(1, width // LANES + 1) if width // LANES % n == 0]
+            near = min(fits, key=lambda n: abs(math.log(n / num_heads)))
+            remedy = f"`num_heads` (={num_heads}) could be {near}"
+        _warn(
+            f"no flash attention on TPUs for {why}: expect a step to take several "
+            f"times as long; {remedy}."
+        )
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    logging.warning("%s", message)
 
 
 def block_for(tokens: int, most: int) -> int:

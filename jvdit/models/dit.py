@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jvdit.models.attention import rope_tables, wan_axes_dims
+from jvdit.models.attention_mosaic import warn_of_heads
 from jvdit.models.dense import Dense
 from jvdit.models.dit_blocks import Block, ControlBlock, ImageEmbed, ScanBlock
 from jvdit.models.layers import (
@@ -78,6 +79,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tiny": {"width": 32, "depth": 2, "num_heads": 2, "ffn_width": 64},
 }
 
+# Passes over the products with weights and of attention, by what is trained.
+_PASSES = {"nothing": (1, 1), "adapters": (2, 3), "weights": (3, 3)}
+
 _text_init = nn.initializers.normal(0.02)
 
 
@@ -89,7 +93,8 @@ class DiT(nn.Module):
     Attributes:
         width: channels of a token inside the network.
         depth: number of blocks.
-        num_heads: attention heads.
+        num_heads: attention heads. On a TPU they should have a multiple of 128
+            channels: others can't use flash attention there, which is warned of.
         ffn_width: hidden channels of the MLPs.
         in_channels: channels of an input token: a whole patch, ordered (pt ph pw c).
         out_channels: channels of an output token, in the same order.
@@ -332,6 +337,8 @@ class DiT(nn.Module):
                 f"`rope_dims` (={self._rope_dims}) must sum to the channels of a head, "
                 f"`width` / `num_heads` (={head_dim}); try {wan_axes_dims(head_dim)}."
             )
+        if self.attention_implementation == "auto":
+            warn_of_heads(self.width, self.num_heads, tokens.latents.shape[1])
         if self.remat not in ("none", *REMAT_POLICIES):
             known = ", ".join(["none", *REMAT_POLICIES])
             raise ValueError(f"`remat` (={self.remat!r}) must be one of: {known}.")
@@ -365,23 +372,28 @@ class DiT(nn.Module):
                 "give every token its level."
             )
 
-    def flops(self, tokens: int, text: int) -> int:
-        """Floating-point operations of one forward pass over one row.
+    def flops(self, tokens: int, text: int, trained: str = "nothing") -> int:
+        """Floating-point operations that a row takes, for its share of a chip's peak.
 
         Counts two for each multiply-add of every matrix product, attention over all
-        pairs of the row included; a training step takes three times this.
+        pairs of the row included; what is computed again doesn't count.
 
         Args:
             tokens: latent tokens of the row.
             text: text states of the row.
+            trained: "nothing", one forward pass; "weights", a step of training: each
+                product has a gradient of either factor, three passes; "adapters":
+                frozen weights have none, two passes, but the factors of attention
+                have both. The small products of the adapters don't count.
         """
+        weights, attention = _PASSES[trained]
         d, ffn = self.width, self.ffn_width
         each_token = 6 * d * d + 2 * d * ffn
         each_text = 2 * d * d
-        pairs = 2 * tokens * (tokens + text) * d
-        block = tokens * each_token + text * each_text + pairs
         ends = self.in_channels + self.cond_channels + self.out_channels
         ends *= tokens * d
         ends += text * (self.text_width * d + d * d)
         ends += self.freq_dim * d + 7 * d * d
-        return 2 * (self.depth * block + ends)
+        block = weights * (tokens * each_token + text * each_text)
+        block += attention * 2 * tokens * (tokens + text) * d
+        return 2 * (self.depth * block + weights * ends)

@@ -16,6 +16,7 @@ from jvdit.sharding import alone, platform
 
 Initializer = Callable[..., Array]
 
+STACKS = ("blocks", "controls")  # names of layers that are stacked on a leading axis
 # The name of what goes into a block, where remat may find it.
 BLOCK_INPUT = "block_input"
 # What a rematerialised block keeps for its backward pass; "none" keeps everything.

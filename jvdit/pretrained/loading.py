@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from jvdit.pretrained.rules import STACKS, Assignment, Rule, assign, names_of
+from jvdit.pretrained.rules import Assignment, Rule, assign, names_of
 
 
 def paths_of(tree: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jvdit.models.lora import A, B
 from jvdit.pretrained.loading import paths_of
-from jvdit.pretrained.rules import STACKS, Rule, names_of, places_of
+from jvdit.pretrained.rules import Rule, names_of, places_of
 from jvdit.pretrained.tensors import PathLike, TensorFiles, write_tensors
 
 # Of the names of layers. The first is the one that is written.

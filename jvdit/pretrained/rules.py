@@ -16,9 +16,10 @@ import einops
 import numpy as np
 from jaxtyping import Shaped
 
+from jvdit.models.layers import STACKS
+
 Shape = tuple[int, ...]
 
-STACKS = ("blocks", "controls")  # of layers, in our modules
 LISTED = 5  # names that a message lists before it only counts
 
 

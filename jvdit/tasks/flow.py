@@ -74,7 +74,7 @@ class FlowTask(Task):
         self.identity = self._identity()
         clips = sum(map(len, self.sources))
         self.summary = f"{clips} clips, {self.plan.padding:.1%} padding"
-        self.flops = 3.0 * self._forward_flops()
+        self.flops = self._flops()
         self._check_samples()
         self._validation = self._validation_batch()
         self._measure = jit(self.objective.validate)
@@ -191,11 +191,10 @@ class FlowTask(Task):
             "autoencoder": self.vae_hash,
         }
 
-    def _forward_flops(self) -> float:
+    def _flops(self) -> float:
         rows, tokens = self.example["segment"].shape
         text = self.example["text_segment"].shape[1]
-        forward = self.objective.dit.flops(tokens, text)
-        return float(rows * self.hosts * forward)
+        return float(rows * self.hosts * self.objective.flops(tokens, text))
 
     def _check_samples(self):
         sample = self.config.sample

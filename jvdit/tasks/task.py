@@ -116,19 +116,32 @@ class Task(ABC):
     def check_rows(self, accumulate: int) -> None:
         """ValueError if rows, or their tokens, don't divide over devices and parts."""
         rows = len(self.example["clip_id"]) * self.hosts
-        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"] * accumulate
-        if rows % ways:
-            raise ValueError(
-                f"rows of a batch (={rows}) must be divisible by {ways}, the devices "
-                f"along data and fsdp times `optim.accumulate` (={accumulate}); try "
-                f"{-(-rows // ways) * ways}."
-            )
-        tokens, ways = (
-            self.config.data.get("token_budget", 0),
-            self.mesh.shape["context"],
+        tokens = self.config.data.get("token_budget", 0)
+        check_division(rows, tokens, self.mesh, accumulate)
+
+
+def check_division(rows: int, tokens: int, mesh: Mesh, accumulate: int) -> None:
+    """Checks that a batch can be divided over devices, and into parts.
+
+    Args:
+        rows: of the batch.
+        tokens: of a row.
+        mesh: of the devices.
+        accumulate: parts that the batch is taken in.
+
+    Raises:
+        ValueError: it can't be.
+    """
+    ways = mesh.shape["data"] * mesh.shape["fsdp"] * accumulate
+    if rows % ways:
+        raise ValueError(
+            f"rows of a batch (={rows}) must be divisible by {ways}, the devices "
+            f"along data and fsdp times `optim.accumulate` (={accumulate}); try "
+            f"{-(-rows // ways) * ways}."
         )
-        if tokens % ways:
-            raise ValueError(
-                f"`data.token_budget` (={tokens}) must be divisible by `mesh.context` "
-                f"(={ways}); try {-(-tokens // ways) * ways}."
-            )
+    ways = mesh.shape["context"]
+    if tokens % ways:
+        raise ValueError(
+            f"`data.token_budget` (={tokens}) must be divisible by `mesh.context` "
+            f"(={ways}); try {-(-tokens // ways) * ways}."
+        )

@@ -300,10 +300,16 @@ def load_parameters(folder: PathLike, wanted: Mapping[str, Any]) -> dict[str, An
 
 
 def weights_hash(params: Any) -> str:
-    """A short digest of names, shapes and values: which weights these are."""
+    """A short digest of names, shapes and values: which weights these are.
+
+    Raises:
+        TypeError: a leaf isn't an array, whose address would make each run another.
+    """
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         value = np.asarray(leaf)
+        if value.dtype == object:
+            raise TypeError(f"{jax.tree_util.keystr(path)} is no array but {leaf!r}.")
         digest.update(
             f"{jax.tree_util.keystr(path)} {value.shape} {value.dtype}".encode()
         )

@@ -57,7 +57,8 @@ def peak_flops() -> float:
 class Metrics:
     """Writes scalars, pictures and films; shows progress with throughput and ETA.
 
-    Only the first host writes. Use as a context manager.
+    Only the first host writes; what `say` is told of, each may say. Use as a context
+    manager.
 
     Args:
         workdir: TensorBoard files go to `tensorboard/` inside, and the scalars to
@@ -135,9 +136,18 @@ class Metrics:
             self.say(f"step {step}/{self._steps} {status}")
         self._progress.update(self._task, completed=step, status=status)
 
-    def say(self, message: str) -> None:
-        """Prints a line above the bar."""
-        self._console.print(message, highlight=False, markup=False, soft_wrap=True)
+    def say(self, message: str, everywhere: bool = False) -> None:
+        """Prints a line above the bar.
+
+        Args:
+            message: the line.
+            everywhere: each process has its own to say, under its number.
+        """
+        console = self._console
+        if everywhere and jax.process_count() > 1:
+            message = f"process {jax.process_index()}: {message}"
+            console = console if self._lead else Console()
+        console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def flush(self) -> None:
         """Makes what was written visible to TensorBoard."""

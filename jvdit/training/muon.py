@@ -14,6 +14,7 @@ import optax
 from jaxtyping import Array, Float
 
 from jvdit.models.dense import turned
+from jvdit.models.layers import STACKS
 
 # Of the quintic x -> a x + b x^3 + c x^5 that Newton-Schulz applies to all singular
 # values at once: five times takes what lies in (0, 1] to about 1.
@@ -25,7 +26,7 @@ def scale_by_muon(momentum: float = 0.95) -> optax.GradientTransformation:
     """Orthogonal matrices near the Nesterov momentum, of the size of AdamW's steps.
 
     Every leaf must be a kernel: a matrix from all axes but the last to the last. Those
-    of a scanned stack of layers (below `blocks`) are one matrix for each layer.
+    of a scanned stack of layers (below one of `STACKS`) are a matrix for each layer.
     """
 
     def step(updates: Any, _) -> Any:
@@ -44,7 +45,7 @@ def _step(path: tuple, kernel: Array) -> Array:
 
 
 def _in_stack(path: tuple) -> bool:
-    return "blocks" in [str(getattr(key, "key", key)) for key in path]
+    return any(getattr(key, "key", key) in STACKS for key in path)
 
 
 def orthogonal(x: Float[Array, "i o"]) -> Float[Array, "i o"]:

@@ -134,6 +134,10 @@ class FlowObjective:
             params["dit_low"] = self.dit.init(keys[2], tokens, t, text)["params"]
         return params
 
+    def flops(self, tokens: int, text: int) -> int:
+        """Of a row in a step of training; see `DiT.flops`."""
+        return self.dit.flops(tokens, text, "adapters" if self.lora else "weights")
+
     def prepare(self, batch: Batch, key: PRNGKeyArray) -> Batch:
         """Draws a time for each clip, what is given of it, and a key for each row."""
         time_key, row_key = jax.random.split(key)

@@ -1,12 +1,16 @@
 """The optimizers, and how their steps grow and shrink over a run."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
 import optax
 
 from jvdit.training.muon import scale_by_muon
+
+# Paths of the parameters that weight decay reaches.
+DECAYING = re.compile(r"(.*/)?(kernel|token_embed/embedding|lora_a|lora_b)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +26,10 @@ class Optim:
             "linear" (likewise).
         warmup: steps of linear warm-up.
         b1, b2, eps: of AdamW.
-        weight_decay: of matrices; vectors never decay.
+        weight_decay: of the kernels of dense layers and convolutions, of embeddings of
+            tokens, and of adapters (`DECAYING`). Biases and norm scales never decay,
+            nor do tables that are added: of modulation and of positions. Names decide,
+            not axes, so that a stack of layers decays as its layers do.
         clip: largest global norm of a gradient.
         ema: decay of the average; smaller at first, min(ema, (1 + n) / (10 + n)).
         accumulate: parts that a batch is taken in, to save memory; the update is that
@@ -89,7 +96,7 @@ def _adamw(optim: Optim, learning_rate: optax.Schedule) -> optax.GradientTransfo
         b2=optim.b2,
         eps=optim.eps,
         weight_decay=optim.weight_decay,
-        mask=_matrices,
+        mask=decaying,
     )
 
 
@@ -105,8 +112,11 @@ def _muon(optim: Optim, learning_rate: optax.Schedule) -> optax.GradientTransfor
 OPTIMIZERS: dict[str, Any] = {"adamw": _adamw, "muon": _muon}
 
 
-def _matrices(params: Any) -> Any:
-    return jax.tree.map(lambda p: p.ndim > 1, params)
+def decaying(params: Any) -> Any:
+    """Which parameters `weight_decay` reaches; see `Optim`."""
+    return jax.tree_util.tree_map_with_path(
+        lambda p, _: DECAYING.fullmatch("/".join(map(_name, p))) is not None, params
+    )
 
 
 def kinds(params: Any) -> Any:
@@ -115,8 +125,10 @@ def kinds(params: Any) -> Any:
     "muon" moves the kernels of dense layers and convolutions, "adamw" whatever else
     there is: tables and vectors.
     """
+    return jax.tree_util.tree_map_with_path(
+        lambda p, _: "muon" if _name(p[-1]) == "kernel" else "adamw", params
+    )
 
-    def kind(path, _):
-        return "muon" if getattr(path[-1], "key", "") == "kernel" else "adamw"
 
-    return jax.tree_util.tree_map_with_path(kind, params)
+def _name(key: Any) -> str:
+    return str(getattr(key, "key", key))
