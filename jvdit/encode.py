@@ -5,7 +5,6 @@ hosts that are started with the same command share the work out. Killed and star
 again, encoding goes on after its last finished shards.
 """
 
-import signal
 import sys
 
 from absl import app, flags, logging
@@ -14,6 +13,7 @@ from jvdit import cluster
 from jvdit.compilation import keep_compilations
 from jvdit.huge_pages import use_huge_pages
 from jvdit.latents import SHARD, encode
+from jvdit.stop import StopRequest
 
 _SOURCE = flags.DEFINE_string("source", None, "What to encode: see jvdit.data.catalog.")
 _VALIDATION = flags.DEFINE_string("validation", "", "Goes to the split val.")
@@ -37,18 +37,17 @@ def main(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)
     try:
         _connect()
-        # Among several processes JAX would only take note of it.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         keep_compilations()
-        encode(
-            _SOURCE.value,
-            _VAE.value,
-            _OUT.value,
-            _VALIDATION.value,
-            _TEXT_ENCODER.value,
-            _TEXT_LENGTH.value,
-            _SHARD.value,
-        )
+        with StopRequest() as stop, stop.apart():
+            encode(
+                _SOURCE.value,
+                _VAE.value,
+                _OUT.value,
+                _VALIDATION.value,
+                _TEXT_ENCODER.value,
+                _TEXT_LENGTH.value,
+                _SHARD.value,
+            )
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

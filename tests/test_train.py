@@ -30,8 +30,9 @@ from jvdit.generation.release import add_adapters
 from jvdit.generation.request import Request
 from jvdit.latents import encode
 from jvdit.sharding import make_mesh
+from jvdit.stop import StopRequest
 from jvdit.tasks.flow import FlowTask
-from jvdit.train import StopRequest, train
+from jvdit.train import train
 from jvdit.training.checkpoint import (
     claim_workdir,
     load_weights,
@@ -346,7 +347,7 @@ def test_killed_and_restarted_is_bit_identical(latents, tmp_path):
 def test_after_a_training_signals_do_what_they_did():
     numbers = signal.SIGTERM, signal.SIGINT
     before = [signal.getsignal(number) for number in numbers]
-    with StopRequest() as stop:
+    with StopRequest() as stop, stop.saving():
         signal.raise_signal(signal.SIGINT)
         assert stop.asked
     assert [signal.getsignal(number) for number in numbers] == before
