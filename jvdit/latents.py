@@ -37,7 +37,6 @@ SHARD = 2048  # clips
 _READERS = min(16, os.cpu_count() or 1)  # threads
 
 
-@said_if_full()
 def encode(
     source: str,
     vae: str,
@@ -85,7 +84,7 @@ def encode(
         captions = CaptionEncoder.load(text_encoder)
         settings["text"] = captions.settings | {"length": text_length}
         states = partial(captions, max_length=text_length)
-    with cluster.held(folder):
+    with said_if_full(folder), cluster.held(folder):
         writer = RecordWriter(
             folder,
             latent_features(text=states is not None),

@@ -51,7 +51,6 @@ _LOOKED = "looked.json"  # the last step whose validation and samples are there
 PRECISIONS = ("default", "bfloat16", "float32")
 
 
-@said_if_full()
 def train(config: Config, workdir: str, stop: StopRequest | None = None) -> int:
     """Runs a training to its end, or until it is asked to stop.
 
@@ -91,7 +90,7 @@ def train(config: Config, workdir: str, stop: StopRequest | None = None) -> int:
     with jax.set_mesh(mesh), precision:
         loop = _Loop(config, pathlib.Path(workdir), mesh, task, optim, stop)
         settings = {"identity": task.identity, "config": config.to_dict()}
-        with cluster.held(workdir) as lock:
+        with said_if_full(workdir), cluster.held(workdir) as lock:
             claim_workdir(workdir, settings, task.networks)
             cluster.check_seen(pathlib.Path(workdir) / "config.json")
             return loop.run(lock)

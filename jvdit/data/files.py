@@ -43,26 +43,6 @@ def temporary_path(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields where to write a file that becomes `path` unless something is raised."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(path)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file that is either whole or absent, whatever kills the process."""
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
 def said_if_full(where: str | Path = "") -> Iterator[None]:
     """Turns what any library raises when a disk is full into one line.
 
@@ -93,6 +73,31 @@ def _of_full_disk(error: BaseException | None) -> str:
     if getattr(error, "errno", None) in _NO_ROOM or re.search(_SAY_SO, text):
         return text if len(text) < _LONGEST else f"{text[:_LONGEST]} …"
     return _of_full_disk(error.__cause__ or error.__context__)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields where to write a file that becomes `path` unless something is raised.
+
+    Raises:
+        FullDiskError: the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_path(path)
+    try:
+        with said_if_full(path):
+            yield temporary
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file that is either whole or absent, whatever kills the process."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sweep_temporary(directory: Path, *, max_age_seconds: float = 86400) -> list[str]:

@@ -36,7 +36,6 @@ from tensorflow_datasets.core import example_serializer
 from jvdit.data.files import (
     locked,
     replacing,
-    said_if_full,
     sweep_temporary,
     write_atomically,
 )
@@ -187,7 +186,6 @@ class RecordWriter:
             return 0 if self.finished else json.loads(state.read_text())["records"]
         rows, size, digest = [], 0, hashlib.blake2b(digest_size=16)
         with (
-            said_if_full(file),
             replacing(file) as temporary,
             contextlib.closing(ArrayRecordWriter(str(temporary), _OPTIONS)) as out,
         ):
