@@ -167,11 +167,7 @@ class _Loop:
     def _train(self) -> int:
         config, task = self.config, self.task
         metrics = Metrics(self.workdir, config.steps, self.start, config.objective)
-        with (
-            metrics,
-            task.batches(self.start) as batches,
-            self.stop.saving(),
-        ):
+        with metrics, task.batches(self.start) as batches, self.stop.saving():
             self._greet(metrics)
             self._compile_together()
             if self._missed_look():
@@ -194,6 +190,8 @@ class _Loop:
                     self._save(done)
                 self._look(metrics, done)
             self._account(metrics, pending, rates, batches)
+            if self.stop.asked and not done:
+                return done
             self._save(done)
             self.checkpoints.wait()
             task.save(self.state.ema, self.workdir / "model")
@@ -259,10 +257,9 @@ class _Loop:
 
     def _looks(self, done):
         """Whether validation, and samples, are due."""
-        config, last = self.config, done == self.config.steps
-        return last or _due(done, config.evaluate_every), last or _due(
-            done, config.sample_every
-        )
+        every, last = self.config, done == self.config.steps
+        validate = last or _due(done, every.evaluate_every)
+        return validate, last or _due(done, every.sample_every)
 
     def _missed_look(self):
         """Whether the run was ended before it had looked at what it goes on from."""
@@ -271,11 +268,8 @@ class _Loop:
         def last():
             return read_json(file, "delete it")["step"] if file.exists() else 0
 
-        return (
-            self.start
-            and any(self._looks(self.start))
-            and (cluster.from_lead(last) < self.start)
-        )
+        due = self.start and any(self._looks(self.start))
+        return due and cluster.from_lead(last) < self.start
 
     def _look(self, metrics, done):
         """Validation and samples, from the average, at their intervals.
