@@ -1,7 +1,6 @@
 """A finished text encoder with its tokenizer: from captions to states."""
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from jaxtyping import Float
 
 from jvdit.cluster import to_host
 from jvdit.compilation import jit
+from jvdit.data.files import write_atomically
 from jvdit.data.plan import TEXT_MULTIPLE
 from jvdit.data.tokenizer import Tokenizer
 from jvdit.data.tokenizer_json import sentencepiece_of
@@ -25,6 +25,7 @@ from jvdit.training.checkpoint import (
     load_weights,
     model_folder,
     module_fields,
+    read_json,
     save_weights,
     weights_hash,
     write_json,
@@ -59,7 +60,7 @@ class CaptionEncoder:
         """
         folder = model_folder(folder)
         if (folder / _REFERENCE).exists():
-            folder = pathlib.Path(json.loads((folder / _REFERENCE).read_text()))
+            folder = pathlib.Path(read_json(folder / _REFERENCE, "copy it anew"))
         if is_release(folder):
             release = read_release(folder)
             loaded = load_text_encoder(release.parts["text_encoder"])
@@ -81,7 +82,7 @@ class CaptionEncoder:
             return
         fields = module_fields(self.module)
         save_weights(folder / "text_encoder", self.params, fields)
-        (folder / "tokenizer.model").write_bytes(self.tokenizer.model)
+        write_atomically(folder / "tokenizer.model", self.tokenizer.model)
 
     @cached_property
     def settings(self) -> dict[str, Any]:

@@ -1,12 +1,15 @@
 """Several processes that train one model: the hosts of a pod, or of a cluster."""
 
+import contextlib
+import itertools
+import json
 import os
 import pathlib
 import signal
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +18,9 @@ from absl import flags
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from jvdit.training.checkpoint import differences
+from jvdit.training.lock import FolderLock, sweep
+
 _PATIENCE = 24 * 3600  # seconds that one process may take longer than another
 _SEEN_WITHIN = 60  # seconds, after which hosts of NFS see each other's files
 _HEARTBEAT = 30  # seconds of silence after which a process counts as lost
@@ -22,6 +28,8 @@ _HEARTBEAT = 30  # seconds of silence after which a process counts as lost
 _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance"
 _NOTICES = {"maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE", "preempted": "TRUE"}
 _NO_CLUSTER = "coordinator_address should be defined"
+# How often the processes have talked, which is the same on all.
+_told, _asked = itertools.count(), itertools.count(1)
 
 
 def connect(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
@@ -150,13 +158,86 @@ def await_seen(seen: Callable[[], bool], what: str) -> None:
         time.sleep(1)
 
 
-def all_asked_to_stop(step: int) -> bool:
-    """Whether the processes are to stop at this step, because one was told to.
+def from_lead(make: Callable[[], Any]) -> Any:
+    """What process 0 makes, a JSON value, on every process; its errors are all's.
 
-    They agree on the step, though the signal (SIGTERM, or the notice before a TPU is
-    taken away) reaches them at different times. Every process asks at every step.
+    Every process has to call it.
+
+    Raises:
+        ValueError: process 0 met one, or an OSError.
     """
-    return multihost_utils.reached_preemption_sync_point(step)
+    if jax.process_count() == 1:
+        return make()
+    client, key = ocp.multihost.get_jax_distributed_client(), f"jvdit/{next(_told)}"
+    made = error = None
+    if is_lead():
+        try:
+            made = make()
+        except (ValueError, OSError) as raised:
+            error = str(raised)
+        client.key_value_set(key, json.dumps([made, error]))
+    else:
+        made, error = json.loads(client.blocking_key_value_get(key, _PATIENCE * 1000))
+    wait_for_others(f"told {key}")  # else process 0 might take it along
+    if error is not None:
+        raise ValueError(error)
+    return made
+
+
+def check_alike(settings: Mapping[str, Any]) -> None:
+    """Makes sure that every process was given the same settings.
+
+    Raises:
+        ValueError: one wasn't; the message, on all of them, says what differs.
+    """
+    if jax.process_count() == 1:
+        return
+    ours = json.loads(json.dumps(settings, default=str))
+    client, key = ocp.multihost.get_jax_distributed_client(), f"jvdit/{next(_told)}"
+    if differing := differences(from_lead(lambda: ours), ours):
+        told = f"process {jax.process_index()}: {'; '.join(differing)}"
+        client.key_value_set(f"{key}/{jax.process_index()}", told)
+    wait_for_others(f"compared {key}")
+    found = [text for _, text in client.key_value_dir_get(key)]
+    wait_for_others(f"read {key}")
+    if found:
+        raise ValueError(
+            "the processes of this run were told other settings than process 0 "
+            f"(`there`): {' | '.join(found)}. Start all with the same command."
+        )
+
+
+@contextlib.contextmanager
+def held(folder: str | os.PathLike[str]) -> Iterator[FolderLock]:
+    """Holds a folder for the processes of this run; see `training.lock`.
+
+    What killed processes of the run left half written there is removed.
+
+    Raises:
+        ValueError: another run holds it.
+    """
+    lock = FolderLock(folder)
+
+    def take():
+        lock.acquire()
+        sweep(folder)
+
+    try:
+        from_lead(take)
+        yield lock
+    finally:
+        if lock.held and jax.process_count() == 1:  # others might still be writing
+            sweep(folder)
+        lock.release()
+
+
+def all_asked_to_stop() -> bool:
+    """Whether the processes are to stop here, because one was told to.
+
+    They agree on the place, though the signal (SIGTERM, or the notice before a TPU is
+    taken away) reaches them at different times. Every process asks equally often.
+    """
+    return multihost_utils.reached_preemption_sync_point(next(_asked))
 
 
 def heed_notices(metadata: str = _METADATA) -> None:

@@ -11,7 +11,6 @@ if __name__ == "__main__":
     use_huge_pages()  # begins this process anew, so before what takes seconds
 
 
-import signal
 import sys
 
 from absl import app, flags, logging
@@ -19,6 +18,7 @@ from absl import app, flags, logging
 from jvdit import cluster
 from jvdit.compilation import keep_compilations
 from jvdit.latents import SHARD, encode
+from jvdit.stop import StopRequest
 
 _SOURCE = flags.DEFINE_string("source", None, "What to encode: see jvdit.data.catalog.")
 _VALIDATION = flags.DEFINE_string("validation", "", "Goes to the split val.")
@@ -42,18 +42,17 @@ def main(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)
     try:
         _connect()
-        # Among several processes JAX would only take note of it.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         keep_compilations()
-        encode(
-            _SOURCE.value,
-            _VAE.value,
-            _OUT.value,
-            _VALIDATION.value,
-            _TEXT_ENCODER.value,
-            _TEXT_LENGTH.value,
-            _SHARD.value,
-        )
+        with StopRequest() as stop, stop.apart():
+            encode(
+                _SOURCE.value,
+                _VAE.value,
+                _OUT.value,
+                _VALIDATION.value,
+                _TEXT_ENCODER.value,
+                _TEXT_LENGTH.value,
+                _SHARD.value,
+            )
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
 from jvdit.compilation import keep_compilations
-from jvdit.data.files import replacing, write_atomically
+from jvdit.data.files import replacing, said_if_full, write_atomically
 from jvdit.data.world import World
 from jvdit.data.world_scene import SPLITS
 from jvdit.diffusion.solvers import SOLVERS
@@ -186,6 +186,7 @@ def real(world: World) -> Iterator[np.ndarray]:
         yield world.videos(np.arange(start, min(start + _CHUNK, _N.value)))
 
 
+@said_if_full()
 def evaluate() -> list[pathlib.Path]:
     """Generates, scores and reports as the flags say; returns the files."""
     if _VAE.value is not None:

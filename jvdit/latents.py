@@ -27,6 +27,7 @@ from jvdit.caption_encoder import CaptionEncoder
 from jvdit.clip_encoder import ClipEncoder
 from jvdit.data.catalog import open_source
 from jvdit.data.clips import BadClip, Clip, Source
+from jvdit.data.files import said_if_full
 from jvdit.data.record_format import latent_features
 from jvdit.data.records import RecordDataset, RecordWriter
 from jvdit.models.video_vae import VideoVAE
@@ -60,10 +61,13 @@ def encode(
         shard: clips of a file, which is what one process does at a time.
 
     Raises:
-        ValueError: the folder holds other latents, a clip is of a size that the
-            autoencoder doesn't take, or the processes don't see the same folder.
+        ValueError: the folder holds other latents, another run encodes into it, a clip
+            is of a size that the autoencoder doesn't take, or the processes don't see
+            the same folder.
         FileNotFoundError: there is no such source or autoencoder.
+        OSError: files can't be written, because the disk is full for example.
     """
+    cluster.check_alike(locals())
     if shard < 1:
         raise ValueError(f"`shard` (={shard}) must be at least 1 clip.")
     encoder = ClipEncoder.load(vae)
@@ -80,22 +84,23 @@ def encode(
         captions = CaptionEncoder.load(text_encoder)
         settings["text"] = captions.settings | {"length": text_length}
         states = partial(captions, max_length=text_length)
-    writer = RecordWriter(
-        folder,
-        latent_features(text=states is not None),
-        shards={name: -(-len(each) // shard) for name, each in splits.items()},
-        settings=settings,
-    )
-    with ThreadPoolExecutor(_READERS) as threads:
-        _write(writer, splits, shard, _Maker(encoder, states, threads))
-    cluster.wait_for_others(f"encoded {folder}")
-    if cluster.is_lead():
-        cluster.await_seen(partial(_all_done, writer), f"all shards of {folder}")
-        writer.finish()
-        if states is not None:
-            captions.save(folder)
-        _save_autoencoder(encoder, folder)
-    cluster.check_seen(folder / "vae" / "config.json")
+    with said_if_full(folder), cluster.held(folder):
+        writer = RecordWriter(
+            folder,
+            latent_features(text=states is not None),
+            shards={name: -(-len(each) // shard) for name, each in splits.items()},
+            settings=settings,
+        )
+        with ThreadPoolExecutor(_READERS) as threads:
+            _write(writer, splits, shard, _Maker(encoder, states, threads))
+        cluster.wait_for_others(f"encoded {folder}")
+        if cluster.is_lead():
+            cluster.await_seen(partial(_all_done, writer), f"all shards of {folder}")
+            writer.finish()
+            if states is not None:
+                captions.save(folder)
+            _save_autoencoder(encoder, folder)
+        cluster.check_seen(folder / "vae" / "config.json")
 
 
 def _check_sizes(module: VideoVAE, sources: Iterable[Source]) -> None:

@@ -12,9 +12,7 @@ if __name__ == "__main__":
 
 import collections
 import pathlib
-import signal
 import sys
-import threading
 import time
 from typing import Any
 
@@ -28,16 +26,20 @@ from ml_collections import ConfigDict, config_flags
 from jvdit import cluster
 from jvdit.compilation import keep_compilations
 from jvdit.config import Config
+from jvdit.data.files import said_if_full
 from jvdit.latents import encode
 from jvdit.networks import finished_parameters
 from jvdit.sharding import make_mesh, parameter_shardings
+from jvdit.stop import StopRequest
 from jvdit.tasks import TASKS, Task
 from jvdit.training.checkpoint import (
     Checkpoints,
     claim_workdir,
+    read_json,
     write_json,
 )
-from jvdit.training.metrics import Metrics, Throughput
+from jvdit.training.lock import FolderLock
+from jvdit.training.metrics import Metrics, Throughput, status_line
 from jvdit.training.optim import Optim
 from jvdit.training.state import TrainState, new_state, state_shardings
 from jvdit.training.step import jit_train_step
@@ -50,59 +52,31 @@ _EXIT_STOPPED = flags.DEFINE_integer(
 )
 # What is the fault of settings, files or machines, and told in a line.
 MISTAKES = (ValueError, OSError, FloatingPointError)
+_LOOKED = "looked.json"  # the last step whose validation and samples are there
 PRECISIONS = ("default", "bfloat16", "float32")
 
 
-class StopRequest:
-    """Within it SIGTERM and Ctrl-C are noticed, so that the loop can save and end.
-
-    A second signal ends the process at once. Among several processes JAX itself takes
-    SIGTERM, and they stop together.
-
-    Attributes:
-        asked: whether to stop.
-    """
-
-    def __init__(self):
-        self.asked, self._alone = False, jax.process_count() == 1
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopRequest":
-        if self._alone and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._notice)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _notice(self, number, frame):
-        self.asked = True
-        signal.signal(number, signal.SIG_DFL)
-
-    def look(self, step: int) -> bool:
-        """Whether to stop after this step; every process asks at every step."""
-        if not self._alone:
-            self.asked = cluster.all_asked_to_stop(step)
-        return self.asked
-
-
-def train(config: Config, workdir: str) -> int:
+def train(config: Config, workdir: str, stop: StopRequest | None = None) -> int:
     """Runs a training to its end, or until it is asked to stop.
 
     Args:
         config: from `jvdit.config`.
         workdir: made if need be; a run that is there goes on.
+        stop: what tells to stop. None: signals, if this is the main thread.
 
     Returns:
         The steps done.
 
     Raises:
-        ValueError: the config contradicts itself, the data or the workdir; raised
-            before anything is compiled or written.
+        ValueError: the config contradicts itself, the data or the workdir, or another
+            process trains there; raised before anything is compiled or written.
         FloatingPointError: `config.max_skipped` steps in a row weren't finite.
+        OSError: files can't be written, because the disk is full for example.
+        KeyboardInterrupt: it was asked to stop before there was anything to save.
     """
+    if stop is None:
+        with StopRequest() as stop:
+            return train(config, workdir, stop)
     if config.matmul_precision not in PRECISIONS:
         raise ValueError(
             f"`matmul_precision` (={config.matmul_precision!r}) must be one of: "
@@ -118,12 +92,13 @@ def train(config: Config, workdir: str) -> int:
     task = TASKS[config.objective](config, mesh, pathlib.Path(workdir))
     task.check_rows(optim.accumulate)
     precision = jax.default_matmul_precision(config.matmul_precision)
-    with StopRequest() as stop, jax.set_mesh(mesh), precision:
+    with jax.set_mesh(mesh), precision:
         loop = _Loop(config, pathlib.Path(workdir), mesh, task, optim, stop)
         settings = {"identity": task.identity, "config": config.to_dict()}
-        claim_workdir(workdir, settings, task.networks)
-        cluster.check_seen(pathlib.Path(workdir) / "config.json")
-        return loop.run()
+        with said_if_full(workdir), cluster.held(workdir) as lock:
+            claim_workdir(workdir, settings, task.networks)
+            cluster.check_seen(pathlib.Path(workdir) / "config.json")
+            return loop.run(lock)
 
 
 class _Loop:
@@ -163,8 +138,9 @@ class _Loop:
             options=config.compiler_options,
         )
 
-    def run(self) -> int:
+    def run(self, lock: FolderLock) -> int:
         """Trains from the newest checkpoint, or the beginning; returns steps done."""
+        self.lock = lock
         self.checkpoints = Checkpoints(self.workdir, self.config.keep_checkpoints)
         try:
             if self.checkpoints.latest is None:
@@ -196,11 +172,15 @@ class _Loop:
     def _train(self) -> int:
         config, task = self.config, self.task
         metrics = Metrics(self.workdir, config.steps, self.start, config.objective)
-        with metrics, task.batches(self.start) as batches:
+        with metrics, task.batches(self.start) as batches, self.stop.saving():
             self._greet(metrics)
             self._compile_together()
+            if self._missed_look():
+                self._look(metrics, self.start)
             rates, pending, done = Throughput(task.flops), None, self.start
             for number in range(self.start, config.steps):
+                if self.stop.look():
+                    break
                 waiting = time.perf_counter()
                 batch = next(batches)
                 idle = time.perf_counter() - waiting
@@ -211,13 +191,12 @@ class _Loop:
                 self._account(metrics, pending, rates, batches)
                 pending = (number, values, batch, idle)
                 done = number + 1
-                stopping = self.stop.look(done)
-                if stopping or _due(done, config.checkpoint_every):
+                if _due(done, config.checkpoint_every):
                     self._save(done)
                 self._look(metrics, done)
-                if stopping:
-                    break
             self._account(metrics, pending, rates, batches)
+            if self.stop.asked and not done:
+                return done
             self._save(done)
             self.checkpoints.wait()
             task.save(self.state.ema, self.workdir / "model")
@@ -250,6 +229,7 @@ class _Loop:
             metrics.say(f"WARNING: {self.data_note}")
 
     def _save(self, done):
+        self.lock.check()
         data = {"step": done, "fingerprint": self.task.fingerprint}
         self.checkpoints.save(done, self.state, data)
 
@@ -265,8 +245,9 @@ class _Loop:
             listed = cluster.own_file(self.workdir / "bad_clips.json")
             write_json(listed, [*self.recent])
             raise FloatingPointError(
-                f"{skipped} steps in a row up to {number} had a loss or gradient that "
-                f"isn't finite. Their clips are listed in {listed}, the last of them "
+                f"{skipped} steps in a row up to {number} had a loss, gradient or "
+                f"update that isn't finite. Their clips are listed in {listed}, the "
+                f"last of them "
                 f"{self.recent[-1][:8]}; lower `optim.lr`, or remove the clips."
             )
         if _due(number + 1, self.config.log_every):
@@ -275,48 +256,64 @@ class _Loop:
             metrics.scalars(number + 1, found)
             metrics.scalars(number + 1, {f"speed/{k}": v for k, v in speed.items()})
             metrics.scalars(number + 1, {"bad_clips": batches.bad})
-            metrics.show(number + 1, _status(found, speed, batches.bad))
+            metrics.show(number + 1, status_line(found, speed, batches.bad))
         while batches.reports:
             step, clip, reason = batches.reports.popleft()
             told = f"step {step}: left out clip {clip}: {reason}"
             metrics.say(told, everywhere=True)
 
+    def _looks(self, done):
+        """Whether validation, and samples, are due."""
+        every, last = self.config, done == self.config.steps
+        validate = last or _due(done, every.evaluate_every)
+        return validate, last or _due(done, every.sample_every)
+
+    def _missed_look(self):
+        """Whether the run was ended before it had looked at what it goes on from."""
+        file = self.workdir / _LOOKED
+
+        def last():
+            return read_json(file, "delete it")["step"] if file.exists() else 0
+
+        due = self.start and any(self._looks(self.start))
+        return due and cluster.from_lead(last) < self.start
+
     def _look(self, metrics, done):
-        """Validation and samples, from the average, at their intervals."""
-        ema, last = self.state.ema, done == self.config.steps
-        if last or _due(done, self.config.evaluate_every):
-            found = self.task.validate(ema)
-            metrics.scalars(done, found)
-            if found:
-                told = (f"{k.partition('/')[2]} {v:.4g}" for k, v in found.items())
-                metrics.say(f"step {done}, held out: {', '.join(told)}")
-        if last or _due(done, self.config.sample_every):
-            self.task.save(ema, self.workdir / "model")
-            self.task.show(ema, metrics, done, self.workdir / "samples")
-            metrics.flush()
+        """Validation and samples, from the average, at their intervals.
+
+        Asked to stop it leaves off, and the run makes up for it when it goes on.
+        """
+        validate, show = self._looks(done)
+        if not (validate or show):
+            return
+        try:
+            with self.stop.saving(False):
+                if validate:
+                    self._validate(metrics, done)
+                if self.stop.look():
+                    return
+                if show:
+                    self.task.save(self.state.ema, self.workdir / "model")
+                    samples = self.workdir / "samples"
+                    self.task.show(self.state.ema, metrics, done, samples)
+                    metrics.flush()
+        except KeyboardInterrupt:
+            if not self.stop.asked:
+                raise
+            return
+        if cluster.is_lead():
+            write_json(self.workdir / _LOOKED, {"step": done})
+
+    def _validate(self, metrics, done):
+        found = self.task.validate(self.state.ema)
+        metrics.scalars(done, found)
+        if found:
+            told = (f"{k.partition('/')[2]} {v:.4g}" for k, v in found.items())
+            metrics.say(f"step {done}, held out: {', '.join(told)}")
 
 
 def _due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
-
-
-def _status(values: dict[str, float], speed: dict[str, float], bad: int) -> str:
-    parts = [f"loss {values['loss']:.4f}"]
-    if "psnr" in values:
-        parts.append(f"psnr {values['psnr']:.1f} dB")
-    parts += [
-        f"{speed[name]:.3g} {name.removesuffix('_per_s')}/s"
-        for name in ("steps_per_s", "clips_per_s", "tokens_per_s")
-        if name in speed
-    ]
-    if "mfu" in speed:
-        parts.append(f"MFU {speed['mfu']:.0%}")
-    parts.append(f"idle {speed['idle']:.0%}")
-    if values["skipped"]:
-        parts.append(f"skipped {values['skipped']:.0f}")
-    if bad:
-        parts.append(f"bad clips {bad}")
-    return " ".join(parts)
 
 
 def run(config: Config, workdir: str) -> bool:
@@ -325,19 +322,26 @@ def run(config: Config, workdir: str) -> bool:
     Returns:
         Whether it came to its end; False: it was asked to stop.
     """
-    if "stages" not in config:
-        return train(config, workdir) >= config.steps
-    for name in config.order:
-        stage = config.stages[name].copy_and_resolve_references()
-        folder = str(pathlib.Path(workdir) / name)
-        with stage.unlocked():
-            _fill_workdir(stage, workdir)
-        if stage.objective == "encode":
-            settings = {k: v for k, v in stage.items() if k != "objective"}
+    cluster.check_alike({"workdir": workdir, "config": config.to_dict()})
+    with StopRequest() as stop:
+        if "stages" not in config:
+            return train(config, workdir, stop) >= config.steps and not stop.look()
+        return all(_ran(config, name, workdir, stop) for name in config.order)
+
+
+def _ran(config: Config, name: str, workdir: str, stop: StopRequest) -> bool:
+    """Runs a stage; whether it came to its end without being asked to stop."""
+    stage = config.stages[name].copy_and_resolve_references()
+    folder = str(pathlib.Path(workdir) / name)
+    with stage.unlocked():
+        _fill_workdir(stage, workdir)
+    if stage.objective == "encode":
+        settings = {k: v for k, v in stage.items() if k != "objective"}
+        with stop.apart():
             encode(out=folder, **settings)
-        elif train(stage, folder) < stage.steps:
-            return False
-    return True
+    elif train(stage, folder, stop) < stage.steps:
+        return False
+    return not stop.look()
 
 
 def _fill_workdir(config: Config, workdir: str) -> None:
@@ -357,6 +361,10 @@ def main(argv: list[str]) -> None:
         sys.exit(f"unexpected argument {argv[1]!r}; settings are --config.NAME=VALUE")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
+        # What goes wrong in a thread of orbax's is raised, too, and told in a line.
+        logging.get_absl_handler().addFilter(
+            lambda record: not (record.exc_info and "orbax" in record.pathname)
+        )
     try:
         _connect()
         keep_compilations(WORKDIR.value)

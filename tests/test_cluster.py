@@ -26,6 +26,7 @@ from jvdit import cluster, train
 from jvdit.cluster import connect, share_of_rows, to_host
 from jvdit.sharding import AXES
 from jvdit.training.checkpoint import load_weights
+from jvdit.training.lock import FolderLock
 from jvdit.training.metrics import Metrics, Throughput
 
 HERE = pathlib.Path(__file__).parent
@@ -160,6 +161,27 @@ def test_each_host_tells_and_lists_its_bad_clips(
     assert (
         json.loads((tmp_path / f"bad_clips_{process}.json").read_text()) == [clips] * 2
     )
+
+
+def test_processes_tell_each_other_what_they_were_told(tmp_path):
+    """Other settings, or another run in the folder, are refused by all of them."""
+    command = [sys.executable, HERE / "told.py", f"localhost:{free_port()}"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    theirs = FolderLock(tmp_path)
+    theirs.acquire()
+    running = [
+        subprocess.Popen([*command, str(i), tmp_path], env=environment, stdout=-1)
+        for i in range(2)
+    ]
+    told = [process.communicate(timeout=300)[0].decode() for process in running]
+    theirs.release()
+    assert finish(running) == [0, 0]
+    for i, text in enumerate(told):
+        differing, held, asked, refused = text.splitlines()
+        assert "process 1: `optim.lr` is 0.0001 there but 0.5 here" in differing
+        assert held == str(i == 0) and asked == "False"
+        assert f"held by another run (process {os.getpid()} on" in refused
+    assert not [*(tmp_path / "free").iterdir()]
 
 
 class Metadata(http.server.BaseHTTPRequestHandler):

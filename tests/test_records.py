@@ -182,7 +182,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_half(tmp_path, monkeypatch):
     writer = RecordWriter(tmp_path / "set", {"key": "text"}, shards={"train": 1})
     with monkeypatch.context() as patch:
         patch.setattr(records, "ArrayRecordWriter", Full)
-        with pytest.raises(OSError, match=r"No space left on device: '.*set-train"):
+        with pytest.raises(OSError, match="disk is full at .*set-train.*No space"):
             writer.write_shard("train", 0, [{"key": "a"}])
     assert not writer.is_done("train", 0)
     assert writer.write_shard("train", 0, [{"key": "a"}]) == 1

@@ -1,5 +1,7 @@
 """The update: the same in parts, harmless when not finite, averaged as it says."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,6 +95,20 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_count(value):
     assert np.abs(kernel(going_on) - kernel(before)).max() > 0
 
 
+@pytest.mark.parametrize(
+    "fault", [{"lr": np.nan}, {"eps": 0.0, "lr": np.inf}, {"b2": 1.0}, {"clip": np.nan}]
+)
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_an_update_that_is_not_finite_is_left_out(monkeypatch, fault, name):
+    """Whatever the optimizer makes of a good gradient."""
+    monkeypatch.setattr("jvdit.training.optim._RANGES", {})
+    state, history = run(Optim(warmup=0, name=name, **fault), [batch_of(0)] * 2)
+    kept = state.params, state.ema, state.opt_state
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(kept))
+    assert [int(m["skipped_in_a_row"]) for m in history] == [1, 2]
+    assert all(np.isfinite(m["loss"]) for m in history)
+
+
 def test_randomness_is_of_the_step_and_the_seed():
     first, _ = run(Optim(warmup=0), [batch_of(0)] * 2)
     again, _ = run(Optim(warmup=0), [batch_of(0)] * 2)
@@ -136,7 +152,23 @@ def test_learning_rate_warms_up_and_decays():
     np.testing.assert_allclose(values, [0.1, 0.55, 1.0, 0.5, 0.0], atol=1e-6)
 
 
-def test_bad_settings_are_named():
-    for bad in ({"lr": 0.0}, {"ema": 1.0}, {"accumulate": 0}, {"schedule": "step"}):
-        with pytest.raises(ValueError, match=next(iter(bad))):
-            Optim(**bad)
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("lr", (0.0, -1.0, np.nan, np.inf, 1e-60)),
+        ("clip", (0.0, np.nan, np.inf)),
+        ("eps", (0.0, np.nan, -1e-8)),
+        ("weight_decay", (-0.1, np.nan, np.inf)),
+        ("warmup", (-1,)),
+        ("accumulate", (0,)),
+        ("b1", (1.0, -0.1, np.nan)),
+        ("b2", (1.0, np.nan, 1 - 1e-9)),
+        ("ema", (1.0, np.nan)),
+        ("schedule", ("step",)),
+    ],
+)
+def test_bad_settings_are_named(name, values):
+    for value in values:
+        told = re.escape(repr(value) if isinstance(value, str) else str(value))
+        with pytest.raises(ValueError, match=rf"`optim.{name}` \(={told}\) must "):
+            Optim(**{name: value})

@@ -28,7 +28,7 @@ from jvdit.generation.request import Request
 from jvdit.latents import encode
 from jvdit.sharding import make_mesh
 from jvdit.tasks.flow import FlowTask
-from jvdit.train import StopRequest, train
+from jvdit.train import train
 from jvdit.training.checkpoint import (
     claim_workdir,
     load_weights,
@@ -302,13 +302,89 @@ def test_killed_and_restarted_is_bit_identical(latents, tmp_path):
         np.testing.assert_array_equal(x, y)
 
 
-def test_after_a_training_signals_do_what_they_did():
-    numbers = signal.SIGTERM, signal.SIGINT
-    before = [signal.getsignal(number) for number in numbers]
-    with StopRequest() as stop:
-        signal.raise_signal(signal.SIGINT)
-        assert stop.asked
-    assert [signal.getsignal(number) for number in numbers] == before
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_stopped_in_a_look_it_looks_when_it_goes_on(workdir, tmp_path, monkeypatch):
+    """Not to the next step, nor a stage; samples come, and the bits stay the same."""
+    config = thread_config.flow_config(workdir)
+    config.steps, config.checkpoint_every = 4, 0
+    config.evaluate_every = config.sample_every = 2
+    config.sample.update(prompts=("one object",), scored=0)
+    folder = tmp_path / "run"
+    pictures = [folder / f"samples/step_000000{i}.png" for i in (2, 4)]
+    with monkeypatch.context() as patched:
+        ask = lambda *_: signal.raise_signal(signal.SIGTERM)  # noqa: E731
+        patched.setattr(FlowTask, "show", ask)
+        assert train(config, str(folder)) == 2
+    assert _newest(folder) == 2 and not (folder / "samples").exists()
+    (folder / "model/.tmp@gone@1@weights.safetensors").touch()
+    with monkeypatch.context() as patched:  # killed before the last samples
+        show = FlowTask.show
+
+        def killed(task, params, metrics, step, samples):
+            if step == 4:
+                raise KeyError("killed")
+            show(task, params, metrics, step, samples)
+
+        patched.setattr(FlowTask, "show", killed)
+        config.checkpoint_every = 2
+        with pytest.raises(KeyError, match="killed"):
+            train(config, str(folder))
+    assert [x.exists() for x in pictures] == [True, False]
+    assert train(config, str(folder)) == 4
+    assert pictures[1].exists()
+    assert not [*folder.rglob(".tmp@*"), *folder.glob(".lock")]
+    before = pictures[1].stat().st_mtime_ns
+    assert train(config, str(folder)) == 4
+    assert pictures[1].stat().st_mtime_ns == before
+    whole = thread_config.flow_config(workdir)
+    whole.steps, whole.checkpoint_every = 4, 0
+    whole.evaluate_every, whole.sample_every = 0, 0
+    whole.sample.update(prompts=(), scored=0)
+    whole.data.validation = ""
+    train(whole, str(tmp_path / "whole"))
+    a, b = final_state(folder), final_state(tmp_path / "whole")
+    for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (
+            lambda f: (f / "config.json").write_text(""),
+            "config.json is damaged.*delete",
+        ),
+        (
+            lambda f: (f / "model/tokenizer.model").write_bytes(b"cut"),
+            "tokenizer.model is no sentencepiece model, or was cut off; .*delete it",
+        ),
+    ],
+)
+def test_what_was_cut_off_is_said_and_can_be_deleted(
+    workdir, tmp_path, damage, message
+):
+    folder, config = tmp_path / "dit", thread_config.flow_config(workdir)
+    shutil.copytree(workdir / "dit", folder)
+    before = (folder / "model/tokenizer.model").read_bytes()
+    damage(folder)
+    with pytest.raises(ValueError, match=message) as raised:
+        train(config, str(folder))
+    assert "\n" not in str(raised.value)
+    pathlib.Path(str(raised.value).partition(" is ")[0]).unlink()
+    assert FlowTask(config, make_mesh(), folder).tokenizer.model == before
+
+
+def test_another_optimizer_is_refused(tmp_path):
+    def claim(name):
+        settings = {"identity": {}, "config": {"optim": {"name": name}}}
+        claim_workdir(tmp_path, settings)
+
+    claim("muon")
+    claim("adamw")  # nothing is trained yet
+    (tmp_path / "checkpoints/3").mkdir(parents=True)
+    with pytest.raises(ValueError, match="begun with `optim.name` 'adamw'.*'muon'"):
+        claim("muon")
+    claim("adamw")
 
 
 def test_a_workdir_of_another_model_is_refused_and_untouched(workdir, tmp_path):

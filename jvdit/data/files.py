@@ -1,6 +1,7 @@
 """Files that are either whole or absent, whatever kills the process."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -8,6 +9,15 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+# What libraries make of those: their words, or numpy's of a file that was cut short.
+_SAY_SO = "|".join([*map(os.strerror, _NO_ROOM), r"\d+ requested and \d+ written"])
+_LONGEST = 300  # characters of another's message
+
+
+class FullDiskError(OSError):
+    """There is no room left on a disk, or none within the user's quota."""
 
 
 def local_path(path: str | Path) -> Path:
@@ -33,13 +43,51 @@ def temporary_path(path: Path) -> Path:
 
 
 @contextlib.contextmanager
+def said_if_full(where: str | Path = "") -> Iterator[None]:
+    """Turns what any library raises when a disk is full into one line.
+
+    Args:
+        where: the file, for libraries that don't say it.
+
+    Raises:
+        FullDiskError: the disk is full.
+    """
+    try:
+        yield
+    except FullDiskError:
+        raise
+    except Exception as error:
+        if told := _of_full_disk(error):
+            raise FullDiskError(
+                f"the disk is full{where and f' at {where}'}: {told}. Make room; the "
+                "same command goes on."
+            ) from error
+        raise
+
+
+def _of_full_disk(error: BaseException | None) -> str:
+    """What an error, or one behind it, says of a full disk; "" if nothing."""
+    if error is None:
+        return ""
+    text = " ".join(str(error).split())
+    if getattr(error, "errno", None) in _NO_ROOM or re.search(_SAY_SO, text):
+        return text if len(text) < _LONGEST else f"{text[:_LONGEST]} …"
+    return _of_full_disk(error.__cause__ or error.__context__)
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields where to write a file that becomes `path` unless something is raised."""
+    """Yields where to write a file that becomes `path` unless something is raised.
+
+    Raises:
+        FullDiskError: the disk is full.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_path(path)
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with said_if_full(path):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -14,13 +14,11 @@ manifest is written last: a directory without one is unfinished and will not ope
 
 import collections
 import contextlib
-import errno
 import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +33,12 @@ from array_record.python.array_record_module import (
 from etils import epath
 from tensorflow_datasets.core import example_serializer
 
-from jvdit.data.files import locked, replacing, sweep_temporary, write_atomically
+from jvdit.data.files import (
+    locked,
+    replacing,
+    sweep_temporary,
+    write_atomically,
+)
 from jvdit.data.record_format import (
     FORMAT,
     SCALARS,
@@ -49,18 +52,6 @@ from jvdit.data.record_format import (
 
 _OPTIONS = "group_size:1,uncompressed"  # larger groups make random reads slow
 MAX_RECORD_BYTES = 2**31 - 2**20  # protobuf refuses a message of 2 GiB
-
-
-@contextlib.contextmanager
-def _full_disk(file: Path) -> Iterator[None]:
-    """Says what ArrayRecord says of a full disk as Python does."""
-    try:
-        yield
-    except RuntimeError as error:
-        full = os.strerror(errno.ENOSPC)
-        if full not in str(error):
-            raise
-        raise OSError(errno.ENOSPC, full, str(file)) from error
 
 
 class RecordWriter:
@@ -195,7 +186,6 @@ class RecordWriter:
             return 0 if self.finished else json.loads(state.read_text())["records"]
         rows, size, digest = [], 0, hashlib.blake2b(digest_size=16)
         with (
-            _full_disk(file),
             replacing(file) as temporary,
             contextlib.closing(ArrayRecordWriter(str(temporary), _OPTIONS)) as out,
         ):

@@ -89,7 +89,10 @@ class Tokenizer:
         try:
             processor.LoadFromSerializedProto(data)
         except RuntimeError as error:
-            raise ValueError(f"{where} is no sentencepiece model: {error}") from error
+            raise ValueError(
+                f"{where} is no sentencepiece model, or was cut off; copy it anew or, "
+                "in the workdir of a training, delete it: the same one is made again."
+            ) from error
         found = (processor.pad_id(), processor.eos_id(), processor.unk_id())
         if found != (PAD_ID, EOS_ID, UNK_ID):
             raise ValueError(

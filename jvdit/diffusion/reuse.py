@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from jvdit.data.files import write_atomically
+
 COLLECTION = "reuse"  # of what a network keeps: `residual`, `ratio`, and `skip`
 
 
@@ -93,6 +95,5 @@ class Reuse:
 
 def save_ratios(file: str | os.PathLike[str], ratios: Sequence[float]) -> None:
     """Writes a measured curve for `Reuse.load`."""
-    pathlib.Path(file).parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "w") as opened:
-        json.dump({"ratios": [round(float(x), 5) for x in ratios]}, opened)
+    data = json.dumps({"ratios": [round(float(x), 5) for x in ratios]})
+    write_atomically(pathlib.Path(file), data.encode())

@@ -1,7 +1,6 @@
 """The `model` folder of a training: what sampling needs, and nothing else."""
 
 import dataclasses
-import json
 import os
 import pathlib
 from typing import Any
@@ -18,6 +17,7 @@ from jvdit.training.checkpoint import (
     load_weights,
     model_folder,
     module_fields,
+    read_json,
     save_weights,
     write_json,
 )
@@ -57,7 +57,7 @@ def read_model(folder: str | os.PathLike[str]) -> dict[str, Any]:
             f"{folder} holds no text-to-video model (generator.json is missing); "
             "give the workdir of a training with config.objective = 'flow'."
         )
-    settings = json.loads(settings_file.read_text())
+    settings = read_json(settings_file, "copy it anew, or let the training save it")
     text = CaptionEncoder.load(folder)
     modules, params = {"text_encoder": text.module}, {"text_encoder": text.params}
     for name, module in _MODULES.items():

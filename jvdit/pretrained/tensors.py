@@ -16,6 +16,8 @@ import numpy as np
 from jaxtyping import Shaped
 from safetensors.numpy import save_file
 
+from jvdit.data.files import replacing
+
 PathLike = str | os.PathLike[str]
 
 DTYPES: dict[str, Any] = {
@@ -157,6 +159,5 @@ def _unpickle(path: pathlib.Path) -> str:
 
 def write_tensors(file: PathLike, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes a safetensors file, as PyTorch's are marked, whole or not at all."""
-    scratch = f"{os.fspath(file)}.{os.getpid()}.tmp"
-    save_file(dict(tensors), scratch, metadata={"format": "pt"})
-    os.replace(scratch, file)
+    with replacing(pathlib.Path(file)) as scratch:
+        save_file(dict(tensors), scratch, metadata={"format": "pt"})

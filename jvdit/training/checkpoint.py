@@ -20,17 +20,32 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
+from jvdit.data.files import replacing, write_atomically
+
 _LARGE_PART = 1 << 20  # bytes of an array that one of several devices writes
 PathLike = str | os.PathLike[str]
 
 
 def write_json(path: PathLike, value: Any) -> None:
     """Writes JSON so that a reader sees all of it or the file that was there before."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    scratch.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-    os.replace(scratch, path)
+    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+    write_atomically(pathlib.Path(path), text.encode())
+
+
+def read_json(path: PathLike, remedy: str) -> Any:
+    """Reads JSON.
+
+    Args:
+        path: of the file.
+        remedy: what to do if it is damaged.
+
+    Raises:
+        ValueError: it is no JSON, for example because it was cut off.
+    """
+    try:
+        return json.loads(pathlib.Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); {remedy}.") from error
 
 
 class Checkpoints:
@@ -142,7 +157,8 @@ def claim_workdir(
     """
     path = pathlib.Path(workdir) / "config.json"
     if path.exists():
-        held = json.loads(path.read_text())
+        begun = "delete it if this is the command that the run was begun with"
+        held = read_json(path, begun)
         ours = json.loads(json.dumps(config))["identity"]
         theirs = held.get("identity", {})
         for name, module in (modules or {}).items():
@@ -156,9 +172,28 @@ def claim_workdir(
                 f"workdir {workdir} holds another model: {'; '.join(differing)}. "
                 "Choose another --workdir, or restore those settings."
             )
+        _check_optimizer(path.parent, held.get("config", {}), config.get("config", {}))
     if jax.process_index() == 0:
         _check_renaming(path.parent)
         write_json(path, config)
+
+
+def _check_optimizer(
+    folder: pathlib.Path, held: Mapping[str, Any], asked: Mapping[str, Any]
+) -> None:
+    """Whether the optimizer is the one whose state the checkpoints hold.
+
+    Raises:
+        ValueError: it isn't.
+    """
+    theirs, ours = (x.get("optim", {}).get("name") for x in (held, asked))
+    begun = any((folder / "checkpoints").glob("[0-9]*"))
+    if begun and theirs != ours and None not in (theirs, ours):
+        raise ValueError(
+            f"workdir {folder} was begun with `optim.name` {theirs!r}, whose moments "
+            f"{ours!r} can't go on with; restore it, or begin another run, with "
+            f"--config.start_from={folder}/model in another --workdir."
+        )
 
 
 def _check_renaming(folder: pathlib.Path) -> None:
@@ -243,12 +278,10 @@ def save_weights(folder: PathLike, params: Any, config: Mapping[str, Any]) -> No
         config: what `load_weights` gives back beside them.
     """
     folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     flat = flatten_dict(params, sep="/")
     flat = {path: np.asarray(leaf) for path, leaf in flat.items()}
-    scratch = folder / f"weights.{os.getpid()}.tmp"
-    save_file(flat, scratch)
-    os.replace(scratch, folder / "weights.safetensors")
+    with replacing(folder / "weights.safetensors") as scratch:
+        save_file(flat, scratch)
     write_json(folder / "config.json", config)
 
 
@@ -270,7 +303,8 @@ def load_weights(folder: PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
         flat = load_file(weights)
     except Exception as error:
         raise ValueError(f"{weights} can't be read ({error}); copy it anew.") from error
-    return unflatten_dict(flat, sep="/"), json.loads(config.read_text())
+    fields = read_json(config, "copy it anew")
+    return unflatten_dict(flat, sep="/"), fields
 
 
 def load_parameters(folder: PathLike, wanted: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.table import Column
 
 _HISTORY = "history.jsonl"
+_FLUSHED_WITHIN = 60  # seconds
 # Dense bf16 peaks of a device as jax counts devices, in FLOP/s, by device_kind.
 PEAKS = {
     "TPU v4": 275e12,
@@ -71,15 +72,13 @@ class Metrics:
     def __init__(
         self, workdir: str | os.PathLike[str], steps: int, start: int, title: str
     ):
-        # Its import takes longer than JAX's where torch is installed.
-        from tensorboardX import SummaryWriter
-
         self._lead = jax.process_index() == 0
         self._console, self._steps = Console(quiet=not self._lead), steps
         self._history = pathlib.Path(workdir) / _HISTORY
-        self._writer = (
-            SummaryWriter(os.path.join(workdir, "tensorboard")) if self._lead else None
-        )
+        self._events = _Events(os.path.join(workdir, "tensorboard"))
+        if self._lead:
+            self._events.open()
+            self._end_line()
         status = Column(ratio=1, no_wrap=True, overflow="ellipsis")
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
@@ -104,28 +103,27 @@ class Metrics:
 
     def __exit__(self, *_):
         self._progress.stop()
-        if self._writer is not None:
-            self._writer.close()
+        self._events.close()
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes finite numbers under their names; nan means "nothing to say"."""
-        if self._writer is None:
+        if not self._lead:
             return
         finite = {k: float(v) for k, v in values.items() if not math.isnan(float(v))}
         for name, value in finite.items():
-            self._writer.add_scalar(name, value, step)
+            self._events.write(step, "scalar", name, value)
         with self._history.open("a") as file:
             file.write(json.dumps({"step": step, **finite}) + "\n")
 
+    def _end_line(self):
+        """Ends the line that a killed run, or a full disk, has cut off."""
+        if self._history.exists() and not self._history.read_bytes().endswith(b"\n"):
+            with self._history.open("a") as file:
+                file.write("\n")
+
     def sheet(self, step: int, name: str, image: np.ndarray) -> None:
         """Writes a picture `[H W 3]`, uint8."""
-        if self._writer is not None:
-            self._writer.add_image(name, image, step, dataformats="HWC")
-
-    def text(self, step: int, name: str, text: str) -> None:
-        """Writes text."""
-        if self._writer is not None:
-            self._writer.add_text(name, text, step)
+        self._events.write(step, "image", name, image, dataformats="HWC")
 
     def show(self, step: int, status: str) -> None:
         """Moves the bar to a step; `status` stands beside it.
@@ -151,8 +149,52 @@ class Metrics:
 
     def flush(self) -> None:
         """Makes what was written visible to TensorBoard."""
+        self._events.flush()
+
+
+class _Events:
+    """A file of TensorBoard's, written by the thread that calls.
+
+    tensorboardX's own writer has a thread, which dies of a full disk with nobody told,
+    and whose queue then blocks for ever.
+    """
+
+    def __init__(self, folder: str):
+        self._folder, self._writer = folder, None
+        self._flushed = time.monotonic()
+
+    def open(self) -> None:
+        """Begins the file; one that isn't begun is written to in vain."""
+        # Its import takes longer than JAX's where torch is installed.
+        from tensorboardX import summary
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event
+
+        os.makedirs(self._folder, exist_ok=True)
+        self._writer = EventsWriter(os.path.join(self._folder, "events"))
+        self._summary, self._event = summary, Event
+
+    def write(self, step: int, kind: str, *value: Any, **form: Any) -> None:
+        """Writes a value: of the kind "scalar" or "image"."""
+        if self._writer is None:
+            return
+        made = getattr(self._summary, kind)(*value, **form)
+        self._writer.write_event(
+            self._event(wall_time=time.time(), step=step, summary=made)
+        )
+        if time.monotonic() > self._flushed + _FLUSHED_WITHIN:
+            self.flush()
+
+    def flush(self) -> None:
+        """Makes what was written visible."""
         if self._writer is not None:
             self._writer.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Ends the file."""
+        if self._writer is not None:
+            self._writer.close()
 
 
 def read_history(workdir: str | os.PathLike[str]) -> dict[str, list[tuple[int, float]]]:
@@ -171,6 +213,26 @@ def read_history(workdir: str | os.PathLike[str]) -> dict[str, list[tuple[int, f
         for name, value in values.items():
             found.setdefault(name, {})[step] = value
     return {name: sorted(points.items()) for name, points in found.items()}
+
+
+def status_line(values: dict[str, float], speed: dict[str, float], bad: int) -> str:
+    """What a terminal shows of a step: its metrics, the rates, and bad clips."""
+    parts = [f"loss {values['loss']:.4f}"]
+    if "psnr" in values:
+        parts.append(f"psnr {values['psnr']:.1f} dB")
+    parts += [
+        f"{speed[name]:.3g} {name.removesuffix('_per_s')}/s"
+        for name in ("steps_per_s", "clips_per_s", "tokens_per_s")
+        if name in speed
+    ]
+    if "mfu" in speed:
+        parts.append(f"MFU {speed['mfu']:.0%}")
+    parts.append(f"idle {speed['idle']:.0%}")
+    if values["skipped"]:
+        parts.append(f"skipped {values['skipped']:.0f}")
+    if bad:
+        parts.append(f"bad clips {bad}")
+    return " ".join(parts)
 
 
 class Throughput:

@@ -1,16 +1,31 @@
 """The optimizers, and how their steps grow and shrink over a run."""
 
 import dataclasses
+import math
 import re
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from jvdit.training.muon import scale_by_muon
 
 # Paths of the parameters that weight decay reaches.
 DECAYING = re.compile(r"(.*/)?(kernel|token_embed/embedding|lora_a|lora_b)")
+_LEAST, _MOST = float(np.finfo(np.float32).tiny), math.inf
+# Between what each number lies, as the float32 that it becomes, and what is told else.
+_RANGES = {
+    "lr": (_LEAST, _MOST, "be > 0 and finite; try 1e-4"),
+    "clip": (_LEAST, _MOST, "be > 0 and finite; try 1, or 1e9 to clip nothing"),
+    "eps": (_LEAST, _MOST, "be > 0 and finite; try 1e-8"),
+    "weight_decay": (0, _MOST, "be >= 0 and finite; try 0.01, or 0 for none"),
+    "warmup": (0, _MOST, "be >= 0 and finite; try 500, or 0 for none"),
+    "accumulate": (1, _MOST, "be >= 1 and finite; 1 takes a batch whole"),
+    "b1": (0, 1, "lie in [0, 1); try 0.9"),
+    "b2": (0, 1, "lie in [0, 1); try 0.99"),
+    "ema": (0, 1, "lie in [0, 1); try 0.999"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +77,10 @@ class Optim:
                 f"`optim.schedule` (={self.schedule!r}) must be constant, cosine or "
                 "linear."
             )
-        for name in ("lr", "clip", "accumulate"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`optim.{name}` (={getattr(self, name)}) must be > 0")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"`optim.ema` (={self.ema}) must lie in [0, 1).")
+        for name, (low, high, rule) in _RANGES.items():
+            value = getattr(self, name)
+            if not low <= np.float32(value) < high:  # nor is it, if it is no number
+                raise ValueError(f"`optim.{name}` (={value}) must {rule}.")
 
     def learning_rate(self, steps: int) -> optax.Schedule:
         """The learning rate at each step of a run of `steps`."""

@@ -21,7 +21,7 @@ class TrainState:
         params: float32 master weights.
         ema: their exponential moving average: what samples and evaluations use.
         opt_state: of the optimizer.
-        skipped: steps not applied because loss or gradient was not finite.
+        skipped: steps not applied because loss, gradient or update wasn't finite.
         skipped_in_a_row: the same, since the last step that was applied.
     """
 

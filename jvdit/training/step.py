@@ -56,7 +56,8 @@ def make_train_step(
     Sums of loss and gradient are taken over the parts of the batch
     (`optim.accumulate`) and divided once by the weight of the whole, so the update is
     the same in any number of parts. A step whose loss or gradient isn't finite changes
-    nothing but its count.
+    nothing but its count. Of an update, numbers that aren't finite are left out, and it
+    counts as skipped if a bias, or another vector, has some.
     """
     optimizer = optim.optimizer(steps)
     learning_rate = optim.learning_rate(steps)
@@ -83,10 +84,13 @@ def make_train_step(
         ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         old = state.params, state.ema, state.opt_state
+        sound = finite & _finite((params, opt_state))
         params, ema, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, ema, opt_state), old
+            lambda new, old: jnp.where(finite & jnp.isfinite(new), new, old),
+            (params, ema, opt_state),
+            old,
         )
-        bad = 1 - finite.astype(jnp.int32)
+        bad = 1 - sound.astype(jnp.int32)
         metrics = {name: _mean(value, weight) for name, value in metrics.items()}
         metrics |= {
             "loss": loss,
@@ -137,6 +141,12 @@ def jit_train_step(
         donate_argnums=0,
         compiler_options=compiler_options(options),
     )
+
+
+def _finite(tree: Any) -> Array:
+    """Whether all vectors are finite; of matrices, a TPU would keep several for it."""
+    small = [x for x in jax.tree.leaves(tree) if x.ndim < 2]
+    return jnp.stack([jnp.isfinite(x).all() for x in small]).all()
 
 
 def _mean(value, weight):

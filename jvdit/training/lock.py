@@ -1,0 +1,191 @@
+"""One run at a time in a folder, on one host or many, however they end.
+
+The lock is a file, `.lock`, that says who holds it. On one host the system tells
+whether the holder lives (`flock`), so that a killed run's place is free at once. Of
+another host only its heartbeat is seen, the time of change of the file: who would
+follow watches for as long as a living one can be silent. No two clocks are compared.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import re
+import shutil
+import socket
+import threading
+import time
+import uuid
+from typing import IO, Any
+
+_BEAT = 10.0  # seconds between two signs of life
+_SILENCE = 60.0  # seconds of silence after which a holder counts as dead
+_SETTLING = 2.0  # seconds in which two that follow a dead one see each other
+_PAUSE = 1.0  # seconds between two looks
+_BOOT = pathlib.Path("/proc/sys/kernel/random/boot_id")
+# Files, or folders, of ours and of earlier versions that weren't finished.
+_SCRATCH = re.compile(r"\.tmp@[^@]*@\d+@.*|.+\.\d+(\.\d)?\.tmp")
+
+
+class FolderLock:
+    """Holds a folder for one run.
+
+    Args:
+        folder: made if need be.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self.path = pathlib.Path(folder) / ".lock"
+        self._token = b""
+        self._file: IO[bytes] | None = None
+        self._released = threading.Event()
+
+    def acquire(self) -> None:
+        """Takes the lock; of a dead holder on another host after a minute.
+
+        Raises:
+            ValueError: another run holds it.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        place = _place(self.path.parent)
+        while self._file is None:
+            file = self.path.open("a+b", buffering=0)
+            with contextlib.ExitStack() as undo:
+                undo.callback(file.close)
+                alone, seen = _flock(file), self._seen()
+                holder = _parsed(seen[0])
+                if seen[0] is None or not self._is_at_path(file):
+                    continue  # it was released meanwhile
+                near = not seen[0] or holder.get("place") == place
+                if alone is False and near and holder:
+                    raise ValueError(self._refusal(holder))
+                # Nobody else of this host can be here now, and of others none was.
+                certain = alone is True and near
+                watched = seen[0] or alone is False
+                if not certain and watched and not self._silent(holder, seen):
+                    continue
+                undo.pop_all()
+            self._file = file
+            self._write(place)
+            if not certain:
+                time.sleep(_SETTLING)
+                self.check()
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    @property
+    def held(self) -> bool:
+        """Whether it is ours."""
+        return self._file is not None and self._seen()[0] == self._token
+
+    def check(self) -> None:
+        """Raises ValueError if another run has taken the lock, believing us dead."""
+        content, _ = self._seen()
+        if self._token and content and content != self._token:
+            raise ValueError(self._refusal(_parsed(content)))
+
+    def release(self) -> None:
+        """Lets go of the lock, if it is held."""
+        self._released.set()
+        if self._file is not None:
+            if self.held:
+                self.path.unlink(missing_ok=True)
+            self._file.close()
+            self._file = None
+
+    def _seen(self) -> tuple[bytes | None, int]:
+        """What the file says, and when it was touched; None: it is gone."""
+        try:  # opened anew: so NFS asks its server
+            with self.path.open("rb") as file:
+                return file.read(), os.fstat(file.fileno()).st_mtime_ns
+        except FileNotFoundError:
+            return None, 0
+
+    def _is_at_path(self, file: IO[bytes]) -> bool:
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), self.path.stat())
+        except FileNotFoundError:
+            return False
+
+    def _silent(self, holder: dict[str, Any], seen: tuple[bytes | None, int]) -> bool:
+        """Whether the holder gives no sign of life; False: it has let go."""
+        print(
+            f"{self.path.parent} was held by {_named(holder)}: waiting up to "
+            f"{_SILENCE:g} s to see whether that lives.",
+            flush=True,
+        )
+        deadline = time.monotonic() + _SILENCE
+        while time.monotonic() < deadline:
+            time.sleep(_PAUSE)
+            now = self._seen()
+            if now[0] is None:
+                return False
+            if now != seen:
+                raise ValueError(self._refusal(_parsed(now[0])))
+        return True
+
+    def _write(self, place: str) -> None:
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "place": place}
+        holder |= {"since": time.strftime("%F %T %Z"), "token": uuid.uuid4().hex}
+        self._token = json.dumps(holder).encode()
+        assert self._file is not None
+        self._file.truncate(0)
+        self._file.write(self._token)
+
+    def _beat(self) -> None:
+        while not self._released.wait(_BEAT):
+            # A file system that is gone for a while is no reason to end.
+            with contextlib.suppress(OSError):
+                if self.held:
+                    os.utime(self.path)
+
+    def _refusal(self, holder: dict[str, Any]) -> str:
+        return (
+            f"{self.path.parent} is held by another run ({_named(holder)}); wait for "
+            "it, end it, or choose another folder."
+        )
+
+
+def _named(holder: dict[str, Any]) -> str:
+    if not holder:
+        return "a process that has just begun"
+    return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+
+
+def _parsed(content: bytes | None) -> dict[str, Any]:
+    try:
+        return json.loads(content or b"{}")
+    except ValueError:  # it is being written
+        return {}
+
+
+def _place(folder: pathlib.Path) -> str:
+    """Equal for those that flock keeps apart: one kernel, one mounted file system."""
+    kernel = _BOOT.read_text().strip() if _BOOT.exists() else socket.gethostname()
+    return f"{kernel} {folder.stat().st_dev}"
+
+
+def _flock(file: IO[bytes]) -> bool | None:
+    """Whether nobody else on this host has the file; None: that can't be told here."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def sweep(workdir: str | os.PathLike[str]) -> None:
+    """Removes what killed writers of a run left; only who holds its lock may."""
+    folder = pathlib.Path(workdir)
+    found = [*folder.glob("*")]
+    for name in ("model", "samples"):
+        found += (folder / name).rglob("*")
+    left = [path for path in found if _SCRATCH.fullmatch(path.name)]
+    left += (folder / "checkpoints").glob("*.orbax-checkpoint-tmp*")
+    for path in left:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
