@@ -14,6 +14,7 @@ from jaxtyping import Float
 from jvdit.cluster import to_host
 from jvdit.compilation import jit
 from jvdit.data.files import write_atomically
+from jvdit.data.json_files import read_json, write_json
 from jvdit.data.plan import TEXT_MULTIPLE
 from jvdit.data.tokenizer import Tokenizer
 from jvdit.data.tokenizer_json import sentencepiece_of
@@ -25,10 +26,8 @@ from jvdit.training.checkpoint import (
     load_weights,
     model_folder,
     module_fields,
-    read_json,
     save_weights,
     weights_hash,
-    write_json,
 )
 
 BATCH = 32  # captions

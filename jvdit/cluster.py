@@ -18,8 +18,8 @@ from absl import flags
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jvdit.training.checkpoint import differences
-from jvdit.training.lock import FolderLock, sweep
+from jvdit.data.json_files import differences
+from jvdit.data.lock import FolderLock, sweep
 
 _PATIENCE = 24 * 3600  # seconds that one process may take longer than another
 _SEEN_WITHIN = 60  # seconds, after which hosts of NFS see each other's files
@@ -209,7 +209,7 @@ def check_alike(settings: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def held(folder: str | os.PathLike[str]) -> Iterator[FolderLock]:
-    """Holds a folder for the processes of this run; see `training.lock`.
+    """Holds a folder for the processes of this run; see `data.lock`.
 
     What killed processes of the run left half written there is removed.
 

@@ -28,6 +28,7 @@ from rich.progress import MofNCompleteColumn, Progress
 
 from jvdit.compilation import keep_compilations
 from jvdit.data.files import replacing, said_if_full, write_atomically
+from jvdit.data.json_files import write_json
 from jvdit.data.world import World
 from jvdit.data.world_scene import SPLITS
 from jvdit.diffusion.solvers import SOLVERS
@@ -42,7 +43,6 @@ from jvdit.generation.draft import check_draft
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request, size_fields
 from jvdit.networks import model_hash
-from jvdit.training.checkpoint import write_json
 from jvdit.training.metrics import read_history
 
 _WORKDIR = flags.DEFINE_multi_string(

@@ -15,11 +15,12 @@ from jvdit.compilation import jit
 from jvdit.data.catalog import open_source
 from jvdit.data.clips import BadClip
 from jvdit.data.files import write_atomically
+from jvdit.data.json_files import write_json
 from jvdit.data.sources import WorldSource
 from jvdit.evaluation import oracle, report
 from jvdit.evaluation.reconstruction import psnr, ssim, temporal_error
 from jvdit.models.video_vae import VideoVAE, to_float, to_uint8
-from jvdit.training.checkpoint import build, load_weights, model_folder, write_json
+from jvdit.training.checkpoint import build, load_weights, model_folder
 
 MEASURES = {"psnr": psnr, "ssim": ssim, "temporal_error": temporal_error}
 _MEANING = {

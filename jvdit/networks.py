@@ -10,9 +10,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jvdit.data.json_files import differences
 from jvdit.pretrained.folders import load_dit
 from jvdit.pretrained.release import is_release, read_release
-from jvdit.training.checkpoint import differences, load_parameters, weights_hash
+from jvdit.training.checkpoint import load_parameters, weights_hash
 
 _BEGINNING = 1 << 20  # bytes of a file: its header, and the first weights
 

@@ -27,18 +27,14 @@ from jvdit import cluster
 from jvdit.compilation import keep_compilations
 from jvdit.config import Config
 from jvdit.data.files import said_if_full
+from jvdit.data.json_files import read_json, write_json
+from jvdit.data.lock import FolderLock
 from jvdit.latents import encode
 from jvdit.networks import finished_parameters
 from jvdit.sharding import make_mesh, parameter_shardings
 from jvdit.stop import StopRequest
 from jvdit.tasks import TASKS, Task
-from jvdit.training.checkpoint import (
-    Checkpoints,
-    claim_workdir,
-    read_json,
-    write_json,
-)
-from jvdit.training.lock import FolderLock
+from jvdit.training.checkpoint import Checkpoints, claim_workdir
 from jvdit.training.metrics import Metrics, Throughput, status_line
 from jvdit.training.optim import Optim
 from jvdit.training.state import TrainState, new_state, state_shardings

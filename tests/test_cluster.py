@@ -24,9 +24,9 @@ from processes import finish, free_port, kill, wait_for
 
 from jvdit import cluster, train
 from jvdit.cluster import connect, share_of_rows, to_host
+from jvdit.data.lock import FolderLock
 from jvdit.sharding import AXES
 from jvdit.training.checkpoint import load_weights
-from jvdit.training.lock import FolderLock
 from jvdit.training.metrics import Metrics, Throughput
 
 HERE = pathlib.Path(__file__).parent

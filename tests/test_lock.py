@@ -8,12 +8,12 @@ import time
 
 import pytest
 
-from jvdit.training import lock
-from jvdit.training.lock import FolderLock, sweep
+from jvdit.data import lock
+from jvdit.data.lock import FolderLock, sweep
 
 HOLD = """
 import sys, time
-from jvdit.training.lock import FolderLock
+from jvdit.data.lock import FolderLock
 FolderLock(sys.argv[1]).acquire()
 print("held", flush=True)
 time.sleep(600)

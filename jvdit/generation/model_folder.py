@@ -9,6 +9,7 @@ import jax
 
 from jvdit.caption_encoder import CaptionEncoder
 from jvdit.conventions import Conventions
+from jvdit.data.json_files import read_json, write_json
 from jvdit.diffusion.flow import Path, TimestepPolicy
 from jvdit.models.dit import DiT
 from jvdit.models.video_vae import VideoVAE
@@ -17,9 +18,7 @@ from jvdit.training.checkpoint import (
     load_weights,
     model_folder,
     module_fields,
-    read_json,
     save_weights,
-    write_json,
 )
 
 PICTURES = "pictures"  # a model in the folder of another, which draws first frames

@@ -6,9 +6,10 @@ from typing import Any
 
 from jvdit.caption_encoder import CaptionEncoder
 from jvdit.config import Config
+from jvdit.data.json_files import differences
 from jvdit.data.sources import LatentSource
 from jvdit.models.video_vae import VideoVAE
-from jvdit.training.checkpoint import build, differences, load_weights, weights_hash
+from jvdit.training.checkpoint import build, load_weights, weights_hash
 
 
 def cached_autoencoder(

@@ -20,32 +20,11 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 
-from jvdit.data.files import replacing, write_atomically
+from jvdit.data.files import replacing
+from jvdit.data.json_files import differences, read_json, write_json
 
 _LARGE_PART = 1 << 20  # bytes of an array that one of several devices writes
 PathLike = str | os.PathLike[str]
-
-
-def write_json(path: PathLike, value: Any) -> None:
-    """Writes JSON so that a reader sees all of it or the file that was there before."""
-    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
-    write_atomically(pathlib.Path(path), text.encode())
-
-
-def read_json(path: PathLike, remedy: str) -> Any:
-    """Reads JSON.
-
-    Args:
-        path: of the file.
-        remedy: what to do if it is damaged.
-
-    Raises:
-        ValueError: it is no JSON, for example because it was cut off.
-    """
-    try:
-        return json.loads(pathlib.Path(path).read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); {remedy}.") from error
 
 
 class Checkpoints:
@@ -216,18 +195,6 @@ def _check_renaming(folder: pathlib.Path) -> None:
     finally:
         for probe in (before, after):
             shutil.rmtree(probe, ignore_errors=True)
-
-
-def differences(held: Any, asked: Any, name: str = "") -> list[str]:
-    """What differs between two nested settings, as "name: held X, asked Y"."""
-    if isinstance(held, Mapping) and isinstance(asked, Mapping):
-        lines = []
-        for key in sorted({*held, *asked}):
-            below = f"{name}.{key}" if name else key
-            missing = "(nothing)"
-            lines += differences(held.get(key, missing), asked.get(key, missing), below)
-        return lines
-    return [] if held == asked else [f"`{name}` is {held!r} there but {asked!r} here"]
 
 
 # Finished weights
