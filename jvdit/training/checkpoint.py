@@ -4,12 +4,14 @@ A workdir holds `config.json`, `checkpoints/STEP/` (state, and where the data st
 and, for inference, `model/`: a folder of finished weights that needs nothing else.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 import shutil
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,9 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from jvdit import cluster
+from jvdit.training.digests import write_digests
+from jvdit.training.restoring import owned, restore_newest
+
 _LARGE_PART = 1 << 20  # bytes of an array that one of several devices writes
+CHECKPOINTS = "checkpoints"  # folder in a workdir
+_DIGEST = "digest"  # of weights, in the metadata of their file
 PathLike = str | os.PathLike[str]
 
 
@@ -39,17 +48,22 @@ class Checkpoints:
     Args:
         workdir: the folder; `checkpoints/` is made inside.
         keep: how many to keep, the newest.
+
+    Attributes:
+        damaged: a line for each checkpoint that `restore` found damaged and kept aside.
     """
 
     def __init__(self, workdir: PathLike, keep: int = 3):
-        path = pathlib.Path(workdir).absolute() / "checkpoints"
+        self._folder = pathlib.Path(workdir).absolute() / CHECKPOINTS
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, enable_async_checkpointing=True
         )
         handlers = {"state": _state_handler(), "data": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(
-            path, options=options, item_handlers=handlers
+            self._folder, options=options, item_handlers=handlers
         )
+        self._listing: threading.Thread | None = None
+        self.damaged: list[str] = []
 
     @property
     def latest(self) -> int | None:
@@ -66,45 +80,71 @@ class Checkpoints:
         """
         if step == self.latest:
             return
+        self._await_listing()
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.PyTreeSave(state), data=ocp.args.JsonSave(dict(data))
             ),
         )
+        # Killed before it is done, it leaves a checkpoint as those of before were.
+        self._listing = threading.Thread(target=self._list, args=(step,), daemon=True)
+        self._listing.start()
 
-    def restore(self, shapes: Any, shardings: Any) -> tuple[Any, dict[str, Any]]:
-        """The newest state, placed by `shardings`, and where its data stood.
+    def _list(self, step: int) -> None:
+        try:
+            self._manager.wait_until_finished()
+        except Exception:  # told in the main thread, which waits for it, too
+            return
+        folder = self._folder / str(step)
+        with contextlib.suppress(OSError, ValueError):  # a full disk, an absent share
+            cluster.await_seen(folder.exists, f"checkpoint {step}")
+            write_digests(folder, jax.process_index(), jax.process_count())
+
+    def _await_listing(self) -> None:
+        if self._listing is not None:
+            self._listing.join()
+
+    def restore(self, shapes: Any, shardings: Any) -> tuple[Any, dict[str, Any]] | None:
+        """The newest whole state, placed by `shardings`, and where its data stood.
+
+        Damaged checkpoints that are newer are renamed to `STEP.damaged`. All processes
+        have to call it, and go on from the same step: the first one's.
 
         Args:
             shapes: of the state, from `jax.eval_shape`.
             shardings: of each array; another mesh than at saving is fine.
+
+        Returns:
+            None: nothing was saved yet.
+
+        Raises:
+            ValueError: all checkpoints are damaged, or the newest holds other arrays.
         """
         abstract = jax.tree.map(
             lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
             shapes,
             shardings,
         )
-        restored = self._manager.restore(
-            self.latest,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeRestore(
-                    abstract,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-                ),
-                data=ocp.args.JsonRestore(),
-            ),
-        )
-        # Restored buffers may be borrowed from the reader; donation needs our own.
-        state = jax.tree.map(lambda x: x.copy(), restored["state"])
-        return state, dict(restored["data"])
+        found, self.damaged = restore_newest(self._manager, self._folder, abstract)
+        if found is None:
+            return None
+        data = dict(found["data"])
+        # The state is donated. There is never more than it, and a copy of one array.
+        leaves, tree = jax.tree.flatten(found["state"])
+        del found
+        for i in range(len(leaves)):
+            leaves[i] = owned(leaves[i])
+        return jax.tree.unflatten(tree, leaves), data
 
     def wait(self) -> None:
         """Returns when everything is on disk; raises what went wrong on the way."""
         self._manager.wait_until_finished()
+        self._await_listing()
 
     def close(self) -> None:
         """Waits, and ends the background threads."""
+        self._await_listing()
         self._manager.close()
 
 
@@ -247,7 +287,7 @@ def save_weights(folder: PathLike, params: Any, config: Mapping[str, Any]) -> No
     flat = flatten_dict(params, sep="/")
     flat = {path: np.asarray(leaf) for path, leaf in flat.items()}
     scratch = folder / f"weights.{os.getpid()}.tmp"
-    save_file(flat, scratch)
+    save_file(flat, scratch, metadata={_DIGEST: weights_hash(params)})
     os.replace(scratch, folder / "weights.safetensors")
     write_json(folder / "config.json", config)
 
@@ -257,7 +297,28 @@ def load_weights(folder: PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is no model in the folder.
-        ValueError: the weights can't be read, for example because they were cut off.
+        ValueError: the weights can't be read, for example because they were cut off,
+            or they have changed since they were written.
+    """
+    weights, config = weights_files(folder)
+    try:
+        with safe_open(weights, "numpy") as opened:
+            metadata = opened.metadata() or {}
+        params = unflatten_dict(load_file(weights), sep="/")
+    except Exception as error:
+        raise ValueError(f"{weights} can't be read ({error}); copy it anew.") from error
+    check_weights(weights, params, metadata)
+    try:
+        return params, json.loads(config.read_text())
+    except ValueError as error:
+        raise ValueError(f"{config} is no JSON ({error}); copy it anew.") from error
+
+
+def weights_files(folder: PathLike) -> tuple[pathlib.Path, pathlib.Path]:
+    """The files that `save_weights` wrote to a folder: weights and config.
+
+    Raises:
+        FileNotFoundError: there is no model in the folder.
     """
     folder = pathlib.Path(folder)
     weights, config = folder / "weights.safetensors", folder / "config.json"
@@ -266,37 +327,27 @@ def load_weights(folder: PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{folder} holds no model (weights.safetensors and config.json); give the "
             "`model` folder of a workdir that has saved a checkpoint."
         )
-    try:
-        flat = load_file(weights)
-    except Exception as error:
-        raise ValueError(f"{weights} can't be read ({error}); copy it anew.") from error
-    return unflatten_dict(flat, sep="/"), json.loads(config.read_text())
+    return weights, config
 
 
-def load_parameters(folder: PathLike, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads the weights that a run is to start from.
+def check_weights(file: pathlib.Path, params: Any, metadata: Mapping[str, str]) -> None:
+    """Makes sure that weights are those that `save_weights` wrote.
 
     Args:
-        folder: the `model` folder of another run: one folder of weights each network.
-        wanted: the run's parameters, or their shapes.
+        file: that they were read from.
+        params: what it holds.
+        metadata: of the file. Without a digest, as of a file that something else wrote
+            in the place of ours, there is nothing to compare.
 
     Raises:
-        FileNotFoundError: a network is missing there.
-        ValueError: its parameters have other names or shapes.
+        ValueError: they aren't.
     """
-    params = {name: load_weights(pathlib.Path(folder) / name)[0] for name in wanted}
-    held, asked = (
-        {jax.tree_util.keystr(k): v.shape for k, v in jax.tree.leaves_with_path(tree)}
-        for tree in (params, dict(wanted))
-    )
-    differing = differences(held, asked)
-    if differing:
+    if metadata.get(_DIGEST, held := weights_hash(params)) != held:
         raise ValueError(
-            f"{folder} holds other networks than this config's: {differing[0]}"
-            f" ({len(differing)} parameters differ in all); change `start_from` or the "
-            "sizes of the networks."
+            f"{file} has changed since it was written (its digest is {held}, not "
+            f"{metadata[_DIGEST]}): copy it anew. If the change was meant, write the "
+            "weights with `save_weights`, or without the metadata of the old file."
         )
-    return params
 
 
 def weights_hash(params: Any) -> str:
