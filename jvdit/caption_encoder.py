@@ -21,7 +21,7 @@ from jvdit.data.tokenizer_json import sentencepiece_of
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.pretrained.folders import load_text_encoder
 from jvdit.pretrained.release import is_release, read_release
-from jvdit.training.checkpoint import (
+from jvdit.training.weights import (
     build,
     load_weights,
     model_folder,

@@ -19,7 +19,7 @@ from jvdit.models.video_vae_chunked import encode_stream, split
 from jvdit.pretrained.folders import load_vae
 from jvdit.pretrained.release import is_release, read_release
 from jvdit.sharding import batch_sharding, host_mesh, replicated
-from jvdit.training.checkpoint import build, load_weights, module_fields, weights_hash
+from jvdit.training.weights import build, load_weights, module_fields, weights_hash
 
 BATCH = 32  # clips that a device takes at once, fewer where they have many pixels
 PIXELS = 1 << 23  # of those; a clip of more is encoded piece by piece

@@ -10,13 +10,14 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jvdit.data.json_files import differences
 from jvdit.data.lock import FolderLock, sweep
@@ -27,6 +28,8 @@ _HEARTBEAT = 30  # seconds of silence after which a process counts as lost
 # What the metadata of a machine of Google's say before it is taken away.
 _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance"
 _NOTICES = {"maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE", "preempted": "TRUE"}
+_PIECE = 64 << 20  # bytes of an array that are brought whole to every device at once
+_LONGEST = 4096  # bytes that a process tells the others
 _NO_CLUSTER = "coordinator_address should be defined"
 # How often the processes have talked, which is the same on all.
 _told, _asked = itertools.count(), itertools.count(1)
@@ -109,11 +112,43 @@ def to_host(tree: Any) -> Any:
     def whole(x: Any) -> np.ndarray:
         if not isinstance(x, jax.Array) or x.is_fully_addressable:
             return np.asarray(x)
-        if x.is_fully_replicated:
-            return np.asarray(x.addressable_data(0))
-        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+        return _gathered(x)
 
     return jax.tree.map(whole, tree)
+
+
+def _gathered(x: jax.Array) -> np.ndarray:
+    """An array that several hosts hold, whole; on the devices there are pieces of it.
+
+    The layers of a network lie in one array, which can be too large for a device.
+    """
+    if x.is_fully_replicated:
+        return np.asarray(x.addressable_data(0))
+    local = x.sharding.shard_shape(x.shape)
+    undivided = [a for a in range(x.ndim) if local[a] == x.shape[a]]
+    if x.nbytes <= _PIECE or not undivided:
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    axis = max(undivided, key=lambda a: x.shape[a])
+    size = max(x.shape[axis] * _PIECE // x.nbytes, 1)
+    assert isinstance(x.sharding, NamedSharding)
+    gather = _gathering(axis, size, NamedSharding(x.sharding.mesh, PartitionSpec()))
+    whole = np.empty(x.shape, x.dtype)
+    for start in range(0, x.shape[axis], size):
+        # All of one size, which is compiled once; the last begins a little earlier.
+        start = min(start, x.shape[axis] - size)
+        part = (slice(None),) * axis + (slice(start, start + size),)
+        whole[part] = gather(x, start).addressable_data(0)
+    return whole
+
+
+@lru_cache
+def _gathering(axis: int, size: int, place: NamedSharding) -> Callable[..., jax.Array]:
+    """What brings a part of an array along an axis whole to every device."""
+
+    def gather(x: jax.Array, start: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+
+    return jax.jit(gather, out_shardings=place)
 
 
 def wait_for_others(where: str) -> None:
@@ -126,6 +161,23 @@ def wait_for_others(where: str) -> None:
         ocp.multihost.sync_global_processes(
             where, timeout=_PATIENCE, processes=everyone
         )
+
+
+def tell_all(text: str) -> list[str]:
+    """What each process says, in order; every process has to call it.
+
+    Args:
+        text: of this process; of long ones the beginning is told.
+    """
+    if jax.process_count() == 1:
+        return [text]
+    # Between processors, connections are given up after half a minute.
+    wait_for_others("something to tell")
+    ours = np.zeros(_LONGEST, np.uint8)
+    told = np.frombuffer(text.encode()[:_LONGEST], np.uint8)
+    ours[: len(told)] = told
+    found = np.asarray(multihost_utils.process_allgather(ours))
+    return [bytes(x).rstrip(b"\0").decode(errors="ignore") for x in found]
 
 
 def check_seen(path: pathlib.Path) -> None:

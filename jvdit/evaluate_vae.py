@@ -20,7 +20,7 @@ from jvdit.data.sources import WorldSource
 from jvdit.evaluation import oracle, report
 from jvdit.evaluation.reconstruction import psnr, ssim, temporal_error
 from jvdit.models.video_vae import VideoVAE, to_float, to_uint8
-from jvdit.training.checkpoint import build, load_weights, model_folder
+from jvdit.training.weights import build, load_weights, model_folder
 
 MEASURES = {"psnr": psnr, "ssim": ssim, "temporal_error": temporal_error}
 _MEANING = {

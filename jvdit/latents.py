@@ -31,7 +31,7 @@ from jvdit.data.files import said_if_full
 from jvdit.data.record_format import latent_features
 from jvdit.data.records import RecordDataset, RecordWriter
 from jvdit.models.video_vae import VideoVAE
-from jvdit.training.checkpoint import save_weights
+from jvdit.training.weights import save_weights
 
 SHARD = 2048  # clips
 _READERS = min(16, os.cpu_count() or 1)  # threads

@@ -8,12 +8,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh, NamedSharding
 
 from jvdit.data.json_files import differences
 from jvdit.pretrained.folders import load_dit
 from jvdit.pretrained.release import is_release, read_release
-from jvdit.training.checkpoint import load_parameters, weights_hash
+from jvdit.pretrained.tensors import TensorFiles
+from jvdit.sharding import parameter_shardings
+from jvdit.training.weights import check_weights, weights_files, weights_hash
 
 _BEGINNING = 1 << 20  # bytes of a file: its header, and the first weights
 
@@ -30,7 +33,7 @@ def finished_parameters(
         folder: the `model` folder of another run, or a released model.
         wanted: shapes of the parameters of each network. Those of a released model take
             the types from here too.
-        mesh: on which those of a released model are divided.
+        mesh: on which they are divided.
         expert: which of a released model's networks "dit" is; "both": itself.
 
     Raises:
@@ -38,7 +41,7 @@ def finished_parameters(
         ValueError: its parameters have other names or shapes.
     """
     if not is_release(folder):
-        return load_parameters(folder, wanted)
+        return _own_parameters(folder, wanted, mesh)
     parts = dict(read_release(folder).parts)
     if expert not in (*parts, "both"):
         raise ValueError(f"`expert` (={expert!r}) is none of {folder}: {[*parts]}.")
@@ -66,6 +69,34 @@ def finished_parameters(
                 "row of `dit.VARIANTS`."
             )
     return params
+
+
+def _own_parameters(
+    folder: str | os.PathLike[str], wanted: Mapping[str, Any], mesh: Mesh
+) -> dict[str, Any]:
+    """Parameters of another run, each device being given its part of the files."""
+    params = {}
+    for name in wanted:
+        file, _ = weights_files(pathlib.Path(folder) / name)
+        tensors = TensorFiles(file)
+        params[name] = unflatten_dict(dict(tensors), sep="/")
+        check_weights(file, params[name], tensors.metadata)
+    held, asked = (
+        {jax.tree_util.keystr(k): v.shape for k, v in jax.tree.leaves_with_path(tree)}
+        for tree in (params, dict(wanted))
+    )
+    differing = differences(held, asked)
+    if differing:
+        raise ValueError(
+            f"{folder} holds other networks than this config's: {differing[0]}"
+            f" ({len(differing)} parameters differ in all); change `start_from` or the "
+            "sizes of the networks."
+        )
+    return jax.tree.map(_divided, params, parameter_shardings(params, mesh))
+
+
+def _divided(value: np.ndarray, place: NamedSharding) -> jax.Array:
+    return jax.make_array_from_callback(value.shape, place, lambda part: value[part])
 
 
 def fingerprint(folder: str | os.PathLike[str], expert: str = "dit") -> str:

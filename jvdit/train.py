@@ -14,10 +14,10 @@ import collections
 import pathlib
 import sys
 import time
+from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 from jax.sharding import Mesh
@@ -34,9 +34,10 @@ from jvdit.networks import finished_parameters
 from jvdit.sharding import make_mesh, parameter_shardings
 from jvdit.stop import StopRequest
 from jvdit.tasks import TASKS, Task
-from jvdit.training.checkpoint import Checkpoints, claim_workdir
+from jvdit.training.checkpoint import CHECKPOINTS, Checkpoints, claim_workdir
 from jvdit.training.metrics import Metrics, Throughput, status_line
 from jvdit.training.optim import Optim
+from jvdit.training.restoring import owned, was_saved
 from jvdit.training.state import TrainState, new_state, state_shardings
 from jvdit.training.step import jit_train_step
 
@@ -106,18 +107,18 @@ class _Loop:
         self.recent: collections.deque[Any] = collections.deque(
             maxlen=config.max_skipped
         )
-        optimizer = optim.optimizer(config.steps)
+        begin = partial(new_state, optimizer=optim.optimizer(config.steps))
 
         def init(key, batch):
-            return new_state(task.objective.init(key, batch), optimizer)
+            return begin(task.objective.init(key, batch))
 
         # Shapes alone already tell whether the sizes of the network fit together.
-        self.init, self.key = init, jax.random.key(config.seed)
+        self.init, self.begin, self.key = init, begin, jax.random.key(config.seed)
         self.shapes = jax.eval_shape(init, self.key, task.example)
         self.shardings = state_shardings(self.shapes, mesh)
         # A run that goes on has its weights; what is frozen was read by the task.
         self.given, folder = None, config.start_from
-        if folder and not task.frozen and not (workdir / "checkpoints").exists():
+        if folder and not task.frozen and not was_saved(workdir / CHECKPOINTS):
             expert = config.get("expert", "dit")
             networks = self.shapes.params
             self.given = finished_parameters(folder, networks, mesh, expert)
@@ -139,11 +140,8 @@ class _Loop:
         self.lock = lock
         self.checkpoints = Checkpoints(self.workdir, self.config.keep_checkpoints)
         try:
-            if self.checkpoints.latest is None:
-                self.state, data = self._fresh(), {}
-            else:
-                restored = self.checkpoints.restore(self.shapes, self.shardings)
-                self.state, data = restored
+            restored = self.checkpoints.restore(self.shapes, self.shardings)
+            self.state, data = restored or (self._fresh(), {})
             self.start = int(self.state.step)
             self.data_note = self.task.compare_data(data)
             return self._train()
@@ -152,18 +150,19 @@ class _Loop:
 
     def _fresh(self) -> TrainState:
         """The state of step 0: random, or with the weights of `start_from`."""
-        make = jax.jit(self.init, out_shardings=self.shardings)
-        # Of an example only the shapes matter, and its rows are another host's too.
-        state = make(self.key, jax.tree.map(np.zeros_like, dict(self.task.example)))
         if self.given is None:
-            return state
-        # Copies: the state is donated, and must hold no array twice.
-        params, ema = (
-            jax.device_put(jax.tree.map(jnp.array, self.given), self.shardings.params)
-            for _ in range(2)
-        )
+            make = jax.jit(self.init, out_shardings=self.shardings)
+            # Of an example only the shapes matter, and its rows are another host's too.
+            blank = jax.tree.map(np.zeros_like, dict(self.task.example))
+            return make(self.key, blank)
+        # There is never more on a device than the state, and one array.
+        leaves, tree = jax.tree.flatten(self.given)
         self.given = None
-        return state.replace(params=params, ema=ema)
+        for i, place in enumerate(jax.tree.leaves(self.shardings.params)):
+            leaves[i] = owned(jax.device_put(leaves[i], place))
+        params = jax.tree.unflatten(tree, leaves)
+        begin = jax.jit(self.begin, donate_argnums=0, out_shardings=self.shardings)
+        return begin(params)
 
     def _train(self) -> int:
         config, task = self.config, self.task
@@ -221,6 +220,8 @@ class _Loop:
         )
         if self.start:
             metrics.say(f"going on from step {self.start}")
+        for line in self.checkpoints.damaged:
+            metrics.say(f"WARNING: {line}")
         if self.data_note:
             metrics.say(f"WARNING: {self.data_note}")
 

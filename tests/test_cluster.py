@@ -26,8 +26,8 @@ from jvdit import cluster, train
 from jvdit.cluster import connect, share_of_rows, to_host
 from jvdit.data.lock import FolderLock
 from jvdit.sharding import AXES
-from jvdit.training.checkpoint import load_weights
 from jvdit.training.metrics import Metrics, Throughput
+from jvdit.training.weights import load_weights
 
 HERE = pathlib.Path(__file__).parent
 RUN = ("--config.checkpoint_every=3",)

@@ -13,8 +13,8 @@ from tensorboardX import record_writer
 from jvdit.data import files
 from jvdit.data.files import FullDiskError, said_if_full
 from jvdit.training import checkpoint
-from jvdit.training.checkpoint import load_weights, save_weights
 from jvdit.training.metrics import Metrics, read_history
+from jvdit.training.weights import load_weights, save_weights
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 # As the libraries say it.

@@ -7,11 +7,12 @@ import ast
 import pathlib
 
 ROOT = pathlib.Path(__file__).parent.parent / "jvdit"
-LOWEST = {"shapes", "sharding", "compilation"}
+LOWEST = {"shapes", "sharding", "compilation", "cluster"}
 MAY_IMPORT = {
     "shapes": set(),
     "sharding": {"pods"},
     "compilation": set(),
+    "cluster": {"data"},
     "data": {"data"},
     "models": {"models"} | LOWEST,
     "diffusion": {"diffusion", "data"} | LOWEST,
@@ -23,7 +24,6 @@ MAY_IMPORT = {
 ENTRY_POINTS = [
     "huge_pages",
     "conventions",
-    "cluster",
     "stop",
     "config",
     "caption_encoder",

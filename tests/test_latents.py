@@ -17,7 +17,7 @@ from jvdit.data.records import RecordDataset
 from jvdit.latents import encode
 from jvdit.models.video_vae import VARIANTS, VideoVAE
 from jvdit.sharding import AXES
-from jvdit.training.checkpoint import module_fields, save_weights
+from jvdit.training.weights import module_fields, save_weights
 
 SIZE = (5, 16, 16)
 SOURCE = "world:train:5x16x16@8:40"

@@ -24,7 +24,7 @@ from jvdit.pretrained.configs import dit_fields
 from jvdit.pretrained.recipes import RECIPES, name_of
 from jvdit.pretrained.release import read_release
 from jvdit.sharding import make_mesh
-from jvdit.training.checkpoint import weights_hash
+from jvdit.training.weights import weights_hash
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -29,12 +29,8 @@ from jvdit.latents import encode
 from jvdit.sharding import make_mesh
 from jvdit.tasks.flow import FlowTask
 from jvdit.train import train
-from jvdit.training.checkpoint import (
-    claim_workdir,
-    load_weights,
-    save_weights,
-    weights_hash,
-)
+from jvdit.training.checkpoint import claim_workdir
+from jvdit.training.weights import load_weights, save_weights, weights_hash
 
 HERE = pathlib.Path(__file__).parent
 

@@ -13,7 +13,7 @@ from jvdit.data.json_files import read_json, write_json
 from jvdit.diffusion.flow import Path, TimestepPolicy
 from jvdit.models.dit import DiT
 from jvdit.models.video_vae import VideoVAE
-from jvdit.training.checkpoint import (
+from jvdit.training.weights import (
     build,
     load_weights,
     model_folder,

@@ -31,7 +31,7 @@ from jvdit.pretrained.recipes import POLICY, TEXT_LENGTH, TIMESTEPS
 from jvdit.pretrained.release import Release, read_release
 from jvdit.pretrained.wan import LAYOUTS, dit_rules
 from jvdit.sharding import make_mesh, platform
-from jvdit.training.checkpoint import module_fields
+from jvdit.training.weights import module_fields
 
 EXPERTS = ("dit", "dit_low")
 _ITS_OWN: Mapping[str, str] = {}

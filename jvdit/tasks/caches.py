@@ -9,7 +9,7 @@ from jvdit.config import Config
 from jvdit.data.json_files import differences
 from jvdit.data.sources import LatentSource
 from jvdit.models.video_vae import VideoVAE
-from jvdit.training.checkpoint import build, load_weights, weights_hash
+from jvdit.training.weights import build, load_weights, weights_hash
 
 
 def cached_autoencoder(

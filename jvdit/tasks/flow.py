@@ -39,10 +39,8 @@ from jvdit.sharding import parameter_shardings
 from jvdit.tasks.caches import cached_autoencoder, cached_captions
 from jvdit.tasks.flow_objective import flow_objective
 from jvdit.tasks.task import Task
-from jvdit.training.checkpoint import (
-    module_fields,
-)
 from jvdit.training.objectives import FlowObjective
+from jvdit.training.weights import module_fields
 
 _OF_TRAINING = ("prompts", "scored", "pictures")
 _TOLD = ("all", "count", "color", "shape", "size", "direction", "physics")

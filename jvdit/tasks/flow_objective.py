@@ -8,8 +8,8 @@ from jvdit.models.dit import DiT
 from jvdit.models.lora import LoRA
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.pretrained.release import is_release
-from jvdit.training.checkpoint import build
 from jvdit.training.objectives import FlowObjective
+from jvdit.training.weights import build
 
 
 def flow_objective(

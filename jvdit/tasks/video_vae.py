@@ -16,12 +16,8 @@ from jvdit.data.sheets import contact_sheet, write_png
 from jvdit.evaluation.reconstruction import psnr, ssim
 from jvdit.models.video_vae import VideoVAE
 from jvdit.tasks.task import Task
-from jvdit.training.checkpoint import (
-    build,
-    module_fields,
-    save_weights,
-)
 from jvdit.training.vae_objective import VAEObjective
+from jvdit.training.weights import build, module_fields, save_weights
 
 MEASURES = {"psnr": psnr, "ssim": ssim}
 

@@ -1,29 +1,30 @@
-"""Checkpoints of training (orbax) and folders of finished weights (safetensors).
+"""Checkpoints of a training, by orbax.
 
 A workdir holds `config.json`, `checkpoints/STEP/` (state, and where the data stands)
-and, for inference, `model/`: a folder of finished weights that needs nothing else.
+and, for inference, `model/` (`weights.py`).
 """
 
+import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
 import shutil
+import threading
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors.numpy import load_file, save_file
 
-from jvdit.data.files import replacing
+from jvdit import cluster
 from jvdit.data.json_files import differences, read_json, write_json
+from jvdit.training.digests import write_digests
+from jvdit.training.restoring import owned, restore_newest
+from jvdit.training.weights import json_field
 
 _LARGE_PART = 1 << 20  # bytes of an array that one of several devices writes
+CHECKPOINTS = "checkpoints"  # folder in a workdir
 PathLike = str | os.PathLike[str]
 
 
@@ -33,17 +34,22 @@ class Checkpoints:
     Args:
         workdir: the folder; `checkpoints/` is made inside.
         keep: how many to keep, the newest.
+
+    Attributes:
+        damaged: a line for each checkpoint that `restore` found damaged and kept aside.
     """
 
     def __init__(self, workdir: PathLike, keep: int = 3):
-        path = pathlib.Path(workdir).absolute() / "checkpoints"
+        self._folder = pathlib.Path(workdir).absolute() / CHECKPOINTS
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, enable_async_checkpointing=True
         )
         handlers = {"state": _state_handler(), "data": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(
-            path, options=options, item_handlers=handlers
+            self._folder, options=options, item_handlers=handlers
         )
+        self._listing: threading.Thread | None = None
+        self.damaged: list[str] = []
 
     @property
     def latest(self) -> int | None:
@@ -60,45 +66,71 @@ class Checkpoints:
         """
         if step == self.latest:
             return
+        self._await_listing()
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.PyTreeSave(state), data=ocp.args.JsonSave(dict(data))
             ),
         )
+        # Killed before it is done, it leaves a checkpoint as those of before were.
+        self._listing = threading.Thread(target=self._list, args=(step,), daemon=True)
+        self._listing.start()
 
-    def restore(self, shapes: Any, shardings: Any) -> tuple[Any, dict[str, Any]]:
-        """The newest state, placed by `shardings`, and where its data stood.
+    def _list(self, step: int) -> None:
+        try:
+            self._manager.wait_until_finished()
+        except Exception:  # told in the main thread, which waits for it, too
+            return
+        folder = self._folder / str(step)
+        with contextlib.suppress(OSError, ValueError):  # a full disk, an absent share
+            cluster.await_seen(folder.exists, f"checkpoint {step}")
+            write_digests(folder, jax.process_index(), jax.process_count())
+
+    def _await_listing(self) -> None:
+        if self._listing is not None:
+            self._listing.join()
+
+    def restore(self, shapes: Any, shardings: Any) -> tuple[Any, dict[str, Any]] | None:
+        """The newest whole state, placed by `shardings`, and where its data stood.
+
+        Damaged checkpoints that are newer are renamed to `STEP.damaged`. All processes
+        have to call it, and go on from the same step: the first one's.
 
         Args:
             shapes: of the state, from `jax.eval_shape`.
             shardings: of each array; another mesh than at saving is fine.
+
+        Returns:
+            None: nothing was saved yet.
+
+        Raises:
+            ValueError: all checkpoints are damaged, or the newest holds other arrays.
         """
         abstract = jax.tree.map(
             lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
             shapes,
             shardings,
         )
-        restored = self._manager.restore(
-            self.latest,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeRestore(
-                    abstract,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-                ),
-                data=ocp.args.JsonRestore(),
-            ),
-        )
-        # Restored buffers may be borrowed from the reader; donation needs our own.
-        state = jax.tree.map(lambda x: x.copy(), restored["state"])
-        return state, dict(restored["data"])
+        found, self.damaged = restore_newest(self._manager, self._folder, abstract)
+        if found is None:
+            return None
+        data = dict(found["data"])
+        # The state is donated. There is never more than it, and a copy of one array.
+        leaves, tree = jax.tree.flatten(found["state"])
+        del found
+        for i in range(len(leaves)):
+            leaves[i] = owned(leaves[i])
+        return jax.tree.unflatten(tree, leaves), data
 
     def wait(self) -> None:
         """Returns when everything is on disk; raises what went wrong on the way."""
         self._manager.wait_until_finished()
+        self._await_listing()
 
     def close(self) -> None:
         """Waits, and ends the background threads."""
+        self._await_listing()
         self._manager.close()
 
 
@@ -197,122 +229,11 @@ def _check_renaming(folder: pathlib.Path) -> None:
             shutil.rmtree(probe, ignore_errors=True)
 
 
-# Finished weights
-
-
-def module_fields(module: Any) -> dict[str, Any]:
-    """The fields of a Linen module as JSON values."""
-    return {
-        field.name: _json(field.name, getattr(module, field.name))
-        for field in dataclasses.fields(module)
-        if field.name not in ("parent", "name")
-    }
-
-
 def _defaults(module: type) -> dict[str, Any]:
     """The fields of a Linen class that needn't be given, as JSON values."""
     return {
-        field.name: _json(field.name, field.default)
+        field.name: json_field(field.name, field.default)
         for field in dataclasses.fields(module)
         if field.name not in ("parent", "name")
         and field.default is not dataclasses.MISSING
     }
-
-
-def _json(name: str, value: Any) -> Any:
-    return jnp.dtype(value).name if name.endswith("dtype") else value
-
-
-def build(module: type, fields: dict[str, Any]) -> Any:
-    """A Linen module from its fields; lists (of JSON) become tuples."""
-    return module(
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    )
-
-
-def model_folder(folder: PathLike) -> pathlib.Path:
-    """The `model` folder of a workdir, or the folder itself."""
-    folder = pathlib.Path(folder)
-    return folder / "model" if (folder / "model").is_dir() else folder
-
-
-def save_weights(folder: PathLike, params: Any, config: Mapping[str, Any]) -> None:
-    """Writes `weights.safetensors` and `config.json`: a model that others can load.
-
-    Args:
-        folder: made if need be; files are replaced whole.
-        params: a nested dict of arrays.
-        config: what `load_weights` gives back beside them.
-    """
-    folder = pathlib.Path(folder)
-    flat = flatten_dict(params, sep="/")
-    flat = {path: np.asarray(leaf) for path, leaf in flat.items()}
-    with replacing(folder / "weights.safetensors") as scratch:
-        save_file(flat, scratch)
-    write_json(folder / "config.json", config)
-
-
-def load_weights(folder: PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads what `save_weights` wrote: (params, config).
-
-    Raises:
-        FileNotFoundError: there is no model in the folder.
-        ValueError: the weights can't be read, for example because they were cut off.
-    """
-    folder = pathlib.Path(folder)
-    weights, config = folder / "weights.safetensors", folder / "config.json"
-    if not weights.exists() or not config.exists():
-        raise FileNotFoundError(
-            f"{folder} holds no model (weights.safetensors and config.json); give the "
-            "`model` folder of a workdir that has saved a checkpoint."
-        )
-    try:
-        flat = load_file(weights)
-    except Exception as error:
-        raise ValueError(f"{weights} can't be read ({error}); copy it anew.") from error
-    fields = read_json(config, "copy it anew")
-    return unflatten_dict(flat, sep="/"), fields
-
-
-def load_parameters(folder: PathLike, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads the weights that a run is to start from.
-
-    Args:
-        folder: the `model` folder of another run: one folder of weights each network.
-        wanted: the run's parameters, or their shapes.
-
-    Raises:
-        FileNotFoundError: a network is missing there.
-        ValueError: its parameters have other names or shapes.
-    """
-    params = {name: load_weights(pathlib.Path(folder) / name)[0] for name in wanted}
-    held, asked = (
-        {jax.tree_util.keystr(k): v.shape for k, v in jax.tree.leaves_with_path(tree)}
-        for tree in (params, dict(wanted))
-    )
-    differing = differences(held, asked)
-    if differing:
-        raise ValueError(
-            f"{folder} holds other networks than this config's: {differing[0]}"
-            f" ({len(differing)} parameters differ in all); change `start_from` or the "
-            "sizes of the networks."
-        )
-    return params
-
-
-def weights_hash(params: Any) -> str:
-    """A short digest of names, shapes and values: which weights these are.
-
-    Raises:
-        TypeError: a leaf isn't an array, whose address would make each run another.
-    """
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        value = np.asarray(leaf)
-        if value.dtype == object:
-            raise TypeError(f"{jax.tree_util.keystr(path)} is no array but {leaf!r}.")
-        digest.update(
-            f"{jax.tree_util.keystr(path)} {value.shape} {value.dtype}".encode()
-        )
-        digest.update(np.ascontiguousarray(value).tobytes())
-    return digest.hexdigest()[:16]

@@ -1,0 +1,114 @@
+"""Digests of the files of a checkpoint, by which damage is noticed.
+
+Orbax guards its indices with checksums but not the numbers: a bit that flips on a disk,
+or a block of zeros in the place of a lost one, is restored in silence. So each process
+lists what it wrote, in `digests.PROCESS.json` beside the state.
+
+What it costs: a core hashes about 1 GB/s (blake2b), and up to four of a process work on
+files of 2 GB at most. A state of 224 GB (14B parameters, their average and two moments
+in float32) on 16 hosts takes each about 4 s after every save, in the background and
+mostly from the page cache, and a second reading of 14 GB when it is restored.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+_NAME = "digests.{}.json"
+_THREADS = 4  # beside those that train
+_BYTES = 16  # of a digest
+
+
+def write_digests(folder: pathlib.Path, process: int, processes: int) -> None:
+    """Lists the files that this process wrote to a finished checkpoint.
+
+    Args:
+        folder: of the checkpoint; it must exist.
+        process: which of the processes this is. The first lists what is of all, too.
+        processes: how many there are.
+    """
+    files = [file for file in _files(folder) if _writer(file, folder) == process]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = zip(files, pool.map(_digest, files), strict=True)
+    listed = {
+        file.relative_to(folder).as_posix(): [file.stat().st_size, digest]
+        for file, digest in found
+    }
+    scratch = folder / f"{_NAME.format(process)}.tmp"
+    with scratch.open("w") as opened:
+        json.dump({"processes": processes, "files": listed}, opened)
+        opened.flush()
+        os.fsync(opened.fileno())
+    scratch.replace(folder / _NAME.format(process))
+
+
+def find_damage(folder: pathlib.Path, process: int = 0, processes: int = 1) -> str:
+    """What is wrong with a checkpoint: one line, or "" if nothing is.
+
+    Files without a digest aren't judged: the process that wrote them was an older
+    version, or was killed before it listed them.
+
+    Args:
+        folder: of the checkpoint.
+        process: which of the processes this is; each looks at a part of the files.
+        processes: how many there are; not necessarily those that wrote.
+    """
+    try:
+        listed = sorted(_listed(folder)[0].items())[process::processes]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"its digests can't be read: {error}"
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = pool.map(lambda item: _damage(folder, item[0], *item[1]), listed)
+        return next(filter(None, found), "")
+
+
+def is_listed(folder: pathlib.Path) -> bool:
+    """Whether every process that wrote a checkpoint has listed its files."""
+    found, processes = _listed(folder)
+    return bool(found) and len([*folder.glob(_NAME.format("*"))]) == processes
+
+
+def _listed(folder: pathlib.Path) -> tuple[dict[str, tuple[int, str]], int]:
+    """Sizes and digests of the files by name, and how many processes there were."""
+    found, processes = {}, 0
+    for part in sorted(folder.glob(_NAME.format("*"))):
+        listing = json.loads(part.read_text())
+        processes = int(listing["processes"])
+        found |= {name: (int(n), str(x)) for name, (n, x) in listing["files"].items()}
+    return found, processes
+
+
+def _damage(folder: pathlib.Path, name: str, size: int, digest: str) -> str:
+    try:
+        held = (folder / name).stat().st_size
+        if held != size:
+            return f"{name} has {held} bytes and should have {size}"
+        same = _digest(folder / name) == digest
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} can't be read: {error}"
+    return "" if same else f"{name} has changed since it was written"
+
+
+def _files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and not file.match(f"{_NAME.format('*')}*"):
+            yield file
+
+
+def _writer(file: pathlib.Path, folder: pathlib.Path) -> int:
+    """Which process wrote a file: orbax has a folder for each."""
+    name = file.relative_to(folder).as_posix()
+    owned = re.search(r"(?:^|/)ocdbt\.process_(\d+)/", name)
+    return int(owned[1]) if owned else 0
+
+
+def _digest(file: pathlib.Path) -> str:
+    with file.open("rb") as opened:
+        found = hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=_BYTES))
+    return found.hexdigest()

@@ -1,0 +1,146 @@
+"""The newest whole checkpoint; damaged ones are kept aside, not lost."""
+
+import itertools
+import json
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from jvdit import cluster
+from jvdit.training.digests import find_damage, is_listed
+
+DAMAGED = ".damaged"  # behind the step, in the name of a checkpoint kept aside
+_TOLD = 300  # characters of another library's message
+
+
+def was_saved(folder: pathlib.Path) -> bool:
+    """Whether there is a finished checkpoint in a folder of them, whole or damaged."""
+    return any(x.name.partition(DAMAGED)[0].isdigit() for x in folder.glob("*"))
+
+
+def restore_newest(
+    manager: ocp.CheckpointManager, folder: pathlib.Path, abstract: Any
+) -> tuple[Any, list[str]]:
+    """Restores the newest whole checkpoint, and renames the newer, damaged ones.
+
+    All processes have to call it; they take the same, of those that the first one sees.
+
+    Args:
+        manager: of the checkpoints.
+        folder: with them.
+        abstract: the state: shapes, types and shardings.
+
+    Returns:
+        What the manager restored, None if nothing was saved yet; and a line for each
+        checkpoint that was renamed.
+
+    Raises:
+        ValueError: none is whole, or they hold other arrays.
+    """
+    told: list[str] = []
+    while True:
+        newest = manager.latest_step()
+        step = cluster.tell_all("" if newest is None else str(newest))[0]
+        if not step:
+            break
+        restored = None
+        ours = jax.process_index(), jax.process_count()
+        damage = _first(find_damage(folder / step, *ours))
+        if not damage:
+            restored, damage = _try(manager, folder, step, abstract)
+            damage = _first(damage)
+        if not damage:
+            return restored, told
+        del restored
+        aside = _keep_aside(folder, step)
+        told.append(f"checkpoint {step} is damaged, kept as {aside} ({damage})")
+        manager.reload()
+    if was_saved(folder):
+        aside = sorted(path.name for path in folder.glob(f"*{DAMAGED}*"))
+        raise ValueError(
+            f"{folder} has no whole checkpoint: {'; '.join(told) or ', '.join(aside)}. "
+            "Copy a whole one there from elsewhere, or begin anew in another --workdir."
+        )
+    return None, told
+
+
+def owned(leaf: jax.Array) -> jax.Array:
+    """The same array in memory that nothing else uses, so that it may be donated.
+
+    What lies on a CPU may be borrowed from numpy or from a file; elsewhere it is ours.
+    """
+    borrowed = any(device.platform == "cpu" for device in leaf.sharding.device_set)
+    return leaf.copy() if borrowed else leaf
+
+
+def _first(told: str) -> str:
+    """What the first process says that has something to say."""
+    return next(filter(None, cluster.tell_all(told)), "")
+
+
+def _try(
+    manager: ocp.CheckpointManager, folder: pathlib.Path, step: str, abstract: Any
+) -> tuple[Any, str]:
+    """What a checkpoint holds, or why it can't be read; raises what isn't damage."""
+    args = ocp.args.Composite(
+        state=ocp.args.PyTreeRestore(
+            abstract,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+        ),
+        data=ocp.args.JsonRestore(),
+    )
+    try:
+        return manager.restore(int(step), args=args), ""
+    except Exception as error:
+        steps = map(str, manager.all_steps())
+        _check_arrays(folder, step, steps, abstract, error)
+        # Its files are those that were written, or the machine is at fault.
+        machine = isinstance(error, MemoryError | PermissionError)
+        if machine or "RESOURCE_EXHAUSTED" in str(error) or is_listed(folder / step):
+            raise
+        return None, str(error).strip().partition("\n")[0][:_TOLD] or repr(error)
+
+
+def _check_arrays(folder, step, steps, abstract, error: Exception) -> None:
+    """Tells a whole checkpoint of another training from a damaged one of this.
+
+    Raises:
+        ValueError: this one can be read, and neither it nor another has our arrays.
+    """
+    asked = {_name(path) for path, _ in jax.tree.leaves_with_path(abstract)}
+    held = _names_in(folder / step)
+    if held and not any(asked <= _names_in(folder / other) for other in steps):
+        raise ValueError(
+            f"checkpoint {step} in {folder} lacks arrays that this run asks for, such "
+            f"as {min(asked - held)}: it was begun with another optimizer or other "
+            "networks. Restore those settings, or choose another --workdir."
+        ) from error
+
+
+def _name(path: Any) -> str:
+    """The name of an array as orbax writes it."""
+    return str(tuple(jax.tree_util.keystr((key,), simple=True) for key in path))
+
+
+def _names_in(folder: pathlib.Path) -> set[str]:
+    """The names of the arrays in a checkpoint; none if they can't be read."""
+    try:
+        return {*json.loads((folder / "state/_METADATA").read_text())["tree_metadata"]}
+    except (OSError, ValueError, TypeError, KeyError):
+        return set()
+
+
+def _keep_aside(folder: pathlib.Path, step: str) -> str:
+    """Renames a checkpoint, so that it counts no more; returns its new name."""
+    names = (f"{step}{DAMAGED}{number or ''}" for number in itertools.count())
+    name = next(name for name in names if not (folder / name).exists())
+    name = cluster.tell_all(name)[0]
+    if cluster.is_lead():
+        (folder / step).rename(folder / name)
+    cluster.wait_for_others(f"renamed {name}")
+    cluster.await_seen(
+        lambda: not (folder / step).exists(), f"{folder / name}, renamed,"
+    )
+    return name
