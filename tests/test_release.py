@@ -151,6 +151,17 @@ def test_a_mask_parts_footage_into_what_stays_and_what_changes():
     assert (cells[:2] == 0).all() and (cells[2, 0] == 1).all()
 
 
+def test_greys_of_a_mask_are_shown_and_part_footage_at_half():
+    video = np.full((9, 4, 6, 3), 255, np.uint8)
+    mask = np.zeros_like(video)
+    mask[:, 0, 0], mask[:, 0, 1] = 127, 128
+    control = control_signal(video, mask, [], (9, 4, 6), lambda x: x[::4], 1).control
+    keep, new, cells = control[..., :3], control[..., 3:6], control[..., 6:]
+    assert (keep[:, 0, 0] == 1).all() and (new[:, 0, 0] == 0).all()
+    assert (keep[:, 0, 1] == 0).all() and (new[:, 0, 1] == 1).all()
+    np.testing.assert_allclose(cells[:, 0, :3, 0] * 255, [[127, 128, 0]] * 3, rtol=1e-6)
+
+
 def test_original_files_of_i2v_differ_in_their_weights_alone():
     config = {"model_type": "i2v", "dim": 24, "ffn_dim": 40, "freq_dim": 256}
     config |= {"num_heads": 2, "num_layers": 2, "in_dim": 36, "out_dim": 16}

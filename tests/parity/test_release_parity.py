@@ -218,6 +218,7 @@ def test_vace_with_footage_a_mask_and_references(tmp_path):
     pipe = pipeline(diffusers.WanVACEPipeline, 16.0, dit=CONTROL)
     mask = np.zeros((9, 32, 48, 3), np.uint8)
     mask[3:, 8:, :20] = 255
+    mask[:, :8] = np.arange(48, dtype=np.uint8)[:, None] * 5  # greys at an edge
     references = picture("one", 32, 48), picture("two", 32, 48)
     compare(
         pipe,
