@@ -279,7 +279,7 @@ class Generator:
     ) -> list[np.ndarray]:
         """The latents of each batch at t = 0, network after network."""
         spans = self._spans(steps)
-        begin = self.policy, steps, solver, noisy
+        begin = self.path, self.policy, steps, solver, noisy
         running: list[Any] = [None] * len(batches)
         with jax.set_mesh(self._mesh):
             for name, span in spans.items():
@@ -367,8 +367,9 @@ class Generator:
 
     def _spans(self, steps: int) -> dict[str, tuple[int, int]]:
         """Which network takes which steps."""
-        times = self.path.shown(self.policy.times(steps, jnp.ones(1))[:-1, 0])
-        high = int((times >= self.boundary - 1e-6).sum())
+        times = self.policy.times(steps, jnp.ones(1), self.path.timesteps)
+        shown = self.path.shown(np.asarray(times)[:-1, 0])
+        high = int((shown >= np.float32(self.boundary)).sum())
         spans = {"dit": (0, high), "dit_low": (high, steps)}
         return {name: span for name, span in spans.items() if span[0] < span[1]}
 
