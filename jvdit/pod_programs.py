@@ -207,6 +207,7 @@ def sample_program(
         running = jax.eval_shape(
             lambda *x: start_noise(
                 *x,
+                path=Path(),
                 policy=TimestepPolicy(),
                 one_clip=not padding,
                 noisy=False,

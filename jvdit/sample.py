@@ -57,7 +57,9 @@ _DIT_LOW = flags.DEFINE_string("dit_low", None, "The same, of the low-noise expe
 _DTYPE = flags.DEFINE_enum(
     "dtype", "bfloat16", ["bfloat16", "float32"], "Of a released model."
 )
-_SHIFT = flags.DEFINE_float("shift", None, "Of a released model's times.")
+_SHIFT = flags.DEFINE_float(
+    "shift", None, "Timestep shift of a released model (default: the folder's own)."
+)
 _REUSE = flags.DEFINE_string(
     "reuse", None, "File of --calibrate: reuse what the network's blocks add, faster."
 )
@@ -131,7 +133,9 @@ def _mesh(prompts: int) -> Mesh:
     """A row to a device; what is left over divides the tokens of each."""
     if _MESH.value is not None:
         return make_mesh(parse_mesh(_MESH.value))
-    rows = min(prompts, _ROWS.value) * (1 if _SCALE.value == 1 else 2)
+    # Where one expert isn't guided, the other's pairs of rows follow one another.
+    guided = 1 not in (_SCALE.value, _SCALE_2.value)
+    rows = min(prompts, _ROWS.value) * (2 if guided else 1)
     return make_mesh(sampling_sizes(rows, jax.device_count()))
 
 

@@ -127,3 +127,31 @@ def test_times_of_wan_begin_below_one_and_end_in_a_leap():
     assert times[0] < 1 and times[-1] == 0
     shown = np.asarray(Path(timesteps=1000).shown(jnp.asarray(times)))
     np.testing.assert_allclose(1000 * shown, [999, 937, 833, 625, 0], atol=1e-3)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 7.0, 8.0, 12.0])
+def test_the_timestep_shown_is_that_of_the_exact_time(shift):
+    """In float32 too, inside jit as outside; exact times are Wan's, in float64."""
+    path = Path(timesteps=1000)
+    policy = TimestepPolicy(shift=shift, grid=(1 - 1e-6, 0.001))
+    wanted, times = [], []
+    for steps in range(1, 1001):
+        t = np.linspace(1, 0.001, steps + 1)[:-1]
+        t = np.minimum(shift * t / (1 + (shift - 1) * t), 1 - 1e-6)
+        wanted.append((1000 * t).astype(int))
+        times.append(np.asarray(policy.times(steps, jnp.ones(()), 1000))[:-1])
+        np.testing.assert_allclose(times[-1], t, rtol=3e-7)  # ulps, to either side
+    times = np.concatenate(times)
+    for shown in (path.shown(times), jax.jit(path.shown)(times)):
+        shown = np.asarray(shown, np.float64)
+        assert np.array_equal(np.round(shown * 1000), np.concatenate(wanted))
+        np.testing.assert_allclose(shown * 1000, np.round(shown * 1000), rtol=2e-7)
+
+
+def test_a_grid_may_begin_later_and_reach_its_end():
+    count = jnp.ones(())
+    policy = TimestepPolicy(grid=(1.0, 0.25), reach_end=True)
+    np.testing.assert_allclose(policy.times(4, count), [1, 0.75, 0.5, 0.25, 0])
+    np.testing.assert_allclose(policy.times(1, count), [1, 0])
+    policy = TimestepPolicy(start=0.75)
+    np.testing.assert_allclose(policy.times(3, count), [0.75, 0.5, 0.25, 0])

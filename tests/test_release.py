@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import jvdit
 from jvdit.data.tokenizer import Tokenizer, cleaned, train_tokenizer
 from jvdit.data.tokenizer_json import sentencepiece_of
 from jvdit.generation.conditioning import (
@@ -23,6 +24,7 @@ from jvdit.networks import fingerprint, model_hash
 from jvdit.pretrained.configs import dit_fields
 from jvdit.pretrained.recipes import RECIPES, name_of
 from jvdit.pretrained.release import read_release
+from jvdit.pretrained.schedulers import scheduler_of
 from jvdit.sharding import make_mesh
 from jvdit.training.weights import weights_hash
 
@@ -42,6 +44,9 @@ def folder_of(tmp_path, index, **files):
     return tmp_path
 
 
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+
+
 def test_what_a_folder_says_of_itself(tmp_path):
     index = {"_class_name": "WanPipeline", "boundary_ratio": 0.875}
     index |= {"transformer_2": ["diffusers", "WanTransformer3DModel"]}
@@ -49,15 +54,68 @@ def test_what_a_folder_says_of_itself(tmp_path):
     with pytest.raises(FileNotFoundError, match="transformer_2 is missing"):
         read_release(folder)
     (folder / "transformer_2").mkdir()
+    index["scheduler"] = ["diffusers", "UniPCMultistepScheduler"]
+    (folder / "model_index.json").write_text(
+        json.dumps(index | {"expand_timesteps": True})
+    )
     scheduler = folder / "scheduler/scheduler_config.json"
     scheduler.write_text(json.dumps({"flow_shift": 7.0}))
     release = read_release(folder)
     assert set(release.parts) == {"dit", "dit_low", "text_encoder", "vae"}
     assert release.clean_frames
-    # A network of no known size goes by the folder, a known one by its authors.
+    # The folder comes before what the authors of a known network advise.
     unknown = release.recipe(VARIANTS["tiny"])
     assert (unknown["shift"], unknown["boundary"]) == (7.0, 0.875)
-    assert release.recipe(VARIANTS["wan2.2-t2v-a14b"])["shift"] == 12.0
+    known = release.recipe(VARIANTS["wan2.2-i2v-a14b"])
+    assert (known["shift"], known["boundary"], known["solver"]) == (7.0, 0.875, "unipc")
+    assert known["guidance_scale"] == 3.5
+    scheduler.unlink()
+    (folder / "model_index.json").write_text(
+        json.dumps(index | {"boundary_ratio": None})
+    )
+    known = read_release(folder).recipe(VARIANTS["wan2.2-i2v-a14b"])
+    assert (known["shift"], known["boundary"]) == (5.0, 0.9)
+
+
+def test_a_scheduler_is_followed_or_said():
+    unipc = scheduler_of(
+        "UniPCMultistepScheduler",
+        {"flow_shift": 3, "shift": 8.0, "prediction_type": "flow_prediction"},
+    )
+    assert (unipc.solver, unipc.shift, unipc.notes) == ("unipc", 3.0, ())
+    assert unipc.timesteps == 1000
+    euler = scheduler_of("FlowMatchEulerDiscreteScheduler", {"shift": 8, **FLOW})
+    assert (euler.solver, euler.shift, euler.notes) == ("euler", 8.0, ())
+    assert euler.timesteps == 0
+    dpm = scheduler_of("DPMSolverMultistepScheduler", FLOW | {"solver_order": 3})
+    assert (dpm.solver, dpm.shift) == ("dpmpp_2m", None)
+    assert dpm.notes == (
+        "`solver_order` (=3) of DPMSolverMultistepScheduler isn't followed; 'dpmpp_2m' "
+        "samples as with 2.",
+    )
+    for kind, solver in (
+        ("FlowMatchHeunDiscreteScheduler", "heun"),
+        ("FlowMatchLCMScheduler", "euler"),
+        ("DPMSolverSinglestepScheduler", "dpmpp_2m"),
+        ("DEISMultistepScheduler", "unipc"),
+    ):
+        other = scheduler_of(kind, FLOW)
+        assert other.solver == solver
+        assert other.notes == (
+            f"{kind} isn't among our solvers; the nearest, {solver!r}, is taken.",
+        )
+    with pytest.raises(ValueError, match="`prediction_type` .='epsilon'.* must be"):
+        scheduler_of("UniPCMultistepScheduler", {"prediction_type": "epsilon"})
+    with pytest.raises(ValueError, match="`num_train_timesteps` .=500.* must be 1000"):
+        scheduler_of("FlowMatchEulerDiscreteScheduler", {"num_train_timesteps": 500})
+
+
+def test_the_names_that_the_readme_uses_are_exported():
+    from jvdit import Generator, load_release
+
+    assert {"Generator", "load_release"} <= set(jvdit.__all__)
+    assert load_release.__module__ == "jvdit.generation.release"
+    assert Generator.__module__ == "jvdit.generation.generator"
 
 
 def test_the_layout_of_the_authors(tmp_path):
@@ -170,6 +228,17 @@ def test_a_mask_parts_footage_into_what_stays_and_what_changes():
     assert (keep[2, 0] == 0).all() and (new[2, 0] == 1).all()
     assert (keep[2, 1] == 1).all() and (new[2, 1] == 0).all()
     assert (cells[:2] == 0).all() and (cells[2, 0] == 1).all()
+
+
+def test_greys_of_a_mask_are_shown_and_part_footage_at_half():
+    video = np.full((9, 4, 6, 3), 255, np.uint8)
+    mask = np.zeros_like(video)
+    mask[:, 0, 0], mask[:, 0, 1] = 127, 128
+    control = control_signal(video, mask, [], (9, 4, 6), lambda x: x[::4], 1).control
+    keep, new, cells = control[..., :3], control[..., 3:6], control[..., 6:]
+    assert (keep[:, 0, 0] == 1).all() and (new[:, 0, 0] == 0).all()
+    assert (keep[:, 0, 1] == 0).all() and (new[:, 0, 1] == 1).all()
+    np.testing.assert_allclose(cells[:, 0, :3, 0] * 255, [[127, 128, 0]] * 3, rtol=1e-6)
 
 
 def test_original_files_of_i2v_differ_in_their_weights_alone():

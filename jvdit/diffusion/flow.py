@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 SCHEDULES = ("flow", "linear", "cosine")
@@ -70,12 +71,11 @@ class Path:
         alpha = jnp.minimum(jnp.cos(angle) / first, 1.0)
         return alpha, jnp.sqrt(jnp.maximum(1 - alpha**2, 0.0))
 
-    def shown(self, t: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """The time that the network is told at time t."""
+    def shown(self, t: Float[Any, "*shape"]) -> Float[Any, "*shape"]:
+        """The time that the network is told at time t, of numpy's arrays or jax's."""
         if not self.timesteps:
             return t
-        # Timesteps that are whole numbers stay so, however t was rounded.
-        return jnp.floor(t * self.timesteps + 1e-4) / self.timesteps
+        return t * self.timesteps // 1 / self.timesteps
 
     def clock(self, t: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """The variable in which `velocity` is the derivative of x_t."""
@@ -163,6 +163,9 @@ class TimestepPolicy:
         grid: where the times of sampling begin, after the shift, and where their even
             spacing before the shift ends, with 0 as the last time; Wan's is
             (1 - 1e-6, 0.001).
+        start: where that even spacing begins.
+        reach_end: a step stops at the end of the spacing, and the last one goes from
+            there to 0; otherwise the last one goes to 0 instead.
 
     Raises:
         ValueError: unknown distribution, shift not positive or outside its range.
@@ -176,6 +179,8 @@ class TimestepPolicy:
     shift_range: tuple[float, float] = (1.0, 12.0)
     span: tuple[float, float] = (0.0, 1.0)
     grid: tuple[float, float] = (1.0, 0.0)
+    start: float = 1.0
+    reach_end: bool = False
 
     def __post_init__(self):
         _check("distribution", self.distribution, DISTRIBUTIONS)
@@ -206,8 +211,7 @@ class TimestepPolicy:
         self, t: Float[Array, "*shape"], num_tokens: Float[Array, "*shape"]
     ) -> Float[Array, "*shape"]:
         """Moves times for clips of `num_tokens` tokens."""
-        s = self.shift_for(num_tokens)
-        return s * t / (1 + (s - 1) * t)
+        return _shifted(t, self.shift_for(num_tokens))
 
     def quantile(
         self, u: Float[Array, "*shape"], num_tokens: Float[Array, "*shape"]
@@ -247,9 +251,15 @@ class TimestepPolicy:
         return self.quantile(u.reshape(num_tokens.shape), num_tokens)
 
     def times(
-        self, steps: int, num_tokens: Float[Array, "*shape"]
+        self, steps: int, num_tokens: Float[Array, "*shape"], timesteps: int = 0
     ) -> Float[Array, "times *shape"]:
         """The `steps + 1` times, from 1 down to 0, at which a solver stops.
+
+        Args:
+            steps: of the solver.
+            num_tokens: of each clip.
+            timesteps: of `Path`. Where one shift is for all clips, the network is then
+                shown the timesteps of the exact times, not of the rounded ones.
 
         Raises:
             ValueError: steps is not positive.
@@ -258,7 +268,29 @@ class TimestepPolicy:
             raise ValueError(f"`steps` (={steps}) must be at least 1; try 30.")
         shape = (steps + 1, *num_tokens.shape)
         first, end = self.grid
-        t = jnp.linspace(1.0, end, steps + 1).at[-1].set(0.0)
-        t = jnp.broadcast_to(t.reshape(-1, *(1 for _ in shape[1:])), shape)
-        times = self.shifted(t, jnp.broadcast_to(num_tokens[None], shape))
-        return jnp.minimum(times, first)
+        even = np.linspace(self.start, end, steps + (not self.reach_end))
+        even = np.append(even[:steps], 0.0)
+        if self.shift_tokens is None:
+            even = np.minimum(_shifted(even, self.shift), first)
+            even = _rounded(even, timesteps)
+        t = jnp.asarray(even, jnp.float32).reshape(-1, *(1 for _ in shape[1:]))
+        t = jnp.broadcast_to(t, shape)
+        if self.shift_tokens is None:
+            return t
+        tokens = jnp.broadcast_to(num_tokens[None], shape)
+        return jnp.minimum(self.shifted(t, tokens), first)
+
+
+def _shifted(t: Any, s: Any) -> Any:
+    return s * t / (1 + (s - 1) * t)
+
+
+def _rounded(
+    t: Float[np.ndarray, " times"], timesteps: int
+) -> Float[np.ndarray, " times"]:
+    """To float32, and on by an ulp or two if that changes which timestep is shown."""
+    rounded = t.astype(np.float32)
+    wanted = np.floor(t * timesteps).astype(np.float32)
+    while (wrong := wanted - np.floor(rounded * timesteps)).any():
+        rounded = np.where(wrong, np.nextafter(rounded, np.sign(wrong)), rounded)
+    return rounded

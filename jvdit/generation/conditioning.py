@@ -152,20 +152,21 @@ def control_signal(
 
     Args:
         video: None: there is none, and everything is generated.
-        mask: white where to generate; None: everywhere.
+        mask: white where to generate; None: everywhere. A pixel of footage stays or
+            goes whole, at half white; the network is shown the greys themselves.
         references: pictures at the clip's size; each is a latent frame before the clip.
         size: frames, height and width of the clip in pixels.
         encode: to latents.
         spatial_compression: pixels of a latent, along a side.
     """
     pixels = np.zeros((*size, 3), np.float32) if video is None else to_pixels(video)
-    change = np.ones(size, np.float32)
+    grey = np.ones(size, np.float32)
     if mask is not None:
-        change = (mask[..., 0] > 127).astype(np.float32)
-    keep = encode(pixels * (1 - change[..., None]))
-    new = encode(pixels * change[..., None])
+        grey = mask[..., 0].astype(np.float32) / 255
+    change = (grey > 0.5)[..., None]
+    keep, new = encode(pixels * ~change), encode(pixels * change)
     side = {"p": spatial_compression, "q": spatial_compression}
-    cells = rearrange(change, "T (h p) (w q) -> T h w (p q)", **side)
+    cells = rearrange(grey, "T (h p) (w q) -> T h w (p q)", **side)
     # The pixel frame in the middle of each latent one, as if they were evenly spread.
     middle = (np.arange(len(new)) + 0.5) * len(cells) / len(new)
     control = np.concatenate([keep, new, cells[middle.astype(int)]], axis=-1)

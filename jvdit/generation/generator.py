@@ -327,7 +327,7 @@ class Generator:
             self.mesh.shape["context"],
             self.text_length,
         )
-        begin = self.policy, steps, solver, bool(noise)
+        begin = self.path, self.policy, steps, solver, bool(noise)
         for batch in batches:
             latents = self._solved(batch, begin, guidances, reuse, on_step)
             found = unpacked(batch, latents, sizes, self.patch_size)
@@ -378,13 +378,13 @@ class Generator:
     def _solved(
         self,
         batch: Batch,
-        begin: tuple[TimestepPolicy, int, str, bool],
+        begin: tuple[Path, TimestepPolicy, int, str, bool],
         guidances: Mapping[str, Guidance],
         reuse: Reuse | None,
         on_step: OnStep | None,
     ) -> np.ndarray:
         """The latents of a batch at t = 0, network after network."""
-        _, steps, solver, _ = begin
+        *_, steps, solver, _ = begin
         places = rows_sharding(self.mesh, len(batch.seeds))
         running = None
         for name, span in self._spans(steps).items():
@@ -411,8 +411,9 @@ class Generator:
 
     def _spans(self, steps: int) -> dict[str, tuple[int, int]]:
         """Which network takes which steps."""
-        times = self.path.shown(self.policy.times(steps, jnp.ones(1))[:-1, 0])
-        high = int((times >= self.boundary - 1e-6).sum())
+        times = self.policy.times(steps, jnp.ones(1), self.path.timesteps)
+        shown = self.path.shown(np.asarray(times)[:-1, 0])
+        high = int((shown >= np.float32(self.boundary)).sum())
         spans = {"dit": (0, high), "dit_low": (high, steps)}
         return {name: span for name, span in spans.items() if span[0] < span[1]}
 

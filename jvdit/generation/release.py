@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
@@ -27,7 +28,7 @@ from jvdit.pretrained.folders import (
     load_vae,
 )
 from jvdit.pretrained.lora import read_lora
-from jvdit.pretrained.recipes import POLICY, TEXT_LENGTH, TIMESTEPS
+from jvdit.pretrained.recipes import RECIPES, TEXT_LENGTH
 from jvdit.pretrained.release import Release, read_release
 from jvdit.pretrained.wan import LAYOUTS, dit_rules
 from jvdit.sharding import make_mesh, platform
@@ -45,8 +46,9 @@ def load_release(
     parts: Mapping[str, str | os.PathLike[str]] = _ITS_OWN,
     **fields: Any,
 ) -> Generator:
-    """A model of the Wan 2 family, to be sampled as its authors recommend.
+    """A model of the Wan 2 family, to be sampled as its folder and authors say.
 
+    What its scheduler asks for and we do otherwise is logged, a line each.
     Its networks are read from the files when their turn comes. If they don't all fit on
     the devices, one is there at a time.
 
@@ -55,7 +57,8 @@ def load_release(
             turned to safetensors.
         mesh: of the devices; default: all of them on `data`.
         dtype: of the parameters and the computation; the autoencoder's are float32.
-        shift: of the times, see `TimestepPolicy`; None: the authors'.
+        shift: of the times, see `TimestepPolicy`; None: that of the folder's scheduler,
+            or its authors' where it has none.
         parts: folders of networks in the place of the release's own, by name: "dit" and
             "dit_low" of a finetuning.
         **fields: of `DiT` that the release doesn't decide, such as `scan_layers`.
@@ -68,7 +71,8 @@ def load_release(
     mesh = make_mesh() if mesh is None else mesh
     found = _networks(release, parts, mesh, dtype, fields)
     dit = found["dit"].module
-    recipe = release.recipe(module_fields(dit))
+    recipe, scheduler = release.recipe(module_fields(dit)), release.scheduler
+    _tell(release, recipe, shift)
     image_encoder = found.get("image_encoder")
     return Generator(
         dit=dit,
@@ -76,9 +80,9 @@ def load_release(
         vae=found["vae"].module,
         params={name: part.load for name, part in found.items()},
         tokenizer=release_tokenizer(release.tokenizer),
-        path=Path(timesteps=TIMESTEPS),
+        path=Path(timesteps=scheduler.timesteps),
         policy=TimestepPolicy(
-            shift=recipe["shift"] if shift is None else shift, **POLICY
+            **scheduler.policy(recipe["shift"] if shift is None else shift)
         ),
         patch_size=PATCH_SIZE,
         text_length=TEXT_LENGTH,
@@ -94,6 +98,20 @@ def load_release(
         image_encoder=None if image_encoder is None else image_encoder.module,
         together=fits_together(sum(part.num_bytes for part in found.values()), mesh),
     )
+
+
+def _tell(release: Release, recipe: Mapping[str, Any], shift: float | None) -> None:
+    """Logs what of a scheduler isn't followed, or isn't what the authors advise."""
+    for note in release.scheduler.notes:
+        logging.warning("%s: %s", release.folder, note)
+    advised = RECIPES.get(recipe.get("release", ""), recipe)["shift"]
+    if shift is None and advised != recipe["shift"]:
+        logging.warning(
+            "%s: its scheduler's shift of %g is taken; its authors advise %g.",
+            release.folder,
+            recipe["shift"],
+            advised,
+        )
 
 
 def _networks(

@@ -47,6 +47,7 @@ class Batch(NamedTuple):
     def begin(
         self,
         places: NamedSharding,
+        path: Path,
         policy: TimestepPolicy,
         steps: int,
         solver: str,
@@ -57,6 +58,7 @@ class Batch(NamedTuple):
         return start_noise(
             arrays,
             seeds,
+            path=path,
             policy=policy,
             steps=steps,
             solver=solver,
@@ -145,11 +147,14 @@ def _rows(counts: Sequence[int]) -> list[list[int]]:
     return best_fit(counts, [0] * len(counts), max(counts), 0, len(counts))
 
 
-@partial(jit, static_argnames=("policy", "steps", "solver", "one_clip", "noisy"))
+@partial(
+    jit, static_argnames=("path", "policy", "steps", "solver", "one_clip", "noisy")
+)
 def start_noise(
     arrays: dict[str, Array],
     seeds: Array,
     *,
+    path: Path,
     policy: TimestepPolicy,
     steps: int,
     solver: str,
@@ -161,6 +166,7 @@ def start_noise(
     Args:
         arrays: of a `Batch`.
         seeds: of the same.
+        path: of the network.
         policy: of the times.
         steps: of the solver.
         solver: a name of `SOLVERS`.
@@ -170,7 +176,8 @@ def start_noise(
     segment, clean = arrays["segment"], arrays.get("clean")
     keys = jax.vmap(jax.vmap(jax.random.key))(seeds)
     counts = jax.nn.one_hot(segment, keys.shape[1]).sum(1)
-    times = policy.times(steps, jnp.maximum(counts, 1.0)).at[:, :, 0].set(0.0)
+    times = policy.times(steps, jnp.maximum(counts, 1.0), path.timesteps)
+    times = times.at[:, :, 0].set(0.0)
     level = segment if clean is None else jnp.where(clean, 0, segment)
     extras = {name: arrays[name] for name in ("cond", "control") if name in arrays}
     tokens = Tokens(arrays["latents"], arrays["position"], segment, level, **extras)

@@ -11,6 +11,7 @@ import pathlib
 from typing import Any
 
 from jvdit.pretrained.recipes import NEGATIVE_PROMPT, RECIPES, name_of
+from jvdit.pretrained.schedulers import Scheduler, scheduler_of
 from jvdit.pretrained.tensors import PathLike
 
 # Names of the original release, of files to be turned to safetensors.
@@ -33,6 +34,7 @@ class Release:
         tokenizer: the file of the tokenizer: sentencepiece's, or a `tokenizer.json`.
         clean_frames: a given first frame is known as clean tokens (TI2V).
         settings: what its own configuration says of sampling, see `recipe`.
+        scheduler: how it spaces times.
     """
 
     folder: pathlib.Path
@@ -40,12 +42,13 @@ class Release:
     tokenizer: pathlib.Path
     clean_frames: bool
     settings: dict[str, Any]
+    scheduler: Scheduler = Scheduler()
 
     def recipe(self, fields: dict[str, Any]) -> dict[str, Any]:
         """How to sample from it: steps, shift, guidance, size, negative prompt, ….
 
-        Where the authors' own advice is known it is taken, for converted folders all
-        carry the same scheduler. What the folder alone can tell comes from there.
+        What the folder says itself (shift, solver, boundary) is taken from there, as
+        diffusers does, and all else from the authors' own advice where it is known.
 
         Args:
             fields: of its `DiT`.
@@ -54,7 +57,7 @@ class Release:
         if name is None:
             plain = RECIPES["wan2.1-t2v-1.3b"] | {"guidance_scale": 5.0, "shift": 3.0}
             return plain | {"negative_prompt": NEGATIVE_PROMPT} | self.settings
-        return RECIPES[name] | {"release": name}
+        return RECIPES[name] | {"release": name} | self.settings
 
 
 def is_release(folder: PathLike) -> bool:
@@ -95,19 +98,23 @@ def _diffusers(folder: pathlib.Path, index: dict[str, Any]) -> Release:
     optional = {"dit_low": "transformer_2", "image_encoder": "image_encoder"}
     names |= {k: v for k, v in optional.items() if (index.get(v) or [None])[0]}
     settings: dict[str, Any] = {}
-    if (boundary := index.get("boundary_ratio")) is not None:
-        settings["boundary"] = boundary
+    if "dit_low" in names and (boundary := index.get("boundary_ratio")) is not None:
+        settings["boundary"] = float(boundary)
     file = folder / "scheduler" / "scheduler_config.json"
-    if file.exists():
-        scheduler = json.loads(file.read_text())
-        shift = scheduler.get("flow_shift", scheduler.get("shift"))
-        settings |= {} if shift is None else {"shift": float(shift)}
+    config = json.loads(file.read_text()) if file.exists() else {}
+    _, kind = index.get("scheduler") or (None, None)
+    scheduler = scheduler_of(kind or config.get("_class_name", ""), config)
+    if scheduler.kind:
+        settings["solver"] = scheduler.solver
+    if scheduler.shift is not None:
+        settings["shift"] = scheduler.shift
     return Release(
         folder,
         {part: _there(folder / name) for part, name in names.items()},
         _tokenizer(folder / "tokenizer"),
         bool(index.get("expand_timesteps")),
         settings,
+        scheduler,
     )
 
 

@@ -24,6 +24,7 @@ from tiny_models import (
 
 from jvdit.data.media import decode_clip, read_metadata
 from jvdit.diffusion.denoise import Guidance
+from jvdit.diffusion.flow import Path, TimestepPolicy
 from jvdit.diffusion.reuse import Reuse
 from jvdit.generation.release import load_release
 from jvdit.generation.request import Request
@@ -32,6 +33,7 @@ from jvdit.models.text_encoder import VARIANTS as text_encoder_sizes
 from jvdit.pretrained import umt5, wan, wan_vae
 from jvdit.pretrained.folders import load_dit, load_text_encoder, load_vae
 from jvdit.pretrained.loading import export
+from jvdit.pretrained.schedulers import scheduler_of
 from jvdit.pretrained.tensors import write_tensors
 from jvdit.sharding import make_mesh
 
@@ -97,6 +99,7 @@ def compare(
     latents = generator.latents(
         [request],
         steps=steps,
+        solver=generator.defaults["solver"],
         guidance=Guidance(scale),
         low_guidance=None if low is None else Guidance(low),
         noise=[rearrange(noise[0], "c f h w -> f h w c")],
@@ -144,6 +147,50 @@ def test_t2v_that_reuses_what_its_blocks_added(tmp_path):
 def test_t2v_with_two_experts(tmp_path):
     pipe = pipeline(diffusers.WanPipeline, 12.0, experts=0.875)
     compare(pipe, tmp_path, low=3.0)
+
+
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+
+
+def test_t2v_by_euler_with_one_expert_unguided(tmp_path):
+    pipe = pipeline(diffusers.WanPipeline, 5.0, experts=0.875)
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)
+    compare(pipe, tmp_path, low=1.0)
+
+
+def test_t2v_by_dpm_solver(tmp_path):
+    pipe = pipeline(diffusers.WanPipeline, 3.0)
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler(flow_shift=3.0, **FLOW)
+    compare(pipe, tmp_path)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 7.0, 8.0, 12.0])
+@pytest.mark.parametrize("kind", ["UniPCMultistep", "FlowMatchEulerDiscrete"])
+def test_timesteps_of_schedulers(kind, shift):
+    """Of every number of steps: what the network is shown, and which expert is."""
+    options = FLOW | {"flow_shift": shift} if kind == "UniPCMultistep" else {}
+    made = getattr(diffusers, f"{kind}Scheduler")(**options or {"shift": shift})
+    ours = scheduler_of(f"{kind}Scheduler", dict(made.config))
+    assert ours.shift == shift and not ours.notes
+    policy = TimestepPolicy(**ours.policy(shift))
+    path, found, wanted = Path(timesteps=ours.timesteps), [], []
+    for steps in range(1, 1001):
+        made.set_timesteps(steps)
+        times = np.asarray(policy.times(steps, jnp.ones(()), ours.timesteps))[:-1]
+        shown = path.shown(times)
+        high = [(shown >= np.float32(x)).sum() for x in (0.875, 0.9)]
+        found.append((times, shown * 1000, high))
+        want = made.timesteps.numpy()
+        high = [(want >= x).sum() for x in (875.0, 900.0)]
+        wanted.append((made.sigmas.numpy()[:-1], want, high))
+    times, shown, high = (np.concatenate(x) for x in zip(*found, strict=True))
+    sigmas, want, theirs = (np.concatenate(x) for x in zip(*wanted, strict=True))
+    # The ends of theirs and the shift are rounded, and each time is once more.
+    np.testing.assert_allclose(times, sigmas, rtol=5e-7)
+    np.testing.assert_allclose(shown, want, rtol=5e-7)
+    if ours.timesteps:
+        assert np.array_equal(np.round(shown), want)
+    assert np.array_equal(high, theirs)
 
 
 LARGE = {"in_channels": 48, "out_channels": 48}
@@ -218,6 +265,7 @@ def test_vace_with_footage_a_mask_and_references(tmp_path):
     pipe = pipeline(diffusers.WanVACEPipeline, 16.0, dit=CONTROL)
     mask = np.zeros((9, 32, 48, 3), np.uint8)
     mask[3:, 8:, :20] = 255
+    mask[:, :8] = np.arange(48, dtype=np.uint8)[:, None] * 5  # greys at an edge
     references = picture("one", 32, 48), picture("two", 32, 48)
     compare(
         pipe,
