@@ -370,5 +370,5 @@ def test_weights_that_changed_are_refused(tmp_path):
     save_file({k: v + 1 for k, v in load_file(file).items()}, file)
     agree(flatten_dict(load_weights(tmp_path)[0])["a", "kernel"], np.full((64, 64), 2))
     pathlib.Path(tmp_path, "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json is no JSON"):
+    with pytest.raises(ValueError, match="config.json is damaged"):
         load_weights(tmp_path)

@@ -9,6 +9,7 @@ import pathlib
 ROOT = pathlib.Path(__file__).parent.parent / "jvdit"
 LOWEST = {"shapes", "sharding", "compilation", "cluster"}
 MAY_IMPORT = {
+    "box": set(),
     "shapes": set(),
     "sharding": {"pods"},
     "compilation": set(),
