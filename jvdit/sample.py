@@ -32,6 +32,7 @@ from jvdit.data.media_encode import encode_clip
 from jvdit.data.sheets import contact_sheet, write_png
 from jvdit.diffusion.reuse import Reuse, save_ratios
 from jvdit.diffusion.solvers import SOLVERS
+from jvdit.generation.calibration import calibrate
 from jvdit.generation.generator import Generator
 from jvdit.generation.prompt_lines import read_requests
 from jvdit.generation.release import EXPERTS, add_adapters, load_release
@@ -221,7 +222,7 @@ def sample(prompts: list[str]) -> Iterator[pathlib.Path]:
     requests = [generator.complete(request) for request in requests]
     settings = settings.complete(generator.defaults)
     if _CALIBRATE.value:
-        ratios = generator.calibrate(requests[0], **settings.solving)
+        ratios = calibrate(generator, requests[0], **settings.solving)
         save_ratios(_CALIBRATE.value, ratios)
         yield pathlib.Path(_CALIBRATE.value)
         return

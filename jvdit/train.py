@@ -266,13 +266,14 @@ class _Loop:
         return validate, last or _due(done, every.sample_every)
 
     def _missed_look(self):
-        """Whether the run was ended before it had looked at what it goes on from."""
+        """Whether what the run goes on from, or starts from, wasn't looked at yet."""
         file = self.workdir / _LOOKED
 
         def last():
-            return read_json(file, "delete it")["step"] if file.exists() else 0
+            return read_json(file, "delete it")["step"] if file.exists() else -1
 
-        due = self.start and any(self._looks(self.start))
+        begun = self.start or self.config.start_from
+        due = begun and any(self._looks(self.start))
         return due and cluster.from_lead(last) < self.start
 
     def _look(self, metrics, done):

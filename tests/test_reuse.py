@@ -5,6 +5,7 @@ import pytest
 
 from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.reuse import Reuse, save_ratios
+from jvdit.generation.calibration import calibrate
 from jvdit.generation.request import Request
 
 
@@ -55,6 +56,6 @@ def test_only_steps_that_reuse_change_the_clip(generator):
 
 
 def test_the_curve_is_that_of_the_blocks(generator):
-    curve = generator.calibrate(REQUEST, **SETTINGS)
+    curve = calibrate(generator, REQUEST, **SETTINGS)
     assert len(curve) == 6 and curve[0] == 1.0
     assert all(0.5 < x < 2 for x in curve)

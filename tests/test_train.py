@@ -18,6 +18,7 @@ import pytest
 import thread_config
 from jax import tree
 from ml_collections import ConfigDict
+from PIL import Image
 
 from jvdit.conventions import Conventions
 from jvdit.data.records import RecordDataset
@@ -431,6 +432,10 @@ def test_adapters_of_a_model_of_ones_own(workdir, tmp_path):
     config.optim.update(warmup=0, lr=0.05)
     config.lora.update(rank=2, alpha=4.0, dropout=0.1)
     train(config, str(tmp_path / "lora"))
+    before, after = sorted((tmp_path / "lora/samples").glob("*.png"))
+    assert before.name == "step_0000000.png"
+    before, after = (Image.open(x).height for x in (before, after))
+    assert after > 1.8 * before, "each clip below what the weights gave before"
     config.steps = 4
     train(config, str(tmp_path / "lora"))  # goes on
     state = final_state(tmp_path / "lora")

@@ -7,8 +7,10 @@ them over clips (Emu Video, arXiv:2311.10709, section 3.1).
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from jvdit.generation.conditioning import pictures_of
 from jvdit.generation.request import Request
@@ -30,32 +32,55 @@ def check_draft(generator: "Generator") -> None:
         )
 
 
-def with_first_frames(
+def drafted(
     generator: "Generator",
     requests: Sequence[Request],
     settings: Settings,
+    *,
+    rows: int,
+    watch: Callable[[str, int, int], None],
     **options: Any,
-) -> list[Request]:
-    """The requests, each with a first frame that the model draws for it.
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Generates clips in two passes, some after others, as `Generator.clips` does.
 
     Args:
         generator: of the clips; its `pictures`, if it has them, draws the drafts.
         requests: complete ones; those that are a picture, or have a first frame, need
             no draft.
-        settings: of the drafts.
-        **options: of `Generator.clips`.
+        settings: of both passes.
+        rows: how many requests go through both passes before the next ones.
+        watch: see there, as for the options.
+        **options: see there.
+
+    Yields:
+        The number of a request, and its clip.
+
+    Raises:
+        ValueError: the model takes no first frame.
     """
-    begun = list(requests)
-    wanted = [i for i, x in enumerate(requests) if x.image is None and x.frames != 1]
+    check_draft(generator)
+    options["rows"], plain = rows, dataclasses.replace(settings, draft=False)
     painter, sizes = generator.pictures or generator, {}
     if generator.pictures is not None:
         sizes = {"frames": 1}
-    drafts = [
-        dataclasses.replace(requests[i], seed=requests[i].seed ^ _OTHER_NOISE, **sizes)
-        for i in wanted
-    ]
-    plain = dataclasses.replace(settings, draft=False)
-    for number, video in painter.clips(drafts, plain, **options):
-        i = wanted[number]
-        begun[i] = dataclasses.replace(requests[i], image=video[0])
-    return begun
+    for start in range(0, len(requests), rows):
+        begun = list(requests[start : start + rows])
+        wanted = [i for i, x in enumerate(begun) if x.image is None and x.frames != 1]
+        drafts = [
+            dataclasses.replace(begun[i], seed=begun[i].seed ^ _OTHER_NOISE, **sizes)
+            for i in wanted
+        ]
+        made = painter.clips(
+            drafts,
+            plain,
+            rows=rows,
+            watch=lambda _, *counts: watch("drafting", *counts),
+            **options,
+        )
+        for i, video in made:
+            place = wanted[i]
+            begun[place] = dataclasses.replace(begun[place], image=video[0])
+        for i, video in generator.clips(
+            begun, plain, rows=rows, watch=watch, **options
+        ):
+            yield start + i, video

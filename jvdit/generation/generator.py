@@ -25,7 +25,7 @@ from jvdit.diffusion.flow import Path, TimestepPolicy
 from jvdit.diffusion.reuse import Reuse
 from jvdit.diffusion.solvers import check_solver
 from jvdit.generation.conditioning import check_pictures, pictures_of
-from jvdit.generation.draft import check_draft, with_first_frames
+from jvdit.generation.draft import drafted
 from jvdit.generation.inputs import items, known
 from jvdit.generation.model_folder import (
     PICTURES,
@@ -192,45 +192,25 @@ class Generator:
         requests = [self.complete(request) for request in requests]
         for request in requests:
             self.check(request)
+        if not requests:
+            return
         watch = watch or _unwatched
         options: dict[str, Any] = {"rows": rows, "reuse": reuse}
-        if not settings.draft:
-            parts = self.solve(
-                requests,
-                on_step=lambda done, total, _: watch("denoising", done, total),
-                **settings.solving,
-                **options,
-            )
-            for latents in parts:
-                yield from self._decoded(latents, watch)
+        if settings.draft:
+            yield from drafted(self, requests, settings, watch=watch, **options)
             return
-        check_draft(self)
-        plain = dataclasses.replace(settings, draft=False)
-        for start in range(0, len(requests), rows):
-            drafting = lambda _, *counts: watch("drafting", *counts)  # noqa: E731
-            begun = with_first_frames(
-                self, requests[start : start + rows], plain, watch=drafting, **options
-            )
-            for i, video in self.clips(begun, plain, watch=watch, **options):
-                yield start + i, video
+        parts = self.solve(
+            requests,
+            on_step=lambda done, total, _: watch("denoising", done, total),
+            **settings.solving,
+            **options,
+        )
+        for latents in parts:
+            yield from self._decoded(latents, watch)
 
     def complete(self, request: Request) -> Request:
         """The request with what it left open as suits the model."""
         return complete(request, self.defaults, self.unit)
-
-    def calibrate(self, request: Request, **settings: Any) -> list[float]:
-        """The curve that `Reuse` goes by, measured on a clip; settings as of a call.
-
-        Raises:
-            ValueError: see `latents`.
-        """
-        measured = self._stepper.ratios = {}
-        self.latents([request], reuse=Reuse((1.0,), most=0), **settings)
-        curve = np.ones(max(last for _, last in measured))
-        for (first, last), ratios in measured.items():
-            # The first step of a network has none before it.
-            curve[first + 1 : last] = ratios[first + 1 : last]
-        return curve.tolist()
 
     @property
     def unit(self) -> int:
@@ -245,24 +225,20 @@ class Generator:
         """
         request = self.complete(request)
         size = self.vae.latent_shape(*request.size)
+        whole = [
+            max(round(n / p), 1) * p for n, p in zip(size, self.patch_size, strict=True)
+        ]
+        nearest = self.vae.video_shape(*whole)
         for i, name in enumerate(("frames", "height", "width")):
-            patch = self.patch_size[i]
-            if size[i] % patch:
-                cells = max(round(size[i] / patch), 1) * patch
+            if size[i] % self.patch_size[i]:
                 raise ValueError(
                     f"`{name}` (={request.size[i]}) makes {size[i]} latents, which "
-                    f"patches of {patch} don't divide; try {self._pixels(i, cells)}."
+                    f"patches of {self.patch_size[i]} don't divide; try {nearest[i]}."
                 )
         if not (request.fps or 0) > 0:
             raise ValueError(f"`fps` (={request.fps}) must be positive; try 8.")
         check_pictures(request, *pictures_of(self.dit, self.conventions))
         return size
-
-    def _pixels(self, axis: int, cells: int) -> int:
-        """Pixel frames, or pixels of a side, of so many latents."""
-        if axis:
-            return cells * self.vae.spatial_compression
-        return (cells - 1) * self.vae.temporal_compression + 1
 
     def latents(self, requests: Sequence[Request], **options: Any) -> list[np.ndarray]:
         """Normalised latents `[f h w c]` of each request; arguments as of `solve`."""
@@ -296,8 +272,7 @@ class Generator:
             on_step: called after each step with how many are done of a batch, how many
                 it has in all, and its packed latents.
             noise: to start from, instead of that of the seeds.
-            reuse: which steps reuse what the network's blocks added before; faster,
-                and not quite the same. None: none.
+            reuse: which steps reuse what blocks added before: faster, not quite equal.
 
         Yields:
             Of the requests of a batch: number, and normalised latents `[f h w c]`.
@@ -341,12 +316,9 @@ class Generator:
         """Normalised latents to pixels, uint8 `[b T H W 3]`.
 
         Takes the memory of a few latent frames, whatever the length.
-
-        Args:
-            latents: of clips of one size.
-            on_frames: called now and then with how many frames are done, of how many.
+        `on_frames` is called now and then with how many frames are done, of how many.
         """
-        total, frames = self._pixels(0, latents.shape[1]), []
+        total, frames = self.vae.video_shape(*latents.shape[1:4])[0], []
         with jax.set_mesh(autoencoder_mesh(self.mesh, *latents.shape[2:4])):
             for video in decode_normalized(self.vae, self.residence["vae"], latents):
                 frames.append(to_host(_bytes(video)))
@@ -394,7 +366,7 @@ class Generator:
                     lora = self.adapters[name]
                     homes = parameter_shardings(lora, self.mesh)
                     variables["lora"] = jax.device_put(lora, homes)
-                running = self._stepper(
+                running = self.stepper(
                     variables,
                     running or batch.begin(places, *begin),
                     texts_of(batch, self.conventions.pad_text, places),
@@ -423,7 +395,8 @@ class Generator:
         return Residence(self.params, self.mesh, self.together)
 
     @cached_property
-    def _stepper(self) -> Stepper:
+    def stepper(self) -> Stepper:
+        """The compiled steps of the network."""
         return Stepper(self.dit, self.path)
 
 

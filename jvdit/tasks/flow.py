@@ -15,6 +15,7 @@ from jvdit.compilation import jit
 from jvdit.config import Config
 from jvdit.conventions import Conventions
 from jvdit.data.catalog import open_source
+from jvdit.data.media import decode_clip
 from jvdit.data.media_encode import encode_clip
 from jvdit.data.pipeline import PackedBatches
 from jvdit.data.plan import PackPlan
@@ -311,8 +312,25 @@ class FlowTask(Task):
             metrics.say(f"step {step}, {scored} clips scored: {', '.join(told)}")
 
     def _write(self, videos, metrics, step, folder):
-        """Writes sample clips, and a sheet of them."""
-        sheet = contact_sheet(videos, self.config.sample.prompts)
+        """Writes sample clips, and a sheet of them.
+
+        Of a run that started from finished weights, with what those gave above each.
+        """
+        rows, captions = [], []
+        for i, (video, prompt) in enumerate(
+            zip(videos, self.config.sample.prompts, strict=True)
+        ):
+            before = folder / f"step_{0:07d}_{i}.mp4"
+            if step and before.exists():
+                frames, height, width, _ = video.shape
+                size = {"frames": frames, "height": height, "width": width}
+                fps = self.config.sample.fps
+                rows.append(decode_clip(str(before), fps=fps, **size)["video"])
+                captions += [prompt, f"after {step} steps"]
+            else:
+                captions.append(prompt)
+            rows.append(video)
+        sheet = contact_sheet(rows, captions)
         metrics.sheet(step, "samples", sheet)
         write_png(folder / f"step_{step:07d}.png", sheet)
         for i, video in enumerate(videos):
