@@ -46,11 +46,11 @@ def get_config():
     images, videos = transformer(dit.images), transformer(dit.videos)
     images.data.sources = tuple(f"{name}#train:1" for name in sources)
     images.data.validation = f"{sources[0]}#val:1"
-    images.steps = 1500
+    images.steps = 400
     videos.data.sources, videos.data.validation = sources, f"{sources[0]}#val"
     videos.start_from = "{workdir}/images/model"
     videos.first_frame = 0.6
-    videos.steps = 8000
+    videos.steps = 2000
     return defaults.stages(
         vae_images=vae.images,
         vae_videos=vae.videos,

@@ -70,17 +70,13 @@ def drafted(
             dataclasses.replace(begun[i], seed=begun[i].seed ^ _OTHER_NOISE, **sizes)
             for i in wanted
         ]
-        made = painter.clips(
-            drafts,
-            plain,
-            rows=rows,
-            watch=lambda _, *counts: watch("drafting", *counts),
-            **options,
-        )
-        for i, video in made:
+        drafting = partial(_told, watch)
+        for i, video in painter.clips(drafts, plain, watch=drafting, **options):
             place = wanted[i]
             begun[place] = dataclasses.replace(begun[place], image=video[0])
-        for i, video in generator.clips(
-            begun, plain, rows=rows, watch=watch, **options
-        ):
+        for i, video in generator.clips(begun, plain, watch=watch, **options):
             yield start + i, video
+
+
+def _told(watch: Callable[[str, int, int], None], _: str, done: int, total: int):
+    watch("drafting", done, total)
