@@ -126,11 +126,11 @@ def _gathered(x: jax.Array) -> np.ndarray:
         return np.asarray(x.addressable_data(0))
     local = x.sharding.shard_shape(x.shape)
     undivided = [a for a in range(x.ndim) if local[a] == x.shape[a]]
-    if x.nbytes <= _PIECE or not undivided:
+    small = x.nbytes <= _PIECE or not undivided
+    if small or not isinstance(x.sharding, NamedSharding):
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
     axis = max(undivided, key=lambda a: x.shape[a])
     size = max(x.shape[axis] * _PIECE // x.nbytes, 1)
-    assert isinstance(x.sharding, NamedSharding)
     gather = _gathering(axis, size, NamedSharding(x.sharding.mesh, PartitionSpec()))
     whole = np.empty(x.shape, x.dtype)
     for start in range(0, x.shape[axis], size):

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from functools import partial
 
 import jax
@@ -209,28 +210,43 @@ def test_digests_that_could_not_be_written_stop_nothing(tmp_path, monkeypatch):
     agree(restore(tmp_path)[0][0], state)
 
 
+def test_a_training_says_what_was_damaged():
+    loop, said = object.__new__(train._Loop), []
+    loop.config = types.SimpleNamespace(objective="flow")
+    loop.task = types.SimpleNamespace(summary="")
+    loop.state, loop.mesh = types.SimpleNamespace(params={}), make_mesh()
+    loop.start, loop.data_note = 1, ""
+    loop.checkpoints = types.SimpleNamespace(damaged=["checkpoint 2 is damaged"])
+    loop._greet(types.SimpleNamespace(say=said.append))
+    assert said[-1] == "WARNING: checkpoint 2 is damaged"
+
+
 ONE_OF_TWO = """
 import json, pathlib, sys, jax, numpy as np
 jax.config.update("jax_platforms", "cpu")
 process, port, folder, steps = sys.argv[1:]
 jax.distributed.initialize(f"localhost:{port}", 2, int(process))
 from jax.sharding import NamedSharding, PartitionSpec
+from jvdit import cluster
 from jvdit.training.checkpoint import Checkpoints
 mesh = jax.sharding.Mesh(np.array(jax.devices()), ("all",))
 place = NamedSharding(mesh, PartitionSpec("all"))
 def state(step):
-    value = np.full((4, 1 << 10), step, np.float32)
+    value = step + np.arange(4096, dtype=np.float32).reshape(4, 1024)
     return {"x": jax.make_array_from_callback(value.shape, place, lambda i: value[i])}
 checkpoints = Checkpoints(folder)
 shapes = jax.eval_shape(lambda: state(1))
 found = checkpoints.restore(shapes, {"x": place})
-value = found and float(found[0]["x"].addressable_data(0)[0, 0])
+value = found and float(found[0]["x"].addressable_data(0)[0, 0]) - 2048 * int(process)
 told = json.dumps([found and found[1]["step"], value, *checkpoints.damaged])
 pathlib.Path(folder, f"told.{process}").write_text(told)
 for step in map(int, steps.split()):
     checkpoints.save(step, state(step), {"step": step})
 checkpoints.wait()
 checkpoints.close()
+cluster._PIECE = 1 << 12
+whole = cluster.to_host(state(7))["x"]
+assert (whole.ravel() == 7 + np.arange(4096)).all()
 """
 
 
