@@ -210,6 +210,13 @@ def await_seen(seen: Callable[[], bool], what: str) -> None:
         time.sleep(1)
 
 
+def _client() -> Any:
+    """What keeps the values that processes tell each other."""
+    import orbax.checkpoint as ocp
+
+    return ocp.multihost.get_jax_distributed_client()
+
+
 def from_lead(make: Callable[[], Any]) -> Any:
     """What process 0 makes, a JSON value, on every process; its errors are all's.
 
@@ -220,7 +227,7 @@ def from_lead(make: Callable[[], Any]) -> Any:
     """
     if jax.process_count() == 1:
         return make()
-    client, key = ocp.multihost.get_jax_distributed_client(), f"jvdit/{next(_told)}"
+    client, key = _client(), f"jvdit/{next(_told)}"
     made = error = None
     if is_lead():
         try:
@@ -245,7 +252,7 @@ def check_alike(settings: Mapping[str, Any]) -> None:
     if jax.process_count() == 1:
         return
     ours = json.loads(json.dumps(settings, default=str))
-    client, key = ocp.multihost.get_jax_distributed_client(), f"jvdit/{next(_told)}"
+    client, key = _client(), f"jvdit/{next(_told)}"
     if differing := differences(from_lead(lambda: ours), ours):
         told = f"process {jax.process_index()}: {'; '.join(differing)}"
         client.key_value_set(f"{key}/{jax.process_index()}", told)

@@ -168,11 +168,12 @@ class _Events:
         # Its import takes longer than JAX's where torch is installed.
         from tensorboardX import summary
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto import event_pb2
 
         os.makedirs(self._folder, exist_ok=True)
         self._writer = EventsWriter(os.path.join(self._folder, "events"))
-        self._summary, self._event = summary, Event
+        messages: Any = event_pb2  # made when imported
+        self._summary, self._event = summary, messages.Event
 
     def write(self, step: int, kind: str, *value: Any, **form: Any) -> None:
         """Writes a value: of the kind "scalar" or "image"."""
