@@ -17,6 +17,7 @@ from jvdit.generation.conditioning import (
     control_signal,
     first_frame_channels,
 )
+from jvdit.generation.release import _tell
 from jvdit.generation.request import Request, size_like
 from jvdit.generation.residence import Residence, fits_together
 from jvdit.models.dit import VARIANTS
@@ -108,6 +109,20 @@ def test_a_scheduler_is_followed_or_said():
         scheduler_of("UniPCMultistepScheduler", {"prediction_type": "epsilon"})
     with pytest.raises(ValueError, match="`num_train_timesteps` .=500.* must be 1000"):
         scheduler_of("FlowMatchEulerDiscreteScheduler", {"num_train_timesteps": 500})
+
+
+def test_what_is_not_followed_is_logged(tmp_path, caplog):
+    index = {"_class_name": "WanPipeline"}
+    folder = folder_of(tmp_path, index | {"scheduler": ["", "FlowMatchLCMScheduler"]})
+    (folder / "scheduler/scheduler_config.json").write_text('{"shift": 3.0}')
+    release = read_release(folder)
+    recipe = release.recipe(VARIANTS["wan2.2-ti2v-5b"])
+    for shift, count in ((None, 2), (4.0, 1)):
+        caplog.clear()
+        _tell(release, recipe, shift)
+        assert len(caplog.messages) == count
+        assert "nearest, 'euler', is taken" in caplog.messages[0]
+        assert all("authors advise 5" in x for x in caplog.messages[1:])
 
 
 def test_the_names_that_the_readme_uses_are_exported():

@@ -152,6 +152,30 @@ def test_guidance_and_tokens_are_divided_over_devices(workdir, generator, sizes)
     assert set(rows) == {2}
 
 
+def test_each_of_two_experts_is_guided_by_its_own_scale(workdir, generator):
+    """Two that are alike are one that is guided between times, on any devices."""
+
+    def stirred(params):  # such that the text matters
+        rng = np.random.default_rng(0)
+        return jax.tree.map(lambda x: x + 0.2 * rng.normal(size=x.shape), params)
+
+    one = Generator.load(workdir / "dit", make_mesh(devices=jax.devices()[:1]))
+    one.params = {**one.params, "dit": stirred(one.params["dit"])}
+    dit = stirred(generator.params["dit"])
+    params = {**generator.params, "dit": dit, "dit_low": dit}
+    two = dataclasses.replace(generator, params=params, boundary=0.5)
+    request = Request("two objects", frames=5, height=16, width=16)
+    found = {}
+    for scales, between in (((1.0, 4.0), (0.0, 0.5)), ((4.0, 1.0), (0.5, 1.0))):
+        high, low = (Guidance(scale) for scale in scales)
+        settings = {"guidance": high, "low_guidance": low}
+        (found[scales],) = two.latents([request], steps=3, **settings)
+        (want,) = one.latents([request], steps=3, guidance=Guidance(4.0, between))
+        error = np.abs(found[scales] - want).max() / np.abs(want).max()
+        assert error < 1e-4, (scales, error)
+    assert np.abs(found[1.0, 4.0] - found[4.0, 1.0]).max() > 0.1
+
+
 def test_tokens_that_devices_do_not_divide_are_padded(workdir, generator):
     mesh = make_mesh({"context": 8})
     many = Generator.load(workdir / "dit", mesh)
