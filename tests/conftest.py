@@ -5,6 +5,8 @@ import os
 import shutil
 import tempfile
 
+import jaxlib
+
 # Workers that run beside one another (-n auto) share the cores out among the threads of
 # their XLAs, which would wait for each other. Processes that tests start have all.
 cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
@@ -13,11 +15,14 @@ number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 if ours := sorted(cores)[number::workers]:
     os.sched_setaffinity(0, ours)
 
-# Programs are compiled once and run on tiny arrays, so LLVM needn't try hard; and a
-# program that took long is kept for the processes that tests start one after another.
-flags = os.environ.get("XLA_FLAGS", "")
-if (O0 := "--xla_backend_optimization_level=0") not in flags:
-    os.environ["XLA_FLAGS"] = f"{flags} {O0}"
+# Programs are compiled once and run on tiny arrays, so LLVM needn't try hard, nor MLIR,
+# which takes as long; and a program that took long is kept for the processes that tests
+# start one after another. These begin with huge pages, and not a second time for them.
+wanted = ["--xla_backend_optimization_level=0"]
+if jaxlib.__version__.startswith("0.10."):  # XLA ends at a flag that it doesn't know
+    wanted.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([*wanted, os.environ.get("XLA_FLAGS", "")])
+os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     kept = tempfile.mkdtemp(prefix="jvdit-compiled-")
     atexit.register(shutil.rmtree, kept, ignore_errors=True)

@@ -18,6 +18,7 @@ from typing import ClassVar
 
 import jax
 import numpy as np
+import optax
 import pytest
 from jax.sharding import Mesh
 from processes import finish, free_port, kill, wait_for
@@ -33,7 +34,7 @@ HERE = pathlib.Path(__file__).parent
 RUN = ("--config.checkpoint_every=3",)
 RUN += ("--config.sample_every=0", "--config.evaluate_every=0")
 RUN += ("--config.sample.prompts=()", "--config.sample.scored=0")
-RUN += ("--config.data.validation=", "--config.mesh.fsdp=2")
+RUN += ("--config.data.validation=", "--config.mesh.fsdp=4")
 
 
 def settings(thread, folder):
@@ -82,10 +83,15 @@ def averages(workdir):
     return {x: load_weights(workdir / "model" / x)[0] for x in ("dit", "text_encoder")}
 
 
+def distance(a, b):
+    """The length of what two trees of weights differ by."""
+    return optax.global_norm(jax.tree.map(np.subtract, a, b))
+
+
 def one_life(config, workdir, steps, chance):
-    """Four processes that are killed: one of them, or all, at any time or in a save."""
+    """Processes that are killed: one of them, or all, at any time or in a save."""
     before, left = newest(workdir), being_written(workdir)
-    running = launch(config, workdir, 4, steps)
+    running = launch(config, workdir, 2, steps)
     if chance.random() < 0.5:
         wait_for(running, lambda: being_written(workdir) - left)
     else:
@@ -94,9 +100,9 @@ def one_life(config, workdir, steps, chance):
     if chance.random() < 0.5:
         kill(running)
         return
-    running[chance.randrange(4)].kill()
+    running[chance.randrange(2)].kill()
     # Those that are left can't go on alone, and do not wait for ever.
-    assert finish(running) != [0] * 4
+    assert finish(running) != [0] * 2
 
 
 def test_hosts_come_and_go_and_the_run_is_the_same(latents, tmp_path, pytestconfig):
@@ -104,28 +110,29 @@ def test_hosts_come_and_go_and_the_run_is_the_same(latents, tmp_path, pytestconf
     config, kills = settings(latents, tmp_path), pytestconfig.getoption("kills")
     whole, broken, fewer = (tmp_path / x for x in ("whole", "broken", "fewer"))
     steps = 6 * kills + 15  # a life ends after three to six
-    assert finish(launch(config, whole, 4, steps)) == [0] * 4
+    assert finish(launch(config, whole, 2, steps)) == [0] * 2
     chance = random.Random(0)
     for _ in range(kills):
         one_life(config, broken, steps, chance)
 
-    running, before = launch(config, broken, 4, steps), newest(broken)
+    running, before = launch(config, broken, 2, steps), newest(broken)
     wait_for(running, lambda: newest(broken) > before)
     running[0].send_signal(signal.SIGTERM)
-    assert finish(running) == [0] * 4
+    assert finish(running) == [0] * 2
     assert before < newest(broken) < steps
     shutil.copytree(broken, fewer)
+    begun = averages(fewer)
 
-    assert finish(launch(config, broken, 4, steps)) == [0] * 4
+    assert finish(launch(config, broken, 2, steps)) == [0] * 2
     a, b = averages(whole), averages(broken)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_array_equal(x, y)
 
     # Other numbers of processes and devices in each: the same clips in the same order.
-    assert finish(launch(config, fewer, 2, steps)) == [0] * 2
-    c = averages(fewer)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(c), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+    assert finish(launch(config, fewer, 1, steps)) == [0]
+    # Adam magnifies what rounding leaves of a gradient near 0, but moves few weights by
+    # it; other clips would move them all.
+    assert distance(averages(fewer), a) < 0.01 * distance(begun, a)
     assert newest(whole) == newest(broken) == newest(fewer) == steps
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closeness import assert_close
 
 from jvdit.models.dense import Dense
 
@@ -36,13 +37,13 @@ def test_products_and_gradients_are_rounded_where_asked(precision):
     kernel, y, grads, into_x = results(x, precision)
     keep = rounded if precision == "bfloat16" else np.asarray
     expected = keep(x) @ keep(kernel)
-    np.testing.assert_allclose(y, expected, atol=1e-6)
+    assert_close(y, expected)
     assert y.dtype == into_x.dtype == grads["params"]["kernel"].dtype == jnp.float32
     slope = np.cos(expected)
-    np.testing.assert_allclose(into_x, keep(slope) @ keep(kernel).T, atol=1e-5)
+    assert_close(into_x, keep(slope) @ keep(kernel).T)
     into_kernel = np.einsum("bni,bno->io", keep(x), keep(slope))
-    np.testing.assert_allclose(grads["params"]["kernel"], into_kernel, atol=1e-5)
-    np.testing.assert_allclose(grads["params"]["bias"], slope.sum((0, 1)), atol=1e-5)
+    assert_close(grads["params"]["kernel"], into_kernel)
+    assert_close(grads["params"]["bias"], slope.sum((0, 1)))
 
 
 def test_half_precision_layers_are_left_alone():

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closeness import assert_close
 
 from jvdit.models import attention_mosaic
 from jvdit.models.attention import rope_tables, wan_axes_dims
@@ -97,8 +98,8 @@ def test_a_packed_clip_gets_what_it_gets_alone(params):
     out = velocity(params, tokens, jnp.asarray([[0.0, 0.8, 0.3]]), text)
     alone_a = velocity(params, a[0], jnp.full((1, 1), 0.8), a[1])
     alone_b = velocity(params, b[0], jnp.full((1, 1), 0.3), b[1])
-    np.testing.assert_allclose(out[:, :7], alone_a, atol=2e-5)
-    np.testing.assert_allclose(out[:, 7:12], alone_b, atol=2e-5)
+    assert_close(out[:, :7], alone_a)
+    assert_close(out[:, 7:12], alone_b)
     assert np.isfinite(out).all()
     assert np.abs(alone_a).max() > 0.5
 
@@ -110,7 +111,7 @@ def test_a_clean_clip_is_clean_beside_a_noisy_one(params):
         params, tokens.replace(level=level), jnp.asarray([[0.0, 0.8, 0.3]]), text
     )
     clean = velocity(params, a[0], jnp.zeros((1, 1)), a[1])
-    np.testing.assert_allclose(out[:, :7], clean, atol=2e-5)
+    assert_close(out[:, :7], clean)
 
 
 def test_equal_levels_are_one_level(params):
@@ -118,7 +119,7 @@ def test_equal_levels_are_one_level(params):
     one = velocity(params, tokens, jnp.full((1, 1), 0.4), text)
     each = tokens.replace(level=jnp.asarray([[0, 1, 2, 2, 1, 0]]))
     many = velocity(params, each, jnp.full((1, 3), 0.4), text)
-    np.testing.assert_allclose(many, one, atol=2e-6)
+    assert_close(many, one)
     other = velocity(params, each, jnp.asarray([[0.4, 0.4, 0.6]]), text)
     assert np.abs(other - one).max() > 1e-3
 
@@ -137,9 +138,7 @@ def test_the_order_of_tokens_is_only_in_their_positions(params):
     order = np.random.default_rng(0).permutation(15)
     shuffled = jax.tree.map(lambda x: x[:, order], tokens)
     out = velocity(params, tokens, t, text)
-    np.testing.assert_allclose(
-        velocity(params, shuffled, t, text), out[:, order], atol=2e-5
-    )
+    assert_close(velocity(params, shuffled, t, text), out[:, order])
     moved = tokens.replace(position=tokens.position[:, ::-1])
     assert np.abs(velocity(params, moved, t, text) - out).max() > 1e-3
 
@@ -151,11 +150,8 @@ def test_text_segments_alone_hide_the_padding(params):
         jnp.concatenate([text.embeds, draw(1, 2, 10, seed=9)], axis=1),
         jnp.asarray([[1, 1, 1, 0, 0]]),
     )
-    np.testing.assert_allclose(
-        velocity(params, tokens, t, padded),
-        velocity(params, tokens, t, text),
-        atol=2e-5,
-    )
+    plain = velocity(params, tokens, t, text)
+    assert_close(velocity(params, tokens, t, padded), plain)
 
 
 def test_no_gradient_crosses_segments(params):
@@ -212,15 +208,9 @@ def test_how_blocks_run_changes_neither_output_nor_gradient(params, plain, field
         other_grads = unstack_layers(other_grads)
     else:
         other, other_grads = loss_and_gradients(params, **fields)
-    np.testing.assert_allclose(other, loss, rtol=1e-5)
+    assert_close(other, loss)
     assert jax.tree.structure(other_grads) == jax.tree.structure(grads)
-    for (path, ours), theirs in zip(
-        jax.tree_util.tree_leaves_with_path(grads),
-        jax.tree.leaves(other_grads),
-        strict=True,
-    ):
-        bound = 2e-5 * np.abs(ours).max() + 1e-7
-        np.testing.assert_allclose(theirs, ours, atol=bound, err_msg=str(path))
+    assert_close(other_grads, grads)
 
 
 def test_what_is_kept_is_not_computed_again(params):
@@ -294,7 +284,7 @@ def test_position_scale_multiplies_the_positions(params):
     scaled = velocity(params, tokens, t, text, position_scale=(8.0, 1.0, 0.5))
     unit = jnp.asarray([8.0, 1.0, 0.5])[None, None]
     moved = tokens.replace(position=tokens.position * unit)
-    np.testing.assert_allclose(scaled, velocity(params, moved, t, text), atol=2e-5)
+    assert_close(scaled, velocity(params, moved, t, text))
 
 
 def test_timestep_embedding_is_cosines_then_sines():

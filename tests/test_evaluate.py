@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from doors import command
 
 from jvdit.data.world import World
 from jvdit.data.world_scene import SHAPES
@@ -18,17 +19,12 @@ from jvdit.evaluation.reconstruction import temporal_error
 from jvdit.training.metrics import read_history
 
 
-def command(*args):
-    line = [sys.executable, "-m", "jvdit.evaluate", *map(str, args)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=300)
-
-
 @pytest.fixture(scope="module")
 def evaluated(workdir, tmp_path_factory):
     """Arguments, and the folder that they fill."""
     out = tmp_path_factory.mktemp("evaluated")
     args = ["--workdir", workdir / "dit", "--n", 6, "--steps", "2,3", "--out", out]
-    done = command(*args)
+    done = command("evaluate", *args)
     assert done.returncode == 0, done.stderr
     assert str(out / "report.html") in done.stdout
     return args, out
@@ -53,7 +49,7 @@ def test_a_stopped_evaluation_goes_on(evaluated):
     kept = np.load(first)
     before = second.stat().st_mtime_ns, (out / "report.json").read_text()
     first.unlink()
-    assert command(*args).returncode == 0
+    assert command("evaluate", *args).returncode == 0
     assert second.stat().st_mtime_ns == before[0], "what is there is not made again"
     np.testing.assert_array_equal(np.load(first), kept)
     assert (out / "report.json").read_text() == before[1]
@@ -62,7 +58,8 @@ def test_a_stopped_evaluation_goes_on(evaluated):
 def test_an_autoencoder_is_measured_with_the_oracle(workdir, tmp_path):
     for size in ("7x18x16", "5x16x16"):
         data = f"world:test:{size}@8:4"
-        done = command("--vae", workdir / "vae", "--data", data, "--out", tmp_path)
+        args = "--vae", workdir / "vae", "--data", data, "--out", tmp_path
+        done = command("evaluate", *args)
         assert done.returncode == 0, done.stderr
         found = json.loads((tmp_path / "report.json").read_text())
         assert ("oracle" in found) == (size == "5x16x16"), (
@@ -76,7 +73,6 @@ def test_an_autoencoder_is_measured_with_the_oracle(workdir, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "--workdir"),
         (["--workdir", "nowhere"], "nowhere"),
         (["--workdir", "DIT", "--size", "15x16"], "15"),
         (["--workdir", "DIT", "--steps", "many"], "many"),
@@ -85,10 +81,17 @@ def test_an_autoencoder_is_measured_with_the_oracle(workdir, tmp_path):
 )
 def test_mistakes_are_told_in_a_line(args, message, workdir, tmp_path):
     args = [str(workdir / "dit") if a == "DIT" else a for a in args]
-    done = command(*args, "--out", tmp_path)
+    done = command("evaluate", *args, "--out", tmp_path)
     assert done.returncode == 1 and message in done.stderr
     assert done.stderr.startswith("error:") and "Traceback" not in done.stderr
     assert not any(tmp_path.iterdir())
+
+
+def test_a_process_of_its_own_says_a_line_too(tmp_path):
+    line = [sys.executable, "-m", "jvdit.evaluate", f"--out={tmp_path}"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.startswith("error:") and "--workdir" in done.stderr
 
 
 def test_training_leaves_scores_and_their_history(workdir):

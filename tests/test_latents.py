@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closeness import assert_close
 from jax.sharding import Mesh
 from processes import finish, free_port, kill, wait_for
 
@@ -57,7 +58,7 @@ def test_devices_share_a_batch(vae, monkeypatch, pieces):
     whole = one(video)
     for x, y in zip(shared, whole, strict=True):
         assert np.std(y) > 0
-        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+        assert_close(x, y)
 
 
 def test_each_process_has_its_shards(vae, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closeness import assert_close
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jvdit.models.dit import VARIANTS as DITS
@@ -76,7 +77,7 @@ def test_a_stack_of_layers_moves_as_its_layers_do():
     stack = update("muon", GRADIENTS)["dit"]["blocks"]["query"]["kernel"]
     for i, layer in enumerate(GRADIENTS["dit"]["blocks"]["query"]["kernel"]):
         alone = update("muon", {"dense": {"kernel": layer}})["dense"]["kernel"]
-        np.testing.assert_allclose(stack[i], alone, atol=1e-6)
+        assert_close(stack[i], alone)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

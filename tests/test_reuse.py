@@ -1,7 +1,11 @@
 """Reusing what the blocks added: which steps, and that nothing else changes."""
 
+import dataclasses
+
+import jax
 import numpy as np
 import pytest
+from closeness import assert_close
 
 from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.reuse import Reuse, save_ratios
@@ -44,13 +48,22 @@ REQUEST = Request("one object: a red circle", frames=5, height=16, width=16, see
 SETTINGS = {"steps": 6, "guidance": Guidance(2.0)}
 
 
-def test_only_steps_that_reuse_change_the_clip(generator):
+@pytest.fixture(scope="module")
+def outspoken(generator):
+    """Hardly trained, its head says little: here it says much."""
+    params = jax.tree.map(lambda x: x, generator.params)
+    head = params["dit"]["head"]
+    head["kernel"] = jax.random.normal(jax.random.key(0), head["kernel"].shape)
+    return dataclasses.replace(generator, params=params)
+
+
+def test_only_steps_that_reuse_change_the_clip(outspoken):
+    generator = outspoken
     plain = generator.latents([REQUEST], **SETTINGS)[0]
     never = generator.latents([REQUEST], reuse=Reuse((1.0,), most=0), **SETTINGS)[0]
-    np.testing.assert_allclose(never, plain, atol=1e-6)
+    assert_close(never, plain)
     often = generator.latents([REQUEST], reuse=Reuse((1.0,)), **SETTINGS)[0]
-    # Hardly trained, its head says little; the parity suite compares the numbers.
-    assert np.abs(often - plain).max() > 5e-6
+    assert np.abs(often - plain).max() > 0.01
     with pytest.raises(ValueError, match="one evaluation a step"):
         generator.latents([REQUEST], solver="heun", reuse=Reuse((1.0,)))
 

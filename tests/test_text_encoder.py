@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closeness import assert_close
 
 from jvdit.models.layers import stack_layers
 from jvdit.models.text_encoder import VARIANTS, TextEncoder, relative_buckets
@@ -31,8 +32,8 @@ def test_a_packed_caption_gets_what_it_gets_alone(shared_bias):
     out = encode(row, SEGMENT)
     first = encode(row[:, :9], jnp.ones((1, 9), jnp.int32))
     second = encode(row[:, 9:13], jnp.ones((1, 4), jnp.int32))
-    np.testing.assert_allclose(out[:, :9], first, atol=5e-6)
-    np.testing.assert_allclose(out[:, 9:13], second, atol=5e-6)
+    assert_close(out[:, :9], first)
+    assert_close(out[:, 9:13], second)
     np.testing.assert_array_equal(out[:, 13:], 0)
     assert np.std(first) > 0.5
 
@@ -44,7 +45,7 @@ def test_an_unpadded_caption_moves_freely_in_its_row():
     late = jnp.concatenate([ids(5, seed=1), row], axis=1)
     segment = jnp.asarray([[0] * 5 + [3] * 6])
     moved = model.apply({"params": params}, late, segment)
-    np.testing.assert_allclose(moved[:, 5:], alone, atol=5e-6)
+    assert_close(moved[:, 5:], alone)
 
 
 def test_the_order_of_tokens_matters():
@@ -75,10 +76,9 @@ def test_scanned_layers_are_unrolled_layers(shared_bias):
     stacked = stack_layers(params)
     shapes = jax.eval_shape(scanned.init, jax.random.key(0), ids(16), SEGMENT)
     assert jax.tree.structure(stacked) == jax.tree.structure(shapes["params"])
-    np.testing.assert_allclose(
+    assert_close(
         scanned.apply({"params": stacked}, ids(16), SEGMENT),
         model.apply({"params": params}, ids(16), SEGMENT),
-        atol=5e-6,
     )
 
 

@@ -16,6 +16,7 @@ def intervals(config, steps):
 def get_config():
     """Three stages on 5 x 16 x 16 and 9 x 16 x 16 clips of the world."""
     vae = intervals(defaults.vae("tiny"), 4)
+    vae.vae.middle_attention = False
     vae.data.sources = ("world:train:5x16x16@8:1000",)
     vae.data.validation = "world:val:5x16x16@8:2"
     vae.data.pixel_budget = 8 * 5 * 16 * 16
@@ -23,6 +24,7 @@ def get_config():
         "world:train:5x16x16@8:64", "{workdir}/vae", "world:val:5x16x16@8:8"
     )
     dit = intervals(defaults.flow("tiny", "tiny"), 8)
+    dit.dit.depth = dit.text_encoder.depth = 1
     dit.data.sources = ("{workdir}/latents",)
     dit.data.validation = "{workdir}/latents#val"
     dit.data.validation_clips = 8

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from closeness import assert_close
 from tiny_models import text_config
 
 from jvdit.pretrained import umt5, wan, wan_vae
@@ -79,7 +80,7 @@ def test_an_autoencoder_and_a_text_encoder(release):
     with torch.no_grad():
         want = networks["text_encoder"](torch.tensor([[5, 7, 1]])).last_hidden_state
     found = jax.jit(text.module.apply)({"params": text.params}, ids, jnp.ones_like(ids))
-    np.testing.assert_allclose(found, want.numpy(), rtol=2e-4, atol=2e-5)
+    assert_close(found, want.numpy())
 
 
 def test_on_a_mesh_and_in_half_precision(release):
