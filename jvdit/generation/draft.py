@@ -8,6 +8,7 @@ them over clips (Emu Video, arXiv:2311.10709, section 3.1).
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
