@@ -50,7 +50,7 @@ def get_config():
     videos.data.sources, videos.data.validation = sources, f"{sources[0]}#val"
     videos.start_from = "{workdir}/images/model"
     videos.first_frame = 0.6
-    videos.steps = 2000
+    videos.steps = 3300
     return defaults.stages(
         vae_images=vae.images,
         vae_videos=vae.videos,

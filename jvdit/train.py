@@ -207,9 +207,16 @@ class _Loop:
         Between processors, connections are given up after half a minute.
         """
         if jax.process_count() > 1:
-            batch = self.task.place(self.task.example)
-            step = self.step.lower(self.state, batch, self.frozen)
-            self.step = step.compile()
+            batch, step = self.task.place(self.task.example), self.step
+            compiled = step.lower(self.state, batch, self.frozen).compile()
+            shapes = jax.tree.map(np.shape, batch)
+
+            def run(state, batch, frozen):
+                # A batch of clips of another size is compiled when it comes.
+                known = jax.tree.map(np.shape, batch) == shapes
+                return (compiled if known else step)(state, batch, frozen)
+
+            self.step = run
             cluster.wait_for_others("compiled")
 
     def _greet(self, metrics):
