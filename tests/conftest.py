@@ -48,7 +48,7 @@ if cores:
 
 
 def pytest_addoption(parser):
-    told = "how often test_cluster.py kills a run of four processes at random"
+    told = "how often test_cluster.py kills a run of two processes at random"
     parser.addoption("--kills", type=int, default=2, help=told)
 
 
