@@ -47,11 +47,11 @@ class Reconstructor:
     def __init__(self, folder: str | pathlib.Path):
         inside = model_folder(folder)
         inside = inside / "vae" if (inside / "vae").is_dir() else inside
-        params, fields = load_weights(inside)
+        self._params, fields = load_weights(inside)
         self.vae = build(VideoVAE, fields)
 
         @jit
-        def reconstruct(video):
+        def reconstruct(params, video):
             variables = {"params": params}
             return to_uint8(self.vae.apply(variables, to_float(video))[0])
 
@@ -59,7 +59,7 @@ class Reconstructor:
 
     def __call__(self, video: Video) -> Video:
         """Encodes a clip and decodes the mean of its latents."""
-        return np.asarray(self._reconstruct(video[None])[0])
+        return np.asarray(self._reconstruct(self._params, video[None])[0])
 
     def fit(self, video: Video) -> Video:
         """The clip without frames, rows and columns that fill no latent."""

@@ -48,40 +48,54 @@ if cores:
 
 
 def pytest_addoption(parser):
-    told = "how often test_cluster.py kills a run of four processes at random"
+    told = "how often test_cluster.py kills a run of two processes at random"
     parser.addoption("--kills", type=int, default=2, help=told)
+
+
+# A worker that began one of these last would work on alone.
+LONGEST = ("trained", "finetune_parity", "release_parity", "test_video_vae", "test_dit")
 
 
 def pytest_collection_modifyitems(items):
     """A file stays with one worker, as do all that take one of the trainings below."""
-    for item in items:
-        taken = {"workdir", "latents"} & set(item.fixturenames)
-        item.add_marker(pytest.mark.xdist_group(*taken or {str(item.path)}))
+
+    def rank(item):
+        places = [i for i, x in enumerate(LONGEST) if x in groups[item]]
+        return min(places, default=len(LONGEST))
+
+    groups = {
+        item: "trained" if "latents" in item.fixturenames else str(item.path)
+        for item in items
+    }
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=rank)
 
 
-def trained(folder, stages):
-    """Runs the first stages of a small training."""
+def trained(folder, *stages):
+    """Runs stages of a small training."""
     # Imported late: what is imported above is not checked by beartype.
     import thread_config
 
     from jvdit.train import run
 
     config = thread_config.get_config()
-    config.order = config.order[:stages]
+    config.order = stages
     run(config, str(folder))
     return folder
 
 
 @pytest.fixture(scope="session")
-def workdir(tmp_path_factory):
-    """A folder in which all stages of a small training have run."""
-    return trained(tmp_path_factory.mktemp("thread"), 3)
+def latents(tmp_path_factory):
+    """A folder in which an autoencoder was trained, and has made latents."""
+    return trained(tmp_path_factory.mktemp("latents"), "vae", "latents")
 
 
 @pytest.fixture(scope="session")
-def latents(tmp_path_factory):
-    """The same without the last stage, for trainings in processes of their own."""
-    return trained(tmp_path_factory.mktemp("latents"), 2)
+def workdir(latents, tmp_path_factory):
+    """The same with the last stage: all that a small training has."""
+    folder = tmp_path_factory.mktemp("thread") / "all"
+    return trained(shutil.copytree(latents, folder), "dit")
 
 
 @pytest.fixture(scope="session")

@@ -17,9 +17,9 @@ def drawn(shape):
 def test_half_precision_follows_float32():
     images = drawn((2, 16, 16, 3))
     model = ImageEncoder(**SIZES)
-    params = model.init(jax.random.key(0), images)
-    full = model.apply(params, images)
-    half = ImageEncoder(**SIZES, dtype="bfloat16").apply(params, images)
+    params = jax.jit(model.init)(jax.random.key(0), images)
+    full = jax.jit(model.apply)(params, images)
+    half = jax.jit(ImageEncoder(**SIZES, dtype="bfloat16").apply)(params, images)
     assert full.shape == (2, 17, 32) and half.dtype == jnp.bfloat16
     error = np.linalg.norm(half.astype(jnp.float32) - full) / np.linalg.norm(full)
     assert 1e-5 < error < 0.05

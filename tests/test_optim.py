@@ -40,7 +40,7 @@ GRADIENTS = {
 def update(name, gradients):
     optimizer = Optim(name=name, **SETTINGS).optimizer(10)
     params = jax.tree.map(jnp.zeros_like, gradients)
-    return optimizer.update(gradients, optimizer.init(params), params)[0]
+    return jax.jit(optimizer.update)(gradients, optimizer.init(params), params)[0]
 
 
 def matrices(updates):

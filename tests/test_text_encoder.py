@@ -1,5 +1,7 @@
 """The text encoder: packing, relative positions, layer forms."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,10 +15,11 @@ SIZES = {**VARIANTS["tiny"], "vocab_size": 50, "num_buckets": 8, "max_distance":
 SEGMENT = jnp.asarray([[1] * 9 + [2] * 4 + [0] * 3])
 
 
+@functools.cache
 def model_and_params(**fields):
     model = TextEncoder(**SIZES | fields)
-    params = model.init(jax.random.key(0), ids(16), SEGMENT)["params"]
-    return model, params
+    params = jax.jit(model.init)(jax.random.key(0), ids(16), SEGMENT)["params"]
+    return jax.jit(model.apply), params
 
 
 def ids(length, seed=0):
@@ -26,12 +29,11 @@ def ids(length, seed=0):
 
 @pytest.mark.parametrize("shared_bias", [True, False])
 def test_a_packed_caption_gets_what_it_gets_alone(shared_bias):
-    model, params = model_and_params(shared_bias=shared_bias)
-    encode = jax.jit(lambda ids, segment: model.apply({"params": params}, ids, segment))
+    apply, params = model_and_params(shared_bias=shared_bias)
     row = ids(16)
-    out = encode(row, SEGMENT)
-    first = encode(row[:, :9], jnp.ones((1, 9), jnp.int32))
-    second = encode(row[:, 9:13], jnp.ones((1, 4), jnp.int32))
+    out = apply({"params": params}, row, SEGMENT)
+    first = apply({"params": params}, row[:, :9], jnp.ones((1, 9), jnp.int32))
+    second = apply({"params": params}, row[:, 9:13], jnp.ones((1, 4), jnp.int32))
     assert_close(out[:, :9], first)
     assert_close(out[:, 9:13], second)
     np.testing.assert_array_equal(out[:, 13:], 0)
@@ -39,30 +41,30 @@ def test_a_packed_caption_gets_what_it_gets_alone(shared_bias):
 
 
 def test_an_unpadded_caption_moves_freely_in_its_row():
-    model, params = model_and_params()
+    apply, params = model_and_params()
     row = ids(6)
-    alone = model.apply({"params": params}, row, jnp.ones((1, 6), jnp.int32))
+    alone = apply({"params": params}, row, jnp.ones((1, 6), jnp.int32))
     late = jnp.concatenate([ids(5, seed=1), row], axis=1)
     segment = jnp.asarray([[0] * 5 + [3] * 6])
-    moved = model.apply({"params": params}, late, segment)
+    moved = apply({"params": params}, late, segment)
     assert_close(moved[:, 5:], alone)
 
 
 def test_the_order_of_tokens_matters():
-    model, params = model_and_params()
+    apply, params = model_and_params()
     row, segment = ids(6), jnp.ones((1, 6), jnp.int32)
-    out = model.apply({"params": params}, row, segment)
-    back = model.apply({"params": params}, row[:, ::-1], segment)[:, ::-1]
+    out = apply({"params": params}, row, segment)
+    back = apply({"params": params}, row[:, ::-1], segment)[:, ::-1]
     assert np.abs(out - back).max() > 0.01
 
 
 def test_no_gradient_crosses_segments():
-    model, params = model_and_params()
+    apply, params = model_and_params()
 
     def first(table):
         tree = params | {"token_embed": {"embedding": table}}
         row = jnp.arange(16, dtype=jnp.int32)[None]
-        return jnp.sum(model.apply({"params": tree}, row, SEGMENT)[:, :9] ** 3)
+        return jnp.sum(apply({"params": tree}, row, SEGMENT)[:, :9] ** 3)
 
     grad = jax.grad(first)(params["token_embed"]["embedding"])
     assert np.abs(grad[:9]).max(axis=1).min() > 0
@@ -71,14 +73,14 @@ def test_no_gradient_crosses_segments():
 
 @pytest.mark.parametrize("shared_bias", [True, False])
 def test_scanned_layers_are_unrolled_layers(shared_bias):
-    model, params = model_and_params(shared_bias=shared_bias)
+    apply, params = model_and_params(shared_bias=shared_bias)
     scanned = TextEncoder(**SIZES, shared_bias=shared_bias, scan_layers=True)
     stacked = stack_layers(params)
     shapes = jax.eval_shape(scanned.init, jax.random.key(0), ids(16), SEGMENT)
     assert jax.tree.structure(stacked) == jax.tree.structure(shapes["params"])
     assert_close(
-        scanned.apply({"params": stacked}, ids(16), SEGMENT),
-        model.apply({"params": params}, ids(16), SEGMENT),
+        jax.jit(scanned.apply)({"params": stacked}, ids(16), SEGMENT),
+        apply({"params": params}, ids(16), SEGMENT),
     )
 
 
@@ -101,9 +103,9 @@ def test_buckets_that_do_not_fit_raise():
 
 
 def test_half_precision_follows_float32():
-    model, params = model_and_params()
-    full = model.apply({"params": params}, ids(16), SEGMENT)
-    half = TextEncoder(**SIZES, dtype="bfloat16").apply(
+    apply, params = model_and_params()
+    full = apply({"params": params}, ids(16), SEGMENT)
+    half = jax.jit(TextEncoder(**SIZES, dtype="bfloat16").apply)(
         {"params": params}, ids(16), SEGMENT
     )
     assert half.dtype == jnp.bfloat16

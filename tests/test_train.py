@@ -103,6 +103,7 @@ def test_cached_captions_train_like_those_encoded_along(workdir, tmp_path):
     def errors(config, mix_up=False):
         """The error of every clip: the two caches may come in different orders."""
         task, found = FlowTask(config, make_mesh(), tmp_path), {}
+        error_of = jax.jit(task.objective.error)
         for step in range(8):
             batch, bad = task.batch_builder[step]
             assert not bad
@@ -112,7 +113,7 @@ def test_cached_captions_train_like_those_encoded_along(workdir, tmp_path):
                 batch["text_embeds"] = batch["text_embeds"][::-1]
             x0, noise = batch["latents"], jnp.full_like(batch["latents"], 0.3)
             t = jnp.full(batch["valid"].shape, 0.5)
-            error, _ = task.objective.error(params, batch, x0, noise, t)
+            error, _ = error_of(params, batch, x0, noise, t)
             found |= dict(zip(ids.tolist(), error.mean(1).tolist(), strict=True))
         return np.array([found[i] for i in range(64)])
 
@@ -425,7 +426,7 @@ def test_a_run_starts_from_the_weights_of_another(workdir, tmp_path):
     config = thread_config.flow_config(workdir)
     config.start_from = str(workdir / "dit/model")
     config.steps = 2
-    config.sample.prompts = ()
+    config.sample.update(prompts=(), scored=0)
     config.optim.update(lr=1e-9, weight_decay=0.0)
     # Only at the end.
     config.checkpoint_every = config.evaluate_every = config.sample_every = 0
@@ -454,7 +455,7 @@ def test_adapters_of_a_model_of_ones_own(workdir, tmp_path):
     config = thread_config.flow_config(workdir)
     config.start_from = str(workdir / "dit/model")
     config.steps = config.evaluate_every = config.sample_every = 3
-    config.sample.scored = 0
+    config.sample.update(prompts=(), scored=0)
     config.optim.update(warmup=0, lr=0.05)
     config.lora.update(rank=2, alpha=4.0, dropout=0.1)
     train(config, str(tmp_path / "lora"))

@@ -20,7 +20,7 @@ from jvdit.evaluation.oracle import COLUMNS
 
 # Mean, and the ends of its 95 % interval.
 Interval = Sequence[float]
-Series = Mapping[str, Sequence[tuple[float, float]]]
+Series = Mapping[str, Sequence[tuple[int | float, float]]]
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto;

@@ -76,7 +76,7 @@ def test_the_loss_is_that_of_diffusers_network(release, tmp_path, expert):
     x0 = batch["latents"]
     noise = jax.random.normal(jax.random.key(1), x0.shape)
     t = jnp.full(batch["valid"].shape, 0.6284)
-    found, _ = task.objective.error(params, batch, x0, noise, t)
+    found, _ = jax.jit(task.objective.error)(params, batch, x0, noise, t)
     mixed = (1 - 0.6284) * x0 + 0.6284 * noise
 
     def cells(tokens):
@@ -118,7 +118,7 @@ def test_the_loss_with_a_first_frame_is_that_of_diffusers_network(tmp_path):
     x0 = batch["latents"]
     noise = jax.random.normal(jax.random.key(1), x0.shape)
     t = jnp.full(batch["valid"].shape, 0.6284)
-    found, _ = task.objective.error(params, batch, x0, noise, t)
+    found, _ = jax.jit(task.objective.error)(params, batch, x0, noise, t)
     level = np.array([0, 0, 0.6284, 0.6284])[None, :, None]
     mixed = torch.from_numpy(np.array((1 - level) * x0 + level * noise, np.float32))
     with torch.no_grad():
@@ -133,17 +133,23 @@ def test_the_loss_with_a_first_frame_is_that_of_diffusers_network(tmp_path):
     np.testing.assert_array_equal(found[:, :2], 0)
 
 
-def latents(folder, **parts):
+def load(folder, **parts):
     mesh = make_mesh(devices=jax.devices()[:1])
-    generator = load_release(folder / "release", mesh, jnp.float32, parts=parts)
-    return generator, generator.latents(
-        [Request("a red circle", frames=5, height=32, width=32)],
-        steps=4,
-        guidance=Guidance(2.0),
-    )[0]
+    return load_release(folder / "release", mesh, jnp.float32, parts=parts)
 
 
-def test_all_weights_of_an_expert(release, tmp_path):
+def latents(generator):
+    request = Request("a red circle", frames=5, height=32, width=32)
+    return generator.latents([request], steps=4, guidance=Guidance(2.0))[0]
+
+
+@pytest.fixture(scope="module")
+def plain(release):
+    """What the release generates as it is."""
+    return latents(load(release[0]))
+
+
+def test_all_weights_of_an_expert(release, plain, tmp_path):
     folder, _ = release
     moved = folder / "moved"
     config = config_of(folder, "dit_low")
@@ -166,9 +172,8 @@ def test_all_weights_of_an_expert(release, tmp_path):
     assert own.keys() == given.keys() == theirs.state_dict().keys()
     for name, value in own.items():
         assert_close(value, given[name], 8)
-    _, plain = latents(folder)
-    _, tuned = latents(folder, dit_low=made)
-    np.testing.assert_allclose(tuned, plain, atol=1e-3)
+    tuned = latents(load(folder, dit_low=made))
+    assert_close(tuned, plain)
 
 
 def test_both_experts_learn_each_at_its_own_noise(release, tmp_path):
@@ -193,7 +198,7 @@ def test_both_experts_learn_each_at_its_own_noise(release, tmp_path):
             assert_close(own[key], value, 8)
 
 
-def test_adapters_of_an_expert(release, tmp_path):
+def test_adapters_of_an_expert(release, plain, tmp_path):
     folder, _ = release
     config = config_of(folder)
     config.lora.update(rank=2, alpha=2.0)
@@ -203,10 +208,9 @@ def test_adapters_of_an_expert(release, tmp_path):
     train(config, str(tmp_path / "lora"))
     with pytest.raises(FileNotFoundError, match="adapters; give their model"):
         Generator.load(tmp_path / "lora")
-    generator, plain = latents(folder)
+    generator = load(folder)
     add_adapters(generator, [(tmp_path / "lora/model", 1.0)], ["dit"])
-    request = Request("a red circle", frames=5, height=32, width=32)
-    (tuned,) = generator.latents([request], steps=4, guidance=Guidance(2.0))
+    tuned = latents(generator)
     assert np.abs(tuned - plain).max() > 1e-2
     sheets = list((tmp_path / "lora/samples").glob("*.png"))
     assert sheets
