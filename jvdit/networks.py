@@ -92,11 +92,15 @@ def _own_parameters(
             f" ({len(differing)} parameters differ in all); change `start_from` or the "
             "sizes of the networks."
         )
-    return jax.tree.map(_divided, params, parameter_shardings(params, mesh))
+    places = parameter_shardings(params, mesh)
+    return jax.tree.map(_divided, params, places, dict(wanted))
 
 
-def _divided(value: np.ndarray, place: NamedSharding) -> jax.Array:
-    return jax.make_array_from_callback(value.shape, place, lambda part: value[part])
+def _divided(value: np.ndarray, place: NamedSharding, like: Any) -> jax.Array:
+    """An array on the mesh, in the type that is wanted: a file may have fewer bits."""
+    return jax.make_array_from_callback(
+        value.shape, place, lambda part: value[part].astype(like.dtype)
+    )
 
 
 def fingerprint(folder: str | os.PathLike[str], expert: str = "dit") -> str:

@@ -17,6 +17,8 @@ from jvdit.generation.generator import Generator
 from jvdit.generation.prompt_lines import read_requests
 from jvdit.generation.request import Request, complete
 from jvdit.generation.settings import Settings
+from jvdit.networks import finished_parameters
+from jvdit.sharding import make_mesh
 
 DEFAULTS = {"frames": 5, "height": 16, "width": 16, "fps": 8.0}
 
@@ -155,3 +157,5 @@ def test_a_folder_may_hold_weights_in_fewer_bits(generator, tmp_path):
         ):
             assert x.dtype == np.float32
             np.testing.assert_array_equal(x, y.astype(np.float32))
+    begun = finished_parameters(tmp_path, {"dit": generator.params["dit"]}, make_mesh())
+    assert {x.dtype for x in jax.tree.leaves(begun)} == {np.dtype("float32")}
