@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from jvdit.models.layers import STACKS
 from jvdit.pretrained.rules import Assignment, Rule, assign, names_of
 
 

@@ -16,6 +16,7 @@ import einops
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from jvdit.models.layers import STACKS
 from jvdit.models.lora import A, B
 from jvdit.pretrained.loading import paths_of
 from jvdit.pretrained.rules import Rule, names_of, places_of
