@@ -170,8 +170,7 @@ def test_all_weights_of_an_expert(release, plain, tmp_path):
         folder / "release/transformer_2/diffusion_pytorch_model.safetensors"
     )
     assert own.keys() == given.keys() == theirs.state_dict().keys()
-    for name, value in own.items():
-        assert_close(value, given[name], 8)
+    assert_close(own, given, 8)
     tuned = latents(load(folder, dit_low=made))
     assert_close(tuned, plain)
 
@@ -194,8 +193,7 @@ def test_both_experts_learn_each_at_its_own_noise(release, tmp_path):
     for name in EXPERTS:
         file = "diffusion_pytorch_model.safetensors"
         own = load_file(tmp_path / "both/model" / name / file)
-        for key, value in load_file(given[name] / file).items():
-            assert_close(own[key], value, 8)
+        assert_close(own, load_file(given[name] / file), 8)
 
 
 def test_adapters_of_an_expert(release, plain, tmp_path):
