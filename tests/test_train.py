@@ -228,12 +228,10 @@ def test_a_draft_gives_the_first_frame(generator, tmp_path):
     begun = [dataclasses.replace(plain, image=draft[0]), given, still]
     for found, want in zip(videos, generator(begun, **settings), strict=True):
         np.testing.assert_allclose(found, want, atol=1)
-    assert told[:4] == [
-        ("drafting", 1, 2),
-        ("drafting", 2, 2),
-        ("drafting", 5, 5),
-        ("denoising", 1, 2),
-    ]
+    assert told[:2] == [("drafting", 1, 2), ("drafting", 2, 2)]
+    doing = [name for name, *_ in told]
+    assert [*dict.fromkeys(doing)] == ["drafting", "denoising", "decoding"]
+    assert told[doing.index("denoising")] == ("denoising", 1, 2)
     # Another model's picture, which a folder keeps beside the model's own parts.
     painter = dataclasses.replace(generator, conventions=Conventions())
     drawn = dataclasses.replace(generator, pictures=painter)
@@ -454,7 +452,7 @@ def test_adapters_of_a_model_of_ones_own(workdir, tmp_path):
     config = thread_config.flow_config(workdir)
     config.start_from = str(workdir / "dit/model")
     config.steps = config.evaluate_every = config.sample_every = 3
-    config.sample.update(prompts=(), scored=0)
+    config.sample.update(prompts=("one object",), scored=0)
     config.optim.update(warmup=0, lr=0.05)
     config.lora.update(rank=2, alpha=4.0, dropout=0.1)
     train(config, str(tmp_path / "lora"))
@@ -462,7 +460,7 @@ def test_adapters_of_a_model_of_ones_own(workdir, tmp_path):
     assert before.name == "step_0000000.png"
     before, after = (Image.open(x).height for x in (before, after))
     assert after > 1.8 * before, "each clip below what the weights gave before"
-    config.steps = 4
+    config.steps, config.sample.prompts = 4, ()
     train(config, str(tmp_path / "lora"))  # goes on
     state = final_state(tmp_path / "lora")
     assert int(state["step"]) == 4 and list(state["params"]) == ["lora"]
