@@ -147,7 +147,7 @@ def test_hosts_have_to_share_their_workdir(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("process", [0, 1])
 def test_each_host_tells_and_lists_its_bad_clips(
-    process, tmp_path, monkeypatch, capsys
+    process, tmp_path, monkeypatch, capsys, request
 ):
     monkeypatch.setattr(jax, "process_index", lambda: process)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
@@ -159,6 +159,7 @@ def test_each_host_tells_and_lists_its_bad_clips(
     bad = collections.deque([(7, 40 + process, "torn")])
     batches, rates = types.SimpleNamespace(bad=1, reports=bad), Throughput()
     metrics = Metrics(tmp_path, 10, 0, "flow")
+    request.addfinalizer(lambda: metrics.__exit__(None, None, None))
     loop._account(metrics, (7, {"skipped_in_a_row": 1}, {}, 0.0), rates, batches)
     told = f"process {process}: step 7: left out clip 4{process}: torn\n"
     assert capsys.readouterr().out == told

@@ -458,8 +458,8 @@ def test_adapters_of_a_model_of_ones_own(workdir, tmp_path):
     train(config, str(tmp_path / "lora"))
     before, after = sorted((tmp_path / "lora/samples").glob("*.png"))
     assert before.name == "step_0000000.png"
-    before, after = (Image.open(x).height for x in (before, after))
-    assert after > 1.8 * before, "each clip below what the weights gave before"
+    with Image.open(before) as before, Image.open(after) as after:
+        assert after.height > 1.8 * before.height, "with what the weights gave before"
     config.steps, config.sample.prompts = 4, ()
     train(config, str(tmp_path / "lora"))  # goes on
     state = final_state(tmp_path / "lora")
