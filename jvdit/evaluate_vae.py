@@ -61,7 +61,7 @@ class Reconstructor:
         """Encodes a clip and decodes the mean of its latents."""
         return np.asarray(self._reconstruct(self._params, video[None])[0])
 
-    def fit(self, video: Video) -> Video:
+    def fit(self, video: Video) -> UInt8[np.ndarray, "t h w 3"]:
         """The clip without frames, rows and columns that fill no latent."""
         time, space = self.vae.temporal_compression, self.vae.spatial_compression
         frames, height, width = video.shape[:3]

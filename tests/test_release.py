@@ -275,7 +275,8 @@ def test_pictures_that_a_model_does_not_take():
         both = ["video", "mask"]
         check_pictures(Request("", mask=picture[None]), [], both)
     with pytest.raises(ValueError, match="has 1 frames and the clip 17"):
-        Request("", video=picture[None]).clip("video")
+        size = {"frames": 17, "height": 8, "width": 8}
+        Request("", video=picture[None], **size).clip("video")
     with pytest.raises(ValueError, match=r"uint8 \[H W 3\]"):
         _ = Request("", image=picture.astype(np.float32)).pictures
     with pytest.raises(FileNotFoundError, match="`image` .*absent.png"):
@@ -286,7 +287,8 @@ def test_a_picture_of_another_size_is_covered_and_cropped(tmp_path):
     pixels = np.zeros((20, 60, 3), np.uint8)
     pixels[:, 20:40] = 255
     Image.fromarray(pixels).save(tmp_path / "wide.png")
-    request = Request("", height=8, width=8, image=str(tmp_path / "wide.png"))
+    size = {"frames": 1, "height": 8, "width": 8}
+    request = Request("", image=str(tmp_path / "wide.png"), **size)
     assert request.fitted(request.pictures[0]).min() > 230  # the middle, all white
     assert request.settings["image"].endswith("wide.png")
     assert size_like(pixels, 64 * 64, 16) == (32, 96)
