@@ -24,7 +24,7 @@ def transformer(config):
     config.data.weights = (0.6, 0.4)
     config.evaluate_every = config.checkpoint_every = 250
     config.sample_every = 1000
-    config.sample.update(prompts=PROMPTS, scored=0, steps=20, draft=False, pictures="")
+    config.sample.update(prompts=PROMPTS, scored=0, steps=20, draft=True, pictures="")
     return config
 
 

@@ -22,6 +22,10 @@ OPTIONS: Mapping[str, Mapping[str, str]] = {
     "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
 }
 
+_WORTH = 0.05  # seconds of compiling for a processor from which a program is kept
+# What tells processors apart by their instructions, on x86 and ARM.
+_INSTRUCTIONS = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU")
+
 
 def compiler_options(given: Sequence[str] = ()) -> dict[str, str] | None:
     """XLA's options for a program that is traced now: those of the chip, then others.
@@ -128,25 +132,14 @@ def keep_compilations(shared: str = "") -> None:
     folder /= "compiled"
     if jax.default_backend() == "cpu":
         folder /= _processor()
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH)
     jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def _processor() -> str:
-    """A name for processors that know the same instructions."""
-    file = pathlib.Path("/proc/cpuinfo")
-    known = (
-        sorted(
-            {
-                x
-                for x in file.read_text().split("\n\n")[0].splitlines()
-                if x.startswith(
-                    ("vendor_id", "cpu family", "model", "flags", "Features", "CPU")
-                )
-            }
-        )
-        if file.exists()
-        else []
-    )
-    text = "\n".join([platform.machine(), platform.processor(), *known])
-    return "cpu-" + hashlib.sha256(text.encode()).hexdigest()[:12]
+    """A name for the processors that know the same instructions."""
+    told, file = [platform.machine()], pathlib.Path("/proc/cpuinfo")
+    if file.exists():
+        first = file.read_text().partition("\n\n")[0].splitlines()
+        told += [line for line in first if line.startswith(_INSTRUCTIONS)]
+    return "cpu-" + hashlib.sha256("\n".join(told).encode()).hexdigest()[:12]

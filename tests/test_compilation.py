@@ -1,11 +1,12 @@
 """Options of the compiler, and where compiled programs are kept."""
 
-from functools import partial
+from functools import platform
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import partial
 import pytest
 
 from jvdit import compilation
@@ -68,11 +69,16 @@ def test_programs_are_kept_where_compiling_takes_long(monkeypatch, tmp_path):
     )
     monkeypatch.setattr(jax, "config", without)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    compilation.keep_compilations()
-    assert not told  # on a processor
+    folder = str(tmp_path / "jvdit/compiled")
+    # Another processor might not know the instructions of this one's programs.
+    for machine in ("x86_64", "riscv64"):
+        monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
+        compilation.keep_compilations()
+    places = [value for name, value in told if name == "jax_compilation_cache_dir"]
+    assert len({*places}) == 2 and all(x.startswith(f"{folder}/cpu-") for x in places)
+    told.clear()
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     compilation.keep_compilations()
-    folder = str(tmp_path / "jvdit/compiled")
     assert told == [("jax_compilation_cache_dir", folder)]
     # Among hosts one writes: to a folder of its own it would write for itself alone.
     monkeypatch.setattr(jax, "process_count", lambda: 2)
