@@ -1,12 +1,12 @@
 """Options of the compiler, and where compiled programs are kept."""
 
-from functools import platform
+import platform
+from functools import partial
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import partial
 import pytest
 
 from jvdit import compilation
