@@ -10,9 +10,9 @@ import pytest
 from safetensors import SafetensorError
 from tensorboardX import record_writer
 
-from jvdit.data import files
+from jvdit.data import files, json_files
 from jvdit.data.files import FullDiskError, said_if_full
-from jvdit.training import checkpoint
+from jvdit.training import weights
 from jvdit.training.metrics import Metrics, read_history
 from jvdit.training.weights import load_weights, save_weights
 
@@ -61,13 +61,13 @@ def test_weights_that_have_no_room_leave_the_old_ones(tmp_path, monkeypatch):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "save_file", full)
+        patched.setattr(weights, "save_file", full)
         with pytest.raises(FullDiskError, match="weights.safetensors"):
             save_weights(tmp_path, {"a": np.ones(3)}, {"width": 3})
     with monkeypatch.context() as patched:
         patched.setattr(files.os, "fsync", lambda _: (_ for _ in ()).throw(FULL))
         with pytest.raises(FullDiskError, match="config.json"):
-            checkpoint.write_json(tmp_path / "config.json", {})
+            json_files.write_json(tmp_path / "config.json", {})
     params, fields = load_weights(tmp_path)
     assert not params["a"].any() and fields == {"width": 3}
     names = {path.name for path in tmp_path.iterdir()}

@@ -228,6 +228,8 @@ def test_it_says_that_it_was_stopped(tmp_path):
         env=os.environ | {"PYTHONPATH": str(HERE.parent)},
         stderr=subprocess.PIPE,
         text=True,
+        # Who starts the tests in the background has it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as job:
         while not children_of(job.pid):
             time.sleep(0.02)

@@ -301,7 +301,7 @@ def test_the_command_line_with_a_picture_and_adapters(tmp_path):
     )
     assert clip["video"].shape == (5, 32, 48, 3)
     settings = read_metadata(tmp_path / "out/a-cat_0.mp4")["jvdit"]
-    assert settings["image"].endswith("first.png") and settings["scale"] == 5.0
+    assert settings["image"].endswith("first.png") and settings["guidance_scale"] == 5.0
     told = command("sample", *line, "--last=absent.png", "--frames=6")
     assert told.returncode and "try 5 or 9" in told.stderr.splitlines()[-1]
 
