@@ -56,7 +56,7 @@ def test_another_error_stays_what_it_is():
 def test_weights_that_have_no_room_leave_the_old_ones(tmp_path, monkeypatch):
     save_weights(tmp_path, {"a": np.zeros(3)}, {"width": 3})
 
-    def full(tensors, scratch):
+    def full(tensors, scratch, **_):
         scratch.write_bytes(b"half")
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
