@@ -24,7 +24,7 @@ def transformer(config):
     config.data.weights = (0.6, 0.4)
     config.evaluate_every = config.checkpoint_every = 250
     config.sample_every = 1000
-    config.sample.update(prompts=PROMPTS, scored=0, steps=20, draft=True, pictures="")
+    config.sample.update(prompts=PROMPTS, scored=0, steps=20, draft=False, pictures="")
     return config
 
 
@@ -49,7 +49,7 @@ def get_config():
     images.steps = 400
     videos.data.sources, videos.data.validation = sources, f"{sources[0]}#val"
     videos.start_from = "{workdir}/images/model"
-    videos.first_frame = 0.6
+    videos.first_frame, videos.sample.draft = 0.6, True
     videos.steps = 3300
     return defaults.stages(
         vae_images=vae.images,
