@@ -40,7 +40,7 @@ from jvdit.generation.request import Request, size_fields
 from jvdit.generation.settings import Settings
 from jvdit.sharding import make_mesh, parse_mesh, sampling_sizes
 
-_LETTERS, _BYTES = 60, 160  # of a prompt in a file's name, at the most
+_LETTERS, _BYTES = 80, 160  # of a prompt in a file's name, at the most
 
 _WORKDIR = flags.DEFINE_string(
     "workdir",

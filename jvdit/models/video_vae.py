@@ -11,6 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
 
@@ -234,9 +235,9 @@ class VideoVAE(nn.Module):
         return mean.reshape(axes), std.reshape(axes)
 
 
-def to_float(video: Array) -> Float[Array, "b T H W 3"]:
+def to_float(video: Array | np.ndarray) -> Float[Array, "b T H W 3"]:
     """uint8 pixels to [-1, 1]."""
-    return video.astype(jnp.float32) / 127.5 - 1
+    return jnp.asarray(video).astype(jnp.float32) / 127.5 - 1
 
 
 def to_uint8(video: Float[Array, "b T H W 3"]) -> Array:
