@@ -160,7 +160,13 @@ class _Worker:
         self.process = context.Process(
             target=_serve, args=(theirs, work, os.getpid()), daemon=True
         )
-        self.process.start()
+        # Ctrl-C waits until the child has what it begins with, and the child, which has
+        # it blocked for good, never tells of it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         self.ready, self.task, self.came = False, None, 0
         self.deadline = time.monotonic() + _START_SECONDS
