@@ -93,6 +93,11 @@ def test_clips_come_batch_by_batch_in_the_order_of_the_requests(generator):
     assert [x for x in seen if x[0] == "denoising"] == seen[:2], (
         "the others are to come"
     )
+    for wrong in ({"seed": 3}, {"stepz": 3}):
+        with pytest.raises(TypeError, match=f"{[*wrong][0]}.*requests themselves"):
+            generator(requests, **wrong)
+    with pytest.raises(TypeError, match="stepz"):
+        generator("x", stepz=3)
     rest = dict(coming)
     assert sorted([number, *rest]) == [0, 1, 2]
     videos = generator(requests, steps=2, solver="euler", guidance_scale=1.0)

@@ -149,16 +149,21 @@ class Generator:
 
         Raises:
             ValueError: a size, solver or number can't be; before any compilation.
-            TypeError: there is no such field.
+            TypeError: there is no such field, or no prompt is text that could have it.
         """
         one = isinstance(prompts, str | Request)
+        several = [prompts] if one else [*prompts]
         names = {field.name for field in dataclasses.fields(Settings)}
         settings = Settings(**{k: v for k, v in fields.items() if k in names})
         common = {k: v for k, v in fields.items() if k not in names}
+        if common and not any(isinstance(x, str) for x in several):
+            raise TypeError(
+                f"{sorted(common)} must be given in the requests themselves."
+            )
         seed = common.pop("seed", 0)
         requests = [
             Request(x, seed=seed + i, **common) if isinstance(x, str) else x
-            for i, x in enumerate([prompts] if one else prompts)
+            for i, x in enumerate(several)
         ]
         made = dict(self.clips(requests, settings, rows=rows, watch=watch, reuse=reuse))
         return made[0] if one else [made[i] for i in range(len(requests))]
