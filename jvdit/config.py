@@ -32,9 +32,9 @@ SAMPLE: dict[str, Any] = {
     "steps": 30,
     "solver": "unipc",
     "guidance_scale": 4.0,
-    # Twice, the second time from the first frame of the first.
+    # A picture first, and then the clip that begins with it.
     "draft": False,
-    # Folder of a model that draws the first frames of drafts. "": the model itself.
+    # Folder of a model that draws those pictures. "": the model itself.
     "pictures": "",
 }
 

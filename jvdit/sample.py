@@ -93,7 +93,7 @@ _INTERVAL = flags.DEFINE_list(
 )
 _RESCALE = flags.DEFINE_float("guidance_rescale", 0.0, "0 to 1.")
 _DRAFT = flags.DEFINE_boolean(
-    "draft", None, "Generate twice, the second time from the first one's first frame."
+    "draft", None, "Draw a picture first, and then the clip that begins with it."
 )
 _ROWS = flags.DEFINE_integer("rows", 8, "Rows solved at once; fewer need less memory.")
 _MESH = flags.DEFINE_string(

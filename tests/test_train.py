@@ -224,7 +224,9 @@ def test_a_draft_gives_the_first_frame(generator, tmp_path):
         watch=lambda *now: told.append(now),
         **settings,
     )
-    (draft,) = generator([dataclasses.replace(plain, seed=1 << 31)], **settings)
+    (draft,) = generator(
+        [dataclasses.replace(plain, frames=1, seed=1 << 31)], **settings
+    )
     begun = [dataclasses.replace(plain, image=draft[0]), given, still]
     for found, want in zip(videos, generator(begun, **settings), strict=True):
         np.testing.assert_allclose(found, want, atol=1)

@@ -1,9 +1,9 @@
-"""Clips in two passes: a draft, and then the clip anew from the draft's first frame.
+"""Clips in two passes: a picture, and then the clip that begins with it.
 
 A network that was trained with its first frame given (`first_frame`) heeds what a
-prompt says of motion better where it knows what moves, and where it is. The draft may
-be a picture by another model, which learned nothing but pictures and forgot none of
-them over clips (Emu Video, arXiv:2311.10709, section 3.1).
+prompt says of motion better where it knows what moves, and where it is (Emu Video,
+arXiv:2311.10709, section 3.1). The picture is drawn by the network itself, if it learned
+pictures beside clips, or by another one, which learned nothing else.
 """
 
 import dataclasses
@@ -61,14 +61,12 @@ def drafted(
     """
     check_draft(generator)
     options["rows"], plain = rows, dataclasses.replace(settings, draft=False)
-    painter, sizes = generator.pictures or generator, {}
-    if generator.pictures is not None:
-        sizes = {"frames": 1}
+    painter = generator.pictures or generator
     for start in range(0, len(requests), rows):
         begun = list(requests[start : start + rows])
         wanted = [i for i, x in enumerate(begun) if x.image is None and x.frames != 1]
         drafts = [
-            dataclasses.replace(begun[i], seed=begun[i].seed ^ _OTHER_NOISE, **sizes)
+            dataclasses.replace(begun[i], frames=1, seed=begun[i].seed ^ _OTHER_NOISE)
             for i in wanted
         ]
         drafting = partial(_told, watch)

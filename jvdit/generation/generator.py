@@ -82,7 +82,7 @@ class Generator:
         adapters: of "dit" and "dit_low" (`lora.py`), at their strength.
         text_release: folder of the released model that has this text encoder, or "".
         together: whether all of the parameters fit on the devices at once.
-        pictures: a model that draws the first frames of drafts; None: this one does.
+        pictures: a model that draws the pictures of drafts; None: this one does.
     """
 
     dit: DiT

@@ -27,7 +27,7 @@ class Settings:
         guidance_scale_2: the same of the expert for low noise, where there is one.
         guidance_interval: the times between which to guide.
         guidance_rescale: 0 to 1, see `Guidance`.
-        draft: in two passes, see `draft.py`.
+        draft: a picture first, and then the clip that begins with it; see `draft.py`.
 
     Raises:
         ValueError: the solver is unknown, or a number is out of range.
