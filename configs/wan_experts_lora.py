@@ -17,7 +17,7 @@ weights; see `wan_lora.py`.
 """
 
 from jvdit import config as defaults
-from jvdit.pretrained.recipes import RECIPES
+from jvdit.weights.recipes import RECIPES
 
 NAME = "wan2.2-t2v-a14b"
 EXPERTS = {"high": "dit", "low": "dit_low"}

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jvdit.data.world import World as World
     from jvdit.diffusion.denoise import Guidance as Guidance
-    from jvdit.diffusion.flow import Path as Path
-    from jvdit.diffusion.flow import TimestepPolicy as TimestepPolicy
+    from jvdit.diffusion.noise_path import NoisePath as NoisePath
+    from jvdit.diffusion.noise_path import TimestepPolicy as TimestepPolicy
     from jvdit.generation.generator import Generator as Generator
     from jvdit.generation.release import load_release as load_release
     from jvdit.generation.request import Request as Request
@@ -27,11 +27,11 @@ _HOMES = {
     "Generator": "jvdit.generation.generator",
     "Guidance": "jvdit.diffusion.denoise",
     "ImageEncoder": "jvdit.models.image_encoder",
-    "Path": "jvdit.diffusion.flow",
+    "NoisePath": "jvdit.diffusion.noise_path",
     "Request": "jvdit.generation.request",
     "Text": "jvdit.shapes",
     "TextEncoder": "jvdit.models.text_encoder",
-    "TimestepPolicy": "jvdit.diffusion.flow",
+    "TimestepPolicy": "jvdit.diffusion.noise_path",
     "Tokens": "jvdit.shapes",
     "VideoVAE": "jvdit.models.video_vae",
     "World": "jvdit.data.world",

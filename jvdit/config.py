@@ -10,12 +10,12 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from jvdit.conventions import Conventions
-from jvdit.diffusion.flow import Path, TimestepPolicy
+from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
 from jvdit.models import dit, text_encoder, video_vae
 from jvdit.models.lora import LoRA
-from jvdit.pretrained.recipes import POLICY, RECIPES, TEXT_LENGTH, TIMESTEPS
 from jvdit.training.optim import Optim
+from jvdit.weights.conventions import Conventions
+from jvdit.weights.recipes import POLICY, RECIPES, TEXT_LENGTH, TIMESTEPS
 
 # A ConfigDict. Its attributes have no types that a checker could know.
 Config: TypeAlias = Any
@@ -155,7 +155,7 @@ def flow(variant: str = "world-s", text_variant: str = "world") -> Config:
     config.patch_size = (1, 2, 2)
     # What the network takes its inputs to mean.
     config.conventions = dataclasses.asdict(Conventions())
-    config.path = dataclasses.asdict(Path())
+    config.path = dataclasses.asdict(NoisePath())
     config.timesteps = dataclasses.asdict(TimestepPolicy())
     config.data.update(
         # Rows of a batch, and what a row holds at the most.

@@ -1,11 +1,11 @@
 """Encodes a data set to latents: `python -m jvdit.encode --source … --vae … --out …`.
 
-What is written is a data set of the same record format; see `jvdit.latents`. Several
-hosts that are started with the same command share the work out. Killed and started
-again, encoding goes on after its last finished shards.
+What is written is a data set of the same record format; see `jvdit.tasks.encoding`.
+Several hosts that are started with the same command share the work out. Killed and
+started again, encoding goes on after its last finished shards.
 """
 
-from jvdit.huge_pages import use_huge_pages
+from jvdit.machine.huge_pages import use_huge_pages
 
 if __name__ == "__main__":
     use_huge_pages()  # begins this process anew, so before what takes seconds
@@ -15,10 +15,10 @@ import sys
 
 from absl import app, flags, logging
 
-from jvdit import cluster
-from jvdit.compilation import keep_compilations
-from jvdit.latents import SHARD, encode
-from jvdit.stop import StopRequest
+from jvdit.machine import cluster
+from jvdit.machine.compilation import keep_compilations
+from jvdit.machine.stop import StopRequest
+from jvdit.tasks.encoding import SHARD, encode
 
 _SOURCE = flags.DEFINE_string("source", None, "What to encode: see jvdit.data.catalog.")
 _VALIDATION = flags.DEFINE_string("validation", "", "Goes to the split val.")

@@ -6,7 +6,7 @@ by the oracle; `--vae` scores the reconstructions of an autoencoder instead. Wri
 goes on where it was stopped.
 """
 
-from jvdit.huge_pages import use_huge_pages
+from jvdit.machine.huge_pages import use_huge_pages
 
 if __name__ == "__main__":
     use_huge_pages()  # begins this process anew, so before what takes seconds
@@ -26,11 +26,8 @@ from absl import app, flags, logging
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
-from jvdit.compilation import keep_compilations
-from jvdit.data.files import replacing, said_if_full, write_atomically
-from jvdit.data.json_files import write_json
 from jvdit.data.world import World
-from jvdit.data.world_scene import SPLITS
+from jvdit.data.world.scene import SPLITS
 from jvdit.diffusion.solvers import SOLVERS
 from jvdit.evaluate_vae import evaluate_vae
 from jvdit.evaluation import distance, oracle, report
@@ -42,8 +39,11 @@ from jvdit.evaluation.tracks import follow
 from jvdit.generation.draft import check_draft
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request, size_fields
-from jvdit.networks import model_hash
+from jvdit.machine.compilation import keep_compilations
+from jvdit.machine.files import replacing, said_if_full, write_atomically
+from jvdit.machine.json_files import write_json
 from jvdit.training.metrics import read_history
+from jvdit.weights.networks import model_hash
 
 _WORKDIR = flags.DEFINE_multi_string(
     "workdir", None, "Of a training, or a model folder; several: side by side."

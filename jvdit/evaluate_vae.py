@@ -11,16 +11,16 @@ from jaxtyping import UInt8
 from rich.console import Console
 from rich.progress import Progress
 
-from jvdit.compilation import jit
 from jvdit.data.catalog import open_source
 from jvdit.data.clips import BadClip
-from jvdit.data.files import write_atomically
-from jvdit.data.json_files import write_json
 from jvdit.data.sources import WorldSource
 from jvdit.evaluation import oracle, report
 from jvdit.evaluation.reconstruction import psnr, ssim, temporal_error
+from jvdit.machine.compilation import jit
+from jvdit.machine.files import write_atomically
+from jvdit.machine.json_files import write_json
 from jvdit.models.video_vae import VideoVAE, to_float, to_uint8
-from jvdit.training.weights import build, load_weights, model_folder
+from jvdit.weights.parameters import build, load_weights, model_folder
 
 MEASURES = {"psnr": psnr, "ssim": ssim, "temporal_error": temporal_error}
 _MEANING = {

@@ -5,7 +5,7 @@ by a released Wan 2 model, as its authors recommend. Writes an mp4 for each prom
 soon as it is ready, with its settings and seed in the file, and a PNG sheet of all.
 """
 
-from jvdit.huge_pages import use_huge_pages
+from jvdit.machine.huge_pages import use_huge_pages
 
 if __name__ == "__main__":
     use_huge_pages()  # begins this process anew, so before what takes seconds
@@ -26,9 +26,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
 from jvdit.box import FOLDER
-from jvdit.compilation import keep_compilations
-from jvdit.data.files import replacing
-from jvdit.data.media_encode import encode_clip
+from jvdit.data.media.writer import encode_clip
 from jvdit.data.sheets import contact_sheet, write_png
 from jvdit.diffusion.reuse import Reuse, save_ratios
 from jvdit.diffusion.solvers import SOLVERS
@@ -38,6 +36,8 @@ from jvdit.generation.prompt_lines import read_requests
 from jvdit.generation.release import EXPERTS, add_adapters, load_release
 from jvdit.generation.request import Request, size_fields
 from jvdit.generation.settings import Settings
+from jvdit.machine.compilation import keep_compilations
+from jvdit.machine.files import replacing
 from jvdit.sharding import make_mesh, parse_mesh, sampling_sizes
 
 _LETTERS, _BYTES = 80, 160  # of a prompt in a file's name, at the most

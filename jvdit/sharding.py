@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jvdit.pods.chips import memory_of
+from jvdit.machine.chips import memory_of
 
 AXES = ("data", "fsdp", "context", "tensor")
 

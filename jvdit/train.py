@@ -4,7 +4,7 @@ Killed at any moment and started again with the same command, a run goes on from
 newest checkpoint and ends with the same bits as one that was never stopped.
 """
 
-from jvdit.huge_pages import use_huge_pages
+from jvdit.machine.huge_pages import use_huge_pages
 
 if __name__ == "__main__":
     use_huge_pages()  # begins this process anew, so before what takes seconds
@@ -23,23 +23,23 @@ from absl import app, flags, logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from jvdit import cluster
-from jvdit.compilation import keep_compilations
 from jvdit.config import Config
-from jvdit.data.files import said_if_full
-from jvdit.data.json_files import read_json, write_json
-from jvdit.data.lock import FolderLock
-from jvdit.latents import encode
-from jvdit.networks import finished_parameters
+from jvdit.machine import cluster
+from jvdit.machine.compilation import keep_compilations
+from jvdit.machine.files import said_if_full
+from jvdit.machine.json_files import read_json, write_json
+from jvdit.machine.lock import FolderLock
+from jvdit.machine.stop import StopRequest
 from jvdit.sharding import make_mesh, parameter_shardings
-from jvdit.stop import StopRequest
 from jvdit.tasks import TASKS, Task
+from jvdit.tasks.encoding import encode
 from jvdit.training.checkpoint import CHECKPOINTS, Checkpoints, claim_workdir
 from jvdit.training.metrics import Metrics, Throughput, status_line
 from jvdit.training.optim import Optim
 from jvdit.training.restoring import owned, was_saved
 from jvdit.training.state import TrainState, new_state, state_shardings
 from jvdit.training.step import jit_train_step
+from jvdit.weights.networks import finished_parameters
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything of the run goes.")

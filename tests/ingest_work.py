@@ -4,7 +4,7 @@ import os
 import signal
 import time
 
-from jvdit.data.ingest_file import prepare_file
+from jvdit.data.ingest.clip_file import prepare_file
 
 
 def slow(job):

@@ -7,8 +7,8 @@ import pytest
 from attention_exact import exact, roundings
 from closeness import assert_close
 
-import jvdit.models.attention as attention_module
-from jvdit.models.attention import (
+import jvdit.models.attention.dispatch as attention_module
+from jvdit.models.attention.dispatch import (
     attention,
     rope,
     rope_tables,

@@ -9,8 +9,8 @@ import pytest
 from attention_exact import exact, roundings
 from closeness import assert_close
 
-from jvdit.models import attention_mosaic, attention_parallel
-from jvdit.models.attention import attention
+from jvdit.models.attention import mosaic, parallel
+from jvdit.models.attention.dispatch import attention
 from jvdit.sharding import make_mesh, platform
 
 ROWS, TOKENS, HEADS, CHANNELS = 2, 16, 4, 8
@@ -75,10 +75,10 @@ def test_every_device_has_all_of_the_text():
 
 
 def test_ulysses_takes_what_heads_and_neighbours_allow():
-    assert attention_parallel.divide_context(8, 40) == (8, 1)
-    assert attention_parallel.divide_context(64, 40) == (8, 8)
-    assert attention_parallel.divide_context(16, 12) == (4, 4)
-    assert attention_parallel.divide_context(8, 1) == (1, 8)
+    assert parallel.divide_context(8, 40) == (8, 1)
+    assert parallel.divide_context(64, 40) == (8, 8)
+    assert parallel.divide_context(16, 12) == (4, 4)
+    assert parallel.divide_context(8, 1) == (1, 8)
 
 
 def test_a_ring_holds_no_more_than_its_part():
@@ -102,8 +102,8 @@ def test_a_ring_holds_no_more_than_its_part():
 # Of 256 tokens: all at once, but two parts for exponentials; two blocks of queries and
 # of keys, the latter for a core each, and room for the gradients of one of the former.
 CHIPS = {
-    "one": attention_mosaic.Blocks(back=(256, 256, 128), ahead=(256, 256, 128)),
-    "two": attention_mosaic.Blocks((128,) * 3, (128,) * 3, cores=2, gradients=0),
+    "one": mosaic.Blocks(back=(256, 256, 128), ahead=(256, 256, 128)),
+    "two": mosaic.Blocks((128,) * 3, (128,) * 3, cores=2, gradients=0),
 }
 
 
@@ -112,7 +112,7 @@ CHIPS = {
 @pytest.mark.parametrize("size", [1, 40])  # of scores: later ones may be beyond numbers
 def test_the_kernels_of_tpus_agree(clips, chip, size, monkeypatch):
     # Not whole blocks: 160 tokens lie in 256 places.
-    monkeypatch.setattr(attention_mosaic, "_chip", lambda: CHIPS[chip])
+    monkeypatch.setattr(mosaic, "_chip", lambda: CHIPS[chip])
     shape = (2, 160, 2, 128)
     q, k, v = (draw(*shape, seed=i) for i in range(3))
     k = k.at[:, 128:, 1].multiply(size)
@@ -128,7 +128,7 @@ def test_the_kernels_of_tpus_agree(clips, chip, size, monkeypatch):
 
 
 def test_queries_that_see_nothing_have_no_gradient(monkeypatch):
-    monkeypatch.setattr(attention_mosaic, "_chip", lambda: CHIPS["one"])
+    monkeypatch.setattr(mosaic, "_chip", lambda: CHIPS["one"])
     for size in (1, 40):
         q, k, v = (size * draw(1, 256, 1, 128, seed=i) for i in range(3))
         segments = packed(256)[:1], jnp.ones((1, 256), jnp.int32)
@@ -148,10 +148,10 @@ def test_both_cores_of_a_chip_share_blocks_and_the_compiler_knows_their_cost():
         return order, int(flops)
 
     product = 2 * 3 * 256 * 256 * 128
-    order, flops = told(lambda: attention_mosaic.mosaic_forward(q, q, q, ()))
+    order, flops = told(lambda: mosaic.mosaic_forward(q, q, q, ()))
     assert order == "'arbitrary', 'parallel', 'arbitrary'" and flops == 2 * product
     inputs = q, q, q, (), line, line, q
-    order, flops = told(lambda: attention_mosaic.mosaic_backward(*inputs))
+    order, flops = told(lambda: mosaic.mosaic_backward(*inputs))
     assert order == "'arbitrary', 'parallel', 'arbitrary', 'arbitrary'"
     assert flops == 5 * product
 
@@ -170,7 +170,7 @@ def test_the_kernel_of_tpus_goes_around_a_ring(clips):
 @pytest.mark.parametrize("tokens", [128, 1184, 9450, 32760, 75600])
 def test_blocks_leave_little_room(tokens):
     for most in (1024, 2048):
-        block = attention_mosaic.block_for(tokens, most)
+        block = mosaic.block_for(tokens, most)
         assert block % 128 == 0 and min(most / 2, tokens) <= block <= most
         assert -tokens % block < 0.05 * tokens + 128
 

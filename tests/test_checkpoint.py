@@ -21,13 +21,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from processes import finish, free_port
 from safetensors.numpy import load_file, save_file
 
-from jvdit import cluster, train
-from jvdit.networks import finished_parameters
+from jvdit import train
+from jvdit.machine import cluster
 from jvdit.sharding import make_mesh
 from jvdit.training import checkpoint, digests
 from jvdit.training.checkpoint import Checkpoints
 from jvdit.training.state import new_state, state_shardings
-from jvdit.training.weights import load_weights, save_weights
+from jvdit.weights.networks import finished_parameters
+from jvdit.weights.parameters import load_weights, save_weights
 
 MANY, FEW = (8, 32, 64), (64, 8)
 
@@ -227,7 +228,7 @@ jax.config.update("jax_platforms", "cpu")
 process, port, folder, steps = sys.argv[1:]
 jax.distributed.initialize(f"localhost:{port}", 2, int(process))
 from jax.sharding import NamedSharding, PartitionSpec
-from jvdit import cluster
+from jvdit.machine import cluster
 from jvdit.training.checkpoint import Checkpoints
 mesh = jax.sharding.Mesh(np.array(jax.devices()), ("all",))
 place = NamedSharding(mesh, PartitionSpec("all"))

@@ -23,12 +23,13 @@ import pytest
 from jax.sharding import Mesh
 from processes import finish, free_port, kill, wait_for
 
-from jvdit import cluster, train
-from jvdit.cluster import connect, share_of_rows, to_host
-from jvdit.data.lock import FolderLock
+from jvdit import train
+from jvdit.machine import cluster
+from jvdit.machine.cluster import connect, share_of_rows, to_host
+from jvdit.machine.lock import FolderLock
 from jvdit.sharding import AXES
 from jvdit.training.metrics import Metrics, Throughput
-from jvdit.training.weights import load_weights
+from jvdit.weights.parameters import load_weights
 
 HERE = pathlib.Path(__file__).parent
 RUN = ("--config.checkpoint_every=3",)

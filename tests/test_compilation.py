@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jvdit import compilation
+from jvdit.machine import compilation
 from jvdit.sharding import batch_sharding, make_mesh
 
 TABLE = {"cpu": {"xla_a": "1", "xla_b": "1"}, "TPU": {"xla_c": "1"}}

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from closeness import assert_close
 
-from jvdit.models import attention_mosaic
-from jvdit.models.attention import rope_tables, wan_axes_dims
+from jvdit.models.attention import mosaic
+from jvdit.models.attention.dispatch import rope_tables, wan_axes_dims
 from jvdit.models.dit import VARIANTS, DiT
 from jvdit.models.layers import stack_layers, timestep_embedding, unstack_layers
 from jvdit.models.lora import LoRA
@@ -377,7 +377,7 @@ def test_fields_that_do_not_fit_raise(fields, message):
     ],
 )
 def test_heads_that_a_tpu_is_slow_at_are_told(width, heads, told, caplog, monkeypatch):
-    monkeypatch.setattr(attention_mosaic, "_warn", logging.warning)
+    monkeypatch.setattr(mosaic, "_warn", logging.warning)
 
     def build(tokens):
         tokens, text = clip(tokens, 3, seed=0)
@@ -387,7 +387,7 @@ def test_heads_that_a_tpu_is_slow_at_are_told(width, heads, told, caplog, monkey
 
     build(200)
     assert not caplog.messages, "processors have another form"
-    monkeypatch.setattr(attention_mosaic, "platform", lambda: "tpu")
+    monkeypatch.setattr(mosaic, "platform", lambda: "tpu")
     build(100)
     assert not caplog.messages, "so few tokens cost little"
     build(200)

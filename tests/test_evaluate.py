@@ -11,7 +11,7 @@ import pytest
 from doors import command
 
 from jvdit.data.world import World
-from jvdit.data.world_scene import SHAPES
+from jvdit.data.world.scene import SHAPES
 from jvdit.evaluation import distance, report
 from jvdit.evaluation.breakdown import NAMES, breakdown
 from jvdit.evaluation.oracle import COLUMNS

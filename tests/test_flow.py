@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jvdit.diffusion.flow import SCHEDULES, TARGETS, Path, TimestepPolicy
+from jvdit.diffusion.noise_path import SCHEDULES, TARGETS, NoisePath, TimestepPolicy
 
 
 @pytest.fixture(params=SCHEDULES)
@@ -19,14 +19,14 @@ def pair(key=0):
 
 
 def test_ends_are_data_and_noise(schedule):
-    alpha, sigma = Path(schedule).alpha_sigma(jnp.array([0.0, 1.0]))
+    alpha, sigma = NoisePath(schedule).alpha_sigma(jnp.array([0.0, 1.0]))
     np.testing.assert_allclose(alpha[0], 1, atol=1e-6)
     np.testing.assert_allclose(sigma[0], 0, atol=1e-3)
     assert alpha[1] < 0.01 and sigma[1] > 0.99
 
 
 def test_velocity_is_the_derivative_along_the_clock(schedule):
-    path, (x0, noise) = Path(schedule), pair()
+    path, (x0, noise) = NoisePath(schedule), pair()
 
     def x_of(t):
         return path.mix(x0, noise, t)
@@ -41,7 +41,7 @@ def test_velocity_is_the_derivative_along_the_clock(schedule):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_target_gives_the_velocity_data_and_noise(schedule, target):
-    path, (x0, noise) = Path(schedule, target), pair()
+    path, (x0, noise) = NoisePath(schedule, target), pair()
     for t in (0.1, 0.5, 0.95):
         t = jnp.float32(t)
         x, velocity = path.mix(x0, noise, t), path.true_velocity(x0, noise, t)
@@ -53,7 +53,7 @@ def test_every_target_gives_the_velocity_data_and_noise(schedule, target):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_weighted_velocity_error_is_the_error_of_the_target(schedule, target):
-    path, (x0, noise) = Path(schedule, target), pair()
+    path, (x0, noise) = NoisePath(schedule, target), pair()
     t = jnp.float32(0.6)
     x, velocity = path.mix(x0, noise, t), path.true_velocity(x0, noise, t)
     output = {"velocity": velocity, "noise": noise, "x0": x0}[target]
@@ -91,9 +91,9 @@ def test_times_fall_from_one_to_zero_for_each_clip():
 
 def test_bad_values_are_named():
     with pytest.raises(ValueError, match="schedule.*'flw'"):
-        Path("flw")
+        NoisePath("flw")
     with pytest.raises(ValueError, match="target.*'eps'"):
-        Path(target="eps")
+        NoisePath(target="eps")
     with pytest.raises(ValueError, match="shift.*20"):
         TimestepPolicy(shift=20.0)
     with pytest.raises(ValueError, match="steps.*0"):
@@ -125,14 +125,14 @@ def test_times_of_wan_begin_below_one_and_end_in_a_leap():
     want = 5 * plain / (1 + 4 * plain)
     np.testing.assert_allclose(times[1:-1], want[1:], rtol=1e-6)
     assert times[0] < 1 and times[-1] == 0
-    shown = np.asarray(Path(timesteps=1000).shown(jnp.asarray(times)))
+    shown = np.asarray(NoisePath(timesteps=1000).shown(jnp.asarray(times)))
     np.testing.assert_allclose(1000 * shown, [999, 937, 833, 625, 0], atol=1e-3)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 7.0, 8.0, 12.0])
 def test_the_timestep_shown_is_that_of_the_exact_time(shift):
     """In float32 too, inside jit as outside; exact times are Wan's, in float64."""
-    path = Path(timesteps=1000)
+    path = NoisePath(timesteps=1000)
     policy = TimestepPolicy(shift=shift, grid=(1 - 1e-6, 0.001))
     wanted, times = [], []
     for steps in range(1, 1001):

@@ -10,11 +10,11 @@ import pytest
 from safetensors import SafetensorError
 from tensorboardX import record_writer
 
-from jvdit.data import files, json_files
-from jvdit.data.files import FullDiskError, said_if_full
-from jvdit.training import weights
+from jvdit.machine import files, json_files
+from jvdit.machine.files import FullDiskError, said_if_full
 from jvdit.training.metrics import Metrics, read_history
-from jvdit.training.weights import load_weights, save_weights
+from jvdit.weights import parameters as weights
+from jvdit.weights.parameters import load_weights, save_weights
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 # As the libraries say it.

@@ -10,7 +10,7 @@ import pytest
 POLICY = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 CODE = """
 import os, sys
-from jvdit.huge_pages import use_huge_pages
+from jvdit.machine.huge_pages import use_huge_pages
 print(os.getpid(), os.environ.get("GLIBC_TUNABLES"), *sys.argv[1:], flush=True)
 use_huge_pages()
 """

@@ -1,45 +1,25 @@
-"""Imports go down only: entry points, then training, then siblings, then shapes.
+"""Imports go down only: doors, then rooms, floor by floor, then shapes.
 
-Entry points are a line of their own: each may import those before it in the list.
+Rooms of one floor are strangers to one another.
 """
 
 import ast
 import pathlib
 
 ROOT = pathlib.Path(__file__).parent.parent / "jvdit"
-LOWEST = {"shapes", "sharding", "compilation", "cluster"}
-MAY_IMPORT = {
-    "box": set(),
-    "shapes": set(),
-    "sharding": {"pods"},
-    "compilation": set(),
-    "cluster": {"data"},
-    "data": {"data"},
-    "models": {"models"} | LOWEST,
-    "diffusion": {"diffusion", "data"} | LOWEST,
-    "evaluation": {"evaluation", "data"} | LOWEST,
-    "pretrained": {"pretrained", "models", "data"} | LOWEST,
-    "training": {"training", "models", "diffusion", "data"} | LOWEST,
-    "pods": {"pods"},
-}
-ENTRY_POINTS = [
-    "huge_pages",
-    "conventions",
-    "stop",
-    "config",
-    "caption_encoder",
-    "clip_encoder",
-    "latents",
-    "networks",
-    "generation",
-    "encode",
-    "sample",
-    "evaluate_vae",
-    "evaluate",
-    "tasks",
-    "train",
-    "pod_programs",
-]
+FLOORS = (
+    {"shapes", "machine", "box"},
+    {"sharding", "data"},
+    {"models", "diffusion", "evaluation"},
+    {"weights"},
+    {"training"},
+    {"config"},
+    {"generation"},
+    {"tasks"},
+    {"pods"},
+    {"evaluate_vae"},
+    {"encode", "sample", "evaluate", "train"},
+)
 FORBIDDEN = {"torch", "tensorflow", "transformers", "diffusers", "pickle"}
 
 
@@ -48,7 +28,8 @@ def imports(path):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-            yield from names if node.module == "jvdit" else [node.module]
+            yield from names
+            yield node.module
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
 
@@ -61,16 +42,33 @@ def modules():
 
 
 def test_rooms_import_only_what_lies_below():
+    floor = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
     for room, path in modules():
-        assert room in MAY_IMPORT or room in ENTRY_POINTS, f"{path}: unknown room"
-        if room in ENTRY_POINTS:
-            below = ENTRY_POINTS[: ENTRY_POINTS.index(room)]
-            allowed = {*MAY_IMPORT, *below, room}
-        else:
-            allowed = MAY_IMPORT[room]
+        assert room in floor, f"{path}: unknown room"
         for name in imports(path):
-            if name.split(".")[0] == "jvdit" and "." in name:
-                assert name.split(".")[1] in allowed, f"{path} imports {name}"
+            if name.startswith("jvdit."):
+                other = name.split(".")[1]
+                below = other == room or floor[other] < floor[room]
+                assert below, f"{path} imports {name}"
+
+
+def test_modules_import_one_another_in_no_circle():
+    """Imports for types alone count, too."""
+    files = {
+        ".".join(path.relative_to(ROOT.parent).with_suffix("").parts): path
+        for _, path in modules()
+    }
+    above = {
+        name: {x for x in imports(path) if x in files} for name, path in files.items()
+    }
+    while leaves := {name for name, needs in above.items() if not needs & above.keys()}:
+        above = {name: needs for name, needs in above.items() if name not in leaves}
+    assert not above, f"in a circle, or above one: {sorted(above)}"
+
+
+def test_no_two_files_have_one_name():
+    names = [path.name for _, path in modules() if path.name != "__init__.py"]
+    assert not {name for name in names if names.count(name) > 1}
 
 
 def test_no_foreign_framework_at_run_time():

@@ -14,12 +14,12 @@ import pytest
 import tensorflow_datasets as tfds
 from media_files import clicks, frames_of, mux, numbered, numbers
 
-from jvdit.data.ingest import ingest, plan_shards
-from jvdit.data.ingest_file import Item, Recipe
-from jvdit.data.media import decode_clip
-from jvdit.data.media_encode import encode_clip
+from jvdit.data.ingest.clip_file import ClipFile, Recipe
+from jvdit.data.ingest.ingest import ingest, plan_shards
+from jvdit.data.ingest.supervisor import supervise
+from jvdit.data.media.reader import decode_clip
+from jvdit.data.media.writer import encode_clip
 from jvdit.data.records import RecordDataset
-from jvdit.data.supervisor import supervise
 
 HERE = Path(__file__).parent
 CLIPS = HERE.parents[1] / "shared" / "clips"
@@ -147,7 +147,7 @@ def await_end(pids):
 def test_workers_import_little():
     """Least of all JAX: a worker must not take an accelerator."""
     script = (
-        "import sys, jvdit.data.ingest_file, jvdit.data.supervisor\n"
+        "import sys, jvdit.data.ingest.clip_file, jvdit.data.ingest.supervisor\n"
         "assert not {'jax', 'tensorflow_datasets', 'grain'} & set(sys.modules)"
     )
     paths = os.environ | {"PYTHONPATH": str(HERE.parent)}
@@ -157,7 +157,7 @@ def test_workers_import_little():
 def test_a_worker_that_hangs_dies_with_its_parent(tmp_path):
     (tmp_path / "job.py").write_text(
         "import ingest_work\n"
-        "from jvdit.data.supervisor import supervise\n"
+        "from jvdit.data.ingest.supervisor import supervise\n"
         "if __name__ == '__main__':\n"
         "    for event in supervise(ingest_work.count, [-2], workers=1, timeout=60):\n"
         "        print(event.kind, flush=True)\n"
@@ -285,7 +285,7 @@ def test_what_a_file_holds_decides_its_split(tmp_path):
     for k in range(200):
         path = tmp_path / f"{k}.mp4"
         path.write_text(str(k % 150))  # 50 of them are copies
-        items.append(Item(path.name, str(path), f"caption {k}"))
+        items.append(ClipFile(path.name, str(path), f"caption {k}"))
     plan = plan_shards(items, val_fraction=0.25, shard_size=7)
     split_of = {
         i.key: split for (split, _), group in plan.shards.items() for i in group
@@ -294,11 +294,11 @@ def test_what_a_file_holds_decides_its_split(tmp_path):
     assert all(split_of[f"{k}.mp4"] == split_of[f"{k + 150}.mp4"] for k in range(50))
     assert 0.15 < sum(s == "val" for s in split_of.values()) / 200 < 0.35
     assert max(map(len, plan.shards.values())) == 7
-    renamed = [Item("n" + i.key, i.path, i.caption) for i in items]
+    renamed = [ClipFile("n" + i.key, i.path, i.caption) for i in items]
     again = plan_shards(renamed, val_fraction=0.25, shard_size=7)
     assert {i.key[1:]: s for (s, _), g in again.shards.items() for i in g} == split_of
-    gone = Item("gone", str(tmp_path / "gone"), "")
-    twice = Item("twice", items[3].path, items[3].caption)
+    gone = ClipFile("gone", str(tmp_path / "gone"), "")
+    twice = ClipFile("twice", items[3].path, items[3].caption)
     plan = plan_shards([*items, gone, twice], val_fraction=0, shard_size=7)
     assert [(i.key, reason) for i, reason, _ in plan.refused] == [
         ("gone", "missing"),

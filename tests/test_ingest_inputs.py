@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from jvdit.data.ingest_file import Recipe, choose_size, window_starts
-from jvdit.data.ingest_inputs import list_items
-from jvdit.data.media import MediaError, MediaInfo
+from jvdit.data.ingest.clip_file import Recipe, choose_size, window_starts
+from jvdit.data.ingest.listing import list_items
+from jvdit.data.media.reader import MediaError, MediaInfo
 
 
 def test_items_are_listed_from_every_layout(tmp_path):

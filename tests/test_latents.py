@@ -13,13 +13,14 @@ from closeness import assert_close
 from jax.sharding import Mesh
 from processes import finish, free_port, kill, wait_for
 
-from jvdit import clip_encoder, cluster
-from jvdit.clip_encoder import ClipEncoder
 from jvdit.data.records import RecordDataset
-from jvdit.latents import encode
+from jvdit.machine import cluster
 from jvdit.models.video_vae import VARIANTS, VideoVAE
 from jvdit.sharding import AXES
-from jvdit.training.weights import module_fields, save_weights
+from jvdit.tasks.encoding import encode
+from jvdit.weights import clip_encoder
+from jvdit.weights.clip_encoder import ClipEncoder
+from jvdit.weights.parameters import module_fields, save_weights
 
 SIZE = (5, 16, 16)
 SOURCE = "world:train:5x16x16@8:40"

@@ -8,12 +8,12 @@ import time
 
 import pytest
 
-from jvdit.data import lock
-from jvdit.data.lock import FolderLock, sweep
+from jvdit.machine import lock
+from jvdit.machine.lock import FolderLock, sweep
 
 HOLD = """
 import sys, time
-from jvdit.data.lock import FolderLock
+from jvdit.machine.lock import FolderLock
 FolderLock(sys.argv[1]).acquire()
 print("held", flush=True)
 time.sleep(600)

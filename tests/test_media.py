@@ -22,9 +22,15 @@ from media_files import (
     numbers,
 )
 
-from jvdit.data.media import Budget, MediaError, decode_clip, probe, read_metadata
-from jvdit.data.media_encode import encode_clip
-from jvdit.data.media_file import REASONS
+from jvdit.data.media.file import REASONS
+from jvdit.data.media.reader import (
+    Budget,
+    MediaError,
+    decode_clip,
+    probe,
+    read_metadata,
+)
+from jvdit.data.media.writer import encode_clip
 from jvdit.data.sheets import contact_sheet, write_png
 
 CLIPS = Path(__file__).parents[2] / "shared" / "clips"
@@ -193,7 +199,7 @@ def test_sound_and_picture_stay_together(start, rate, channels):
 def test_sound_that_takes_too_long_is_a_timeout(monkeypatch):
     data = mux(frames_of(grey(80, 24)), sound=clicks((0.1,), 1.0))
     late = SimpleNamespace(monotonic=lambda: float("inf"))
-    monkeypatch.setattr("jvdit.data.media_audio.time", late)
+    monkeypatch.setattr("jvdit.data.media.audio.time", late)
     assert reason(data, audio_rate=16000) == "timeout"
 
 
@@ -255,7 +261,7 @@ def test_damaged_files_are_refused_and_never_crash(tmp_path):
 
 def test_a_mistake_in_our_own_call_is_not_blamed_on_the_file(monkeypatch):
     """PyAV 19 dropped an argument, and every clip was said to be damaged."""
-    monkeypatch.setattr("jvdit.data.media_file._LENIENT", {"no_such_argument": 1})
+    monkeypatch.setattr("jvdit.data.media.file._LENIENT", {"no_such_argument": 1})
     with pytest.raises(TypeError, match="no_such_argument"):
         probe(mux(frames_of(grey(80, 4))))
 

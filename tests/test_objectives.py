@@ -10,13 +10,13 @@ import pytest
 from closeness import assert_close
 
 from jvdit.diffusion.denoise import denoise
-from jvdit.diffusion.flow import Path, TimestepPolicy
+from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
 from jvdit.models import dit, text_encoder
 from jvdit.models.dit import DiT
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.shapes import Text
 from jvdit.sharding import batch_sharding, make_mesh
-from jvdit.training.objectives import (
+from jvdit.training.objectives.denoising import (
     FlowObjective,
     clip_sizes,
     first_frames,
@@ -40,7 +40,7 @@ def objective():
         out_channels=CHANNELS,
         text_width=text.width,
     )
-    return FlowObjective(network, text, Path(), TimestepPolicy())
+    return FlowObjective(network, text, NoisePath(), TimestepPolicy())
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +93,12 @@ def test_training_and_sampling_share_one_step(objective, params, batch):
             levels = jnp.pad(batch["t"], ((0, 0), (1, 0)))
             tokens = tokens_of(batch, batch["x0"], False)
             t = tokens.per_token(levels)
-            tokens = tokens.with_latents(Path().mix(batch["x0"], batch["noise"], t))
+            tokens = tokens.with_latents(
+                NoisePath().mix(batch["x0"], batch["noise"], t)
+            )
             model = partial(objective.dit.apply, {"params": params["dit"]})
             text = text_of(objective.text_encoder, params, batch)
-            return denoise(model, tokens, levels, text, Path())
+            return denoise(model, tokens, levels, text, NoisePath())
 
         velocity = jax.jit(sampled)(params, placed)
     wanted = ((velocity - (noise - x0)) ** 2).mean(-1) * (batch["segment"] > 0)

@@ -15,10 +15,10 @@ from jvdit.models.dit import DiT
 from jvdit.models.layers import STACKS
 from jvdit.models.lora import LoRA
 from jvdit.models.text_encoder import VARIANTS, TextEncoder
-from jvdit.pretrained.folders import dit_inputs
 from jvdit.sharding import make_mesh
 from jvdit.training.optim import Optim, decaying, kinds
 from jvdit.training.state import new_state, state_shardings
+from jvdit.weights.folders import dit_inputs
 
 SETTINGS = {"warmup": 0, "lr": 0.01, "clip": 1e9, "weight_decay": 0.0}
 

@@ -6,7 +6,7 @@ import av
 import numpy as np
 import pytest
 
-from jvdit.data.media_encode import encode_clip
+from jvdit.data.media.writer import encode_clip
 from jvdit.data.world import World
 from jvdit.evaluation import oracle
 from jvdit.evaluation.detection import detect

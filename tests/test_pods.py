@@ -13,11 +13,11 @@ import pod_config
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jvdit.compilation import jit
+from jvdit.machine.chips import CHIPS, topology
+from jvdit.machine.compilation import jit
 from jvdit.models.video_vae import VARIANTS, VideoVAE
-from jvdit.pod_programs import pod_mesh, train_program, vae_program
-from jvdit.pods.chips import CHIPS, topology
 from jvdit.pods.forecast import forecast
+from jvdit.pods.programs import pod_mesh, train_program, vae_program
 from jvdit.pods.schedule import arrays, group, read
 from jvdit.sharding import autoencoder_mesh, make_mesh
 

@@ -14,12 +14,12 @@ from safetensors.numpy import save_file
 
 from jvdit.models.dit import VARIANTS, DiT
 from jvdit.models.layers import stack_layers
-from jvdit.pretrained import umt5, wan
-from jvdit.pretrained.loading import export, load, paths_of
-from jvdit.pretrained.rules import Rule, assign
-from jvdit.pretrained.tensors import TensorFiles
 from jvdit.shapes import Text, Tokens
 from jvdit.sharding import make_mesh, parameter_shardings
+from jvdit.weights import umt5, wan
+from jvdit.weights.loading import export, load, paths_of
+from jvdit.weights.rules import Rule, assign
+from jvdit.weights.tensors import TensorFiles
 
 FIELDS = VARIANTS["tiny"] | {"in_channels": 16, "out_channels": 16, "text_width": 12}
 
@@ -186,9 +186,9 @@ def test_bad_files_are_named_with_the_remedy(tmp_path):
 
 _MEASURE = """
 import sys, threading, jax, jax.numpy as jnp
-from jvdit.pretrained.loading import load
-from jvdit.pretrained.rules import Rule
-from jvdit.pretrained.tensors import TensorFiles
+from jvdit.weights.loading import load
+from jvdit.weights.rules import Rule
+from jvdit.weights.tensors import TensorFiles
 from jvdit.sharding import make_mesh, parameter_shardings
 
 def held():

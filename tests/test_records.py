@@ -13,13 +13,13 @@ import pytest
 import tensorflow_datasets as tfds
 
 from jvdit.data import records
-from jvdit.data.files import local_path, sweep_temporary, temporary_path
 from jvdit.data.record_format import (
     CLIP_FEATURES,
     dataset_directory,
     latent_features,
 )
 from jvdit.data.records import RecordDataset, RecordWriter
+from jvdit.machine.files import local_path, sweep_temporary, temporary_path
 
 
 def clip(i):
@@ -194,7 +194,7 @@ def test_dead_writers_are_swept_and_live_ones_are_not(tmp_path):
             sys.executable,
             "-c",
             "import sys, os, pathlib\n"
-            "from jvdit.data.files import temporary_path\n"
+            "from jvdit.machine.files import temporary_path\n"
             "t = temporary_path(pathlib.Path(sys.argv[1]))\n"
             "t.write_text('half'); print(t.name)",
             tmp_path / "a",

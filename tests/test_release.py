@@ -21,13 +21,13 @@ from jvdit.generation.release import _tell
 from jvdit.generation.request import Request, size_like
 from jvdit.generation.residence import Residence, fits_together
 from jvdit.models.dit import VARIANTS
-from jvdit.networks import fingerprint, model_hash
-from jvdit.pretrained.configs import dit_fields
-from jvdit.pretrained.recipes import RECIPES, name_of
-from jvdit.pretrained.release import read_release
-from jvdit.pretrained.schedulers import scheduler_of
 from jvdit.sharding import make_mesh
-from jvdit.training.weights import weights_hash
+from jvdit.weights.configs import dit_fields
+from jvdit.weights.networks import fingerprint, model_hash
+from jvdit.weights.parameters import weights_hash
+from jvdit.weights.recipes import RECIPES, name_of
+from jvdit.weights.release import read_release
+from jvdit.weights.schedulers import scheduler_of
 
 
 @pytest.mark.parametrize("name", RECIPES)

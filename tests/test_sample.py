@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jvdit.data.media import decode_clip, read_metadata
-from jvdit.data.media_encode import encode_clip
+from jvdit.data.media.reader import decode_clip, read_metadata
+from jvdit.data.media.writer import encode_clip
 from jvdit.diffusion.denoise import Guidance
 from jvdit.generation.generator import Generator
 from jvdit.generation.prompt_lines import read_requests
 from jvdit.generation.request import Request, complete
 from jvdit.generation.settings import Settings
-from jvdit.networks import finished_parameters
 from jvdit.sharding import make_mesh
+from jvdit.weights.networks import finished_parameters
 
 DEFAULTS = {"frames": 5, "height": 16, "width": 16, "fps": 8.0}
 

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jvdit import sharding
-from jvdit.pods.chips import CHIPS, memory_of
+from jvdit.machine.chips import CHIPS, memory_of
 from jvdit.sharding import (
     activation_spec,
     constrain,

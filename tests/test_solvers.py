@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jvdit.diffusion.denoise import Guidance, clip_std, guided
-from jvdit.diffusion.flow import Path, TimestepPolicy
+from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
 from jvdit.diffusion.solvers import (
     SOLVERS,
     advance,
@@ -60,28 +60,32 @@ def error(solver, steps, path, shift=1.0):
     [("euler", 1), ("ddim", 1), ("heun", 2), ("dpmpp_2m", 2), ("unipc", 2)],
 )
 def test_order(solver, order):
-    coarse, fine = error(solver, 64, Path()), error(solver, 256, Path())
+    coarse, fine = error(solver, 64, NoisePath()), error(solver, 256, NoisePath())
     assert np.log(coarse / fine) / np.log(4) > order - 0.35, (coarse, fine)
 
 
 @pytest.mark.parametrize("schedule", ["flow", "cosine", "linear"])
 @pytest.mark.parametrize("solver", ["euler", "heun", "ddim", "dpmpp_2m", "unipc"])
 def test_more_steps_come_closer_on_every_path(solver, schedule):
-    path = Path(schedule)
+    path = NoisePath(schedule)
     assert error(solver, 60, path) < min(0.06, 0.6 * error(solver, 15, path))
 
 
 def test_unipc_beats_dpmpp_in_few_steps():
-    assert error("unipc", 10, Path(), 3.0) < error("dpmpp_2m", 10, Path(), 3.0)
+    assert error("unipc", 10, NoisePath(), 3.0) < error(
+        "dpmpp_2m", 10, NoisePath(), 3.0
+    )
 
 
 def test_euler_and_ddim_are_one_on_the_flow_path():
-    assert np.isclose(error("euler", 7, Path()), error("ddim", 7, Path()), rtol=1e-4)
+    assert np.isclose(
+        error("euler", 7, NoisePath()), error("ddim", 7, NoisePath()), rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("schedule", ["flow", "linear"])
 def test_ancestral_draws_from_the_data(schedule):
-    path = Path(schedule)
+    path = NoisePath(schedule)
     noise = jax.random.normal(jax.random.key(0), (1, 4096, 4))
     tokens = Tokens(noise, jnp.zeros((1, 4096, 3)))
     times = TimestepPolicy().times(100, jnp.ones((1, 1)))
@@ -98,7 +102,7 @@ def test_ancestral_draws_from_the_data(schedule):
 @pytest.mark.parametrize("solver", [*SOLVERS])
 def test_clean_tokens_stay_and_each_level_has_its_own_times(solver):
     """Level 0 stays as given; level 2's shift doesn't disturb level 1."""
-    path = Path()
+    path = NoisePath()
     noise = jax.random.normal(jax.random.key(0), (1, 6, 3))
     level = jnp.array([[0, 0, 1, 1, 2, 2]])
     tokens = Tokens(noise, jnp.zeros((1, 6, 3)), level, level)
@@ -125,14 +129,14 @@ def test_a_clip_s_noise_is_its_own():
 
 @pytest.mark.parametrize("solver", ["euler", "unipc"])
 def test_steps_taken_one_by_one_are_those_of_the_whole(solver):
-    tokens, _ = start(Path())
+    tokens, _ = start(NoisePath())
     times = TimestepPolicy().times(4, jnp.ones((2, 1)))
-    settings = times, Path(), keys(2, 1), solver
-    whole = solve(gaussian_denoiser(Path()), tokens, *settings)
+    settings = times, NoisePath(), keys(2, 1), solver
+    whole = solve(gaussian_denoiser(NoisePath()), tokens, *settings)
     solution = begin(tokens, times, solver)
     one = jax.jit(
         lambda solution, i: advance(
-            gaussian_denoiser(Path()), solution, *settings, i, 1
+            gaussian_denoiser(NoisePath()), solution, *settings, i, 1
         )
     )
     for i in range(4):
@@ -159,10 +163,10 @@ def texts():
 
 
 def test_guidance_extrapolates_inside_its_interval():
-    tokens, _ = start(Path())
+    tokens, _ = start(NoisePath())
     text, null = texts()
     guidance = Guidance(3.0, interval=(0.2, 0.8))
-    denoiser = guided(text_model, text, null, Path(), guidance)
+    denoiser = guided(text_model, text, null, NoisePath(), guidance)
     t = jnp.array([[0.5], [0.9]])
     got = denoiser(tokens, t) - 0.1 * tokens.latents
     np.testing.assert_allclose(got[0], 0.25 + 3 * 0.75, rtol=1e-4)
@@ -170,7 +174,7 @@ def test_guidance_extrapolates_inside_its_interval():
 
 
 def test_full_rescale_restores_the_std_of_each_clip():
-    path = Path()
+    path = NoisePath()
     noise = jax.random.normal(jax.random.key(0), (2, 6, 3))
     level = jnp.array([[1, 1, 1, 2, 2, 2]] * 2)
     tokens = Tokens(noise, jnp.zeros((2, 6, 3)), level, level)
@@ -190,7 +194,7 @@ def test_full_rescale_restores_the_std_of_each_clip():
 
 
 def test_scale_one_evaluates_once():
-    tokens, _ = start(Path())
+    tokens, _ = start(NoisePath())
     text, null = texts()
     rows = []
 
@@ -199,8 +203,8 @@ def test_scale_one_evaluates_once():
         return tokens.latents
 
     t = jnp.full((2, 1), 0.5)
-    guided(model, text, null, Path(), Guidance())(tokens, t)
-    guided(model, text, null, Path(), Guidance(2.0))(tokens, t)
+    guided(model, text, null, NoisePath(), Guidance())(tokens, t)
+    guided(model, text, null, NoisePath(), Guidance(2.0))(tokens, t)
     assert rows == [2, 4]
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from jvdit.data.catalog import open_source
 from jvdit.data.clips import BadClip, Source, make_index
-from jvdit.data.media_encode import encode_clip
+from jvdit.data.media.writer import encode_clip
 from jvdit.data.record_format import CLIP_FEATURES, latent_features
 from jvdit.data.records import RecordWriter
 from jvdit.data.sources import (

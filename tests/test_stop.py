@@ -6,7 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from jvdit import train
-from jvdit.stop import StopRequest
+from jvdit.machine.stop import StopRequest
 
 
 def stages():

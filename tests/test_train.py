@@ -22,18 +22,18 @@ from jax import tree
 from ml_collections import ConfigDict
 from PIL import Image
 
-from jvdit.conventions import Conventions
 from jvdit.data.records import RecordDataset
 from jvdit.diffusion.denoise import Guidance
 from jvdit.generation.generator import Generator
 from jvdit.generation.release import add_adapters
 from jvdit.generation.request import Request
-from jvdit.latents import encode
 from jvdit.sharding import make_mesh
+from jvdit.tasks.encoding import encode
 from jvdit.tasks.flow import FlowTask
 from jvdit.train import train
 from jvdit.training.checkpoint import claim_workdir
-from jvdit.training.weights import load_weights, save_weights, weights_hash
+from jvdit.weights.conventions import Conventions
+from jvdit.weights.parameters import load_weights, save_weights, weights_hash
 
 HERE = pathlib.Path(__file__).parent
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jvdit.models.video_vae import VARIANTS, VideoVAE, to_float, to_uint8
-from jvdit.training.vae_objective import (
+from jvdit.training.objectives.autoencoding import (
     VAEObjective,
     psnr,
     random_features,

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from jvdit.data.world import NUMBERS, World, captions, vocabulary
-from jvdit.data.world_physics import PAIR, WALL_X, WALL_Y
-from jvdit.data.world_render import (
+from jvdit.data.world.mechanics import PAIR, WALL_X, WALL_Y
+from jvdit.data.world.render import (
     FREQUENCIES,
     PALETTE,
     SMALL_PITCH,
     bounce_tone,
     signed_distance,
 )
-from jvdit.data.world_scene import (
+from jvdit.data.world.scene import (
     COLORS,
     DIRECTIONS,
     GRAVITY,

@@ -4,8 +4,8 @@ import sys
 
 import jax
 
-from jvdit import cluster
-from jvdit.stop import StopRequest
+from jvdit.machine import cluster
+from jvdit.machine.stop import StopRequest
 
 coordinator, process, folder = sys.argv[1:]
 cluster.connect(coordinator, 2, int(process))

@@ -23,11 +23,11 @@ import numpy as np
 import optax
 from einops import rearrange
 
-from jvdit.compilation import jit
 from jvdit.data.pipeline import Batches, PackedBatches
 from jvdit.data.plan import BucketPlan, PackPlan
 from jvdit.data.sources import ArraySource
-from jvdit.huge_pages import use_huge_pages
+from jvdit.machine.compilation import jit
+from jvdit.machine.huge_pages import use_huge_pages
 from jvdit.models.dit import DiT
 from jvdit.models.video_vae import VideoVAE
 from jvdit.shapes import Text, Tokens

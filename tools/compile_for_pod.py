@@ -32,17 +32,17 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
+from jvdit.machine.chips import CHIPS, Chip, several, topology
 from jvdit.models import video_vae
 from jvdit.models.dit import DiT
-from jvdit.pod_programs import (
+from jvdit.pods.forecast import Forecast, forecast
+from jvdit.pods.programs import (
     SAMPLED,
     pod_mesh,
     sample_program,
     train_program,
     vae_program,
 )
-from jvdit.pods.chips import CHIPS, Chip, several, topology
-from jvdit.pods.forecast import Forecast, forecast
 from jvdit.pods.schedule import read
 from jvdit.sharding import (
     autoencoder_mesh,

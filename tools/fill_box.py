@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jvdit.box import FOLDER
-from jvdit.data.json_files import read_json
 from jvdit.data.sheets import contact_sheet, write_png
 from jvdit.generation.generator import Generator
+from jvdit.machine.json_files import read_json
 
 
 def main() -> None:

@@ -6,8 +6,8 @@
 
 The compiler writes down every instruction of a core, a line for each cycle. Printed are
 the lines of one block of queries and keys, and what share of the chip's peak that is.
-Stalls are not in a schedule. How blocks were chosen (`attention_mosaic.BLOCKS`), and
-what `jvdit/pods/chips.py` knows of the kernels.
+Stalls are not in a schedule. How blocks were chosen (`mosaic.BLOCKS`), and
+what `jvdit/machine/chips.py` knows of the kernels.
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ os.environ |= {"JAX_PLATFORMS": "cpu"}
 import jax
 import jax.numpy as jnp
 
-from jvdit.models import attention_mosaic
-from jvdit.pod_programs import pod_mesh
-from jvdit.pods.chips import CHIPS, Chip
+from jvdit.machine.chips import CHIPS, Chip
+from jvdit.models.attention import mosaic
+from jvdit.pods.programs import pod_mesh
 
 # The smallest slice of a chip.
 SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
@@ -70,9 +70,9 @@ def compile_kernel(name: str, tokens: int, segments: bool) -> None:
     line = jax.ShapeDtypeStruct((1, 1, tokens), jnp.float32)
     ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
     inputs = (x, x, x, (ids, ids) if segments else ())
-    run = attention_mosaic.mosaic_forward
+    run = mosaic.mosaic_forward
     if name == "flash_backward":
-        run, inputs = attention_mosaic.mosaic_backward, (*inputs, line, line, x)
+        run, inputs = mosaic.mosaic_backward, (*inputs, line, line, x)
     whole = jax.sharding.PartitionSpec()
     run = jax.shard_map(run, in_specs=whole, out_specs=whole, check_vma=False)
     jax.jit(run).lower(*inputs).compile()
@@ -86,9 +86,9 @@ def measure(
         old.unlink()
     compile_kernel(name, _TOKENS.value, _SEGMENTS.value)
     backward = name == "flash_backward"
-    queries = attention_mosaic.block_for(_TOKENS.value, most[0])
+    queries = mosaic.block_for(_TOKENS.value, most[0])
     share = _TOKENS.value // cores if backward else _TOKENS.value
-    keys = attention_mosaic.block_for(share, most[1])
+    keys = mosaic.block_for(share, most[1])
     flops = (5 if backward else 2) * 2 * queries * keys * CHANNELS
     cycles = flops / (chip.peak / cores) * chip.clock
     kinds = [""] if backward else ["", ", done again"]
@@ -105,17 +105,17 @@ def sweep(folder: pathlib.Path) -> None:
     mesh = pod_mesh(SLICES[_CHIP.value], {"data": -1})
     passes = {"flash_forward": ("ahead", _AHEAD), "flash_backward": ("back", _BACK)}
     with jax.set_mesh(mesh):
-        blocks = attention_mosaic._chip()
+        blocks = mosaic._chip()
         for name, (field, asked) in passes.items():
             for text in asked.value or [",".join(map(str, getattr(blocks, field)))]:
                 most = tuple(map(int, text.split(",")))
                 changed = dataclasses.replace(blocks, **{field: most})
-                attention_mosaic._chip = lambda changed=changed: changed
+                mosaic._chip = lambda changed=changed: changed
                 try:
                     print(measure(folder, chip, name, most, blocks.cores), flush=True)
                 except (ValueError, jax.errors.JaxRuntimeError) as error:
                     print(f"{name}, blocks {text}: {error}"[:500])
-            attention_mosaic._chip = lambda: blocks
+            mosaic._chip = lambda: blocks
 
 
 def main(_: list[str]) -> None:

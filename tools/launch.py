@@ -29,7 +29,7 @@ import subprocess
 import sys
 from typing import Any
 
-from jvdit.pods.chips import several, topology
+from jvdit.machine.chips import several, topology
 
 # By chip: the names of the same slice in Google's interfaces, and chips of a host.
 ACCELERATORS = {"v5e": "v5litepod", "v5p": "v5p", "v6e": "v6e"}

@@ -25,10 +25,10 @@ from rich.table import Table
 
 from jvdit.generation.request import size_fields
 from jvdit.models import dit, text_encoder, video_vae
-from jvdit.pod_programs import pod_mesh, sample_program, vae_program
-from jvdit.pretrained.configs import PATCH_SIZE
-from jvdit.pretrained.recipes import RECIPES, TEXT_LENGTH
+from jvdit.pods.programs import pod_mesh, sample_program, vae_program
 from jvdit.sharding import make_mesh, replicated
+from jvdit.weights.configs import PATCH_SIZE
+from jvdit.weights.recipes import RECIPES, TEXT_LENGTH
 
 GB = 1e9
 TOPOLOGY = "v5p:2x2x1"  # a chip of which has 95 GB

@@ -12,8 +12,8 @@ again. What was skipped, and why, is in report.md of the data set.
 import argparse
 import sys
 
-from jvdit.data.ingest import ingest
-from jvdit.data.ingest_file import Recipe
+from jvdit.data.ingest.clip_file import Recipe
+from jvdit.data.ingest.ingest import ingest
 from jvdit.data.record_format import dataset_directory
 
 

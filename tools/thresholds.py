@@ -27,7 +27,7 @@ from rich.progress import track
 from rich.table import Table
 
 from jvdit.data.world import World
-from jvdit.data.world_scene import SHAPES
+from jvdit.data.world.scene import SHAPES
 from jvdit.evaluation import oracle
 
 _N = flags.DEFINE_integer("n", 192, "Clips of val, at each size.")

@@ -21,7 +21,7 @@ from jvdit.data.packing import Item, pack_rows, patchify, positions
 from jvdit.data.plan import TEXT_MULTIPLE, BucketPlan, PackPlan, Slot
 from jvdit.data.tokenizer import Tokenizer
 
-Batch = dict[str, np.ndarray]
+Arrays = dict[str, np.ndarray]
 Bad = list[tuple[int, str]]  # (clip id, reason)
 
 _DROPOUT = 17  # tells this use of the seed from others
@@ -207,7 +207,7 @@ class PackedBatches(Builder):
         row += plan.text_budget * (text + 4) + 9 * plan.max_clips
         self.nbytes = row * plan.rows_per_step // self.hosts
 
-    def __getitem__(self, step: int) -> tuple[Batch, Bad]:
+    def __getitem__(self, step: int) -> tuple[Arrays, Bad]:
         """Returns the batch of a step and what could not be read for it."""
         rows = self.packing.rows(step, self.host, self.hosts)
         slots = [slot for row in rows for slot in row]
@@ -325,7 +325,7 @@ class ClipBatches(Builder):
         largest = max(int(np.prod(size)) * n for size, n in plan.batches.items())
         self.nbytes = 3 * largest // self.hosts
 
-    def __getitem__(self, step: int) -> tuple[Batch, Bad]:
+    def __getitem__(self, step: int) -> tuple[Arrays, Bad]:
         """Returns the batch of a step and what could not be read for it."""
         slots = self.buckets.rows(step, self.host, self.hosts)
         shape = (*self.buckets.size(step), 3)

@@ -16,10 +16,10 @@ import re
 from typing import Any
 
 from jvdit.data.clips import Source
-from jvdit.data.files import local_path
 from jvdit.data.records import RecordDataset
 from jvdit.data.sources import LatentSource, RecordSource, TfdsSource, WorldSource
 from jvdit.data.world import World
+from jvdit.machine.files import local_path
 
 _SIZE = r"(\d+)x(\d+)x(\d+)@([\d.]+)"
 _WORLD = re.compile(rf"world:(\w+):{_SIZE}:(\d+)(?::(\d+))?")

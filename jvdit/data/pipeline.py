@@ -13,7 +13,7 @@ from typing import Any
 import grain
 
 from jvdit.data.builders import (
-    Batch,
+    Arrays,
     ClipBatches,
     PackedBatches,
     StalledError,
@@ -112,10 +112,10 @@ class Batches:
             )
         return iter(iterator)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Arrays]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Arrays:
         """Returns the next batch.
 
         Raises:

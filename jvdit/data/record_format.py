@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
 
-from jvdit.data.files import local_path
+from jvdit.machine.files import local_path
 
 FORMAT = "jvdit-records-1"
 SCALARS = {"int64": np.int64, "float32": np.float32, "bool": np.bool_}

@@ -33,12 +33,6 @@ from array_record.python.array_record_module import (
 from etils import epath
 from tensorflow_datasets.core import example_serializer
 
-from jvdit.data.files import (
-    locked,
-    replacing,
-    sweep_temporary,
-    write_atomically,
-)
 from jvdit.data.record_format import (
     FORMAT,
     SCALARS,
@@ -48,6 +42,12 @@ from jvdit.data.record_format import (
     read_manifest,
     tensor_spec,
     tfds_features,
+)
+from jvdit.machine.files import (
+    locked,
+    replacing,
+    sweep_temporary,
+    write_atomically,
 )
 
 _OPTIONS = "group_size:1,uncompressed"  # larger groups make random reads slow

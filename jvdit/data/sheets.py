@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from jvdit.data.files import write_atomically
+from jvdit.machine.files import write_atomically
 
 _LEAST = 96  # pixels of a frame's height in a sheet; smaller clips are enlarged
 _MOST = 192  # larger ones are reduced

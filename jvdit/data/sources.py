@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from jvdit.data.clips import BadClip, Clip, Ids, OneByOne, make_index
-from jvdit.data.files import local_path
-from jvdit.data.media import MediaError, probe
+from jvdit.data.media.reader import MediaError, probe
 from jvdit.data.order import fingerprint
 from jvdit.data.records import RecordDataset
 from jvdit.data.windows import VideoWindows
 from jvdit.data.world import World, captions
+from jvdit.machine.files import local_path
 
 
 class ArraySource:

@@ -17,7 +17,7 @@ import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from jvdit.data.files import write_atomically
+from jvdit.machine.files import write_atomically
 
 # T5 numbers its special pieces so; pad is 0, which is also how batches are filled.
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from jvdit.data.clips import Clip, OneByOne, make_index
-from jvdit.data.media import decode_clip
+from jvdit.data.media.reader import decode_clip
 
 
 class VideoWindows(OneByOne):

@@ -7,17 +7,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jvdit.diffusion.flow import Path
+from jvdit.diffusion.noise_path import NoisePath
 from jvdit.shapes import Text, Tokens
 
-# model(tokens, t, text) -> what `Path.target` names, for every token.
+# model(tokens, t, text) -> what `NoisePath.target` names, for every token.
 Model = Callable[[Tokens, Float[Array, "b g"], Text], Float[Array, "b n c"]]
 # denoiser(tokens, t) -> velocity; text and guidance already decided.
 Denoiser = Callable[[Tokens, Float[Array, "b g"]], Float[Array, "b n c"]]
 
 
 def denoise(
-    model: Model, tokens: Tokens, t: Float[Array, "b g"], text: Text, path: Path
+    model: Model, tokens: Tokens, t: Float[Array, "b g"], text: Text, path: NoisePath
 ) -> Float[Array, "b n c"]:
     """The velocity of noisy tokens, in float32.
 
@@ -67,7 +67,7 @@ class Guidance:
 
 
 def guided(
-    model: Model, text: Text, null_text: Text, path: Path, guidance: Guidance
+    model: Model, text: Text, null_text: Text, path: NoisePath, guidance: Guidance
 ) -> Denoiser:
     """A denoiser that follows `text` and, by guidance, turns away from `null_text`.
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jvdit.data.files import write_atomically
+from jvdit.machine.files import write_atomically
 
 COLLECTION = "reuse"  # of what a network keeps: `residual`, `ratio`, and `skip`
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from jvdit.diffusion.denoise import Denoiser
-from jvdit.diffusion.flow import Path
+from jvdit.diffusion.noise_path import NoisePath
 from jvdit.diffusion.reuse import Memory
 from jvdit.shapes import Tokens
 
@@ -26,7 +26,7 @@ class Now(NamedTuple):
     steps: int
     t: Float[Array, "b g"]
     t_next: Float[Array, "b g"]
-    path: Path
+    path: NoisePath
     keys: Key[Array, "b g"]
 
     @property
@@ -66,7 +66,7 @@ def _zeros(x: Tokens):
     return jnp.zeros_like(x.latents)
 
 
-def _half_log_snr(path: Path, t):
+def _half_log_snr(path: NoisePath, t):
     """Half the log signal-to-noise ratio, finite at both ends."""
     alpha, sigma = path.alpha_sigma(t)
     return jnp.log(jnp.maximum(alpha, 1e-6)) - jnp.log(jnp.maximum(sigma, 1e-6))
@@ -199,7 +199,7 @@ def _divide(a, b):
     return jnp.where(b == 0, 0.0, a / jnp.where(b == 0, 1.0, b))
 
 
-def _exponential_step(x: Tokens, data, t, t_next, path: Path):
+def _exponential_step(x: Tokens, data, t, t_next, path: NoisePath):
     """Exact from t to t_next if the data prediction stayed `data`."""
     alpha, sigma = path.alpha_sigma(t)
     alpha_next, sigma_next = path.alpha_sigma(t_next)
@@ -271,7 +271,7 @@ def advance(
     denoiser: Denoiser,
     solution: Solution,
     times: Float[Array, "times b g"],
-    path: Path,
+    path: NoisePath,
     keys: Key[Array, "b g"],
     solver: str = "unipc",
     first: int | Int[Array, ""] = 0,
@@ -314,7 +314,7 @@ def solve(
     denoiser: Denoiser,
     tokens: Tokens,
     times: Float[Array, "times b g"],
-    path: Path,
+    path: NoisePath,
     keys: Key[Array, "b g"],
     solver: str = "unipc",
 ) -> Float[Array, "b n c"]:

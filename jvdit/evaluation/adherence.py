@@ -1,7 +1,7 @@
 """Whether a clip of the procedural world shows what its caption says.
 
 Each captioned object is compared in shape, size and first direction. Units are those
-of `world_scene`, dimensions those of `tracks`.
+of `world.scene`, dimensions those of `tracks`.
 """
 
 import dataclasses
@@ -10,8 +10,8 @@ import math
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from jvdit.data.world_render import signed_distance
-from jvdit.data.world_scene import (
+from jvdit.data.world.render import signed_distance
+from jvdit.data.world.scene import (
     COLORS,
     DIRECTIONS,
     GRAVITY,

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Bool, Float
 
-from jvdit.data.world_scene import MAX_OBJECTS, SHAPES, Scenes
+from jvdit.data.world.scene import MAX_OBJECTS, SHAPES, Scenes
 
 # Scores that are told of each part.
 NAMES = ("all", "shape", "size", "direction", "physics")

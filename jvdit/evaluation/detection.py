@@ -3,7 +3,7 @@
 Everything but the objects is grey, so the chroma of a pixel (its largest minus its
 smallest channel) is how much of it an object covers, times the object's own chroma;
 its hue tells which of the world's colors it is, whatever the light. Thresholds are for
-pixel values in [0, 255]; lengths are in short sides of the frame, as in `world_scene`.
+pixel values in [0, 255]; lengths are in short sides of the frame, as in `world.scene`.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from jvdit.data.world_scene import COLORS, HUES
+from jvdit.data.world.scene import COLORS, HUES
 
 _LEAST_CHROMA = 26  # of a colored pixel, beside 0.3 of its largest channel
 _LEAST_AREA = 0.005  # of an object, in squared short sides

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from jvdit.data.world_scene import Scenes
+from jvdit.data.world.scene import Scenes
 from jvdit.evaluation.adherence import adherence, read
 from jvdit.evaluation.detection import detect
 from jvdit.evaluation.physics import physics

@@ -4,8 +4,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw
 
-from jvdit.data.world_render import PALETTE
-from jvdit.data.world_scene import COLORS
+from jvdit.data.world.render import PALETTE
+from jvdit.data.world.scene import COLORS
 from jvdit.evaluation.detection import Detections
 
 _LEAST_HEIGHT = 192  # pixels; smaller clips are enlarged

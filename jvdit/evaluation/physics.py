@@ -1,12 +1,12 @@
 """Whether objects fly, fall and bounce as the procedural world's do.
 
-Units are those of `world_scene`, dimensions those of `tracks`.
+Units are those of `world.scene`, dimensions those of `tracks`.
 """
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-from jvdit.data.world_scene import GRAVITY, HALF_EXTENTS, Scenes
+from jvdit.data.world.scene import GRAVITY, HALF_EXTENTS, Scenes
 from jvdit.evaluation.tracks import Bounces, Tracks, beat, quantile
 
 _NEAR = 2 / 64  # of a wall, where an object may bounce; twice that between objects

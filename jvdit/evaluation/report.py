@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from matplotlib.figure import Figure
 
-from jvdit.data.media_encode import encode_clip
+from jvdit.data.media.writer import encode_clip
 from jvdit.evaluation.breakdown import NAMES, Parts
 from jvdit.evaluation.oracle import COLUMNS
 

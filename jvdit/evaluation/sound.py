@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Float
 from numpy.lib.stride_tricks import sliding_window_view
 
-from jvdit.data.world_render import bounce_tone
-from jvdit.data.world_scene import MATERIALS, SIZES, Scenes
+from jvdit.data.world.render import bounce_tone
+from jvdit.data.world.scene import MATERIALS, SIZES, Scenes
 from jvdit.evaluation.tracks import Bounces, Tracks
 
 _WINDOW, _HOP = 0.016, 0.004

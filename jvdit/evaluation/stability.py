@@ -1,12 +1,12 @@
 """What should stay as it is: the background, and an object behind a bar.
 
-Units are those of `world_scene`.
+Units are those of `world.scene`.
 """
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from jvdit.data.world_scene import HALF_EXTENTS, Scenes
+from jvdit.data.world.scene import HALF_EXTENTS, Scenes
 from jvdit.evaluation.tracks import Tracks
 
 _GREY = 20  # chroma of the background at the most

@@ -1,6 +1,6 @@
 """Where the captioned objects of a clip are in every frame, and where they bounce.
 
-Units are those of `world_scene`: the short side of the frame is 1, y points down, time
+Units are those of `world.scene`: the short side of the frame is 1, y points down, time
 is in seconds. Positions are those in the scene: the camera's pan is taken off.
 Dimensions: n captioned objects of all clips, m bounces.
 """
@@ -11,7 +11,7 @@ import warnings
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from jvdit.data.world_scene import PAN_REACH, Scenes
+from jvdit.data.world.scene import PAN_REACH, Scenes
 from jvdit.evaluation.detection import Detections
 
 _SEEN, _SEEN_BEHIND_BAR = 0.60, 0.40  # of the frames show an object that is there

@@ -13,11 +13,11 @@ import numpy as np
 from einops import rearrange, repeat
 from jaxtyping import Bool, Float, UInt8
 
-from jvdit.conventions import Conventions
 from jvdit.data.packing import Item, Size, patchify, positions
 from jvdit.generation.request import Request
 from jvdit.models.dit import DiT
 from jvdit.models.video_vae import VideoVAE
+from jvdit.weights.conventions import Conventions
 
 # Pixels in [-1, 1] [T H W 3] to normalised latents [f h w c].
 Encode = Callable[[Float[np.ndarray, "T H W 3"]], Float[np.ndarray, "f h w c"]]

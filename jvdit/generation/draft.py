@@ -2,8 +2,8 @@
 
 A network that was trained with its first frame given (`first_frame`) heeds what a
 prompt says of motion better where it knows what moves, and where it is (Emu Video,
-arXiv:2311.10709, section 3.1). The picture is drawn by the network itself, if it learned
-pictures beside clips, or by another one, which learned nothing else.
+arXiv:2311.10709, section 3.1). The picture is drawn by the network itself, if it
+learned pictures beside clips, or by another one, which learned nothing else.
 """
 
 import dataclasses

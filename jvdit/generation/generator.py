@@ -15,13 +15,10 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from jvdit.box import FOLDER
-from jvdit.cluster import to_host
-from jvdit.compilation import jit
-from jvdit.conventions import Conventions
 from jvdit.data.packing import Size
 from jvdit.data.tokenizer import Tokenizer
 from jvdit.diffusion.denoise import Guidance
-from jvdit.diffusion.flow import Path, TimestepPolicy
+from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
 from jvdit.diffusion.reuse import Reuse
 from jvdit.diffusion.solvers import check_solver
 from jvdit.generation.conditioning import check_pictures, pictures_of
@@ -36,7 +33,7 @@ from jvdit.generation.model_folder import (
 from jvdit.generation.request import Request, complete
 from jvdit.generation.residence import Residence
 from jvdit.generation.sampling import (
-    Batch,
+    Chunk,
     OnStep,
     Stepper,
     batches_of,
@@ -44,6 +41,8 @@ from jvdit.generation.sampling import (
     unpacked,
 )
 from jvdit.generation.settings import Settings
+from jvdit.machine.cluster import to_host
+from jvdit.machine.compilation import jit
 from jvdit.models.dit import DiT
 from jvdit.models.image_encoder import ImageEncoder
 from jvdit.models.text_encoder import TextEncoder
@@ -55,6 +54,7 @@ from jvdit.sharding import (
     parameter_shardings,
     rows_sharding,
 )
+from jvdit.weights.conventions import Conventions
 
 ROWS = 8  # solved at once
 # watch(what is done at the moment, steps or frames of it that are done, and in all)
@@ -90,7 +90,7 @@ class Generator:
     vae: VideoVAE
     params: Mapping[str, Any]
     tokenizer: Tokenizer
-    path: Path
+    path: NoisePath
     policy: TimestepPolicy
     patch_size: tuple[int, int, int]
     text_length: int
@@ -354,8 +354,8 @@ class Generator:
 
     def _solved(
         self,
-        batch: Batch,
-        begin: tuple[Path, TimestepPolicy, int, str, bool],
+        batch: Chunk,
+        begin: tuple[NoisePath, TimestepPolicy, int, str, bool],
         guidances: Mapping[str, Guidance],
         reuse: Reuse | None,
         on_step: OnStep | None,

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jvdit.caption_encoder import encode_captions
-from jvdit.cluster import to_host
-from jvdit.compilation import jit
 from jvdit.data.packing import Item, Size
 from jvdit.generation.conditioning import Given, given_of, item_of, with_clean
 from jvdit.generation.request import Request, for_encoder
+from jvdit.machine.cluster import to_host
+from jvdit.machine.compilation import jit
 from jvdit.models.image_encoder import ImageEncoder
+from jvdit.weights.caption_encoder import encode_captions
 
 if TYPE_CHECKING:
     from jvdit.generation.generator import Generator

@@ -7,13 +7,13 @@ from typing import Any
 
 import jax
 
-from jvdit.caption_encoder import CaptionEncoder
-from jvdit.conventions import Conventions
-from jvdit.data.json_files import read_json, write_json
-from jvdit.diffusion.flow import Path, TimestepPolicy
+from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
+from jvdit.machine.json_files import read_json, write_json
 from jvdit.models.dit import DiT
 from jvdit.models.video_vae import VideoVAE
-from jvdit.training.weights import (
+from jvdit.weights.caption_encoder import CaptionEncoder
+from jvdit.weights.conventions import Conventions
+from jvdit.weights.parameters import (
     build,
     load_weights,
     model_folder,
@@ -70,7 +70,7 @@ def read_model(folder: str | os.PathLike[str]) -> dict[str, Any]:
         **modules,
         "params": params,
         "tokenizer": text.tokenizer,
-        "path": Path(**settings["path"]),
+        "path": NoisePath(**settings["path"]),
         "policy": TimestepPolicy.of(settings["policy"]),
         "patch_size": tuple(settings["patch_size"]),
         "text_length": settings["text_length"],

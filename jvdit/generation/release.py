@@ -12,14 +12,16 @@ from absl import logging
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from jvdit.caption_encoder import release_tokenizer
-from jvdit.conventions import Conventions
-from jvdit.diffusion.flow import Path, TimestepPolicy
+from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
 from jvdit.generation.generator import Generator
 from jvdit.generation.residence import fits_together
 from jvdit.models.lora import check, scaled, stacked
-from jvdit.pretrained.configs import PATCH_SIZE, patch_channels
-from jvdit.pretrained.folders import (
+from jvdit.sharding import make_mesh, platform
+from jvdit.weights.adapters import read_lora
+from jvdit.weights.caption_encoder import release_tokenizer
+from jvdit.weights.configs import PATCH_SIZE, patch_channels
+from jvdit.weights.conventions import Conventions
+from jvdit.weights.folders import (
     Loaded,
     dit_inputs,
     load_dit,
@@ -27,12 +29,10 @@ from jvdit.pretrained.folders import (
     load_text_encoder,
     load_vae,
 )
-from jvdit.pretrained.lora import read_lora
-from jvdit.pretrained.recipes import RECIPES, TEXT_LENGTH
-from jvdit.pretrained.release import Release, read_release
-from jvdit.pretrained.wan import LAYOUTS, dit_rules
-from jvdit.sharding import make_mesh, platform
-from jvdit.training.weights import module_fields
+from jvdit.weights.parameters import module_fields
+from jvdit.weights.recipes import RECIPES, TEXT_LENGTH
+from jvdit.weights.release import Release, read_release
+from jvdit.weights.wan import LAYOUTS, dit_rules
 
 EXPERTS = ("dit", "dit_low")
 _ITS_OWN: Mapping[str, str] = {}
@@ -80,7 +80,7 @@ def load_release(
         vae=found["vae"].module,
         params={name: part.load for name, part in found.items()},
         tokenizer=release_tokenizer(release.tokenizer),
-        path=Path(timesteps=scheduler.timesteps),
+        path=NoisePath(timesteps=scheduler.timesteps),
         policy=TimestepPolicy(
             **scheduler.policy(recipe["shift"] if shift is None else shift)
         ),

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from jvdit.data.media import decode_clip
+from jvdit.data.media.reader import decode_clip
 
 # A file, or pixels: uint8 [H W 3], of a video [T H W 3].
 Pictures = str | os.PathLike[str] | np.ndarray

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jvdit.sharding import parameter_shardings, shard_axes
 
 # A tree of parameters, or what brings one to the devices.
-Source = Any | Callable[[], Any]
+Parameters = Any | Callable[[], Any]
 
 _SHARE = 0.8  # of the memory may be parameters; the rest is for activations
 
@@ -27,7 +27,7 @@ class Residence(Mapping[str, Any]):
             for. False: one of them is there at a time.
     """
 
-    def __init__(self, sources: Mapping[str, Source], mesh: Mesh, together: bool):
+    def __init__(self, sources: Mapping[str, Parameters], mesh: Mesh, together: bool):
         self._sources = dict(sources)
         self._mesh = mesh
         self._together = together

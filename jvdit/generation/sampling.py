@@ -10,13 +10,13 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Key, PyTree
 
-from jvdit.cluster import to_host
-from jvdit.compilation import jit
 from jvdit.data.packing import Item, Size, best_fit, pack_rows, unpack_rows
 from jvdit.diffusion.denoise import Guidance, guided
-from jvdit.diffusion.flow import Path, TimestepPolicy
+from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
 from jvdit.diffusion.reuse import COLLECTION, Memory
 from jvdit.diffusion.solvers import Solution, advance, begin, clip_noise
+from jvdit.machine.cluster import to_host
+from jvdit.machine.compilation import jit
 from jvdit.models.dit import DiT
 from jvdit.shapes import Text, Tokens
 
@@ -24,7 +24,7 @@ from jvdit.shapes import Text, Tokens
 OnStep = Callable[[int, int, np.ndarray], None]
 
 
-class Batch(NamedTuple):
+class Chunk(NamedTuple):
     """Rows that are solved at once.
 
     Attributes:
@@ -47,7 +47,7 @@ class Batch(NamedTuple):
     def begin(
         self,
         places: NamedSharding,
-        path: Path,
+        path: NoisePath,
         policy: TimestepPolicy,
         steps: int,
         solver: str,
@@ -89,7 +89,7 @@ def batches_of(
     ways: int,
     among: int,
     text_length: int,
-) -> list[Batch]:
+) -> list[Chunk]:
     """Packs requests into rows, and rows into batches.
 
     Args:
@@ -125,7 +125,7 @@ def batches_of(
             places = np.zeros((size, clips + 1), np.uint32)
             for r, row in enumerate(filled):
                 places[r, 1 : len(row) + 1] = [seeds[i] % (1 << 32) for i in row]
-            batches.append(Batch(chunk, arrays, null, places))
+            batches.append(Chunk(chunk, arrays, null, places))
     return batches
 
 
@@ -154,7 +154,7 @@ def start_noise(
     arrays: dict[str, Array],
     seeds: Array,
     *,
-    path: Path,
+    path: NoisePath,
     policy: TimestepPolicy,
     steps: int,
     solver: str,
@@ -164,13 +164,13 @@ def start_noise(
     """Noise, where a batch's clips are not given, and the times of its steps.
 
     Args:
-        arrays: of a `Batch`.
+        arrays: of a `Chunk`.
         seeds: of the same.
         path: of the network.
         policy: of the times.
         steps: of the solver.
         solver: a name of `SOLVERS`.
-        one_clip: see `Batch`.
+        one_clip: see `Chunk`.
         noisy: the latents of the batch already hold the noise.
     """
     segment, clean = arrays["segment"], arrays.get("clean")
@@ -194,7 +194,7 @@ def start_noise(
     return Running(begin(tokens, times, solver), times, keys)
 
 
-def texts_of(batch: Batch, padded: bool, places: NamedSharding) -> tuple[Text, Text]:
+def texts_of(batch: Chunk, padded: bool, places: NamedSharding) -> tuple[Text, Text]:
     """The text of a batch, and that which guidance turns away from.
 
     Args:
@@ -239,7 +239,7 @@ class Stepper:
         ratios: by how much what the blocks add grew in each step, by `span`.
     """
 
-    def __init__(self, dit: DiT, path: Path):
+    def __init__(self, dit: DiT, path: NoisePath):
         self.dit = dit
         self.ratios: dict[tuple[int, int], np.ndarray] = {}
         self._run = jit(
@@ -262,7 +262,7 @@ class Stepper:
 
         Args:
             variables: of the network.
-            running: from `Batch.begin`, or where the steps before led to.
+            running: from `Chunk.begin`, or where the steps before led to.
             texts: from `texts_of`.
             span: which steps.
             on_step: called after each step with its number from 1 on, the number of
@@ -297,7 +297,7 @@ class Stepper:
 
     def _steps(
         self,
-        path: Path,
+        path: NoisePath,
         variables: PyTree,
         running: Running,
         texts: tuple[Text, Text],
@@ -323,7 +323,7 @@ class Stepper:
 
 
 def unpacked(
-    batch: Batch, latents: np.ndarray, sizes: Sequence[Size], patch_size: Size
+    batch: Chunk, latents: np.ndarray, sizes: Sequence[Size], patch_size: Size
 ) -> dict[int, np.ndarray]:
     """The latents `[f h w c]` of each request of a batch, by its number."""
     row_sizes = [[sizes[i] for i in row] for row in batch.rows]

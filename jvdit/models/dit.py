@@ -13,8 +13,8 @@ from einops import rearrange
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jvdit.models.attention import rope_tables, wan_axes_dims
-from jvdit.models.attention_mosaic import warn_of_heads
+from jvdit.models.attention.dispatch import rope_tables, wan_axes_dims
+from jvdit.models.attention.mosaic import warn_of_heads
 from jvdit.models.dense import Dense
 from jvdit.models.dit_blocks import Block, ControlBlock, ImageEmbed, ScanBlock
 from jvdit.models.layers import (

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jvdit.models.attention import attention, rotate
+from jvdit.models.attention.dispatch import attention, rotate
 from jvdit.models.dense import Dense
 from jvdit.models.layers import (
     BLOCK_INPUT,

@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jvdit.models.attention_pieces import RESIDUALS
+from jvdit.models.attention.pieces import RESIDUALS
 from jvdit.models.dense import Dense
 from jvdit.sharding import alone, platform
 

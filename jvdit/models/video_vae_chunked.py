@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Num
 
-from jvdit.compilation import jit
+from jvdit.machine.compilation import jit
 from jvdit.models.video_vae import VideoVAE
 from jvdit.sharding import FRAMES, frame_ways
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jvdit.pods.chips import Chip
+from jvdit.machine.chips import Chip
 from jvdit.pods.schedule import Instruction, Program, arrays, byte_sizes, group
 
 COLLECTIVES = (

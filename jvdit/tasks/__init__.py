@@ -3,8 +3,8 @@
 A task joins data, models and an objective; the loop in `train.py` knows nothing else.
 """
 
+from jvdit.tasks.autoencoder import VAETask
 from jvdit.tasks.flow import FlowTask
 from jvdit.tasks.task import Task as Task
-from jvdit.tasks.video_vae import VAETask
 
 TASKS: dict[str, type[Task]] = {"video_vae": VAETask, "flow": FlowTask}

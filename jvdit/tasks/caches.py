@@ -4,12 +4,12 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from jvdit.caption_encoder import CaptionEncoder
 from jvdit.config import Config
-from jvdit.data.json_files import differences
 from jvdit.data.sources import LatentSource
+from jvdit.machine.json_files import differences
 from jvdit.models.video_vae import VideoVAE
-from jvdit.training.weights import build, load_weights, weights_hash
+from jvdit.weights.caption_encoder import CaptionEncoder
+from jvdit.weights.parameters import build, load_weights, weights_hash
 
 
 def cached_autoencoder(

@@ -10,38 +10,38 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jvdit.cluster import is_lead, to_host
-from jvdit.compilation import jit
 from jvdit.config import Config
-from jvdit.conventions import Conventions
 from jvdit.data.catalog import open_source
-from jvdit.data.media import decode_clip
-from jvdit.data.media_encode import encode_clip
+from jvdit.data.media.reader import decode_clip
+from jvdit.data.media.writer import encode_clip
 from jvdit.data.pipeline import PackedBatches
 from jvdit.data.plan import PackPlan
 from jvdit.data.sheets import contact_sheet, write_png
 from jvdit.data.sources import LatentSource
 from jvdit.data.tokenizer import Tokenizer, train_tokenizer
 from jvdit.data.world import World
-from jvdit.diffusion.flow import Path
+from jvdit.diffusion.noise_path import NoisePath
 from jvdit.diffusion.solvers import check_solver
 from jvdit.evaluation import oracle
 from jvdit.generation.draft import check_draft
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request
+from jvdit.machine.cluster import is_lead, to_host
+from jvdit.machine.compilation import jit
 from jvdit.models.dit import DiT
 from jvdit.models.text_encoder import TextEncoder
-from jvdit.networks import fingerprint, finished_parameters
-from jvdit.pretrained import wan
-from jvdit.pretrained.folders import save_dit
-from jvdit.pretrained.lora import write_lora
-from jvdit.pretrained.release import is_release, read_release
 from jvdit.sharding import parameter_shardings
 from jvdit.tasks.caches import cached_autoencoder, cached_captions
 from jvdit.tasks.flow_objective import flow_objective
 from jvdit.tasks.task import Task
-from jvdit.training.objectives import FlowObjective
-from jvdit.training.weights import module_fields
+from jvdit.training.objectives.denoising import FlowObjective
+from jvdit.weights import wan
+from jvdit.weights.adapters import write_lora
+from jvdit.weights.conventions import Conventions
+from jvdit.weights.folders import save_dit
+from jvdit.weights.networks import fingerprint, finished_parameters
+from jvdit.weights.parameters import module_fields
+from jvdit.weights.release import is_release, read_release
 
 _OF_TRAINING = ("prompts", "scored", "pictures")
 _TOLD = ("all", "count", "color", "shape", "size", "direction", "physics")
@@ -51,7 +51,7 @@ class FlowTask(Task):
     """Trains a DiT, and perhaps a text encoder, on cached latents."""
 
     objective: FlowObjective
-    networks: ClassVar = {"dit": DiT, "text_encoder": TextEncoder, "path": Path}
+    networks: ClassVar = {"dit": DiT, "text_encoder": TextEncoder, "path": NoisePath}
     sources: list[LatentSource]  # type: ignore[assignment]
 
     def __init__(self, config: Config, mesh: Mesh, workdir: pathlib.Path):

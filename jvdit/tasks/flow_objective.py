@@ -3,13 +3,13 @@
 from jax.sharding import Mesh
 
 from jvdit.config import Config
-from jvdit.diffusion.flow import Path, TimestepPolicy
+from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
 from jvdit.models.dit import DiT
 from jvdit.models.lora import LoRA
 from jvdit.models.text_encoder import TextEncoder
-from jvdit.pretrained.release import is_release
-from jvdit.training.objectives import FlowObjective
-from jvdit.training.weights import build
+from jvdit.training.objectives.denoising import FlowObjective
+from jvdit.weights.parameters import build
+from jvdit.weights.release import is_release
 
 
 def flow_objective(
@@ -49,7 +49,7 @@ def flow_objective(
         lora=LoRA(**lora) if lora["rank"] else None,
         dit=build(DiT, network),
         text_encoder=text_encoder,
-        path=Path(**config.path),
+        path=NoisePath(**config.path),
         policy=TimestepPolicy.of(config.timesteps.to_dict()),
         one_clip=one_clip,
         pad_text=config.conventions.pad_text,

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jvdit.cluster import share_of_rows
 from jvdit.config import Config
 from jvdit.data.catalog import open_source
 from jvdit.data.clips import Source
-from jvdit.data.pipeline import Batch, Batches, ClipBatches, PackedBatches
+from jvdit.data.pipeline import Arrays, Batches, ClipBatches, PackedBatches
+from jvdit.machine.cluster import share_of_rows
 from jvdit.sharding import batch_sharding
 from jvdit.training.metrics import Metrics
 from jvdit.training.step import Objective
@@ -61,7 +61,7 @@ class Task(ABC):
         return open_source(name)
 
     @abstractmethod
-    def counts(self, batch: Batch) -> dict[str, float]:
+    def counts(self, batch: Arrays) -> dict[str, float]:
         """Clips (and tokens) of a batch, all hosts together."""
 
     @abstractmethod
@@ -88,7 +88,7 @@ class Task(ABC):
             max_bad=data.max_bad,
         )
 
-    def place(self, batch: Batch) -> dict[str, jax.Array]:
+    def place(self, batch: Arrays) -> dict[str, jax.Array]:
         """Puts this host's part of a batch on the mesh."""
         sharding = batch_sharding(self.mesh)
         return {
@@ -97,7 +97,7 @@ class Task(ABC):
             if name not in self._host_only
         }
 
-    def names(self, batch: Batch) -> list[str]:
+    def names(self, batch: Arrays) -> list[str]:
         """The clips of a batch as "source:number"."""
         located = [
             self.batch_builder.locate(int(i)) for i in batch["clip_id"].flat if i >= 0

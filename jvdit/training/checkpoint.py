@@ -17,11 +17,11 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from jvdit import cluster
-from jvdit.data.json_files import differences, read_json, write_json
+from jvdit.machine import cluster
+from jvdit.machine.json_files import differences, read_json, write_json
 from jvdit.training.digests import write_digests
 from jvdit.training.restoring import owned, restore_newest
-from jvdit.training.weights import json_field
+from jvdit.weights.parameters import json_field
 
 _LARGE_PART = 1 << 20  # bytes of an array that one of several devices writes
 CHECKPOINTS = "checkpoints"  # folder in a workdir

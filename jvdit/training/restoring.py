@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from jvdit import cluster
+from jvdit.machine import cluster
 from jvdit.training.digests import find_damage, is_listed
 
 DAMAGED = ".damaged"  # behind the step, in the name of a checkpoint kept aside

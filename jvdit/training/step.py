@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from jvdit.compilation import compiler_options
+from jvdit.machine.compilation import compiler_options
 from jvdit.sharding import batch_sharding
 from jvdit.training.optim import Optim
 from jvdit.training.state import TrainState

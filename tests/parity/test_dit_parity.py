@@ -7,11 +7,11 @@ import pytest
 from einops import rearrange
 
 from jvdit.models.dit import VARIANTS, DiT
-from jvdit.pretrained import wan
-from jvdit.pretrained.configs import patch_channels
-from jvdit.pretrained.loading import export, load, paths_of
-from jvdit.pretrained.rules import assign
 from jvdit.shapes import Text, Tokens
+from jvdit.weights import wan
+from jvdit.weights.configs import patch_channels
+from jvdit.weights.loading import export, load, paths_of
+from jvdit.weights.rules import assign
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -19,12 +19,12 @@ from jvdit.diffusion.denoise import Guidance
 from jvdit.generation.generator import Generator
 from jvdit.generation.release import add_adapters, load_release
 from jvdit.generation.request import Request
-from jvdit.latents import encode
 from jvdit.models.dit import VARIANTS
-from jvdit.networks import finished_parameters
 from jvdit.sharding import make_mesh
+from jvdit.tasks.encoding import encode
 from jvdit.tasks.flow import FlowTask
 from jvdit.train import train
+from jvdit.weights.networks import finished_parameters
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

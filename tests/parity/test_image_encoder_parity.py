@@ -9,12 +9,12 @@ import pytest
 
 from jvdit.generation.request import for_encoder
 from jvdit.models.image_encoder import VARIANTS, ImageEncoder
-from jvdit.pretrained import clip
-from jvdit.pretrained.configs import image_encoder_fields
-from jvdit.pretrained.folders import load_image_encoder
-from jvdit.pretrained.loading import export, paths_of
-from jvdit.pretrained.rules import assign
 from jvdit.sharding import make_mesh
+from jvdit.weights import clip
+from jvdit.weights.configs import image_encoder_fields
+from jvdit.weights.folders import load_image_encoder
+from jvdit.weights.loading import export, paths_of
+from jvdit.weights.rules import assign
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

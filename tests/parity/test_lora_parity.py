@@ -12,10 +12,10 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import DIT, filled
 
 from jvdit.models.lora import LoRA
-from jvdit.pretrained import wan
-from jvdit.pretrained.folders import load_dit
-from jvdit.pretrained.lora import FILE, read_lora, write_lora
 from jvdit.shapes import Text, Tokens
+from jvdit.weights import wan
+from jvdit.weights.adapters import FILE, read_lora, write_lora
+from jvdit.weights.folders import load_dit
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

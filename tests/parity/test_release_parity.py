@@ -22,20 +22,20 @@ from tiny_models import (
     pipeline,
 )
 
-from jvdit.data.media import decode_clip, read_metadata
+from jvdit.data.media.reader import decode_clip, read_metadata
 from jvdit.diffusion.denoise import Guidance
-from jvdit.diffusion.flow import Path, TimestepPolicy
+from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
 from jvdit.diffusion.reuse import Reuse
 from jvdit.generation.release import load_release
 from jvdit.generation.request import Request
 from jvdit.models import video_vae
 from jvdit.models.text_encoder import VARIANTS as text_encoder_sizes
-from jvdit.pretrained import umt5, wan, wan_vae
-from jvdit.pretrained.folders import load_dit, load_text_encoder, load_vae
-from jvdit.pretrained.loading import export
-from jvdit.pretrained.schedulers import scheduler_of
-from jvdit.pretrained.tensors import write_tensors
 from jvdit.sharding import make_mesh
+from jvdit.weights import umt5, wan, wan_vae
+from jvdit.weights.folders import load_dit, load_text_encoder, load_vae
+from jvdit.weights.loading import export
+from jvdit.weights.schedulers import scheduler_of
+from jvdit.weights.tensors import write_tensors
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -172,7 +172,7 @@ def test_timesteps_of_schedulers(kind, shift):
     ours = scheduler_of(f"{kind}Scheduler", dict(made.config))
     assert ours.shift == shift and not ours.notes
     policy = TimestepPolicy(**ours.policy(shift))
-    path, found, wanted = Path(timesteps=ours.timesteps), [], []
+    path, found, wanted = NoisePath(timesteps=ours.timesteps), [], []
     for steps in range(1, 1001):
         made.set_timesteps(steps)
         times = np.asarray(policy.times(steps, jnp.ones(()), ours.timesteps))[:-1]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jvdit.models.text_encoder import TextEncoder, relative_buckets
-from jvdit.pretrained import umt5
-from jvdit.pretrained.loading import load
+from jvdit.weights import umt5
+from jvdit.weights.loading import load
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -8,8 +8,8 @@ from einops import rearrange
 from tiny_models import VAE_2_2
 
 from jvdit.models.video_vae import VideoVAE
-from jvdit.pretrained import wan_vae
-from jvdit.pretrained.loading import export, load
+from jvdit.weights import wan_vae
+from jvdit.weights.loading import export, load
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -1,0 +1,227 @@
+"""What becomes of one video: clips of one size and rate, or reasons why not.
+
+This runs in the children of `ingest`, so it imports little.
+"""
+
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jvdit.data.media.reader import (
+    Budget,
+    MediaError,
+    MediaInfo,
+    decode_clip,
+    probe,
+)
+from jvdit.data.media.writer import encode_clip
+
+
+class ClipFile(NamedTuple):
+    """A video to prepare.
+
+    Attributes:
+        key: name that is unique among the items.
+        path: where the file is.
+        caption: "" if there is none.
+    """
+
+    key: str
+    path: str
+    caption: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How clips are cut out of videos.
+
+    Attributes:
+        frames, fps: frames of a clip, and frames per second.
+        sizes: (height, width) in pixels of the buckets; a video goes into the one whose
+            aspect ratio is nearest to its own.
+        windows: "first", "all" (consecutive) or a number of evenly spaced ones.
+        audio_rate: Hz of the stereo sound; 0: none.
+        crf, preset: x264's quality and preset of the stored clips.
+        max_upsample: largest enlargement of a picture.
+        max_repeat: largest share of frames that may repeat the one before, because the
+            video's own rate is lower than `fps`.
+        max_pixels: most pixels of a source frame.
+        require_caption: whether videos without a caption are left out.
+    """
+
+    frames: int = 81
+    fps: float | int = 16.0
+    sizes: tuple[tuple[int, int], ...] = ((480, 832),)
+    windows: str = "first"
+    audio_rate: int = 48_000
+    crf: int = 18
+    preset: str = "medium"
+    max_upsample: float | int = 2.0
+    max_repeat: float | int = 0.5
+    max_pixels: int = 4096 * 2304
+    require_caption: bool = False
+
+    def __post_init__(self):
+        if self.frames < 1 or not self.fps > 0:
+            raise ValueError(
+                f"`frames` (={self.frames}) and `fps` (={self.fps}) must be positive."
+            )
+        for height, width in self.sizes:
+            if height < 16 or width < 16 or height % 2 or width % 2:
+                raise ValueError(
+                    f"Size {height}x{width} must be even and at least 16x16."
+                )
+        if self.windows not in ("first", "all") and not (
+            self.windows.isdigit() and int(self.windows) > 0
+        ):
+            raise ValueError(
+                f"`windows` (={self.windows!r}) must be 'first', 'all' or a number."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One video and what to do with it."""
+
+    item: ClipFile
+    recipe: Recipe
+
+
+def prepare_file(job: Job) -> Iterator[dict[str, Any]]:
+    """Cuts the clips out of one video.
+
+    Yields:
+        {"clip": example of `CLIP_FEATURES`, "notes": [str]} for every clip taken, and
+        {"reason", "detail"} for every window that was not, or for the whole file.
+    """
+    item, recipe = job.item, job.recipe
+    budget = Budget(pixels=recipe.max_pixels, seconds=math.inf)
+    try:
+        if recipe.require_caption and not item.caption:
+            raise MediaError("no_caption")
+        info = probe(item.path, scan=recipe.windows != "first", budget=budget)
+        height, width = choose_size(info, recipe)
+    except MediaError as e:
+        yield {"reason": e.reason, "detail": e.detail}
+        return
+    for start in window_starts(info, recipe):
+        try:
+            yield _prepare_window(item, recipe, budget, start, height, width)
+        except MediaError as e:
+            yield {"reason": e.reason, "detail": e.detail}
+
+
+def choose_size(info: MediaInfo, recipe: Recipe) -> tuple[int, int]:
+    """Returns the bucket of a video: nearest aspect ratio, then the largest that fits.
+
+    Raises:
+        MediaError: even that one would enlarge the picture too much.
+    """
+
+    def distance(size: tuple[int, int]) -> float:
+        return abs(math.log(size[1] / size[0] * info.height / info.width))
+
+    def enlargement(size: tuple[int, int]) -> float:
+        return max(size[0] / info.height, size[1] / info.width)
+
+    nearest = min(map(distance, recipe.sizes))
+    near = [s for s in recipe.sizes if distance(s) < nearest + 0.02]
+    fitting = [s for s in near if enlargement(s) <= 1]
+    if fitting:
+        return max(fitting, key=lambda s: s[0] * s[1])
+    size = min(near, key=lambda s: s[0] * s[1])
+    if enlargement(size) > recipe.max_upsample:
+        raise MediaError(
+            "too_small",
+            f"{info.width}x{info.height} would be enlarged "
+            f"{enlargement(size):.2f} times to {size[1]}x{size[0]}",
+        )
+    return size
+
+
+def window_starts(info: MediaInfo, recipe: Recipe) -> list[float]:
+    """Returns where the windows of a video start, in seconds; at least one."""
+    if recipe.windows == "first":
+        return [0.0]
+    length = recipe.frames / recipe.fps
+    # Only the start of a window's last frame has to lie within the video.
+    room = info.duration - (recipe.frames - 1) / recipe.fps
+    if info.fps:
+        room += max(0.0, 0.5 / recipe.fps - 1 / info.fps)
+    fitting = max(1, math.floor(room / length - 1e-6) + 1)
+    if recipe.windows == "all":
+        return [round(k * length, 6) for k in range(fitting)]
+    count = min(int(recipe.windows), fitting)
+    last = max(0.0, room - 1 / recipe.fps)
+    return [round(float(s), 6) for s in np.linspace(0, last, count)]
+
+
+def _prepare_window(
+    item: ClipFile,
+    recipe: Recipe,
+    budget: Budget,
+    start: float,
+    height: int,
+    width: int,
+) -> dict[str, Any]:
+    """Returns one clip as an example and what is worth knowing of it."""
+    clip = decode_clip(
+        item.path,
+        frames=recipe.frames,
+        fps=recipe.fps,
+        height=height,
+        width=width,
+        start_seconds=start,
+        audio_rate=recipe.audio_rate,
+        budget=budget,
+    )
+    source = clip["source"]
+    repeated = 1 - source["distinct_frames"] / recipe.frames
+    if repeated > recipe.max_repeat:
+        raise MediaError(
+            "low_rate",
+            f"{source['distinct_frames']} different frames of {recipe.frames} "
+            f"({source['source_fps']:g} fps)",
+        )
+    meta = source | {"start_seconds": start, "file": item.key}
+    buffer = io.BytesIO()
+    encode_clip(
+        buffer,
+        clip["video"],
+        recipe.fps,
+        audio=clip["audio"] if clip["has_audio"] else None,
+        audio_rate=recipe.audio_rate,
+        crf=recipe.crf,
+        preset=recipe.preset,
+    )
+    example = {
+        "key": f"{item.key}@{start:.3f}",
+        "video": buffer.getvalue(),
+        "caption": item.caption,
+        "meta": json.dumps(meta, sort_keys=True),
+        "frames": recipe.frames,
+        "height": height,
+        "width": width,
+        "fps": recipe.fps,
+        "has_audio": clip["has_audio"],
+    }
+    return {"clip": example, "notes": _notes(source, repeated)}
+
+
+def _notes(source: dict[str, Any], repeated: float) -> list[str]:
+    """Says what was done to a clip that its owner may want to know."""
+    sound = source.get("audio", "whole")  # absent if none was asked for
+    notes = {
+        f"cropped {source['cropped']:.0%}": source["cropped"] > 0.01,
+        f"enlarged {source['scale']:.2f}x": source["scale"] > 1,
+        f"rotated {source['rotation']}": source["rotation"],
+        "over black": source["transparent"],
+        f"repeats {repeated:.0%}": repeated > 0,
+        f"sound {sound}": sound != "whole",
+    }
+    return [note for note, worth in notes.items() if worth]

@@ -1,0 +1,234 @@
+"""Videos to a data set of clips: in parallel, supervised, resumable.
+
+The unit of work is a shard, which is a fixed group of source files: a job that was
+killed repeats the shard it was at and nothing else, and the result is the same to the
+byte. What a file holds decides its split, so no picture of it is in two of them.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import progress
+from rich.console import Console
+
+from jvdit.data.ingest.clip_file import ClipFile, Job, Recipe, prepare_file
+from jvdit.data.ingest.listing import list_items
+from jvdit.data.ingest.summary import Report, describe_file
+from jvdit.data.ingest.supervisor import supervise
+from jvdit.data.record_format import CLIP_FEATURES
+from jvdit.data.records import RecordWriter
+from jvdit.machine.files import write_atomically
+
+_SAMPLE = 2**20  # bytes hashed at either end of a file
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which files go into which shard, and which into none.
+
+    Attributes:
+        shards: items by (split, shard).
+        refused: (item, reason, detail) of the files that are not even tried.
+        digest: hash of all of it: a resumed job must find the same.
+    """
+
+    shards: Mapping[tuple[str, int], list[ClipFile]]
+    refused: list[tuple[ClipFile, str, str]]
+    digest: str
+
+
+def file_digest(path: str) -> str | None:
+    """Returns a hash of a file's size, first and last megabyte; None if unreadable."""
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest.update(size.to_bytes(8, "little") + file.read(_SAMPLE))
+            file.seek(max(_SAMPLE, size - _SAMPLE))
+            digest.update(file.read(_SAMPLE))
+    except OSError:
+        return None
+    return digest.hexdigest()
+
+
+def plan_shards(
+    items: Sequence[ClipFile], *, val_fraction: float | int, shard_size: int
+) -> Plan:
+    """Assigns every file to a split, by its content, and to a shard.
+
+    What is missing, or has a copy with the same caption, is refused.
+
+    Args:
+        items: the files.
+        val_fraction: share of them, about, that goes to "val"; the rest to "train".
+        shard_size: files of a shard.
+    """
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"`val_fraction` (={val_fraction}) must be in [0, 1).")
+    if shard_size < 1:
+        raise ValueError(f"`shard_size` (={shard_size}) must be positive.")
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        digests = list(pool.map(file_digest, [item.path for item in items]))
+    refused, seen = [], {}
+    by_split = {"train": [], "val": []}
+    for item, digest in zip(items, digests, strict=True):
+        if digest is None:
+            refused.append((item, "missing", item.path))
+        elif (other := seen.setdefault((digest, item.caption), item)) is not item:
+            refused.append((item, "duplicate", f"of {other.key}"))
+        else:
+            held_out = int(digest[:8], 16) < val_fraction * 2**32
+            by_split["val" if held_out else "train"].append(item)
+    shards = {
+        (split, start // shard_size): members[start : start + shard_size]
+        for split, members in by_split.items()
+        for start in range(0, len(members), shard_size)
+    }
+    names = [[item.key, item.caption] for item in items]
+    identity = json.dumps([names, digests, val_fraction, shard_size])
+    digest = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
+    return Plan(shards, refused, digest)
+
+
+def ingest(
+    inputs: Iterable[str | Path],
+    out: str | Path,
+    recipe: Recipe,
+    *,
+    root: str | Path | None = None,
+    val_fraction: float | int = 0.0,
+    shard_size: int = 64,
+    workers: int | None = None,
+    timeout: float | int = 120.0,
+    overwrite: bool = False,
+    work: Callable[[Job], Iterable[Mapping[str, Any]]] = prepare_file,
+) -> Report:
+    """Makes a data set of clips out of videos, or finishes one that was begun.
+
+    What became of every file is returned, and is in its `report.json` and `report.md`.
+
+    Args:
+        inputs: folders, tables and videos; see `list_items`.
+        out: directory of the data set.
+        recipe: how clips are cut.
+        root: what relative paths in tables are relative to.
+        val_fraction: share of the files that goes to split "val".
+        shard_size: source files of a shard: what a kill can cost.
+        workers: number of processes; None: one for each core.
+        timeout: seconds that one clip may take.
+        overwrite: whether a data set that is already there is removed first.
+        work: what is done to a file; another one than `prepare_file` only in tests.
+
+    Raises:
+        FileNotFoundError: an input does not exist.
+        ValueError: no video is found or can be used, or `out` holds something else.
+    """
+    items = list_items(inputs, root=root)
+    plan = plan_shards(items, val_fraction=val_fraction, shard_size=shard_size)
+    if not plan.shards:
+        raise ValueError(
+            f"None of the {len(items)} videos can be read; e.g. {items[0]}"
+        )
+    settings = {"recipe": dataclasses.asdict(recipe), "files": plan.digest}
+    shards = collections.Counter(split for split, _ in plan.shards)
+    writer = RecordWriter(
+        out, CLIP_FEATURES, shards=shards, settings=settings, overwrite=overwrite
+    )
+    if writer.finished:
+        return Report.read(writer.path)
+    with writer.alone(), _progress(len(items)) as advance:
+        entries = _fill(writer, plan, recipe, work, workers, timeout, advance)
+        report = Report(sorted(entries, key=lambda e: e["file"]), settings["recipe"])
+        report.write(writer.path)
+        if not report.clips:
+            raise ValueError(
+                f"None of the {len(items)} videos could be used: {report.summary()}; "
+                f"see {writer.path / 'report.md'}."
+            )
+        writer.finish()
+    return report
+
+
+def _fill(writer, plan, recipe, work, workers, timeout, advance) -> list[dict]:
+    """Writes the shards that are missing; returns the entries of all files."""
+    entries = [
+        describe_file(item.key, None, [{"reason": reason, "detail": detail}])
+        for item, reason, detail in plan.refused
+    ]
+    for entry in entries:
+        advance(entry)
+    jobs = [
+        Job(item, recipe)
+        for place, files in plan.shards.items()
+        if not writer.is_done(*place)
+        for item in files
+    ]
+    workers = min(workers or os.cpu_count() or 1, len(jobs))
+    events = supervise(work, jobs, workers=workers, timeout=timeout)
+    with contextlib.closing(events):
+        for (split, shard), files in plan.shards.items():
+            record = writer.work / f"report-{split}-{shard:05d}.json"
+            if writer.is_done(split, shard):
+                for entry in json.loads(record.read_text()):
+                    advance(entry)
+            else:
+                examples = _examples(events, split, files, record, advance)
+                writer.write_shard(split, shard, examples)
+            entries += json.loads(record.read_text())
+    return entries
+
+
+def _examples(events, split, files, record, advance) -> Iterator[Mapping[str, Any]]:
+    """Yields the examples of a shard's files, and then writes down what they gave."""
+    entries = []
+    for item in files:
+        outcomes = []
+        for event in events:
+            if event.kind == "end":
+                break
+            if event.kind != "result":
+                reason = "failed" if event.kind == "error" else event.kind
+                outcomes.append({"reason": reason, "detail": event.value})
+                break
+            outcomes.append({k: v for k, v in event.value.items() if k != "clip"})
+            if "clip" in event.value:
+                yield event.value["clip"]
+        entries.append(describe_file(item.key, split, outcomes))
+        advance(entries[-1])
+    write_atomically(record, json.dumps(entries).encode())
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[dict], None]]:
+    """Shows how far the work is; yields what is to be called for every file."""
+    taken, skipped = 0, 0
+    console = Console(stderr=True)
+    bar = progress.Progress(
+        "files",
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        "{task.fields[clips]} clips, {task.fields[skipped]} skipped",
+        progress.TimeElapsedColumn(),
+        "ETA",
+        progress.TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task("", total=total, clips=0, skipped=0)
+
+        def advance(entry: dict) -> None:
+            nonlocal taken, skipped
+            taken += entry["clips"]
+            skipped += not entry["clips"]
+            bar.update(task, advance=1, clips=taken, skipped=skipped)
+
+        yield advance

@@ -1,0 +1,289 @@
+"""Pixels and sound of the procedural world.
+
+Everything but the objects is grey, so an object's chroma is its coverage times that
+of its color, whatever the light does. Edges are antialiased: backgrounds by exact
+pixel coverage, objects by their signed distance. Sound is a quiet noise floor with a
+decaying tone at every bounce, whose pitch tells material and size.
+
+Units and dimensions are those of `jvdit.data.world.scene`; in addition T H W frames,
+height and width in pixels, and a audio samples.
+"""
+
+import functools
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from numpy.lib.stride_tricks import sliding_window_view
+
+from jvdit.data.world.mechanics import Motion
+from jvdit.data.world.scene import (
+    CROSS_THICKNESS,
+    HALF_EXTENTS,
+    HUES,
+    MATERIALS,
+    MAX_OBJECTS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    Scenes,
+    uniform,
+)
+
+
+def _palette() -> np.ndarray:
+    """Pixel values of `COLORS`: HSV with the hues of `HUES` and the value 235."""
+    sector = (np.array([5, 3, 1]) + np.array(HUES)[:, None] / 60) % 6
+    tint = np.clip(np.minimum(sector, 4 - sector), 0, 1)
+    return 235 * (1 - 0.95 * tint)
+
+
+PALETTE = _palette()  # [colors, rgb] in [0, 255], under full light
+TONE_LEVELS = np.array([16.0, 96.0, 176.0])  # pixel values of `TONES`
+WALL_LEVELS = np.array([64.0, 144.0, 112.0])  # around the arena, by tone
+BAR_LEVELS = np.array([132.0, 132.0, 72.0])  # by tone
+TEXTURE_STEP = 14.0  # by which every other stripe is lighter
+_STRIPE = 0.125
+# Objects whose radii round up to the same multiple are drawn in windows of one size.
+_WINDOW_STEP = 0.05
+
+FREQUENCIES = (180.0, 500.0, 900.0, 1700.0)  # Hz, of a large object of each material
+SMALL_PITCH = 1.5  # factor on the frequency of a small object
+_DECAYS = (0.040, 0.025, 0.110, 0.070)  # seconds
+_PARTIALS = (  # (ratio to the frequency, amplitude)
+    ((1.0, 1.0),),
+    ((1.0, 1.0), (2.57, 0.4)),
+    ((1.0, 1.0), (2.76, 0.6), (5.40, 0.25)),
+    ((1.0, 1.0), (2.32, 0.5), (4.25, 0.25)),
+)
+_ATTACK = 0.001  # seconds
+_NOISE_AMPLITUDE = 1e-3  # of a uniform distribution: about -65 dB
+_NOISE_LENGTH = 1 << 16
+_LOUDEST, _SOFTEST = 0.34, 0.12  # peak of a single bounce, but for glancing touches
+_LOUD_IMPACT, _GLANCING_IMPACT = 2.0, 0.1  # short sides per second
+
+
+def render(
+    scenes: Scenes, motion: Motion, *, frames: int, height: int, width: int, fps: float
+) -> UInt8[np.ndarray, "b T H W 3"]:
+    """Draws each scene at times 0, 1 / fps, ... as RGB in [0, 255].
+
+    `height` and `width` are in pixels, and of the aspect that the scenes are sampled
+    for.
+    """
+    times = np.arange(frames) / fps
+    video = np.empty((len(scenes.ids), frames, height, width, 3), np.uint8)
+    gain = scenes.light_gain(times)
+    offset = scenes.pan_offset(times)
+    scale = min(height, width)
+    _draw_backgrounds(video, scenes, offset, gain, scale)
+    centre = motion.positions(times)
+    centre[..., 0] += offset[..., None]
+    steps = np.ceil(scenes.radius / _WINDOW_STEP).astype(int)
+    for slot in range(MAX_OBJECTS):  # in turn, so that later objects lie on top
+        kinds = np.stack([scenes.shape[:, slot], steps[:, slot]], -1)
+        filled = scenes.present[:, slot]
+        for kind in np.unique(kinds[filled], axis=0).tolist():
+            rows = np.flatnonzero(filled & (kinds == np.array(kind)).all(-1))
+            _draw_objects(
+                video,
+                rows,
+                kind[0],
+                kind[1] * _WINDOW_STEP * scale,
+                centre[rows, :, slot] * scale,
+                scenes.radius[rows, slot] * scale,
+                PALETTE[scenes.color[rows, slot], None] * gain[rows, :, None],
+            )
+    for row in np.flatnonzero(scenes.bar):
+        left, right = np.rint(scenes.bar_span[row] * scale).astype(int)
+        level = BAR_LEVELS[scenes.tone[row]] * gain[row]
+        video[row, :, :, left:right] = np.rint(level)[:, None, None, None]
+    return video
+
+
+def _coverage(edges: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Part of each pixel between consecutive edges that lies in [low, high]."""
+    return np.diff(np.clip(edges, low, high)) / np.diff(edges)
+
+
+def _stripes(edges: np.ndarray) -> np.ndarray:
+    """Part of each pixel that lies in the odd stripes, from their antiderivative."""
+    period = edges / (2 * _STRIPE)
+    whole = np.floor(period)
+    area = 0.5 * whole + np.maximum(period - whole - 0.5, 0)
+    return np.diff(area) / np.diff(period)
+
+
+def _draw_backgrounds(
+    video: np.ndarray, scenes: Scenes, offset: np.ndarray, gain: np.ndarray, scale: int
+) -> None:
+    """Fills the frames with textured arenas inside their walls, under the light."""
+    _, frames, height, width, _ = video.shape
+    across = np.arange(width + 1) / scale - offset[..., None]
+    down = np.arange(height + 1) / scale
+    low, high = scenes.arena[:, 0], scenes.arena[:, 1]
+    inside_x = _coverage(across, low[:, None, :1], high[:, None, :1])
+    inside_y = _coverage(down, low[:, 1:], high[:, 1:])
+    odd_x, odd_y = _stripes(across), _stripes(down)
+    striped = scenes.texture > TEXTURES.index("plain")
+    checkered = scenes.texture == TEXTURES.index("checkered")
+    wall = WALL_LEVELS[scenes.tone]
+    # level = wall + y * (x + odd_y * cross_x): odd_x xor odd_y on a checkerboard.
+    step = (TONE_LEVELS[scenes.tone] - wall)[:, None, None]
+    x = inside_x * (step + TEXTURE_STEP * striped[:, None, None] * odd_x)
+    cross_x = TEXTURE_STEP * inside_x * (1 - 2 * odd_x)
+    x, cross_x, inside_y = (v.astype(np.float32) for v in (x, cross_x, inside_y))
+    odd_y = odd_y.astype(np.float32)
+    gain = gain.astype(np.float32)
+    changes = (scenes.light != 0) | (scenes.pan != 0)
+    for row in range(len(video)):
+        shown = slice(None) if changes[row] else slice(1)
+        level = inside_y[row, :, None] * x[row, shown, None]
+        if checkered[row]:
+            level += (inside_y[row] * odd_y)[:, None] * cross_x[row, shown, None]
+        level += np.float32(wall[row])
+        level *= gain[row, shown, None, None]
+        level += np.float32(0.5)
+        grey = level.astype(np.uint8)
+        if changes[row]:
+            for channel in range(3):
+                video[row, ..., channel] = grey
+        else:
+            video[row] = np.repeat(grey[0, ..., None], 3, -1)
+
+
+def signed_distance(
+    shape: int,
+    x: Float[np.ndarray, "*#points"],
+    y: Float[np.ndarray, "*#points"],
+    radius: Float[np.ndarray, "*#points"],
+) -> Float[np.ndarray, "*#points"]:
+    """Distance of points to the edge of `SHAPES[shape]` at the origin, < 0 inside.
+
+    Exact on the sides; around corners a lower bound. In the units of the arguments,
+    which may broadcast.
+    """
+    low, high = HALF_EXTENTS[shape].astype(x.dtype)
+    name = SHAPES[shape]
+    if name == "circle":
+        return np.sqrt(x * x + y * y) - radius
+    side_x = np.abs(x)
+    if name == "triangle":
+        slope = x.dtype.type(np.sqrt(0.75))
+        return np.maximum(y, slope * side_x - y / 2) - high[1] * radius
+    side_y = np.abs(y)
+    if name == "square":
+        return np.maximum(side_x, side_y) - low[0] * radius
+    if name == "diamond":
+        return (side_x + side_y - low[0] * radius) * x.dtype.type(np.sqrt(0.5))
+    length = low[0] * radius
+    thickness = x.dtype.type(CROSS_THICKNESS) * length
+    return np.minimum(
+        np.maximum(side_x - length, side_y - thickness),
+        np.maximum(side_x - thickness, side_y - length),
+    )
+
+
+def _draw_objects(
+    video: UInt8[np.ndarray, "b T H W 3"],
+    rows: Int[np.ndarray, " n"],
+    shape: int,
+    largest: float,
+    centre: Float[np.ndarray, "n T 2"],
+    radius: Float[np.ndarray, " n"],
+    color: Float[np.ndarray, "n T 3"],
+) -> None:
+    """Blends one object of a shape and size, in pixels, into each of the given rows.
+
+    `largest` is the radius for which the window around an object is cut. It must not
+    depend on which objects are drawn together.
+    """
+    _, frames, height, width, _ = video.shape
+    reach = HALF_EXTENTS[shape] * largest
+    size = np.ceil(reach.sum(0)).astype(int) + 3
+    corner = np.floor(centre - reach[0] - 1).astype(int)
+    corner = np.clip(corner, 0, np.array([width, height]) - size)
+    start = (corner + 0.5 - centre).astype(np.float32)
+    x = (np.arange(size[0], dtype=np.float32) + start[..., :1])[..., None, :]
+    y = (np.arange(size[1], dtype=np.float32) + start[..., 1:])[..., :, None]
+    radius = radius.astype(np.float32)[:, None, None, None]
+    alpha = np.clip(0.5 - signed_distance(shape, x, y, radius), 0, 1)
+    alpha = np.repeat((256 * alpha + np.float32(0.5)).astype(np.uint16), 3, -1)
+    paint = np.rint(color).astype(np.uint16)
+    paint = np.tile(paint, (1, 1, size[0]))[..., None, :]
+
+    flat = video.reshape(len(video), frames, height, width * 3)
+    window = (size[1], 3 * size[0])
+    windows = sliding_window_view(flat, window, axis=(2, 3), writeable=True)
+    where = rows[:, None], np.arange(frames), corner[..., 1], 3 * corner[..., 0]
+    # 255 * 256 + 128 just fits into 16 bits.
+    mixed = windows[where] * (np.uint16(256) - alpha)
+    paint = paint * alpha
+    paint += np.uint16(128)
+    mixed += paint
+    mixed >>= np.uint16(8)
+    windows[where] = mixed.astype(np.uint8)
+
+
+@functools.cache
+def bounce_tone(
+    material: int, size: int, audio_rate: int
+) -> Float[np.ndarray, " samples"]:
+    """Sound of a bounce of an object, with peak 1, from the contact on.
+
+    The object is of `MATERIALS[material]` and `SIZES[size]`. Partials that `audio_rate`
+    (samples per second) cannot hold are left out.
+    """
+    decay = _DECAYS[material]
+    time = np.arange(int(7 * decay * audio_rate)) / audio_rate  # down to -61 dB
+    pitch = FREQUENCIES[material] * (SMALL_PITCH if SIZES[size] == "small" else 1)
+    tone = np.zeros_like(time)
+    for order, (ratio, amplitude) in enumerate(_PARTIALS[material]):
+        if ratio * pitch < 0.48 * audio_rate:
+            fading = np.exp(-time / decay * (1 + 0.5 * order))
+            tone += amplitude * fading * np.sin(2 * np.pi * ratio * pitch * time)
+    tone *= np.minimum(time / _ATTACK, 1)
+    tone = (tone / np.abs(tone).max()).astype(np.float32)
+    tone.setflags(write=False)  # the cache hands the same array to everyone
+    return tone
+
+
+@functools.cache
+def _noise() -> np.ndarray:
+    """The noise floor, from which every clip takes a stretch."""
+    numbers = uniform(np.array(7, np.uint64), _NOISE_LENGTH)
+    return (_NOISE_AMPLITUDE * (2 * numbers - 1)).astype(np.float32)
+
+
+def loudness(impact: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
+    """Peak amplitude of the tone of a bounce; touches that one cannot see are faint."""
+    strength = np.minimum(impact / _LOUD_IMPACT, 1)
+    peak = _SOFTEST + (_LOUDEST - _SOFTEST) * strength
+    return peak * np.minimum(impact / _GLANCING_IMPACT, 1)
+
+
+def synthesize(
+    scenes: Scenes, motion: Motion, *, samples: int, audio_rate: int
+) -> Float[np.ndarray, "b a 1"]:
+    """Sounds of the scenes from time 0 on, mono in [-1, 1], at `audio_rate` Hz."""
+    noise = _noise()
+    floor = np.tile(noise, 1 + -(-samples // len(noise)))
+    audio = np.empty((len(scenes.ids), samples), np.float32)
+    for row, start in enumerate((scenes.noise * len(noise)).astype(int)):
+        audio[row] = floor[start : start + samples]
+    contact = np.rint(np.minimum(motion.time * audio_rate, samples)).astype(int)
+    peak = loudness(motion.impact).astype(np.float32)
+    tones = [
+        [bounce_tone(material, size, audio_rate) for size in range(len(SIZES))]
+        for material in range(len(MATERIALS))
+    ]
+    for row, bounce in zip(*np.nonzero(contact < samples), strict=True):
+        start, volume = contact[row, bounce], peak[row, bounce]
+        pair = motion.first[row, bounce], motion.second[row, bounce]
+        if pair[1] >= 0:
+            volume *= np.float32(0.7)
+        for slot in pair if pair[1] >= 0 else pair[:1]:
+            tone = tones[scenes.material[row, slot]][scenes.size[row, slot]]
+            tone = tone[: samples - start]
+            audio[row, start : start + len(tone)] += volume * tone
+    np.clip(audio, -1, 1, out=audio)
+    return audio[..., None]

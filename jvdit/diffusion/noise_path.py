@@ -1,0 +1,296 @@
+"""Paths from data to noise, what the network predicts on them, and at which times.
+
+A path mixes data and noise, `x_t = alpha(t) x0 + sigma(t) noise`. Its *velocity* is
+the derivative along its own clock: t itself for flow matching, the angle
+`atan2(sigma, alpha)` for the variance-preserving (DDPM) paths, whose velocity is the
+v-prediction of arXiv:2202.00512. Measured so, `(x_t, velocity)` is a rotation-like
+image of `(x0, noise)` with determinant 1 on every path and at every t, which makes
+velocity the one well-conditioned currency that losses and solvers share.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+SCHEDULES = ("flow", "linear", "cosine")
+TARGETS = ("velocity", "noise", "x0")
+DISTRIBUTIONS = ("uniform", "logit_normal")
+
+_SMALLEST = 1e-4  # below this alpha or sigma a division tells nothing
+
+
+def _check(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"`{name}` (={value!r}) is unknown; choose one of {known}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class NoisePath:
+    """A way from data (t = 0) to noise (t = 1), and what the network predicts on it.
+
+    Attributes:
+        schedule: "flow" (alpha = 1 - t, sigma = t; Eq. 20 of arXiv:2210.02747 with
+            time reversed), "linear" (DDPM's linear beta from 0.1 to 20 in continuous
+            time, arXiv:2011.13456 App. C) or "cosine" (arXiv:2102.09672, Eq. 17).
+        target: "velocity" (flow matching, v), "noise" (epsilon) or "x0".
+        timesteps: how many the network was trained on: it is shown the last of them
+            that is not above t, as Wan's is. 0: it is shown any t.
+
+    Raises:
+        ValueError: schedule or target is unknown.
+    """
+
+    schedule: str = "flow"
+    target: str = "velocity"
+    timesteps: int = 0
+
+    def __post_init__(self):
+        _check("schedule", self.schedule, SCHEDULES)
+        _check("target", self.target, TARGETS)
+
+    def alpha_sigma(
+        self, t: Float[Array, "*shape"]
+    ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+        """Weights of data and of noise at time t."""
+        if self.schedule == "flow":
+            return 1.0 - t, t
+        if self.schedule == "linear":
+            log_alpha = -0.25 * t**2 * (20.0 - 0.1) - 0.5 * t * 0.1
+            return jnp.exp(log_alpha), jnp.sqrt(-jnp.expm1(2 * log_alpha))
+        # The offset keeps sigma's slope finite at 0; the last 0.2 % are left out
+        # because alpha = 0 there would leave nothing of the data to predict.
+        start, end = 0.008, 0.998
+        angle = (t * end + start) / (1 + start) * (math.pi / 2)
+        first = math.cos(start / (1 + start) * math.pi / 2)
+        alpha = jnp.minimum(jnp.cos(angle) / first, 1.0)
+        return alpha, jnp.sqrt(jnp.maximum(1 - alpha**2, 0.0))
+
+    def shown(self, t: Float[Any, "*shape"]) -> Float[Any, "*shape"]:
+        """The time that the network is told at time t, of numpy's arrays or jax's."""
+        if not self.timesteps:
+            return t
+        return t * self.timesteps // 1 / self.timesteps
+
+    def clock(self, t: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """The variable in which `velocity` is the derivative of x_t."""
+        if self.schedule == "flow":
+            return t
+        alpha, sigma = self.alpha_sigma(t)
+        return jnp.arctan2(sigma, alpha)
+
+    def _slopes(self, alpha, sigma):
+        if self.schedule == "flow":
+            return -jnp.ones_like(alpha), jnp.ones_like(sigma)
+        return -sigma, alpha
+
+    def mix(
+        self,
+        x0: Float[Array, "..."],
+        noise: Float[Array, "..."],
+        t: Float[Array, "..."],
+    ) -> Float[Array, "..."]:
+        """The noisy x_t; t broadcasts against x0."""
+        alpha, sigma = self.alpha_sigma(t)
+        return alpha * x0 + sigma * noise
+
+    def true_velocity(
+        self,
+        x0: Float[Array, "..."],
+        noise: Float[Array, "..."],
+        t: Float[Array, "..."],
+    ) -> Float[Array, "..."]:
+        """The velocity of the straight conditional path through x0 and noise."""
+        alpha_slope, sigma_slope = self._slopes(*self.alpha_sigma(t))
+        return alpha_slope * x0 + sigma_slope * noise
+
+    def velocity(
+        self,
+        output: Float[Array, "..."],
+        x: Float[Array, "..."],
+        t: Float[Array, "..."],
+    ) -> Float[Array, "..."]:
+        """Turns what the network predicts (`target`) at x_t into the velocity."""
+        if self.target == "velocity":
+            return output
+        alpha, sigma = self.alpha_sigma(t)
+        alpha_slope, sigma_slope = self._slopes(alpha, sigma)
+        if self.target == "noise":
+            return (output + alpha_slope * x) / jnp.maximum(alpha, _SMALLEST)
+        return (sigma_slope * x - output) / jnp.maximum(sigma, _SMALLEST)
+
+    def x0_noise(
+        self,
+        velocity: Float[Array, "..."],
+        x: Float[Array, "..."],
+        t: Float[Array, "..."],
+    ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        """The data and the noise that a velocity at x_t implies."""
+        alpha, sigma = self.alpha_sigma(t)
+        alpha_slope, sigma_slope = self._slopes(alpha, sigma)
+        return sigma_slope * x - sigma * velocity, alpha * velocity - alpha_slope * x
+
+    def loss_weight(self, t: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """Turns the squared velocity error into the squared error of the target."""
+        alpha, sigma = self.alpha_sigma(t)
+        return {
+            "velocity": jnp.ones_like(t),
+            "noise": alpha**2,
+            "x0": sigma**2,
+        }[self.target]
+
+
+@dataclasses.dataclass(frozen=True)
+class TimestepPolicy:
+    """Which times are trained on and which are sampled at: one policy for both.
+
+    Larger clips keep their content up to higher noise, so their times are moved
+    towards 1 by `t -> s t / (1 + (s - 1) t)` (Eq. 23, arXiv:2403.03206), with
+    `s = shift * sqrt(tokens / shift_tokens)` kept inside `shift_range`.
+
+    Attributes:
+        distribution: of training times, "uniform" or "logit_normal".
+        mean, std: of the logit, for "logit_normal".
+        shift: s, at `shift_tokens` tokens; at any count if `shift_tokens` is None.
+        shift_tokens: the token count for which `shift` was chosen.
+        shift_range: bounds of s.
+        span: training times lie between these two: for one of two experts, its part.
+        grid: where the times of sampling begin, after the shift, and where their even
+            spacing before the shift ends, with 0 as the last time; Wan's is
+            (1 - 1e-6, 0.001).
+        start: where that even spacing begins.
+        reach_end: a step stops at the end of the spacing, and the last one goes from
+            there to 0; otherwise the last one goes to 0 instead.
+
+    Raises:
+        ValueError: unknown distribution, shift not positive or outside its range.
+    """
+
+    distribution: str = "logit_normal"
+    mean: float = 0.0
+    std: float = 1.0
+    shift: float = 1.0
+    shift_tokens: int | None = None
+    shift_range: tuple[float, float] = (1.0, 12.0)
+    span: tuple[float, float] = (0.0, 1.0)
+    grid: tuple[float, float] = (1.0, 0.0)
+    start: float = 1.0
+    reach_end: bool = False
+
+    def __post_init__(self):
+        _check("distribution", self.distribution, DISTRIBUTIONS)
+        low, high = self.shift_range
+        if not 0 < low <= self.shift <= high:
+            raise ValueError(
+                f"`shift` (={self.shift}) must lie inside `shift_range` (={low}, "
+                f"{high}), above 0; widen the range or move the shift."
+            )
+        if not 0 <= self.span[0] < self.span[1] <= 1:
+            raise ValueError(f"`span` (={self.span}) must lie in order inside [0, 1].")
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "TimestepPolicy":
+        """From JSON values or a config, where tuples are lists."""
+        pairs = ("shift_range", "span", "grid")
+        given = {k: tuple(settings[k]) for k in pairs if k in settings}
+        return cls(**{**settings, **given})
+
+    def shift_for(self, num_tokens: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """The shift s of clips with this many tokens."""
+        if self.shift_tokens is None:
+            return jnp.full_like(num_tokens, self.shift)
+        s = self.shift * jnp.sqrt(num_tokens / self.shift_tokens)
+        return jnp.clip(s, *self.shift_range)
+
+    def shifted(
+        self, t: Float[Array, "*shape"], num_tokens: Float[Array, "*shape"]
+    ) -> Float[Array, "*shape"]:
+        """Moves times for clips of `num_tokens` tokens."""
+        return _shifted(t, self.shift_for(num_tokens))
+
+    def quantile(
+        self, u: Float[Array, "*shape"], num_tokens: Float[Array, "*shape"]
+    ) -> Float[Array, "*shape"]:
+        """The training time below which a share u of all training times lies."""
+        if self.span != (0.0, 1.0):
+            low, high = (self._share_below(t, num_tokens) for t in self.span)
+            u = low + u * (high - low)
+        if self.distribution == "logit_normal":
+            u = jnp.clip(u, 1e-6, 1 - 1e-6)
+            u = jax.nn.sigmoid(self.mean + self.std * jax.scipy.special.ndtri(u))
+        return self.shifted(u, num_tokens)
+
+    def _share_below(
+        self, t: float, num_tokens: Float[Array, "*shape"]
+    ) -> Float[Array, "*shape"]:
+        """The share of the unbounded distribution's times that lies below t."""
+        s = self.shift_for(num_tokens)
+        plain = jnp.clip(t / (s - (s - 1) * t), 1e-6, 1 - 1e-6)
+        if self.distribution == "uniform":
+            return plain
+        logit = jnp.log(plain / (1 - plain))
+        return jax.scipy.special.ndtr((logit - self.mean) / self.std)
+
+    def sample(
+        self, key: PRNGKeyArray, num_tokens: Float[Array, "*shape"]
+    ) -> Float[Array, "*shape"]:
+        """Draws one training time per clip.
+
+        The draws are stratified: n clips take one time from each n-th of the
+        distribution, which lowers the variance of the loss (arXiv:2107.00630, I.1).
+        """
+        order_key, jitter_key = jax.random.split(key)
+        count = num_tokens.size
+        u = jnp.arange(count) + jax.random.uniform(jitter_key)
+        u = jax.random.permutation(order_key, u / count)
+        return self.quantile(u.reshape(num_tokens.shape), num_tokens)
+
+    def times(
+        self, steps: int, num_tokens: Float[Array, "*shape"], timesteps: int = 0
+    ) -> Float[Array, "times *shape"]:
+        """The `steps + 1` times, from 1 down to 0, at which a solver stops.
+
+        Args:
+            steps: of the solver.
+            num_tokens: of each clip.
+            timesteps: of `NoisePath`. Where one shift is for all clips, the network is
+                then shown the timesteps of the exact times, not of the rounded ones.
+
+        Raises:
+            ValueError: steps is not positive.
+        """
+        if steps < 1:
+            raise ValueError(f"`steps` (={steps}) must be at least 1; try 30.")
+        shape = (steps + 1, *num_tokens.shape)
+        first, end = self.grid
+        even = np.linspace(self.start, end, steps + (not self.reach_end))
+        even = np.append(even[:steps], 0.0)
+        if self.shift_tokens is None:
+            even = np.minimum(_shifted(even, self.shift), first)
+            even = _rounded(even, timesteps)
+        t = jnp.asarray(even, jnp.float32).reshape(-1, *(1 for _ in shape[1:]))
+        t = jnp.broadcast_to(t, shape)
+        if self.shift_tokens is None:
+            return t
+        tokens = jnp.broadcast_to(num_tokens[None], shape)
+        return jnp.minimum(self.shifted(t, tokens), first)
+
+
+def _shifted(t: Any, s: Any) -> Any:
+    return s * t / (1 + (s - 1) * t)
+
+
+def _rounded(
+    t: Float[np.ndarray, " times"], timesteps: int
+) -> Float[np.ndarray, " times"]:
+    """To float32, and on by an ulp or two if that changes which timestep is shown."""
+    rounded = t.astype(np.float32)
+    wanted = np.floor(t * timesteps).astype(np.float32)
+    while (wrong := wanted - np.floor(rounded * timesteps)).any():
+        rounded = np.where(wrong, np.nextafter(rounded, np.sign(wrong)), rounded)
+    return rounded

@@ -1,0 +1,356 @@
+"""Several processes that train one model: the hosts of a pod, or of a cluster."""
+
+import contextlib
+import itertools
+import json
+import os
+import pathlib
+import signal
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jvdit.machine.json_files import differences
+from jvdit.machine.lock import FolderLock, sweep
+
+_PATIENCE = 24 * 3600  # seconds that one process may take longer than another
+_SEEN_WITHIN = 60  # seconds, after which hosts of NFS see each other's files
+_HEARTBEAT = 30  # seconds of silence after which a process counts as lost
+# What the metadata of a machine of Google's say before it is taken away.
+_METADATA = "http://metadata.google.internal/computeMetadata/v1/instance"
+_NOTICES = {"maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE", "preempted": "TRUE"}
+_PIECE = 64 << 20  # bytes of an array that are brought whole to every device at once
+_LONGEST = 4096  # bytes that a process tells the others
+_NO_CLUSTER = "coordinator_address should be defined"
+# How often the processes have talked, which is the same on all.
+_told, _asked = itertools.count(), itertools.count(1)
+
+
+def connect(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
+    """Joins the processes of a run; call it before anything else of JAX.
+
+    On TPU VMs, GKE and under SLURM or MPI the others are found without being told;
+    where there is no cluster, this process is alone.
+
+    Args:
+        coordinator: HOST:PORT of process 0, where nothing else tells it.
+        processes: how many there are, with `coordinator`.
+        process: which of them this is, from 0, with `coordinator`.
+
+    Raises:
+        ValueError: of the three only some are given.
+        ConnectionError: the others can't be reached: a run that went on alone would
+            train another model than the one asked for.
+    """
+    told = bool(coordinator), processes > 0, process >= 0
+    if any(told) and not all(told):
+        raise ValueError(
+            f"`coordinator` (={coordinator!r}), `processes` (={processes}) and "
+            f"`process` (={process}) go together; give all three, or none on a TPU "
+            "pod, GKE or SLURM, which know them."
+        )
+    try:
+        if all(told):
+            jax.distributed.initialize(
+                coordinator,
+                processes,
+                process,
+                heartbeat_timeout_seconds=_HEARTBEAT,
+            )
+        else:
+            jax.distributed.initialize()
+    except Exception as error:
+        if isinstance(error, ValueError) and _NO_CLUSTER in str(error):
+            return
+        raise ConnectionError(
+            f"the other processes of this run can't be reached: {error} (One that is "
+            "alone says so: --coordinator localhost:7000 --processes 1 --process 0)"
+        ) from error
+
+
+def define_flags() -> Callable[[], None]:
+    """Defines the flags of `connect` for a command; returns what calls it with them."""
+    coordinator = flags.DEFINE_string(
+        "coordinator", "", "HOST:PORT of process 0, where no cluster tells it."
+    )
+    processes = flags.DEFINE_integer(
+        "processes", 0, "With --coordinator: how many there are."
+    )
+    process = flags.DEFINE_integer(
+        "process", -1, "With --coordinator: which of them this is, from 0."
+    )
+    return lambda: connect(coordinator.value, processes.value, process.value)
+
+
+def is_lead() -> bool:
+    """Whether this process writes what only one of them should."""
+    return jax.process_index() == 0
+
+
+def own_file(path: pathlib.Path) -> pathlib.Path:
+    """The file of this process where each writes one: named by its number."""
+    if jax.process_count() == 1:
+        return path
+    return path.with_stem(f"{path.stem}_{jax.process_index()}")
+
+
+def to_host(tree: Any) -> Any:
+    """Arrays of all hosts' devices as numpy arrays, whole, on every host.
+
+    Every process has to call it.
+    """
+
+    def whole(x: Any) -> np.ndarray:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable:
+            return np.asarray(x)
+        return _gathered(x)
+
+    return jax.tree.map(whole, tree)
+
+
+def _gathered(x: jax.Array) -> np.ndarray:
+    """An array that several hosts hold, whole; on the devices there are pieces of it.
+
+    The layers of a network lie in one array, which can be too large for a device.
+    """
+    if x.is_fully_replicated:
+        return np.asarray(x.addressable_data(0))
+    local = x.sharding.shard_shape(x.shape)
+    undivided = [a for a in range(x.ndim) if local[a] == x.shape[a]]
+    small = x.nbytes <= _PIECE or not undivided
+    if small or not isinstance(x.sharding, NamedSharding):
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    axis = max(undivided, key=lambda a: x.shape[a])
+    size = max(x.shape[axis] * _PIECE // x.nbytes, 1)
+    gather = _gathering(axis, size, NamedSharding(x.sharding.mesh, PartitionSpec()))
+    whole = np.empty(x.shape, x.dtype)
+    for start in range(0, x.shape[axis], size):
+        # All of one size, which is compiled once; the last begins a little earlier.
+        start = min(start, x.shape[axis] - size)
+        part = (slice(None),) * axis + (slice(start, start + size),)
+        whole[part] = gather(x, start).addressable_data(0)
+    return whole
+
+
+@lru_cache
+def _gathering(axis: int, size: int, place: NamedSharding) -> Callable[..., jax.Array]:
+    """What brings a part of an array along an axis whole to every device."""
+
+    def gather(x: jax.Array, start: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+
+    return jax.jit(gather, out_shardings=place)
+
+
+def wait_for_others(where: str) -> None:
+    """Returns when all processes are there; `where` names a place in the program."""
+    if jax.process_count() > 1:
+        # Its import takes a third of a second, which a process alone needn't wait for.
+        import orbax.checkpoint as ocp
+
+        everyone = set(range(jax.process_count()))
+        ocp.multihost.sync_global_processes(
+            where, timeout=_PATIENCE, processes=everyone
+        )
+
+
+def tell_all(text: str) -> list[str]:
+    """What each process says, in order; every process has to call it.
+
+    Args:
+        text: of this process; of long ones the beginning is told.
+    """
+    if jax.process_count() == 1:
+        return [text]
+    # Between processors, connections are given up after half a minute.
+    wait_for_others("something to tell")
+    ours = np.zeros(_LONGEST, np.uint8)
+    told = np.frombuffer(text.encode()[:_LONGEST], np.uint8)
+    ours[: len(told)] = told
+    found = np.asarray(multihost_utils.process_allgather(ours))
+    return [bytes(x).rstrip(b"\0").decode(errors="ignore") for x in found]
+
+
+def check_seen(path: pathlib.Path) -> None:
+    """Makes sure that every process sees a file that the first one wrote.
+
+    Raises:
+        ValueError: this process doesn't.
+    """
+    wait_for_others(f"wrote {path}")
+    await_seen(path.exists, f"what process 0 wrote to {path}")
+
+
+def await_seen(seen: Callable[[], bool], what: str) -> None:
+    """Returns when what another process wrote is seen, which on NFS takes a while.
+
+    Args:
+        seen: whether it is.
+        what: it is.
+
+    Raises:
+        ValueError: it isn't seen in time.
+    """
+    deadline = time.monotonic() + _SEEN_WITHIN
+    while not seen():
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"process {jax.process_index()} doesn't see {what}, which must lie in "
+                "a folder that all hosts share."
+            )
+        time.sleep(1)
+
+
+def _client() -> Any:
+    """What keeps the values that processes tell each other."""
+    import orbax.checkpoint as ocp
+
+    return ocp.multihost.get_jax_distributed_client()
+
+
+def from_lead(make: Callable[[], Any]) -> Any:
+    """What process 0 makes, a JSON value, on every process; its errors are all's.
+
+    Every process has to call it.
+
+    Raises:
+        ValueError: process 0 met one, or an OSError.
+    """
+    if jax.process_count() == 1:
+        return make()
+    client, key = _client(), f"jvdit/{next(_told)}"
+    made = error = None
+    if is_lead():
+        try:
+            made = make()
+        except (ValueError, OSError) as raised:
+            error = str(raised)
+        client.key_value_set(key, json.dumps([made, error]))
+    else:
+        made, error = json.loads(client.blocking_key_value_get(key, _PATIENCE * 1000))
+    wait_for_others(f"told {key}")  # else process 0 might take it along
+    if error is not None:
+        raise ValueError(error)
+    return made
+
+
+def check_alike(settings: Mapping[str, Any]) -> None:
+    """Makes sure that every process was given the same settings.
+
+    Raises:
+        ValueError: one wasn't; the message, on all of them, says what differs.
+    """
+    if jax.process_count() == 1:
+        return
+    ours = json.loads(json.dumps(settings, default=str))
+    client, key = _client(), f"jvdit/{next(_told)}"
+    if differing := differences(from_lead(lambda: ours), ours):
+        told = f"process {jax.process_index()}: {'; '.join(differing)}"
+        client.key_value_set(f"{key}/{jax.process_index()}", told)
+    wait_for_others(f"compared {key}")
+    found = [text for _, text in client.key_value_dir_get(key)]
+    wait_for_others(f"read {key}")
+    if found:
+        raise ValueError(
+            "the processes of this run were told other settings than process 0 "
+            f"(`there`): {' | '.join(found)}. Start all with the same command."
+        )
+
+
+@contextlib.contextmanager
+def held(folder: str | os.PathLike[str]) -> Iterator[FolderLock]:
+    """Holds a folder for the processes of this run; see `data.lock`.
+
+    What killed processes of the run left half written there is removed.
+
+    Raises:
+        ValueError: another run holds it.
+    """
+    lock = FolderLock(folder)
+
+    def take():
+        lock.acquire()
+        sweep(folder)
+
+    try:
+        from_lead(take)
+        yield lock
+    finally:
+        if lock.held and jax.process_count() == 1:  # others might still be writing
+            sweep(folder)
+        lock.release()
+
+
+def all_asked_to_stop() -> bool:
+    """Whether the processes are to stop here, because one was told to.
+
+    They agree on the place, though the signal (SIGTERM, or the notice before a TPU is
+    taken away) reaches them at different times. Every process asks equally often.
+    """
+    return multihost_utils.reached_preemption_sync_point(next(_asked))
+
+
+def heed_notices(metadata: str = _METADATA) -> None:
+    """Turns the notice that this machine is to be taken away into a SIGTERM.
+
+    Google's TPUs are told minutes before maintenance, and half a minute before they
+    are given to somebody else. Elsewhere nothing answers, and nothing happens.
+
+    Args:
+        metadata: address of the server that tells.
+    """
+    for name, leaving in _NOTICES.items():
+        # It answers when what it would say has changed.
+        address = f"{metadata}/{name}?wait_for_change=true"
+        watch = threading.Thread(target=_wait_for, args=(address, leaving), daemon=True)
+        watch.start()
+
+
+def _wait_for(address: str, leaving: str) -> None:
+    request = urllib.request.Request(address, headers={"Metadata-Flavor": "Google"})
+    while True:
+        try:
+            with urllib.request.urlopen(request) as answer:
+                told = answer.read().decode().strip()
+        except OSError:
+            time.sleep(_HEARTBEAT)
+            continue
+        if told == leaving:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+
+
+def share_of_rows(mesh: Mesh) -> tuple[int, int]:
+    """Which of how many equal parts of a batch this process reads.
+
+    Processes whose devices hold the same rows, because their tokens are divided over
+    several hosts, read the same part.
+
+    Raises:
+        ValueError: processes share rows only partly.
+    """
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    by_row = mesh.devices.reshape(ways, -1)
+    rows: dict[int, set[int]] = {}
+    for row, devices in enumerate(by_row):
+        for device in devices:
+            rows.setdefault(device.process_index, set()).add(row)
+    parts = sorted({tuple(sorted(held)) for held in rows.values()})
+    ours = tuple(sorted(rows[jax.process_index()]))
+    whole = sorted(row for part in parts for row in part) == [*range(ways)]
+    if not whole or len({len(part) for part in parts}) > 1:
+        raise ValueError(
+            f"mesh {dict(mesh.shape)} gives processes parts of a batch that overlap: "
+            f"{parts}; make `data` times `fsdp` a multiple or a divisor of the "
+            f"{jax.process_count()} processes."
+        )
+    return parts.index(ours), len(parts)

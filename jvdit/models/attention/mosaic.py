@@ -1,0 +1,311 @@
+"""Flash attention on TPU, whole or in the pieces of a ring: what the kernels are given.
+
+They take queries and keys in blocks, whose best size differs from chip to chip; of the
+last one they leave out what isn't there. Without a TPU they are interpreted, slowly.
+"""
+
+import dataclasses
+import functools
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+from jvdit.models.attention import kernels
+from jvdit.models.attention.kernels import LANES
+from jvdit.models.attention.pieces import PADDING, Pieces, Segments, pad
+from jvdit.sharding import platform
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """What suits a chip: the best of a sweep over the schedules of the kernels.
+
+    Attributes:
+        ahead: of the forward kernel, the most tokens: queries; keys that are fetched at
+            once; and of these, that are computed at once.
+        back: the same of the kernel for the gradients.
+        cores: that share a device's memory and divide a kernel.
+        memory: bytes of a core that a kernel may take.
+        gradients: of these, for gradients of queries while they are added up.
+    """
+
+    ahead: tuple[int, int, int] = (1024, 2048, 512)
+    back: tuple[int, int, int] = (1024, 2048, 1024)
+    cores: int = 1
+    memory: int = 56 * 2**20
+    gradients: int = 32 * 2**20
+
+
+# By what `device_kind` contains, first match wins.
+_LARGE = {"memory": 112 * 2**20, "gradients": 88 * 2**20}
+_SMALL = {"memory": 13 * 2**20, "gradients": 4 * 2**20}
+BLOCKS = {
+    "v6": Blocks((2048, 2048, 1024), (1024, 2048, 256), **_LARGE),
+    "v5 lite": Blocks(**_LARGE),
+    "v5": Blocks(cores=2),
+    "v4": Blocks((512, 1024, 512), (512, 512, 512), cores=2, **_SMALL),
+}
+_GRADIENT = 2 * 4  # bytes of a number in float32, and of its copy on the way out
+
+
+def _chip() -> Blocks:
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    kind = described.device_kind if described else jax.devices()[0].device_kind
+    return next((b for name, b in BLOCKS.items() if name in kind), Blocks())
+
+
+def obstacle(channels: int, tokens: int) -> str:
+    """Why the kernels can't be used; "": they can.
+
+    Args:
+        channels: of a head.
+        tokens: queries or keys, whichever are fewer: they must fill a block.
+    """
+    if channels % LANES:
+        return f"heads of {channels} channels, which aren't a multiple of {LANES}"
+    return f"{tokens} tokens, fewer than {LANES}" if tokens < LANES else ""
+
+
+def suits_mosaic(q: Float[Array, "b n q k"], k: Float[Array, "b s q k"]) -> bool:
+    """Whether the kernels can be used for these heads and tokens."""
+    return not obstacle(q.shape[-1], min(q.shape[1], k.shape[1]))
+
+
+def warn_of_heads(width: int, num_heads: int, tokens: int) -> None:
+    """Warns, on TPUs and once, of heads that keep many tokens from the kernels."""
+    why = obstacle(width // num_heads, tokens)
+    if platform() == "tpu" and tokens >= LANES and why:
+        remedy = f"`width` (={width}) must be a multiple of {LANES} for any to suit"
+        if width % LANES == 0:
+            fits = [n for n in range(1, width // LANES + 1) if width // LANES % n == 0]
+            near = min(fits, key=lambda n: abs(math.log(n / num_heads)))
+            remedy = f"`num_heads` (={num_heads}) could be {near}"
+        _warn(
+            f"no flash attention on TPUs for {why}: expect a step to take several "
+            f"times as long; {remedy}."
+        )
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    logging.warning("%s", message)
+
+
+def block_for(tokens: int, most: int) -> int:
+    """The block, of at least half of the most, that leaves the fewest places empty."""
+    most = min(most, _whole(tokens, LANES))
+    sizes = range(most, most // 2 - 1, -LANES)
+    return min(sizes, key=lambda size: _whole(tokens, size))
+
+
+def _whole(tokens: int, block: int) -> int:
+    return -(-tokens // block) * block
+
+
+def _at_once(block: int, most: int) -> int:
+    """The largest part of whole lanes that divides a block."""
+    return next(n for n in range(min(most, block), 0, -LANES) if block % n == 0)
+
+
+def _ragged(tokens: int, block: int) -> int | None:
+    """How many tokens there are, unless they are whole blocks."""
+    return tokens if tokens % block else None
+
+
+def _lines(x: Float[Array, "b n q k"]) -> Float[Array, "r n k"]:
+    """Heads of all rows, one after another."""
+    x = x.swapaxes(1, 2)
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _rows(x: Float[Array, "r n k"], rows: int) -> Float[Array, "b n q k"]:
+    return x.reshape(rows, -1, *x.shape[1:]).swapaxes(1, 2)
+
+
+def _scaled(q: Array) -> Array:
+    scale = q.shape[-1] ** -0.5 / kernels.LN2
+    return (q.astype(jnp.float32) * scale).astype(q.dtype)
+
+
+def _segment_ids(segments: Segments, held: int) -> list[Array]:
+    """Segments of queries, and those of keys in whole blocks and all lanes."""
+    if not segments:
+        return []
+    queries, keys = segments
+    keys = pad(keys, 1, _whole(keys.shape[1], held), PADDING)
+    return [queries[:, None], jnp.broadcast_to(keys[..., None], (*keys.shape, LANES))]
+
+
+def _block(at: Any, axis: int, *shape: int, each: int = 1) -> pl.BlockSpec:
+    """A block of tokens of a head.
+
+    Args:
+        at: which block of tokens, from the place in the grid.
+        axis: that of the tokens.
+        *shape: of the block.
+        each: heads that share it.
+    """
+
+    def place(*grid: Any) -> tuple[Any, ...]:
+        index = [grid[0] // each, 0, 0]
+        index[axis] = at(*grid)
+        return tuple(index)
+
+    return pl.BlockSpec((1, *shape), place)
+
+
+def _settings(products: int, q: Array, k: Array, axes: int) -> dict[str, Any]:
+    """Of a kernel: the axis of the grid that cores divide, its memory and its cost.
+
+    Without a cost it counts as nothing, and no transfer is planned behind it.
+    """
+    order = ["arbitrary"] * axes
+    order[1] = "parallel"
+    scores = q.shape[0] * q.shape[1] * k.shape[1]
+    return {
+        "compiler_params": pltpu.CompilerParams(
+            dimension_semantics=order, vmem_limit_bytes=_chip().memory
+        ),
+        "cost_estimate": pl.CostEstimate(
+            flops=products * 2 * scores * q.shape[2],
+            transcendentals=scores,
+            bytes_accessed=products * (q.size + k.size) * q.dtype.itemsize,
+        ),
+        "interpret": platform() != "tpu",
+    }
+
+
+def mosaic_forward(
+    q: Float[Array, "b n q k"],
+    k: Float[Array, "b s q k"],
+    v: Float[Array, "b s q k"],
+    segments: Segments,
+) -> tuple[Float[Array, "b n q k"], Float[Array, "b q n"]]:
+    """Attention to some of the keys; see `pieces.Pieces.forward`."""
+    rows, tokens, heads, channels = q.shape
+    keys, most = k.shape[1], _chip().ahead
+    block, held = block_for(tokens, most[0]), block_for(keys, most[1])
+    ids = _segment_ids(segments, held)
+    q, k, v = map(_lines, (q, k, v))
+    of_query = partial(_block, lambda h, i, j: i)
+    of_key = partial(_block, lambda h, i, j: j)
+    column = of_key(1, held, channels)
+    shared = [of_query(2, 1, block, each=heads), of_key(1, held, LANES, each=heads)]
+    out, lse = pl.pallas_call(
+        partial(
+            kernels.forward,
+            compute=_at_once(held, most[2]),
+            sizes=(_ragged(tokens, block), _ragged(keys, held)),
+        ),
+        grid=(len(q), pl.cdiv(tokens, block), pl.cdiv(keys, held)),
+        in_specs=[of_query(1, block, channels), column, column, *shared[: len(ids)]],
+        out_specs=[of_query(1, block, channels), of_query(2, 1, block)],
+        out_shape=[
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((len(q), 1, tokens), jnp.float32),
+        ],
+        scratch_shapes=[pltpu.VMEM((n, block), jnp.float32) for n in (1, 1, channels)],
+        name="flash_forward",
+        **_settings(2, q, k, 3),
+    )(_scaled(q), k, v, *ids)
+    return _rows(out, rows), lse.reshape(rows, heads, tokens)
+
+
+def mosaic_backward(
+    q: Float[Array, "b n q k"],
+    k: Float[Array, "b s q k"],
+    v: Float[Array, "b s q k"],
+    segments: Segments,
+    lse: Float[Array, "b q n"],
+    slope: Float[Array, "b q n"],
+    grad: Float[Array, "b n q k"],
+) -> tuple[Array, Array, Array]:
+    """Gradients of q, k, v; see `pieces.Pieces.backward`."""
+    rows, tokens, _, channels = q.shape
+    chip = _chip()
+    # Of so many queries a core has room for the gradients.
+    block = block_for(tokens, chip.back[0])
+    part = max(chip.gradients // (_GRADIENT * channels) // block, 1) * block
+    q, k, v, grad = map(_lines, (q, k, v, grad))
+    lse, slope = (x.reshape(-1, 1, tokens) for x in (lse / kernels.LN2, slope))
+    found = []
+    for start in range(0, tokens, part):
+        here = slice(start, start + part)
+        seeing = (segments[0][:, here], segments[1]) if segments else ()
+        queries = q[:, here], grad[:, here], lse[..., here], slope[..., here]
+        found.append(_backward(*queries, k, v, seeing))
+    dq, dk, dv = zip(*found, strict=True)
+    dq = jnp.concatenate(dq, axis=1)
+    return tuple(_rows(x, rows) for x in (dq, sum(dk), sum(dv)))  # type: ignore
+
+
+def _backward(
+    q: Float[Array, "r n k"],
+    grad: Float[Array, "r n k"],
+    lse: Float[Array, "r 1 n"],
+    slope: Float[Array, "r 1 n"],
+    k: Float[Array, "r s k"],
+    v: Float[Array, "r s k"],
+    segments: Segments,
+) -> tuple[Array, Array, Array]:
+    """Gradients of queries, of which a core holds all, and of keys and values."""
+    (lines, tokens, channels), keys, most = q.shape, k.shape[1], _chip().back
+    cores, blocks, held = _share(keys)
+    block = block_for(tokens, most[0])
+    padded = _whole(tokens, block)
+    ids = _segment_ids(segments, held)
+    of_query = partial(_block, lambda h, core, j, i: i)
+    of_key = partial(_block, lambda h, core, j, i: core * blocks + j)
+    row, line = of_query(1, block, channels), of_query(2, 1, block)
+    column = of_key(1, held, channels)
+    each = lines // len(ids[0]) if ids else 1
+    shared = [of_query(2, 1, block, each=each), of_key(1, held, LANES, each=each)]
+    dq, dk, dv = pl.pallas_call(
+        partial(
+            kernels.backward,
+            compute=_at_once(held, most[2]),
+            blocks=blocks,
+            sizes=(_ragged(tokens, block), _ragged(keys, held)),
+        ),
+        grid=(lines, cores, blocks, padded // block),
+        in_specs=[row, column, column, row, line, line, *shared[: len(ids)]],
+        out_specs=[
+            pl.BlockSpec(
+                (1, 1, channels, padded), lambda h, core, j, i: (core, h, 0, 0)
+            ),
+            column,
+            column,
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct((cores, lines, channels, padded), jnp.float32),
+            jax.ShapeDtypeStruct(k.shape, k.dtype),
+            jax.ShapeDtypeStruct(v.shape, v.dtype),
+        ],
+        scratch_shapes=[pltpu.VMEM((channels, held), jnp.float32) for _ in range(2)],
+        name="flash_backward",
+        **_settings(5, q, k, 4),
+    )(_scaled(q), k, v, grad, *(pad(x, 2, padded) for x in (lse, slope)), *ids)
+    dq = (dq.sum(axis=0) * channels**-0.5).astype(q.dtype)
+    return dq[..., :tokens].swapaxes(1, 2), dk, dv
+
+
+def _share(keys: int) -> tuple[int, int, int]:
+    """Cores that share keys, blocks of them that each has, and the size of a block."""
+    chip = _chip()
+    for cores in (chip.cores, 1):
+        each = pl.cdiv(keys, cores)
+        held = block_for(each, chip.back[1])
+        blocks = pl.cdiv(each, held)
+        if (cores * blocks - 1) * held < keys:  # else the last block would be empty
+            break
+    return cores, blocks, held
+
+
+MOSAIC = Pieces(mosaic_forward, mosaic_backward)

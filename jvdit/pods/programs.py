@@ -1,0 +1,280 @@
+"""The programs of training and sampling, compiled for a pod that need not be there.
+
+They are the ones that run: the same update and the same solver step, over the same
+tables of shardings. Only shapes go in, so that neither data nor weights are needed.
+"""
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+
+from jvdit.config import Config
+from jvdit.diffusion.denoise import Guidance
+from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
+from jvdit.generation.sampling import Stepper, start_noise
+from jvdit.machine.chips import several
+from jvdit.models.dit import DiT
+from jvdit.models.video_vae import VideoVAE
+from jvdit.models.video_vae_chunked import (
+    at_once,
+    decode_step,
+    decoded_at_once,
+    encode_step,
+)
+from jvdit.shapes import Text
+from jvdit.sharding import (
+    activation_spec,
+    fit,
+    frame_axes,
+    make_mesh,
+    parameter_shardings,
+    replicated,
+    rows_sharding,
+)
+from jvdit.tasks.flow_objective import flow_objective
+from jvdit.training.optim import Optim
+from jvdit.training.state import TrainState, new_state, state_shardings
+from jvdit.training.step import jit_train_step
+from jvdit.weights.folders import dit_inputs
+
+# Steps of the solver in a program of sampling: with the second, none is the first.
+SAMPLED = 2
+# The compiler looks for the TPU that it works for, unless it is told not to.
+_ALONE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+
+def pod_mesh(topology: str, sizes: dict[str, int], devices: int | None = None) -> Mesh:
+    """The mesh of a TPU slice, or of several, from its compiler alone.
+
+    Args:
+        topology: as `pods.chips.topology` returns it, such as "2xv6e:8x8".
+        sizes: of the axes, as for `make_mesh`.
+        devices: how many to use. Default: all.
+
+    Raises:
+        ModuleNotFoundError: libtpu is not installed.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise ModuleNotFoundError(
+            "compiling for TPUs needs their compiler: pip install libtpu"
+        )
+    os.environ.update({k: v for k, v in _ALONE.items() if k not in os.environ})
+    slices, name = several(topology)
+    described = topologies.get_topology_desc(
+        platform="tpu", topology_name=name, num_slices=slices
+    )
+    return make_mesh(sizes, described.devices[:devices])
+
+
+def _shape(*sizes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def _key() -> Any:
+    # Shapes alone: a mesh of devices that aren't there can hold no array.
+    return jax.eval_shape(lambda: jax.random.key(0))
+
+
+def packed_shapes(
+    config: Config, rows: int, channels: int, text_width: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a batch as `PackedBatches` makes it.
+
+    Args:
+        config: from `jvdit.config.flow` or `wan`.
+        rows: of the batch.
+        channels: of a patch of latents.
+        text_width: of cached text states; 0: token ids.
+    """
+    data = config.data
+    n, s = data.token_budget, data.text_budget
+    text = {"text_ids": _shape(rows, s, dtype=jnp.int32)}
+    if text_width:
+        text = {"text_embeds": _shape(rows, s, text_width)}
+    return text | {
+        "latents": _shape(rows, n, channels),
+        "logvar": _shape(rows, n, channels),
+        "position": _shape(rows, n, 3),
+        "segment": _shape(rows, n, dtype=jnp.int32),
+        "text_segment": _shape(rows, s, dtype=jnp.int32),
+        "valid": _shape(rows, data.max_clips, dtype=jnp.bool_),
+    }
+
+
+def train_program(
+    config: Config, mesh: Mesh, rows: int, latent_channels: int, text_width: int
+) -> tuple[Any, TrainState, TrainState]:
+    """One update of a DiT on full rows of latents.
+
+    Args:
+        config: from `jvdit.config.flow` or `wan`.
+        mesh: from `pod_mesh`, or of devices that are there.
+        rows: of the whole batch.
+        latent_channels: of the autoencoder.
+        text_width: of cached text states; 0: the config's text encoder trains along.
+
+    Returns:
+        The lowered program, the shapes of its state, and their shardings.
+    """
+    pt, ph, pw = config.patch_size
+    channels = latent_channels * pt * ph * pw
+    batch = packed_shapes(config, rows, channels, text_width)
+    optim = Optim(**config.optim)
+    with jax.set_mesh(mesh), jax.default_matmul_precision(config.matmul_precision):
+        objective = flow_objective(
+            config,
+            mesh,
+            channels=channels,
+            text_width=text_width,
+            vocab_size=config.vocab_size,
+            one_clip=config.data.max_clips == 1,
+        )
+        optimizer, frozen = optim.optimizer(config.steps), {}
+        if objective.lora:
+            adapted = dataclasses.replace(objective, lora=None)
+            frozen = jax.eval_shape(adapted.init, _key(), batch)
+        places = parameter_shardings(frozen, mesh)
+        state = jax.eval_shape(
+            lambda key, batch: new_state(objective.init(key, batch), optimizer),
+            _key(),
+            batch,
+        )
+        shardings = state_shardings(state, mesh)
+        step = jit_train_step(
+            objective,
+            optim,
+            config.steps,
+            config.seed,
+            mesh=mesh,
+            shardings=shardings,
+            frozen=places,
+            options=config.compiler_options,
+        )
+        return step.lower(state, batch, frozen), state, shardings
+
+
+def _row_shapes(module: DiT, rows: int, tokens: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of rows that are to be solved."""
+    arrays = {
+        "latents": _shape(rows, tokens, module.in_channels),
+        "position": _shape(rows, tokens, 3),
+        "segment": _shape(rows, tokens, dtype=jnp.int32),
+    }
+    for key in ("cond", "control"):
+        if channels := getattr(module, f"{key}_channels"):
+            arrays[key] = _shape(rows, tokens, channels)
+    return arrays
+
+
+def sample_program(
+    module: DiT, mesh: Mesh, rows: int, tokens: int, text_length: int
+) -> Any:
+    """`SAMPLED` steps of the solver with guidance, in the types of the module.
+
+    Args:
+        module: the network.
+        mesh: as for `train_program`.
+        rows: clips that are solved together; guidance makes them twice as many.
+        tokens: of each.
+        text_length: states of each prompt.
+
+    Returns:
+        The lowered program.
+    """
+    # As `batches_of` pads them; padding is a segment of its own.
+    padding = -tokens % mesh.shape["context"]
+    arrays = _row_shapes(module, rows, tokens + padding)
+    settings: dict[str, Any] = {"steps": SAMPLED, "solver": "unipc"}
+    image = None
+    if module.image_width:
+        image = _shape(rows, module.image_length or 257, module.image_width)
+    states = _shape(rows, text_length, module.text_width)
+    with jax.set_mesh(mesh):
+        params = jax.eval_shape(
+            lambda key: module.init(key, *dit_inputs(module))["params"], _key()
+        )
+        running = jax.eval_shape(
+            lambda *x: start_noise(
+                *x,
+                path=NoisePath(),
+                policy=TimestepPolicy(),
+                one_clip=not padding,
+                noisy=False,
+                **settings,
+            ),
+            arrays,
+            _shape(rows, 2, dtype=jnp.uint32),
+        )
+        clips = _shape(rows, text_length, dtype=jnp.int32) if padding else None
+        text = jax.eval_shape(Text, states, clips, image)
+        divided, whole = rows_sharding(mesh, rows), replicated(mesh)
+
+        def by_row(shape: Any) -> Any:
+            place = divided if shape.shape[:1] == (rows,) else whole
+            return _placed(shape, place)
+
+        variables = {
+            "params": jax.tree.map(_placed, params, parameter_shardings(params, mesh))
+        }
+        return Stepper(module, NoisePath()).lower(
+            variables,
+            jax.tree.map(by_row, running),
+            jax.tree.map(by_row, (text, text)),
+            solver="unipc",
+            guidance=Guidance(5.0),
+            count=SAMPLED,
+            skips=None,
+        )
+
+
+def vae_program(vae: VideoVAE, mesh: Mesh, clip: Sequence[int], step: str) -> Any:
+    """A piece in the middle of a video, encoded or decoded.
+
+    Args:
+        vae: the autoencoder.
+        mesh: as for `train_program`; see `autoencoder_mesh`.
+        clip: frames, height and width in pixels.
+        step: "encode" or "decode".
+
+    Returns:
+        The lowered program, and how many such pieces follow the first frame.
+
+    Raises:
+        ValueError: the sizes are not whole numbers of latents.
+    """
+    frames, *latent = vae.latent_shape(*clip)
+    with jax.set_mesh(mesh):
+        program, at_a_time = encode_step, at_once(1, frames - 1)
+        shape = at_a_time * vae.temporal_compression, *clip[1:], 3
+        if step == "decode":
+            program, at_a_time = decode_step, decoded_at_once(vae, frames, *latent)
+            shape = at_a_time, *latent, vae.latent_channels
+        small = _shape(1, 1, *(vae.spatial_compression,) * 2, 3)
+        params = jax.eval_shape(lambda *x: vae.init(*x)["params"], _key(), small)
+        _, cache = jax.eval_shape(
+            lambda *x: program(vae, *x, {}), params, _shape(1, 1, *shape[1:])
+        )
+
+        def divided(x: Any) -> Any:
+            spec = fit(activation_spec(*frame_axes(x)), x.shape, mesh.shape)
+            return _placed(x, NamedSharding(mesh, spec))
+
+        params = jax.tree.map(_placed, params, parameter_shardings(params, mesh))
+        piece = _placed(_shape(1, *shape), replicated(mesh))
+        lowered = program.lower(vae, params, piece, jax.tree.map(divided, cache))
+    return lowered, -(-(frames - 1) // at_a_time)
+
+
+def _placed(shape: Any, place: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)

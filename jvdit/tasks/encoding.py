@@ -1,0 +1,253 @@
+"""A data set of latents, made of one of clips by a finished autoencoder.
+
+What is written is a data set of the same record format. Its settings say which
+autoencoder made it (hash, fields), of which source; a copy of the autoencoder, with
+the statistics of its latents, lies beside the shards. So do, with a text encoder,
+states of the captions, settings and a copy of the text encoder; of a released one,
+which may stand for either, only where it lies.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from rich.progress import Progress
+
+from jvdit.data.catalog import open_source
+from jvdit.data.clips import BadClip, Clip, Source
+from jvdit.data.record_format import latent_features
+from jvdit.data.records import RecordDataset, RecordWriter
+from jvdit.machine import cluster
+from jvdit.machine.files import said_if_full
+from jvdit.models.video_vae import VideoVAE
+from jvdit.weights.caption_encoder import CaptionEncoder
+from jvdit.weights.clip_encoder import ClipEncoder
+from jvdit.weights.parameters import save_weights
+
+SHARD = 2048  # clips
+_READERS = min(16, os.cpu_count() or 1)  # threads
+
+
+def encode(
+    source: str,
+    vae: str,
+    out: str,
+    validation: str = "",
+    text_encoder: str = "",
+    text_length: int = 64,
+    shard: int = SHARD,
+) -> None:
+    """Encodes a source, and another one for validation.
+
+    All processes call it; each encodes a part of the shards, on its host's devices.
+
+    Args:
+        source: name of the clips of the split train.
+        vae: folder of the autoencoder: its workdir, `model` or weights.
+        out: folder of the latents; what is finished there is not done again.
+        validation: name of the clips of the split val. "": none.
+        text_encoder: folder of the text encoder that encodes the captions. "": leave
+            them to the training.
+        text_length: tokens of a caption at the most.
+        shard: clips of a file, which is what one process does at a time.
+
+    Raises:
+        ValueError: the folder holds other latents, another run encodes into it, a clip
+            is of a size that the autoencoder doesn't take, or the processes don't see
+            the same folder.
+        FileNotFoundError: there is no such source or autoencoder.
+        OSError: files can't be written, because the disk is full for example.
+    """
+    cluster.check_alike(locals())
+    if shard < 1:
+        raise ValueError(f"`shard` (={shard}) must be at least 1 clip.")
+    encoder = ClipEncoder.load(vae)
+    named = {"train": source} | ({"val": validation} if validation else {})
+    splits = {split: open_source(name) for split, name in named.items()}
+    _check_sizes(encoder.module, splits.values())
+    folder = pathlib.Path(out).absolute()
+    settings: dict[str, Any] = {
+        "vae": encoder.settings,
+        "sources": {name: each.fingerprint for name, each in splits.items()},
+    }
+    states = None
+    if text_encoder:
+        captions = CaptionEncoder.load(text_encoder)
+        settings["text"] = captions.settings | {"length": text_length}
+        states = partial(captions, max_length=text_length)
+    with said_if_full(folder), cluster.held(folder):
+        writer = RecordWriter(
+            folder,
+            latent_features(text=states is not None),
+            shards={name: -(-len(each) // shard) for name, each in splits.items()},
+            settings=settings,
+        )
+        with ThreadPoolExecutor(_READERS) as threads:
+            _write(writer, splits, shard, _Maker(encoder, states, threads))
+        cluster.wait_for_others(f"encoded {folder}")
+        if cluster.is_lead():
+            cluster.await_seen(partial(_all_done, writer), f"all shards of {folder}")
+            writer.finish()
+            if states is not None:
+                captions.save(folder)
+            _save_autoencoder(encoder, folder)
+        cluster.check_seen(folder / "vae" / "config.json")
+
+
+def _check_sizes(module: VideoVAE, sources: Iterable[Source]) -> None:
+    for source in sources:
+        index = source.index
+        sizes = np.stack([index["frames"], index["height"], index["width"]], 1)
+        for size in np.unique(sizes, axis=0):
+            module.latent_shape(*map(int, size))
+
+
+def _all_done(writer: RecordWriter) -> bool:
+    shards = writer.shards.items()
+    return all(writer.is_done(split, i) for split, n in shards for i in range(n))
+
+
+def _write(
+    writer: RecordWriter, splits: Mapping[str, Source], shard: int, maker: "_Maker"
+) -> None:
+    """Writes this process's part of the shards, dealt out like cards."""
+    pieces = [
+        (split, i, range(i * shard, min((i + 1) * shard, len(source))))
+        for split, source in splits.items()
+        for i in range(writer.shards[split])
+    ]
+    mine = pieces[jax.process_index() :: jax.process_count()]
+    with Progress(disable=not cluster.is_lead()) as progress:
+        task = progress.add_task("encoding", total=sum(len(ids) for *_, ids in mine))
+        for split, i, ids in mine:
+            if not writer.is_done(split, i):
+                records = maker.records(splits[split], split, ids)
+                writer.write_shard(split, i, records)
+            progress.advance(task, len(ids))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Maker:
+    """Makes records of clips.
+
+    Attributes:
+        encoder: of clips.
+        states: of captions; None: they are left to the training.
+        threads: that read clips.
+    """
+
+    encoder: ClipEncoder
+    states: Callable[[Sequence[str]], list[np.ndarray]] | None
+    threads: ThreadPoolExecutor
+
+    def records(
+        self, source: Source, split: str, ids: Sequence[int]
+    ) -> Iterator[dict[str, Any]]:
+        """The records of clips, those of one size after another.
+
+        The devices encode the next batch while the one before is made to records.
+        """
+        before: Iterator[dict[str, Any]] = iter(())
+        for size, alike in _by_size(source.index, ids).items():
+            rows = self.encoder.rows(len(alike), size)
+            for start in range(0, len(alike), rows):
+                clips = self._read(source, split, alike[start : start + rows])
+                if not clips:
+                    continue
+                videos = np.stack([clip["video"] for clip in clips.values()])
+                # One shape, one compilation: the last batch is filled up.
+                spare = np.repeat(videos[:1], rows - len(videos), axis=0)
+                moments = self.encoder(np.concatenate([videos, spare]))
+                yield from before
+                before = self._made(clips, split, moments)
+        yield from before
+
+    def _read(self, source: Source, split: str, ids: Sequence[int]) -> dict[int, Clip]:
+        """The good clips; each thread decodes some, for a decoder uses one alone."""
+        each = -(-len(ids) // _READERS)
+        parts = [ids[i : i + each] for i in range(0, len(ids), each)]
+        good = {}
+        clips = chain(*self.threads.map(source.read, parts))
+        for i, clip in zip(ids, clips, strict=True):
+            if isinstance(clip, BadClip):
+                logging.warning("left out clip %d of %s: %s", i, split, clip.reason)
+            else:
+                good[i] = clip
+        return good
+
+    def _made(
+        self, clips: Mapping[int, Clip], split: str, moments: Sequence[Any]
+    ) -> Iterator[dict[str, Any]]:
+        """The records of one batch, of which the last clips may be spare."""
+        texts: list[Any] = [None] * len(clips)
+        if self.states is not None:
+            texts = self.states([clip["caption"] for clip in clips.values()])
+        mean, logvar = map(np.asarray, moments)
+        for (i, clip), *found in zip(clips.items(), mean, logvar, texts, strict=False):
+            yield _record(f"{split}-{i:09d}", clip, *found)
+
+
+def _record(
+    key: str, clip: Clip, mean: np.ndarray, logvar: np.ndarray, text: np.ndarray | None
+) -> Clip:
+    frames, height, width = mean.shape[:3]
+    record = {
+        "key": key,
+        "mean": mean.astype(jnp.bfloat16),
+        "logvar": logvar.astype(jnp.bfloat16),
+        "caption": clip["caption"],
+        "meta": "{}",
+        "frames": frames,
+        "height": height,
+        "width": width,
+        "text_length": 0 if text is None else len(text),
+        "fps": float(clip["fps"]),
+        "has_audio": clip.get("audio") is not None,
+    }
+    if text is not None:
+        record["text_embeds"] = text.astype(jnp.bfloat16)
+    return record
+
+
+def _by_size(index, ids: Sequence[int]) -> dict[tuple[int, ...], list[int]]:
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i in ids:
+        size = tuple(int(index[name][i]) for name in ("frames", "height", "width"))
+        groups.setdefault(size, []).append(i)
+    return groups
+
+
+def _save_autoencoder(encoder: ClipEncoder, folder: pathlib.Path) -> None:
+    """Writes it beside its latents, with their statistics unless it has some."""
+    fields = dict(encoder.fields)
+    if fields.get("latents_mean") is None:
+        mean, std = _statistics(folder)
+        fields |= {"latents_mean": mean, "latents_std": std}
+    save_weights(folder / "vae", encoder.params, fields)
+
+
+def _statistics(folder: pathlib.Path) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel of latents drawn from the cache."""
+    records = RecordDataset(folder, "train")
+    stride = max(len(records) // 4096, 1)
+    total = square = 0.0
+    count = 0
+    for i in range(0, len(records), stride):
+        record = records[i]
+        mean = np.asarray(record["mean"], np.float64)
+        variance = np.exp(np.asarray(record["logvar"], np.float64))
+        total = total + mean.sum((0, 1, 2))
+        square = square + (mean**2 + variance).sum((0, 1, 2))
+        count += mean[..., 0].size
+    mean = np.asarray(total) / count
+    std = np.sqrt(np.maximum(np.asarray(square) / count - mean**2, 1e-8))
+    return mean.tolist(), std.tolist()

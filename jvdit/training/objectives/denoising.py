@@ -1,0 +1,266 @@
+"""What can be trained: the loss of the DiT on packed latents.
+
+The video autoencoder's is in `autoencoding.py`; both follow `step.Objective`.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from jvdit.diffusion.denoise import denoise
+from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
+from jvdit.models.dit import DiT
+from jvdit.models.lora import LoRA
+from jvdit.models.text_encoder import TextEncoder
+from jvdit.shapes import Text, Tokens
+from jvdit.training.step import Batch, Metrics
+
+BUCKETS = 5  # of noise levels, for the loss by noise level
+
+
+def text_of(text_encoder: TextEncoder | None, params: Any, batch: Batch) -> Text:
+    """The text states of a packed batch: encoded here, or as they were cached."""
+    if text_encoder is None:
+        embeds = batch["text_embeds"]
+    else:
+        embeds = text_encoder.apply(
+            {"params": params["text_encoder"]},
+            batch["text_ids"],
+            batch["text_segment"],
+        )
+    return Text(embeds, batch["text_segment"])
+
+
+def tokens_of(batch: Batch, latents: Float[Array, "b n c"], one_clip: bool) -> Tokens:
+    """The tokens of a packed batch.
+
+    Args:
+        batch: a packed batch, perhaps with `clean` tokens.
+        latents: clean or noisy.
+        one_clip: every row of every batch is exactly one clip without padding: no mask
+            and, unless tokens are clean, a single noise level.
+    """
+    segment, clean = batch["segment"], batch.get("clean")
+    if one_clip and clean is None:
+        return Tokens(latents, batch["position"])
+    level = segment if clean is None else jnp.where(clean, 0, segment)
+    return Tokens(latents, batch["position"], None if one_clip else segment, level)
+
+
+def generated(batch: Batch) -> Bool[Array, "b n"]:
+    """Which tokens are to be generated: neither padding nor given."""
+    inside = batch["segment"] > 0
+    return inside & ~batch["clean"] if "clean" in batch else inside
+
+
+def first_frames(batch: Batch, chosen: Bool[Array, "b m"]) -> Bool[Array, "b n"]:
+    """The tokens of the first frame of the chosen clips, but of those that have one.
+
+    Positions count from a clip's first frame, so that is where they are 0 in time.
+    """
+    segment, first = batch["segment"], batch["position"][..., 0] == 0
+    member = jax.nn.one_hot(segment, chosen.shape[1] + 1, dtype=bool)[..., 1:]
+    longer = (member & ~first[..., None]).any(1)
+    return first & (member & (chosen & longer)[:, None]).any(-1)
+
+
+def clip_sizes(batch: Batch) -> Float[Array, "b m"]:
+    """How many tokens each clip of each row has; 0 for an empty place."""
+    clips = batch["valid"].shape[1]
+    member = jax.nn.one_hot(batch["segment"], clips + 1)
+    return member.sum(1)[:, 1:]
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowObjective:
+    """Trains a DiT, and a text encoder with it, to denoise packed latents.
+
+    The squared error of the velocity (Eq. 14 of arXiv:2210.02747 for the flow path),
+    weighted so that it is the squared error of the path's target, averaged over
+    tokens. Each clip has its own time; what is given of it is clean, and no part of
+    the loss.
+
+    Attributes:
+        dit: the network.
+        text_encoder: trained along; None: batches carry cached `text_embeds`.
+        path: from latents to noise.
+        policy: the times.
+        one_clip: see `tokens_of`.
+        pad_text: tokens see all text states of their clip, padding included.
+        boundary: with two experts, "dit" above this time and "dit_low" below, the first
+            half of a batch's rows trains the one and the second half the other. 0:
+            there is one network.
+        first_frame: share of the clips whose first latent frame is given, as `image`
+            gives it in sampling.
+        lora: adapters of the DiT that are trained in the place of all else, which is
+            frozen then.
+    """
+
+    dit: DiT
+    text_encoder: TextEncoder | None
+    path: NoisePath
+    policy: TimestepPolicy
+    one_clip: bool = False
+    pad_text: bool = False
+    boundary: float = 0.0
+    first_frame: float = 0.0
+    lora: LoRA | None = None
+
+    def init(self, key: PRNGKeyArray, batch: Batch) -> Any:
+        """Fresh parameters by network: "dit", perhaps "text_encoder" and "dit_low".
+
+        With adapters they are all: {"lora"}.
+        """
+        keys = jax.random.split(key, 3)
+        batch = {name: value[:1] for name, value in batch.items()}
+        params = {}
+        if self.text_encoder is not None:
+            ids, segment = batch["text_ids"], batch["text_segment"]
+            params["text_encoder"] = self.text_encoder.init(keys[0], ids, segment)[
+                "params"
+            ]
+        text = self._text(params, batch)
+        tokens = tokens_of(batch, batch["latents"], self.one_clip)
+        levels = 1 if tokens.level is None else batch["valid"].shape[1] + 1
+        t = jnp.zeros((1, levels))
+        params["dit"] = self.dit.init(keys[1], tokens, t, text)["params"]
+        if self.lora is not None:
+            return {"lora": self.lora.init(keys[1], params["dit"])}
+        if self.boundary:
+            params["dit_low"] = self.dit.init(keys[2], tokens, t, text)["params"]
+        return params
+
+    def flops(self, tokens: int, text: int) -> int:
+        """Of a row in a step of training; see `DiT.flops`."""
+        return self.dit.flops(tokens, text, "adapters" if self.lora else "weights")
+
+    def prepare(self, batch: Batch, key: PRNGKeyArray) -> Batch:
+        """Draws a time for each clip, what is given of it, and a key for each row."""
+        time_key, row_key = jax.random.split(key)
+        if self.first_frame:
+            given_key, shape = jax.random.fold_in(key, 2), batch["valid"].shape
+            chosen = jax.random.bernoulli(given_key, self.first_frame, shape)
+            batch = {**batch, "clean": first_frames(batch, chosen)}
+        sizes = jnp.maximum(clip_sizes(batch), 1)
+        t = self.policy.sample(time_key, sizes)
+        if self.boundary:
+            spans = (self.boundary, 1.0), (0.0, self.boundary)
+            time_keys = jax.random.split(time_key)
+            t = jnp.concatenate(
+                [
+                    dataclasses.replace(self.policy, span=span).sample(each, half)
+                    for span, each, half in zip(
+                        spans, time_keys, jnp.split(sizes, 2), strict=True
+                    )
+                ]
+            )
+        rows = jax.random.split(row_key, len(batch["segment"]))
+        return {**batch, "t": t, "key": rows}
+
+    def weight(self, batch: Batch) -> Float[Array, ""]:
+        """Tokens that are generated."""
+        return generated(batch).sum().astype(jnp.float32)
+
+    def loss(self, params: Any, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
+        """Sum over tokens of the squared error, and the loss by noise level."""
+        x0, noise = jax.vmap(_draw)(batch["key"], batch["latents"], batch["logvar"])
+        rng = jax.random.fold_in(batch["key"][0], 1)
+        error, t = self.error(params, batch, x0, noise, batch["t"], rng)
+        metrics: Metrics = {}
+        for i in range(BUCKETS):
+            inside = (t >= i / BUCKETS) & (t < (i + 1) / BUCKETS + (i == BUCKETS - 1))
+            inside = inside & generated(batch)
+            name = f"loss_at_t/{i / BUCKETS:.1f}-{(i + 1) / BUCKETS:.1f}"
+            count = inside.sum().astype(jnp.float32)
+            metrics[name] = (jnp.where(inside, error, 0.0).sum(), count)
+        return error.sum(), metrics
+
+    def error(
+        self,
+        params: Any,
+        batch: Batch,
+        x0: Float[Array, "b n c"],
+        noise: Float[Array, "b n c"],
+        t: Float[Array, "b m"],
+        rng: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "b n"], Float[Array, "b n"]]:
+        """Squared error of each generated token (0 elsewhere), and the token's time.
+
+        `rng` is for dropout; None: there is none.
+        """
+        if not self.boundary:
+            return self._error(params, "dit", batch, x0, noise, t, rng)
+        inputs = dict(batch), x0, noise, t
+        low, high = (
+            self._error(
+                params, name, *jax.tree.map(lambda x, i=i: jnp.split(x, 2)[i], inputs)
+            )
+            for i, name in ((1, "dit_low"), (0, "dit"))
+        )
+        return jax.tree.map(lambda *halves: jnp.concatenate(halves), high, low)
+
+    def _error(self, params, name, batch, x0, noise, t, rng=None):
+        clean = tokens_of(batch, x0, self.one_clip)
+        levels = t if clean.level is None else jnp.pad(t, ((0, 0), (1, 0)))
+        token_t = clean.per_token(levels)
+        tokens = clean.with_latents(self.path.mix(x0, noise, token_t))
+        variables, rngs = {"params": params[name]}, {}
+        if self.lora is not None:
+            variables["lora"] = self.lora.active(params["lora"], rng is not None)
+            rngs = {} if rng is None else {"lora": rng}
+        model = partial(self.dit.apply, variables, rngs=rngs)
+        text = self._text(params, batch)
+        velocity = denoise(model, tokens, levels, text, self.path)
+        wanted = self.path.true_velocity(x0, noise, token_t)
+        weight = self.path.loss_weight(token_t) * generated(batch)[..., None]
+        error = (weight * (velocity - wanted) ** 2).mean(-1)
+        return error, jnp.broadcast_to(token_t[..., 0], error.shape)
+
+    def _text(self, params: Any, batch: Batch) -> Text:
+        text = text_of(self.text_encoder, params, batch)
+        unmasked = self.pad_text and self.one_clip
+        return Text(text.embeds) if unmasked else text
+
+    def validate(
+        self, params: Any, batch: Batch, keys: Any, times: Float[Array, " times"]
+    ) -> Float[Array, " times"]:
+        """Mean squared error at fixed times with fixed noise: comparable for ever.
+
+        Args:
+            params: for example the average.
+            batch: a packed batch.
+            keys: one for each row.
+            times: at which to measure.
+        """
+        x0, noise = jax.vmap(_draw)(keys, batch["latents"], batch["logvar"])
+        weight = jnp.maximum(self.weight(batch), 1)
+
+        def at(t):
+            everywhere = jnp.full(batch["valid"].shape, t)
+            networks = ("dit_low", "dit") if self.boundary else ("dit",)
+            error = jax.lax.switch(
+                (t >= self.boundary).astype(int) * (len(networks) - 1),
+                [
+                    lambda name=name: self._error(
+                        params, name, batch, x0, noise, everywhere
+                    )[0]
+                    for name in networks
+                ],
+            )
+            return error.sum() / weight
+
+        return jax.lax.map(at, times)
+
+
+def _draw(
+    key: PRNGKeyArray, mean: Float[Array, "n c"], logvar: Float[Array, "n c"]
+) -> tuple[Float[Array, "n c"], Float[Array, "n c"]]:
+    """A latent from the autoencoder's posterior, and the noise to mix it with."""
+    latent_key, noise_key = jax.random.split(key)
+    spread = jnp.exp(0.5 * logvar.astype(jnp.float32))
+    latent = mean + spread * jax.random.normal(latent_key, mean.shape)
+    return latent.astype(jnp.float32), jax.random.normal(noise_key, mean.shape)

@@ -1,0 +1,188 @@
+"""Adapter files of other projects: read into ours, and written.
+
+A file names the layers as the network's own checkpoint does, with a prefix, and the two
+factors behind: `lora_A`, `lora_B` (PEFT, diffusers) or `lora_down`, `lora_up`
+(ComfyUI, kohya). Strengths are in `.alpha` tensors, in an `adapter_config.json` beside
+the file (PEFT), or in metadata of the file (diffusers); without any they are 1.
+"""
+
+import json
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import einops
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from jvdit.models.layers import STACKS
+from jvdit.models.lora import A, B
+from jvdit.weights.loading import paths_of
+from jvdit.weights.rules import Rule, names_of, places_of
+from jvdit.weights.tensors import PathLike, TensorFiles, write_tensors
+
+# Of the names of layers. The first is the one that is written.
+PREFIXES = ("transformer.", "base_model.model.", "diffusion_model.", "model.", "")
+_FACTORS = re.compile(
+    r"(?P<layer>.+)\.(?:(?P<a>lora_A|lora_down)|lora_B|lora_up)(?:\.\w+)?\.weight"
+)
+# kohya's scripts (musubi-tuner) join the authors' names by underscores.
+_JOINED = re.compile(
+    r"lora_unet_((?:vace_)?blocks)_(\d+)_(self_attn|cross_attn|ffn)_(\w+)"
+)
+FILE = "pytorch_lora_weights.safetensors"
+
+
+def read_lora(
+    path: PathLike, tables: Sequence[Sequence[Rule]], params: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The adapters of a file, at the strength that it gives them.
+
+    Args:
+        path: a safetensors file, or a folder with one.
+        tables: of the network, for each way that its layers are named.
+        params: of the network, or their shapes: to stack layers as it does.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a tensor is no adapter of a layer of this network; lists which.
+    """
+    path = pathlib.Path(path)
+    tensors = TensorFiles(path)
+    alphas = _Alphas(path, tensors)
+    found: dict[str, np.ndarray] = {}
+    unknown = []
+    for name in tensors:
+        if name.endswith(".alpha"):
+            continue
+        match = _FACTORS.fullmatch(name)
+        place = match and _place(match["layer"], tables)
+        if not match or place is None or tensors[name].ndim < 2:
+            unknown.append(name)
+            continue
+        layer, rule = place
+        tensor = np.asarray(tensors[name], np.float32)
+        if match["a"]:
+            try:
+                factor = rule.to_ours(tensor)
+            except einops.EinopsError:
+                unknown.append(name)
+                continue
+            found[f"{layer}/{A}"] = factor
+        else:
+            strength = alphas.of(match["layer"], rank := tensor.shape[1]) / rank
+            factor = tensor.reshape(tensor.shape[:2]).T * strength
+            found[f"{layer}/{B}"] = factor
+    if unknown or not found:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        raise ValueError(
+            f"{path} holds no adapters of this network: unknown are "
+            f"{', '.join(unknown[:3]) or 'none, but it is empty'}{more}."
+        )
+    return _stacked(found, params)
+
+
+def write_lora(
+    folder: PathLike, adapters: Mapping[str, Any], rules: Sequence[Rule]
+) -> pathlib.Path:
+    """Writes adapters as diffusers reads them (`load_lora_weights`); returns the file.
+
+    Args:
+        folder: where to.
+        adapters: at their strength.
+        rules: the table of the network.
+    """
+    tensors = {}
+    for path, leaf in flatten_dict(dict(adapters), sep="/").items():
+        layer, _, factor = path.rpartition("/")
+        value = np.asarray(leaf, np.float32)
+        layers = value.shape[0] if path.partition("/")[0] in STACKS else 0
+        for piece in names_of(rules, f"{layer}/kernel", layers):
+            own = value if piece.layer is None else value[piece.layer]
+            name = PREFIXES[0] + piece.name.removesuffix(".weight")
+            if factor == A:
+                turned, name = piece.rule.to_theirs(own), f"{name}.lora_A.weight"
+            else:
+                ones = (1,) * (len(piece.rule.layout.split("->")[0].split()) - 2)
+                turned = own.T.reshape(*own.T.shape, *ones)
+                name = f"{name}.lora_B.weight"
+            tensors[name] = np.ascontiguousarray(turned)
+    file = pathlib.Path(folder) / FILE
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(file, tensors)
+    return file
+
+
+def _place(name: str, tables: Sequence[Sequence[Rule]]) -> tuple[str, Rule] | None:
+    """The path of a layer, and its rule."""
+    name = _JOINED.sub(r"\1.\2.\3.\4", name)
+    for prefix in PREFIXES:
+        for rules in tables if name.startswith(prefix) else ():
+            for path, rule in places_of(rules, f"{name[len(prefix) :]}.weight"):
+                if path.endswith("/kernel") and rule.part[1] == 1:
+                    return path.removesuffix("/kernel"), rule
+    return None
+
+
+class _Alphas:
+    """What a file, or the settings that lie with it, say of each layer's strength."""
+
+    def __init__(self, path: pathlib.Path, tensors: TensorFiles):
+        self.by_layer = {
+            name.removesuffix(".alpha"): float(np.asarray(tensors[name], np.float32))
+            for name in tensors
+            if name.endswith(".alpha")
+        }
+        file = (path if path.is_dir() else path.parent) / "adapter_config.json"
+        self.settings: dict[str, Any] = {}
+        if file.exists():
+            self.settings = json.loads(file.read_text())
+        elif "lora_adapter_metadata" in tensors.metadata:
+            # diffusers: {"transformer.r": 8, "transformer.lora_alpha": 16, …}
+            held = json.loads(tensors.metadata["lora_adapter_metadata"])
+            self.settings = {name.rpartition(".")[2]: x for name, x in held.items()}
+        if self.settings.get("use_dora"):
+            raise ValueError(f"{path} holds DoRA adapters; merge them where they are.")
+
+    def of(self, layer: str, rank: int) -> float:
+        """Alpha of a layer, such that the strength is alpha / rank."""
+        if layer in self.by_layer:
+            return self.by_layer[layer]
+        alpha = float(self.settings.get("lora_alpha", rank))
+        for pattern, special in self.settings.get("alpha_pattern", {}).items():
+            if re.search(rf"(^|\.)({pattern})$", layer):
+                alpha = float(special)
+        return alpha * rank**0.5 if self.settings.get("use_rslora") else alpha
+
+
+def _stacked(flat: Mapping[str, np.ndarray], params: Mapping[str, Any]) -> dict:
+    """The tree, with layers stacked where the network's are.
+
+    Layers that a file leaves out get adapters of zeros.
+    """
+    shapes = {path: leaf.shape for path, leaf in paths_of(params).items()}
+    joined: dict[str, Any] = {}
+    layers: dict[tuple[str, int], dict[int, np.ndarray]] = {}
+    for path, value in flat.items():
+        stack = _stack_of(path)
+        if stack is None or stack[0] not in {p.partition("/")[0] for p in shapes}:
+            joined[path] = value
+            continue
+        name, number, rest = stack
+        kernel = shapes.get(f"{name}/{rest.rpartition('/')[0]}/kernel", (0,))
+        if number >= kernel[0]:
+            raise ValueError(f"there is no layer {path}; {name} are {kernel[0]}.")
+        layers.setdefault((f"{name}/{rest}", kernel[0]), {})[number] = value
+    for (path, depth), values in layers.items():
+        # Layers may differ in rank: zeros fill up.
+        shape = np.max([value.shape for value in values.values()], axis=0)
+        joined[path] = np.zeros((depth, *shape), np.float32)
+        for number, value in values.items():
+            joined[path][number, : value.shape[0], : value.shape[1]] = value
+    return unflatten_dict(joined, sep="/")
+
+
+def _stack_of(path: str) -> tuple[str, int, str] | None:
+    match = re.fullmatch(r"(block|control)_(\d+)/(.+)", path)
+    return match and (f"{match[1]}s", int(match[2]), match[3])

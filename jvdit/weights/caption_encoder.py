@@ -1,0 +1,160 @@
+"""A finished text encoder with its tokenizer: from captions to states."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Sequence
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from jvdit.data.plan import TEXT_MULTIPLE
+from jvdit.data.tokenizer import Tokenizer
+from jvdit.data.tokenizer_json import sentencepiece_of
+from jvdit.machine.cluster import to_host
+from jvdit.machine.compilation import jit
+from jvdit.machine.files import write_atomically
+from jvdit.machine.json_files import read_json, write_json
+from jvdit.models.text_encoder import TextEncoder
+from jvdit.weights.folders import load_text_encoder
+from jvdit.weights.parameters import (
+    build,
+    load_weights,
+    model_folder,
+    module_fields,
+    save_weights,
+    weights_hash,
+)
+from jvdit.weights.release import is_release, read_release
+
+BATCH = 32  # captions
+_REFERENCE = "text_encoder.json"
+
+
+@dataclasses.dataclass
+class CaptionEncoder:
+    """Encodes captions in batches of one shape.
+
+    Attributes:
+        module: the network.
+        params: its parameters, or a function that brings them to the devices.
+        tokenizer: of the captions.
+        release: folder of the released model that it is of; "": of none.
+    """
+
+    module: TextEncoder
+    params: Any
+    tokenizer: Tokenizer
+    release: str = ""
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]):
+        """Loads the text encoder of a `model` folder, workdir or released model.
+
+        Raises:
+            FileNotFoundError: it, or its tokenizer, is missing.
+        """
+        folder = model_folder(folder)
+        if (folder / _REFERENCE).exists():
+            folder = pathlib.Path(read_json(folder / _REFERENCE, "copy it anew"))
+        if is_release(folder):
+            release = read_release(folder)
+            loaded = load_text_encoder(release.parts["text_encoder"])
+            tokenizer = release_tokenizer(release.tokenizer)
+            return cls(loaded.module, loaded.load, tokenizer, str(folder.absolute()))
+        model = folder / "tokenizer.model"
+        if not model.exists():
+            raise FileNotFoundError(
+                f"{folder} holds no text encoder (tokenizer.model is missing); give "
+                "the workdir of a training that trained one."
+            )
+        params, fields = load_weights(folder / "text_encoder")
+        return cls(build(TextEncoder, fields), params, Tokenizer(model))
+
+    def save(self, folder: pathlib.Path) -> None:
+        """Writes what `load` reads; of a released model only where it lies."""
+        if self.release:
+            write_json(folder / _REFERENCE, self.release)
+            return
+        fields = module_fields(self.module)
+        save_weights(folder / "text_encoder", self.params, fields)
+        write_atomically(folder / "tokenizer.model", self.tokenizer.model)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What tells this text encoder from others, as JSON values."""
+        return {
+            "hash": weights_hash(self._placed),
+            "tokenizer": self.tokenizer.fingerprint,
+            "width": self.module.width,
+        }
+
+    def __call__(
+        self, captions: Sequence[str], max_length: int
+    ) -> list[Float[np.ndarray, "s e"]]:
+        """The states of each caption, as many as it has tokens.
+
+        Args:
+            captions: any number.
+            max_length: tokens after which a caption is cut.
+        """
+        return encode_captions(
+            self.module, self._placed, self.tokenizer, captions, max_length, BATCH
+        )
+
+    def free(self) -> None:
+        """Takes from the devices what a function brought there."""
+        if callable(self.params):
+            self.__dict__.pop("_placed", None)
+
+    @cached_property
+    def _placed(self):
+        return self.params() if callable(self.params) else jax.device_put(self.params)
+
+
+def release_tokenizer(file: os.PathLike[str]) -> Tokenizer:
+    """The tokenizer of a released model, with the conventions of its authors."""
+    name = os.fspath(file)
+    model = sentencepiece_of(name) if name.endswith(".json") else name
+    return Tokenizer(model, byte_fallback="unk", clean=True)
+
+
+def encode_captions(
+    module: TextEncoder,
+    params: Any,
+    tokenizer: Tokenizer,
+    captions: Sequence[str],
+    max_length: int,
+    batch: int,
+) -> list[Float[np.ndarray, "s e"]]:
+    """The states of each caption, as many as it has tokens.
+
+    Args:
+        module: the text encoder.
+        params: its parameters, on the devices.
+        tokenizer: of the captions.
+        captions: any number.
+        max_length: tokens after which a caption is cut.
+        batch: captions at once.
+    """
+    # Few lengths, few compilations.
+    length = -(-max_length // TEXT_MULTIPLE) * TEXT_MULTIPLE
+    states: list[np.ndarray] = []
+    for start in range(0, len(captions), batch):
+        ids = np.zeros((batch, length), np.int32)
+        segment = np.zeros_like(ids)
+        for row, caption in enumerate(captions[start : start + batch]):
+            tokens = tokenizer.encode(caption, max_length)
+            ids[row, : len(tokens)], segment[row, : len(tokens)] = tokens, 1
+        encoded = to_host(_apply(module, params, ids, segment))
+        counts = segment.sum(1)[: len(captions) - start]
+        states += [encoded[row, :count] for row, count in enumerate(counts)]
+    return states
+
+
+@partial(jit, static_argnames="module")
+def _apply(module: TextEncoder, params: Any, ids: jax.Array, segment: jax.Array):
+    return module.apply({"params": params}, ids, segment)

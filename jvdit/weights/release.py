@@ -1,0 +1,153 @@
+"""What a released model is made of, and where each part of it is.
+
+A folder is laid out as diffusers saves a pipeline (`model_index.json`, and a folder for
+each part), or as the original release: the DiT in the folder itself, or each expert in
+its own, beside files of the other networks.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from jvdit.weights.recipes import NEGATIVE_PROMPT, RECIPES, name_of
+from jvdit.weights.schedulers import Scheduler, scheduler_of
+from jvdit.weights.tensors import PathLike
+
+# Names of the original release, of files to be turned to safetensors.
+_ORIGINAL = {
+    "text_encoder": "models_t5*",
+    "vae": "Wan2.?_VAE*",
+    "image_encoder": "models_clip*",
+}
+_PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline")
+
+
+@dataclasses.dataclass(frozen=True)
+class Release:
+    """A released model.
+
+    Attributes:
+        folder: of all of it.
+        parts: where each network is: "dit", "text_encoder", "vae", and where there are
+            such, "dit_low" (the expert for low noise) and "image_encoder".
+        tokenizer: the file of the tokenizer: sentencepiece's, or a `tokenizer.json`.
+        clean_frames: a given first frame is known as clean tokens (TI2V).
+        settings: what its own configuration says of sampling, see `recipe`.
+        scheduler: how it spaces times.
+    """
+
+    folder: pathlib.Path
+    parts: dict[str, pathlib.Path]
+    tokenizer: pathlib.Path
+    clean_frames: bool
+    settings: dict[str, Any]
+    scheduler: Scheduler = Scheduler()
+
+    def recipe(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """How to sample from it: steps, shift, guidance, size, negative prompt, ….
+
+        What the folder says itself (shift, solver, boundary) is taken from there, as
+        diffusers does, and all else from the authors' own advice where it is known.
+
+        Args:
+            fields: of its `DiT`.
+        """
+        name = name_of(fields, "dit_low" in self.parts)
+        if name is None:
+            plain = RECIPES["wan2.1-t2v-1.3b"] | {"guidance_scale": 5.0, "shift": 3.0}
+            return plain | {"negative_prompt": NEGATIVE_PROMPT} | self.settings
+        return RECIPES[name] | {"release": name} | self.settings
+
+
+def is_release(folder: PathLike) -> bool:
+    """Whether a folder is laid out as a released model."""
+    folder = pathlib.Path(folder)
+    if (folder / "model_index.json").exists():
+        return True
+    return (folder / "high_noise_model").is_dir() or (
+        (folder / "config.json").exists() and bool(list(folder.glob("Wan2.?_VAE*")))
+    )
+
+
+def read_release(folder: PathLike) -> Release:
+    """Finds the parts of a release.
+
+    Raises:
+        FileNotFoundError: the folder or a part is missing; says which.
+        ValueError: the folder is of another family.
+    """
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{folder} is no folder; give that of a released model, as diffusers or "
+            "Wan's authors lay it out."
+        )
+    if (folder / "model_index.json").exists():
+        return _diffusers(folder, json.loads((folder / "model_index.json").read_text()))
+    return _original(folder)
+
+
+def _diffusers(folder: pathlib.Path, index: dict[str, Any]) -> Release:
+    kind = index.get("_class_name")
+    if kind not in _PIPELINES:
+        raise ValueError(
+            f"{folder} is a {kind}; known are {', '.join(_PIPELINES)}, of Wan 2."
+        )
+    names = {"dit": "transformer", "text_encoder": "text_encoder", "vae": "vae"}
+    optional = {"dit_low": "transformer_2", "image_encoder": "image_encoder"}
+    names |= {k: v for k, v in optional.items() if (index.get(v) or [None])[0]}
+    settings: dict[str, Any] = {}
+    if "dit_low" in names and (boundary := index.get("boundary_ratio")) is not None:
+        settings["boundary"] = float(boundary)
+    file = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text()) if file.exists() else {}
+    _, kind = index.get("scheduler") or (None, None)
+    scheduler = scheduler_of(kind or config.get("_class_name", ""), config)
+    if scheduler.kind:
+        settings["solver"] = scheduler.solver
+    if scheduler.shift is not None:
+        settings["shift"] = scheduler.shift
+    return Release(
+        folder,
+        {part: _there(folder / name) for part, name in names.items()},
+        _tokenizer(folder / "tokenizer"),
+        bool(index.get("expand_timesteps")),
+        settings,
+        scheduler,
+    )
+
+
+def _original(folder: pathlib.Path) -> Release:
+    high, low = folder / "high_noise_model", folder / "low_noise_model"
+    parts = {"dit": folder}
+    if high.is_dir():
+        parts = {"dit": high, "dit_low": _there(low)}
+    config = _there(parts["dit"] / "config.json")
+    kind = json.loads(config.read_text()).get("model_type", "")
+    for part, pattern in _ORIGINAL.items():
+        found = sorted(folder.glob(pattern))
+        best = [x for x in found if x.suffix == ".safetensors"] or found
+        if best:
+            parts[part] = best[0]
+        elif part != "image_encoder":
+            raise FileNotFoundError(
+                f"{folder} has no {pattern}, of the original release; download it, or "
+                "give a folder as diffusers saves it."
+            )
+    return Release(
+        folder, parts, _tokenizer(folder / "google/umt5-xxl"), kind == "ti2v", {}
+    )
+
+
+def _there(path: pathlib.Path) -> pathlib.Path:
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; download the release anew.")
+    return path
+
+
+def _tokenizer(folder: pathlib.Path) -> pathlib.Path:
+    for name in ("spiece.model", "tokenizer.json"):
+        if (folder / name).exists():
+            return folder / name
+    raise FileNotFoundError(f"{folder} has neither spiece.model nor tokenizer.json.")
