@@ -14,7 +14,6 @@ from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
 from jvdit.models import dit, text_encoder, video_vae
 from jvdit.models.lora import LoRA
 from jvdit.training.optim import Optim
-from jvdit.weights.conventions import Conventions
 from jvdit.weights.recipes import POLICY, RECIPES, TEXT_LENGTH, TIMESTEPS
 
 # A ConfigDict. Its attributes have no types that a checker could know.
@@ -153,8 +152,8 @@ def flow(variant: str = "world-s", text_variant: str = "world") -> Config:
     config.tokenizer = ""
     config.vocab_size = 512
     config.patch_size = (1, 2, 2)
-    # What the network takes its inputs to mean.
-    config.conventions = dataclasses.asdict(Conventions())
+    # What the network takes its inputs to mean, see `Bundle`.
+    config.conventions = {"seconds": True, "pad_text": False}
     config.path = dataclasses.asdict(NoisePath())
     config.timesteps = dataclasses.asdict(TimestepPolicy())
     config.data.update(

@@ -36,14 +36,13 @@ from jvdit.evaluation.breakdown import breakdown
 from jvdit.evaluation.detection import detect
 from jvdit.evaluation.overlay import overlay
 from jvdit.evaluation.tracks import follow
-from jvdit.generation.draft import check_draft
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request, size_fields
 from jvdit.machine.compilation import keep_compilations
 from jvdit.machine.files import replacing, said_if_full, write_atomically
 from jvdit.machine.json_files import write_json
 from jvdit.training.metrics import read_history
-from jvdit.weights.networks import model_hash
+from jvdit.weights.starting import model_hash
 
 _WORKDIR = flags.DEFINE_multi_string(
     "workdir", None, "Of a training, or a model folder; several: side by side."
@@ -198,18 +197,18 @@ def evaluate() -> list[pathlib.Path]:
         raise ValueError("name what to evaluate: --workdir=…, or --vae=….")
     out = pathlib.Path(_OUT.value or pathlib.Path(_WORKDIR.value[0]) / "evaluation")
     generators = {label: Generator.load(label) for label in _WORKDIR.value}
-    worlds = {label: world_of(g.defaults) for label, g in generators.items()}
+    worlds = {label: world_of(g.model.defaults) for label, g in generators.items()}
     jobs = [
         (label, setting)
         for label, generator in generators.items()
-        for setting in settings_of(generator.defaults)
+        for setting in settings_of(generator.model.defaults)
     ]
     for label, world in worlds.items():
         size = (world.frames, world.height, world.width, world.fps)
         generators[label].check(Request("", "", *size))
     for label, setting in jobs:
         if setting.draft:
-            check_draft(generators[label])
+            generators[label].model.check_draft()
     found: dict[str, Measured] = {}
     bounds = {world: Measured.of(world, real(world)) for world in set(worlds.values())}
     with Progress(
@@ -221,8 +220,7 @@ def evaluate() -> list[pathlib.Path]:
             world = worlds[label]
             name = f"{label}: {setting}"
             task = progress.add_task(name, total=_N.value)
-            used = [generators[label], generators[label].pictures]
-            weights = model_hash([(g.params, g.text_release) for g in used if g])[:12]
+            weights = model_hash(generators[label].model)[:12]
             size = f"{world.frames}x{world.height}x{world.width}@{world.fps:g}"
             folder = f"{weights}-{world.split}-{world.seed}-{size}"
             folder = out / "clips" / folder

@@ -33,12 +33,12 @@ from jvdit.diffusion.solvers import SOLVERS
 from jvdit.generation.calibration import calibrate
 from jvdit.generation.generator import Generator
 from jvdit.generation.prompt_lines import read_requests
-from jvdit.generation.release import EXPERTS, add_adapters, load_release
 from jvdit.generation.request import Request, size_fields
 from jvdit.generation.settings import Settings
 from jvdit.machine.compilation import keep_compilations
 from jvdit.machine.files import replacing
 from jvdit.sharding import make_mesh, parse_mesh, sampling_sizes
+from jvdit.weights.opening import EXPERTS, open_bundle, with_adapters
 
 _LETTERS, _BYTES = 80, 160  # of a prompt in a file's name, at the most
 
@@ -147,10 +147,10 @@ def _load(mesh: Mesh) -> Generator:
         for flag in (_DIT, _DIT_LOW, _SHIFT):
             if flag.value is not None:
                 raise ValueError(f"--{flag.name} goes with --pretrained.")
-        generator = Generator.load(_WORKDIR.value or FOLDER, mesh)
+        model = open_bundle(_WORKDIR.value or FOLDER, mesh)
     else:
         networks = {"dit": _DIT.value, "dit_low": _DIT_LOW.value}
-        generator = load_release(
+        model = open_bundle(
             _PRETRAINED.value,
             mesh,
             dtype=_DTYPE.value,
@@ -163,10 +163,10 @@ def _load(mesh: Mesh) -> Generator:
         (_LORA_LOW, EXPERTS[1:]),
     ):
         files = [_strength(text) for text in flag.value]
-        add_adapters(generator, files, networks)
-    if _SCALE_2.value is not None and not generator.boundary:
+        model = with_adapters(model, files, networks)
+    if _SCALE_2.value is not None and not model.boundary:
         raise ValueError("--guidance_scale_2 is for models of two experts.")
-    return generator
+    return Generator(model, mesh)
 
 
 def _strength(text: str) -> tuple[str, float]:
@@ -191,7 +191,7 @@ def _settings() -> Settings:
 def _told(generator: Generator, settings: Settings) -> dict[str, Any]:
     """What a clip's file says of how it was made, besides its request."""
     told = dataclasses.asdict(settings)
-    if not generator.boundary:
+    if not generator.model.boundary:
         told.pop("guidance_scale_2")
     files = (
         _WORKDIR,
@@ -204,7 +204,7 @@ def _told(generator: Generator, settings: Settings) -> dict[str, Any]:
         _REUSE,
     )
     told |= {flag.name: flag.value for flag in files if flag.value}
-    return told | {"shift": generator.policy.shift}
+    return told | {"shift": generator.model.policy.shift}
 
 
 def sample(prompts: list[str]) -> Iterator[pathlib.Path]:
@@ -220,7 +220,7 @@ def sample(prompts: list[str]) -> Iterator[pathlib.Path]:
         _try_folder(folder)
     generator = _load(_mesh(len(prompts)))
     requests = [generator.complete(request) for request in requests]
-    settings = settings.complete(generator.defaults)
+    settings = settings.complete(generator.model.defaults)
     if _CALIBRATE.value:
         ratios = calibrate(generator, requests[0], **settings.solving)
         save_ratios(_CALIBRATE.value, ratios)

@@ -39,7 +39,7 @@ from jvdit.training.optim import Optim
 from jvdit.training.restoring import owned, was_saved
 from jvdit.training.state import TrainState, new_state, state_shardings
 from jvdit.training.step import jit_train_step
-from jvdit.weights.networks import finished_parameters
+from jvdit.weights.starting import finished_parameters
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where everything of the run goes.")

@@ -27,8 +27,8 @@ from jvdit.sharding import make_mesh
 from jvdit.training import checkpoint, digests
 from jvdit.training.checkpoint import Checkpoints
 from jvdit.training.state import new_state, state_shardings
-from jvdit.weights.networks import finished_parameters
 from jvdit.weights.parameters import load_weights, save_weights
+from jvdit.weights.starting import finished_parameters
 
 MANY, FEW = (8, 32, 64), (64, 8)
 

@@ -100,6 +100,22 @@ def patch_channels(module: DiT) -> tuple[int, int] | None:
     return module.in_channels // _CELLS, module.cond_channels // _CELLS
 
 
+def conditions_of(module: DiT, clean_frames: bool) -> tuple[str, ...]:
+    """Rows of `CONDITIONS` that a released network was trained with.
+
+    Args:
+        module: the network.
+        clean_frames: what the release says of first frames (`expand_timesteps`).
+    """
+    if module.control_channels:
+        return ("control",)
+    if module.cond_channels:
+        if module.image_length:
+            return ("both_channels",)
+        return ("first_channels",) if module.image_width else ("end_channels",)
+    return ("first_frame",) if clean_frames else ()
+
+
 def vae_fields(config: Config) -> dict[str, Any]:
     """Fields of `VideoVAE` for a `config.json` of diffusers' AutoencoderKLWan.
 

@@ -5,13 +5,12 @@ A folder is laid out as diffusers saves a pipeline (`transformer/`, `vae/`,
 the original Wan release are read from safetensors files as well.
 """
 
-import dataclasses
 import json
 import os
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -29,6 +28,7 @@ from jvdit.shapes import Text, Tokens
 from jvdit.sharding import parameter_shardings
 from jvdit.weights import clip, configs, umt5, wan, wan_vae
 from jvdit.weights.loading import export, load, paths_of
+from jvdit.weights.network import Network
 from jvdit.weights.rules import Rule, assign
 from jvdit.weights.tensors import PathLike, TensorFiles, write_tensors
 
@@ -42,32 +42,12 @@ _ORIGINAL = {
 _ATTENDS = "img_emb.proj.0.weight"
 
 
-@dataclasses.dataclass
-class Loaded:
-    """A network of a release.
-
-    Attributes:
-        module: with the sizes of the release.
-        load: brings its parameters where they belong, each time anew.
-        num_bytes: of all of them.
-    """
-
-    module: Any
-    load: Callable[[], dict[str, Any]]
-    num_bytes: int
-
-    @cached_property
-    def params(self) -> dict[str, Any]:
-        """Its parameters, which stay."""
-        return self.load()
-
-
 def load_dit(
     folder: PathLike,
     mesh: Mesh | None = None,
     dtype: DTypeLike = jnp.bfloat16,
     **fields: Any,
-) -> Loaded:
+) -> Network:
     """The DiT of a Wan release.
 
     Args:
@@ -112,7 +92,7 @@ def save_dit(folder: PathLike, params: Any, module: DiT, like: PathLike) -> None
 
 def load_vae(
     folder: PathLike, mesh: Mesh | None = None, dtype: DTypeLike = jnp.float32
-) -> Loaded:
+) -> Network:
     """The autoencoder of a Wan release; arguments and errors as of `load_dit`.
 
     The original release's own file, turned to safetensors, will do as well.
@@ -138,7 +118,7 @@ def load_text_encoder(
     mesh: Mesh | None = None,
     dtype: DTypeLike = jnp.bfloat16,
     **fields: Any,
-) -> Loaded:
+) -> Network:
     """The text encoder of a Wan release (UMT5), or a T5 v1.1; see `load_vae`."""
     folder, config = _part(folder, "text_encoder")
     sizes = text_encoder.VARIANTS["umt5-xxl"]
@@ -156,7 +136,7 @@ def load_text_encoder(
 
 def load_image_encoder(
     folder: PathLike, mesh: Mesh | None = None, dtype: DTypeLike = jnp.float32
-) -> Loaded:
+) -> Network:
     """The image encoder of a Wan 2.1 I2V release (CLIP); see `load_vae`.
 
     It ends before the last layer of the release, where Wan takes its states.
@@ -216,7 +196,7 @@ def _load(
     rules: Callable[[str], list[Rule]],
     mesh: Mesh | None,
     dtype: DTypeLike,
-) -> Loaded:
+) -> Network:
     tensors = TensorFiles(folder)
     table = rules("original" if original in tensors else "diffusers")
     shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
@@ -230,7 +210,7 @@ def _load(
         return load(table, tensors, shapes, places, dtype, os.fspath(folder))
 
     size = sum(leaf.size for leaf in leaves.values()) * jnp.dtype(dtype).itemsize
-    return Loaded(module, bring, size)
+    return Network(module, bring, size)
 
 
 def dit_inputs(module: DiT) -> tuple[Any, ...]:
