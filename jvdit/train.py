@@ -85,7 +85,7 @@ def train(config: Config, workdir: str, stop: StopRequest | None = None) -> int:
             "bucket, as tools/launch.py does with --bucket."
         )
     mesh = make_mesh(config.mesh.to_dict())
-    optim = Optim(**config.optim)
+    optim = Optim(**config.optim.to_dict())
     task = TASKS[config.objective](config, mesh, pathlib.Path(workdir))
     task.check_rows(optim.accumulate)
     precision = jax.default_matmul_precision(config.matmul_precision)

@@ -106,7 +106,8 @@ def packed_shapes(
         "latents": _shape(rows, n, channels),
         "logvar": _shape(rows, n, channels),
         "position": _shape(rows, n, 3),
-        "segment": _shape(rows, n, dtype=jnp.int32),
+        **{x: _shape(rows, n, dtype=jnp.int32) for x in ("kind", "segment", "level")},
+        "givable": _shape(rows, n, dtype=jnp.bool_),
         "text_segment": _shape(rows, s, dtype=jnp.int32),
         "valid": _shape(rows, data.max_clips, dtype=jnp.bool_),
     }
@@ -130,7 +131,7 @@ def train_program(
     pt, ph, pw = config.patch_size
     channels = latent_channels * pt * ph * pw
     batch = packed_shapes(config, rows, channels, text_width)
-    optim = Optim(**config.optim)
+    optim = Optim(**config.optim.to_dict())
     with jax.set_mesh(mesh), jax.default_matmul_precision(config.matmul_precision):
         objective = flow_objective(
             config,
@@ -169,7 +170,7 @@ def _row_shapes(module: DiT, rows: int, tokens: int) -> dict[str, jax.ShapeDtype
     arrays = {
         "latents": _shape(rows, tokens, module.in_channels),
         "position": _shape(rows, tokens, 3),
-        "segment": _shape(rows, tokens, dtype=jnp.int32),
+        **{x: _shape(rows, tokens, dtype=jnp.int32) for x in ("segment", "level")},
     }
     for key in ("cond", "control"):
         if channels := getattr(module, f"{key}_channels"):
@@ -210,6 +211,7 @@ def sample_program(
                 path=NoisePath(),
                 policy=TimestepPolicy(),
                 one_clip=not padding,
+                given=False,
                 noisy=False,
                 **settings,
             ),

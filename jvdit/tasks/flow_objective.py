@@ -29,7 +29,7 @@ def flow_objective(
         channels: of a patch of latents.
         text_width: of cached text states. 0: a text encoder is trained along.
         vocab_size: of its tokenizer.
-        one_clip: see `objectives.tokens_of`.
+        one_clip: see `Tokens.of`.
 
     Raises:
         ValueError: settings contradict one another.

@@ -150,7 +150,9 @@ class FlowObjective:
         """Tokens that are generated."""
         return generated(batch).sum().astype(jnp.float32)
 
-    def loss(self, params: Any, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
+    def loss(
+        self, params: Any, batch: Batch, *, ema: Any = None, step: Any = 0
+    ) -> tuple[Float[Array, ""], Metrics]:
         """Sum over tokens of the squared error, and the loss by noise level."""
         x0, noise = jax.vmap(_draw)(batch["key"], batch["latents"], batch["logvar"])
         rng = jax.random.fold_in(batch["key"][0], 1)
