@@ -19,7 +19,7 @@ from jvdit.diffusion.reuse import COLLECTION, Memory
 from jvdit.diffusion.solvers import Solution, advance, begin, clip_noise
 from jvdit.machine.cluster import to_host
 from jvdit.machine.compilation import jit
-from jvdit.models.dit import DiT
+from jvdit.models.backbones import Backbone
 from jvdit.shapes import Text, Tokens
 
 # on_step(steps done, steps in all, latents of the rows that are solved at once)
@@ -227,10 +227,10 @@ def texts_of(batch: Chunk, padded: bool, places: NamedSharding) -> tuple[Text, T
 
 
 class _Reusing:
-    """A DiT that keeps what its blocks add from step to step, see `reuse.py`."""
+    """A network that keeps what its blocks add from step to step, see `reuse.py`."""
 
     def __init__(
-        self, dit: DiT, variables: PyTree, skips: tuple[bool, ...], memory: Memory
+        self, dit: Backbone, variables: PyTree, skips: tuple[bool, ...], memory: Memory
     ):
         self.dit, self.variables, self.memory = dit, variables, memory
         self.skips = jnp.asarray(skips)
@@ -252,7 +252,7 @@ class Stepper:
         ratios: by how much what the blocks add grew in each step, by `span`.
     """
 
-    def __init__(self, dit: DiT, path: NoisePath):
+    def __init__(self, dit: Backbone, path: NoisePath):
         self.dit = dit
         self.ratios: dict[tuple[int, int], np.ndarray] = {}
         self._run = jit(

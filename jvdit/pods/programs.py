@@ -20,7 +20,7 @@ from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
 from jvdit.generation.sampling import Stepper, start_noise
 from jvdit.machine.chips import several
-from jvdit.models.dit import DiT
+from jvdit.models.backbones import Backbone
 from jvdit.models.video_vae import VideoVAE
 from jvdit.models.video_vae_chunked import (
     at_once,
@@ -165,7 +165,9 @@ def train_program(
         return step.lower(state, batch, frozen), state, shardings
 
 
-def _row_shapes(module: DiT, rows: int, tokens: int) -> dict[str, jax.ShapeDtypeStruct]:
+def _row_shapes(
+    module: Backbone, rows: int, tokens: int
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of rows that are to be solved."""
     arrays = {
         "latents": _shape(rows, tokens, module.in_channels),
@@ -179,7 +181,7 @@ def _row_shapes(module: DiT, rows: int, tokens: int) -> dict[str, jax.ShapeDtype
 
 
 def sample_program(
-    module: DiT, mesh: Mesh, rows: int, tokens: int, text_length: int
+    module: Backbone, mesh: Mesh, rows: int, tokens: int, text_length: int
 ) -> Any:
     """`SAMPLED` steps of the solver with guidance, in the types of the module.
 

@@ -18,7 +18,7 @@ from jvdit.data.tokenizer import Tokenizer, train_tokenizer
 from jvdit.diffusion.noise_path import NoisePath
 from jvdit.machine.cluster import to_host
 from jvdit.machine.compilation import jit
-from jvdit.models.dit import DiT
+from jvdit.models.backbones import MODELS
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.sharding import parameter_shardings
 from jvdit.tasks.caches import cached_autoencoder, cached_captions
@@ -36,7 +36,9 @@ class FlowTask(Task):
     """Trains a DiT, and perhaps a text encoder, on cached latents."""
 
     objective: FlowObjective
-    networks: ClassVar = {"dit": DiT, "text_encoder": TextEncoder, "path": NoisePath}
+    networks: ClassVar = {"text_encoder": TextEncoder, "path": NoisePath} | {
+        name: family.module for name, family in MODELS.items()
+    }
     sources: list[LatentSource]  # type: ignore[assignment]
 
     def __init__(self, config: Config, mesh: Mesh, workdir: pathlib.Path):
@@ -166,13 +168,14 @@ class FlowTask(Task):
             # What made the cache, without reading the encoder for it.
             text = dict(self.sources[0].settings["text"])
             text.pop("length")
-        adapters, expert = {}, self.config.expert
+        adapters, expert, backbone = {}, self.config.expert, self.config.backbone
         if objective.lora:
             adapters = dataclasses.asdict(objective.lora)
             adapters |= {"base": fingerprint(self.config.start_from, expert)}
         return {
             **({"lora": adapters} if adapters else {}),
             **({"expert": expert} if expert != "dit" else {}),
+            **({"backbone": backbone} if backbone != "dit" else {}),
             "objective": "flow",
             "seed": self.config.seed,
             "dit": module_fields(objective.dit),

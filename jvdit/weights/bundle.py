@@ -7,7 +7,7 @@ from typing import Any
 from jvdit.data.conditions import check_conditions, check_given
 from jvdit.data.tokenizer import Tokenizer
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
-from jvdit.models.dit import DiT
+from jvdit.models.backbones import Backbone
 from jvdit.models.image_encoder import ImageEncoder
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.models.video_vae import VideoVAE
@@ -59,7 +59,7 @@ class Bundle:
         check_conditions(self.conditions)
 
     @property
-    def dit(self) -> DiT:
+    def dit(self) -> Backbone:
         """The network that denoises."""
         return self.networks["dit"].module
 

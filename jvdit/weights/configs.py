@@ -6,7 +6,7 @@ What a configuration says and no field of ours can express is refused, not ignor
 from collections.abc import Mapping
 from typing import Any
 
-from jvdit.models.dit import DiT
+from jvdit.models.backbones import Backbone
 
 Config = Mapping[str, Any]
 
@@ -93,14 +93,14 @@ def _channels(taken: int, given: int) -> dict[str, int]:
     return {name: _CELLS * size for name, size in sizes.items()}
 
 
-def patch_channels(module: DiT) -> tuple[int, int] | None:
+def patch_channels(module: Backbone) -> tuple[int, int] | None:
     """Latent channels of noise and of what is known, for `wan.dit_rules`."""
     if not module.cond_channels:
         return None
     return module.in_channels // _CELLS, module.cond_channels // _CELLS
 
 
-def conditions_of(module: DiT, clean_frames: bool) -> tuple[str, ...]:
+def conditions_of(module: Backbone, clean_frames: bool) -> tuple[str, ...]:
     """Rows of `CONDITIONS` that a released network was trained with.
 
     Args:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jvdit.models import image_encoder, text_encoder, video_vae
-from jvdit.models.dit import DiT
+from jvdit.models.backbones import MODELS, Backbone
 from jvdit.models.image_encoder import ImageEncoder
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.models.video_vae import VideoVAE
@@ -65,14 +65,14 @@ def load_dit(
         raise ValueError(f"{folder} is a file; give the folder with its config.json.")
     attends = _ATTENDS in TensorFiles(folder)
     sizes = _fields(partial(configs.dit_fields, attends=attends), config, folder)
-    module = DiT(**sizes, **_types(dtype), **fields)
+    module = MODELS["dit"].module(**sizes, **_types(dtype), **fields)
     rules = partial(wan.dit_rules, channels=configs.patch_channels(module))
     return _load(
         module, dit_inputs(module), folder, _ORIGINAL["dit"], rules, mesh, dtype
     )
 
 
-def save_dit(folder: PathLike, params: Any, module: DiT, like: PathLike) -> None:
+def save_dit(folder: PathLike, params: Any, module: Backbone, like: PathLike) -> None:
     """Writes a DiT as diffusers reads it.
 
     Args:
@@ -213,7 +213,7 @@ def _load(
     return Network(module, bring, size)
 
 
-def dit_inputs(module: DiT) -> tuple[Any, ...]:
+def dit_inputs(module: Backbone) -> tuple[Any, ...]:
     """The smallest inputs with which a DiT has all of its parameters."""
     tokens = Tokens(
         jnp.zeros((1, 1, module.in_channels)),

@@ -9,7 +9,7 @@ import jax
 
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
 from jvdit.machine.json_files import read_json, write_json
-from jvdit.models.dit import DiT
+from jvdit.models.backbones import MODELS, name_of_backbone
 from jvdit.models.video_vae import VideoVAE
 from jvdit.weights.bundle import Bundle
 from jvdit.weights.caption_encoder import CaptionEncoder
@@ -24,7 +24,7 @@ from jvdit.weights.parameters import (
 
 PICTURES = "pictures"  # a model in the folder of another, which draws its drafts
 _SETTINGS = "generator.json"
-_MODULES = {"dit": DiT, "vae": VideoVAE}
+_NETWORKS = ("dit", "vae")
 # Fields of a `Bundle` that are JSON values as they are.
 _PLAIN = ("patch_size", "text_length", "defaults", "conditions", "seconds", "pad_text")
 # What a training may leave in the place of a whole model, and how it is sampled.
@@ -59,9 +59,10 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
     settings = _migrated(read_json(folder / _SETTINGS, remedy))
     text = CaptionEncoder.load(folder)
     networks = {"text_encoder": text.network}
-    for name, module in _MODULES.items():
+    modules = {"dit": MODELS[settings["backbone"]].module, "vae": VideoVAE}
+    for name in _NETWORKS:
         params, fields = load_weights(folder / name)
-        networks[name] = Network(build(module, fields), params)
+        networks[name] = Network(build(modules[name], fields), params)
     pictures = folder / PICTURES
     plain = {name: settings[name] for name in _PLAIN}
     return Bundle(
@@ -78,7 +79,7 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
 def save_bundle(folder: str | os.PathLike[str], model: Bundle) -> None:
     """Writes a folder that `read_bundle` reads and that needs nothing else."""
     folder = pathlib.Path(folder)
-    for name in _MODULES:
+    for name in _NETWORKS:
         network = model.networks[name]
         save_weights(folder / name, network.params, module_fields(network.module))
     text = model.networks["text_encoder"], model.tokenizer, model.text_release
@@ -86,6 +87,7 @@ def save_bundle(folder: str | os.PathLike[str], model: Bundle) -> None:
     parts = {"path": model.path, "policy": model.policy}
     settings = {name: dataclasses.asdict(part) for name, part in parts.items()}
     settings |= {name: getattr(model, name) for name in _PLAIN}
+    settings["backbone"] = name_of_backbone(model.dit)
     write_json(folder / _SETTINGS, settings)
     if model.pictures is not None:
         save_bundle(folder / PICTURES, model.pictures)
@@ -97,7 +99,7 @@ def _migrated(settings: dict[str, Any]) -> dict[str, Any]:
     conditions = ["first_frame"] if older.get("clean_frames") else []
     before = {"conditions": conditions, "seconds": True, "pad_text": False}
     before |= {name: older[name] for name in before if name in older}
-    return before | settings
+    return {"backbone": "dit"} | before | settings
 
 
 def _full(network: Network) -> Network:

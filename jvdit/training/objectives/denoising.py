@@ -1,4 +1,4 @@
-"""What can be trained: the loss of the DiT on packed latents.
+"""What can be trained: the loss of a backbone on packed latents.
 
 The video autoencoder's is in `autoencoding.py`; both follow `step.Objective`.
 """
@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from jvdit.diffusion.denoise import denoise
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
-from jvdit.models.dit import DiT
+from jvdit.models.backbones import Backbone
 from jvdit.models.lora import LoRA
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.shapes import Text, Tokens
@@ -57,7 +57,7 @@ def clip_sizes(batch: Batch) -> Float[Array, "b m"]:
 
 @dataclasses.dataclass(frozen=True)
 class FlowObjective:
-    """Trains a DiT, and a text encoder with it, to denoise packed latents.
+    """Trains a backbone, and a text encoder with it, to denoise packed latents.
 
     The squared error of the velocity (Eq. 14 of arXiv:2210.02747 for the flow path),
     weighted so that it is the squared error of the path's target, averaged over
@@ -76,11 +76,11 @@ class FlowObjective:
             there is one network.
         first_frame: share of the clips of which is given what may be (`givable`): their
             first latent frame, as `image` gives it in sampling.
-        lora: adapters of the DiT that are trained in the place of all else, which is
+        lora: adapters of it that are trained in the place of all else, which is
             frozen then.
     """
 
-    dit: DiT
+    dit: Backbone
     text_encoder: TextEncoder | None
     path: NoisePath
     policy: TimestepPolicy
@@ -120,7 +120,7 @@ class FlowObjective:
         return ("first_frame",) if self.first_frame else ()
 
     def flops(self, tokens: int, text: int) -> int:
-        """Of a row in a step of training; see `DiT.flops`."""
+        """Of a row in a step of training; see `Backbone.flops`."""
         return self.dit.flops(tokens, text, "adapters" if self.lora else "weights")
 
     def prepare(self, batch: Batch, key: PRNGKeyArray) -> Batch:
