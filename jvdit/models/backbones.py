@@ -27,10 +27,6 @@ class Backbone(Protocol):
     init: Any
     apply: Any
 
-    def example_inputs(self) -> tuple[Any, ...]:
-        """The smallest inputs with which it has all of its parameters."""
-        ...
-
     def flops(self, tokens: int, text: int, trained: str = "nothing") -> int:
         """Floating-point operations of a row."""
         ...

@@ -47,12 +47,12 @@ class FlowModel:
     def bundle(self, params: Mapping[str, Any]) -> Bundle:
         """The model with such parameters of what is trained, by network."""
         objective, config = self.objective, self.config
+        trees = {**self.frozen, **params}
         if self.captions is not None:
             text_encoder = self.captions.network
         else:
-            trained = params.get("text_encoder")
+            trained = trees.get("text_encoder")
             text_encoder = Network(objective.text_encoder, trained)
-        trees = {**self.frozen, **params}
         networks = {
             name: Network(objective.dit, trees.get(name))
             for name in ("dit", "dit_low")[: 2 if objective.boundary else 1]
