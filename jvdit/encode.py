@@ -11,9 +11,7 @@ if __name__ == "__main__":
     use_huge_pages()  # begins this process anew, so before what takes seconds
 
 
-import sys
-
-from absl import app, flags, logging
+from absl import app, flags
 
 from jvdit.machine import cluster
 from jvdit.machine.compilation import keep_compilations
@@ -36,11 +34,8 @@ _connect = cluster.define_flags()
 
 def main(argv: list[str]) -> None:
     """Parses, encodes, and turns mistakes of the user into one line."""
-    if len(argv) > 1:
-        sys.exit(f"unexpected argument {argv[1]!r}; see --help")
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
-    try:
+    refuse_arguments(argv)
+    with told_in_a_line("stopped; the same command goes on"):
         _connect()
         keep_compilations()
         with StopRequest() as stop, stop.apart():
@@ -53,10 +48,6 @@ def main(argv: list[str]) -> None:
                 _TEXT_LENGTH.value,
                 _SHARD.value,
             )
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on")
     print(f"latents: {_OUT.value}")
 
 

@@ -15,12 +15,11 @@ import dataclasses
 import itertools
 import pathlib
 import re
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
@@ -35,6 +34,7 @@ from jvdit.generation.generator import Generator
 from jvdit.generation.prompt_lines import read_requests
 from jvdit.generation.request import Request, size_fields
 from jvdit.generation.settings import Settings
+from jvdit.machine.command import told_in_a_line
 from jvdit.machine.compilation import keep_compilations
 from jvdit.machine.files import replacing
 from jvdit.sharding import make_mesh, parse_mesh, sampling_sizes
@@ -281,22 +281,14 @@ class _Shown(Progress):
 
 def main(argv: list[str]) -> None:
     """Parses, generates, and turns mistakes of the user into one line."""
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
     prompts = argv[1:]
-    try:
+    with told_in_a_line("stopped; the clips that were ready are written."):
         keep_compilations()
         if _PROMPTS.value is not None:
             lines = pathlib.Path(_PROMPTS.value).read_text().splitlines()
             prompts += [line for line in lines if line.strip()]
         for path in sample(prompts):
             print(path)
-    except KeyboardInterrupt:
-        sys.exit("stopped; the clips that were ready are written.")
-    except (ValueError, OSError) as error:
-        if flags.FLAGS["verbosity"].present:
-            raise
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
