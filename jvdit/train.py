@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import msgspec
 import numpy as np
 from absl import app, flags, logging
 from jax.sharding import Mesh
@@ -96,6 +97,12 @@ def train(config: Config, workdir: str, stop: StopRequest | None = None) -> int:
             claim_workdir(workdir, settings, task.networks)
             cluster.check_seen(pathlib.Path(workdir) / "config.json")
             return loop.run(lock)
+
+
+class _Looked(msgspec.Struct, frozen=True):
+    """What `looked.json` holds."""
+
+    step: int
 
 
 class _Loop:
@@ -277,7 +284,8 @@ class _Loop:
         file = self.workdir / _LOOKED
 
         def last():
-            return read_json(file, "delete it")["step"] if file.exists() else -1
+            there = file.exists()
+            return read_json(file, "delete it", _Looked).step if there else -1
 
         begun = self.start or self.config.start_from
         due = begun and any(self._looks(self.start))
