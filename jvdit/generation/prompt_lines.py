@@ -20,7 +20,7 @@ class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     frames: int | UnsetType = UNSET
     height: int | UnsetType = UNSET
     width: int | UnsetType = UNSET
-    fps: int | float | UnsetType = UNSET
+    fps: float | UnsetType = UNSET
     seed: int | UnsetType = UNSET
     image: _Picture = UNSET
     last_image: _Picture = UNSET

@@ -87,13 +87,14 @@ def _explained(told: str, found: Any, kind: Any) -> str:
         near = difflib.get_close_matches(unknown[1], known, 1, 0)[0]
         return f"`{unknown[1]}` is unknown, the nearest field is `{near}`"
     rule, _, place = told.partition(" - at `$")
-    if not rule.startswith(("Expected", "Object missing")):
-        return rule  # of the class itself, which names the field
+    if rule.startswith("`"):  # from the class itself, and names the field
+        return rule
     for name, index in re.findall(r"\.(\w+)|\[(\d+|\.{3})\]", place):
-        if index == "...":  # a value of a dict, whose key isn't told
-            return told
+        if index == "...":  # a value of this dict, whose key isn't told
+            break
         found = found[name or int(index)]
-    rule = rule.replace("Expected", "must be").replace("Object missing", "lacks the")
+    rule = rule.replace("Expected", "must be")
+    rule = rule.replace("Object missing", "lacks the").replace("Object contains", "has")
     field = f"`{place.strip('`.')}`" if place else "it"
     return f"{field} (={reprlib.repr(found)}) {rule}"
 

@@ -209,7 +209,7 @@ def read_history(workdir: str | os.PathLike[str]) -> dict[str, list[tuple[int, f
     found: dict[str, dict[int, float]] = {}
     for line in file.read_bytes().splitlines() if file.exists() else ():
         try:
-            values = parse_json(line, str(file), dict[str, int | float])
+            values = parse_json(line, str(file), dict[str, float])
             step = int(values.pop("step"))
         except (ValueError, KeyError, OverflowError):
             continue  # the run was killed while it wrote this

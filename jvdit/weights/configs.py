@@ -26,7 +26,6 @@ Depth = Annotated[int, msgspec.Meta(ge=1, le=1000)]
 class _DiTConfig(Struct, frozen=True, kw_only=True):
     """What diffusers and the authors call alike."""
 
-    kind: str = field(name="_class_name", default="")
     depth: Depth = field(name="num_layers")
     ffn_width: Size = field(name="ffn_dim")
     freq_dim: Size

@@ -195,9 +195,16 @@ def _part(folder: PathLike, name: str) -> tuple[pathlib.Path, pathlib.Path | Non
 
 
 def _dit_config(file: pathlib.Path) -> configs.DiffusersDiT | configs.OriginalDiT:
-    original = "dim" in read_json(file, _REMEDY, dict[str, Any])
-    kind = configs.OriginalDiT if original else configs.DiffusersDiT
-    return read_json(file, _REMEDY, kind)
+    held = read_json(file, _REMEDY, dict[str, Any])
+    if "num_attention_heads" in held:
+        return read_json(file, _REMEDY, configs.DiffusersDiT)
+    if "dim" in held:
+        return read_json(file, _REMEDY, configs.OriginalDiT)
+    kind = held.get("_class_name", "unknown")
+    raise ValueError(
+        f"{file}: a network of class {kind} is not one of Wan's; known are "
+        "WanTransformer3DModel, WanVACETransformer3DModel and WanModel."
+    )
 
 
 def _load(
