@@ -14,6 +14,7 @@ if __name__ == "__main__":
 from absl import app, flags
 
 from jvdit.machine import cluster
+from jvdit.machine.command import refuse_arguments, told_in_a_line
 from jvdit.machine.compilation import keep_compilations
 from jvdit.machine.stop import StopRequest
 from jvdit.tasks.encoding import SHARD, encode
@@ -30,6 +31,7 @@ _TEXT_ENCODER = flags.DEFINE_string(
 _TEXT_LENGTH = flags.DEFINE_integer("text_length", 64, "Tokens of a caption at most.")
 _SHARD = flags.DEFINE_integer("shard", SHARD, "Clips of a file: what one kill loses.")
 _connect = cluster.define_flags()
+flags.adopt_module_key_flags(cluster)
 
 
 def main(argv: list[str]) -> None:

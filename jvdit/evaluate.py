@@ -176,7 +176,7 @@ def _folder(out: pathlib.Path, generator: Generator, column: Any) -> pathlib.Pat
 
 def _columns(out: pathlib.Path) -> list[Column]:
     """Generates and measures what the flags ask for."""
-    generators = {label: Generator.load(label) for label in _WORKDIR.value}
+    generators = {label: Generator.load(label) for label in _WORKDIR.value or ()}
     jobs = [
         (label, world_of(generator), setting)
         for label, generator in generators.items()
@@ -219,7 +219,7 @@ def evaluate() -> list[pathlib.Path]:
     results = results_of(columns, bounds)
     told = {"split": _SPLIT.value, "clips": _N.value, "columns": results}
     write_json(out / "report.json", told)
-    histories = {label: read_history(label) for label in _WORKDIR.value}
+    histories = {label: read_history(label) for label in _WORKDIR.value or ()}
     title = f"{_N.value} clips of split {_SPLIT.value}"
     text = page(title, results, columns, bounds, histories)
     write_atomically(out / "report.html", text.encode())

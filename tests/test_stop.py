@@ -5,8 +5,8 @@ import signal
 import pytest
 from ml_collections import ConfigDict
 
-from jvdit import train
 from jvdit.machine.stop import StopRequest
+from jvdit.tasks.stages import run
 
 
 def stages():
@@ -37,9 +37,9 @@ def test_between_stages_and_in_them(tmp_path, monkeypatch, at):
     monkeypatch.setattr(train, "encode", encoded)
     if at == 1:
         with pytest.raises(KeyboardInterrupt):
-            train.run(stages(), str(tmp_path))
+            run(stages(), str(tmp_path))
     else:
-        assert not train.run(stages(), str(tmp_path))
+        assert not run(stages(), str(tmp_path))
     assert seen == [str(tmp_path / name) for name in "abc"[: at + 1]]
 
 

@@ -29,7 +29,7 @@ from jvdit.generation.request import Request
 from jvdit.sharding import make_mesh
 from jvdit.tasks.encoding import encode
 from jvdit.tasks.flow import FlowTask
-from jvdit.train import train
+from jvdit.tasks.loop import train
 from jvdit.training.checkpoint import claim_workdir
 from jvdit.weights.opening import with_adapters
 from jvdit.weights.parameters import load_weights, save_weights, weights_hash

@@ -22,7 +22,7 @@ from jvdit.models.dit import VARIANTS
 from jvdit.sharding import make_mesh
 from jvdit.tasks.encoding import encode
 from jvdit.tasks.flow import FlowTask
-from jvdit.train import train
+from jvdit.tasks.loop import train
 from jvdit.weights.opening import with_adapters
 from jvdit.weights.starting import finished_parameters
 

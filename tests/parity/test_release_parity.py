@@ -6,6 +6,7 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import pytest
 from closeness import ROUNDINGS, assert_close
@@ -35,7 +36,7 @@ from jvdit.weights import umt5, wan, wan_vae
 from jvdit.weights.folders import load_dit, load_text_encoder, load_vae
 from jvdit.weights.loading import export
 from jvdit.weights.opening import open_bundle
-from jvdit.weights.schedulers import scheduler_of
+from jvdit.weights.schedulers import SchedulerConfig, scheduler_of
 from jvdit.weights.tensors import write_tensors
 
 torch = pytest.importorskip("torch")
@@ -171,7 +172,9 @@ def test_timesteps_of_schedulers(kind, shift):
     """Of every number of steps: what the network is shown, and which expert is."""
     options = FLOW | {"flow_shift": shift} if kind == "UniPCMultistep" else {}
     made = getattr(diffusers, f"{kind}Scheduler")(**options or {"shift": shift})
-    ours = scheduler_of(f"{kind}Scheduler", dict(made.config))
+    ours = scheduler_of(
+        f"{kind}Scheduler", msgspec.convert(dict(made.config), SchedulerConfig)
+    )
     assert ours.shift == shift and not ours.notes
     policy = TimestepPolicy(**ours.policy(shift))
     path, found, wanted = NoisePath(timesteps=ours.timesteps), [], []
