@@ -9,11 +9,11 @@ COMMANDS = ("sample", "train", "encode", "evaluate")
 
 
 def summary(command: str) -> str:
-    """The first line of a command's documentation."""
+    """What a command does, by the first line of its documentation."""
     spec = importlib.util.find_spec(f"jvdit.{command}")
     assert spec is not None and spec.origin is not None
     text = pathlib.Path(spec.origin).read_text()
-    return text.removeprefix('"""').partition("\n")[0]
+    return text.removeprefix('"""').partition(":")[0] + "."
 
 
 def main() -> None:
@@ -21,7 +21,6 @@ def main() -> None:
     command = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if command in COMMANDS:
         sys.argv = [f"jvdit.{command}", *sys.argv[2:]]
-        sys.orig_argv[1:] = ["-m", *sys.argv]
         runpy.run_module(f"jvdit.{command}", run_name="__main__", alter_sys=True)
     elif command in ("--help", "-h", "--helpfull"):
         print("jvdit trains, samples and measures diffusion transformers of video.\n")
