@@ -6,6 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from jvdit.machine.stop import StopRequest
+from jvdit.tasks import stages as stages_module
 from jvdit.tasks.stages import run
 
 
@@ -33,8 +34,8 @@ def test_between_stages_and_in_them(tmp_path, monkeypatch, at):
         if len(seen) > at:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(train, "train", trained)
-    monkeypatch.setattr(train, "encode", encoded)
+    monkeypatch.setattr(stages_module, "train", trained)
+    monkeypatch.setattr(stages_module, "encode", encoded)
     if at == 1:
         with pytest.raises(KeyboardInterrupt):
             run(stages(), str(tmp_path))

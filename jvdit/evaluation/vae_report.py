@@ -34,7 +34,7 @@ Video = UInt8[np.ndarray, "T H W 3"]
 
 def report_vae(
     folder: str,
-    reconstruct: Callable[[Video], tuple[Video, Video]],
+    reconstruct: Callable[[Video], tuple[np.ndarray, np.ndarray]],
     name: str,
     count: int,
     out: pathlib.Path,

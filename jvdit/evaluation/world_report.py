@@ -17,7 +17,7 @@ from jvdit.evaluation.tracks import follow
 
 _SHOWN = tuple(f"oracle/{n}" for n in ("all", "color", "shape", "direction"))
 # Of a training: (step, value) by the name of a metric.
-History = Mapping[str, Sequence[tuple[float, float]]]
+History = Mapping[str, Sequence[tuple[int, float]]]
 
 
 @dataclasses.dataclass(frozen=True)

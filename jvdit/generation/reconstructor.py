@@ -11,6 +11,7 @@ from jvdit.models.video_vae import to_float, to_uint8
 from jvdit.weights.clip_encoder import ClipEncoder
 
 Video = UInt8[np.ndarray, "T H W 3"]
+Fitted = UInt8[np.ndarray, "t h w 3"]
 
 
 class Reconstructor:
@@ -28,12 +29,12 @@ class Reconstructor:
         self.vae, self._params = network.module, network.params
         self._reconstruct = jit(self._decoded)
 
-    def __call__(self, video: Video) -> tuple[Video, Video]:
+    def __call__(self, video: Video) -> tuple[Fitted, Fitted]:
         """The part of a clip that fills latents, and what is left of it."""
         fitted = self.fit(video)
         return fitted, np.asarray(self._reconstruct(self._params, fitted[None])[0])
 
-    def fit(self, video: Video) -> UInt8[np.ndarray, "t h w 3"]:
+    def fit(self, video: Video) -> Fitted:
         """The clip without frames, rows and columns that fill no latent."""
         time, space = self.vae.temporal_compression, self.vae.spatial_compression
         frames, height, width = video.shape[:3]
