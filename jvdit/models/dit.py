@@ -159,9 +159,9 @@ class DiT(nn.Module):
         """Predicts the velocity dx/dt of every token.
 
         Args:
-            tokens: noisy latents with their positions, segments and levels.
+            tokens: noisy latents with their positions, levels and what they see.
             t: noise levels of each row: 0 is data, 1 is noise.
-            text: text states; tokens attend to those of their own segment.
+            text: text states, of which tokens attend to those that they see.
 
         Returns:
             Velocity in float32. Padding tokens have values without meaning.
@@ -197,7 +197,8 @@ class DiT(nn.Module):
             tokens.position, self._rope_dims, self.rope_theta, self.position_scale
         )
         image = self._image(text)
-        context = states, rows, level, tokens.segment, text.segment, rotation, image
+        visible, text_visible = tokens.sees, text.seen_by(tokens)
+        context = states, rows, level, visible, text_visible, rotation, image
         x = self._reused(x, lambda dit, x: dit._whole(x, tokens, *context))
 
         head = Modulation(2, self.param_dtype, name="head_modulation")

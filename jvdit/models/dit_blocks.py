@@ -20,6 +20,7 @@ from jvdit.models.layers import (
     RMSNorm,
     modulate,
 )
+from jvdit.shapes import Visible
 from jvdit.sharding import constrain
 
 
@@ -30,12 +31,14 @@ class Attention(nn.Module):
         num_heads: heads; they divide the channels of the input.
         qk_norm: normalise queries and keys over all heads together.
         implementation: form of `attention`.
+        keys: how a mesh divides the keys, see `attention`.
     """
 
     num_heads: int
     qk_norm: bool = True
     eps: float = 1e-6
     implementation: str = "auto"
+    keys: str = "tokens"
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
@@ -44,18 +47,16 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "b n d"],
         context: Float[Array, "b s d"],
-        segment: Int[Array, "b n"] | None,
-        context_segment: Int[Array, "b s"] | None,
+        visible: Visible | None = None,
         rotation: tuple[Array, Array] | None = None,
         image: Float[Array, "b i d"] | None = None,
     ) -> Float[Array, "b n d"]:
         """Lets the tokens of `x` attend to those of `context`.
 
         Args:
-            x: tokens that ask.
-            context: tokens that answer; `x` itself in self-attention.
-            segment: clip of each asking token, or None.
-            context_segment: clip of each answering token, or None.
+            x: tokens that queries are made of.
+            context: tokens that keys and values are made of; `x` in self-attention.
+            visible: which tokens of `context` each of `x` sees; None: all.
             rotation: tables of `rope_tables` for queries and keys, or None.
             image: states of a picture, which have keys and values of their own and a
                 softmax of their own; every token sees them. None: there are none.
@@ -75,9 +76,8 @@ class Attention(nn.Module):
         )
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
-        out = attention(
-            q, k, v, segment, context_segment, implementation=self.implementation
-        )
+        attend = partial(attention, implementation=self.implementation)
+        out = attend(q, k, v, visible, keys=self.keys)
         if image is not None:
             k = RMSNorm(self.eps, name="image_key_norm", **kinds)(
                 linear("image_key")(image)
@@ -86,7 +86,7 @@ class Attention(nn.Module):
                 rearrange(y, "b n (q k) -> b n q k", q=self.num_heads)
                 for y in (k, linear("image_value")(image))
             )
-            out = out + attention(q, k, v, implementation=self.implementation)
+            out = out + attend(q, k, v, keys="text")
         return linear("out")(rearrange(out, "b n q k -> b n (q k)"))
 
 
@@ -112,8 +112,8 @@ class Block(nn.Module):
         text: Float[Array, "b s d"],
         embedding: Float[Array, "b g 6 d"],
         level: Int[Array, "b n"] | None,
-        segment: Int[Array, "b n"] | None,
-        text_segment: Int[Array, "b s"] | None,
+        visible: Visible | None,
+        text_visible: Visible | None,
         rotation: tuple[Array, Array],
         image: Float[Array, "b i d"] | None = None,
     ) -> Float[Array, "b n d"]:
@@ -124,21 +124,14 @@ class Block(nn.Module):
         modulation = Modulation(6, self.param_dtype, name="modulation")
         rows = modulation(embedding, level)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = rows
-        text_by = (None, None)
-        if text_segment is not None:
-            # One clip a row: self-attention needs no mask, padded text still does.
-            asking = jnp.ones(x.shape[:2], jnp.int32) if segment is None else segment
-            text_by = (asking, text_segment)
 
         y = modulate(x, shift, scale, self.eps).astype(self.dtype)
-        y = Attention(*heads, name="self_attention", **kinds)(
-            y, y, segment, segment, rotation
-        )
+        y = Attention(*heads, name="self_attention", **kinds)(y, y, visible, rotation)
         x = (x + y * gate).astype(self.dtype)
 
         y = LayerNorm(self.eps, name="cross_norm")(x) if self.cross_norm else x
-        y = Attention(*heads, name="cross_attention", **kinds)(
-            y.astype(self.dtype), text, *text_by, image=image
+        y = Attention(*heads, keys="text", name="cross_attention", **kinds)(
+            y.astype(self.dtype), text, text_visible, image=image
         )
         x = x + y
 
