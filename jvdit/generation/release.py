@@ -23,7 +23,6 @@ from jvdit.weights.configs import PATCH_SIZE, patch_channels
 from jvdit.weights.conventions import Conventions
 from jvdit.weights.folders import (
     Loaded,
-    dit_inputs,
     load_dit,
     load_image_encoder,
     load_text_encoder,
@@ -166,7 +165,8 @@ def add_adapters(
     if not files:
         return
     dit = generator.dit
-    shapes = jax.eval_shape(dit.init, jax.random.key(0), *dit_inputs(dit))["params"]
+    inputs = dit.example_inputs()
+    shapes = jax.eval_shape(dit.init, jax.random.key(0), *inputs)["params"]
     channels = patch_channels(dit)
     tables = [dit_rules(layout, channels) for layout in LAYOUTS]
     if networks == EXPERTS[1:] and not generator.boundary:

@@ -3,6 +3,7 @@
 from functools import partial
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -22,6 +23,31 @@ from jvdit.models.layers import (
 )
 from jvdit.shapes import Visible
 from jvdit.sharding import constrain
+
+
+@flax.struct.dataclass
+class Context:
+    """What every block is told beside the tokens that it updates.
+
+    Attributes:
+        time: embedding of each noise level, in float32.
+        rows: shifts, scales and gates of each noise level, in float32.
+        level: which noise level each token is at. None: there is one.
+        rotation: tables of `rope_tables` for the tokens.
+        visible: which tokens each token sees; None: all.
+        text: states of the text, as wide as a token.
+        text_visible: which of them each token sees; None: all.
+        image: states of a picture, as wide as a token, or None.
+    """
+
+    time: Float[Array, "b g d"]
+    rows: Float[Array, "b g 6 d"]
+    level: Int[Array, "b n"] | None
+    rotation: tuple[Float[Array, "b n k"], Float[Array, "b n k"]]
+    visible: Visible | None
+    text: Float[Array, "b s d"]
+    text_visible: Visible | None
+    image: Float[Array, "b i d"] | None
 
 
 class Attention(nn.Module):
@@ -107,31 +133,28 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "b n d"],
-        text: Float[Array, "b s d"],
-        embedding: Float[Array, "b g 6 d"],
-        level: Int[Array, "b n"] | None,
-        visible: Visible | None,
-        text_visible: Visible | None,
-        rotation: tuple[Array, Array],
-        image: Float[Array, "b i d"] | None = None,
+        self, x: Float[Array, "b n d"], context: Context
     ) -> Float[Array, "b n d"]:
         """Updates the tokens; norms, modulation and residual sums are float32."""
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x = checkpoint_name(x, BLOCK_INPUT)
         heads = (self.num_heads, self.qk_norm, self.eps, self.attention_implementation)
         modulation = Modulation(6, self.param_dtype, name="modulation")
-        rows = modulation(embedding, level)
+        rows = modulation(context.rows, context.level)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = rows
 
         y = modulate(x, shift, scale, self.eps).astype(self.dtype)
-        y = Attention(*heads, name="self_attention", **kinds)(y, y, visible, rotation)
+        y = Attention(*heads, name="self_attention", **kinds)(
+            y, y, context.visible, context.rotation
+        )
         x = (x + y * gate).astype(self.dtype)
 
         y = LayerNorm(self.eps, name="cross_norm")(x) if self.cross_norm else x
         y = Attention(*heads, keys="text", name="cross_attention", **kinds)(
-            y.astype(self.dtype), text, text_visible, image=image
+            y.astype(self.dtype),
+            context.text,
+            context.text_visible,
+            image=context.image,
         )
         x = x + y
 
@@ -145,9 +168,9 @@ class ScanBlock(Block):
     """A block as the body of `nn.scan`: its carry is the tokens."""
 
     @nn.compact
-    def __call__(self, x, slot, hints, *context):
+    def __call__(self, x, slot, hints, context):
         """Updates the tokens, and adds the hint in `slot`; -1: none."""
-        x = super().__call__(x, *context)
+        x = super().__call__(x, context)
         if hints is None:
             return x, None
         hint = jax.lax.dynamic_index_in_dim(hints, slot, keepdims=False)
@@ -161,9 +184,9 @@ class ControlBlock(Block):
     """
 
     @nn.compact
-    def __call__(self, x, *context):
+    def __call__(self, x, context):
         """Updates the control tokens; returns (tokens, hint)."""
-        x = super().__call__(x, *context)
+        x = super().__call__(x, context)
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         zeros = nn.initializers.zeros_init()
         return x, Dense(x.shape[-1], kernel_init=zeros, name="hint", **kinds)(x)
