@@ -17,7 +17,8 @@ a     audio samples                          k     channels of a head
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax.numpy as jnp
@@ -84,6 +85,33 @@ class Tokens:
     cond: Float[Array, "b n u"] | None = None
     control: Float[Array, "b n v"] | None = None
     visible: Visible | None = None
+
+    @classmethod
+    def of(
+        cls,
+        batch: Mapping[str, Any],
+        latents: Float[Array, "b n c"],
+        *,
+        one_clip: bool = False,
+        given: bool = True,
+    ) -> "Tokens":
+        """The tokens of a packed batch, to be learned from or generated.
+
+        Args:
+            batch: see `pack_rows`.
+            latents: clean or noisy ones, in the place of the batch's own.
+            one_clip: every row is exactly one clip without padding: no mask.
+            given: tokens may be given; if none is, and `one_clip`, all of a row are at
+                one level.
+        """
+        names = "cond", "control"
+        return cls(
+            latents,
+            batch["position"],
+            segment=None if one_clip else batch["segment"],
+            level=None if one_clip and not given else batch["level"],
+            **{name: batch[name] for name in names if name in batch},
+        )
 
     @property
     def sees(self) -> Visible | None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jvdit.data.clips import BadClip
-from jvdit.data.packing import patchify, positions
+from jvdit.data.patches import patchify, positions
 from jvdit.data.pipeline import (
     BadDataError,
     Batches,

@@ -22,6 +22,8 @@ from rich.progress import (
 )
 from rich.table import Column
 
+from jvdit.machine.json_files import parse_json
+
 _HISTORY = "history.jsonl"
 _FLUSHED_WITHIN = 60  # seconds
 # Dense bf16 peaks of a device as jax counts devices, in FLOP/s, by device_kind.
@@ -205,12 +207,12 @@ def read_history(workdir: str | os.PathLike[str]) -> dict[str, list[tuple[int, f
     """
     file = pathlib.Path(workdir) / _HISTORY
     found: dict[str, dict[int, float]] = {}
-    for line in file.read_text().splitlines() if file.exists() else ():
+    for line in file.read_bytes().splitlines() if file.exists() else ():
         try:
-            values = json.loads(line)
-        except json.JSONDecodeError:  # the run was killed while it wrote this
-            continue
-        step = values.pop("step")
+            values = parse_json(line, str(file), dict[str, float])
+            step = int(values.pop("step"))
+        except (ValueError, KeyError, OverflowError):
+            continue  # the run was killed while it wrote this
         for name, value in values.items():
             found.setdefault(name, {})[step] = value
     return {name: sorted(points.items()) for name, points in found.items()}
