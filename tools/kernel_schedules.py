@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jvdit.machine.chips import CHIPS, Chip
 from jvdit.models.attention import mosaic
 from jvdit.pods.programs import pod_mesh
+from jvdit.shapes import Visible
 
 # The smallest slice of a chip.
 SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
@@ -69,7 +70,7 @@ def compile_kernel(name: str, tokens: int, segments: bool) -> None:
     x = jax.ShapeDtypeStruct((1, tokens, 1, CHANNELS), jnp.bfloat16)
     line = jax.ShapeDtypeStruct((1, 1, tokens), jnp.float32)
     ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
-    inputs = (x, x, x, (ids, ids) if segments else ())
+    inputs = (x, x, x, Visible.packed(ids) if segments else None)
     run = mosaic.mosaic_forward
     if name == "flash_backward":
         run, inputs = mosaic.mosaic_backward, (*inputs, line, line, x)

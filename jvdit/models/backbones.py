@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jax.typing import DTypeLike
+from jaxtyping import Array
 
 from jvdit.models import dit
+from jvdit.shapes import Text, Tokens
 
 
 @runtime_checkable
@@ -29,6 +31,10 @@ class Backbone(Protocol):
 
     def flops(self, tokens: int, text: int, trained: str = "nothing") -> int:
         """Floating-point operations of a row."""
+        ...
+
+    def example_inputs(self) -> tuple[Tokens, Array, Text]:
+        """The smallest inputs with which it has all of its parameters."""
         ...
 
 

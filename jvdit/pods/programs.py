@@ -42,7 +42,6 @@ from jvdit.tasks.flow_objective import flow_objective
 from jvdit.training.optim import Optim
 from jvdit.training.state import TrainState, new_state, state_shardings
 from jvdit.training.step import jit_train_step
-from jvdit.weights.folders import dit_inputs
 
 # Steps of the solver in a program of sampling: with the second, none is the first.
 SAMPLED = 2
@@ -205,7 +204,7 @@ def sample_program(
     states = _shape(rows, text_length, module.text_width)
     with jax.set_mesh(mesh):
         params = jax.eval_shape(
-            lambda key: module.init(key, *dit_inputs(module))["params"], _key()
+            lambda key: module.init(key, *module.example_inputs())["params"], _key()
         )
         running = jax.eval_shape(
             lambda *x: start_noise(

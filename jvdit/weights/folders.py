@@ -24,7 +24,6 @@ from jvdit.models.backbones import MODELS, Backbone
 from jvdit.models.image_encoder import ImageEncoder
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.models.video_vae import VideoVAE
-from jvdit.shapes import Text, Tokens
 from jvdit.sharding import parameter_shardings
 from jvdit.weights import clip, configs, umt5, wan, wan_vae
 from jvdit.weights.loading import export, load, paths_of
@@ -68,9 +67,8 @@ def load_dit(
     sizes = configs.dit_fields(config, attends)
     module = MODELS["dit"].module(**sizes, **_types(dtype), **fields)
     rules = partial(wan.dit_rules, channels=configs.patch_channels(module))
-    return _load(
-        module, dit_inputs(module), folder, _ORIGINAL["dit"], rules, mesh, dtype
-    )
+    inputs = module.example_inputs()
+    return _load(module, inputs, folder, _ORIGINAL["dit"], rules, mesh, dtype)
 
 
 def save_dit(folder: PathLike, params: Any, module: Backbone, like: PathLike) -> None:
@@ -212,22 +210,5 @@ def _load(
     return Network(module, bring, size)
 
 
-def dit_inputs(module: Backbone) -> tuple[Any, ...]:
-    """The smallest inputs with which a DiT has all of its parameters."""
-    tokens = Tokens(
-        jnp.zeros((1, 1, module.in_channels)),
-        jnp.zeros((1, 1, 3)),
-        cond=_blank(1, module.cond_channels),
-        control=_blank(1, module.control_channels),
-    )
-    image = _blank(module.image_length or 1, module.image_width)
-    text = Text(jnp.zeros((1, 1, module.text_width)), image=image)
-    return tokens, jnp.zeros((1, 1)), text
-
-
 def _types(dtype: DTypeLike) -> dict[str, Any]:
     return {"dtype": dtype, "param_dtype": dtype}
-
-
-def _blank(length: int, channels: int) -> jax.Array | None:
-    return jnp.zeros((1, length, channels)) if channels else None

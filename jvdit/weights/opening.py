@@ -21,7 +21,6 @@ from jvdit.weights.bundle import Bundle
 from jvdit.weights.caption_encoder import release_tokenizer
 from jvdit.weights.configs import PATCH_SIZE, conditions_of, patch_channels
 from jvdit.weights.folders import (
-    dit_inputs,
     load_dit,
     load_image_encoder,
     load_text_encoder,
@@ -177,7 +176,8 @@ def with_adapters(
     if not files:
         return model
     dit = model.dit
-    shapes = jax.eval_shape(dit.init, jax.random.key(0), *dit_inputs(dit))["params"]
+    inputs = dit.example_inputs()
+    shapes = jax.eval_shape(dit.init, jax.random.key(0), *inputs)["params"]
     channels = patch_channels(dit)
     tables = [dit_rules(layout, channels) for layout in LAYOUTS]
     if networks == EXPERTS[1:] and not model.boundary:
