@@ -82,7 +82,7 @@ def fit_json(found: Any, where: str, kind: type[T] | GenericAlias, remedy: str) 
 
 def _explained(told: str, found: Any, kind: Any) -> str:
     """What msgspec says of JSON of another kind, with the value, or the right name."""
-    if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", told, re.S):
+    if unknown := re.fullmatch(r"Object contains unknown field `([^`]*)`", told):
         known = [field.encode_name for field in msgspec.structs.fields(kind)]
         near = difflib.get_close_matches(unknown[1], known, 1, 0)[0]
         return f"`{unknown[1]}` is unknown, the nearest field is `{near}`"

@@ -265,8 +265,7 @@ class _Loop:
         file = self.workdir / _LOOKED
 
         def last():
-            there = file.exists()
-            return read_json(file, "delete it", _Looked).step if there else -1
+            return read_json(file, "delete it", _Looked).step if file.exists() else -1
 
         begun = self.start or self.config.start_from
         due = begun and any(self._looks(self.start))

@@ -203,8 +203,7 @@ def claim_workdir(
                 f"workdir {workdir} holds another model: {'; '.join(differing)}. "
                 "Choose another --workdir, or restore those settings."
             )
-        optimizers = (x.config.optim.name for x in (held, ours))
-        _check_optimizer(path.parent, *optimizers)
+        _check_optimizer(path.parent, held.config.optim.name, ours.config.optim.name)
     if jax.process_index() == 0:
         _check_renaming(path.parent)
         write_json(path, config)
