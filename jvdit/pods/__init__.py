@@ -1,1 +1,1 @@
-"""What a program will take on a pod of TPUs that isn't there."""
+"""Forecasts time and memory of a program on a TPU pod, without the pod."""

@@ -1,12 +1,12 @@
-"""How long a scheduled TPU program will take, without a TPU.
+"""Forecasts the time of a compiled TPU program, without a TPU.
 
-The compiler writes the cycles that it expects beside almost every instruction; flash
-attention, which it can't see into, takes its products over the speed of its kernels'
-schedules, and what goes over links takes its bytes over their bandwidth, behind
-whatever runs meanwhile. A probe that counted so came to 32.7 s for a training step of
-Wan 2.1 14B on v5p-8 that MaxDiffusion publishes at 36.0 s, and to 2.68 s for a guided
-sampling step on eight chips of v7x that it publishes at 2.73 s. Estimates all the same:
-ratios of them are worth more than seconds.
+The compiler writes the cycles that it expects beside almost every instruction. Flash
+attention, which it can't see into, is timed as its FLOPs over the speed of its kernels'
+schedules, and collectives as their bytes over the bandwidth of the links, overlapped
+with whatever computes meanwhile. Counted in this way, a training step of Wan 2.1 14B on
+v5p-8 takes 32.7 s, where MaxDiffusion publishes 36.0 s, and a guided sampling step on
+eight v7x chips 2.68 s, where it publishes 2.73 s. These are estimates: trust ratios
+more than seconds.
 """
 
 import collections
@@ -29,19 +29,19 @@ COLLECTIVES = (
 )
 
 
-_SLICE = 100_000  # what numbers of devices grow by from slice to slice
+_SLICE = 100_000  # difference of device ids from slice to slice
 
 
 @dataclasses.dataclass
 class Forecast:
-    """What one step takes on each chip.
+    """The forecast of one program on each chip.
 
     Attributes:
-        seconds: from its beginning to its end.
-        parts: seconds by kind of work: "products", "other", "attention", "links"
-            (waiting for them).
+        seconds: duration of the program.
+        parts: seconds by kind of work: "products" (matrix products and convolutions),
+            "attention" (flash kernels), "other", and "links" (waiting for collectives).
         sources: seconds by part of the model.
-        sent: bytes over links, by (collective, mesh axes).
+        sent: bytes that a chip sends, by (collective, mesh axes).
     """
 
     seconds: float = 0.0
@@ -57,12 +57,12 @@ class Forecast:
 
 
 def forecast(program: Program, chip: Chip, axes: Mapping[str, int]) -> Forecast:
-    """Walks through a program.
+    """Adds up the time of a program's instructions.
 
     Args:
-        program: from `schedule.read`.
-        chip: that it was compiled for.
-        axes: of the mesh, by name, in the order of the devices.
+        program: the compiled program, from `schedule.read`.
+        chip: the chip that it was compiled for.
+        axes: sizes of the mesh axes by name, in the order of the devices.
     """
     walk = _Walk(program, chip, axes)
     walk.result.seconds = walk.run(program.entry, 1)
@@ -76,8 +76,8 @@ class _Walk:
         self.result = Forecast()
 
     def run(self, name: str, times: int) -> float:
-        """Seconds of a computation; what it adds to the result counts `times`."""
-        now = wire = 0.0  # until when the core and the links are busy
+        """Seconds of one run of a computation; its parts are counted `times` times."""
+        now = wire = 0.0  # times until which the core and the links are busy
         arrivals: dict[str, float] = {}
         network = _Network(self.chip.network)
         for each in self.program.computations[name]:
@@ -113,12 +113,12 @@ class _Walk:
         return next((x for x in self.program.inside(each) if x.op in COLLECTIVES), None)
 
     def _kernel_of(self, each: Instruction) -> Instruction | None:
-        """A kernel, which may take its inputs out of larger arrays by itself."""
+        """The flash kernel in an instruction, or in a fusion that slices its inputs."""
         among = self.program.inside(each) if each.op == "fusion" else [each]
         return next((x for x in among if '"tpu_custom_call"' in x.text), None)
 
     def _work(self, each: Instruction, times: int) -> float:
-        """Seconds of what the core does itself."""
+        """Seconds of an instruction that the core computes."""
         if each.op == "while":
             trips = self.program.trips(each)
             return trips * self.run(each.attribute("body"), times * trips)
@@ -158,7 +158,7 @@ class _Walk:
         return products * product / (self.chip.peak * speed)
 
     def _transfer(self, each: Instruction, kind: str, times: int) -> float:
-        """Seconds on the links of a ring; counts the bytes that a chip sends."""
+        """Seconds of a collective on the links; also counts the bytes a chip sends."""
         together = group(each.text, self.devices)
         size = 2 if kind == "collective-permute" else len(together)
         whole = max(byte_sizes(each.shape), default=0.0)
@@ -170,7 +170,7 @@ class _Walk:
             "all-reduce": (2 * whole * share, both),
             "reduce-scatter": (whole * (size - 1), both),
             "scattered": (whole * share, both),
-            # A quarter of the ring away, on average.
+            # Data travel a quarter of the ring, on average.
             "all-to-all": (whole * share, both * 4 * share / max(size, 4)),
             "collective-permute": (whole, self.chip.link),
         }[kind]
@@ -187,7 +187,7 @@ class _Walk:
 
 
 class _Network:
-    """What slices send each other, one after another, by way of their hosts."""
+    """Transfers between slices: one after another, through their hosts."""
 
     def __init__(self, bandwidth: float):
         self.bandwidth, self.busy = bandwidth, 0.0
@@ -196,7 +196,12 @@ class _Network:
         self.arrivals: dict[str, float] = {}
 
     def meet(self, each: Instruction, now: float) -> tuple[str, float]:
-        """Begins once both sides are there; the kind, and bytes that a chip sends."""
+        """Records a send or receive; a transfer begins when both have been met.
+
+        Returns:
+            The kind of collective, and the bytes that a chip sends (0 for the first
+            of the two).
+        """
 
         def told(name: str) -> str:
             return re.findall(rf'_xla_{name}=("[^"]*"|{{{{.*?}}}})', each.text)[0]
@@ -218,12 +223,12 @@ class _Network:
         return kind, size
 
     def arrival(self, received: str) -> float:
-        """When what an instruction receives is there; 0: it waits for nothing."""
+        """The time at which a transfer arrives; 0 if it was never sent."""
         return self.arrivals.get(self.meetings.get(received, ""), 0.0)
 
 
 def _slices(target: str) -> int:
-    """How many "{1,2}x{0:7}" names, or "{{100000,200000},…}", by their devices."""
+    """How many slices "{1,2}x{0:7}", or a list of device ids, names."""
     listed = re.findall(r"[\d,:]+", target)[0]
     if ":" in listed:
         first, last = map(int, listed.split(":"))
@@ -233,7 +238,7 @@ def _slices(target: str) -> int:
 
 
 def _scattered(inside: Sequence[Instruction]) -> str:
-    """Whether an all-reduce keeps but its part: a reduce-scatter by another name."""
+    """Returns "scattered" if an all-reduce and a slice make a reduce-scatter, or ""."""
     ops = {each.op for each in inside}
     return "scattered" if {"all-reduce", "dynamic-slice"} <= ops else ""
 

@@ -1,7 +1,7 @@
-"""The programs of training and sampling, compiled for a pod that need not be there.
+"""Lowers the programs of training and sampling for a TPU pod, without the pod.
 
-They are the ones that run: the same update and the same solver step, over the same
-tables of shardings. Only shapes go in, so that neither data nor weights are needed.
+They are the programs that run in earnest: the same training step and solver step, with
+the same shardings. They are traced with shapes, so no data or weights are needed.
 """
 
 import dataclasses
@@ -43,9 +43,9 @@ from jvdit.training.optim import Optim
 from jvdit.training.state import TrainState, new_state, state_shardings
 from jvdit.training.step import jit_train_step
 
-# Steps of the solver in a program of sampling: with the second, none is the first.
+# Solver steps in the sampling program: two, so that not only the first is counted.
 SAMPLED = 2
-# The compiler looks for the TPU that it works for, unless it is told not to.
+# Keeps libtpu from looking for a TPU on this machine.
 _ALONE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -54,15 +54,16 @@ _ALONE = {
 
 
 def pod_mesh(topology: str, sizes: dict[str, int], devices: int | None = None) -> Mesh:
-    """The mesh of a TPU slice, or of several, from its compiler alone.
+    """Describes the mesh of one or more TPU slices, without the slices.
 
     Args:
-        topology: as `pods.chips.topology` returns it, such as "2xv6e:8x8".
-        sizes: of the axes, as for `make_mesh`.
-        devices: how many to use. Default: all.
+        topology: the topology, as `machine.chips.topology` returns it, such as
+            "2xv6e:8x8".
+        sizes: sizes of the mesh axes, as for `make_mesh`.
+        devices: how many devices to use; None: all.
 
     Raises:
-        ModuleNotFoundError: libtpu is not installed.
+        ModuleNotFoundError: libtpu, which holds the compiler, isn't installed.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise ModuleNotFoundError(
@@ -81,20 +82,20 @@ def _shape(*sizes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
 
 
 def _key() -> Any:
-    # Shapes alone: a mesh of devices that aren't there can hold no array.
+    # Only its shape: a mesh of absent devices can hold no array.
     return jax.eval_shape(lambda: jax.random.key(0))
 
 
 def packed_shapes(
     config: Config, rows: int, channels: int, text_width: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a batch as `PackedBatches` makes it.
+    """The shapes of a batch that `PackedBatches` builds.
 
     Args:
         config: from `jvdit.config.flow` or `wan`.
-        rows: of the batch.
-        channels: of a patch of latents.
-        text_width: of cached text states; 0: token ids.
+        rows: rows of the batch.
+        channels: channels of a token: latent channels times the cells of a patch.
+        text_width: width of cached text states; 0: the batch holds token ids.
     """
     data = config.data
     n, s = data.token_budget, data.text_budget
@@ -115,17 +116,18 @@ def packed_shapes(
 def train_program(
     config: Config, mesh: Mesh, rows: int, latent_channels: int, text_width: int
 ) -> tuple[Any, TrainState, TrainState]:
-    """One update of a DiT on full rows of latents.
+    """Lowers one training step of a DiT on full rows of latents.
 
     Args:
         config: from `jvdit.config.flow` or `wan`.
-        mesh: from `pod_mesh`, or of devices that are there.
-        rows: of the whole batch.
-        latent_channels: of the autoencoder.
-        text_width: of cached text states; 0: the config's text encoder trains along.
+        mesh: device mesh, from `pod_mesh` or of real devices.
+        rows: rows of the whole batch.
+        latent_channels: latent channels of the autoencoder.
+        text_width: width of cached text states; 0: the config's text encoder is trained
+            along.
 
     Returns:
-        The lowered program, the shapes of its state, and their shardings.
+        The lowered program, the shapes of its training state, and their shardings.
     """
     pt, ph, pw = config.patch_size
     channels = latent_channels * pt * ph * pw
@@ -167,7 +169,7 @@ def train_program(
 def _row_shapes(
     module: Backbone, rows: int, tokens: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of rows that are to be solved."""
+    """The shapes of a packed batch that is to be denoised."""
     arrays = {
         "latents": _shape(rows, tokens, module.in_channels),
         "position": _shape(rows, tokens, 3),
@@ -182,19 +184,19 @@ def _row_shapes(
 def sample_program(
     module: Backbone, mesh: Mesh, rows: int, tokens: int, text_length: int
 ) -> Any:
-    """`SAMPLED` steps of the solver with guidance, in the types of the module.
+    """Lowers `SAMPLED` solver steps with guidance, in the module's dtypes.
 
     Args:
         module: the network.
-        mesh: as for `train_program`.
-        rows: clips that are solved together; guidance makes them twice as many.
-        tokens: of each.
-        text_length: states of each prompt.
+        mesh: device mesh, from `pod_mesh` or of real devices.
+        rows: how many clips are denoised together; guidance doubles the rows.
+        tokens: tokens of each clip.
+        text_length: text states of each prompt.
 
     Returns:
         The lowered program.
     """
-    # As `batches_of` pads them; padding is a segment of its own.
+    # Padded as by `batches_of`; padding is a segment of its own.
     padding = -tokens % mesh.shape["context"]
     arrays = _row_shapes(module, rows, tokens + padding)
     settings: dict[str, Any] = {"steps": SAMPLED, "solver": "unipc"}
@@ -242,12 +244,12 @@ def sample_program(
 
 
 def vae_program(vae: VideoVAE, mesh: Mesh, clip: Sequence[int], step: str) -> Any:
-    """A piece in the middle of a video, encoded or decoded.
+    """Lowers the encoding or decoding of one piece in the middle of a video.
 
     Args:
         vae: the autoencoder.
-        mesh: as for `train_program`; see `autoencoder_mesh`.
-        clip: frames, height and width in pixels.
+        mesh: device mesh, from `autoencoder_mesh`.
+        clip: frames, height and width of the whole video in pixels.
         step: "encode" or "decode".
 
     Returns:

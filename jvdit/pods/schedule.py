@@ -1,4 +1,4 @@
-"""Reads the text of a program that XLA has scheduled for a TPU."""
+"""Parses the text of a program that XLA has compiled and scheduled for a TPU."""
 
 import dataclasses
 import math
@@ -13,13 +13,13 @@ _BYTES |= {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "s64": 8, "u64": 8
 _BYTES |= {"f64": 8, "f8e4m3fn": 1, "f8e5m2": 1}
 _ARRAY = re.compile(rf"\b({'|'.join(_BYTES)})\[([\d,]*)\]")
 _BEGIN = re.compile(r"\s+(ROOT )?%?([\w.\-<>]+) = ")
-# Attributes may run over several lines, some of which begin with a brace, too.
+# Attributes may span several lines, and some of those also begin with a brace.
 _END = re.compile(r"\}(, execution_thread=.*)?\s*$")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-<>]+) \(.*\{\s*$")
 
 
 def arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
-    """Types and sizes of the arrays in a shape, which may be a tuple."""
+    """The dtype and dimensions of each array in a shape, which may be a tuple."""
     return [
         (kind, tuple(int(n) for n in sizes.split(",") if n))
         for kind, sizes in _ARRAY.findall(shape)
@@ -27,19 +27,19 @@ def arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def byte_sizes(shape: str) -> list[float]:
-    """Bytes of each array of a shape."""
+    """The bytes of each array in a shape, which may be a tuple."""
     return [float(_BYTES[kind]) * math.prod(sizes) for kind, sizes in arrays(shape)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation.
+    """One instruction of a computation.
 
     Attributes:
-        name: unique in the program.
-        shape: of the result.
-        op: such as "fusion".
-        text: operands, attributes and all.
+        name: its name, unique in the program.
+        shape: shape of the result.
+        op: operation, such as "fusion".
+        text: the rest of the line: operands and attributes.
     """
 
     name: str
@@ -49,13 +49,13 @@ class Instruction:
 
     @cached_property
     def cycles(self) -> int | None:
-        """What the compiler expects it to take."""
+        """The cycles that the compiler expects it to take, or None."""
         found = re.search(r'"estimated_cycles":"(\d+)"', self.text)
         return int(found[1]) if found else None
 
     @cached_property
     def operands(self) -> list[str]:
-        """Names of the instructions whose results it takes."""
+        """Names of the instructions whose results are its operands."""
         depth, end = 0, len(self.text)
         for i, letter in enumerate(self.text):
             depth += (letter == "(") - (letter == ")")
@@ -66,30 +66,30 @@ class Instruction:
 
     @property
     def source(self) -> str:
-        """Where in the model it comes from."""
+        """The path in the model that it was traced from, such as "DiT/blocks/…"."""
         found = re.search(r'op_name="([^"]*)"', self.text)
         return found[1] if found else ""
 
     def attribute(self, *names: str) -> str:
-        """The computation that an attribute such as `body` names; "" if none does."""
+        """The computation that an attribute such as `body` names, or ""."""
         found = re.search(rf"\b(?:{'|'.join(names)})=%?([\w.\-<>]+)", self.text)
         return found[1] if found else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A scheduled program.
+    """A compiled and scheduled program.
 
     Attributes:
         computations: instructions of each computation, in the order of execution.
-        entry: the name of the one that runs.
+        entry: name of the computation that the program starts with.
     """
 
     computations: Mapping[str, Sequence[Instruction]]
     entry: str
 
     def trips(self, loop: Instruction) -> int:
-        """How often a while loop turns; 1 where the program doesn't tell."""
+        """The trip count of a while loop; 1 if the program doesn't tell."""
         known = re.search(r'known_trip_count[^}]*"n":"(\d+)"', loop.text)
         if known:
             return int(known[1])
@@ -103,7 +103,7 @@ class Program:
         return max(bounds, default=1)
 
     def branches(self, conditional: Instruction) -> list[str]:
-        """The computations that a conditional chooses from."""
+        """Names of the computations that a conditional chooses from."""
         listed = re.search(r"branch_computations=\{([^}]*)\}", conditional.text)
         if listed:
             return re.findall(r"%([\w.\-<>]+)", listed[1])
@@ -112,7 +112,7 @@ class Program:
         return [name for name in found if name]
 
     def inside(self, fusion: Instruction) -> list[Instruction]:
-        """The instructions of a fusion, and of what it calls."""
+        """The instructions of a fusion, and of the computations that it calls."""
         found: list[Instruction] = []
         for each in self.computations.get(fusion.attribute("calls", "to_apply"), ()):
             found.append(each)
@@ -122,7 +122,7 @@ class Program:
 
 
 def read(text: str) -> Program:
-    """Reads `compiled.as_text()`."""
+    """Parses a compiled program's text, from `compiled.as_text()`."""
     computations: dict[str, list[Instruction]] = {}
     entry, current, line = "", None, ""
 
@@ -166,7 +166,12 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def group(text: str, devices: int) -> np.ndarray:
-    """The devices that take part in a collective together: the first such group."""
+    """The ids of the devices in the first group of a collective.
+
+    Args:
+        text: the collective's attributes.
+        devices: how many devices there are; all form one group by default.
+    """
     pairs = re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", text)
     if pairs:
         ends = re.findall(r"\{(\d+),(\d+)\}", pairs[1])
