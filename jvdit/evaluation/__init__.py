@@ -1,1 +1,1 @@
-"""Measures what models make."""
+"""Measures generated and reconstructed clips."""

@@ -1,7 +1,7 @@
-"""Whether a clip of the procedural world shows what its caption says.
+"""Prompt adherence: whether a clip of the procedural world shows what its caption says.
 
-Each captioned object is compared in shape, size and first direction. Units are those
-of `world.scene`, dimensions those of `tracks`.
+Each captioned object is compared in color, shape, size and initial direction. Units are
+those of `world.scene`, dimension names those of `tracks`.
 """
 
 import dataclasses
@@ -23,22 +23,22 @@ from jvdit.data.world.scene import (
 from jvdit.evaluation.detection import Detections
 from jvdit.evaluation.tracks import Tracks, enough_frames, quantile
 
-_SHAPE_FRAMES = 5  # in which the shape is looked at
+_SHAPE_FRAMES = 5  # frames in which the shape is measured
 _LEAST_IOU = 0.70
-_MOST_TURN = 30.0  # degrees between the captioned direction and the one that is seen
-_FLIGHT = 0.25  # seconds after which an object may have bounced
-_LEAST_STEP = 0.5 / 64  # in the first flight: what moves less stands still
+_MOST_TURN = 30.0  # most degrees between the captioned and the measured direction
+_FLIGHT = 0.25  # seconds from the start in which the direction is measured
+_LEAST_STEP = 0.5 / 64  # an object that moves less in that time stands still
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """What each captioned object turns out to be, where its color is found.
+    """The measured attributes of each captioned object.
 
     Attributes:
-        found: whether it is.
-        shape: index in `SHAPES`, -1 where none fits.
-        large: whether it is nearer to the world's large radius than to the small one.
-        angle: degrees from right towards down in which it sets out; NaN: it stands.
+        found: whether the object's color is found.
+        shape: measured shape, index in `SHAPES`; -1: none fits.
+        large: whether its radius is nearer to the world's large one than the small one.
+        angle: initial direction in degrees, clockwise from right; NaN: it stands still.
         objects: how many objects each clip shows.
     """
 
@@ -50,12 +50,13 @@ class Reading:
 
 
 def read(found: Detections, tracks: Tracks, scenes: Scenes, fps: float) -> Reading:
-    """Reads the attributes of the captioned objects off the clips.
+    """Measures the attributes of the captioned objects in the clips.
 
     Args:
-        found: what is seen in the clips.
-        tracks: the captioned objects.
-        scenes: what the captions say; positions and velocities are not looked at.
+        found: the detections in the clips.
+        tracks: the tracks of the captioned objects.
+        scenes: the scenes that the captions describe; their positions and velocities
+            are not used.
         fps: frames per second.
     """
     there = found.present.mean(1) >= enough_frames(scenes)
@@ -71,7 +72,7 @@ def read(found: Detections, tracks: Tracks, scenes: Scenes, fps: float) -> Readi
 def compare(
     reading: Reading, tracks: Tracks, scenes: Scenes
 ) -> dict[str, Bool[np.ndarray, " n"]]:
-    """Which attributes of each captioned object are as the caption says."""
+    """Whether each attribute of each captioned object is as the caption says."""
     clip, slot = tracks.clip, tracks.slot
     turn = (reading.angle - 45.0 * scenes.direction[clip, slot] + 180) % 360 - 180
     return {
@@ -102,7 +103,7 @@ def adherence(
 
 
 def describe(reading: Reading, tracks: Tracks, clip: int) -> str:
-    """What was seen of a clip, in the words of its caption."""
+    """Describes the measured objects of a clip in the words of captions."""
     seen = []
     for i in np.flatnonzero(tracks.clip == clip):
         name = COLORS[tracks.color[i]]
@@ -119,7 +120,7 @@ def describe(reading: Reading, tracks: Tracks, clip: int) -> str:
 
 
 def _typical(pieces: Int[np.ndarray, "b T k"], present: np.ndarray) -> np.ndarray:
-    """Pieces of each color in most of the frames that show it, at least 1."""
+    """The number of pieces of each color, 1 unless most frames show several."""
     many = (pieces > 1).sum(1) > 0.5 * present.sum(1)
     most = np.where(pieces > 1, pieces, 0).max(1)
     return np.where(many, most, 1)
@@ -128,9 +129,9 @@ def _typical(pieces: Int[np.ndarray, "b T k"], present: np.ndarray) -> np.ndarra
 def _first_direction(
     tracks: Tracks, gravity: Float[np.ndarray, " n"], fps: float
 ) -> Float[np.ndarray, " n"]:
-    """Degrees from right towards down in which each sets out; NaN where it stands.
+    """The initial direction of each object in degrees, clockwise from right.
 
-    A line is fitted to the positions of the first moments.
+    It is that of a line fitted to the first positions; NaN if the object stands still.
     """
     flight = max(2, min(tracks.area.shape[1], math.floor(_FLIGHT * fps) + 1))
     times = np.arange(flight) / fps
@@ -147,9 +148,9 @@ def _first_direction(
 
 
 def _shapes(found: Detections, tracks: Tracks) -> Int[np.ndarray, " n"]:
-    """The shape that each object overlaps best, -1 where none fits.
+    """The shape whose template each object overlaps best; -1 if none fits.
 
-    Templates of equal area are laid on the centroid in frames whose area is typical.
+    Templates of the object's area are centered on it, in frames of typical area.
     """
     clip, color, side = tracks.clip, tracks.color, found.side
     height, width = found.coverage.shape[2:]

@@ -1,4 +1,4 @@
-"""Scores of parts of a set of clips: by what is in them."""
+"""Breaks scores down by the content of the clips."""
 
 from collections.abc import Mapping
 
@@ -7,14 +7,14 @@ from jaxtyping import Bool, Float
 
 from jvdit.data.world.scene import MAX_OBJECTS, SHAPES, Scenes
 
-# Scores that are told of each part.
+# The scores that are reported for each part.
 NAMES = ("all", "shape", "size", "direction", "physics")
 
 Parts = dict[str, dict[str, float]]
 
 
 def parts_of(scenes: Scenes) -> dict[str, Bool[np.ndarray, " b"]]:
-    """Which clips are in which part: by number of objects, and single ones by shape."""
+    """Groups clips by their number of objects, and those of a single one by shape."""
     parts = {
         f"{n} object{'s' * (n > 1)}": scenes.count == n
         for n in range(1, MAX_OBJECTS + 1)
@@ -25,11 +25,14 @@ def parts_of(scenes: Scenes) -> dict[str, Bool[np.ndarray, " b"]]:
 
 
 def breakdown(scores: Mapping[str, Float[np.ndarray, " b"]], scenes: Scenes) -> Parts:
-    """Means of some scores over each part, and how many clips it has ("clips").
+    """Averages the scores in `NAMES` over each part of the clips.
 
     Args:
-        scores: of each clip, from `oracle.score`.
-        scenes: of the same clips.
+        scores: scores of each clip, from `oracle.score`.
+        scenes: the scenes of the same clips.
+
+    Returns:
+        For each part the mean of each score, and how many clips it has ("clips").
     """
     return {
         part: {"clips": float(chosen.sum())}

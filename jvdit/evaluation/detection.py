@@ -15,8 +15,8 @@ from scipy.sparse.csgraph import connected_components
 
 from jvdit.data.world.scene import COLORS, HUES
 
-_LEAST_CHROMA = 26  # of a colored pixel, beside 0.3 of its largest channel
-_LEAST_AREA = 0.005  # of an object, in squared short sides
+_LEAST_CHROMA = 26  # of an object's pixel, which also needs 0.3 of its largest channel
+_LEAST_AREA = 0.005  # least area of an object, in squared short sides
 # Mean squared distance from the centre over area: 0.16 of a disc, 0.23 of a cross.
 _MOST_SPREAD, _SURELY_ONE = 0.40, 0.24
 # Index of the nearest color at each degree of hue.
@@ -27,15 +27,15 @@ _NEAREST = np.abs((np.arange(360)[:, None] - np.array(HUES) + 180) % 360 - 180).
 
 @dataclasses.dataclass(frozen=True)
 class Detections:
-    """What is seen of each color k in each frame.
+    """The objects of each color k in each frame.
 
     Attributes:
-        centre: (x, y) of the centroid, in pixels from the top left corner.
-        area: covered pixels, fractions of pixels included.
-        present: whether the color forms a compact object.
-        pieces: objects of the color that don't touch one another.
-        coverage: part of each pixel that its object covers, in [0, 1].
-        color: index in `COLORS` of each pixel, -1 where there is no object.
+        centre: centroid (x, y), in pixels from the top left corner.
+        area: covered area in pixels, partly covered ones counted in part.
+        present: whether the color forms a compact object, or several.
+        pieces: number of objects of the color that don't touch one another.
+        coverage: share of each pixel that an object covers, in [0, 1].
+        color: color of each pixel, index in `COLORS`; -1 where there is no object.
     """
 
     centre: Float[np.ndarray, "b T k 2"]
@@ -88,7 +88,7 @@ def detect(video: UInt8[np.ndarray, "b T H W 3"]) -> Detections:
     return Detections(
         centre=centre.reshape(*shape, 2),
         area=area.reshape(shape),
-        # Two objects of one color are not compact together, but they are there.
+        # Two objects of one color aren't compact together, but are present.
         present=(present | (pieces > 1)).reshape(shape),
         pieces=pieces.reshape(shape),
         coverage=coverage,
@@ -97,7 +97,7 @@ def detect(video: UInt8[np.ndarray, "b T H W 3"]) -> Detections:
 
 
 def _colored_pixels(video: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Flat indices of the pixels of objects, their chroma and their color."""
+    """The flat indices, the chroma and the color of the pixels of objects."""
     red, green, blue = (video[..., i] for i in range(3))
     high = np.maximum(np.maximum(red, green), blue)
     chroma = high - np.minimum(np.minimum(red, green), blue)
@@ -121,7 +121,7 @@ def _colored_pixels(video: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def _peak(chroma: np.ndarray, key: np.ndarray, groups: int) -> np.ndarray:
-    """Chroma where an object covers the whole pixel: the mean of the upper part."""
+    """The chroma of fully covered pixels: the mean of those above the mean."""
 
     def mean(kept: np.ndarray) -> np.ndarray:
         count = np.bincount(key[kept], minlength=groups)
@@ -132,7 +132,7 @@ def _peak(chroma: np.ndarray, key: np.ndarray, groups: int) -> np.ndarray:
 
 
 def _pieces(chosen, weight, key, groups, shape, least) -> np.ndarray:
-    """How many large enough pieces of touching pixels each color has in a frame."""
+    """How many connected pieces, large enough, each color has in each frame."""
     height, width = shape[2:4]
     place = np.full(int(np.prod(shape[:-1])) + width + 2, -1, np.int32)
     place[chosen] = np.arange(len(chosen))

@@ -1,10 +1,10 @@
-"""How far a set of clips is from another: copies, and a distance of distributions."""
+"""Compares sets of clips: copies of training clips, and the Fréchet distance."""
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from numpy.lib.stride_tricks import sliding_window_view
 
-_FRAMES, _CELLS = 5, 8  # of a thumbnail
+_FRAMES, _CELLS = 5, 8  # frames of a thumbnail, and cells along its height and width
 _KERNEL, _STRIDE, _FILTERS = (5, 7, 7), (2, 4, 4), 96
 
 Clips = UInt8[np.ndarray, "b T H W 3"]
@@ -12,7 +12,7 @@ Features = Float[np.ndarray, "b f"]
 
 
 def thumbnails(clips: Clips) -> Features:
-    """Five frames of 8 x 8 cells each, without the clip's mean color."""
+    """Thumbnails of clips: five frames of 8 x 8 cells, minus the clip's mean color."""
     frames = np.linspace(0, clips.shape[1] - 1, _FRAMES).round().astype(int)
     rows = [np.array_split(np.arange(size), _CELLS) for size in clips.shape[2:4]]
     small = clips[:, frames].astype(np.float32) / 255
@@ -26,13 +26,18 @@ def memorisation(
     train: Float[np.ndarray, "t f"],
     held_out: Float[np.ndarray, "h f"],
 ) -> dict[str, float]:
-    """Whether clips are copies of training clips, by their `thumbnails`.
+    """Measures how many clips are copies of training clips, by their `thumbnails`.
+
+    Args:
+        generated: thumbnails of the clips.
+        train: thumbnails of training clips.
+        held_out: thumbnails of real clips that were not trained on.
 
     Returns:
-        "copies": share of the clips nearer to a training clip than all but 1 % of the
-        held-out clips are. "authentic": share of the clips that are farther from the
-        nearest training clip than that one is from its own neighbour (Alaa et al.,
-        arXiv:2102.08921, section 4); of real clips about 0.9.
+        "copies", the share of clips that are nearer to a training clip than 99 % of the
+        held-out clips; and "authentic", the share of clips farther from their nearest
+        training clip than that one is from its own nearest neighbour (Alaa et al.,
+        arXiv:2102.08921, section 4). Real clips have about 0.01 and 0.9.
     """
     usual = _nearest(held_out, train)[0]
     distance, nearest = _nearest(generated, train)
@@ -58,10 +63,14 @@ def _nearest(a: np.ndarray, b: np.ndarray, apart: bool = False):
 
 
 def random_features(clips: Clips, seed: int = 3) -> Features:
-    """Mean and spread of the responses of 96 random filters of 5 x 7 x 7 pixels.
+    """Mean and standard deviation of the responses of 96 random 5 x 7 x 7 filters.
 
-    The filters come from a seeded generator and were never trained, so that the
-    distance needs no downloaded network and has no taste.
+    The filters are drawn from a seeded generator and untrained, so that the distance
+    needs no downloaded network and no learned preference enters it.
+
+    Args:
+        clips: RGB in [0, 255].
+        seed: seed of the filters.
     """
     taps = int(np.prod(_KERNEL)) * 3
     filters = np.random.Generator(np.random.Philox(seed)).standard_normal(
@@ -81,12 +90,16 @@ def random_features(clips: Clips, seed: int = 3) -> Features:
 
 
 def frechet_distance(a: Float[np.ndarray, "n f"], b: Float[np.ndarray, "m f"]) -> float:
-    """Squared Fréchet distance of normal distributions fitted to two sets of features.
+    """The squared Fréchet distance between normal distributions fitted to two sets.
 
     Eq. 6 of Heusel et al. (arXiv:1706.08500). Features may come from any network.
+
+    Args:
+        a: features of one set of clips.
+        b: features of the other.
     """
     mean = np.square(a.mean(0) - b.mean(0)).sum()
     cov_a, cov_b = (np.cov(x, rowvar=False) for x in (a, b))
-    # The eigenvalues of the product are those of its root, squared: real, not < 0.
+    # The square root's eigenvalues are the roots of these, which are real and >= 0.
     roots = np.sqrt(np.maximum(np.linalg.eigvals(cov_a @ cov_b).real, 0))
     return float(mean + np.trace(cov_a) + np.trace(cov_b) - 2 * roots.sum())

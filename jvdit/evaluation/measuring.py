@@ -1,4 +1,4 @@
-"""Sets of clips of the world's scenes: scores of each, and features of them all."""
+"""Measures sets of clips of the procedural world: scores, thumbnails, features."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -8,13 +8,20 @@ import numpy as np
 from jvdit.data.world import World
 from jvdit.evaluation import distance, oracle
 
-CHUNK = 64  # clips at once
-_TRAIN, _HELD_OUT = 2048, 512  # real clips that copies are looked for among
+CHUNK = 64  # clips that are measured at once
+_TRAIN, _HELD_OUT = 2048, 512  # real clips that generated ones are compared with
 
 
 @dataclasses.dataclass
 class Measured:
-    """What is known of a set of clips: scores of each, features, and the clips."""
+    """A set of clips, and what was measured of each.
+
+    Attributes:
+        scores: oracle scores, by name.
+        thumbnails: thumbnails, from `distance.thumbnails`.
+        features: random features, from `distance.random_features`.
+        videos: the clips, uint8 `[b T H W 3]`.
+    """
 
     scores: oracle.Scores
     thumbnails: np.ndarray
@@ -23,7 +30,12 @@ class Measured:
 
     @classmethod
     def of(cls, world: World, chunks: Iterator[np.ndarray]) -> "Measured":
-        """Measures clips of the split's first scenes, chunk by chunk."""
+        """Measures clips of a split's first scenes, chunk by chunk.
+
+        Args:
+            world: the world and split whose scenes the clips show.
+            chunks: batches of clips, in the order of the scenes.
+        """
         parts, start = [], 0
         for videos in chunks:
             scenes = world.scenes(np.arange(start, start + len(videos)))
@@ -42,23 +54,23 @@ class Measured:
 
     @property
     def summary(self) -> dict[str, tuple[float, float, float]]:
-        """Mean and interval of each score."""
+        """The mean of each score, and the ends of its 95 % confidence interval."""
         return oracle.summary(self.scores)
 
 
 def chunks(count: int) -> Iterator[np.ndarray]:
-    """The numbers of so many clips, some at a time."""
+    """The indices from 0 to `count`, in chunks of at most `CHUNK`."""
     for start in range(0, count, CHUNK):
         yield np.arange(start, min(start + CHUNK, count))
 
 
 def real(world: World, count: int) -> Iterator[np.ndarray]:
-    """The world's own clips of the same scenes."""
+    """The world's own clips of its split's first scenes, chunk by chunk."""
     return map(world.videos, chunks(count))
 
 
 def neighbours(world: World) -> tuple[np.ndarray, np.ndarray]:
-    """Thumbnails of training clips and of held-out ones."""
+    """Thumbnails of the world's training clips, and of its held-out clips."""
 
     def of(split: str, count: int) -> np.ndarray:
         other = dataclasses.replace(world, split=split)

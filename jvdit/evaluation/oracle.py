@@ -1,8 +1,8 @@
-"""Scores clips of the procedural world by what can be seen and heard in them.
+"""The oracle: scores clips of the procedural world by what they show and sound like.
 
-No network judges and the simulator is never asked: a clip is measured, and compared
-with the scene that its caption describes. A perfect clip doesn't score 1 everywhere,
-so that a score means most beside that of real clips of the same scenes.
+No network judges, and the simulator isn't consulted: a clip is measured, and compared
+with the scene that its caption describes. Real clips don't score 1 everywhere, so
+compare a score with that of real clips of the same scenes.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from jvdit.evaluation.sound import synchrony
 from jvdit.evaluation.stability import flicker, permanence
 from jvdit.evaluation.tracks import falling, find_bounces, follow
 
-_AT_ONCE = 64  # clips: what is held in memory
+_AT_ONCE = 64  # clips that are scored at once, to bound memory
 
 Scores = dict[str, Float[np.ndarray, " b"]]
 
@@ -29,8 +29,8 @@ class Column:
     """How to read a score.
 
     Attributes:
-        section: what it belongs to.
-        meaning: in a few words.
+        section: heading that it is listed under.
+        meaning: its meaning in a few words.
         best: the value of a perfect clip; None: higher is better.
     """
 
@@ -72,17 +72,22 @@ def score(
     audio: Float[np.ndarray, "b a"] | None = None,
     audio_rate: int = 16_000,
 ) -> Scores:
-    """All scores of clips; NaN where a clip has nothing to measure.
+    """Scores clips against the scenes that their captions describe.
 
     Args:
         video: RGB in [0, 255].
-        scenes: what the captions say; positions and velocities are not looked at.
+        scenes: the scene of each clip; its positions and velocities are not used.
         fps: frames per second.
-        audio: mono, in [-1, 1]. None: the rows of section "sound" are left out.
+        audio: mono sound in [-1, 1]; None: the scores of section "sound" are left out.
         audio_rate: samples per second.
 
+    Returns:
+        For each score in `COLUMNS` its value for each clip; NaN where there is nothing
+        to measure.
+
     Raises:
-        ValueError: there are not as many clips as scenes, or clips of one frame.
+        ValueError: there are not as many clips as scenes, or they have fewer than 4
+            frames.
     """
     if len(video) != len(scenes.ids):
         raise ValueError(
@@ -99,7 +104,7 @@ def score(
 
 
 def check_frames(frames: int) -> None:
-    """Refuses clips that are too short to score with a ValueError."""
+    """Raises a ValueError if clips have too few frames to be scored."""
     if frames < 4:
         raise ValueError(
             f"clips of {frames} frames don't show how anything moves; score clips of "
@@ -122,7 +127,7 @@ def _score(video, scenes, fps, audio, rate) -> Scores:
 
 
 def choose(scenes: Scenes, rows: slice | np.ndarray) -> Scenes:
-    """Some of the scenes."""
+    """Selects some of the scenes, by a slice or by indices."""
     count = len(scenes.ids)
     fields = {f.name: getattr(scenes, f.name) for f in dataclasses.fields(scenes)}
     return Scenes(
@@ -136,7 +141,15 @@ def choose(scenes: Scenes, rows: slice | np.ndarray) -> Scenes:
 def mean_and_interval(
     values: Float[np.ndarray, " b"], resamples: int = 1000
 ) -> tuple[float, float, float]:
-    """Mean of the values that aren't NaN, and its 95 % interval by the bootstrap."""
+    """The mean of the values that aren't NaN, and its 95 % confidence interval.
+
+    Args:
+        values: a score of each clip.
+        resamples: how many bootstrap samples the interval is computed from.
+
+    Returns:
+        Mean, lower and upper end; all NaN if no value is finite.
+    """
     values = values[np.isfinite(values)]
     if not len(values):
         return float("nan"), float("nan"), float("nan")
@@ -149,10 +162,10 @@ def mean_and_interval(
 def summary(
     scores: Mapping[str, np.ndarray],
 ) -> dict[str, tuple[float, float, float]]:
-    """Mean and interval of each score; those that no clip has are left out."""
+    """The mean and 95 % confidence interval of each score that some clip has."""
     return {k: mean_and_interval(v) for k, v in scores.items() if np.isfinite(v).any()}
 
 
 def means(scores: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Mean of each score over the clips that have it."""
+    """The mean of each score over the clips that have it; NaN if none has."""
     return {name: mean_and_interval(x, 1)[0] for name, x in scores.items()}

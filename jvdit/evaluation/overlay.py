@@ -1,4 +1,4 @@
-"""Draws over a clip what the oracle saw in it."""
+"""Draws the oracle's detections over a clip."""
 
 import numpy as np
 from jaxtyping import UInt8
@@ -14,14 +14,15 @@ _LEAST_HEIGHT = 192  # pixels; smaller clips are enlarged
 def overlay(
     video: UInt8[np.ndarray, "T H W 3"], found: Detections, clip: int
 ) -> UInt8[np.ndarray, "T h w 3"]:
-    """The clip, enlarged, with each object's outline and path so far.
+    """Draws a circle around each detected object, and its path so far.
 
-    A circle has the area of what is seen; it is dashed where that isn't compact.
+    The circle has the area of the detection; it is dashed if that isn't one compact
+    object. Small clips are enlarged.
 
     Args:
         video: RGB in [0, 255].
-        found: what is seen in a batch of clips.
-        clip: which of them this is.
+        found: the detections in a batch of clips.
+        clip: index of this clip in the batch.
     """
     factor = -(-_LEAST_HEIGHT // video.shape[1])
     height, width = (factor * size for size in video.shape[1:3])

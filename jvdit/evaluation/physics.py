@@ -1,6 +1,6 @@
-"""Whether objects fly, fall and bounce as the procedural world's do.
+"""Physics scores: whether objects move, fall and bounce as in the procedural world.
 
-Units are those of `world.scene`, dimensions those of `tracks`.
+Units are those of `world.scene`, dimension names those of `tracks`.
 """
 
 import numpy as np
@@ -9,10 +9,10 @@ from jaxtyping import Bool, Float
 from jvdit.data.world.scene import GRAVITY, HALF_EXTENTS, Scenes
 from jvdit.evaluation.tracks import Bounces, Tracks, beat, quantile
 
-_NEAR = 2 / 64  # of a wall, where an object may bounce; twice that between objects
-_FIRM = 1.2 / 64  # short sides per frame: slower bounces have no exact restitution
-_FASTEST = 2.4  # short sides per second; what moves faster has been moved
-_MOVING = 0.5 / 64  # short sides per frame at the least
+_NEAR = 2 / 64  # most distance of a bounce from its wall; twice that between objects
+_FIRM = 1.2 / 64  # short sides per frame: restitution isn't measured at lower speeds
+_FASTEST = 2.4  # short sides per second; whatever moves faster has teleported
+_MOVING = 0.5 / 64  # short sides per frame: least speed of an object that moves
 _MOST_RESIDUAL = 0.5  # 1/64 short sides per frame squared
 _LEAST_EXPLAINED = 0.75
 _RESTITUTION_ERROR, _GRAVITY_ERROR = 0.12, 0.25
@@ -26,24 +26,24 @@ def physics(
     scenes: Scenes,
     fps: float,
 ) -> dict[str, Float[np.ndarray, " b"]]:
-    """Scores how clips move.
+    """Scores the motion in clips.
 
     Args:
-        tracks: the captioned objects.
-        bounces: theirs.
-        residual: of each object, from `find_bounces`.
-        gravity: of each object, from `falling`.
-        scenes: what the captions say, and where the walls are.
+        tracks: the tracks of the captioned objects.
+        bounces: their bounces.
+        residual: residual acceleration of each object, from `find_bounces`.
+        gravity: measured downward acceleration of each object, from `falling`.
+        scenes: the scenes that the captions describe, with their walls.
         fps: frames per second.
 
     Returns:
-        For each clip, NaN where there is nothing to measure: "residual", mean
-        acceleration away from bounces; "explained", share of the bounces that are at a
-        wall or another object, and away from it; "restitution", speed after over speed
-        before a wall, the median; "reflection", degrees by which angles in and out
-        differ, the median; "gravity", over the world's; "teleport", whether an object
-        is suddenly elsewhere; "moving", share of the objects that do; "physics",
-        whether all of this is as it should be.
+        For each clip, NaN where there is nothing to measure: "residual", the mean
+        acceleration apart from bounces; "explained", the share of bounces at a wall or
+        another object, and away from it; "restitution", the median ratio of the speeds
+        after and before a wall; "reflection", the median difference of the angles in
+        and out, in degrees; "gravity", the measured acceleration relative to the
+        world's; "teleport", 1 if an object is suddenly elsewhere, else 0; "moving", the
+        share of objects that move; "physics", 1 if all of these are right, else 0.
     """
     count, clip = len(scenes.ids), tracks.clip
     walls, pairs = _causes(tracks, bounces, scenes, fps)
@@ -83,7 +83,7 @@ def physics(
 def _all_right(
     scores: dict[str, np.ndarray], found: Bool[np.ndarray, " b"]
 ) -> Float[np.ndarray, " b"]:
-    """Whether all objects are there and nothing that is measured is wrong."""
+    """1 for each clip whose objects are all found and whose measures are all right."""
     fine = found & (scores["moving"] == 1) & (scores["teleport"] == 0)
     fine = fine & (scores["residual"] < _MOST_RESIDUAL)
     for name, least, most in (
@@ -99,7 +99,7 @@ def _all_right(
 def _causes(
     tracks: Tracks, bounces: Bounces, scenes: Scenes, fps: float
 ) -> tuple[Bool[np.ndarray, " m"], Bool[np.ndarray, " m"]]:
-    """Which bounces are off a wall, and which off another object."""
+    """Which bounces are off a wall, and which are off another object."""
     clip, slot = tracks.clip[bounces.track], tracks.slot[bounces.track]
     row, axis = np.arange(len(bounces.track)), bounces.axis
     reach = HALF_EXTENTS[scenes.shape[clip, slot], axis]
@@ -129,10 +129,10 @@ def _causes(
 def _crowded(
     bounces: Bounces, fps: float
 ) -> tuple[Bool[np.ndarray, " m"], Bool[np.ndarray, " m"]]:
-    """Which have another bounce of the same object so near that speeds mix.
+    """Finds bounces too close in time to another of the same object to measure speeds.
 
     Returns:
-        Along the same axis, and along any.
+        Whether another along the same axis is too close, and whether one along any is.
     """
     apart = np.abs(bounces.interval[:, None] - bounces.interval)
     same = bounces.track[:, None] == bounces.track

@@ -1,4 +1,4 @@
-"""How near a video comes to the one that it should be."""
+"""Reconstruction quality: PSNR, SSIM and temporal error against a reference video."""
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -14,11 +14,11 @@ def psnr(video: Frames, wanted: Frames) -> Float[np.ndarray, "*b"]:
 
 
 def ssim(video: Frames, wanted: Frames) -> Float[np.ndarray, "*b"]:
-    """Structural similarity of each video, 1 at the most.
+    """Structural similarity (SSIM) of each video; at most 1.
 
     Wang et al., "Image quality assessment: from error visibility to structural
     similarity" (2004), Eq. 13, with its Gaussian window of 11 x 11 pixels and standard
-    deviation 1.5: of each frame and colour, where the whole window fits, averaged.
+    deviation 1.5, averaged over frames, colours, and places where the window fits.
 
     Raises:
         ValueError: frames are smaller than the window.
@@ -46,9 +46,10 @@ def ssim(video: Frames, wanted: Frames) -> Float[np.ndarray, "*b"]:
 
 
 def temporal_error(video: Frames, wanted: Frames) -> Float[np.ndarray, "*b"]:
-    """Mean error of the change from frame to frame, of full brightness.
+    """Mean absolute error of the differences between frames; 1 is full brightness.
 
-    Flicker that isn't in the wanted video, and motion that is missing; 0 for an image.
+    It measures flicker that isn't in the wanted video, and motion that is missing. An
+    image has 0.
     """
     change = np.diff(video.astype(np.float32), axis=-4)
     error = np.abs(change - np.diff(wanted.astype(np.float32), axis=-4))

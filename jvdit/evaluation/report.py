@@ -1,6 +1,6 @@
-"""One page that shows how good models are: tables, plots, clips that play in it.
+"""Builds an HTML report of models: tables, plots, and clips that play in the page.
 
-The page holds everything it needs, so that it can be mailed and opened anywhere.
+The page is self-contained, so that it can be mailed and opened anywhere.
 """
 
 import base64
@@ -18,7 +18,7 @@ from jvdit.data.media.writer import encode_clip
 from jvdit.evaluation.breakdown import NAMES, Parts
 from jvdit.evaluation.oracle import COLUMNS
 
-# Mean, and the ends of its 95 % interval.
+# Mean, and the ends of its 95 % confidence interval.
 Interval = Sequence[float]
 Series = Mapping[str, Sequence[tuple[int | float, float]]]
 
@@ -41,7 +41,7 @@ figcaption { font-size: 13px } figcaption b { display: block }
 
 
 def page(title: str, parts: Sequence[str]) -> str:
-    """An HTML page of parts that are HTML already."""
+    """Builds an HTML page from a title and parts that already are HTML."""
     head = f"<meta charset=utf-8><title>{html.escape(title)}</title>"
     head += "<meta name=viewport content='width=device-width'>"
     body = f"<h1>{html.escape(title)}</h1>" + "\n".join(parts)
@@ -52,23 +52,23 @@ def page(title: str, parts: Sequence[str]) -> str:
 
 
 def section(title: str, *parts: str) -> str:
-    """A heading and what is below it."""
+    """Builds a section: a heading above parts that already are HTML."""
     return f"<h2>{html.escape(title)}</h2>" + "\n".join(parts)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of cells that are HTML already, below a line of texts."""
+    """Builds a table from a head of plain texts and cells that already are HTML."""
     top = "".join(f"<th>{html.escape(text)}</th>" for text in head)
     lines = ["<tr>" + "".join(f"<td>{x}</td>" for x in row) + "</tr>" for row in rows]
     return f"<table><tr>{top}</tr>{''.join(lines)}</table>"
 
 
 def score_table(real: Mapping[str, Interval], scores: Mapping[str, Any]) -> str:
-    """Scores of several models beside those of real clips.
+    """Builds a table of the scores of several models beside those of real clips.
 
     Args:
-        real: of real clips, by name.
-        scores: by model, then by name.
+        real: scores of real clips, by name.
+        scores: scores of each model, by model and then by name.
     """
     rows, last = [], ""
     for name, column in COLUMNS.items():
@@ -88,7 +88,12 @@ def score_table(real: Mapping[str, Interval], scores: Mapping[str, Any]) -> str:
 
 
 def parts_table(real: Parts, scores: Parts) -> str:
-    """Scores of each part of a set of clips, those of real clips beside them."""
+    """Builds a table of the scores of each part of the clips, beside real clips'.
+
+    Args:
+        real: scores of real clips, from `breakdown`.
+        scores: scores of a model's clips, from `breakdown`.
+    """
     rows = [
         [
             f"{part} <small>{found['clips']:.0f} clips</small>",
@@ -105,7 +110,7 @@ def parts_table(real: Parts, scores: Parts) -> str:
 
 
 def _share(value: Interval, bound: Interval, best: float | None) -> str:
-    """A bar: the share of the real clips' score, where higher is better."""
+    """A bar that shows the share of the real clips' score, if higher is better."""
     if best is not None or not bound[0] > 0 or math.isnan(value[0]):
         return ""
     share = min(max(value[0] / bound[0], 0.0), 1.0)
@@ -113,7 +118,7 @@ def _share(value: Interval, bound: Interval, best: float | None) -> str:
 
 
 def number(value: Interval) -> str:
-    """A mean with its interval."""
+    """Formats a mean with its confidence interval; a dash for NaN."""
     mean, low, high = value
     if math.isnan(mean):
         return "–"
@@ -121,7 +126,14 @@ def number(value: Interval) -> str:
 
 
 def plot(title: str, x_label: str, series: Series, log: bool = False) -> str:
-    """A line for each series of points, as SVG."""
+    """Plots a line for each series of points, as SVG.
+
+    Args:
+        title: title of the plot.
+        x_label: label of the horizontal axis.
+        series: points (x, y) of each line, by its label.
+        log: whether the horizontal axis is logarithmic.
+    """
     figure = Figure(figsize=(5.2, 3.4), layout="constrained")
     axes = figure.subplots()
     for label, points in series.items():
@@ -143,7 +155,14 @@ def plot(title: str, x_label: str, series: Series, log: bool = False) -> str:
 def film(
     video: UInt8[np.ndarray, "T H W 3"], fps: float, title: str, lines: Sequence[str]
 ) -> str:
-    """A clip that plays in the page again and again, with texts below it."""
+    """Embeds a clip that plays in a loop, with a caption below it.
+
+    Args:
+        video: RGB in [0, 255].
+        fps: frames per second.
+        title: first line of the caption.
+        lines: further lines.
+    """
     buffer = io.BytesIO()
     encode_clip(buffer, video, fps)
     data = base64.b64encode(buffer.getvalue()).decode()
@@ -156,14 +175,22 @@ def film(
 
 
 def films(title: str, figures: Sequence[str]) -> str:
-    """A grid of films."""
+    """Builds a grid of embedded clips, from `film`, under a heading."""
     return f"<h3>{html.escape(title)}</h3><div class=clips>{''.join(figures)}</div>"
 
 
 def examples(
     quality: Float[np.ndarray, " n"], count: int = 3
 ) -> dict[str, Int[np.ndarray, " _"]]:
-    """Which clips are the best, the median and the worst, a few each."""
+    """Selects example clips: the best, the median and the worst.
+
+    Args:
+        quality: quality of each clip; higher is better.
+        count: how many clips of each.
+
+    Returns:
+        The indices of the clips, under "Best", "Median" and "Worst".
+    """
     order = np.argsort(-quality, kind="stable")
     middle = max(len(order) - count, 0) // 2
     return {

@@ -1,6 +1,6 @@
-"""Whether bounces are heard when they are seen, and sound like what bounces.
+"""Sound scores: whether bounces are heard when they are seen, and sound right.
 
-Times are in seconds. Dimensions: a audio samples, m bounces (see `tracks`).
+Times are in seconds. Dimension names: a audio samples, m bounces (see `tracks`).
 """
 
 import functools
@@ -14,19 +14,22 @@ from jvdit.data.world.scene import MATERIALS, SIZES, Scenes
 from jvdit.evaluation.tracks import Bounces, Tracks
 
 _WINDOW, _HOP = 0.016, 0.004
-_RISE = 0.003  # over which a sound's attack is measured
-_APART = 0.040  # sounds that are nearer are one; also the strict tolerance
-_IN_STEP = 0.75  # F1 of a clip whose sound is in step with its picture
-_SPECTRUM = 0.064  # of a sound, for telling materials apart
+_RISE = 0.003  # time over which the attack of a sound is measured
+_APART = 0.040  # closer sounds count as one; also the strict tolerance
+_IN_STEP = 0.75  # least F1 of a clip whose sound is in sync with its video
+_SPECTRUM = 0.064  # length of the part of a sound that tells materials apart
 _LAGS = np.arange(-0.5, 0.505, 0.01)
 
 
 def onsets(audio: Float[np.ndarray, "b a"], rate: int) -> list[Float[np.ndarray, " n"]]:
-    """When sounds begin: peaks of spectral flux, set to the steepest rise nearby.
+    """Finds sound onsets: peaks of spectral flux, moved to the steepest rise nearby.
 
     Args:
-        audio: mono, in [-1, 1].
+        audio: mono sound in [-1, 1].
         rate: samples per second.
+
+    Returns:
+        The times of the onsets in each clip, in seconds.
     """
     window, hop = round(_WINDOW * rate), round(_HOP * rate)
     padded = np.pad(audio.astype(np.float32), ((0, 0), (window, window)))
@@ -51,13 +54,13 @@ def onsets(audio: Float[np.ndarray, "b a"], rate: int) -> list[Float[np.ndarray,
 
 
 def _attacks(loudness: np.ndarray, around: np.ndarray, rate: int) -> np.ndarray:
-    """The steepest rise of the loudness near each place, in seconds."""
+    """The time, in seconds, of the steepest rise of loudness near each place."""
     span, reach = round(_RISE * rate), round(_WINDOW * rate)
     total = np.pad(np.cumsum(loudness, dtype=np.float64), (span + 1, span), "edge")
     total[: span + 1] = 0
     candidates = around[:, None] + np.arange(-reach, reach + 1)
     candidates = candidates.clip(0, len(loudness) - 1)
-    at = candidates + span  # of the sum of all samples before the candidate
+    at = candidates + span  # index of the sum of all samples before the candidate
     rise = total[at + span] - 2 * total[at] + total[at - span]
     best = rise.argmax(1) if len(around) else np.zeros(0, int)
     return candidates[np.arange(len(around)), best] / rate
@@ -66,7 +69,15 @@ def _attacks(loudness: np.ndarray, around: np.ndarray, rate: int) -> np.ndarray:
 def match(
     heard: Float[np.ndarray, " n"], seen: Float[np.ndarray, " m"]
 ) -> list[tuple[int, int, float]]:
-    """Pairs of sounds and bounces, nearest first, each in one pair: (n, m, delay)."""
+    """Pairs sounds with bounces greedily, nearest first; each is in at most one pair.
+
+    Args:
+        heard: times of the sounds in seconds.
+        seen: times of the bounces in seconds.
+
+    Returns:
+        For each pair the index of the sound, that of the bounce, and the sound's delay.
+    """
     delay = heard[:, None] - seen
     pairs, left, right = [], set(), set()
     for place in np.argsort(np.abs(delay), axis=None):
@@ -86,23 +97,23 @@ def synchrony(
     scenes: Scenes,
     fps: float,
 ) -> dict[str, Float[np.ndarray, " b"]]:
-    """Scores how sounds and bounces go together.
+    """Scores the synchrony of sounds with bounces.
 
     Args:
-        audio: mono, in [-1, 1].
-        rate: samples per second.
-        tracks: the captioned objects.
-        bounces: theirs.
-        scenes: what the captions say.
-        fps: frames per second of the pictures.
+        audio: mono sound in [-1, 1].
+        rate: audio samples per second.
+        tracks: the tracks of the captioned objects.
+        bounces: their bounces.
+        scenes: the scenes that the captions describe.
+        fps: frames per second of the video.
 
     Returns:
-        For each clip: "sync_40ms" and "sync_frame", F1 of matching sounds and bounces
-        within 40 ms and within a frame; "sync", whether the former is at least 0.75;
-        "delay", median seconds from a bounce to the nearest sound; "lag", seconds by
-        which all sounds are shifted; "material", share of the matched sounds that are
-        those of what bounced. All are NaN where a bar may hide bounces; delay, lag and
-        material are where there are none.
+        For each clip: "sync_40ms" and "sync_frame", the F1 score of matching sounds
+        with bounces within 40 ms and within a frame; "sync", whether the former is at
+        least 0.75; "delay", the median seconds from a bounce to the nearest sound;
+        "lag", the seconds by which all sounds are shifted; "material", the share of
+        matched sounds that fit the material and size of what bounced. All are NaN if a
+        bar may hide bounces; the last three also if there are no bounces.
     """
     names = ("sync_40ms", "sync_frame", "sync", "delay", "lag", "material")
     scores = {name: np.full(len(audio), np.nan) for name in names}
@@ -131,7 +142,10 @@ def synchrony(
 
 
 def _events(bounces: Bounces, chosen: np.ndarray) -> tuple[np.ndarray, list[set[int]]]:
-    """Times of the bounces of a clip, and who bounces: a pair's two are one event."""
+    """The times of a clip's bounces, and which objects bounce at each.
+
+    Two objects that bounce off each other are one event.
+    """
     times: list[float] = []
     tracks: list[set[int]] = []
     order = np.flatnonzero(chosen)
@@ -145,7 +159,7 @@ def _events(bounces: Bounces, chosen: np.ndarray) -> tuple[np.ndarray, list[set[
 
 
 def _delays(heard: np.ndarray, seen: np.ndarray) -> tuple[float, float]:
-    """Median distance of a bounce from a sound, and the shift that fits best."""
+    """The median time from a bounce to the nearest sound, and the best common shift."""
     if not len(heard):
         return 0.5, np.nan
     apart = heard[:, None] - seen
@@ -155,7 +169,7 @@ def _delays(heard: np.ndarray, seen: np.ndarray) -> tuple[float, float]:
 
 
 def _sounds_like(audio, rate, time, tracks, by, scenes) -> bool:
-    """Whether a sound is nearest to that of one of the objects that bounce."""
+    """Whether the tone nearest to a sound is that of an object that bounces."""
     samples, start = round(_SPECTRUM * rate), round(time * rate)
     fade = np.hanning(2 * samples)[samples:]
 
@@ -175,7 +189,7 @@ def _sounds_like(audio, rate, time, tracks, by, scenes) -> bool:
 
 @functools.cache
 def _tones(rate: int, samples: int) -> np.ndarray:
-    """Spectra of norm 1 of the world's sounds, by material and then size."""
+    """Normalised spectra of the world's tones, by material and then by size."""
     fade = np.hanning(2 * samples)[samples:]
     rows = []
     for material in range(len(MATERIALS)):

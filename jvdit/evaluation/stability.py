@@ -1,4 +1,4 @@
-"""What should stay as it is: the background, and an object behind a bar.
+"""Stability scores: flicker of the background, permanence of an object behind a bar.
 
 Units are those of `world.scene`.
 """
@@ -9,21 +9,25 @@ from jaxtyping import Float, UInt8
 from jvdit.data.world.scene import HALF_EXTENTS, Scenes
 from jvdit.evaluation.tracks import Tracks
 
-_GREY = 20  # chroma of the background at the most
-_LEAST_BACKGROUND = 0.05  # of the pixels
+_GREY = 20  # most chroma of the background
+_LEAST_BACKGROUND = 0.05  # least share of the pixels that is background
 _PIXEL = 1 / 64
-_RUN = 12  # frames of the approach that the path is taken from, at the most
-_LEAST_STEP = 0.2 / 64  # in a frame: an object that stands never comes to the bar
-_AREA_ERROR, _GHOST = 0.25, 0.30  # of the object's area
+_RUN = 12  # most frames of the approach that the path is fitted to
+_LEAST_STEP = 0.2 / 64  # least step in a frame: slower objects never reach the bar
+_AREA_ERROR, _GHOST = 0.25, 0.30  # shares of the object's area
 
 
 def flicker(
     video: UInt8[np.ndarray, "b T H W 3"], scenes: Scenes
 ) -> Float[np.ndarray, " b"]:
-    """Mean change of the background from frame to frame, of full brightness.
+    """Mean absolute change of the background between frames; 1 is full brightness.
 
-    What a common factor explains is the light and doesn't count. NaN where the caption
-    tells of a moving camera. A clip without a background is measured whole.
+    Changes by a common factor are changes of the light, and don't count. A clip without
+    a background is measured as a whole. NaN if the caption describes a moving camera.
+
+    Args:
+        video: RGB in [0, 255].
+        scenes: the scenes that the captions describe.
     """
     high = np.maximum(np.maximum(video[..., 0], video[..., 1]), video[..., 2])
     low = np.minimum(np.minimum(video[..., 0], video[..., 1]), video[..., 2])
@@ -39,12 +43,13 @@ def flicker(
 
 
 def permanence(tracks: Tracks, scenes: Scenes) -> Float[np.ndarray, " b"]:
-    """Whether the object that passes behind a bar comes out where and as it should.
+    """Scores whether an object that passes behind a bar comes out as it should.
 
-    Its path before the bar is continued, off the far wall too. The score is the share
-    of the later frames in which it is near that path and of its old size, times the
-    share of the hidden frames in which it isn't seen. NaN without a bar, or where the
-    clip ends before the object comes out.
+    Its path before the bar is extrapolated, with a bounce off the far wall if it
+    reaches that. The score, in [0, 1], is the share of the frames after the bar in
+    which the object is near that path and has its old size, times the share of the
+    hidden frames in which it isn't seen. NaN without a bar, or if the clip ends before
+    the object comes out.
     """
     scores = np.full(len(scenes.ids), np.nan)
     for i in np.flatnonzero(scenes.bar[tracks.clip]).tolist():

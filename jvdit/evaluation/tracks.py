@@ -1,8 +1,8 @@
-"""Where the captioned objects of a clip are in every frame, and where they bounce.
+"""Tracks the captioned objects of clips, and finds their bounces.
 
 Units are those of `world.scene`: the short side of the frame is 1, y points down, time
-is in seconds. Positions are those in the scene: the camera's pan is taken off.
-Dimensions: n captioned objects of all clips, m bounces.
+is in seconds. Positions are in the scene: the camera's pan is subtracted. Dimension
+names: n captioned objects of all clips, m bounces.
 """
 
 import dataclasses
@@ -14,25 +14,25 @@ from jaxtyping import Bool, Float, Int, UInt8
 from jvdit.data.world.scene import PAN_REACH, Scenes
 from jvdit.evaluation.detection import Detections
 
-_SEEN, _SEEN_BEHIND_BAR = 0.60, 0.40  # of the frames show an object that is there
-_WHOLE = 0.93  # of its area is seen of an object that no bar hides in part
-_PAN_SHARE = 0.25  # of the short side: the largest shift that is looked for
-_PAN_SECONDS = 0.6  # over which a camera's movement is smooth
-_LEAST_GAIN = 0.02  # by which a shift must explain the scenery better than none
+_SEEN, _SEEN_BEHIND_BAR = 0.60, 0.40  # least share of frames that show a found object
+_WHOLE = 0.93  # least share of its area that is visible of an object not behind a bar
+_PAN_SHARE = 0.25  # largest camera shift, as a share of the short side
+_PAN_SECONDS = 0.6  # time over which the camera's movement is smooth
+_LEAST_GAIN = 0.02  # least gain in error by which a shift must beat no shift
 
 
 @dataclasses.dataclass(frozen=True)
 class Tracks:
-    """The captioned objects, each looked up by its color.
+    """The tracks of the captioned objects, each identified by its color.
 
     Attributes:
-        clip, slot: which object of which scene.
-        color: its index in `COLORS`.
+        clip, slot: index of the object's clip, and of the object in its scene.
+        color: its color, index in `COLORS`.
         found: whether enough frames show it.
-        centre: (x, y) in each frame; NaN where it isn't seen.
-        whole: the same; NaN too where a bar hides a part.
-        area: in squared short sides; NaN where it isn't seen.
-        radius: of the disc of the object's area; NaN if it is never seen.
+        centre: centroid (x, y) in each frame; NaN where it isn't seen.
+        whole: centroid (x, y) in each frame; NaN also where a bar hides a part of it.
+        area: area in squared short sides; NaN where it isn't seen.
+        radius: radius of a disc of the object's area; NaN if it is never seen.
     """
 
     clip: Int[np.ndarray, " n"]
@@ -47,15 +47,15 @@ class Tracks:
 
 @dataclasses.dataclass(frozen=True)
 class Bounces:
-    """Sudden changes of velocity along one axis.
+    """Bounces: sudden changes of velocity along one axis.
 
     Attributes:
-        track: whose.
-        interval: the frame before.
-        axis: 0 for x, 1 for y.
-        time: in seconds, between frames.
-        place: (x, y) of the centroid then.
-        before, after: velocity (x, y) in short sides per second.
+        track: index of the object's track.
+        interval: index of the frame before the bounce.
+        axis: axis along which the velocity changes, 0 for x and 1 for y.
+        time: time of the bounce in seconds, between two frames.
+        place: centroid (x, y) at that time.
+        before, after: velocity (x, y) before and after, in short sides per second.
     """
 
     track: Int[np.ndarray, " m"]
@@ -68,14 +68,14 @@ class Bounces:
 
 
 def quantile(x: Float[np.ndarray, "n *rest"], q: float) -> Float[np.ndarray, " n"]:
-    """Of all numbers of each row that aren't NaN; NaN where there are none."""
+    """The q-quantile of each row's numbers that aren't NaN; NaN if there are none."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         return np.nanquantile(x.reshape(len(x), -1), q, axis=1)
 
 
 def enough_frames(scenes: Scenes) -> Float[np.ndarray, "b 1"]:
-    """Share of the frames that must show a color for its object to be there."""
+    """The least share of frames that must show an object's color for it to be found."""
     return np.where(scenes.bar, _SEEN_BEHIND_BAR, _SEEN)[:, None]
 
 
@@ -85,12 +85,12 @@ def follow(
     scenes: Scenes,
     fps: float,
 ) -> Tracks:
-    """Looks up each captioned object by its color, which no other of its scene has.
+    """Tracks each captioned object by its color, which is unique in its scene.
 
     Args:
-        video: the clips.
-        found: `detect(video)`.
-        scenes: what their captions say.
+        video: the clips, RGB in [0, 255].
+        found: the detections in the clips, from `detect`.
+        scenes: the scenes that the captions describe.
         fps: frames per second.
     """
     clip, slot = np.nonzero(scenes.present)
@@ -121,11 +121,11 @@ def follow(
 def camera_shift(
     video: UInt8[np.ndarray, "b T H W 3"], fps: float
 ) -> Float[np.ndarray, "b T"]:
-    """How far the grey scenery of each frame lies right of that of the first, pixels.
+    """Pixels by which the grey scenery of each frame has moved right since the first.
 
-    The mean brightness of each column, objects left out, is compared with that of the
-    first frame at every half pixel, a parabola through the best three refines it, and
-    lines are fitted to what neighbouring frames say.
+    The mean brightness of each column, without objects, is compared with that of the
+    first frame at every half pixel; a parabola through the best three refines the
+    shift, and lines fitted to neighbouring frames smooth it.
     """
     height, width = video.shape[2:4]
     high = np.maximum(np.maximum(video[..., 0], video[..., 1]), video[..., 2])
@@ -148,14 +148,14 @@ def camera_shift(
     refined = np.where(moved, refined, 0.0)
     if window < 3 or not len(video):
         return refined
-    # Its import takes half a second, which every start of a training would wait for.
+    # The import takes half a second, which every start of a training would wait for.
     from scipy.signal import savgol_filter
 
     return np.asarray(savgol_filter(refined, window, 1))
 
 
 def _mismatch(profile: np.ndarray, shift: float) -> np.ndarray:
-    """Mean squared difference from the first frame's profile, shifted."""
+    """Mean squared difference from the first frame's profile, shifted right."""
     width = profile.shape[-1]
     x = np.arange(width) - shift
     inside = (x >= 0) & (x <= width - 1)
@@ -170,13 +170,17 @@ def _mismatch(profile: np.ndarray, shift: float) -> np.ndarray:
 def beat(fps: float) -> int:
     """Frames over which speeds and accelerations are measured: an eighth of a second.
 
-    The error of a position is the same at any frame rate, what it moves is not.
+    The error of a position doesn't depend on the frame rate, but the motion between two
+    frames does.
     """
     return max(1, round(fps / 8))
 
 
 def falling(tracks: Tracks, scenes: Scenes, fps: float) -> Float[np.ndarray, " n"]:
-    """Downward acceleration where the caption tells of gravity; elsewhere 0."""
+    """Measures each object's downward acceleration, in short sides per second squared.
+
+    It is 0 for objects whose caption doesn't mention gravity.
+    """
     h, y = beat(fps), tracks.whole[..., 1]
     bend = y[:, 2 * h :] - 2 * y[:, h:-h] + y[:, : -2 * h]
     measured = np.nan_to_num(quantile(bend, 0.5)) * (fps / h) ** 2
@@ -186,19 +190,19 @@ def falling(tracks: Tracks, scenes: Scenes, fps: float) -> Float[np.ndarray, " n
 def find_bounces(
     tracks: Tracks, gravity: Float[np.ndarray, " n"], fps: float
 ) -> tuple[Bounces, Float[np.ndarray, " n"]]:
-    """Finds where each object's velocity changes suddenly, and how smooth it is else.
+    """Finds sudden changes of velocity, and the residual acceleration apart from them.
 
-    Within the frames between which it bounces, an object follows its old line up to
-    the bounce and its new one from then on: the time is where the two lines meet.
+    Between two frames an object follows its old line up to the bounce and its new line
+    after it, so the time of the bounce is where the two lines meet.
 
     Args:
-        tracks: of the objects.
-        gravity: downward acceleration of each.
+        tracks: the tracks of the objects.
+        gravity: downward acceleration of each, from `falling`.
         fps: frames per second.
 
     Returns:
-        The bounces, and of each object the upper quartile of its acceleration away from
-        them, in 1/64 short sides per squared `beat`; NaN if it is never seen.
+        The bounces; and for each object the upper quartile of its acceleration apart
+        from them, in 1/64 short sides per squared `beat`, NaN if it is never seen.
     """
     frames = tracks.whole.shape[1]
     fallen = 0.5 * gravity[:, None] * (np.arange(frames) / fps) ** 2
@@ -212,7 +216,7 @@ def find_bounces(
     track, first, axis = np.nonzero(peak)
     k = first + 1  # the bounce is between frames k and k + 1
     row, h = np.arange(len(track)), beat(fps)
-    # Steps of the flights to the bounce and from it.
+    # The mean step per frame before the bounce, and after it.
     start, end = np.maximum(k - h, 0), np.minimum(k + 1 + h, frames - 1)
     before = (path[track, k] - path[track, start]) / (k - start)[:, None]
     after = (path[track, end] - path[track, k + 1]) / (end - k - 1)[:, None]

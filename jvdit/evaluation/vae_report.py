@@ -1,7 +1,7 @@
-"""Measures a video autoencoder: what it does to clips, and what it leaves to a DiT.
+"""The report on a video autoencoder: the quality of its reconstructions.
 
-On clips of the procedural world the oracle scores the reconstructions too: no model
-that generates latents of this autoencoder can be expected to score higher.
+On clips of the procedural world the oracle also scores the reconstructions: a model
+that generates latents of this autoencoder can't be expected to score higher.
 """
 
 import pathlib
@@ -27,7 +27,7 @@ _MEANING = {
     "temporal_error": "change from frame to frame, error of",
 }
 _LEAST_HEIGHT = 96  # pixels; smaller clips are enlarged
-_CHUNK = 8  # clips that are read at once
+_CHUNK = 8  # clips that are read together
 
 Video = UInt8[np.ndarray, "T H W 3"]
 
@@ -39,18 +39,21 @@ def report_vae(
     count: int,
     out: pathlib.Path,
 ) -> list[pathlib.Path]:
-    """Reconstructs, scores and reports; returns the files.
+    """Reconstructs clips, scores the reconstructions, and writes a report.
 
     Args:
-        folder: of the autoencoder.
-        reconstruct: a clip to the part of it that fills latents, and what the
-            autoencoder makes of that.
-        name: of the clips, as `open_source` reads it.
-        count: clips at the most.
-        out: folder of the report.
+        folder: the autoencoder's folder, which the report names.
+        reconstruct: returns a clip cropped to whole latents, and its reconstruction;
+            such as a `Reconstructor`.
+        name: name of the source of clips, for `open_source`.
+        count: most clips to use.
+        out: folder for the report.
+
+    Returns:
+        The paths of report.json and report.html.
 
     Raises:
-        ValueError: there are no clips that can be read.
+        ValueError: none of the clips can be read.
     """
     source = open_source(name)
     count = min(count, len(source))
@@ -97,7 +100,7 @@ def report_vae(
 
 
 def _oracle(source: WorldSource, pairs) -> dict[str, dict[str, tuple]]:
-    """Scores of the originals and of the reconstructions."""
+    """The oracle's scores of the originals ("real") and the reconstructions ("vae")."""
     world, scenes = source.world, source.world.scenes(np.arange(len(pairs)))
     found = {}
     for i, who in enumerate(("real", "vae")):
@@ -107,7 +110,7 @@ def _oracle(source: WorldSource, pairs) -> dict[str, dict[str, tuple]]:
 
 
 def _examples(pairs, measured) -> list[str]:
-    """The best, the median and the worst: original, reconstruction, difference."""
+    """The best, median and worst clips: original, reconstruction and difference."""
     parts = []
     for title, ids in report.examples(measured["psnr"]).items():
         figures = []

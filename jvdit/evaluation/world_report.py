@@ -16,19 +16,20 @@ from jvdit.evaluation.overlay import overlay
 from jvdit.evaluation.tracks import follow
 
 _SHOWN = tuple(f"oracle/{n}" for n in ("all", "color", "shape", "direction"))
-# Of a training: (step, value) by the name of a metric.
+# The metrics of a training: (step, value) pairs by name.
 History = Mapping[str, Sequence[tuple[int, float]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """One column of the report: clips of a model, generated in one way.
+    """One column of the report: clips of one model with one set of sampling settings.
 
     Attributes:
-        label: the model's.
-        how: they were generated: fields of the report, `str` of which says it.
-        world: of their prompts.
-        measured: what was found.
+        label: name of the model.
+        how: the sampling settings, a dataclass; its fields go into the report, and its
+            `str` into the column's name.
+        world: the world whose prompts the clips were generated from.
+        measured: the clips and their scores.
     """
 
     label: str
@@ -38,18 +39,18 @@ class Column:
 
     @property
     def name(self) -> str:
-        """What the report calls it."""
+        """The name of the column: the model and its sampling settings."""
         return f"{self.label}: {self.how}"
 
 
 def results_of(
     columns: Sequence[Column], bounds: Mapping[World, Measured]
 ) -> list[dict[str, Any]]:
-    """What the report says, as JSON.
+    """The contents of the report as JSON values, one dictionary for each column.
 
     Args:
-        columns: of the report.
-        bounds: real clips of each world.
+        columns: the columns of the report.
+        bounds: the measured real clips of each world, to compare with.
     """
     known = {world: neighbours(world) for world in bounds}
     return [
@@ -78,14 +79,14 @@ def page(
     bounds: Mapping[World, Measured],
     histories: Mapping[str, History],
 ) -> str:
-    """One page of HTML: tables, plots, and clips to look at.
+    """Builds the HTML page of the report: tables, plots, and example clips.
 
     Args:
-        title: of the page.
-        results: from `results_of`.
-        columns: the same.
-        bounds: the same.
-        histories: of the trainings, by label.
+        title: title of the page.
+        results: the report's contents, from `results_of`.
+        columns: the columns of the report.
+        bounds: the measured real clips of each world, to compare with.
+        histories: the metrics of each model's training, by its label.
     """
     parts = []
     for world, bound in bounds.items():
@@ -110,7 +111,7 @@ def page(
 
 
 def _plots(columns: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Scores over steps and over guidance, where there are several."""
+    """Plots of scores over solver steps and over guidance, if there are several."""
     drawn = []
     for axis, other in (("steps", "guidance"), ("guidance", "steps")):
         if len({c[axis] for c in columns}) < 2:
@@ -129,7 +130,7 @@ def _plots(columns: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _histories(histories: Mapping[str, History]) -> list[str]:
-    """What the trainings measured on their way: scores, and error by noise level."""
+    """Plots of metrics from training: scores by step, and error by noise level."""
     scores: dict[str, list[tuple[float, float]]] = {}
     levels: dict[str, list[tuple[float, float]]] = {}
     for label, history in histories.items():
@@ -148,7 +149,7 @@ def _histories(histories: Mapping[str, History]) -> list[str]:
 
 
 def _examples(measured: Measured, world: World) -> list[str]:
-    """The best, the median and the worst clips, with what the oracle saw in them."""
+    """The best, median and worst clips, with the oracle's detections drawn on them."""
     names = ("count", "color", "shape", "size", "direction", "physics")
     quality = np.mean([measured.scores[name] for name in names], axis=0)
     parts = []
