@@ -1,9 +1,10 @@
-"""Times jvdit beside PyTorch on the CPU: equal sizes, float32, interleaved.
+"""Benchmarks jvdit against PyTorch on the CPU, at equal sizes in float32.
 
     python tools/benchmark.py denoise train --tokens 320 --rounds 7 --json times.json
 
-Ours and the peer (diffusers' Wan models, torch eager) run in turn, the second of two
-calls counting; a ratio is of one round. On a busy machine trust the ratio of CPU times.
+jvdit and the peer (diffusers' Wan models in eager PyTorch) run in turn. Each turn makes
+two calls and times the second; ratios compare the two turns of a round. On a busy
+machine trust the ratios of CPU times.
 """
 
 import argparse
@@ -43,18 +44,19 @@ Row = dict[str, Any]
 
 
 def timed(run: Run) -> tuple[float, float]:
-    """Returns the seconds (wall, CPU) that a call takes which follows another."""
-    # Memory that was given back since the last turn is had again: from a virtual
-    # machine's host that takes a second for each gigabyte, which steps in a row don't.
+    """Times the second of two calls: seconds of wall time and of CPU time."""
+    # The first call gets memory back that was released since the last turn. On a
+    # virtual machine that takes a second for each gigabyte; consecutive steps don't
+    # have this cost.
     jax.block_until_ready(run())
-    time.sleep(0.05)  # idle threads of the call before spin for a while
+    time.sleep(0.05)  # idle threads of the first call spin for a while
     wall, cpu = time.perf_counter(), time.process_time()
     jax.block_until_ready(run())
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def measure(what: str, rounds: int, ours: Run, peer: Run | None) -> Row:
-    """Times both in turn; a list has an entry for each round."""
+    """Times jvdit and the peer in turn, for a number of rounds."""
     runs = {"ours": ours} | ({"peer": peer} if peer else {})
     row: Row = {"what": what, "rounds": rounds, "load": os.getloadavg()[0]}
     times = [{side: timed(run) for side, run in runs.items()} for _ in range(rounds)]
@@ -64,7 +66,7 @@ def measure(what: str, rounds: int, ours: Run, peer: Run | None) -> Row:
 
 
 def show(row: Row) -> None:
-    """Prints medians and ranges by each clock, and the note."""
+    """Prints the medians and ranges of both clocks, and the note."""
     for clock in filter(row.__contains__, ("wall", "cpu")):
         ours, peer = row[clock]["ours"], row[clock].get("peer", [])
         cells = f"{row['what']:25} {clock:5}{row['rounds']:>3}"
@@ -77,13 +79,18 @@ def show(row: Row) -> None:
 
 
 def check_sizes(params: Any, model: Any) -> None:
-    """Makes sure that both networks have as many parameters."""
+    """Checks that both networks have the same number of parameters."""
     if optax.tree.size(params) != sum(x.numel() for x in model.parameters()):
         raise RuntimeError("The numbers of parameters differ: not the same network.")
 
 
 def our_dit(inputs: tuple[Any, ...], train: bool) -> tuple[Any, Run]:
-    """Our parameters, and a forward pass or a training step on (tokens, t, text, y)."""
+    """Our network's parameters, and its forward pass or training step to time.
+
+    Args:
+        inputs: (tokens, t, text, target).
+        train: time a training step instead of a forward pass.
+    """
     patch = 4 * CHANNELS
     model = DiT(WIDTH, DEPTH, HEADS, 4 * WIDTH, patch, patch, TEXT)
     params = jax.jit(model.init)(jax.random.key(0), *inputs[:3])
@@ -106,7 +113,14 @@ def our_dit(inputs: tuple[Any, ...], train: bool) -> tuple[Any, Run]:
 
 
 def their_dit(params: Any, peers: Any, inputs: tuple[Any, ...], train: bool) -> Run:
-    """The same of diffusers, on (latents, t, text, y); `params` are ours."""
+    """The forward pass or training step of diffusers' network of the same sizes.
+
+    Args:
+        params: jvdit's parameters, to compare their number.
+        peers: the modules torch and diffusers.
+        inputs: (latents, t, text, target).
+        train: time a training step instead of a forward pass.
+    """
     torch, diffusers = peers
     heads = {"num_attention_heads": HEADS, "attention_head_dim": WIDTH // HEADS}
     sizes = {"text_dim": TEXT, "ffn_dim": 4 * WIDTH, "num_layers": DEPTH}
@@ -124,7 +138,7 @@ def their_dit(params: Any, peers: Any, inputs: tuple[Any, ...], train: bool) -> 
 
 
 def dit(args: argparse.Namespace, peers: Any, train: bool = False) -> Iterator[Row]:
-    """The transformer on whole clips of 5 latent frames."""
+    """Times the DiT on whole clips of 5 latent frames."""
     for tokens in args.tokens:
         area = tokens // 5
         h = max(x for x in range(1, math.isqrt(area) + 1) if area % x == 0)
@@ -145,7 +159,7 @@ def dit(args: argparse.Namespace, peers: Any, train: bool = False) -> Iterator[R
 
 
 def vae(args: argparse.Namespace, peers: Any) -> Iterator[Row]:
-    """The Wan 2.1 autoencoder at a third of its width, both halves."""
+    """Times the encoder and decoder of Wan 2.1's VAE, at a third of its width."""
     model = VideoVAE(encoder_width=VAE_WIDTH, decoder_width=VAE_WIDTH)
     rng = np.random.default_rng(0)
     latents = (VIDEO[0], *model.latent_shape(*VIDEO[1:]), CHANNELS)
@@ -163,7 +177,7 @@ def vae(args: argparse.Namespace, peers: Any) -> Iterator[Row]:
 
 
 def pipeline(args: argparse.Namespace, _: Any) -> Iterator[Row]:
-    """Packed batches beside the training step on one, and how long a step waits."""
+    """Times the data pipeline against a training step, and how long a step waits."""
     draw, f32 = np.random.default_rng(0).random, np.float32
     clips = [
         {
@@ -199,7 +213,7 @@ def pipeline(args: argparse.Namespace, _: Any) -> Iterator[Row]:
 
 
 def packing(args: argparse.Namespace, _: Any) -> Iterator[Row]:
-    """Unused tokens of rows of 16,384: 20,000 clips of five sizes, equally many."""
+    """Measures padding in rows of 16,384 tokens, for 20,000 clips of five sizes."""
     sizes, budget = np.array(PACKING_SIZES * 4000), 16384
     index = {k: sizes[:, i] for i, k in enumerate(("frames", "height", "width"))}
     index["text_length"] = np.random.default_rng(0).integers(1, 200, len(sizes))
@@ -216,13 +230,39 @@ CASES |= {"pipeline": pipeline, "packing": packing}
 
 
 def main() -> None:
-    """Runs the cases that are asked for."""
-    parser = argparse.ArgumentParser(description="Times jvdit beside PyTorch.")
-    parser.add_argument("cases", nargs="*", default="all", choices=[*CASES, "all"])
-    parser.add_argument("--rounds", type=int, default=5, help="pairs of each row")
-    parser.add_argument("--threads", type=int, default=1, choices=(1, 2))
-    parser.add_argument("--tokens", type=int, nargs="+", default=[320, 1280])
-    parser.add_argument("--json", help="file for every single time")
+    """Runs the chosen benchmarks."""
+    parser = argparse.ArgumentParser(
+        description="Benchmarks jvdit against PyTorch on the CPU."
+    )
+    parser.add_argument(
+        "cases",
+        nargs="*",
+        default="all",
+        choices=[*CASES, "all"],
+        help="benchmarks to run (default: all)",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=5,
+        help="how often jvdit and the peer are timed in turn (default: 5)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        choices=(1, 2),
+        help="CPU threads that each side uses (default: 1)",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        nargs="+",
+        default=[320, 1280],
+        help="tokens of a clip for denoise and train, multiples of 5 "
+        "(default: 320 1280)",
+    )
+    parser.add_argument("--json", help="JSON file to write all measured times to")
     args = parser.parse_args()
     if args.rounds < 1 or any(x < 5 or x % 5 for x in args.tokens):
         parser.error("--rounds must be positive, --tokens multiples of 5; try 320")

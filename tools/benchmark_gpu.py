@@ -1,10 +1,10 @@
-"""Times jvdit beside PyTorch on one GPU: Wan's real sizes, random weights, bfloat16.
+"""Benchmarks jvdit against PyTorch on one GPU: Wan's sizes, random weights, bfloat16.
 
     python tools/benchmark_gpu.py denoise-1.3b train-1.3b --rounds 5 --json times.json
 
-Ours and the peer (diffusers' Wan models, compiled by torch block by block as their
-documentation advises; the autoencoder eager) are processes of their own that compile at
-the same time and then run in turn, a round of one after a round of the other.
+jvdit and the peer (diffusers' Wan models, compiled by torch block by block as their
+documentation advises; the autoencoder eager) run in separate processes, which compile
+at the same time and are then timed in turn, round by round.
 """
 
 import argparse
@@ -18,21 +18,21 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# Sizes: a row of our tables, tokens (frames, height, width), channels of a latent.
+# Name in `dit.VARIANTS`, tokens (frames, height, width), latent channels.
 DITS = {
     "1.3b": ("wan2.1-t2v-1.3b", (21, 30, 52), 16),
     "5b": ("wan2.2-ti2v-5b", (31, 22, 40), 48),
 }
-TEXT = 512  # text states
-LATENTS = (1, 6, 60, 104, 16)  # 21 frames of 480 x 832
-MATRIX, PRODUCTS = 8192, 50  # side, and how many are timed at once
-RANK = 32  # of adapters on the attention's layers
+TEXT = 512  # text states of a prompt
+LATENTS = (1, 6, 60, 104, 16)  # latents of 21 frames of 480 x 832 pixels
+MATRIX, PRODUCTS = 8192, 50  # size of a square matrix, products that are timed together
+RANK = 32  # rank of the LoRA adapters on attention layers
 CASES = ("matmul", "denoise-1.3b", "vae-decode", "train-1.3b", "denoise-5b", "lora-5b")
 Run = Callable[[], Any]
 
 
 def ours(case: str) -> tuple[Run, float]:
-    """A case in JAX: what to time, and its floating-point operations (0: not known)."""
+    """A benchmark in jvdit: a function to time, and its FLOPs (0: not known)."""
     import jax
     import jax.numpy as jnp
 
@@ -127,7 +127,7 @@ def _our_dit(size: str, kind: str) -> tuple[Run, float]:
 
 
 def theirs(case: str) -> tuple[Run, float]:
-    """The same in PyTorch."""
+    """A benchmark in PyTorch: a function to time, and 0 for its FLOPs."""
     import torch
 
     def synchronized(call: Run) -> Run:
@@ -202,7 +202,13 @@ SIDES = {"ours": ours, "peer": theirs}
 
 
 def serve(pipe: Any, side: str, cases: tuple[str, ...]) -> None:
-    """Prepares case after case, and times a call of it whenever it is asked to."""
+    """Prepares one benchmark after another, and times it whenever asked to.
+
+    Args:
+        pipe: connection to the main process.
+        side: "ours" or "peer".
+        cases: names of the benchmarks, in order.
+    """
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # two share the device
     for case in cases:
         began = time.perf_counter()
@@ -222,7 +228,7 @@ def serve(pipe: Any, side: str, cases: tuple[str, ...]) -> None:
 
 
 def rounds_of(pipes: dict[str, Any], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each side, a round of one after a round of the other."""
+    """Times both sides in turn; returns the seconds of each round, by side."""
     times: dict[str, list[float]] = {side: [] for side in pipes}
     for _ in range(rounds):
         for side, pipe in pipes.items():
@@ -232,7 +238,14 @@ def rounds_of(pipes: dict[str, Any], rounds: int) -> dict[str, list[float]]:
 
 
 def told(case: str, times: dict[str, list[float]], flops: float, peak: float) -> str:
-    """A line of the table."""
+    """Formats the result of one benchmark as a line.
+
+    Args:
+        case: name of the benchmark.
+        times: seconds of each round, by side.
+        flops: FLOPs of one call; 0: not known.
+        peak: FLOP/s of the matrix product; 0: not known.
+    """
     cells = [f"{case:14}"]
     for side, values in times.items():
         low, high = min(values), max(values)
@@ -252,14 +265,27 @@ def told(case: str, times: dict[str, list[float]], flops: float, peak: float) ->
 
 
 def main() -> None:
-    """Runs the cases that are asked for."""
-    parser = argparse.ArgumentParser(description="Times jvdit beside PyTorch on a GPU.")
-    parser.add_argument(
-        "cases", nargs="*", default=CASES, metavar="CASE", help=", ".join(CASES)
+    """Runs the chosen benchmarks."""
+    parser = argparse.ArgumentParser(
+        description="Benchmarks jvdit against PyTorch on one GPU."
     )
-    parser.add_argument("--rounds", type=int, default=5, help="pairs of each row")
-    parser.add_argument("--alone", action="store_true", help="without the peer")
-    parser.add_argument("--json", help="file for every single time")
+    parser.add_argument(
+        "cases",
+        nargs="*",
+        default=CASES,
+        metavar="CASE",
+        help=f"benchmarks to run (default: all): {', '.join(CASES)}",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=5,
+        help="how often jvdit and the peer are timed in turn (default: 5)",
+    )
+    parser.add_argument(
+        "--alone", action="store_true", help="time jvdit alone, without PyTorch"
+    )
+    parser.add_argument("--json", help="JSON file to write all measured times to")
     args = parser.parse_args()
     if unknown := set(args.cases) - set(CASES):
         parser.error(f"no case {', '.join(unknown)}; there are: {', '.join(CASES)}")

@@ -1,4 +1,4 @@
-"""Says before a chip is rented whether a training fits a TPU pod, and how fast it is.
+r"""Forecasts whether a training fits a TPU pod, and how fast it runs, without the pod.
 
     pip install libtpu
     python tools/compile_for_pod.py --config configs/wan_pod.py \
@@ -9,12 +9,12 @@
         --mesh data=2,fsdp=8,context=8 --config.data.rows=16
     python tools/compile_for_pod.py --step decode --clip 81x720x1280 --topology v6e-8
 
-The real step is compiled for the real slice, by the compiler of TPUs, which needs none;
-nothing is downloaded and nothing runs. Memory is what the compiler says. Time is an
-estimate: the cycles that the compiler expects, flash attention at the speed of its
-kernels' schedules, links at their bandwidth. Without `--mesh` several are tried. A
-batch has as many rows as in training, `data.rows`; with `--rows 0` one for each of
-data x fsdp.
+The real training step, sampling step or autoencoder is compiled for the real slice, by
+the TPU compiler, which needs no TPU; nothing is downloaded and nothing runs. Memory is
+as the compiler reports it. Time is an estimate: the cycles that the compiler expects,
+flash attention at the speed of its kernels' schedules, and links at their bandwidth.
+Without --mesh several meshes are tried. A batch has as many rows as in training,
+`data.rows`; with --rows 0 it has one for each device along data and fsdp.
 """
 
 import dataclasses
@@ -54,33 +54,75 @@ from jvdit.tasks.task import check_division
 
 GB = 1e9
 CLIP_STEPS = ("encode", "decode")
-WAN_TEXT = 4096  # channels of a state of UMT5, which all released models take
+WAN_TEXT = 4096  # width of UMT5's text states, which all released models take
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-_TOPOLOGY = flags.DEFINE_list("topology", ["v5p-8"], "Slices, such as v5p-8,2xv6e-256.")
+_TOPOLOGY = flags.DEFINE_list(
+    "topology",
+    ["v5p-8"],
+    "TPU slices to compile for, separated by commas, such as v5p-8,2xv6e-256.",
+)
 _MESH = flags.DEFINE_multi_string(
-    "mesh", None, "Devices along axes, such as fsdp=8,context=8; several: each."
+    "mesh",
+    None,
+    "Devices along each mesh axis, such as fsdp=8,context=8. Repeat the flag to try "
+    "several meshes (default: some that suit the slice).",
 )
 _STEP = flags.DEFINE_enum(
-    "step", "train", ("train", "sample", *CLIP_STEPS), "Which to compile."
+    "step",
+    "train",
+    ("train", "sample", *CLIP_STEPS),
+    "Program to compile: a training step, a solver step with guidance, or the encoding "
+    "or decoding of a clip.",
 )
 _VAE = flags.DEFINE_enum(
-    "vae", "wan2.1", [*video_vae.VARIANTS], "Which encodes or decodes a clip."
+    "vae",
+    "wan2.1",
+    [*video_vae.VARIANTS],
+    "Autoencoder, for --step encode and --step decode.",
 )
-_CLIP = flags.DEFINE_string("clip", "81x720x1280", "To encode or decode: TxHxW.")
+_CLIP = flags.DEFINE_string(
+    "clip",
+    "81x720x1280",
+    "Frames, height and width in pixels (TxHxW) of the clip that --step encode or "
+    "--step decode takes.",
+)
 _ROWS = flags.DEFINE_integer(
     "rows",
     None,
-    "Of a batch; 0: one for each of data x fsdp. Default: the config's `data.rows`; "
-    "in sampling 0, guided or not.",
+    "Rows of a batch. 0: one for each device along data and fsdp; with --step sample "
+    "half as many, because guidance doubles them (default: the config's `data.rows` "
+    "for training, 0 for sampling).",
 )
-_LATENTS = flags.DEFINE_integer("latent_channels", 16, "Of the autoencoder.")
-_PRICE = flags.DEFINE_float("price", None, "Of an hour of a chip.")
-_DETAILS = flags.DEFINE_boolean("details", True, "Where time and bytes go.")
+_LATENTS = flags.DEFINE_integer(
+    "latent_channels", 16, "Latent channels of the autoencoder."
+)
+_PRICE = flags.DEFINE_float(
+    "price",
+    None,
+    "Price of a chip for an hour, to show the cost of 1,000 steps or clips.",
+)
+_DETAILS = flags.DEFINE_boolean(
+    "details", True, "Print how memory, time and sent bytes divide up for each mesh."
+)
 
 
 @dataclasses.dataclass
 class Result:
-    """What one slice and mesh take; without a forecast, why they don't do."""
+    """The forecast for one slice and mesh, or why the program doesn't fit there.
+
+    Attributes:
+        slice: name of the slice.
+        mesh: devices along each mesh axis.
+        rows: rows of the batch.
+        wrong: why the program can't be compiled for the mesh; "": it can.
+        memory: bytes of a chip by kind, such as "weights".
+        forecast: time and sent bytes of the program.
+        steps: steps or clips that one run of the program makes up.
+        flops: FLOPs of the program on all chips together.
+        slivers: how many matrices are sharded into parts of incomplete tiles.
+        chip: the chip of the slice.
+        compiled_in: seconds that the compilation took.
+    """
 
     slice: str
     mesh: dict[str, int]
@@ -96,18 +138,21 @@ class Result:
 
     @property
     def chips(self) -> int:
-        """Devices of the mesh."""
+        """How many devices the mesh has."""
         return int(np.prod([*self.mesh.values()]))
 
     @property
     def mfu(self) -> float:
-        """Share of the chips' peak; recomputed passes don't count."""
+        """Model FLOPs utilisation in [0, 1]; recomputed activations don't count."""
         peak = self.chips * self.chip.peak
         return self.flops / (peak * self.forecast.seconds)
 
 
 def meshes_to_try(chips: int) -> list[dict[str, int]]:
-    """Training: Ulysses inside eight neighbours or four, the rest in fsdp."""
+    """The meshes to try on a slice when none is given.
+
+    Training: 4 or 8 neighbouring chips along context (Ulysses), the rest along fsdp.
+    """
     if _STEP.value in CLIP_STEPS:
         return [{"context": chips}]
     if _STEP.value == "sample":
@@ -117,7 +162,7 @@ def meshes_to_try(chips: int) -> list[dict[str, int]]:
 
 
 def share(shapes: Any, shardings: Any) -> float:
-    """Bytes of a tree of arrays on one chip."""
+    """The bytes of a sharded tree of arrays on one chip."""
     return sum(
         np.prod(place.shard_shape(x.shape)) * x.dtype.itemsize
         for x, place in zip(
@@ -127,7 +172,7 @@ def share(shapes: Any, shardings: Any) -> float:
 
 
 def slivers(shapes: Any, shardings: Any) -> int:
-    """Matrices of which a chip's part isn't whole tiles of 8 x 128."""
+    """Counts the matrices whose shard on a chip isn't made of whole 8 x 128 tiles."""
     parts = [
         place.shard_shape(x.shape)[-2:]
         for x, place in zip(
@@ -139,7 +184,7 @@ def slivers(shapes: Any, shardings: Any) -> int:
 
 
 def lower(config: Any, mesh: Any, result: Result) -> Any:
-    """The program; fills in what shapes alone tell."""
+    """Lowers the training or sampling program; fills in memory and FLOPs by shapes."""
     text_width = 0 if config.text_encoder else WAN_TEXT
     tokens, text = config.data.token_budget, config.data.text_budget
     if _STEP.value == "train":
@@ -165,14 +210,17 @@ def lower(config: Any, mesh: Any, result: Result) -> Any:
     places = parameter_shardings(params, mesh)
     result.memory = {"weights": share(params, places)}
     result.slivers = slivers(params, places)
-    # Of a solution, all steps are one program: here two of them, guided.
+    # In sampling all steps are one program; this one has two, with guidance.
     result.steps = SAMPLED
     result.flops = 2.0 * SAMPLED * result.rows * module.flops(tokens, text)
     return lowered
 
 
 def lower_clip(mesh: Any, result: Result) -> tuple[Any, Any]:
-    """A piece of encoding or decoding, and its mesh; the table is of all pieces."""
+    """Lowers one piece of encoding or decoding a clip; returns it with its mesh.
+
+    The table shows the time of all pieces of the clip.
+    """
     try:
         frames, height, width = map(int, _CLIP.value.split("x"))
     except ValueError as error:
@@ -205,7 +253,7 @@ def _module(config: Any, text_width: int, **changed: Any) -> DiT:
 
 
 def measure(config: Any, name: str, sizes: dict[str, int]) -> Result:
-    """Compiles for one slice and mesh."""
+    """Compiles the program for one slice and mesh, and forecasts it."""
     where = topology(name)
     mesh = pod_mesh(where, sizes)
     rows = _ROWS.value
@@ -221,7 +269,7 @@ def measure(config: Any, name: str, sizes: dict[str, int]) -> Result:
         parts = config.optim.accumulate
         try:
             check_division(rows, config.data.token_budget, mesh, parts)
-        except ValueError as error:  # of another mesh it may not be true
+        except ValueError as error:  # other meshes may still do
             result.wrong = str(error)
             return result
     start = time.perf_counter()
@@ -248,7 +296,7 @@ def measure(config: Any, name: str, sizes: dict[str, int]) -> Result:
 
 
 def overview(results: list[Result]) -> Table:
-    """One line for each slice and mesh; the best use of a slice is marked."""
+    """Builds a table with a line for each slice and mesh; the fastest is marked."""
     unit = "clip" if _STEP.value in CLIP_STEPS else "step"
     table = Table(title=f"{_STEP.value}, estimated; memory by the compiler")
     if any(best(results, each.slice) for each in results):
@@ -288,14 +336,14 @@ def overview(results: list[Result]) -> Table:
 
 
 def best(results: list[Result], name: str) -> Result | None:
-    """The mesh of a slice with most clips in a second, if several were tried."""
+    """The result with most clips per second on a slice, of several meshes tried."""
     tried = [r for r in results if r.slice == name]
     fitting = [r for r in tried if not r.wrong] if len(tried) > 1 else []
     return max(fitting, key=lambda r: r.rows / r.forecast.seconds, default=None)
 
 
 def details(result: Result, console: Console) -> None:
-    """Prints where memory, time and bytes of one slice and mesh go."""
+    """Prints how memory, time and sent bytes divide up on one slice and mesh."""
     mesh = " ".join(f"{k} {n}" for k, n in result.mesh.items() if n > 1)
     console.print(
         f"\n[bold]{result.slice}, {mesh}[/] compiled in {result.compiled_in:.0f} s"
@@ -322,7 +370,7 @@ def details(result: Result, console: Console) -> None:
 
 
 def main(_: list[str]) -> None:
-    """Compiles for every slice and mesh that is asked for."""
+    """Compiles for each chosen slice and mesh, and prints the forecasts."""
     console, results = Console(), []
     if _CONFIG.value is None and _STEP.value not in CLIP_STEPS:
         sys.exit(

@@ -1,8 +1,9 @@
-"""Puts a finished model into the box: `python tools/fill_box.py runs/box/videos`.
+"""Packages a finished model with jvdit: `python tools/fill_box.py runs/box/videos`.
 
-Weights are rounded to bfloat16, so that the package stays small. A sheet is drawn of
-what the model then makes of the prompts of its training: the banner of README.md. For
-its card: `python -m jvdit.evaluate --workdir jvdit/box --split single --seed 1`.
+Writes the model to `jvdit/box`, with weights rounded to bfloat16 to keep the package
+small, and a contact sheet of the clips that it generates from the prompts of its
+training, which is the banner of README.md. For the numbers of its model card run
+`python -m jvdit.evaluate --workdir jvdit/box --split single --seed 1`.
 """
 
 import argparse
@@ -21,9 +22,9 @@ from jvdit.weights.opening import open_bundle
 
 
 def main() -> None:
-    """Parses and writes."""
+    """Writes the model to the package."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("workdir", help="of a finished training of a DiT")
+    parser.add_argument("workdir", help="workdir of a finished DiT training")
     workdir = pathlib.Path(parser.parse_args().workdir)
     model = open_bundle(workdir)
     rounded = {

@@ -1,13 +1,13 @@
-"""Says how fast the attention kernels of TPUs are by their schedules, without a TPU.
+"""Measures the speed of the TPU attention kernels by their schedules, without a TPU.
 
     pip install libtpu
     python tools/kernel_schedules.py --chip v6e
     python tools/kernel_schedules.py --chip v5p --ahead 1024,2048,512 --segments
 
-The compiler writes down every instruction of a core, a line for each cycle. Printed are
-the lines of one block of queries and keys, and what share of the chip's peak that is.
-Stalls are not in a schedule. How blocks were chosen (`machine/chips.py`), and
-what `jvdit/machine/chips.py` knows of the kernels.
+The compiler writes a schedule of every instruction, with a line for each cycle. The
+tool prints the cycles of one block of queries and keys, and the share of the chip's
+peak that this is. Schedules don't include stalls. The block sizes and kernel speeds in
+`jvdit/machine/chips.py` were found in this way.
 """
 
 import dataclasses
@@ -28,19 +28,36 @@ from jvdit.models.attention import mosaic
 from jvdit.pods.programs import pod_mesh
 from jvdit.shapes import Visible
 
-# The smallest slice of a chip.
+# The smallest slice of each chip.
 SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-_CHIP = flags.DEFINE_enum("chip", "v6e", SLICES, "Whose schedules.")
-_TOKENS = flags.DEFINE_integer("tokens", 75600, "Queries, and as many keys.")
-_SEGMENTS = flags.DEFINE_bool("segments", False, "Whether clips are packed.")
-_AHEAD = flags.DEFINE_multi_string("ahead", None, "To try: queries,keys,at once.")
-_BACK = flags.DEFINE_multi_string("back", None, "The same for the gradients.")
+_CHIP = flags.DEFINE_enum("chip", "v6e", SLICES, "TPU to compile for.")
+_TOKENS = flags.DEFINE_integer(
+    "tokens", 75600, "Number of queries, and of keys, of the attention."
+)
+_SEGMENTS = flags.DEFINE_bool(
+    "segments", False, "Compile the kernels with the mask of packed clips."
+)
+_AHEAD = flags.DEFINE_multi_string(
+    "ahead",
+    None,
+    "Block sizes of the forward kernel as QUERIES,KEYS,KEYS_AT_ONCE: keys fetched, and "
+    "of those the keys computed, at once. Repeat the flag to try several (default: the "
+    "chip's own).",
+)
+_BACK = flags.DEFINE_multi_string(
+    "back", None, "Block sizes of the backward kernel, written as for --ahead."
+)
 CHANNELS = 128
 
 
 def regions(folder: pathlib.Path, kernel: str) -> list[int]:
-    """Lines of the parts of a kernel that hold most of its products, in their order."""
-    # Of a pass in several parts, the first.
+    """The lengths in lines of a kernel's inner loops, which hold most of its products.
+
+    Args:
+        folder: folder of the compiler's dumps.
+        kernel: name of the kernel.
+    """
+    # Of a kernel in several parts, the first.
     utilization = f"*{kernel}*-final_hlo-static-per-bundle-utilization.txt"
     table = min(folder.glob(utilization))
     rows = table.read_text().split("== UTILIZATION:\n")[1].splitlines()
@@ -66,7 +83,7 @@ def regions(folder: pathlib.Path, kernel: str) -> list[int]:
 
 
 def compile_kernel(name: str, tokens: int, segments: bool) -> None:
-    """Compiles one of the two passes for one head, on the mesh that is set."""
+    """Compiles the forward or backward kernel for one head, on the current mesh."""
     x = jax.ShapeDtypeStruct((1, tokens, 1, CHANNELS), jnp.bfloat16)
     line = jax.ShapeDtypeStruct((1, 1, tokens), jnp.float32)
     ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
@@ -82,7 +99,7 @@ def compile_kernel(name: str, tokens: int, segments: bool) -> None:
 def measure(
     folder: pathlib.Path, chip: Chip, name: str, most: tuple[int, ...], cores: int
 ) -> str:
-    """What a schedule says, a line for each part of a kernel."""
+    """Compiles a kernel and reads its schedule; returns a line for each inner loop."""
     for old in folder.iterdir():
         old.unlink()
     compile_kernel(name, _TOKENS.value, _SEGMENTS.value)
@@ -101,7 +118,7 @@ def measure(
 
 
 def sweep(folder: pathlib.Path) -> None:
-    """Prints what the schedules of all blocks asked for say."""
+    """Prints the speed of both kernels at each of the chosen block sizes."""
     chip = CHIPS[_CHIP.value]
     mesh = pod_mesh(SLICES[_CHIP.value], {"data": -1})
     passes = {"flash_forward": ("ahead", _AHEAD), "flash_backward": ("back", _BACK)}

@@ -1,22 +1,22 @@
-"""Trains on TPU slices, a GKE cluster or under SLURM, and keeps the training going.
+r"""Launches a run on TPU slices, GKE or SLURM, and restarts it if it ends early.
 
     python tools/launch.py --on tpu-vm --slice v5p-128 --zone us-east5-a --bucket B \
         -- --config configs/wan_pod.py --workdir /mnt/B/wan --config.mesh.fsdp=8
     python tools/launch.py --on gke --slice 2xv6e-256 --image IMAGE -- --config …
     python tools/launch.py --on slurm --nodes 4 --devices 8 -- --config …
 
-What comes after `--` are the arguments of `jvdit.train`, or with `--module encode`
-those of `jvdit.encode`. It prints what would be run (a script, a JobSet, a batch file)
-and runs it with `--go`. Processes that end before their work does are started again
-with the same command, which goes on from what is saved; a slice that was taken away is
-asked for again. The workdir must be a path that all hosts see: `--bucket B` mounts the
-bucket B of Cloud Storage at /mnt/B. Folders are renamed in it, which takes one with a
-hierarchical namespace:
+Arguments after `--` go to `jvdit.train`, or with `--module encode` to `jvdit.encode`.
+The tool prints what it would run (a script, a JobSet or a batch file), and runs it with
+`--go`. Processes that end before the run is finished are started again with the same
+command, which resumes from what is saved; a slice that was preempted is requested
+again. The workdir must be a path that all hosts see: `--bucket B` mounts the Cloud
+Storage bucket B at /mnt/B. Checkpoints rename folders in it, which needs a bucket with
+a hierarchical namespace:
 
     gcloud storage buckets create gs://B --location us-east5 \
         --uniform-bucket-level-access --enable-hierarchical-namespace
 
-Not run here on any of the three, for want of them.
+It has not been tested on any of the three, since none was available.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from typing import Any
 
 from jvdit.machine.chips import several, topology
 
-# By chip: the names of the same slice in Google's interfaces, and chips of a host.
+# Names of each chip's slices in Google's interfaces, and the chips of a host.
 ACCELERATORS = {"v5e": "v5litepod", "v5p": "v5p", "v6e": "v6e"}
 RUNTIMES = {"v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5"}
 RUNTIMES |= {"v6e": "v2-alpha-tpuv6e"}
@@ -39,26 +39,26 @@ NODES = {"v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice"}
 NODES |= {"v6e": "tpu-v6e-slice"}
 CHIPS_OF_HOST = 4
 INSTALL = "pip install -q -e '.[tpu]'"
-# Seconds after its start within which a training ends at once; how often it may.
+# A run that ends within so many seconds has failed at once; it is tried so often.
 AT_ONCE, TRIES = 300, 3
-# What the commands can't do without; the last of them says where everything goes.
+# Required arguments of each command; the last names its output folder.
 NEEDED = {"train": ("--config", "--workdir"), "encode": ("--source", "--vae", "--out")}
 STOPPED = 75  # "try again later", as sysexits.h has it
 PACKAGES = "https://packages.cloud.google.com/apt"
-# Hosts write into one folder together, so that none may remember what it held. On TPU
-# hosts gcsfuse would, for ever.
+# Hosts write into one folder together, so none may cache its contents. On TPU hosts
+# gcsfuse would by default, for ever.
 UNCACHED = {"metadata-cache-ttl-secs": 0, "metadata-cache-negative-ttl-secs": 0}
 
 
 def command(args: argparse.Namespace) -> str:
-    """The command that every process runs; to be told to stop is not its end."""
+    """The command that every process runs; it exits with `STOPPED` if interrupted."""
     stopped = [f"--exit_stopped={STOPPED}"] if args.module == "train" else []
     module = f"jvdit.{args.module}"
     return shlex.join(["python", "-m", module, *args.arguments, *stopped])
 
 
 def mount_command(bucket: str) -> str:
-    """Mounts a bucket on a host by gcsfuse, which is installed if it isn't there."""
+    """Shell commands that mount a bucket with gcsfuse, installing it if needed."""
     folder, key = f"/mnt/{bucket}", "/usr/share/keyrings/cloud.google.asc"
     options = " ".join(f"--{name}={value}" for name, value in UNCACHED.items())
     return f"""set -e
@@ -76,7 +76,7 @@ fi
 
 
 def tpu_vm(args: argparse.Namespace) -> str:
-    """A script that asks for slices, trains, and asks again if they are lost."""
+    """A script that requests TPU slices, runs, and requests them again if preempted."""
     slices, kind = several(args.slice)
     chip = kind.partition("-")[0]
     accelerator = kind.replace(chip, ACCELERATORS[chip])
@@ -141,7 +141,7 @@ $tpus queued-resources delete "$name" {place} --force --quiet
 
 
 def gke(args: argparse.Namespace) -> str:
-    """A JobSet with a pod for each host; failed ones are all started again."""
+    """A Kubernetes JobSet with a pod for each host; if one fails, all restart."""
     number, kind = several(args.slice)
     chip, _, shape = topology(kind).partition(":")
     hosts = math.prod(map(int, shape.split("x"))) // CHIPS_OF_HOST
@@ -184,7 +184,7 @@ def gke(args: argparse.Namespace) -> str:
 
 
 def _csi(bucket: str) -> dict[str, Any]:
-    """A bucket as a volume of Kubernetes."""
+    """A Kubernetes volume that mounts a bucket with gcsfuse."""
     options = (f"{k}:{v}".replace("cache-", "cache:", 1) for k, v in UNCACHED.items())
     mount = {"mountOptions": ",".join(["implicit-dirs", *options])}
     driver = "gcsfuse.csi.storage.gke.io"
@@ -192,7 +192,7 @@ def _csi(bucket: str) -> dict[str, Any]:
 
 
 def slurm(args: argparse.Namespace) -> str:
-    """A batch file that asks to be queued again when its time is over."""
+    """A SLURM batch file that requeues itself when its time is over."""
     return f"""#!/usr/bin/env bash
 #SBATCH --job-name={args.name}
 #SBATCH --nodes={args.nodes}
@@ -220,22 +220,58 @@ RUNNERS |= {"slurm": ["sbatch"]}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Reads the command line; ends with a line if it can't be."""
+    """Parses the command line; exits with an error message if it is wrong."""
     ours, _, theirs = " ".join(map(shlex.quote, argv)).partition(" -- ")
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--on", choices=TARGETS, required=True)
-    parser.add_argument("--module", choices=NEEDED, default="train")
-    parser.add_argument("--name", default="jvdit")
-    parser.add_argument("--slice", help="such as v5p-128, or two of them: 2xv5p-128")
-    parser.add_argument("--bucket", default="", help="for the workdir")
-    parser.add_argument("--zone")
-    parser.add_argument("--project")
-    parser.add_argument("--spot", action="store_true")
-    parser.add_argument("--code", default="jvdit", help="folder on the hosts")
-    parser.add_argument("--image", help="with jvdit[tpu] in it, for GKE")
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--devices", type=int, default=8, help="GPUs of a node")
-    parser.add_argument("--go", action="store_true", help="run it")
+    parser.add_argument(
+        "--on", choices=TARGETS, required=True, help="where to launch the run"
+    )
+    parser.add_argument(
+        "--module",
+        choices=NEEDED,
+        default="train",
+        help="jvdit command to run (default: train)",
+    )
+    parser.add_argument(
+        "--name",
+        default="jvdit",
+        help="name of the slice, JobSet or SLURM job (default: jvdit)",
+    )
+    parser.add_argument(
+        "--slice",
+        help="TPU slice, such as v5p-128; 2xv5p-128 is two of them "
+        "(for --on tpu-vm and gke)",
+    )
+    parser.add_argument(
+        "--bucket",
+        default="",
+        help="Cloud Storage bucket to mount at /mnt/BUCKET for the workdir",
+    )
+    parser.add_argument("--zone", help="Google Cloud zone (for --on tpu-vm)")
+    parser.add_argument("--project", help="Google Cloud project (default: gcloud's)")
+    parser.add_argument(
+        "--spot", action="store_true", help="request preemptible TPUs (tpu-vm)"
+    )
+    parser.add_argument(
+        "--code",
+        default="jvdit",
+        help="folder on the hosts to copy the code to (default: jvdit)",
+    )
+    parser.add_argument(
+        "--image", help="container image with jvdit[tpu] installed (for --on gke)"
+    )
+    parser.add_argument(
+        "--nodes", type=int, default=1, help="nodes (for --on slurm, default: 1)"
+    )
+    parser.add_argument(
+        "--devices",
+        type=int,
+        default=8,
+        help="GPUs of a node (for --on slurm, default: 8)",
+    )
+    parser.add_argument(
+        "--go", action="store_true", help="run it, instead of printing what would run"
+    )
     args = parser.parse_args(shlex.split(ours))
     args.arguments = shlex.split(theirs)
     needed = {"tpu-vm": ("slice", "zone"), "gke": ("slice", "image"), "slurm": ()}
@@ -259,7 +295,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def check_bucket(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Ends with a line if a bucket can't be mounted, or isn't where the run goes."""
+    """Exits with an error message if a bucket can't be mounted, or isn't written to."""
     if args.on == "slurm":
         parser.error("--bucket is for Google's hosts; those of SLURM share folders")
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", args.bucket):
@@ -273,7 +309,7 @@ def check_bucket(args: argparse.Namespace, parser: argparse.ArgumentParser) -> N
 
 
 def main() -> None:
-    """Prints what would be run, or runs it."""
+    """Prints what would be run, or with --go runs it."""
     args = parse(sys.argv[1:])
     text = TARGETS[args.on](args)
     if not args.go:

@@ -1,14 +1,14 @@
-"""How much memory it takes to sample a released model, from compiled programs.
+"""Measures the memory that sampling from a released model takes, without a device.
 
     pip install libtpu
     python tools/memory.py wan2.2-ti2v-5b
     python tools/memory.py wan2.2-t2v-a14b --size 480x832 --frames 81
 
 Nothing is downloaded and nothing runs: each network is compiled at its real size for
-one chip of a TPU (which need not be there), and the compiler says what it would take:
-parameters and inputs, and the most that is alive besides. Networks are on the device
-one after another, so the largest row is what is needed. A TPU's convolutions copy a
-lot; the last row says what the autoencoder takes elsewhere.
+one TPU chip, which needn't be present, and the compiler reports the memory: that of
+parameters and inputs, and the peak of everything else. Networks are on the device one
+after another, so the largest row is what is needed. Convolutions on a TPU copy a lot;
+the last row shows the autoencoder's memory on other devices.
 """
 
 import argparse
@@ -31,12 +31,12 @@ from jvdit.weights.configs import PATCH_SIZE
 from jvdit.weights.recipes import RECIPES, TEXT_LENGTH
 
 GB = 1e9
-TOPOLOGY = "v5p:2x2x1"  # a chip of which has 95 GB
-_PROMPTS = 2  # the prompt and the negative one
+TOPOLOGY = "v5p:2x2x1"  # a slice whose chips have 95 GB each
+_PROMPTS = 2  # the prompt and the negative prompt
 
 
 def abstract(module, *inputs, method=None):
-    """Shapes of a module's parameters."""
+    """The shapes of a module's parameters."""
     key = jax.random.key(0)
     return jax.eval_shape(
         lambda *x: module.init(key, *x, method=method)["params"], *inputs
@@ -45,12 +45,12 @@ def abstract(module, *inputs, method=None):
 
 @functools.cache
 def chip():
-    """A mesh of one chip."""
+    """A mesh of one TPU chip."""
     return pod_mesh(TOPOLOGY, {"data": 1}, devices=1)
 
 
 def placed(shapes):
-    """The same shapes, on one chip."""
+    """The same shapes, placed on one TPU chip."""
     place = replicated(chip())
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes
@@ -58,7 +58,7 @@ def placed(shapes):
 
 
 def text_program(dtype):
-    """The text encoder on two prompts."""
+    """Lowers the text encoder on two prompts."""
     sizes = text_encoder.VARIANTS["umt5-xxl"]
     module = text_encoder.TextEncoder(**sizes, dtype=dtype, param_dtype=dtype)
     ids = jax.ShapeDtypeStruct((_PROMPTS, TEXT_LENGTH), jnp.int32)
@@ -68,18 +68,22 @@ def text_program(dtype):
 
 
 def dit_program(name, grid, dtype):
-    """One step of the solver, with guidance."""
+    """Lowers solver steps of one clip, with guidance."""
     kinds = {"dtype": dtype, "param_dtype": dtype, "scan_layers": True}
     module = dit.DiT(**dit.VARIANTS[name], **kinds)
     return sample_program(module, chip(), 1, math.prod(grid), TEXT_LENGTH)
 
 
 def main():
-    """Compiles the three programs and prints what they take."""
+    """Compiles the networks and prints the memory that each takes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("name", choices=[*RECIPES])
-    parser.add_argument("--size", help="HEIGHTxWIDTH in pixels")
-    parser.add_argument("--frames", type=int)
+    parser.add_argument("name", choices=[*RECIPES], help="released model")
+    parser.add_argument(
+        "--size", help="HEIGHTxWIDTH of the clip in pixels (default: the model's)"
+    )
+    parser.add_argument(
+        "--frames", type=int, help="frames of the clip (default: the model's)"
+    )
     args = parser.parse_args()
     clip = size_fields(RECIPES[args.name], args.size, args.frames, None)
     which = "wan2.2" if args.name.endswith("ti2v-5b") else "wan2.1"

@@ -1,12 +1,12 @@
-"""Makes a data set of clips out of videos.
+r"""Prepares a data set of clips from videos.
 
     python tools/prepare_clips.py VIDEOS --out data/clips --frames 81 --fps 16 \
         --size 480x832 832x480 --windows all --val 0.02
 
 VIDEOS is a folder of videos with a .txt caption beside each, a folder with
 metadata.jsonl (file_name, caption), or a table (csv, tsv, json, jsonl, parquet) with
-a column of paths and one of captions. Killed, it goes on where it was when it is run
-again. What was skipped, and why, is in report.md of the data set.
+a column of paths and one of captions. If it is killed, the same command resumes. The
+data set's report.md lists what was skipped, and why.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from jvdit.data.record_format import dataset_directory
 
 
 def size(text: str) -> tuple[int, int]:
-    """Reads HxW."""
+    """Parses a size written HxW into (height, width) in pixels."""
     height, _, width = text.lower().partition("x")
     if not (height.isdigit() and width.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r} is not HxW, such as 480x832")
@@ -26,32 +26,106 @@ def size(text: str) -> tuple[int, int]:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line."""
+    """Parses the command line."""
     recipe = Recipe()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("inputs", nargs="+", help="folders, tables, videos")
-    add("--out", required=True, help="directory of the data set")
-    add("--root", help="what relative paths in tables are relative to")
-    add("--frames", type=int, default=recipe.frames, help="frames of a clip")
-    add("--fps", type=float, default=recipe.fps, help="frames per second")
-    add("--size", type=size, nargs="+", default=recipe.sizes, metavar="HxW")
-    add("--windows", default=recipe.windows, help="first, all, or how many of a video")
-    add("--audio-rate", type=int, default=recipe.audio_rate, help="Hz; 0: no sound")
-    add("--crf", type=int, default=recipe.crf, help="quality; lower is better")
-    add("--preset", default=recipe.preset, help="of x264; slower is smaller")
-    add("--max-upsample", type=float, default=recipe.max_upsample)
-    add("--max-repeat", type=float, default=recipe.max_repeat)
-    add("--max-pixels", type=int, default=recipe.max_pixels)
-    add("--require-caption", action="store_true", help="skip videos without one")
-    add("--val", type=float, default=0.0, help="share of the files held out")
-    add("--shard-size", type=int, default=64, help="source files of a shard")
-    add("--workers", type=int, help="processes; default: one for each core")
-    add("--timeout", type=float, default=120.0, help="seconds that a clip may take")
-    add("--max-reject-rate", type=float, default=0.5, help="else it exits with 1")
-    add("--overwrite", action="store_true", help="start anew")
+    add("inputs", nargs="+", help="folders of videos, tables, or video files")
+    add("--out", required=True, help="folder of the data set")
+    add("--root", help="folder that relative paths in tables start from")
+    add(
+        "--frames",
+        type=int,
+        default=recipe.frames,
+        help="frames of a clip (default: %(default)s)",
+    )
+    add(
+        "--fps",
+        type=float,
+        default=recipe.fps,
+        help="frames per second of a clip (default: %(default)s)",
+    )
+    add(
+        "--size",
+        type=size,
+        nargs="+",
+        default=recipe.sizes,
+        metavar="HxW",
+        help="sizes of clips in pixels; each video takes the one with the nearest "
+        "aspect ratio (default: 480x832)",
+    )
+    add(
+        "--windows",
+        default=recipe.windows,
+        help="clips to cut from each video: first, all (consecutive ones), or a number "
+        "of evenly spaced ones (default: %(default)s)",
+    )
+    add(
+        "--audio-rate",
+        type=int,
+        default=recipe.audio_rate,
+        help="sample rate of the sound in Hz; 0: no sound (default: %(default)s)",
+    )
+    add(
+        "--crf",
+        type=int,
+        default=recipe.crf,
+        help="x264 quality of the stored clips; lower is better (default: %(default)s)",
+    )
+    add(
+        "--preset",
+        default=recipe.preset,
+        help="x264 preset; a slower one makes smaller files (default: %(default)s)",
+    )
+    add(
+        "--max-upsample",
+        type=float,
+        default=recipe.max_upsample,
+        help="largest factor by which frames may be enlarged (default: %(default)s)",
+    )
+    add(
+        "--max-repeat",
+        type=float,
+        default=recipe.max_repeat,
+        help="largest share of repeated frames, where a video's own frame rate is "
+        "lower than --fps (default: %(default)s)",
+    )
+    add(
+        "--max-pixels",
+        type=int,
+        default=recipe.max_pixels,
+        help="most pixels of a source frame (default: %(default)s)",
+    )
+    add("--require-caption", action="store_true", help="skip videos without a caption")
+    add(
+        "--val",
+        type=float,
+        default=0.0,
+        help="share of the files to hold out for validation (default: %(default)s)",
+    )
+    add(
+        "--shard-size",
+        type=int,
+        default=64,
+        help="source files that go into a shard (default: %(default)s)",
+    )
+    add("--workers", type=int, help="worker processes (default: one for each core)")
+    add(
+        "--timeout",
+        type=float,
+        default=120.0,
+        help="most seconds that a clip may take (default: %(default)s)",
+    )
+    add(
+        "--max-reject-rate",
+        type=float,
+        default=0.5,
+        help="share of skipped files above which the exit status is 1 "
+        "(default: %(default)s)",
+    )
+    add("--overwrite", action="store_true", help="start over, deleting earlier output")
     return parser.parse_args(arguments)
 
 

@@ -1,16 +1,16 @@
-"""How the oracle's thresholds were chosen: each is varied, on the world's split val.
+"""Checks the oracle's thresholds by varying each, on the world's val split.
 
     python tools/thresholds.py [--n 192] [--sizes 17x64x64@8,17x32x32@16]
 
-A threshold decides a score. It is good where real clips pass and clips that are wrong
-in the way that the score is about do not: the margin is the mean score of real clips
-less the highest of the wrong ones. Each line shows the margins at factors of the value
-that ships, the worst over the sizes; the last columns say which factor is best, and
-how much it would gain.
+A threshold decides a score. A good one passes real clips and fails clips that are wrong
+in the respect that the score measures: its margin is the mean score of real clips minus
+the highest mean score of wrong ones. Each line shows the margins at several multiples
+of the threshold in use, the worst over the sizes; the last columns show the best
+multiple, and how much it would gain.
 
-With 96 clips at both sizes no other factor gains more than 0.05, but for the largest
-turn from the captioned direction: 15 degrees would gain 0.07, and 30 ship, because the
-world's own directions already vary by 12.
+With 96 clips at both sizes no other multiple gains more than 0.05, except for the
+largest turn from the captioned direction: 15 degrees would gain 0.07, but 30 are in
+use, because the world's own directions already vary by 12.
 """
 
 import dataclasses
@@ -30,19 +30,23 @@ from jvdit.data.world import World
 from jvdit.data.world.scene import SHAPES
 from jvdit.evaluation import oracle
 
-_N = flags.DEFINE_integer("n", 192, "Clips of val, at each size.")
-_SIZES = flags.DEFINE_list("sizes", ["17x64x64@8", "17x32x32@16"], "TxHxW@FPS.")
+_N = flags.DEFINE_integer("n", 192, "Clips of the val split to score at each size.")
+_SIZES = flags.DEFINE_list(
+    "sizes",
+    ["17x64x64@8", "17x32x32@16"],
+    "Frames, height, width and frame rate of the clips, each as TxHxW@FPS.",
+)
 
 FACTORS = (0.5, 0.7, 0.85, 1.0, 1.2, 1.4, 2.0)
 
 
 class Threshold(NamedTuple):
-    """A constant of a module of `jvdit.evaluation`, and what it decides.
+    """A threshold: a constant of a module of `jvdit.evaluation`.
 
     Attributes:
-        module, name: where it is.
+        module, name: name of the module, and of the constant.
         score: the score that it decides.
-        wrong: the changes of clips that must not pass.
+        wrong: names of the changes in `WRONG` whose clips must fail.
     """
 
     module: str
@@ -75,7 +79,7 @@ THRESHOLDS = (
 
 
 class Clips(NamedTuple):
-    """Clips with their sound, and what they should show."""
+    """Clips with their sound, and the scenes that they should show."""
 
     world: World
     scenes: Any
@@ -83,14 +87,14 @@ class Clips(NamedTuple):
     audio: np.ndarray
 
     def scored(self, score: str) -> float:
-        """Mean of a score; sound, which takes longest, only where it is asked for."""
+        """The mean of a score; sound, which takes longest, is scored only if needed."""
         audio = self.audio if score == "sync" else None
         found = oracle.score(self.video, self.scenes, self.world.fps, audio)
         return oracle.means({score: found[score]})[score]
 
 
 def clips(size: str) -> Clips:
-    """Real ones of val."""
+    """Renders the world's own clips of the val split, at a size written TxHxW@FPS."""
     match = re.fullmatch(r"(\d+)x(\d+)x(\d+)@([\d.]+)", size)
     if match is None:
         raise ValueError(f"a size (={size!r}) must read TxHxW@FPS.")
@@ -110,7 +114,7 @@ def _jitter(video: np.ndarray) -> np.ndarray:
 
 
 def _twins(real: Clips) -> Clips:
-    """Every object again beside itself, half a frame further."""
+    """Shows every object a second time, half a frame further right."""
     video = real.video.copy()
     chroma = video.max(-1).astype(int) - video.min(-1)
     again = np.roll(video, video.shape[3] // 2, 3)
@@ -119,7 +123,7 @@ def _twins(real: Clips) -> Clips:
 
 
 def _round(real: Clips) -> Clips:
-    """Discs of the same area, whatever the caption says."""
+    """Replaces every object by a disc, whatever the caption says."""
     discs = np.full_like(real.scenes.shape, SHAPES.index("circle"))
     scenes = dataclasses.replace(real.scenes, shape=discs)
     return real._replace(video=real.world.render(scenes, real.world.simulate(scenes)))
@@ -169,7 +173,7 @@ WRONG: dict[str, Callable[[Clips], Clips]] = {
 
 
 def margins(threshold: Threshold, real: Clips, wrong: dict[str, Clips]) -> list[float]:
-    """Real clips' score less the highest of the wrong ones', at each factor."""
+    """The score of real clips minus the highest of wrong ones, at each multiple."""
     module = importlib.import_module(f"jvdit.evaluation.{threshold.module}")
     shipped, found = getattr(module, threshold.name), []
     for factor in FACTORS:
@@ -181,7 +185,7 @@ def margins(threshold: Threshold, real: Clips, wrong: dict[str, Clips]) -> list[
 
 
 def main(argv: list[str]) -> None:
-    """Prints the table."""
+    """Measures all thresholds and prints the table."""
     if len(argv) > 1:
         sys.exit(f"unexpected argument {argv[1]!r}; see --help")
     try:

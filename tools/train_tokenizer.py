@@ -3,8 +3,8 @@
     python tools/train_tokenizer.py --output tokenizer.model --world 20000
     python tools/train_tokenizer.py --output tokenizer.model --captions captions.txt
 
-Captions come from a text file (one a line; several files are joined), from a record
-data set, or from the procedural world. Seconds for tens of thousands of captions.
+Captions come from text files (one caption a line), from record data sets, or from the
+procedural world; several sources are joined. Tens of thousands take seconds.
 """
 
 import argparse
@@ -20,23 +20,60 @@ from jvdit.data.world import World
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Returns what the command line asks for."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, required=True, help="the model file")
-    parser.add_argument("--vocab_size", type=int, default=4096)
-    parser.add_argument("--max_captions", type=int, default=1_000_000)
-    parser.add_argument("--captions", type=Path, nargs="*", default=[], metavar="FILE")
-    parser.add_argument("--records", type=Path, nargs="*", default=[], metavar="DIR")
-    parser.add_argument("--split", default="train", help="split of the records")
     parser.add_argument(
-        "--world", type=int, default=0, metavar="N", help="captions of N world clips"
+        "--output",
+        type=Path,
+        required=True,
+        help="file to write the sentencepiece model to",
+    )
+    parser.add_argument(
+        "--vocab_size",
+        type=int,
+        default=4096,
+        help="size of the vocabulary (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max_captions",
+        type=int,
+        default=1_000_000,
+        help="most captions to train on (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--captions",
+        type=Path,
+        nargs="*",
+        default=[],
+        metavar="FILE",
+        help="text files with one caption a line",
+    )
+    parser.add_argument(
+        "--records",
+        type=Path,
+        nargs="*",
+        default=[],
+        metavar="DIR",
+        help="folders of record data sets",
+    )
+    parser.add_argument(
+        "--split",
+        default="train",
+        help="split of the record data sets (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--world",
+        type=int,
+        default=0,
+        metavar="N",
+        help="use the captions of N clips of the procedural world",
     )
     parser.add_argument(
         "--no_byte_fallback",
         action="store_true",
-        help="unknown characters become one unknown id, not bytes",
+        help="encode unknown characters as one unknown token instead of their bytes",
     )
     arguments = parser.parse_args()
     if not (arguments.captions or arguments.records or arguments.world):
@@ -45,7 +82,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def read_captions(arguments: argparse.Namespace) -> Iterator[str]:
-    """Yields the captions of every place that was named."""
+    """Yields the captions of all sources on the command line."""
     for path in arguments.captions:
         with open(path, encoding="utf-8") as lines:
             yield from (line.rstrip("\n") for line in lines)
@@ -60,7 +97,7 @@ def read_captions(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def main() -> None:
-    """Trains, writes, and says what came of it."""
+    """Trains the tokenizer, writes it, and prints its statistics."""
     arguments = parse_arguments()
     captions = list(itertools.islice(read_captions(arguments), arguments.max_captions))
     model = train_tokenizer(
