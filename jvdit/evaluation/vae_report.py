@@ -83,7 +83,7 @@ def report_vae(
     ]
     parts = [report.section(name, report.table(["", folder], rows))]
     whole = pairs[0][0].shape == pairs[0][2]["video"].shape
-    if isinstance(source, WorldSource) and whole:  # cut clips are of another scene
+    if isinstance(source, WorldSource) and whole:  # cropped clips show another scene
         scores = _oracle(source, pairs)
         results |= {"oracle": scores}
         parts.append(

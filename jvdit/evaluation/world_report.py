@@ -1,4 +1,4 @@
-"""The report on models of the procedural world: scores beside those of real clips."""
+"""The report on models of the procedural world, with real clips for comparison."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

@@ -1,1 +1,1 @@
-"""From requests to clips: conditioning, packing, solving, decoding."""
+"""From requests to clips: conditioning, packing, denoising, decoding."""

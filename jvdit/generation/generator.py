@@ -1,4 +1,4 @@
-"""From prompts to clips: tokenise, pack, solve, decode."""
+"""Generates clips from prompts: tokenise, pack, denoise, decode."""
 
 import dataclasses
 import math

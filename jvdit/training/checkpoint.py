@@ -42,7 +42,7 @@ class _Config(msgspec.Struct, frozen=True):
 
 
 class _Run(msgspec.Struct, frozen=True):
-    """What `config.json` of a workdir holds."""
+    """The contents of a workdir's `config.json`."""
 
     identity: dict[str, Any] = {}
     config: _Config = _Config()
@@ -100,7 +100,7 @@ class Checkpoints:
     def _list(self, step: int) -> None:
         try:
             self._manager.wait_until_finished()
-        except Exception:  # told in the main thread, which waits for it, too
+        except Exception:  # the main thread also waits, and raises it
             return
         folder = self._folder / str(step)
         with contextlib.suppress(OSError, ValueError):  # a full disk, an absent share

@@ -78,7 +78,7 @@ class Metrics:
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(elapsed_when_finished=False),
-            # What a narrow terminal has no room for is the end of the status.
+            # A narrow terminal cuts off the end of the status.
             TextColumn("{task.fields[status]}", table_column=status),
             console=self._console,
             expand=True,
@@ -157,7 +157,7 @@ class _Events:
 
     def open(self) -> None:
         """Opens the file; before this, everything written is dropped."""
-        # Its import takes longer than JAX's where torch is installed.
+        # The import takes longer than JAX's where torch is installed.
         from tensorboardX import summary
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2

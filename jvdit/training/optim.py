@@ -16,7 +16,7 @@ from jvdit.training.muon import scale_by_muon
 DECAYING = re.compile(r"(.*/)?(kernel|token_embed/embedding|lora_a|lora_b)")
 _LEAST, _MOST = float(np.finfo(np.float32).tiny), math.inf
 _SHARED = {"ema", "accumulate", "networks"}  # the same for all networks
-# Range of each number, as the float32 that it becomes, and the rule told otherwise.
+# Range [low, high) of each number as a float32, and the rule that an error states.
 _RANGES = {
     "lr": (_LEAST, _MOST, "be > 0 and finite; try 1e-4"),
     "clip": (_LEAST, _MOST, "be > 0 and finite; try 1, or 1e9 to clip nothing"),
@@ -85,7 +85,7 @@ class Optim:
             )
         for name, (low, high, rule) in _RANGES.items():
             value = getattr(self, name)
-            if not low <= np.float32(value) < high:  # nor is it, if it is no number
+            if not low <= np.float32(value) < high:  # also true of NaN
                 raise ValueError(f"`optim.{name}` (={value}) must {rule}.")
         for name, fields in self.networks.items():
             known = {field.name for field in dataclasses.fields(self)} - _SHARED
