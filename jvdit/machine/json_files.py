@@ -6,7 +6,7 @@ import os
 import pathlib
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import GenericAlias
 from typing import Any, TypeVar
 
@@ -84,7 +84,7 @@ def _explained(told: str, found: Any, kind: Any) -> str:
     """What msgspec says of JSON of another kind, with the value, or the right name."""
     if unknown := re.fullmatch(r"Object contains unknown field `([^`]*)`", told):
         known = [field.encode_name for field in msgspec.structs.fields(kind)]
-        near = difflib.get_close_matches(unknown[1], known, 1, 0)[0]
+        near = nearest(unknown[1], known)
         return f"`{unknown[1]}` is unknown, the nearest field is `{near}`"
     rule, _, place = told.partition(" - at `$")
     if rule.startswith("`"):  # from the class itself, and names the field
@@ -97,6 +97,11 @@ def _explained(told: str, found: Any, kind: Any) -> str:
     rule = rule.replace("Object missing", "lacks the").replace("Object contains", "has")
     field = f"`{place.strip('`.')}`" if place else "it"
     return f"{field} (={reprlib.repr(found)}) {rule}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The name that was perhaps meant."""
+    return difflib.get_close_matches(name, list(known), 1, 0)[0]
 
 
 def differences(held: Any, asked: Any, name: str = "") -> list[str]:

@@ -20,10 +20,8 @@ from jvdit.machine.files import write_atomically
 from jvdit.machine.json_files import read_json, write_json
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.weights.folders import load_text_encoder
-from jvdit.weights.network import Network
+from jvdit.weights.network import Network, load_network
 from jvdit.weights.parameters import (
-    build,
-    load_weights,
     model_folder,
     module_fields,
     save_weights,
@@ -58,7 +56,7 @@ class CaptionEncoder:
         """
         folder = model_folder(folder)
         if (folder / _REFERENCE).exists():
-            folder = pathlib.Path(read_json(folder / _REFERENCE, "copy it anew"))
+            folder = pathlib.Path(read_json(folder / _REFERENCE, "copy it anew", str))
         if is_release(folder):
             release = read_release(folder)
             network = load_text_encoder(release.parts["text_encoder"])
@@ -70,8 +68,8 @@ class CaptionEncoder:
                 f"{folder} holds no text encoder (tokenizer.model is missing); give "
                 "the workdir of a training that trained one."
             )
-        params, fields = load_weights(folder / "text_encoder")
-        return cls(Network(build(TextEncoder, fields), params), Tokenizer(model))
+        network = load_network(folder / "text_encoder", TextEncoder)
+        return cls(network, Tokenizer(model))
 
     def save(self, folder: pathlib.Path) -> None:
         """Writes what `load` reads; of a released model only where it lies."""

@@ -1,9 +1,16 @@
 """A network of a finished model: its module, and where its parameters lie."""
 
 import dataclasses
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
+
+import jax.numpy as jnp
+import msgspec
+
+from jvdit.machine.json_files import nearest
+from jvdit.weights.parameters import build, load_weights
 
 # A tree of parameters, or what brings one to the devices, each time anew.
 Parameters = Any | Callable[[], Any]
@@ -31,3 +38,50 @@ class Network:
     def params(self) -> Any:
         """Its parameters, which stay."""
         return self.load()
+
+
+def load_network(folder: str | os.PathLike[str], module: type) -> Network:
+    """A network that `save_weights` wrote.
+
+    Args:
+        folder: with `weights.safetensors` and `config.json`.
+        module: the class of which the config holds the fields.
+
+    Raises:
+        FileNotFoundError: there is no network in the folder.
+        ValueError: a file is damaged, or of another network.
+    """
+    params, fields = load_weights(folder)
+    config = f"{os.fspath(folder)}/config.json"
+    return Network(build(module, _fitted(fields, module, config)), params)
+
+
+def _fitted(fields: Mapping[str, Any], module: type, config: str) -> dict[str, Any]:
+    """Fields as a module takes them; ValueError if it has others, or of other types."""
+    types = {field.name: field.type for field in dataclasses.fields(module)}
+    fitted: dict[str, Any] = {}
+    for name, value in fields.items():
+        if name not in types:
+            near = nearest(name, types)
+            raise ValueError(
+                f"{config}: `{name}` is no field of {module.__name__}, the nearest is "
+                f"`{near}`; copy the folder anew."
+            )
+        try:
+            if name.endswith("dtype"):
+                fitted[name] = jnp.dtype(msgspec.convert(value, str)).name
+            else:
+                fitted[name] = msgspec.convert(value, types[name])
+        except (msgspec.ValidationError, TypeError) as error:
+            raise ValueError(
+                f"{config}: `{name}` (={value!r}): {error}; copy the folder anew."
+            ) from error
+    required = [
+        field.name
+        for field in dataclasses.fields(module)
+        if field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if missing := [name for name in required if name not in fields]:
+        raise ValueError(f"{config} lacks `{missing[0]}`; copy the folder anew.")
+    return fitted
