@@ -71,7 +71,7 @@ def parse_json(
     return fit_json(found, where, kind, remedy)
 
 
-def fit_json(found: Any, where: str, kind: type[T] | GenericAlias, remedy: str) -> T:
+def fit_json(found: Any, where: str, kind: Any, remedy: str) -> Any:
     """JSON that another library has parsed as a type; see `parse_json`."""
     try:
         return msgspec.convert(found, kind, str_keys=True)

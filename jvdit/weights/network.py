@@ -6,14 +6,15 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
-import jax.numpy as jnp
-import msgspec
-
-from jvdit.machine.json_files import nearest
+from jvdit.machine.json_files import fit_json, nearest
 from jvdit.weights.parameters import build, load_weights
 
 # A tree of parameters, or what brings one to the devices, each time anew.
 Parameters = Any | Callable[[], Any]
+
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_REMEDY = "copy the folder anew"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,17 +66,14 @@ def _fitted(fields: Mapping[str, Any], module: type, config: str) -> dict[str, A
             near = nearest(name, types)
             raise ValueError(
                 f"{config}: `{name}` is no field of {module.__name__}, the nearest is "
-                f"`{near}`; copy the folder anew."
+                f"`{near}`; {_REMEDY}."
             )
-        try:
-            if name.endswith("dtype"):
-                fitted[name] = jnp.dtype(msgspec.convert(value, str)).name
-            else:
-                fitted[name] = msgspec.convert(value, types[name])
-        except (msgspec.ValidationError, TypeError) as error:
+        kind = str if name.endswith("dtype") else types[name]
+        fitted[name] = fit_json(value, f"{config}, `{name}`", kind, _REMEDY)
+        if name.endswith("dtype") and value not in _DTYPES:
             raise ValueError(
-                f"{config}: `{name}` (={value!r}): {error}; copy the folder anew."
-            ) from error
+                f"{config}: `{name}` (={value!r}) must be one of: {', '.join(_DTYPES)}."
+            )
     required = [
         field.name
         for field in dataclasses.fields(module)
@@ -83,5 +81,5 @@ def _fitted(fields: Mapping[str, Any], module: type, config: str) -> dict[str, A
         and field.default_factory is dataclasses.MISSING
     ]
     if missing := [name for name in required if name not in fields]:
-        raise ValueError(f"{config} lacks `{missing[0]}`; copy the folder anew.")
+        raise ValueError(f"{config} lacks `{missing[0]}`; {_REMEDY}.")
     return fitted
