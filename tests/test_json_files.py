@@ -16,7 +16,7 @@ from jvdit.models.dit import DiT
 from jvdit.models.image_encoder import ImageEncoder
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.models.video_vae import VideoVAE
-from jvdit.train import _Looked
+from jvdit.tasks.loop import _Looked
 from jvdit.training import digests
 from jvdit.training.checkpoint import claim_workdir
 from jvdit.training.metrics import read_history
