@@ -10,6 +10,7 @@ import pytest
 from attention_exact import PATTERNS, chunks, clips, exact, roundings
 from closeness import assert_close
 
+from jvdit.machine.chips import Blocks
 from jvdit.models.attention import mosaic, parallel
 from jvdit.models.attention.dispatch import attention
 from jvdit.sharding import make_mesh, platform
@@ -121,8 +122,8 @@ def test_a_ring_holds_no_more_than_its_part():
 # Of 256 tokens: all at once, but two parts for exponentials; two blocks of queries and
 # of keys, the latter for a core each, and room for the gradients of one of the former.
 CHIPS = {
-    "one": mosaic.Blocks(back=(256, 256, 128), ahead=(256, 256, 128)),
-    "two": mosaic.Blocks((128,) * 3, (128,) * 3, cores=2, gradients=0),
+    "one": Blocks(back=(256, 256, 128), ahead=(256, 256, 128)),
+    "two": Blocks((128,) * 3, (128,) * 3, cores=2, gradients=0),
 }
 
 
@@ -131,7 +132,7 @@ CHIPS = {
 @pytest.mark.parametrize("size", [1, 40])  # of scores: later ones may be beyond numbers
 def test_the_kernels_of_tpus_agree(pattern, chip, size, monkeypatch):
     # Not whole blocks: 160 tokens lie in 256 places.
-    monkeypatch.setattr(mosaic, "_chip", lambda: CHIPS[chip])
+    monkeypatch.setattr(mosaic, "_blocks", lambda: CHIPS[chip])
     q, k, v = (draw(2, 160, 2, 128, seed=i) for i in range(3))
     k = k.at[:, 128:, 1].multiply(size)
     visible, mask = pattern(packed(160), packed(160))
@@ -141,7 +142,7 @@ def test_the_kernels_of_tpus_agree(pattern, chip, size, monkeypatch):
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_queries_that_see_nothing_have_no_gradient(chip, monkeypatch):
-    monkeypatch.setattr(mosaic, "_chip", lambda: CHIPS[chip])
+    monkeypatch.setattr(mosaic, "_blocks", lambda: CHIPS[chip])
     for size in (1, 40):
         q, k, v = (size * draw(1, 256, 1, 128, seed=i) for i in range(3))
         visible, _ = clips(packed(256)[:1], np.ones((1, 256), int))
@@ -154,7 +155,7 @@ def test_queries_that_see_nothing_have_no_gradient(chip, monkeypatch):
 def test_blocks_of_which_nothing_is_visible_are_left_out(chip, monkeypatch):
     """What lies there may be no numbers: zero times them isn't zero."""
     blocks = dataclasses.replace(CHIPS["two"], cores=CHIPS[chip].cores)
-    monkeypatch.setattr(mosaic, "_chip", lambda: blocks)
+    monkeypatch.setattr(mosaic, "_blocks", lambda: blocks)
     later = jnp.arange(512)[None, :, None, None] >= 256
     qkv = [jnp.where(later, jnp.nan, draw(1, 512, 2, 128, seed=i)) for i in range(3)]
     clip = np.repeat([[1, 2]], 256, 1)

@@ -6,7 +6,7 @@
 
 The compiler writes down every instruction of a core, a line for each cycle. Printed are
 the lines of one block of queries and keys, and what share of the chip's peak that is.
-Stalls are not in a schedule. How blocks were chosen (`mosaic.BLOCKS`), and
+Stalls are not in a schedule. How blocks were chosen (`machine/chips.py`), and
 what `jvdit/machine/chips.py` knows of the kernels.
 """
 
@@ -106,17 +106,17 @@ def sweep(folder: pathlib.Path) -> None:
     mesh = pod_mesh(SLICES[_CHIP.value], {"data": -1})
     passes = {"flash_forward": ("ahead", _AHEAD), "flash_backward": ("back", _BACK)}
     with jax.set_mesh(mesh):
-        blocks = mosaic._chip()
+        blocks = mosaic._blocks()
         for name, (field, asked) in passes.items():
             for text in asked.value or [",".join(map(str, getattr(blocks, field)))]:
                 most = tuple(map(int, text.split(",")))
                 changed = dataclasses.replace(blocks, **{field: most})
-                mosaic._chip = lambda changed=changed: changed
+                mosaic._blocks = lambda changed=changed: changed
                 try:
                     print(measure(folder, chip, name, most, blocks.cores), flush=True)
                 except (ValueError, jax.errors.JaxRuntimeError) as error:
                     print(f"{name}, blocks {text}: {error}"[:500])
-            mosaic._chip = lambda: blocks
+            mosaic._blocks = lambda: blocks
 
 
 def main(_: list[str]) -> None:

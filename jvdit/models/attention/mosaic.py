@@ -4,7 +4,6 @@ They take queries and keys in blocks, whose best size differs from chip to chip;
 last one they leave out what isn't there. Without a TPU they are interpreted, slowly.
 """
 
-import dataclasses
 import functools
 import math
 from functools import partial
@@ -18,50 +17,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from jvdit.machine.chips import Blocks, this_chip
 from jvdit.models.attention import kernels
 from jvdit.models.attention.kernels import LANES
 from jvdit.models.attention.pieces import Pieces, pad
 from jvdit.shapes import Visible
 from jvdit.sharding import platform
 
-
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """What suits a chip: the best of a sweep over the schedules of the kernels.
-
-    Attributes:
-        ahead: of the forward kernel, the most tokens: queries; keys that are fetched at
-            once; and of these, that are computed at once.
-        back: the same of the kernel for the gradients.
-        cores: that share a device's memory and divide a kernel.
-        memory: bytes of a core that a kernel may take.
-        gradients: of these, for gradients of queries while they are added up.
-    """
-
-    ahead: tuple[int, int, int] = (1024, 2048, 512)
-    back: tuple[int, int, int] = (1024, 2048, 1024)
-    cores: int = 1
-    memory: int = 56 * 2**20
-    gradients: int = 32 * 2**20
-
-
-# By what `device_kind` contains, first match wins.
-_LARGE = {"memory": 112 * 2**20, "gradients": 88 * 2**20}
-_SMALL = {"memory": 13 * 2**20, "gradients": 4 * 2**20}
-BLOCKS = {
-    "v6": Blocks((2048, 2048, 1024), (1024, 2048, 256), **_LARGE),
-    "v5 lite": Blocks(**_LARGE),
-    "v5": Blocks(cores=2),
-    "v4": Blocks((512, 1024, 512), (512, 512, 512), cores=2, **_SMALL),
-}
 _PADDING = np.iinfo(np.int32).min  # an id below every bound
 _GRADIENT = 2 * 4  # bytes of a number in float32, and of its copy on the way out
 
 
-def _chip() -> Blocks:
-    described = jax.sharding.get_abstract_mesh().abstract_device
-    kind = described.device_kind if described else jax.devices()[0].device_kind
-    return next((b for name, b in BLOCKS.items() if name in kind), Blocks())
+def _blocks() -> Blocks:
+    return this_chip().blocks
 
 
 def obstacle(channels: int, tokens: int) -> str:
@@ -207,7 +175,7 @@ def _settings(products: int, q: Array, k: Array, axes: int) -> dict[str, Any]:
     scores = q.shape[0] * q.shape[1] * k.shape[1]
     return {
         "compiler_params": pltpu.CompilerParams(
-            dimension_semantics=order, vmem_limit_bytes=_chip().memory
+            dimension_semantics=order, vmem_limit_bytes=_blocks().memory
         ),
         "cost_estimate": pl.CostEstimate(
             flops=products * 2 * scores * q.shape[2],
@@ -226,7 +194,7 @@ def mosaic_forward(
 ) -> tuple[Float[Array, "b n q k"], Float[Array, "b q n"]]:
     """Attention to some of the keys; see `pieces.Pieces.forward`."""
     rows, tokens, heads, channels = q.shape
-    keys, most = k.shape[1], _chip().ahead
+    keys, most = k.shape[1], _blocks().ahead
     block, held = block_for(tokens, most[0]), block_for(keys, most[1])
     ids, edges = _ids(visible, held), _edges(visible, block, held)
     q, k, v = map(_lines, (q, k, v))
@@ -268,7 +236,7 @@ def mosaic_backward(
 ) -> tuple[Array, Array, Array]:
     """Gradients of q, k, v; see `pieces.Pieces.backward`."""
     rows, tokens, heads, channels = q.shape
-    chip = _chip()
+    chip = _blocks()
     # Of so many queries a core has room for the gradients.
     block = block_for(tokens, chip.back[0])
     part = max(chip.gradients // (_GRADIENT * channels) // block, 1) * block
@@ -298,7 +266,7 @@ def _backward(
     heads: int,
 ) -> tuple[Array, Array, Array]:
     """Gradients of queries, of which a core holds all, and of keys and values."""
-    (lines, tokens, channels), keys, most = q.shape, k.shape[1], _chip().back
+    (lines, tokens, channels), keys, most = q.shape, k.shape[1], _blocks().back
     cores, blocks, held = _share(keys)
     block = block_for(tokens, most[0])
     padded = _whole(tokens, block)
@@ -340,7 +308,7 @@ def _backward(
 
 def _share(keys: int) -> tuple[int, int, int]:
     """Cores that share keys, blocks of them that each has, and the size of a block."""
-    chip = _chip()
+    chip = _blocks()
     for cores in (chip.cores, 1):
         each = pl.cdiv(keys, cores)
         held = block_for(each, chip.back[1])

@@ -80,7 +80,7 @@ def divided(
             gather = partial(jax.lax.all_gather, axis_index_groups=groups, axis=1)
             visible = jax.tree.map(lambda x: gather(x, AXIS, tiled=True), visible)
         if ring > 1:
-            out = _ring(q, k, v, visible, pieces, (ulysses, ring))
+            out: Any = _ring(q, k, v, visible, pieces, (ulysses, ring))
         else:
             out = local(q, k, v, visible)
         return _trade(out, groups, 1, 2) if ulysses > 1 else out
