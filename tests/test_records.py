@@ -259,7 +259,7 @@ def test_a_damaged_record_costs_only_itself(dataset, tmp_path):
 def test_another_data_set_is_not_continued(dataset, tmp_path):
     path = tmp_path / "clips"
     write(path, settings={"fps": 8})
-    with pytest.raises(ValueError, match="fps 8 -> 9"):
+    with pytest.raises(ValueError, match="`settings.fps` is 8 there but 9 here"):
         write(path, settings={"fps": 9})
     fresh = write(path, settings={"fps": 9}, overwrite=True)
     assert RecordDataset(fresh.finish()).settings == {"fps": 9}
