@@ -9,8 +9,12 @@ import pytest
 from PIL import Image
 
 import jvdit
-from jvdit.data.tokenizer import Tokenizer, cleaned, train_tokenizer
-from jvdit.data.tokenizer_json import sentencepiece_of
+from jvdit.data.tokenizer import (
+    Tokenizer,
+    cleaned,
+    sentencepiece_of,
+    train_tokenizer,
+)
 from jvdit.generation.conditioning import (
     check_pictures,
     clean_first_frame,

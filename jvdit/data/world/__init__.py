@@ -127,18 +127,20 @@ class World:
         """Audio samples per clip."""
         return round(self.duration * self.audio_rate)
 
-    def clips(self, ids: Int[np.ndarray, " b"]) -> dict[str, np.ndarray | list[str]]:
-        """Whole clips.
+    def clips(
+        self, ids: Int[np.ndarray, " b"], *, audio: bool = True
+    ) -> dict[str, np.ndarray | list]:
+        """Whole clips, with or without their sound.
 
         Returns:
             "video": uint8 [b T H W 3], RGB in [0, 255]; "audio": float32 [b a 1] in
-            [-1, 1]; "caption": a list of b strings.
+            [-1, 1], or b times None; "caption": a list of b strings.
         """
         scenes = self.scenes(ids)
         motion = self.simulate(scenes)
         return {
             "video": self.render(scenes, motion),
-            "audio": self.synthesize(scenes, motion),
+            "audio": self.synthesize(scenes, motion) if audio else [None] * len(ids),
             "caption": captions(scenes),
         }
 
