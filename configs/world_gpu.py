@@ -12,7 +12,6 @@ is right in .85 of the clips of test (real: .96).
 
 from configs import world_dit, world_vae
 from jvdit import config as defaults
-from jvdit.models.dit import VARIANTS, DiT
 
 _FRAME = 32 * 32  # pixels, and 8 x 8 latents
 
@@ -34,9 +33,7 @@ def autoencoder(config, frames, steps):
 
 def transformer(config, rows, frames, steps):
     """A stage of `world_dit.py`: so many clips of so many latent frames in a step."""
-    config.dit = defaults.fields_of(
-        DiT, VARIANTS["world-m"], "in_channels", "out_channels", "text_width"
-    )
+    config.dit = defaults.flow("world-m").dit
     config.dit.update(
         dtype="bfloat16", scan_layers=True, position_scale=(4.0, 1.0, 1.0)
     )

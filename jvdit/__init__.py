@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from jvdit.diffusion.noise_path import NoisePath as NoisePath
     from jvdit.diffusion.noise_path import TimestepPolicy as TimestepPolicy
     from jvdit.generation.generator import Generator as Generator
-    from jvdit.generation.release import load_release as load_release
     from jvdit.generation.request import Request as Request
     from jvdit.models.dit import DiT as DiT
     from jvdit.models.image_encoder import ImageEncoder as ImageEncoder
@@ -35,7 +34,6 @@ _HOMES = {
     "Tokens": "jvdit.shapes",
     "VideoVAE": "jvdit.models.video_vae",
     "World": "jvdit.data.world",
-    "load_release": "jvdit.generation.release",
 }
 __all__ = sorted(_HOMES)
 

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
-from jvdit.models import dit, text_encoder, video_vae
+from jvdit.models import text_encoder, video_vae
+from jvdit.models.backbones import MODELS, family_of
 from jvdit.models.lora import LoRA
 from jvdit.training.optim import Optim
-from jvdit.weights.conventions import Conventions
 from jvdit.weights.recipes import POLICY, RECIPES, TEXT_LENGTH, TIMESTEPS
 
 # A ConfigDict. Its attributes have no types that a checker could know.
@@ -123,7 +123,7 @@ def flow(variant: str = "world-s", text_variant: str = "world") -> Config:
     """Training a DiT on cached latents.
 
     Args:
-        variant: a row of `dit.VARIANTS`.
+        variant: a size of `MODELS`, such as those of `dit.VARIANTS`.
         text_variant: a row of `text_encoder.VARIANTS` to train along with it. "": take
             the text embeddings that the cache holds.
     """
@@ -135,9 +135,11 @@ def flow(variant: str = "world-s", text_variant: str = "world") -> Config:
     # for low noise) or "both", with the time at which the one takes over.
     config.expert = "dit"
     config.boundary = 0.0
-    config.dit = fields_of(
-        dit.DiT, dit.VARIANTS[variant], "in_channels", "out_channels", "text_width"
-    )
+    # Of `MODELS`; its fields are those of `dit`, whichever it is.
+    config.backbone = family_of(variant)
+    module, variants = MODELS[config.backbone]
+    decided = ("in_channels", "out_channels", "text_width")
+    config.dit = fields_of(module, variants[variant], *decided)
     # Share of the clips whose first frame is given, so that the model takes `image`.
     config.first_frame = 0.0
     # Adapters to train in the place of the weights of `start_from`; rank 0: none.
@@ -153,8 +155,8 @@ def flow(variant: str = "world-s", text_variant: str = "world") -> Config:
     config.tokenizer = ""
     config.vocab_size = 512
     config.patch_size = (1, 2, 2)
-    # What the network takes its inputs to mean.
-    config.conventions = dataclasses.asdict(Conventions())
+    # What the network takes its inputs to mean, see `Bundle`.
+    config.conventions = {"seconds": True, "pad_text": False}
     config.path = dataclasses.asdict(NoisePath())
     config.timesteps = dataclasses.asdict(TimestepPolicy())
     config.data.update(
@@ -182,7 +184,7 @@ def wan(variant: str, release: str) -> Config:
     Raises:
         ValueError: the model takes pictures, for which there is no training yet.
     """
-    row = dit.VARIANTS[variant]
+    row = MODELS["dit"].variants[variant]
     if any(name in row for name in ("cond_channels", "control_channels")):
         known = "wan2.1-t2v-1.3b, wan2.1-t2v-14b, wan2.2-t2v-a14b, wan2.2-ti2v-5b"
         raise ValueError(f"{variant} takes pictures; those that train are {known}.")

@@ -11,36 +11,47 @@ if __name__ == "__main__":
     use_huge_pages()  # begins this process anew, so before what takes seconds
 
 
-import sys
-
-from absl import app, flags, logging
+from absl import app, flags
 
 from jvdit.machine import cluster
+from jvdit.machine.command import refuse_arguments, told_in_a_line
 from jvdit.machine.compilation import keep_compilations
 from jvdit.machine.stop import StopRequest
 from jvdit.tasks.encoding import SHARD, encode
 
-_SOURCE = flags.DEFINE_string("source", None, "What to encode: see jvdit.data.catalog.")
-_VALIDATION = flags.DEFINE_string("validation", "", "Goes to the split val.")
+_SOURCE = flags.DEFINE_string(
+    "source",
+    None,
+    "Clips to encode, as in a config's data.sources: world:SPLIT:TxHxW@FPS:CLIPS, "
+    "tfds:NAME#SPLIT, or the folder of a prepared data set.",
+)
+_VALIDATION = flags.DEFINE_string(
+    "validation", "", "Clips that become the split val, written like --source."
+)
 _VAE = flags.DEFINE_string(
-    "vae", None, "The `model` folder of an autoencoder, or a released model."
+    "vae", None, "Folder of the autoencoder: of its training, or of a released model."
 )
-_OUT = flags.DEFINE_string("out", None, "Folder of the latents.")
+_OUT = flags.DEFINE_string("out", None, "Folder that the latents are written to.")
 _TEXT_ENCODER = flags.DEFINE_string(
-    "text_encoder", "", "Workdir or released model; encodes the captions too."
+    "text_encoder",
+    "",
+    "Folder of a text encoder, of a training or a released model: encodes the captions "
+    "too.",
 )
-_TEXT_LENGTH = flags.DEFINE_integer("text_length", 64, "Tokens of a caption at most.")
-_SHARD = flags.DEFINE_integer("shard", SHARD, "Clips of a file: what one kill loses.")
+_TEXT_LENGTH = flags.DEFINE_integer(
+    "text_length", 64, "Tokens of a caption at the most; longer ones are cut."
+)
+_SHARD = flags.DEFINE_integer(
+    "shard", SHARD, "Clips of a file: what is done again after a kill."
+)
 _connect = cluster.define_flags()
+flags.adopt_module_key_flags(cluster)
 
 
 def main(argv: list[str]) -> None:
     """Parses, encodes, and turns mistakes of the user into one line."""
-    if len(argv) > 1:
-        sys.exit(f"unexpected argument {argv[1]!r}; see --help")
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
-    try:
+    refuse_arguments(argv)
+    with told_in_a_line("stopped; the same command goes on"):
         _connect()
         keep_compilations()
         with StopRequest() as stop, stop.apart():
@@ -53,10 +64,6 @@ def main(argv: list[str]) -> None:
                 _TEXT_LENGTH.value,
                 _SHARD.value,
             )
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on")
     print(f"latents: {_OUT.value}")
 
 

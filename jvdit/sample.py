@@ -1,8 +1,9 @@
 """Generates clips: `python -m jvdit.sample "one object: a large red circle …"`.
 
-By the small model in the box; with `--workdir` by one of your own, with `--pretrained`
-by a released Wan 2 model, as its authors recommend. Writes an mp4 for each prompt as
-soon as it is ready, with its settings and seed in the file, and a PNG sheet of all.
+The small model in the box generates them; with `--workdir` one of your own, with
+`--pretrained` a released Wan 2 model as its authors recommend. Each clip is written as
+an mp4 as soon as it is ready, with its settings and seed in the file; a PNG sheet shows
+them all.
 """
 
 from jvdit.machine.huge_pages import use_huge_pages
@@ -15,12 +16,11 @@ import dataclasses
 import itertools
 import pathlib
 import re
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
@@ -33,71 +33,135 @@ from jvdit.diffusion.solvers import SOLVERS
 from jvdit.generation.calibration import calibrate
 from jvdit.generation.generator import Generator
 from jvdit.generation.prompt_lines import read_requests
-from jvdit.generation.release import EXPERTS, add_adapters, load_release
 from jvdit.generation.request import Request, size_fields
 from jvdit.generation.settings import Settings
+from jvdit.machine.command import told_in_a_line
 from jvdit.machine.compilation import keep_compilations
 from jvdit.machine.files import replacing
 from jvdit.sharding import make_mesh, parse_mesh, sampling_sizes
+from jvdit.weights.opening import EXPERTS, open_bundle, with_adapters
 
 _LETTERS, _BYTES = 80, 160  # of a prompt in a file's name, at the most
 
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
-    "Of a training, or its model folder; default: the model in the box.",
-)
-_PROMPTS = flags.DEFINE_string(
-    "prompts", None, "File: a prompt a line, or JSON lines with fields of a request."
+    "Folder of a training run, or of its finished model (default: the small model in "
+    "the box).",
 )
 _PRETRAINED = flags.DEFINE_string(
-    "pretrained", None, "Folder of a released model, instead of --workdir."
+    "pretrained", None, "Folder of a released Wan 2 model, instead of --workdir."
 )
-_DIT = flags.DEFINE_string("dit", None, "Finetuned network for a released model.")
-_DIT_LOW = flags.DEFINE_string("dit_low", None, "The same, of the low-noise expert.")
-_DTYPE = flags.DEFINE_enum(
-    "dtype", "bfloat16", ["bfloat16", "float32"], "Of a released model."
+_PROMPTS = flags.DEFINE_string(
+    "prompts",
+    None,
+    "File with a prompt a line, or with JSON lines that hold fields of a Request.",
+)
+_OUT = flags.DEFINE_string("out", "samples", "Folder that the clips are written to.")
+_NEGATIVE = flags.DEFINE_string(
+    "negative_prompt", None, "What guidance turns away from (default: the model's)."
+)
+_SIZE = flags.DEFINE_string(
+    "size", None, "HEIGHTxWIDTH of the clips in pixels (default: the model's)."
+)
+_FRAMES = flags.DEFINE_integer(
+    "frames",
+    None,
+    "Frames of a clip; 1 is a picture (default: the model's).",
+    lower_bound=1,
+)
+_FPS = flags.DEFINE_float("fps", None, "Frames per second (default: the model's).")
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Seed of the first prompt's noise; those of the others follow."
+)
+_IMAGE = flags.DEFINE_string("image", None, "Picture that is the first frame.")
+_LAST = flags.DEFINE_string("last", None, "Picture that is the last frame.")
+_VIDEO = flags.DEFINE_string(
+    "video", None, "Footage, or a control signal such as depth, to follow (VACE)."
+)
+_MASK = flags.DEFINE_string(
+    "mask", None, "Video that is white where --video is to change (VACE)."
+)
+_REFERENCES = flags.DEFINE_list(
+    "references", [], "Pictures of what is to appear, with commas between (VACE)."
+)
+_STEPS = flags.DEFINE_integer(
+    "steps", None, "Solver steps; fewer are faster (default: the model's)."
+)
+_SOLVER = flags.DEFINE_string(
+    "solver", None, f"Solver, one of {', '.join(SOLVERS)} (default: the model's)."
+)
+_SCALE = flags.DEFINE_float(
+    "guidance_scale",
+    None,
+    "How strongly to follow the prompt; 1 is without guidance, and twice as fast "
+    "(default: the model's).",
+)
+_SCALE_2 = flags.DEFINE_float(
+    "guidance_scale_2",
+    None,
+    "Guidance scale of the expert for low noise, of models with two experts.",
+)
+_INTERVAL = flags.DEFINE_list(
+    "guidance_interval", ["0", "1"], "Noise levels between which to guide."
+)
+_RESCALE = flags.DEFINE_float(
+    "guidance_rescale",
+    0.0,
+    "How far guided clips are brought back to the contrast of unguided ones, 0 to 1.",
+)
+_DRAFT = flags.DEFINE_boolean(
+    "draft",
+    None,
+    "Draw a picture first, and then the clip that begins with it (default: the "
+    "model's).",
 )
 _SHIFT = flags.DEFINE_float(
-    "shift", None, "Timestep shift of a released model (default: the folder's own)."
+    "shift",
+    None,
+    "Timestep shift of a released model's noise schedule (default: the folder's own).",
 )
-_REUSE = flags.DEFINE_string(
-    "reuse", None, "File of --calibrate: reuse what the network's blocks add, faster."
+_DIT = flags.DEFINE_string(
+    "dit", None, "Folder of a finetuned network for a released model."
 )
-_THRESHOLD = flags.DEFINE_float("reuse_threshold", 0.06, "Higher: faster, rougher.")
-_CALIBRATE = flags.DEFINE_string(
-    "calibrate", None, "Measure for --reuse on the first prompt, into this file."
+_DIT_LOW = flags.DEFINE_string(
+    "dit_low", None, "The same, of the expert for low noise."
 )
 _LORA = flags.DEFINE_list(
-    "lora", [], "Files of adapters, each perhaps with its strength: FILE:0.8,FILE."
+    "lora", [], "LoRA files, each perhaps with its strength: FILE:0.8,FILE."
 )
-_LORA_HIGH = flags.DEFINE_list("lora_high", [], "The same, of one expert alone.")
-_LORA_LOW = flags.DEFINE_list("lora_low", [], "The same, of the low-noise expert.")
-_IMAGE = flags.DEFINE_string("image", None, "Picture: the first frame.")
-_LAST = flags.DEFINE_string("last", None, "Picture: the last frame.")
-_VIDEO = flags.DEFINE_string("video", None, "Footage or control signal to follow.")
-_MASK = flags.DEFINE_string("mask", None, "White where to change --video.")
-_REFERENCES = flags.DEFINE_list("references", [], "Pictures of what is to appear.")
-_OUT = flags.DEFINE_string("out", "samples", "Folder of the clips.")
-_NEGATIVE = flags.DEFINE_string("negative_prompt", None, "What to turn away from.")
-_SIZE = flags.DEFINE_string("size", None, "HEIGHTxWIDTH in pixels.")
-_FRAMES = flags.DEFINE_integer("frames", None, "Frames of a clip.", lower_bound=1)
-_FPS = flags.DEFINE_float("fps", None, "Frames per second.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the first prompt; the others follow.")
-_STEPS = flags.DEFINE_integer("steps", None, "Steps of the solver.")
-_SOLVER = flags.DEFINE_string("solver", None, f"One of {', '.join(SOLVERS)}.")
-_SCALE = flags.DEFINE_float("guidance_scale", None, "1: as trained, faster.")
-_SCALE_2 = flags.DEFINE_float("guidance_scale_2", None, "Of the low-noise expert.")
-_INTERVAL = flags.DEFINE_list(
-    "guidance_interval", ["0", "1"], "Times to guide between."
+_LORA_HIGH = flags.DEFINE_list(
+    "lora_high", [], "LoRA files for the expert for high noise alone."
 )
-_RESCALE = flags.DEFINE_float("guidance_rescale", 0.0, "0 to 1.")
-_DRAFT = flags.DEFINE_boolean(
-    "draft", None, "Draw a picture first, and then the clip that begins with it."
+_LORA_LOW = flags.DEFINE_list(
+    "lora_low", [], "LoRA files for the expert for low noise alone."
 )
-_ROWS = flags.DEFINE_integer("rows", 8, "Rows solved at once; fewer need less memory.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype",
+    "bfloat16",
+    ["bfloat16", "float32"],
+    "Precision of a released model's weights and computation.",
+)
+_CALIBRATE = flags.DEFINE_string(
+    "calibrate",
+    None,
+    "File to write: how the network's output changes from step to step, measured on "
+    "the first prompt, for --reuse.",
+)
+_REUSE = flags.DEFINE_string(
+    "reuse", None, "File of --calibrate: skip blocks where little changes (MagCache)."
+)
+_THRESHOLD = flags.DEFINE_float(
+    "reuse_threshold", 0.06, "Error that --reuse may make; higher is faster, rougher."
+)
+_ROWS = flags.DEFINE_integer(
+    "rows", 8, "Rows that are solved at once; fewer need less memory."
+)
 _MESH = flags.DEFINE_string(
-    "mesh", None, "Devices along axes: data=2,context=4. Default: as rows are many."
+    "mesh",
+    None,
+    "Devices along each axis, such as data=2,context=4 (default: a row to a device, "
+    "and what is left over shares the tokens of each row).",
 )
 
 
@@ -147,10 +211,10 @@ def _load(mesh: Mesh) -> Generator:
         for flag in (_DIT, _DIT_LOW, _SHIFT):
             if flag.value is not None:
                 raise ValueError(f"--{flag.name} goes with --pretrained.")
-        generator = Generator.load(_WORKDIR.value or FOLDER, mesh)
+        model = open_bundle(_WORKDIR.value or FOLDER, mesh)
     else:
         networks = {"dit": _DIT.value, "dit_low": _DIT_LOW.value}
-        generator = load_release(
+        model = open_bundle(
             _PRETRAINED.value,
             mesh,
             dtype=_DTYPE.value,
@@ -163,10 +227,10 @@ def _load(mesh: Mesh) -> Generator:
         (_LORA_LOW, EXPERTS[1:]),
     ):
         files = [_strength(text) for text in flag.value]
-        add_adapters(generator, files, networks)
-    if _SCALE_2.value is not None and not generator.boundary:
+        model = with_adapters(model, files, networks)
+    if _SCALE_2.value is not None and not model.boundary:
         raise ValueError("--guidance_scale_2 is for models of two experts.")
-    return generator
+    return Generator(model, mesh)
 
 
 def _strength(text: str) -> tuple[str, float]:
@@ -191,7 +255,7 @@ def _settings() -> Settings:
 def _told(generator: Generator, settings: Settings) -> dict[str, Any]:
     """What a clip's file says of how it was made, besides its request."""
     told = dataclasses.asdict(settings)
-    if not generator.boundary:
+    if not generator.model.boundary:
         told.pop("guidance_scale_2")
     files = (
         _WORKDIR,
@@ -204,7 +268,7 @@ def _told(generator: Generator, settings: Settings) -> dict[str, Any]:
         _REUSE,
     )
     told |= {flag.name: flag.value for flag in files if flag.value}
-    return told | {"shift": generator.policy.shift}
+    return told | {"shift": generator.model.policy.shift}
 
 
 def sample(prompts: list[str]) -> Iterator[pathlib.Path]:
@@ -220,7 +284,7 @@ def sample(prompts: list[str]) -> Iterator[pathlib.Path]:
         _try_folder(folder)
     generator = _load(_mesh(len(prompts)))
     requests = [generator.complete(request) for request in requests]
-    settings = settings.complete(generator.defaults)
+    settings = settings.complete(generator.model.defaults)
     if _CALIBRATE.value:
         ratios = calibrate(generator, requests[0], **settings.solving)
         save_ratios(_CALIBRATE.value, ratios)
@@ -281,22 +345,14 @@ class _Shown(Progress):
 
 def main(argv: list[str]) -> None:
     """Parses, generates, and turns mistakes of the user into one line."""
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
     prompts = argv[1:]
-    try:
+    with told_in_a_line("stopped; the clips that were ready are written."):
         keep_compilations()
         if _PROMPTS.value is not None:
             lines = pathlib.Path(_PROMPTS.value).read_text().splitlines()
             prompts += [line for line in lines if line.strip()]
         for path in sample(prompts):
             print(path)
-    except KeyboardInterrupt:
-        sys.exit("stopped; the clips that were ready are written.")
-    except (ValueError, OSError) as error:
-        if flags.FLAGS["verbosity"].present:
-            raise
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

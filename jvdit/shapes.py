@@ -1,4 +1,4 @@
-"""The dimension key, and the two pytrees that every model call takes.
+"""The dimension key, and the pytrees that every model call takes.
 
 Dimension names used in jaxtyping annotations and einsum strings all over jvdit:
 
@@ -17,10 +17,44 @@ a     audio samples                          k     channels of a head
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Visible(NamedTuple):
+    """What attention may see: a query sees the keys with `low <= id <= high`.
+
+    One rule for every pattern. Clips packed into a row: a token's id and both of its
+    bounds are the number of its clip. Chunk-causal in time: ids grow from chunk to
+    chunk, `low` is the first id of the clip and `high` the token's own.
+
+    Attributes:
+        id: of each key; never negative.
+        low: the least id that each query sees.
+        high: the greatest; below `low` where a query sees nothing.
+    """
+
+    id: Int[Array, "b s"]
+    low: Int[Array, "b n"]
+    high: Int[Array, "b n"]
+
+    @classmethod
+    def packed(cls, segment: Int[Array, "b n"]) -> "Visible":
+        """Tokens of packed clips see those of their own clip."""
+        return cls(segment, segment, segment)
+
+    def among(self, id: Int[Array, "b s"]) -> "Visible":
+        """What the same queries see of other keys, such as those of a text."""
+        return self._replace(id=id)
+
+    def mask(self) -> Bool[Array, "*b n s"]:
+        """Whether each query sees each key."""
+        id, low, high = self.id[..., None, :], self.low[..., None], self.high[..., None]
+        return (low <= id) & (id <= high)
 
 
 @flax.struct.dataclass
@@ -32,14 +66,16 @@ class Tokens:
         position: RoPE coordinates (t, y, x). In our own models t is in seconds, so
             that every frame rate shares one clock, and y, x count latent cells.
         segment: which clip of its row a token belongs to, 1 to m; 0 is padding.
-            Attention never crosses segments. None: every row is exactly one clip
-            without padding, and attention takes the maskless kernel.
+            None: every row is exactly one clip without padding.
         level: which of the row's noise levels `t[b g]` a token is at. None: all are
             at level 0. With segments, level 0 is pinned to t = 0 (clean: padding and
             conditioning tokens) and a clip's generated tokens are at its own segment.
         cond: channels added at the patch embedding: what is known of the patch, such as
             a given first frame and a mask of where it is given; or None.
         control: patches of control signals that lie under the tokens, or None.
+        visible: ids of the tokens, and the bounds of what each of them sees. None:
+            attention never crosses segments; without segments every token sees
+            every other, and attention takes the maskless kernel.
     """
 
     latents: Float[Array, "b n c"]
@@ -48,6 +84,41 @@ class Tokens:
     level: Int[Array, "b n"] | None = None
     cond: Float[Array, "b n u"] | None = None
     control: Float[Array, "b n v"] | None = None
+    visible: Visible | None = None
+
+    @classmethod
+    def of(
+        cls,
+        batch: Mapping[str, Any],
+        latents: Float[Array, "b n c"],
+        *,
+        one_clip: bool = False,
+        given: bool = True,
+    ) -> "Tokens":
+        """The tokens of a packed batch, to be learned from or generated.
+
+        Args:
+            batch: see `pack_rows`.
+            latents: clean or noisy ones, in the place of the batch's own.
+            one_clip: every row is exactly one clip without padding: no mask.
+            given: tokens may be given; if none is, and `one_clip`, all of a row are at
+                one level.
+        """
+        names = "cond", "control"
+        return cls(
+            latents,
+            batch["position"],
+            segment=None if one_clip else batch["segment"],
+            level=None if one_clip and not given else batch["level"],
+            **{name: batch[name] for name in names if name in batch},
+        )
+
+    @property
+    def sees(self) -> Visible | None:
+        """What self-attention sees; None: everything."""
+        if self.visible is None and self.segment is not None:
+            return Visible.packed(self.segment)
+        return self.visible
 
     def with_latents(self, latents: Float[Array, "b n c"]) -> "Tokens":
         """The same tokens, noisier or cleaner."""
@@ -65,15 +136,25 @@ class Tokens:
 
 @flax.struct.dataclass
 class Text:
-    """Text states that the tokens of the same segment attend to.
+    """Text states that the tokens attend to, by the rule of `Visible`.
 
     Attributes:
         embeds: states of the text encoder.
-        segment: which clip of its row a state describes; 0 is padding. None: every
-            token of the row sees every state.
+        segment: id of each state: which clip of its row it describes, or any id that
+            exactly the tokens of that clip see; 0 is padding. None: every token of
+            the row sees every state.
         image: states of an image encoder that every token of the row sees, or None.
     """
 
     embeds: Float[Array, "b s e"]
     segment: Int[Array, "b s"] | None = None
     image: Float[Array, "b i z"] | None = None
+
+    def seen_by(self, tokens: Tokens) -> Visible | None:
+        """Which states each token sees; None: all of them."""
+        if self.segment is None:
+            return None
+        visible = tokens.sees
+        if visible is None:  # one clip a row, but its text is padded
+            visible = Visible.packed(jnp.ones(tokens.latents.shape[:2], jnp.int32))
+        return visible.among(self.segment)

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jvdit.machine.chips import memory_of
+from jvdit.machine.chips import chip_of
 
 AXES = ("data", "fsdp", "context", "tensor")
 
@@ -253,7 +253,7 @@ def shard_axes(params: Any, mesh: Mesh) -> tuple[str, ...]:
     """
     ways = mesh.shape["fsdp"]
     copies = COPIES * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
-    room = SHARE_OF_COPIES * memory_of(mesh.devices.flat[0].device_kind)
+    room = SHARE_OF_COPIES * chip_of(mesh.devices.flat[0].device_kind).memory
     enough = ways >= ENOUGH_SHARDS and copies / ways <= room
     return ("fsdp",) if enough else ("fsdp", "context")
 

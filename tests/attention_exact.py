@@ -1,6 +1,32 @@
-"""Attention written out in float64, and how far float32 may be from it."""
+"""Attention written out in float64, what it sees, and how far float32 may be off."""
 
+import jax.numpy as jnp
 import numpy as np
+
+from jvdit.shapes import Visible
+
+
+def clips(queries, keys):
+    """Clip of each query and key [b n] -> the rule that says so, and a naive mask."""
+    visible = Visible(*(jnp.asarray(x, jnp.int32) for x in (keys, queries, queries)))
+    return visible, queries[:, :, None] == keys[:, None, :]
+
+
+def chunks(queries, keys, length=3):
+    """The same where tokens don't see later chunks of so many tokens of their row."""
+    now, then = (np.arange(x.shape[1])[None] // length for x in (queries, keys))
+    first = 1000 * queries
+    ids = 1000 * keys + then, first, first + now
+    visible = Visible(*(jnp.asarray(x, jnp.int32) for x in ids))
+    return visible, clips(queries, keys)[1] & (then[:, None, :] <= now[:, :, None])
+
+
+def everything(queries, keys):
+    """Nothing is hidden."""
+    return None, np.ones((*queries.shape, keys.shape[1]), bool)
+
+
+PATTERNS = [everything, clips, chunks]
 
 
 def exact(q, k, v, slope, visible):

@@ -77,7 +77,7 @@ def trained(folder, *stages):
     # Imported late: what is imported above is not checked by beartype.
     import thread_config
 
-    from jvdit.train import run
+    from jvdit.tasks.stages import run
 
     config = thread_config.get_config()
     config.order = stages

@@ -1,10 +1,10 @@
-"""Attention: all its forms against float64, its segments, and rotary positions."""
+"""Attention: all its forms against float64, what they see, and rotary positions."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_exact import exact, roundings
+from attention_exact import PATTERNS, clips, exact, roundings
 from closeness import assert_close
 
 import jvdit.models.attention.dispatch as attention_module
@@ -15,6 +15,8 @@ from jvdit.models.attention.dispatch import (
     rotate,
     wan_axes_dims,
 )
+from jvdit.models.attention.pieces import RESIDUALS
+from jvdit.shapes import Visible
 
 FORMS = ["mapped", "xla", "cudnn", "auto"]
 
@@ -46,21 +48,17 @@ def qkv():
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("packed", [False, True])
-def test_every_form_agrees_with_float64_and_in_its_gradients(form, packed, qkv):
-    segments = (jnp.asarray(Q_SEGMENT), jnp.asarray(KV_SEGMENT)) if packed else ()
-    visible = np.ones((2, 7, 5), bool)
-    if packed:
-        visible = Q_SEGMENT[:, :, None] == KV_SEGMENT[:, None, :]
-
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_every_form_agrees_with_float64_and_in_its_gradients(form, pattern, qkv):
+    visible, mask = pattern(Q_SEGMENT, KV_SEGMENT)
     slope = draw(2, 7, 3, 8, seed=3)
 
     def loss(q, k, v):
-        out = attention(q, k, v, *segments, implementation=form)
+        out = attention(q, k, v, visible, implementation=form)
         return jnp.sum(out * slope), out
 
     grads, out = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(*qkv)
-    want = exact(*qkv, slope, visible)
+    want = exact(*qkv, slope, mask)
     for ours, theirs in zip((out, *grads), want, strict=True):
         assert_close(ours, theirs, roundings(*qkv[:2]))
         assert np.abs(ours).max() > 0.01
@@ -68,16 +66,32 @@ def test_every_form_agrees_with_float64_and_in_its_gradients(form, packed, qkv):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_query_without_keys_gets_zeros_and_finite_gradients(form, qkv):
-    alone = jnp.full((2, 7), 9)
+    visible, _ = clips(np.full((2, 7), 9), KV_SEGMENT)
 
     def total(q, k, v):
-        out = attention(q, k, v, alone, jnp.asarray(KV_SEGMENT), implementation=form)
+        out = attention(q, k, v, visible, implementation=form)
         return jnp.sum(out), out
 
     grads, out = jax.grad(total, argnums=(0, 1, 2), has_aux=True)(*qkv)
     np.testing.assert_array_equal(out, 0)
     for grad in grads:
         np.testing.assert_array_equal(grad, 0)
+
+
+def test_bounds_hold_both_of_their_ends():
+    visible = Visible(*(jnp.asarray([x]) for x in ([1, 2, 3, 4], [2, 4], [3, 3])))
+    np.testing.assert_array_equal(visible.mask(), [[[0, 1, 1, 0], [0, 0, 0, 0]]])
+
+
+@pytest.mark.parametrize("keys", ["tokens", "text"])
+def test_a_rematerialised_block_keeps_what_was_seen_of_tokens(keys):
+    """As many states of a text are still no tokens."""
+
+    def loss(q):
+        return attention(q, q, q, keys=keys, implementation="mapped").sum()
+
+    program = str(jax.make_jaxpr(jax.grad(loss))(draw(1, 4, 1, 8)))
+    assert (RESIDUALS in program) == (keys == "tokens")
 
 
 @pytest.mark.parametrize("offset", [-150, 0, 150])
@@ -114,8 +128,8 @@ def test_half_precision_keeps_a_float32_softmax(dtype, scale, qkv):
 
 
 def test_arguments_that_do_not_fit_raise(qkv):
-    with pytest.raises(ValueError, match="`q_segment` is given alone"):
-        attention(*qkv, jnp.asarray(Q_SEGMENT))
+    with pytest.raises(ValueError, match="`keys` .*'words'.*tokens, text"):
+        attention(*qkv, keys="words")
     with pytest.raises(ValueError, match="'flash'.*mapped"):
         attention(*qkv, implementation="flash")
 

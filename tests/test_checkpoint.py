@@ -21,14 +21,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from processes import finish, free_port
 from safetensors.numpy import load_file, save_file
 
-from jvdit import train
 from jvdit.machine import cluster
 from jvdit.sharding import make_mesh
+from jvdit.tasks import loop as loops
 from jvdit.training import checkpoint, digests
 from jvdit.training.checkpoint import Checkpoints
 from jvdit.training.state import new_state, state_shardings
-from jvdit.weights.networks import finished_parameters
 from jvdit.weights.parameters import load_weights, save_weights
+from jvdit.weights.starting import finished_parameters
 
 MANY, FEW = (8, 32, 64), (64, 8)
 
@@ -212,7 +212,7 @@ def test_digests_that_could_not_be_written_stop_nothing(tmp_path, monkeypatch):
 
 
 def test_a_training_says_what_was_damaged():
-    loop, said = object.__new__(train._Loop), []
+    loop, said = object.__new__(loops._Loop), []
     loop.config = types.SimpleNamespace(objective="flow")
     loop.task = types.SimpleNamespace(summary="")
     loop.state, loop.mesh = types.SimpleNamespace(params={}), make_mesh()
@@ -330,7 +330,7 @@ def test_a_model_of_ones_own_is_divided_over_the_devices(tmp_path, monkeypatch):
         assert bytes_on(device) - before == whole // 8
 
     # The state that begins with it, which the first step will be given to keep.
-    loop = object.__new__(train._Loop)
+    loop = object.__new__(loops._Loop)
     loop.given, loop.begin, loop.shardings = params, BEGIN, PLACES
     del params
     copies, seen = watched(monkeypatch, train)

@@ -23,11 +23,11 @@ import pytest
 from jax.sharding import Mesh
 from processes import finish, free_port, kill, wait_for
 
-from jvdit import train
 from jvdit.machine import cluster
 from jvdit.machine.cluster import connect, share_of_rows, to_host
 from jvdit.machine.lock import FolderLock
 from jvdit.sharding import AXES
+from jvdit.tasks import loop as loops
 from jvdit.training.metrics import Metrics, Throughput
 from jvdit.weights.parameters import load_weights
 
@@ -152,7 +152,7 @@ def test_each_host_tells_and_lists_its_bad_clips(
 ):
     monkeypatch.setattr(jax, "process_index", lambda: process)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    loop = object.__new__(train._Loop)  # as much as the account of a step asks for
+    loop = object.__new__(loops._Loop)  # as much as the account of a step asks for
     loop.workdir, loop.recent = tmp_path, collections.deque(maxlen=2)
     loop.config = types.SimpleNamespace(max_skipped=2, log_every=0)
     clips = [f"clips:{process}"]

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 
 from jvdit.machine import compilation
+from jvdit.machine.chips import CHIPS, Chip
 from jvdit.sharding import batch_sharding, make_mesh
 
-TABLE = {"cpu": {"xla_a": "1", "xla_b": "1"}, "TPU": {"xla_c": "1"}}
+CHIP = Chip("cpu", options={"xla_a": "1", "xla_b": "1"})
 
 
 def test_options_given_win_over_those_of_the_chip(monkeypatch):
-    monkeypatch.setattr(compilation, "OPTIONS", TABLE)
+    monkeypatch.setattr(compilation, "this_chip", lambda: CHIP)
     monkeypatch.setattr(compilation, "_known", lambda options: True)
     made = compilation.compiler_options(["xla_b=2", "xla_d=x=y"])
     assert made == {"xla_a": "1", "xla_b": "2", "xla_d": "x=y"}
@@ -24,13 +25,13 @@ def test_options_given_win_over_those_of_the_chip(monkeypatch):
 
 def test_a_processor_gets_its_options_for_float32_alone():
     options = compilation.compiler_options()
-    assert options == compilation.OPTIONS["cpu"]  # this XLA has them
+    assert options == CHIPS["cpu"].options  # this XLA has them
     with jax.default_matmul_precision("bfloat16"):
         assert compilation.compiler_options() is None
 
 
 def test_options_that_this_xla_lacks_are_left_out(monkeypatch):
-    monkeypatch.setattr(compilation, "OPTIONS", TABLE)
+    monkeypatch.setattr(compilation, "this_chip", lambda: CHIP)
     assert compilation.compiler_options() is None
     assert compilation.compiler_options(["xla_d=1"]) == {"xla_d": "1"}
 
@@ -46,7 +47,7 @@ def test_a_program_has_the_options_of_the_moment_and_runs_within_others(monkeypa
     double = compilation.jit(lambda x, *, times: x * times, static_argnames="times")
     monkeypatch.setattr(compilation.jax, "jit", spy)
     assert double(jnp.ones(()), times=2) == double(jnp.ones(()), times=2) == 2
-    assert asked == [compilation.OPTIONS["cpu"]]  # compiled once
+    assert asked == [CHIPS["cpu"].options]  # compiled once
     # XLA refuses options of a part of a program.
     assert plain(lambda x: double(x, times=3) + 1)(jnp.ones(())) == 4
     assert asked[1:] == [None]

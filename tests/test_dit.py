@@ -15,7 +15,7 @@ from jvdit.models.attention.dispatch import rope_tables, wan_axes_dims
 from jvdit.models.dit import VARIANTS, DiT
 from jvdit.models.layers import stack_layers, timestep_embedding, unstack_layers
 from jvdit.models.lora import LoRA
-from jvdit.shapes import Text, Tokens
+from jvdit.shapes import Text, Tokens, Visible
 
 SIZES = {**VARIANTS["tiny"], "in_channels": 6, "out_channels": 6, "text_width": 10}
 
@@ -171,6 +171,36 @@ def test_no_gradient_crosses_segments(params):
         np.testing.assert_array_equal(grad[:, own:], 0)
     np.testing.assert_array_equal(t[0, jnp.asarray([0, 2])], 0)
     assert t[0, 1] != 0
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_chunks_see_no_later_ones_of_their_clip(params, scan_layers):
+    tokens, text, *_ = packed()
+    # Clips of chunks of 4 and 3, of 3 and 2 tokens; a text is of the first id.
+    ids = jnp.asarray([[10] * 4 + [11] * 3 + [20] * 3 + [21] * 2 + [0] * 3])
+    visible = Visible(ids, ids // 10 * 10, ids)
+    tokens = tokens.replace(visible=visible)
+    text = text.replace(segment=text.segment * 10)
+    given = stack_layers(params) if scan_layers else params
+    model = DiT(**SIZES, scan_layers=scan_layers)
+
+    @jax.jit
+    def seen(chunk, latents, embeds):
+        inputs = tokens.replace(latents=latents), text.replace(embeds=embeds)
+        t = jnp.asarray([[0.0, 0.8, 0.3]])
+        out = model.apply({"params": given}, inputs[0], t, inputs[1])
+        return jnp.sum(jnp.where((ids == chunk)[..., None], out, 0) ** 2)
+
+    for chunk, some, states in (
+        (10, [10], [10]),
+        (11, [10, 11], [10]),
+        (20, [20], [20]),
+        (21, [20, 21], [20]),
+    ):
+        grads = jax.grad(seen, argnums=(1, 2))(chunk, tokens.latents, text.embeds)
+        found = [np.abs(x).max(axis=-1) > 0 for x in grads]
+        np.testing.assert_array_equal(found[0], np.isin(ids, some))
+        np.testing.assert_array_equal(found[1], np.isin(text.segment, states))
 
 
 def loss_and_gradients(params, **fields):

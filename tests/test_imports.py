@@ -17,8 +17,7 @@ FLOORS = (
     {"generation"},
     {"tasks"},
     {"pods"},
-    {"evaluate_vae"},
-    {"encode", "sample", "evaluate", "train"},
+    {"encode", "sample", "evaluate", "train", "__main__"},
 )
 FORBIDDEN = {"torch", "tensorflow", "transformers", "diffusers", "pickle"}
 

@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 from closeness import assert_close
 
+from jvdit.data.conditions import may_be_given
 from jvdit.diffusion.denoise import denoise
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
 from jvdit.models import dit, text_encoder
 from jvdit.models.dit import DiT
 from jvdit.models.text_encoder import TextEncoder
-from jvdit.shapes import Text
+from jvdit.shapes import Text, Tokens
 from jvdit.sharding import batch_sharding, make_mesh
 from jvdit.training.objectives.denoising import (
     FlowObjective,
     clip_sizes,
-    first_frames,
     text_of,
-    tokens_of,
+    with_given,
 )
 from jvdit.training.optim import Optim
 from jvdit.training.state import new_state, state_shardings
@@ -54,6 +54,7 @@ def batch():
         "logvar": np.full((8, 12, CHANNELS), -2.0, np.float32),
         "position": rng.normal(size=(8, 12, 3)).astype(np.float32),
         "segment": segment.astype(np.int32),
+        "level": segment.astype(np.int32),
         "text_ids": rng.integers(1, WORDS, (8, 8)).astype(np.int32),
         "text_segment": text_segment.astype(np.int32),
         "valid": np.ones((8, 2), bool),
@@ -91,7 +92,7 @@ def test_training_and_sampling_share_one_step(objective, params, batch):
 
         def sampled(params, batch):
             levels = jnp.pad(batch["t"], ((0, 0), (1, 0)))
-            tokens = tokens_of(batch, batch["x0"], False)
+            tokens = Tokens.of(batch, batch["x0"])
             t = tokens.per_token(levels)
             tokens = tokens.with_latents(
                 NoisePath().mix(batch["x0"], batch["noise"], t)
@@ -122,18 +123,21 @@ def test_padding_and_other_clips_do_not_count(objective, params, batch):
 @pytest.fixture(scope="module")
 def framed(batch):
     """The same rows as a picture of 4 tokens and a clip of 3 beside 2."""
-    times = jnp.array([0.0] * 4 + [0.0] * 3 + [0.5] * 2 + [0.0] * 3)
-    return {**batch, "position": batch["position"].at[..., 0].set(times)}
+    grids = (1, 2, 2), (2, 1, 3)
+    parts = [may_be_given(("first_frame",), grid) for grid in grids]
+    givable = np.concatenate([*parts, np.zeros(3, bool)])[[*range(9), *range(10, 13)]]
+    return {**batch, "givable": jnp.asarray(np.tile(givable, (8, 1)))}
 
 
 def test_a_first_frame_is_given_to_clips_alone(objective, framed):
     """A picture has nothing else to generate; padding is nobody's first frame."""
-    all_chosen = first_frames(framed, jnp.ones((8, 2), bool))
-    np.testing.assert_array_equal(np.flatnonzero(all_chosen[0]), [4, 5, 6])
-    assert not first_frames(framed, jnp.zeros((8, 2), bool)).any()
+    changed = with_given(framed, jnp.ones((8, 2), bool))["level"] != framed["level"]
+    np.testing.assert_array_equal(np.flatnonzero(changed[0]), [4, 5, 6])
+    left = with_given(framed, jnp.zeros((8, 2), bool))["level"]
+    np.testing.assert_array_equal(left, framed["level"])
     half = dataclasses.replace(objective, first_frame=0.5)
-    drawn = [half.prepare(framed, jax.random.key(i))["clean"] for i in range(20)]
-    assert 0.35 < np.mean([x[:, 4] for x in drawn]) < 0.65
+    drawn = [half.prepare(framed, jax.random.key(i))["level"] for i in range(20)]
+    assert 0.35 < np.mean([x[:, 4] == 0 for x in drawn]) < 0.65
 
 
 def test_what_is_given_is_clean_and_costs_nothing(objective, params, framed):
@@ -143,7 +147,7 @@ def test_what_is_given_is_clean_and_costs_nothing(objective, params, framed):
     assert given.weight(prepared) == 8 * (4 + 2)
     x0, keys = framed["latents"], jax.random.split(jax.random.key(3))
     noises = [jax.random.normal(key, x0.shape) for key in keys]
-    clean = prepared["clean"][..., None]
+    clean = (prepared["level"] == 0)[..., None]
     noises[1] = jnp.where(clean, noises[1], noises[0])
     t = jnp.full((8, 2), 0.4)
     run = jax.jit(given.error)
@@ -158,8 +162,8 @@ def test_what_is_given_is_clean_and_costs_nothing(objective, params, framed):
 
 def test_a_row_of_one_clip_needs_no_mask_for_its_first_frame(objective, params, framed):
     """The same loss, with segments and without."""
-    alone = {name: value[:, 4:9] for name, value in framed.items() if name[0] in "lps"}
-    alone["segment"] = jnp.ones((8, 5), jnp.int32)
+    alone = {name: value[:, 4:9] for name, value in framed.items() if name[0] in "lpg"}
+    alone["level"] = alone["segment"] = jnp.ones((8, 5), jnp.int32)
     alone |= {"text_ids": framed["text_ids"][:, 3:7], "valid": jnp.ones((8, 1), bool)}
     alone["text_segment"] = jnp.ones((8, 4), jnp.int32)
     losses = []
@@ -167,7 +171,7 @@ def test_a_row_of_one_clip_needs_no_mask_for_its_first_frame(objective, params, 
         made = dataclasses.replace(objective, first_frame=0.5, one_clip=one_clip)
         prepared = made.prepare(alone, jax.random.key(1))
         losses.append(jax.jit(made.loss)(params, prepared)[0])
-    assert 0 < prepared["clean"][:, 0].sum() < 8
+    assert 0 < (prepared["level"][:, 0] == 0).sum() < 8
     assert_close(*losses)
 
 

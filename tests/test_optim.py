@@ -18,7 +18,6 @@ from jvdit.models.text_encoder import VARIANTS, TextEncoder
 from jvdit.sharding import make_mesh
 from jvdit.training.optim import Optim, decaying, kinds
 from jvdit.training.state import new_state, state_shardings
-from jvdit.weights.folders import dit_inputs
 
 SETTINGS = {"warmup": 0, "lr": 0.01, "clip": 1e9, "weight_decay": 0.0}
 
@@ -115,7 +114,7 @@ def shapes(scan_layers):
     ids = jnp.zeros((1, 1), jnp.int32)
 
     def init(key):
-        adapted = dit.init(key, *dit_inputs(dit))["params"]
+        adapted = dit.init(key, *dit.example_inputs())["params"]
         return {
             "dit": adapted,
             "text_encoder": text.init(key, ids, ids)["params"],

@@ -3,16 +3,9 @@
 import numpy as np
 import pytest
 
-from jvdit.data.packing import (
-    Item,
-    latent_times,
-    pack_rows,
-    patchify,
-    positions,
-    token_grid,
-    unpack_rows,
-    unpatchify,
-)
+from jvdit.data.items import Item
+from jvdit.data.packing import pack_rows, unpack_rows
+from jvdit.data.patches import latent_times, patchify, positions, token_grid, unpatchify
 
 PATCH = (1, 2, 2)
 SIZES = [[(3, 4, 6), (1, 8, 2)], [(2, 2, 2)], []]

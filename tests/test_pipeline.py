@@ -10,7 +10,7 @@ import pytest
 
 from jvdit.data.builders import StalledError
 from jvdit.data.clips import BadClip
-from jvdit.data.packing import patchify, positions
+from jvdit.data.patches import patchify, positions
 from jvdit.data.pipeline import BadDataError, Batches, ClipBatches, PackedBatches
 from jvdit.data.plan import BucketPlan, PackPlan
 from jvdit.data.sources import ArraySource, WorldSource

@@ -18,7 +18,7 @@ from jvdit.generation.prompt_lines import read_requests
 from jvdit.generation.request import Request, complete
 from jvdit.generation.settings import Settings
 from jvdit.sharding import make_mesh
-from jvdit.weights.networks import finished_parameters
+from jvdit.weights.starting import finished_parameters
 
 DEFAULTS = {"frames": 5, "height": 16, "width": 16, "fps": 8.0}
 
@@ -127,7 +127,7 @@ def test_a_model_completes_what_requests_and_settings_leave_open():
 
 
 def test_a_field_of_the_wrong_kind_is_named():
-    with pytest.raises(ValueError, match="line 2: `frames`.*a number"):
+    with pytest.raises(ValueError, match="line 2: `frames` .='17'. must be `int`"):
         read_requests(["x", '{"prompt": "y", "frames": "17"}'], {"seed": 0})
     (request,) = read_requests(['{"prompt": "y", "references": "a.png"}'], {"seed": 4})
     assert request.references == ("a.png",) and request.seed == 4
@@ -151,16 +151,19 @@ def test_pictures_of_more_bits_keep_their_brightness(tmp_path, kind):
 
 def test_a_folder_may_hold_weights_in_fewer_bits(generator, tmp_path):
     """They are computed with in the types of the networks."""
+    networks = generator.model.networks
     half = jax.tree.map(
-        lambda x: np.asarray(x).astype(jnp.bfloat16), dict(generator.params)
+        lambda x: np.asarray(x).astype(jnp.bfloat16),
+        {name: network.params for name, network in networks.items()},
     )
-    dataclasses.replace(generator, params=half).save(tmp_path)
-    loaded = Generator.load(tmp_path)
-    for name, tree in loaded.params.items():
+    Generator(generator.model.with_params(half)).save(tmp_path)
+    loaded = Generator.load(tmp_path).model
+    for name, network in loaded.networks.items():
         for x, y in zip(
-            jax.tree.leaves(tree), jax.tree.leaves(half[name]), strict=True
+            jax.tree.leaves(network.params), jax.tree.leaves(half[name]), strict=True
         ):
             assert x.dtype == np.float32
             np.testing.assert_array_equal(x, y.astype(np.float32))
-    begun = finished_parameters(tmp_path, {"dit": generator.params["dit"]}, make_mesh())
+    wanted = {"dit": networks["dit"].params}
+    begun = finished_parameters(tmp_path, wanted, make_mesh())
     assert {x.dtype for x in jax.tree.leaves(begun)} == {np.dtype("float32")}

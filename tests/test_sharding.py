@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jvdit import sharding
-from jvdit.machine.chips import CHIPS, memory_of
+from jvdit.machine.chips import CHIPS, Chip, chip_of
 from jvdit.sharding import (
     activation_spec,
     constrain,
@@ -111,12 +111,14 @@ def test_parameters_follow_their_path():
 def test_parameters_are_divided_over_context_where_they_need_it(
     fsdp, memory, names, monkeypatch
 ):
-    monkeypatch.setattr(sharding, "memory_of", lambda kind: memory)
+    chip = Chip("", memory=float(memory))
+    monkeypatch.setattr(sharding, "chip_of", lambda kind: chip)
     mesh = make_mesh({"fsdp": fsdp, "context": 8 // fsdp})
     kernel = jax.ShapeDtypeStruct((512, 512), jnp.float32)
     assert shard_axes({"a": kernel}, mesh) == names
 
 
 def test_chips_that_are_not_there_have_their_memory():
-    assert memory_of("TPU v6 lite") == CHIPS["v6e"].memory
-    assert memory_of(jax.devices()[0].device_kind) == float("inf")
+    assert chip_of("TPU v6 lite") is CHIPS["v6e"]
+    assert chip_of("TPU v5p") is CHIPS["v5p"] and chip_of("TPU7x") is CHIPS["tpu"]
+    assert chip_of(jax.devices()[0].device_kind).memory == float("inf")

@@ -26,7 +26,7 @@ class Line:
     def weight(self, batch):
         return batch["weight"].sum()
 
-    def loss(self, params, batch):
+    def loss(self, params, batch, *, ema, step):
         noise = jax.vmap(lambda k: jax.random.normal(k, (3,)))(batch["key"])
         layer = params["layer"]
         found = (batch["x"] + 0.1 * noise) @ layer["kernel"] + layer["bias"][None]
@@ -173,3 +173,64 @@ def test_bad_settings_are_named(name, values):
         told = re.escape(repr(value) if isinstance(value, str) else str(value))
         with pytest.raises(ValueError, match=rf"`optim.{name}` \(={told}\) must "):
             Optim(**{name: value})
+
+
+class Seen(Line):
+    """Fits two layers, and tells what it sees beside the batch."""
+
+    def init(self, key, batch):
+        return {
+            name: Line.init(self, key, batch)["layer"] for name in ("layer", "other")
+        }
+
+    def loss(self, params, batch, *, ema, step):
+        loss, _ = Line.loss(self, params, batch, ema=ema, step=step)
+        other, _ = Line.loss(
+            self, {"layer": params["other"]}, batch, ema=ema, step=step
+        )
+        told = {"step": step, "ema": ema["layer"]["bias"][0], "frozen": ema["still"]}
+        one = jnp.ones(())
+        return loss + other, {name: (value * 1.0, one) for name, value in told.items()}
+
+
+def taken(optim, count=5):
+    """The states before and after `count` steps of `Seen`, and what it told."""
+    seen = Seen()
+    state = new_state(seen.init(None, None), optim.optimizer(10))
+    step = jax.jit(make_train_step(seen, optim, 10, seed=3))
+    states, told = [state], []
+    for i in range(count):
+        state, metrics = step(state, batch_of(i), {"still": jnp.asarray(7.0)})
+        states.append(state)
+        told.append(metrics)
+    return states, told
+
+
+def test_an_objective_sees_the_average_and_the_step():
+    states, told = taken(Optim(warmup=0, lr=0.1))
+    for i, (state, metrics) in enumerate(zip(states, told, strict=False)):
+        assert metrics["step"] == i and metrics["frozen"] == 7
+        assert metrics["ema"] == state.ema["layer"]["bias"][0]
+    assert told[-1]["ema"] != states[-2].params["layer"]["bias"][0]
+
+
+def test_a_network_may_have_an_optimizer_of_its_own():
+    """Each then moves as it does where all have its optimizer, clipped by itself."""
+    common = {"warmup": 0, "clip": 1e-3, "lr": 0.1, "eps": 1e-3}
+    own = {"lr": 0.01, "name": "muon", "clip": 2e-3}
+    both = Optim(**common, networks={"other": own})
+    found = taken(both)[0][-1].params
+    # With one optimizer they stay alike: each has half of the square of the norm.
+    for name, fields in (("layer", common), ("other", {**common, **own})):
+        alike = Optim(**{**fields, "clip": fields["clip"] * 2**0.5})
+        want = taken(alike)[0][-1].params[name]["kernel"]
+        np.testing.assert_allclose(found[name]["kernel"], want, rtol=1e-5)
+
+
+def test_optimizers_of_networks_that_are_not_there_are_refused():
+    with pytest.raises(ValueError, match="networks.critic` has moment"):
+        Optim(networks={"critic": {"moment": 1}})
+    with pytest.raises(ValueError, match="optim.lr"):
+        Optim(networks={"critic": {"lr": -1.0}})
+    with pytest.raises(ValueError, match="critic.*this run trains layer, other"):
+        taken(Optim(networks={"critic": {"lr": 1e-3}}))

@@ -5,8 +5,9 @@ import signal
 import pytest
 from ml_collections import ConfigDict
 
-from jvdit import train
 from jvdit.machine.stop import StopRequest
+from jvdit.tasks import stages as stages_module
+from jvdit.tasks.stages import run
 
 
 def stages():
@@ -33,13 +34,13 @@ def test_between_stages_and_in_them(tmp_path, monkeypatch, at):
         if len(seen) > at:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(train, "train", trained)
-    monkeypatch.setattr(train, "encode", encoded)
+    monkeypatch.setattr(stages_module, "train", trained)
+    monkeypatch.setattr(stages_module, "encode", encoded)
     if at == 1:
         with pytest.raises(KeyboardInterrupt):
-            train.run(stages(), str(tmp_path))
+            run(stages(), str(tmp_path))
     else:
-        assert not train.run(stages(), str(tmp_path))
+        assert not run(stages(), str(tmp_path))
     assert seen == [str(tmp_path / name) for name in "abc"[: at + 1]]
 
 

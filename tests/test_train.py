@@ -25,14 +25,13 @@ from PIL import Image
 from jvdit.data.records import RecordDataset
 from jvdit.diffusion.denoise import Guidance
 from jvdit.generation.generator import Generator
-from jvdit.generation.release import add_adapters
 from jvdit.generation.request import Request
 from jvdit.sharding import make_mesh
 from jvdit.tasks.encoding import encode
 from jvdit.tasks.flow import FlowTask
-from jvdit.train import train
+from jvdit.tasks.loop import train
 from jvdit.training.checkpoint import claim_workdir
-from jvdit.weights.conventions import Conventions
+from jvdit.weights.opening import with_adapters
 from jvdit.weights.parameters import load_weights, save_weights, weights_hash
 
 HERE = pathlib.Path(__file__).parent
@@ -163,10 +162,12 @@ def test_each_of_two_experts_is_guided_by_its_own_scale(workdir, generator):
         return jax.tree.map(lambda x: x + 0.2 * rng.normal(size=x.shape), params)
 
     one = Generator.load(workdir / "dit", make_mesh(devices=jax.devices()[:1]))
-    one.params = {**one.params, "dit": stirred(one.params["dit"])}
-    dit = stirred(generator.params["dit"])
-    params = {**generator.params, "dit": dit, "dit_low": dit}
-    two = dataclasses.replace(generator, params=params, boundary=0.5)
+    dit = stirred(generator.model.networks["dit"].params)
+    one.model = one.model.with_params({"dit": dit})
+    expert = one.model.networks["dit"]
+    networks = {**one.model.networks, "dit_low": expert}
+    experts = dataclasses.replace(one.model, networks=networks, boundary=0.5)
+    two = Generator(experts, generator.mesh)
     request = Request("two objects", frames=5, height=16, width=16)
     found = {}
     for scales, between in (((1.0, 4.0), (0.0, 0.5)), ((4.0, 1.0), (0.5, 1.0))):
@@ -235,17 +236,16 @@ def test_a_draft_gives_the_first_frame(generator, tmp_path):
     assert [*dict.fromkeys(doing)] == ["drafting", "denoising", "decoding"]
     assert told[doing.index("denoising")] == ("denoising", 1, 2)
     # Another model's picture, which a folder keeps beside the model's own parts.
-    painter = dataclasses.replace(generator, conventions=Conventions())
-    drawn = dataclasses.replace(generator, pictures=painter)
+    painter = Generator(dataclasses.replace(generator.model, conditions=()))
+    drawn = Generator(dataclasses.replace(generator.model, pictures=painter.model))
     drawn.save(tmp_path / "model")
     drawn = Generator.load(tmp_path / "model")
     video = drawn(plain, draft=True, **settings)
     picture = painter([dataclasses.replace(plain, seed=1 << 31, frames=1)], **settings)
     begun = dataclasses.replace(plain, image=picture[0][0])
     np.testing.assert_allclose(video, generator([begun], **settings)[0], atol=1)
-    fixed = dataclasses.replace(generator, conventions=Conventions())
     with pytest.raises(ValueError, match="first_frame"):
-        fixed(plain, draft=True, **settings)
+        painter(plain, draft=True, **settings)
 
 
 @pytest.mark.parametrize(
@@ -471,9 +471,9 @@ def test_adapters_of_a_model_of_ones_own(workdir, tmp_path):
     request = Request("one object", frames=5, height=16, width=16)
     settings = {"steps": 2, "guidance": Guidance(2.0)}
     plain = generator.latents([request], **settings)[0]
-    add_adapters(generator, [(file, 10.0)])
+    generator.model = with_adapters(generator.model, [(file, 10.0)])
     assert np.abs(generator.latents([request], **settings)[0] - plain).max() > 1e-3
-    add_adapters(generator, [(file, -10.0)])
+    generator.model = with_adapters(generator.model, [(file, -10.0)])
     again = generator.latents([request], **settings)[0]
     assert_close(again, plain)
     config.lora.rank = 3

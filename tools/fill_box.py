@@ -16,6 +16,8 @@ from jvdit.box import FOLDER
 from jvdit.data.sheets import contact_sheet, write_png
 from jvdit.generation.generator import Generator
 from jvdit.machine.json_files import read_json
+from jvdit.weights.model_folder import save_bundle
+from jvdit.weights.opening import open_bundle
 
 
 def main() -> None:
@@ -23,17 +25,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workdir", help="of a finished training of a DiT")
     workdir = pathlib.Path(parser.parse_args().workdir)
-    generator = Generator.load(workdir)
-    generator.params = jax.tree.map(
-        lambda x: np.asarray(x).astype(jnp.bfloat16), dict(generator.params)
-    )
-    generator.save(FOLDER)
+    model = open_bundle(workdir)
+    rounded = {
+        name: jax.tree.map(_rounded, network.params)
+        for name, network in model.networks.items()
+    }
+    save_bundle(FOLDER, model.with_params(rounded))
     settings = read_json(workdir / "config.json", "copy it anew")["config"]
     prompts = settings["sample"]["prompts"]
     sheet = contact_sheet(Generator.load()(prompts), prompts)
     write_png(FOLDER / "samples.png", sheet)
     size = sum(x.stat().st_size for x in FOLDER.rglob("*") if x.is_file())
     print(f"{FOLDER}: {size / 1e6:.1f} MB")
+
+
+def _rounded(x: np.ndarray) -> np.ndarray:
+    return np.asarray(x).astype(jnp.bfloat16)
 
 
 if __name__ == "__main__":

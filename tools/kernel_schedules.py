@@ -6,7 +6,7 @@
 
 The compiler writes down every instruction of a core, a line for each cycle. Printed are
 the lines of one block of queries and keys, and what share of the chip's peak that is.
-Stalls are not in a schedule. How blocks were chosen (`mosaic.BLOCKS`), and
+Stalls are not in a schedule. How blocks were chosen (`machine/chips.py`), and
 what `jvdit/machine/chips.py` knows of the kernels.
 """
 
@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jvdit.machine.chips import CHIPS, Chip
 from jvdit.models.attention import mosaic
 from jvdit.pods.programs import pod_mesh
+from jvdit.shapes import Visible
 
 # The smallest slice of a chip.
 SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
@@ -69,7 +70,7 @@ def compile_kernel(name: str, tokens: int, segments: bool) -> None:
     x = jax.ShapeDtypeStruct((1, tokens, 1, CHANNELS), jnp.bfloat16)
     line = jax.ShapeDtypeStruct((1, 1, tokens), jnp.float32)
     ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
-    inputs = (x, x, x, (ids, ids) if segments else ())
+    inputs = (x, x, x, Visible.packed(ids) if segments else None)
     run = mosaic.mosaic_forward
     if name == "flash_backward":
         run, inputs = mosaic.mosaic_backward, (*inputs, line, line, x)
@@ -105,17 +106,17 @@ def sweep(folder: pathlib.Path) -> None:
     mesh = pod_mesh(SLICES[_CHIP.value], {"data": -1})
     passes = {"flash_forward": ("ahead", _AHEAD), "flash_backward": ("back", _BACK)}
     with jax.set_mesh(mesh):
-        blocks = mosaic._chip()
+        blocks = mosaic._blocks()
         for name, (field, asked) in passes.items():
             for text in asked.value or [",".join(map(str, getattr(blocks, field)))]:
                 most = tuple(map(int, text.split(",")))
                 changed = dataclasses.replace(blocks, **{field: most})
-                mosaic._chip = lambda changed=changed: changed
+                mosaic._blocks = lambda changed=changed: changed
                 try:
                     print(measure(folder, chip, name, most, blocks.cores), flush=True)
                 except (ValueError, jax.errors.JaxRuntimeError) as error:
                     print(f"{name}, blocks {text}: {error}"[:500])
-            mosaic._chip = lambda: blocks
+            mosaic._blocks = lambda: blocks
 
 
 def main(_: list[str]) -> None:

@@ -16,8 +16,9 @@ import numpy as np
 from jaxtyping import Float
 
 from jvdit.data.clips import BadClip, Clip, Source
+from jvdit.data.items import Item, item_of
 from jvdit.data.order import stable_uniform
-from jvdit.data.packing import Item, pack_rows, patchify, positions
+from jvdit.data.packing import pack_rows
 from jvdit.data.plan import TEXT_MULTIPLE, BucketPlan, PackPlan, Slot
 from jvdit.data.tokenizer import Tokenizer
 
@@ -165,6 +166,7 @@ class PackedBatches(Builder):
             (imported ones).
         pad_text: whether text states are filled up to their room with zeros that
             tokens see, as imported models do.
+        conditions: what training may give, names of `CONDITIONS`.
         **share: `host`, `hosts` and `timeout`, as for `Builder`.
 
     Raises:
@@ -184,6 +186,7 @@ class PackedBatches(Builder):
         caption_dropout: float = 0.0,
         seconds: bool = True,
         pad_text: bool = False,
+        conditions: Sequence[str] = (),
         **share: Any,
     ):
         super().__init__(sources, plan, **share)
@@ -205,12 +208,12 @@ class PackedBatches(Builder):
         self._temporal = temporal_compression
         self._tokenizer, self._null = tokenizer, null_embeds
         self._dropout, self._seconds = caption_dropout, seconds
-        self._pad_text = pad_text
+        self._pad_text, self._conditions = pad_text, conditions
         self.packing = plan
         plan.rows(0, self.host, self.hosts)  # raises if the hosts cannot share a step
         self._channels = len(self._mean) * int(np.prod(plan.patch_size))
         text = 4 if null_embeds is None else 4 * null_embeds.shape[1]
-        row = plan.token_budget * (8 * self._channels + 16)
+        row = plan.token_budget * (8 * self._channels + 25)
         row += plan.text_budget * (text + 4) + 9 * plan.max_clips
         self.nbytes = row * plan.rows_per_step // self.hosts
 
@@ -265,12 +268,13 @@ class PackedBatches(Builder):
         logvar = clip.get("logvar")
         if logvar is not None:
             logvar = np.asarray(logvar, np.float32) - 2 * np.log(std)
-        fps = float(clip["fps"]) if self._seconds else None
-        f, h, w = mean.shape[:3]
-        return Item(
-            patchify(mean, patch),
-            positions((f, h, w), patch, fps, self._temporal),
-            logvar=None if logvar is None else patchify(logvar, patch),
+        return item_of(
+            mean,
+            patch_size=patch,
+            fps=float(clip["fps"]) if self._seconds else None,
+            temporal_compression=self._temporal,
+            conditions=self._conditions,
+            logvar=logvar,
             clip_id=self.clip_id(slot),
             **self._text(slot, clip, dropped),
         )
@@ -298,6 +302,7 @@ class PackedBatches(Builder):
         return Item(
             np.zeros((slot.tokens, self._channels), np.float32),
             np.zeros((slot.tokens, 3), np.float32),
+            givable=np.zeros(slot.tokens, bool),
             clip_id=self.clip_id(slot),
             valid=False,
             **text,

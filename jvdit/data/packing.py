@@ -1,125 +1,25 @@
-"""Latents to tokens, and tokens of several clips to the rows of one batch.
+"""Tokens of several clips to the rows of one batch, and back.
 
-Training packs clips with it, and sampling packs requests: what is generated has the
-layout of what was learned. Everything here has an inverse.
+Training packs clips with it, and sampling packs requests.
 """
 
 import bisect
-import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from einops import rearrange
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Shaped
 
-# Patch sizes and latent grids are (frames, height, width).
-Size = tuple[int, int, int]
+from jvdit.data.items import Item
+from jvdit.data.patches import Size, token_grid, unpatchify
 
-# Patches of pt x ph x pw latents, as einops has it.
-_LATENTS, _TOKENS = "(f pt) (h ph) (w pw) c", "(f h w) (pt ph pw c)"
 _OPEN_ROWS = 512  # rows that best fit chooses from
 
 # What only some batches have of each token.
-_EXTRAS = ("clean", "cond", "control")
+_EXTRAS = ("givable", "cond", "control")
 
 # A posterior this narrow is a point: sampling it returns its mean.
 POINT_LOGVAR = -30.0
-
-
-def token_grid(latent_size: Size, patch_size: Size) -> Size:
-    """Returns how many tokens a latent grid gives along each axis.
-
-    Raises:
-        ValueError: a side is no positive multiple of its patch.
-    """
-    for name, size, patch in zip(
-        ("frames", "height", "width"), latent_size, patch_size, strict=True
-    ):
-        if size < 1 or size % patch:
-            near = max(patch, round(size / patch) * patch)
-            raise ValueError(
-                f"Latent {name} (={size}) must be a positive multiple of the patch "
-                f"(={patch}); try {near}."
-            )
-    f, h, w = (s // p for s, p in zip(latent_size, patch_size, strict=True))
-    return f, h, w
-
-
-def patchify(
-    latents: Shaped[np.ndarray, "f h w c"], patch_size: Size
-) -> Shaped[np.ndarray, "n p"]:
-    """Cuts the latents of one clip into patches; a patch is one token.
-
-    Tokens are in the order of (frame, height, width), the last fastest. The channels of
-    a token are in the order of (frame, height, width, channel) within the patch, as the
-    kernel of a channels-last strided convolution has them.
-    """
-    token_grid(latents.shape[:3], patch_size)
-    patch = dict(zip(("pt", "ph", "pw"), patch_size, strict=True))
-    return rearrange(latents, f"{_LATENTS} -> {_TOKENS}", **patch)
-
-
-def unpatchify(
-    tokens: Shaped[np.ndarray, "n p"], latent_size: Size, patch_size: Size
-) -> Shaped[np.ndarray, "f h w c"]:
-    """Puts the patches of one clip together again; undoes `patchify`."""
-    f, h, w = token_grid(latent_size, patch_size)
-    if tokens.shape[0] != f * h * w:
-        raise ValueError(
-            f"Latents of size {latent_size} in patches of {patch_size} are {f * h * w} "
-            f"tokens, and {tokens.shape[0]} were given."
-        )
-    patch = dict(zip(("pt", "ph", "pw"), patch_size, strict=True))
-    return rearrange(tokens, f"{_TOKENS} -> {_LATENTS}", f=f, h=h, **patch)
-
-
-def latent_times(
-    frames: int, fps: float, temporal_compression: int
-) -> Float[np.ndarray, "f"]:
-    """Returns the time of each latent frame of a causal VAE, in seconds.
-
-    Latent frame 0 is pixel frame 0 alone, and latent frame i > 0 covers the pixel
-    frames from `temporal_compression * (i - 1) + 1` to `temporal_compression * i`; its
-    time is the middle of those.
-    """
-    if not fps > 0:
-        raise ValueError(f"`fps` (={fps}) must be positive.")
-    i = np.arange(frames)
-    middle = temporal_compression * (i - 1) + (temporal_compression + 1) / 2
-    return np.where(i == 0, 0.0, middle) / fps
-
-
-@functools.lru_cache(maxsize=1024)
-def positions(
-    latent_size: Size, patch_size: Size, fps: float | None, temporal_compression: int
-) -> Float[np.ndarray, "n 3"]:
-    """Returns the (t, y, x) coordinates of the tokens of one clip.
-
-    Args:
-        latent_size: latent frames, height and width.
-        patch_size: latent frames, height and width of a patch.
-        fps: pixel frames per second of the clip. None: t counts tokens like y and x, as
-            imported models do.
-        temporal_compression: pixel frames that a latent frame after the first covers.
-
-    Returns:
-        t in seconds, the mean over the latent frames of the patch, so that clips of
-        different frame rates share one clock; y and x in patches, so that neighbouring
-        tokens differ by 1. float32, in the order of `patchify`; not to be written to,
-        for clips of a size share it.
-    """
-    f, h, w = token_grid(latent_size, patch_size)
-    if fps is None:
-        t = np.arange(f, dtype=np.float64)
-    else:
-        times = latent_times(latent_size[0], fps, temporal_compression)
-        t = rearrange(times, "(f pt) -> f pt", f=f).mean(axis=1)
-    grid = np.meshgrid(t, np.arange(h), np.arange(w), indexing="ij")
-    position = rearrange(np.stack(grid), "a f h w -> (f h w) a").astype(np.float32)
-    position.flags.writeable = False
-    return position
 
 
 def best_fit(
@@ -154,56 +54,6 @@ def best_fit(
     return rows
 
 
-@dataclass(frozen=True)
-class Item:
-    """One clip (or one request) in tokens, ready to be put in a row.
-
-    Attributes:
-        latents: its tokens.
-        position: (t, y, x) of each.
-        logvar: log variance of each, where `latents` is the mean of a posterior. None:
-            `latents` is exact.
-        text_ids: ids of its caption. Exactly one of this and `text_embeds` is given.
-        text_embeds: states of a text encoder for its caption.
-        clean: which tokens are given, not generated. None: none is.
-        cond: channels beside those of the tokens, see `Tokens`. Like `clean`, `control`
-            and `image`, either all items of a batch have it or none has.
-        control: control signal under each token.
-        image: states of an image encoder; such an item has a row to itself.
-        clip_id: which clip it is, at least 0.
-        valid: False for a clip that could not be read: it keeps its place and its id,
-            but its tokens are padding.
-    """
-
-    latents: Float[np.ndarray, "n c"]
-    position: Float[np.ndarray, "n 3"]
-    logvar: Float[np.ndarray, "n c"] | None = None
-    text_ids: Int[np.ndarray, "s"] | None = None
-    text_embeds: Float[np.ndarray, "s e"] | None = None
-    clean: Bool[np.ndarray, "n"] | None = None
-    cond: Float[np.ndarray, "n u"] | None = None
-    control: Float[np.ndarray, "n v"] | None = None
-    image: Float[np.ndarray, "i z"] | None = None
-    clip_id: int = 0
-    valid: bool = True
-
-    def __post_init__(self):
-        if (self.text_ids is None) == (self.text_embeds is None):
-            raise ValueError("Give exactly one of `text_ids` and `text_embeds`.")
-        if len(self.latents) != len(self.position):
-            raise ValueError(
-                f"Clip {self.clip_id} has {len(self.latents)} tokens and "
-                f"{len(self.position)} positions."
-            )
-
-    @property
-    def text(self) -> Shaped[np.ndarray, "s ..."]:
-        """Its caption, in whichever form it has."""
-        text = self.text_embeds if self.text_ids is None else self.text_ids
-        assert text is not None
-        return text
-
-
 def pack_rows(
     rows: Sequence[Sequence[Item]], token_budget: int, text_budget: int, max_clips: int
 ) -> dict[str, np.ndarray]:
@@ -216,11 +66,13 @@ def pack_rows(
         max_clips: most items of a row, m.
 
     Returns:
-        `latents`, `logvar` [b n c], `position` [b n 3], `segment` [b n], `text_ids`
-        [b s] or `text_embeds` [b s e], `text_segment` [b s], `valid` [b m], `clip_id`
-        [b m] (-1: empty place), and `clean` [b n], `cond` [b n u], `control` [b n v],
-        `image` [b i z] where items have them. Item i of a row is segment i + 1 in its
-        tokens and in its text; segment 0 is padding, whose latents are zero.
+        `latents`, `logvar` [b n c], `position` [b n 3], `kind`, `segment`, `level`
+        [b n], `text_ids` [b s] or `text_embeds` [b s e], `text_segment` [b s], `valid`
+        [b m], `clip_id` [b m] (-1: empty place), and `givable` [b n], `cond` [b n u],
+        `control` [b n v], `image` [b i z] where items have them. Item i of a row is
+        segment i + 1 in its tokens and in its text, and so is the level of its tokens
+        that are generated; segment 0 is padding, whose latents are zero. Level 0 are
+        padding and what is given.
 
     Raises:
         ValueError: a row exceeds one of the three bounds, or there is no item.
@@ -239,7 +91,9 @@ def pack_rows(
         "latents": np.zeros((b, n, c), np.float32),
         "logvar": np.full((b, n, c), POINT_LOGVAR, np.float32),
         "position": np.zeros((b, n, 3), np.float32),
+        "kind": np.zeros((b, n), np.int32),
         "segment": np.zeros((b, n), np.int32),
+        "level": np.zeros((b, n), np.int32),
         name: np.zeros((b, s, *text.shape[1:]), kind),
         "text_segment": np.zeros((b, s), np.int32),
         "valid": np.zeros((b, m), np.bool_),
@@ -259,6 +113,8 @@ def pack_rows(
             if not item.valid:
                 continue
             batch["segment"][tokens] = batch["text_segment"][words] = i + 1
+            batch["level"][tokens] = np.where(item.level, i + 1, 0)
+            batch["kind"][tokens] = item.kind
             batch[name][words] = item.text
             for key in ("latents", "logvar", "position", *extras):
                 if (value := getattr(item, key)) is not None:

@@ -26,7 +26,8 @@ from jvdit.data.order import (
     rank_by_kind,
     stable_hash,
 )
-from jvdit.data.packing import Size, best_fit, token_grid
+from jvdit.data.packing import best_fit
+from jvdit.data.patches import Size, token_grid
 
 Index = Mapping[str, np.ndarray]
 AnyPlan = TypeVar("AnyPlan", bound="StepPlan")

@@ -6,15 +6,13 @@ and how much is a curve of the model that hardly depends on the prompt
 """
 
 import dataclasses
-import json
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from jvdit.machine.files import write_atomically
+from jvdit.machine.json_files import read_json, write_json
 
 COLLECTION = "reuse"  # of what a network keeps: `residual`, `ratio`, and `skip`
 
@@ -52,7 +50,7 @@ class Reuse:
     retention: float = 0.2
 
     def __post_init__(self):
-        if not self.ratios or min(self.ratios) <= 0:
+        if not self.ratios or not all(x > 0 for x in self.ratios):
             raise ValueError(
                 f"`ratios` (={list(self.ratios)[:3]}…) must be positive, one for each "
                 "step; measure them with `--calibrate`."
@@ -61,14 +59,8 @@ class Reuse:
     @classmethod
     def load(cls, file: str | os.PathLike[str], threshold: float = 0.06):
         """Reads what `save_ratios` wrote."""
-        try:
-            with open(file) as opened:
-                ratios = json.load(opened)["ratios"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise ValueError(
-                f"{file} holds no ratios; write it with `--calibrate`."
-            ) from None
-        return cls(tuple(float(x) for x in ratios), threshold)
+        curve = read_json(file, "write it anew with `--calibrate`", cls)
+        return dataclasses.replace(curve, threshold=threshold)
 
     def skips(self, steps: int, first: int = 0) -> tuple[bool, ...]:
         """Which of so many steps reuse.
@@ -95,5 +87,4 @@ class Reuse:
 
 def save_ratios(file: str | os.PathLike[str], ratios: Sequence[float]) -> None:
     """Writes a measured curve for `Reuse.load`."""
-    data = json.dumps({"ratios": [round(float(x), 5) for x in ratios]})
-    write_atomically(pathlib.Path(file), data.encode())
+    write_json(file, {"ratios": [round(float(x), 5) for x in ratios]})

@@ -3,9 +3,8 @@
 import dataclasses
 import math
 import os
-import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -15,23 +14,15 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from jvdit.box import FOLDER
-from jvdit.data.packing import Size
-from jvdit.data.tokenizer import Tokenizer
+from jvdit.data.patches import Size
 from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
 from jvdit.diffusion.reuse import Reuse
 from jvdit.diffusion.solvers import check_solver
-from jvdit.generation.conditioning import check_pictures, pictures_of
 from jvdit.generation.draft import drafted
-from jvdit.generation.inputs import items, known
-from jvdit.generation.model_folder import (
-    PICTURES,
-    pictures_folder,
-    read_model,
-    write_model,
-)
+from jvdit.generation.inputs import Inputs
 from jvdit.generation.request import Request, complete
-from jvdit.generation.residence import Residence
+from jvdit.generation.residence import Residence, fits_together
 from jvdit.generation.sampling import (
     Chunk,
     OnStep,
@@ -43,10 +34,7 @@ from jvdit.generation.sampling import (
 from jvdit.generation.settings import Settings
 from jvdit.machine.cluster import to_host
 from jvdit.machine.compilation import jit
-from jvdit.models.dit import DiT
-from jvdit.models.image_encoder import ImageEncoder
-from jvdit.models.text_encoder import TextEncoder
-from jvdit.models.video_vae import VideoVAE, to_uint8
+from jvdit.models.video_vae import to_uint8
 from jvdit.models.video_vae_chunked import decode_normalized, encode_normalized
 from jvdit.sharding import (
     autoencoder_mesh,
@@ -54,7 +42,9 @@ from jvdit.sharding import (
     parameter_shardings,
     rows_sharding,
 )
-from jvdit.weights.conventions import Conventions
+from jvdit.weights.bundle import Bundle
+from jvdit.weights.model_folder import save_bundle
+from jvdit.weights.opening import open_bundle
 
 ROWS = 8  # solved at once
 # watch(what is done at the moment, steps or frames of it that are done, and in all)
@@ -63,67 +53,47 @@ Watch = Callable[[str, int, int], None]
 
 @dataclasses.dataclass
 class Generator:
-    """A text-to-video model with everything that it needs.
+    """Generates clips by a finished model.
 
     Attributes:
-        dit, text_encoder, vae: the modules; `vae` knows the statistics of its latents.
-        params: theirs, under these names: trees, or functions that bring them to the
-            devices (`Residence`). With two experts, "dit" works at high noise and
-            "dit_low" below `boundary`; an image encoder's are "image_encoder".
-        tokenizer: of the prompts.
-        path, policy: on which the network was trained.
-        patch_size: latent frames, height and width of a token.
-        text_length: tokens of a prompt at the most; longer ones are cut.
-        defaults: fields of `Request` and of `Settings` that suit the model.
+        model: of our own or a release, see `open_bundle`.
         mesh: of the devices; default: all of them on `data`.
-        conventions: what the network takes its inputs to mean.
-        boundary: time below which "dit_low" takes over; 0: there is one network.
-        image_encoder: of the given pictures, where the network attends to them.
-        adapters: of "dit" and "dit_low" (`lora.py`), at their strength.
-        text_release: folder of the released model that has this text encoder, or "".
-        together: whether all of the parameters fit on the devices at once.
-        pictures: a model that draws the pictures of drafts; None: this one does.
+        together: whether all parameters that are read from files stay on the devices.
+            False: those of one network are there at a time. Default: as they fit.
     """
 
-    dit: DiT
-    text_encoder: TextEncoder
-    vae: VideoVAE
-    params: Mapping[str, Any]
-    tokenizer: Tokenizer
-    path: NoisePath
-    policy: TimestepPolicy
-    patch_size: tuple[int, int, int]
-    text_length: int
-    defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
+    model: Bundle
     mesh: Mesh = dataclasses.field(default_factory=make_mesh)
-    conventions: Conventions = Conventions()
-    boundary: float = 0.0
-    image_encoder: ImageEncoder | None = None
-    text_release: str = ""
-    together: bool = True
-    adapters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    pictures: "Generator | None" = None
+    together: bool | None = None
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str] = FOLDER, mesh: Mesh | None = None):
-        """Loads a `model` folder, or the one inside a workdir; else that in the box.
+    def load(
+        cls,
+        folder: str | os.PathLike[str] = FOLDER,
+        mesh: Mesh | None = None,
+        **options: Any,
+    ) -> "Generator":
+        """Loads a finished model, default: that in the box.
+
+        Args:
+            folder: see `open_bundle`.
+            mesh: of the devices; default: all of them on `data`.
+            **options: of `open_bundle`, for a released model.
 
         Raises:
             FileNotFoundError: there is no such model; says what is missing.
+            ValueError: the folder holds another model, or damaged files.
         """
-        drawn, mesh = pictures_folder(folder), mesh or make_mesh()
-        pictures = cls.load(drawn, mesh) if drawn.is_dir() else None
-        return cls(**read_model(folder), mesh=mesh, pictures=pictures)
+        mesh = make_mesh() if mesh is None else mesh
+        return cls(open_bundle(folder, mesh, **options), mesh)
 
-    def load_params(self, params: dict[str, Any]) -> None:
+    def load_params(self, params: Mapping[str, Any]) -> None:
         """Replaces weights, already on the mesh, without compiling anew."""
         self.residence.update(params)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes a folder that `load` reads and that needs nothing else."""
-        write_model(folder, self)
-        if self.pictures is not None:
-            self.pictures.save(pathlib.Path(folder) / PICTURES)
+        save_bundle(folder, self.model)
 
     def __call__(
         self,
@@ -193,7 +163,7 @@ class Generator:
         Raises:
             ValueError: a size, solver or number can't be; before any compilation.
         """
-        settings = settings.complete(self.defaults)
+        settings = settings.complete(self.model.defaults)
         requests = [self.complete(request) for request in requests]
         for request in requests:
             self.check(request)
@@ -202,7 +172,15 @@ class Generator:
         watch = watch or _unwatched
         options: dict[str, Any] = {"rows": rows, "reuse": reuse}
         if settings.draft:
-            yield from drafted(self, requests, settings, watch=watch, **options)
+            self.model.check_draft()
+            options["settings"] = dataclasses.replace(settings, draft=False)
+
+            def drafting(_: str, done: int, total: int) -> None:
+                watch("drafting", done, total)
+
+            paint = partial(self.painter.clips, watch=drafting, **options)
+            animate = partial(self.clips, watch=watch, **options)
+            yield from drafted(requests, rows, paint, animate)
             return
         parts = self.solve(
             requests,
@@ -215,12 +193,13 @@ class Generator:
 
     def complete(self, request: Request) -> Request:
         """The request with what it left open as suits the model."""
-        return complete(request, self.defaults, self.unit)
+        return complete(request, self.model.defaults, self.unit)
 
     @property
     def unit(self) -> int:
         """What the height and width of a clip are multiples of, in pixels."""
-        return math.lcm(*self.patch_size[1:]) * self.vae.spatial_compression
+        model = self.model
+        return math.lcm(*model.patch_size[1:]) * model.vae.spatial_compression
 
     def check(self, request: Request) -> Size:
         """The latent size of a request.
@@ -228,21 +207,21 @@ class Generator:
         Raises:
             ValueError: there is no such size, or the model takes other pictures.
         """
-        request = self.complete(request)
-        size = self.vae.latent_shape(*request.size)
+        request, patch_size = self.complete(request), self.model.patch_size
+        size = self.model.vae.latent_shape(*request.size)
         whole = [
-            max(round(n / p), 1) * p for n, p in zip(size, self.patch_size, strict=True)
+            max(round(n / p), 1) * p for n, p in zip(size, patch_size, strict=True)
         ]
-        nearest = self.vae.video_shape(*whole)
+        nearest = self.model.vae.video_shape(*whole)
         for i, name in enumerate(("frames", "height", "width")):
-            if size[i] % self.patch_size[i]:
+            if size[i] % patch_size[i]:
                 raise ValueError(
                     f"`{name}` (={request.size[i]}) makes {size[i]} latents, which "
-                    f"patches of {self.patch_size[i]} don't divide; try {nearest[i]}."
+                    f"patches of {patch_size[i]} don't divide; try {nearest[i]}."
                 )
         if not (request.fps or 0) > 0:
             raise ValueError(f"`fps` (={request.fps}) must be positive; try 8.")
-        check_pictures(request, *pictures_of(self.dit, self.conventions))
+        self.model.check_given(request.given)
         return size
 
     def latents(self, requests: Sequence[Request], **options: Any) -> list[np.ndarray]:
@@ -290,27 +269,30 @@ class Generator:
             raise ValueError(
                 "`reuse` needs a solver of one evaluation a step; take 'unipc'."
             )
-        self.policy.times(steps, jnp.ones(1))
+        model = self.model
+        model.policy.times(steps, jnp.ones(1))
         requests = [self.complete(request) for request in requests]
         sizes = [self.check(request) for request in requests]
-        given = known(self, requests, sizes)
+        given = [
+            self._inputs.known(*pair) for pair in zip(requests, sizes, strict=True)
+        ]
         sizes = [(f + g.lead, h, w) for (f, h, w), g in zip(sizes, given, strict=True)]
         guidances = {"dit": guidance, "dit_low": low_guidance or guidance}
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         if all(each.scale != 1 for each in guidances.values()) and ways % 2 == 0:
             ways //= 2  # guidance doubles the rows
         batches = batches_of(
-            *items(self, requests, sizes, given, noise),
+            *self._inputs.items(requests, sizes, given, noise),
             [request.seed for request in requests],
             rows,
             ways,
             self.mesh.shape["context"],
-            self.text_length,
+            model.text_length,
         )
-        begin = self.path, self.policy, steps, solver, bool(noise)
+        begin = model.path, model.policy, steps, solver, bool(noise)
         for batch in batches:
             latents = self._solved(batch, begin, guidances, reuse, on_step)
-            found = unpacked(batch, latents, sizes, self.patch_size)
+            found = unpacked(batch, latents, sizes, model.patch_size)
             yield {i: x[given[i].lead :] for i, x in found.items()}
 
     def decode(
@@ -323,9 +305,10 @@ class Generator:
         Takes the memory of a few latent frames, whatever the length.
         `on_frames` is called now and then with how many frames are done, of how many.
         """
-        total, frames = self.vae.video_shape(*latents.shape[1:4])[0], []
+        vae = self.model.vae
+        total, frames = vae.video_shape(*latents.shape[1:4])[0], []
         with jax.set_mesh(autoencoder_mesh(self.mesh, *latents.shape[2:4])):
-            for video in decode_normalized(self.vae, self.residence["vae"], latents):
+            for video in decode_normalized(vae, self.residence["vae"], latents):
                 frames.append(to_host(_bytes(video)))
                 if on_frames is not None:
                     on_frames(sum(x.shape[1] for x in frames), total)
@@ -335,9 +318,10 @@ class Generator:
         self, video: Float[np.ndarray, "T H W 3"]
     ) -> Float[np.ndarray, "f h w c"]:
         """Pixels in [-1, 1] to normalised latents, the mean of each."""
-        _, *latent = self.vae.latent_shape(*video.shape[:3])
+        vae = self.model.vae
+        _, *latent = vae.latent_shape(*video.shape[:3])
         with jax.set_mesh(autoencoder_mesh(self.mesh, *latent)):
-            return encode_normalized(self.vae, self.residence["vae"], video)
+            return encode_normalized(vae, self.residence["vae"], video)
 
     # How it is done
 
@@ -367,14 +351,13 @@ class Generator:
         for name, span in self._spans(steps).items():
             with jax.set_mesh(self.mesh):
                 variables = {"params": self.residence[name]}
-                if name in self.adapters:
-                    lora = self.adapters[name]
+                if (lora := self.model.adapters.get(name)) is not None:
                     homes = parameter_shardings(lora, self.mesh)
                     variables["lora"] = jax.device_put(lora, homes)
                 running = self.stepper(
                     variables,
                     running or batch.begin(places, *begin),
-                    texts_of(batch, self.conventions.pad_text, places),
+                    texts_of(batch, self.model.pad_text, places),
                     solver=solver,
                     guidance=guidances[name],
                     span=span,
@@ -388,21 +371,37 @@ class Generator:
 
     def _spans(self, steps: int) -> dict[str, tuple[int, int]]:
         """Which network takes which steps."""
-        times = self.policy.times(steps, jnp.ones(1), self.path.timesteps)
-        shown = self.path.shown(np.asarray(times)[:-1, 0])
-        high = int((shown >= np.float32(self.boundary)).sum())
+        model = self.model
+        times = model.policy.times(steps, jnp.ones(1), model.path.timesteps)
+        shown = model.path.shown(np.asarray(times)[:-1, 0])
+        high = int((shown >= np.float32(model.boundary)).sum())
         spans = {"dit": (0, high), "dit_low": (high, steps)}
         return {name: span for name, span in spans.items() if span[0] < span[1]}
 
     @cached_property
     def residence(self) -> Residence:
         """The parameters, on the devices or waiting for their turn."""
-        return Residence(self.params, self.mesh, self.together)
+        together = self.together
+        if together is None:
+            together = fits_together(self.model.num_bytes, self.mesh)
+        sources = {name: x.source for name, x in self.model.networks.items()}
+        return Residence(sources, self.mesh, together)
+
+    @cached_property
+    def painter(self) -> "Generator":
+        """What draws the pictures of drafts."""
+        if self.model.pictures is None:
+            return self
+        return Generator(self.model.pictures, self.mesh)
 
     @cached_property
     def stepper(self) -> Stepper:
         """The compiled steps of the network."""
-        return Stepper(self.dit, self.path)
+        return Stepper(self.model.dit, self.model.path)
+
+    @cached_property
+    def _inputs(self) -> Inputs:
+        return Inputs(self.model, self.residence, self.mesh, self.encode)
 
 
 _bytes = jit(to_uint8)

@@ -1,106 +1,118 @@
-"""Requests as a network takes them: states of their texts, what is given, tokens."""
+"""Requests as a network takes them: states of their texts, what is known, tokens."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from jvdit.data.packing import Item, Size
-from jvdit.generation.conditioning import Given, given_of, item_of, with_clean
+from jvdit.data.conditions import Encode, Known, Place, known
+from jvdit.data.items import Item, item_of
+from jvdit.data.patches import Size
 from jvdit.generation.request import Request, for_encoder
 from jvdit.machine.cluster import to_host
 from jvdit.machine.compilation import jit
 from jvdit.models.image_encoder import ImageEncoder
+from jvdit.weights.bundle import Bundle
 from jvdit.weights.caption_encoder import encode_captions
-
-if TYPE_CHECKING:
-    from jvdit.generation.generator import Generator
 
 _PROMPTS = 8  # encoded at once
 
 
-def known(
-    generator: "Generator", requests: Sequence[Request], sizes: Sequence[Size]
-) -> list[Given]:
-    """What is known of each clip besides its text.
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What makes the inputs of a model's network.
 
-    Args:
-        generator: the model.
-        requests: complete ones, which `Generator.check` let pass.
-        sizes: latent frames, height and width of each.
+    Attributes:
+        model: of the networks.
+        params: theirs, on the mesh, by name.
+        mesh: of the devices.
+        encode: by the model's autoencoder.
     """
-    given = [
-        given_of(request, size, generator.dit, generator.vae, generator.encode)
-        for request, size in zip(requests, sizes, strict=True)
-    ]
-    encoder = generator.image_encoder
-    if encoder is None:
-        return given
-    params = generator.residence["image_encoder"]
-    for i, request in enumerate(requests):
+
+    model: Bundle
+    params: Mapping[str, Any]
+    mesh: Mesh
+    encode: Encode
+
+    def known(self, request: Request, size: Size) -> Known:
+        """What is known of a clip besides its text.
+
+        Args:
+            request: a complete one, which `Generator.check` let pass.
+            size: latent frames, height and width of the clip.
+        """
+        vae = self.model.vae
+        compression = vae.temporal_compression, vae.spatial_compression
+        place = Place(size[0], self.encode, *compression)
+        found = known(self.model.conditions, request, place)
+        encoder = self.model.image_encoder
+        if encoder is None:
+            return found
         images = [for_encoder(x, encoder.image_size) for x in request.pictures]
-        with jax.set_mesh(generator.mesh):
+        with jax.set_mesh(self.mesh):
+            params = self.params["image_encoder"]
             states = _image_states(encoder, params, jnp.asarray(np.stack(images)))
         image = np.concatenate(np.asarray(to_host(states), np.float32))
-        given[i] = given[i]._replace(image=image)
-    return given
+        return found._replace(image=image)
 
+    def items(
+        self,
+        requests: Sequence[Request],
+        sizes: Sequence[Size],
+        given: Sequence[Known],
+        noise: Sequence[np.ndarray] | None,
+    ) -> tuple[list[Item], list[Item]]:
+        """Each request in tokens, with its prompt and with its negative prompt.
 
-def items(
-    generator: "Generator",
-    requests: Sequence[Request],
-    sizes: Sequence[Size],
-    given: Sequence[Given],
-    noise: Sequence[np.ndarray] | None,
-) -> tuple[list[Item], list[Item]]:
-    """Each request in tokens, with its prompt and with its negative prompt.
+        Args:
+            requests: complete ones.
+            sizes: latent frames, those before the clip included, height and width of
+                each.
+            given: what is known of each.
+            noise: to start from; None: it is drawn later.
+        """
+        prompts = [request.prompt for request in requests]
+        negative = [request.negative_prompt or "" for request in requests]
+        states, model = self._text_states(prompts + negative), self.model
+        found = []
+        for i, request in enumerate(requests):
+            start = np.zeros((*sizes[i], model.vae.latent_channels), np.float32)
+            item = item_of(
+                start if noise is None else np.asarray(noise[i], np.float32),
+                patch_size=model.patch_size,
+                fps=request.fps if model.seconds else None,
+                temporal_compression=model.vae.temporal_compression,
+                known=given[i],
+                text_embeds=states[request.prompt],
+            )
+            found.append(item)
+        nulls = [
+            dataclasses.replace(item, text_embeds=states[text])
+            for item, text in zip(found, negative, strict=True)
+        ]
+        return found, nulls
 
-    Args:
-        generator: the model.
-        requests: complete ones.
-        sizes: latent frames, those before the clip included, height and width of each.
-        given: what is known of each.
-        noise: to start from; None: it is drawn later.
-    """
-    prompts = [r.prompt for r in requests] + [r.negative_prompt or "" for r in requests]
-    states, seconds = _text_states(generator, prompts), generator.conventions.seconds
-    none = [None] * len(requests)
-    vae, patch_size = generator.vae, generator.patch_size
-    found = [
-        item_of(*each, states[each[0].prompt], patch_size, vae, seconds)
-        for each in zip(requests, sizes, given, noise or none, strict=True)
-    ]
-    if any(item.clean is not None for item in found):
-        found = [with_clean(item) for item in found]
-    nulls = [
-        dataclasses.replace(item, text_embeds=states[request.negative_prompt or ""])
-        for item, request in zip(found, requests, strict=True)
-    ]
-    return found, nulls
-
-
-def _text_states(
-    generator: "Generator", prompts: Sequence[str]
-) -> dict[str, np.ndarray]:
-    """The text states of each prompt."""
-    texts, length = list(dict.fromkeys(prompts)), generator.text_length
-    batch = min(1 << (len(texts) - 1).bit_length(), _PROMPTS)
-    with jax.set_mesh(generator.mesh):
-        states = encode_captions(
-            generator.text_encoder,
-            generator.residence["text_encoder"],
-            generator.tokenizer,
-            texts,
-            length,
-            batch,
-        )
-    if generator.conventions.pad_text:
-        states = [np.pad(x, ((0, length - len(x)), (0, 0))) for x in states]
-    return dict(zip(texts, states, strict=True))
+    def _text_states(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        """The text states of each prompt."""
+        texts, length = list(dict.fromkeys(prompts)), self.model.text_length
+        batch = min(1 << (len(texts) - 1).bit_length(), _PROMPTS)
+        with jax.set_mesh(self.mesh):
+            states = encode_captions(
+                self.model.text_encoder,
+                self.params["text_encoder"],
+                self.model.tokenizer,
+                texts,
+                length,
+                batch,
+            )
+        if self.model.pad_text:
+            states = [np.pad(x, ((0, length - len(x)), (0, 0))) for x in states]
+        return dict(zip(texts, states, strict=True))
 
 
 @partial(jit, static_argnames="encoder")

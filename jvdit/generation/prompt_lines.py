@@ -1,21 +1,32 @@
 """Prompts as people write them down: a line each, or JSON with fields of a request."""
 
-import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jvdit.generation.request import Request
+import msgspec
+from msgspec import UNSET, UnsetType
 
-_KINDS: dict[str, Any] = {
-    "prompt": str,
-    "negative_prompt": str,
-    "frames": int,
-    "height": int,
-    "width": int,
-    "seed": int,
-    "fps": (int, float),
-}
+from jvdit.generation.request import Request
+from jvdit.machine.json_files import parse_json
+
+_Picture = str | None | UnsetType
+
+
+class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The fields of a `Request` in JSON; pictures by their files."""
+
+    prompt: str
+    negative_prompt: str | UnsetType = UNSET
+    frames: int | UnsetType = UNSET
+    height: int | UnsetType = UNSET
+    width: int | UnsetType = UNSET
+    fps: float | UnsetType = UNSET
+    seed: int | UnsetType = UNSET
+    image: _Picture = UNSET
+    last_image: _Picture = UNSET
+    video: _Picture = UNSET
+    mask: _Picture = UNSET
+    references: str | tuple[str, ...] | UnsetType = UNSET
 
 
 def read_requests(prompts: Sequence[str], common: Mapping[str, Any]) -> list[Request]:
@@ -33,33 +44,10 @@ def read_requests(prompts: Sequence[str], common: Mapping[str, Any]) -> list[Req
     for number, line in enumerate(prompts):
         fields = {**common, "prompt": line, "seed": common.get("seed", 0) + number}
         if line.lstrip().startswith("{"):
-            fields |= _fields(line, f"line {number + 1}")
+            given = parse_json(line, f"line {number + 1}", _Line)
+            given = msgspec.structs.asdict(given).items()
+            fields |= {name: value for name, value in given if value is not UNSET}
             if isinstance(fields.get("references"), str):
                 fields["references"] = (fields["references"],)
         requests.append(Request(**fields))
     return requests
-
-
-def _fields(line: str, place: str) -> dict[str, Any]:
-    """The fields that a line of JSON gives."""
-    try:
-        given = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is no JSON: {error}") from error
-    names = {field.name for field in dataclasses.fields(Request)}
-    if unknown := set(given) - names:
-        raise ValueError(
-            f"{place} has the unknown fields {sorted(unknown)}; "
-            f"known are {sorted(names)}."
-        )
-    if "prompt" not in given:
-        raise ValueError(f"{place} has no `prompt`.")
-    for name, kind in _KINDS.items():
-        if name in given and not isinstance(given[name], kind):
-            raise ValueError(
-                f"{place}: `{name}` (={given[name]!r}) must be "
-                f"{'text' if kind is str else 'a number'}."
-            )
-    if isinstance(given.get("references"), list):
-        given["references"] = tuple(given["references"])
-    return given

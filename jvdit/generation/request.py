@@ -93,6 +93,11 @@ class Request:
         ends = (("image", self.image), ("last_image", self.last_image))
         return [_picture(x, name) for name, x in ends if x is not None]
 
+    @property
+    def ends(self) -> list[np.ndarray]:
+        """The same, at the size of the clip."""
+        return [self.fitted(x) for x in self.pictures]
+
     def fitted(self, picture: np.ndarray) -> np.ndarray:
         """A picture at the size of the clip."""
         _, height, width = self.size

@@ -2,16 +2,14 @@
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from jvdit.sharding import parameter_shardings, shard_axes
-
-# A tree of parameters, or what brings one to the devices.
-Parameters = Any | Callable[[], Any]
+from jvdit.weights.network import Parameters
 
 _SHARE = 0.8  # of the memory may be parameters; the rest is for activations
 

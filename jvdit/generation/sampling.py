@@ -10,14 +10,16 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Key, PyTree
 
-from jvdit.data.packing import Item, Size, best_fit, pack_rows, unpack_rows
+from jvdit.data.items import Item
+from jvdit.data.packing import best_fit, pack_rows, unpack_rows
+from jvdit.data.patches import Size
 from jvdit.diffusion.denoise import Guidance, guided
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
 from jvdit.diffusion.reuse import COLLECTION, Memory
 from jvdit.diffusion.solvers import Solution, advance, begin, clip_noise
 from jvdit.machine.cluster import to_host
 from jvdit.machine.compilation import jit
-from jvdit.models.dit import DiT
+from jvdit.models.backbones import Backbone
 from jvdit.shapes import Text, Tokens
 
 # on_step(steps done, steps in all, latents of the rows that are solved at once)
@@ -32,12 +34,14 @@ class Chunk(NamedTuple):
         arrays: see `pack_rows`.
         null: the same, with the text that guidance turns away from.
         seeds: of the noise of each clip; 0 for level 0.
+        given: whether tokens of some request, perhaps of another chunk, are given.
     """
 
     rows: list[list[int]]
     arrays: dict[str, np.ndarray]
     null: dict[str, np.ndarray]
     seeds: np.ndarray
+    given: bool
 
     @property
     def one_clip(self) -> bool:
@@ -63,6 +67,7 @@ class Chunk(NamedTuple):
             steps=steps,
             solver=solver,
             one_clip=self.one_clip,
+            given=self.given,
             noisy=noisy,
         )
 
@@ -103,6 +108,7 @@ def batches_of(
         text_length: text states of an item at the most.
     """
     counts = [len(item.latents) for item in items]
+    given = any(item.is_given for item in items)
     batches = []
     for group in _groups(items):
         packing = [[group[i] for i in row] for row in _rows([counts[i] for i in group])]
@@ -125,7 +131,7 @@ def batches_of(
             places = np.zeros((size, clips + 1), np.uint32)
             for r, row in enumerate(filled):
                 places[r, 1 : len(row) + 1] = [seeds[i] % (1 << 32) for i in row]
-            batches.append(Chunk(chunk, arrays, null, places))
+            batches.append(Chunk(chunk, arrays, null, places, given))
     return batches
 
 
@@ -148,7 +154,16 @@ def _rows(counts: Sequence[int]) -> list[list[int]]:
 
 
 @partial(
-    jit, static_argnames=("path", "policy", "steps", "solver", "one_clip", "noisy")
+    jit,
+    static_argnames=(
+        "path",
+        "policy",
+        "steps",
+        "solver",
+        "one_clip",
+        "given",
+        "noisy",
+    ),
 )
 def start_noise(
     arrays: dict[str, Array],
@@ -159,6 +174,7 @@ def start_noise(
     steps: int,
     solver: str,
     one_clip: bool,
+    given: bool,
     noisy: bool,
 ) -> Running:
     """Noise, where a batch's clips are not given, and the times of its steps.
@@ -171,25 +187,22 @@ def start_noise(
         steps: of the solver.
         solver: a name of `SOLVERS`.
         one_clip: see `Chunk`.
+        given: see `Chunk`.
         noisy: the latents of the batch already hold the noise.
     """
-    segment, clean = arrays["segment"], arrays.get("clean")
+    segment = arrays["segment"]
     keys = jax.vmap(jax.vmap(jax.random.key))(seeds)
     counts = jax.nn.one_hot(segment, keys.shape[1]).sum(1)
     times = policy.times(steps, jnp.maximum(counts, 1.0), path.timesteps)
     times = times.at[:, :, 0].set(0.0)
-    level = segment if clean is None else jnp.where(clean, 0, segment)
-    extras = {name: arrays[name] for name in ("cond", "control") if name in arrays}
-    tokens = Tokens(arrays["latents"], arrays["position"], segment, level, **extras)
-    if one_clip:
-        tokens = tokens.replace(segment=None)  # type: ignore[attr-defined]
-    if one_clip and clean is None:
-        tokens = tokens.replace(level=None)  # type: ignore[attr-defined]
+    tokens = Tokens.of(arrays, arrays["latents"], one_clip=one_clip, given=given)
+    if tokens.level is None:
         times, keys = times[:, :, 1:], keys[:, 1:]
     if not noisy:
         noise = clip_noise(keys, tokens)
-        if clean is not None:
-            noise = jnp.where(clean[..., None], tokens.latents, noise)
+        if given:
+            drawn = (arrays["level"] > 0) | (segment == 0)
+            noise = jnp.where(drawn[..., None], noise, tokens.latents)
         tokens = tokens.with_latents(noise)
     return Running(begin(tokens, times, solver), times, keys)
 
@@ -214,10 +227,10 @@ def texts_of(batch: Chunk, padded: bool, places: NamedSharding) -> tuple[Text, T
 
 
 class _Reusing:
-    """A DiT that keeps what its blocks add from step to step, see `reuse.py`."""
+    """A network that keeps what its blocks add from step to step, see `reuse.py`."""
 
     def __init__(
-        self, dit: DiT, variables: PyTree, skips: tuple[bool, ...], memory: Memory
+        self, dit: Backbone, variables: PyTree, skips: tuple[bool, ...], memory: Memory
     ):
         self.dit, self.variables, self.memory = dit, variables, memory
         self.skips = jnp.asarray(skips)
@@ -239,7 +252,7 @@ class Stepper:
         ratios: by how much what the blocks add grew in each step, by `span`.
     """
 
-    def __init__(self, dit: DiT, path: NoisePath):
+    def __init__(self, dit: Backbone, path: NoisePath):
         self.dit = dit
         self.ratios: dict[tuple[int, int], np.ndarray] = {}
         self._run = jit(

@@ -1,4 +1,4 @@
-"""TPU chips, and the slices of them that can be rented."""
+"""The one table of chips: what each can do, and what suits it; and slices of TPUs."""
 
 import dataclasses
 import difflib
@@ -6,14 +6,36 @@ import math
 import re
 from collections.abc import Mapping
 
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Blocks of the flash kernels: the best of a sweep over their schedules.
+
+    Attributes:
+        ahead: of the forward kernel, the most tokens: queries; keys that are fetched at
+            once; and of these, that are computed at once.
+        back: the same of the kernel for the gradients.
+        cores: that share a device's memory and divide a kernel.
+        memory: bytes of a core that a kernel may take.
+        gradients: of these, for gradients of queries while they are added up.
+    """
+
+    ahead: tuple[int, int, int] = (1024, 2048, 512)
+    back: tuple[int, int, int] = (1024, 2048, 1024)
+    cores: int = 1
+    memory: int = 56 * 2**20
+    gradients: int = 32 * 2**20
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one device of a TPU can do, as published.
+    """What one device can do, as published, and what suits it.
 
     Attributes:
-        kind: what JAX calls it.
-        peak: bfloat16 FLOP/s.
+        kind: how what JAX calls it begins.
+        peak: bfloat16 FLOP/s without sparsity. 0: unknown.
         memory: bytes of HBM that a program can have.
         link: bytes/s of one link to a neighbour, in one direction.
         network: bytes/s between slices, of each chip, in one direction.
@@ -21,38 +43,94 @@ class Chip:
         flash: share of the peak that the flash attention kernels reach, forward and
             backward: from their schedules (tools/kernel_schedules.py), less a twentieth
             for what lies between blocks; 0.8 at the most.
+        options: of XLA.
+        blocks: of the flash kernels.
     """
 
     kind: str
-    peak: float
-    memory: float
-    link: float
-    network: float
-    clock: float
-    flash: tuple[float, float]
+    peak: float = 0.0
+    memory: float = math.inf
+    link: float = math.nan
+    network: float = math.nan
+    clock: float = math.nan
+    flash: tuple[float, float] = (0.80, 0.80)
+    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    blocks: Blocks = Blocks()
 
 
-# By the name before the colon of a topology. v6e's matrix units are 256 wide: products
-# over 128 channels fill them by half, others by the kernels' order.
+_GB = 2**30
+_LARGE = {"memory": 112 * 2**20, "gradients": 88 * 2**20}
+_SMALL = {"memory": 13 * 2**20, "gradients": 4 * 2**20}
+# What tokens are traded for goes over the links while something else is computed.
+_ASYNC = {"xla_tpu_enable_async_all_to_all": "true"}
+# Products and convolutions of float32 by Eigen: XLA would give them to YNNPACK, which
+# takes up to 1.5 times as long.
+_EIGEN = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 CHIPS: Mapping[str, Chip] = {
+    "v4": Chip(
+        "TPU v4",
+        275e12,
+        options=_ASYNC,
+        blocks=Blocks((512, 1024, 512), (512, 512, 512), cores=2, **_SMALL),
+    ),
+    # On slices of more than 16 of them the compiler refuses what the others have.
     "v5e": Chip(
-        "TPU v5 lite", 197e12, 15.75 * 2**30, 45e9, 3.125e9, 1.50e9, (0.80, 0.80)
+        "TPU v5 lite",
+        197e12,
+        15.75 * _GB,
+        link=45e9,
+        network=3.125e9,
+        clock=1.50e9,
+        blocks=Blocks(**_LARGE),
     ),
-    "v5p": Chip("TPU v5", 459e12, 95.74 * 2**30, 90e9, 6.25e9, 1.75e9, (0.80, 0.80)),
+    "v5p": Chip(
+        "TPU v5",
+        459e12,
+        95.74 * _GB,
+        link=90e9,
+        network=6.25e9,
+        clock=1.75e9,
+        options=_ASYNC,
+        blocks=Blocks(cores=2),
+    ),
+    # Its matrix units are 256 wide: products over 128 channels fill them by half,
+    # others by the kernels' order.
     "v6e": Chip(
-        "TPU v6 lite", 918e12, 31.25 * 2**30, 90e9, 12.5e9, 1.75e9, (0.55, 0.55)
+        "TPU v6 lite",
+        918e12,
+        31.25 * _GB,
+        link=90e9,
+        network=12.5e9,
+        clock=1.75e9,
+        flash=(0.55, 0.55),
+        options=_ASYNC,
+        blocks=Blocks((2048, 2048, 1024), (1024, 2048, 256), **_LARGE),
     ),
+    "tpu": Chip("TPU", options=_ASYNC),
+    "a100": Chip("NVIDIA A100", 312e12),
+    "h100": Chip("NVIDIA H100", 989e12),
+    "h200": Chip("NVIDIA H200", 989e12),
+    "cpu": Chip("cpu", options=_EIGEN),
 }
+RENTED = ("v5e", "v5p", "v6e")  # in slices, for which programs are forecast
+
+
+def chip_of(kind: str) -> Chip:
+    """What is known of a chip that JAX calls so."""
+    known = [chip for chip in CHIPS.values() if kind.startswith(chip.kind)]
+    return max(known, key=lambda chip: len(chip.kind), default=Chip(kind))
+
+
+def this_chip() -> Chip:
+    """The chip that a program is traced for now."""
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    return chip_of(described.device_kind if described else jax.devices()[0].device_kind)
+
+
 _FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16"}
 _FLAT |= {256: "16x16"}
 _CUBES = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4"}
 _CUBES |= {128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
-
-
-def memory_of(kind: str) -> float:
-    """Bytes that a program can have on a chip that JAX calls so; infinite: unknown."""
-    known = {chip.kind: chip.memory for chip in CHIPS.values()}
-    return known.get(kind, math.inf)
 
 
 def several(name: str) -> tuple[int, str]:
@@ -74,12 +152,12 @@ def topology(name: str) -> str:
     slices, alone = several(name)
     if slices > 1:
         return f"{slices}x{topology(alone)}"
-    if re.fullmatch(rf"({'|'.join(CHIPS)}):\d+x\d+(x\d+)?", name):
+    if re.fullmatch(rf"({'|'.join(RENTED)}):\d+x\d+(x\d+)?", name):
         return name
     kind, _, number = name.partition("-")
     known = {
         f"{chip}-{n * (2 if chip == 'v5p' else 1)}": f"{chip}:{shape}"
-        for chip in CHIPS
+        for chip in RENTED
         for n, shape in (_CUBES if chip == "v5p" else _FLAT).items()
         if n > 1
     }

@@ -19,7 +19,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jvdit.machine.json_files import differences
+from jvdit.machine.json_files import differences, parse_json
 from jvdit.machine.lock import FolderLock, sweep
 
 _PATIENCE = 24 * 3600  # seconds that one process may take longer than another
@@ -236,7 +236,8 @@ def from_lead(make: Callable[[], Any]) -> Any:
             error = str(raised)
         client.key_value_set(key, json.dumps([made, error]))
     else:
-        made, error = json.loads(client.blocking_key_value_get(key, _PATIENCE * 1000))
+        told = client.blocking_key_value_get(key, _PATIENCE * 1000)
+        made, error = parse_json(told, key, tuple[Any, str | None])
     wait_for_others(f"told {key}")  # else process 0 might take it along
     if error is not None:
         raise ValueError(error)

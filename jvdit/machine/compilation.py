@@ -5,22 +5,13 @@ import hashlib
 import os
 import pathlib
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.core
 
-# XLA's options by what the chip's `device_kind` contains, first match wins.
-OPTIONS: Mapping[str, Mapping[str, str]] = {
-    # On slices of more than 16 of them the compiler refuses what the others have.
-    "TPU v5 lite": {},
-    # What tokens are traded for goes over the links while something else is computed.
-    "TPU": {"xla_tpu_enable_async_all_to_all": "true"},
-    # Products and convolutions of float32 by Eigen: XLA would give them to YNNPACK,
-    # which takes up to 1.5 times as long.
-    "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
-}
+from jvdit.machine.chips import this_chip
 
 _WORTH = 0.05  # seconds of compiling for a processor from which a program is kept
 # What tells processors apart by their instructions, on x86 and ARM.
@@ -39,10 +30,9 @@ def compiler_options(given: Sequence[str] = ()) -> dict[str, str] | None:
     Raises:
         ValueError: an option isn't written so.
     """
-    described = jax.sharding.get_abstract_mesh().abstract_device
-    kind = described.device_kind if described else jax.devices()[0].device_kind
-    options = dict(next((x for name, x in OPTIONS.items() if name in kind), {}))
-    if "cpu" in kind and not _suits_processor(tuple(options.items())):
+    chip = this_chip()
+    options = dict(chip.options)
+    if chip.kind == "cpu" and not _suits_processor(tuple(options.items())):
         options = {}
     for text in given:
         name, equals, value = text.partition("=")

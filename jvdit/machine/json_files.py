@@ -7,6 +7,7 @@ import pathlib
 import re
 import reprlib
 from collections.abc import Mapping
+from types import GenericAlias
 from typing import Any, TypeVar
 
 import msgspec
@@ -24,7 +25,9 @@ def write_json(path: PathLike, value: Any) -> None:
     write_atomically(pathlib.Path(path), text.encode())
 
 
-def read_json(path: PathLike, remedy: str, kind: type[T] = _ANYTHING) -> T:
+def read_json(
+    path: PathLike, remedy: str, kind: type[T] | GenericAlias = _ANYTHING
+) -> T:
     """Reads a JSON file.
 
     Args:
@@ -49,7 +52,7 @@ def read_json(path: PathLike, remedy: str, kind: type[T] = _ANYTHING) -> T:
 def parse_json(
     text: str | bytes,
     where: str,
-    kind: type[T] = _ANYTHING,
+    kind: type[T] | GenericAlias = _ANYTHING,
     remedy: str = "correct it",
 ) -> T:
     """Reads a line, or another text, of JSON; see `read_json`.
@@ -61,29 +64,37 @@ def parse_json(
         kind: what it should hold.
         remedy: what to do if it doesn't.
     """
-    found = None
     try:
         found = json.loads(text)
-        return msgspec.convert(found, kind, str_keys=True)
-    except msgspec.ValidationError as error:
-        told = _explained(str(error), found, kind)
-        raise ValueError(f"{where}: {told}; {remedy}.") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is damaged ({error}); {remedy}.") from error
+    return fit_json(found, where, kind, remedy)
+
+
+def fit_json(found: Any, where: str, kind: type[T] | GenericAlias, remedy: str) -> T:
+    """JSON that another library has parsed as a type; see `parse_json`."""
+    try:
+        return msgspec.convert(found, kind, str_keys=True)
+    except (ValueError, RecursionError) as error:
+        told = _explained(str(error), found, kind)
+        raise ValueError(f"{where}: {told}; {remedy}.") from error
 
 
 def _explained(told: str, found: Any, kind: Any) -> str:
     """What msgspec says of JSON of another kind, with the value, or the right name."""
-    if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", told, re.S):
+    if unknown := re.fullmatch(r"Object contains unknown field `([^`]*)`", told):
         known = [field.encode_name for field in msgspec.structs.fields(kind)]
         near = difflib.get_close_matches(unknown[1], known, 1, 0)[0]
         return f"`{unknown[1]}` is unknown, the nearest field is `{near}`"
     rule, _, place = told.partition(" - at `$")
+    if rule.startswith("`"):  # from the class itself, and names the field
+        return rule
     for name, index in re.findall(r"\.(\w+)|\[(\d+|\.{3})\]", place):
-        if index == "...":  # a value of a dict, whose key isn't told
-            return told
+        if index == "...":  # a value of this dict, whose key isn't told
+            break
         found = found[name or int(index)]
-    rule = rule.replace("Expected", "must be").replace("Object missing", "lacks the")
+    rule = rule.replace("Expected", "must be")
+    rule = rule.replace("Object missing", "lacks the").replace("Object contains", "has")
     field = f"`{place.strip('`.')}`" if place else "it"
     return f"{field} (={reprlib.repr(found)}) {rule}"
 

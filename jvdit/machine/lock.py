@@ -8,7 +8,6 @@ follow watches for as long as a living one can be silent. No two clocks are comp
 
 import contextlib
 import fcntl
-import json
 import os
 import pathlib
 import re
@@ -17,15 +16,33 @@ import socket
 import threading
 import time
 import uuid
-from typing import IO, Any
+from typing import IO
+
+import msgspec
+
+from jvdit.machine.json_files import parse_json
 
 _BEAT = 10.0  # seconds between two signs of life
 _SILENCE = 60.0  # seconds of silence after which a holder counts as dead
 _SETTLING = 2.0  # seconds in which two that follow a dead one see each other
 _PAUSE = 1.0  # seconds between two looks
+_UNKNOWN = "a process that has just begun"
 _BOOT = pathlib.Path("/proc/sys/kernel/random/boot_id")
 # Files, or folders, of ours and of earlier versions that weren't finished.
 _SCRATCH = re.compile(r"\.tmp@[^@]*@\d+@.*|.+\.\d+(\.\d)?\.tmp")
+
+
+class _Holder(msgspec.Struct, frozen=True):
+    """Who holds a folder, as the file says it."""
+
+    host: str
+    pid: int
+    since: str
+    place: str = ""
+    token: str = ""
+
+    def __str__(self):
+        return f"process {self.pid} on {self.host}, since {self.since}"
 
 
 class FolderLock:
@@ -57,7 +74,7 @@ class FolderLock:
                 holder = _parsed(seen[0])
                 if seen[0] is None or not self._is_at_path(file):
                     continue  # it was released meanwhile
-                near = not seen[0] or holder.get("place") == place
+                near = not seen[0] or (holder is not None and holder.place == place)
                 if alone is False and near and holder:
                     raise ValueError(self._refusal(holder))
                 # Nobody else of this host can be here now, and of others none was.
@@ -107,10 +124,10 @@ class FolderLock:
         except FileNotFoundError:
             return False
 
-    def _silent(self, holder: dict[str, Any], seen: tuple[bytes | None, int]) -> bool:
+    def _silent(self, holder: _Holder | None, seen: tuple[bytes | None, int]) -> bool:
         """Whether the holder gives no sign of life; False: it has let go."""
         print(
-            f"{self.path.parent} was held by {_named(holder)}: waiting up to "
+            f"{self.path.parent} was held by {holder or _UNKNOWN}: waiting up to "
             f"{_SILENCE:g} s to see whether that lives.",
             flush=True,
         )
@@ -125,9 +142,8 @@ class FolderLock:
         return True
 
     def _write(self, place: str) -> None:
-        holder = {"host": socket.gethostname(), "pid": os.getpid(), "place": place}
-        holder |= {"since": time.strftime("%F %T %Z"), "token": uuid.uuid4().hex}
-        self._token = json.dumps(holder).encode()
+        ours = socket.gethostname(), os.getpid(), time.strftime("%F %T %Z")
+        self._token = msgspec.json.encode(_Holder(*ours, place, uuid.uuid4().hex))
         assert self._file is not None
         self._file.truncate(0)
         self._file.write(self._token)
@@ -139,24 +155,18 @@ class FolderLock:
                 if self.held:
                     os.utime(self.path)
 
-    def _refusal(self, holder: dict[str, Any]) -> str:
+    def _refusal(self, holder: _Holder | None) -> str:
         return (
-            f"{self.path.parent} is held by another run ({_named(holder)}); wait for "
-            "it, end it, or choose another folder."
+            f"{self.path.parent} is held by another run ({holder or _UNKNOWN}); wait "
+            "for it, end it, or choose another folder."
         )
 
 
-def _named(holder: dict[str, Any]) -> str:
-    if not holder:
-        return "a process that has just begun"
-    return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
-
-
-def _parsed(content: bytes | None) -> dict[str, Any]:
+def _parsed(content: bytes | None) -> _Holder | None:
     try:
-        return json.loads(content or b"{}")
+        return parse_json(content or b"", ".lock", _Holder)
     except ValueError:  # it is being written
-        return {}
+        return None
 
 
 def _place(folder: pathlib.Path) -> str:

@@ -4,7 +4,7 @@ Wan-shaped (arXiv:2503.20314): the released Wan 2.1 and 2.2 networks are rows of
 `VARIANTS`, and our own models differ from them in fields only.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -16,7 +16,13 @@ from jaxtyping import Array, Float
 from jvdit.models.attention.dispatch import rope_tables, wan_axes_dims
 from jvdit.models.attention.mosaic import warn_of_heads
 from jvdit.models.dense import Dense
-from jvdit.models.dit_blocks import Block, ControlBlock, ImageEmbed, ScanBlock
+from jvdit.models.dit_blocks import (
+    Block,
+    Context,
+    ControlBlock,
+    ImageEmbed,
+    ScanBlock,
+)
 from jvdit.models.layers import (
     REMAT_POLICIES,
     Mlp,
@@ -24,6 +30,7 @@ from jvdit.models.layers import (
     fusion_boundary,
     modulate,
     rematerialise,
+    reused,
     timestep_embedding,
 )
 from jvdit.shapes import Text, Tokens
@@ -40,31 +47,21 @@ _WAN_14B = {
 }
 
 _WAN_1_3B = _WAN_14B | {"width": 1536, "depth": 30, "num_heads": 12, "ffn_width": 8960}
+_FIRST_FRAME, _PICTURE = {"cond_channels": 80}, {"image_width": 1280}
+_CONTROL = {"control_channels": 384}
+
 # Sizes by name: `DiT(**VARIANTS[name])`. Channels count a whole patch: Wan's 16 latent
 # channels in patches of 1 x 2 x 2 make 64. Rows without channels belong to our own
 # models, where the autoencoder and the text encoder decide them.
 VARIANTS: dict[str, dict[str, Any]] = {
     "wan2.1-t2v-1.3b": _WAN_1_3B,
     "wan2.1-t2v-14b": _WAN_14B,
-    "wan2.1-i2v-14b": {**_WAN_14B, "cond_channels": 80, "image_width": 1280},
-    "wan2.1-flf2v-14b": {
-        **_WAN_14B,
-        "cond_channels": 80,
-        "image_width": 1280,
-        "image_length": 514,
-    },
-    "wan2.1-vace-1.3b": {
-        **_WAN_1_3B,
-        "control_channels": 384,
-        "control_layers": tuple(range(0, 30, 2)),
-    },
-    "wan2.1-vace-14b": {
-        **_WAN_14B,
-        "control_channels": 384,
-        "control_layers": tuple(range(0, 40, 5)),
-    },
+    "wan2.1-i2v-14b": _WAN_14B | _FIRST_FRAME | _PICTURE,
+    "wan2.1-flf2v-14b": _WAN_14B | _FIRST_FRAME | _PICTURE | {"image_length": 514},
+    "wan2.1-vace-1.3b": _WAN_1_3B | _CONTROL | {"control_layers": (*range(0, 30, 2),)},
+    "wan2.1-vace-14b": _WAN_14B | _CONTROL | {"control_layers": (*range(0, 40, 5),)},
     "wan2.2-t2v-a14b": _WAN_14B,
-    "wan2.2-i2v-a14b": {**_WAN_14B, "cond_channels": 80},
+    "wan2.2-i2v-a14b": _WAN_14B | _FIRST_FRAME,
     "wan2.2-ti2v-5b": {
         **_WAN_14B,
         "width": 3072,
@@ -82,7 +79,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 # Passes over the products with weights and of attention, by what is trained.
 _PASSES = {"nothing": (1, 1), "adapters": (2, 3), "weights": (3, 3)}
 
-_text_init = nn.initializers.normal(0.02)
+_init = nn.initializers.normal(0.02)
 
 
 class DiT(nn.Module):
@@ -159,9 +156,9 @@ class DiT(nn.Module):
         """Predicts the velocity dx/dt of every token.
 
         Args:
-            tokens: noisy latents with their positions, segments and levels.
+            tokens: noisy latents with their positions, levels and what they see.
             t: noise levels of each row: 0 is data, 1 is noise.
-            text: text states; tokens attend to those of their own segment.
+            text: text states, of which tokens attend to those that they see.
 
         Returns:
             Velocity in float32. Padding tokens have values without meaning.
@@ -170,64 +167,89 @@ class DiT(nn.Module):
             ValueError: a field or an argument doesn't fit the others.
         """
         self._check(tokens, t, text)
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = self._embed(tokens)
+        context = self._context(tokens, t, text)
+        x = reused(self, x, lambda dit, x: dit._blocks(x, tokens, context))
+        return self._head(x, context)
 
-        x = Dense(
-            self.width,
-            kernel_init=nn.initializers.xavier_uniform(),
-            name="patch_embed",
-            **kinds,
-        )(tokens.latents.astype(self.dtype))
+    def example_inputs(self) -> tuple[Tokens, Array, Text]:
+        """The smallest inputs with which the network has all of its parameters."""
+
+        def blank(length: int, channels: int) -> Array | None:
+            return jnp.zeros((1, length, channels)) if channels else None
+
+        tokens = Tokens(
+            jnp.zeros((1, 1, self.in_channels)),
+            jnp.zeros((1, 1, 3)),
+            cond=blank(1, self.cond_channels),
+            control=blank(1, self.control_channels),
+        )
+        image = blank(self.image_length or 1, self.image_width)
+        text = Text(jnp.zeros((1, 1, self.text_width)), image=image)
+        return tokens, jnp.zeros((1, 1)), text
+
+    @property
+    def _types(self) -> dict[str, Any]:
+        return {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+    def _embed(self, tokens: Tokens) -> Float[Array, "b n d"]:
+        """Projects patches, and what is known of them, to the width of the network."""
+        init = nn.initializers.xavier_uniform()
+        patches = Dense(self.width, kernel_init=init, name="patch_embed", **self._types)
+        x = patches(tokens.latents.astype(self.dtype))
         if tokens.cond is not None:
             x += Dense(
                 self.width,
                 use_bias=False,
                 kernel_init=nn.initializers.zeros,
                 name="cond_embed",
-                **kinds,
+                **self._types,
             )(tokens.cond.astype(self.dtype))
-        x = constrain(x, "batch", "tokens", None)
-        states = Mlp(
-            self.width, self.width, kernel_init=_text_init, name="text_embed", **kinds
-        )(text.embeds.astype(self.dtype))
-        time, rows = self._time_embedding(t)
+        return constrain(x, "batch", "tokens", None)
 
-        level = tokens.level if t.shape[1] > 1 else None
-        rotation = rope_tables(
-            tokens.position, self._rope_dims, self.rope_theta, self.position_scale
+    def _context(self, tokens: Tokens, t: Array, text: Text) -> Context:
+        """Embeds noise levels, positions, text and picture, once for all blocks."""
+        embed = Mlp(
+            self.width, self.width, nn.gelu, _init, name="text_embed", **self._types
         )
-        image = self._image(text)
-        context = states, rows, level, tokens.segment, text.segment, rotation, image
-        x = self._reused(x, lambda dit, x: dit._whole(x, tokens, *context))
+        time, rows = self._time_embedding(t)
+        return Context(
+            time=time,
+            rows=rows,
+            level=tokens.level if t.shape[1] > 1 else None,
+            rotation=rope_tables(
+                tokens.position, self._rope_dims, self.rope_theta, self.position_scale
+            ),
+            visible=tokens.sees,
+            text=embed(text.embeds.astype(self.dtype)),
+            text_visible=text.seen_by(tokens),
+            image=self._image(text),
+        )
 
-        head = Modulation(2, self.param_dtype, name="head_modulation")
-        shift, scale = head(time[:, :, None], level)
+    def _head(self, x: Array, context: Context) -> Float[Array, "b n o"]:
+        """Projects tokens to their velocity."""
+        modulation = Modulation(2, self.param_dtype, name="head_modulation")
+        shift, scale = modulation(context.time[:, :, None], context.level)
         x = modulate(x, shift, scale, self.eps).astype(self.dtype)
-        x = Dense(
-            self.out_channels, kernel_init=nn.initializers.zeros, name="head", **kinds
-        )(x)
+        zeros = nn.initializers.zeros
+        x = Dense(self.out_channels, kernel_init=zeros, name="head", **self._types)(x)
         return constrain(x.astype(jnp.float32), "batch", "tokens", None)
 
     def _time_embedding(self, t: Array) -> tuple[Array, Array]:
         """Embeds the noise levels: one vector each, and six rows for the blocks."""
-        kinds = {"dtype": jnp.float32, "param_dtype": self.param_dtype}
+        types = {"dtype": jnp.float32, "param_dtype": self.param_dtype}
         x = timestep_embedding(t * self.time_scale, self.freq_dim)
-        x = Mlp(
-            self.width, self.width, nn.silu, _text_init, name="time_embed", **kinds
-        )(x)
-        rows = Dense(
-            6 * self.width,
-            kernel_init=nn.initializers.xavier_uniform(),
-            name="time_proj",
-            **kinds,
-        )(nn.silu(x))
-        return x, rearrange(rows, "b g (r d) -> b g r d", r=6)
+        x = Mlp(self.width, self.width, nn.silu, _init, name="time_embed", **types)(x)
+        init = nn.initializers.xavier_uniform()
+        rows = Dense(6 * self.width, kernel_init=init, name="time_proj", **types)
+        return x, rearrange(rows(nn.silu(x)), "b g (r d) -> b g r d", r=6)
 
     def _image(self, text: Text) -> Array | None:
         if not self.image_width or text.image is None:
             return None
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        embed = ImageEmbed(self.width, self.image_length, name="image_embed", **kinds)
+        embed = ImageEmbed(
+            self.width, self.image_length, name="image_embed", **self._types
+        )
         return embed(text.image)
 
     @property
@@ -238,78 +260,49 @@ class DiT(nn.Module):
             "qk_norm": self.qk_norm,
             "cross_norm": self.cross_norm,
             "eps": self.eps,
-            "dtype": self.dtype,
-            "param_dtype": self.param_dtype,
             "attention_implementation": self.attention_implementation,
+            **self._types,
         }
 
-    def _hints(self, x: Array, tokens: Tokens, *context) -> Array | None:
+    def _hints(self, x: Array, tokens: Tokens, context: Context) -> Array | None:
         """What the control blocks say to each of `control_layers`, stacked."""
         if not self.control_channels or tokens.control is None:
             return None
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        y = Dense(self.width, name="control_embed", **kinds)(
-            tokens.control.astype(self.dtype)
+        embed, join = (
+            Dense(self.width, name=f"control_{name}", **self._types)
+            for name in ("embed", "in")
         )
-        y = Dense(self.width, name="control_in", **kinds)(y) + x
+        y = join(embed(tokens.control.astype(self.dtype))) + x
         block = rematerialise(ControlBlock, self.remat)
         if self.scan_layers:
-            axes = (nn.broadcast,) * len(context)
-            stack = self._scanned(block, len(self.control_layers), axes)
-            return stack(name="controls", **self._block_fields)(y, *context)[1]
+            stack = self._scanned(block, len(self.control_layers), nn.broadcast)
+            return stack(name="controls", **self._block_fields)(y, context)[1]
         hints = []
         for i in range(len(self.control_layers)):
-            y, hint = block(name=f"control_{i}", **self._block_fields)(y, *context)
+            y, hint = block(name=f"control_{i}", **self._block_fields)(y, context)
             hints.append(hint)
         return jnp.stack(hints)
 
-    def _whole(self, x: Array, tokens: Tokens, *context) -> Array:
-        return self._blocks(x, self._hints(x, tokens, *context), *context)
-
-    def _reused(self, x: Array, blocks: Callable[["DiT", Array], Array]) -> Array:
-        """All blocks, or in their place what they added when they last ran.
-
-        The collection "reuse" tells which (`skip`), and keeps that sum (`residual`) and
-        by how much it grew (`ratio`); without the collection they always run.
-        """
-        if not self.has_variable("reuse", "skip"):
-            return blocks(self, x)
-        before = self.get_variable("reuse", "residual")
-        out = nn.cond(
-            self.get_variable("reuse", "skip"),
-            lambda _, x: x + before.astype(x.dtype),
-            blocks,
-            self,
-            x,
-        )
-        added = (out - x).astype(before.dtype)
-        size, size_before = (
-            jnp.linalg.norm(y.astype(jnp.float32), axis=-1) for y in (added, before)
-        )
-        ratio = jnp.mean(size / (size_before + 1e-8))
-        self.put_variable("reuse", "residual", added)
-        self.put_variable("reuse", "ratio", ratio)
-        return out
-
-    def _blocks(self, x: Array, hints: Array | None, *context) -> Array:
+    def _blocks(self, x: Array, tokens: Tokens, context: Context) -> Array:
+        hints = self._hints(x, tokens, context)
         layers = list(self.control_layers)
         if self.scan_layers:
             slots = [layers.index(i) if i in layers else -1 for i in range(self.depth)]
-            axes = (0,) + (nn.broadcast,) * (1 + len(context))
+            axes = (0, nn.broadcast, nn.broadcast)
             block = rematerialise(ScanBlock, self.remat)
             stack = self._scanned(block, self.depth, axes)(
                 name="blocks", **self._block_fields
             )
-            return stack(x, jnp.array(slots), hints, *context)[0]
+            return stack(x, jnp.array(slots), hints, context)[0]
         block = rematerialise(Block, self.remat)
         for i in range(self.depth):
             made = block(name=f"block_{i}", **self._block_fields)
-            x = fusion_boundary(made(x, *context))
+            x = fusion_boundary(made(x, context))
             if hints is not None and i in layers:
                 x = x + hints[layers.index(i)]
         return x
 
-    def _scanned(self, block: Any, length: int, in_axes: tuple[Any, ...]) -> Any:
+    def _scanned(self, block: Any, length: int, in_axes: Any) -> Any:
         return nn.scan(
             block,
             variable_axes={"params": 0, "lora": 0},

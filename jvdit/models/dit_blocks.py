@@ -3,6 +3,7 @@
 from functools import partial
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -20,7 +21,33 @@ from jvdit.models.layers import (
     RMSNorm,
     modulate,
 )
+from jvdit.shapes import Visible
 from jvdit.sharding import constrain
+
+
+@flax.struct.dataclass
+class Context:
+    """What every block is told beside the tokens that it updates.
+
+    Attributes:
+        time: embedding of each noise level, in float32.
+        rows: shifts, scales and gates of each noise level, in float32.
+        level: which noise level each token is at. None: there is one.
+        rotation: tables of `rope_tables` for the tokens.
+        visible: which tokens each token sees; None: all.
+        text: states of the text, as wide as a token.
+        text_visible: which of them each token sees; None: all.
+        image: states of a picture, as wide as a token, or None.
+    """
+
+    time: Float[Array, "b g d"]
+    rows: Float[Array, "b g 6 d"]
+    level: Int[Array, "b n"] | None
+    rotation: tuple[Float[Array, "b n k"], Float[Array, "b n k"]]
+    visible: Visible | None
+    text: Float[Array, "b s d"]
+    text_visible: Visible | None
+    image: Float[Array, "b i d"] | None
 
 
 class Attention(nn.Module):
@@ -30,12 +57,14 @@ class Attention(nn.Module):
         num_heads: heads; they divide the channels of the input.
         qk_norm: normalise queries and keys over all heads together.
         implementation: form of `attention`.
+        keys: how a mesh divides the keys, see `attention`.
     """
 
     num_heads: int
     qk_norm: bool = True
     eps: float = 1e-6
     implementation: str = "auto"
+    keys: str = "tokens"
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
@@ -44,18 +73,16 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "b n d"],
         context: Float[Array, "b s d"],
-        segment: Int[Array, "b n"] | None,
-        context_segment: Int[Array, "b s"] | None,
+        visible: Visible | None = None,
         rotation: tuple[Array, Array] | None = None,
         image: Float[Array, "b i d"] | None = None,
     ) -> Float[Array, "b n d"]:
         """Lets the tokens of `x` attend to those of `context`.
 
         Args:
-            x: tokens that ask.
-            context: tokens that answer; `x` itself in self-attention.
-            segment: clip of each asking token, or None.
-            context_segment: clip of each answering token, or None.
+            x: tokens that queries are made of.
+            context: tokens that keys and values are made of; `x` in self-attention.
+            visible: which tokens of `context` each of `x` sees; None: all.
             rotation: tables of `rope_tables` for queries and keys, or None.
             image: states of a picture, which have keys and values of their own and a
                 softmax of their own; every token sees them. None: there are none.
@@ -75,9 +102,8 @@ class Attention(nn.Module):
         )
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
-        out = attention(
-            q, k, v, segment, context_segment, implementation=self.implementation
-        )
+        attend = partial(attention, implementation=self.implementation)
+        out = attend(q, k, v, visible, keys=self.keys)
         if image is not None:
             k = RMSNorm(self.eps, name="image_key_norm", **kinds)(
                 linear("image_key")(image)
@@ -86,7 +112,7 @@ class Attention(nn.Module):
                 rearrange(y, "b n (q k) -> b n q k", q=self.num_heads)
                 for y in (k, linear("image_value")(image))
             )
-            out = out + attention(q, k, v, implementation=self.implementation)
+            out = out + attend(q, k, v, keys="text")
         return linear("out")(rearrange(out, "b n q k -> b n (q k)"))
 
 
@@ -107,38 +133,28 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "b n d"],
-        text: Float[Array, "b s d"],
-        embedding: Float[Array, "b g 6 d"],
-        level: Int[Array, "b n"] | None,
-        segment: Int[Array, "b n"] | None,
-        text_segment: Int[Array, "b s"] | None,
-        rotation: tuple[Array, Array],
-        image: Float[Array, "b i d"] | None = None,
+        self, x: Float[Array, "b n d"], context: Context
     ) -> Float[Array, "b n d"]:
         """Updates the tokens; norms, modulation and residual sums are float32."""
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x = checkpoint_name(x, BLOCK_INPUT)
         heads = (self.num_heads, self.qk_norm, self.eps, self.attention_implementation)
         modulation = Modulation(6, self.param_dtype, name="modulation")
-        rows = modulation(embedding, level)
+        rows = modulation(context.rows, context.level)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = rows
-        text_by = (None, None)
-        if text_segment is not None:
-            # One clip a row: self-attention needs no mask, padded text still does.
-            asking = jnp.ones(x.shape[:2], jnp.int32) if segment is None else segment
-            text_by = (asking, text_segment)
 
         y = modulate(x, shift, scale, self.eps).astype(self.dtype)
         y = Attention(*heads, name="self_attention", **kinds)(
-            y, y, segment, segment, rotation
+            y, y, context.visible, context.rotation
         )
         x = (x + y * gate).astype(self.dtype)
 
         y = LayerNorm(self.eps, name="cross_norm")(x) if self.cross_norm else x
-        y = Attention(*heads, name="cross_attention", **kinds)(
-            y.astype(self.dtype), text, *text_by, image=image
+        y = Attention(*heads, keys="text", name="cross_attention", **kinds)(
+            y.astype(self.dtype),
+            context.text,
+            context.text_visible,
+            image=context.image,
         )
         x = x + y
 
@@ -152,9 +168,9 @@ class ScanBlock(Block):
     """A block as the body of `nn.scan`: its carry is the tokens."""
 
     @nn.compact
-    def __call__(self, x, slot, hints, *context):
+    def __call__(self, x, slot, hints, context):
         """Updates the tokens, and adds the hint in `slot`; -1: none."""
-        x = super().__call__(x, *context)
+        x = super().__call__(x, context)
         if hints is None:
             return x, None
         hint = jax.lax.dynamic_index_in_dim(hints, slot, keepdims=False)
@@ -168,9 +184,9 @@ class ControlBlock(Block):
     """
 
     @nn.compact
-    def __call__(self, x, *context):
+    def __call__(self, x, context):
         """Updates the control tokens; returns (tokens, hint)."""
-        x = super().__call__(x, *context)
+        x = super().__call__(x, context)
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         zeros = nn.initializers.zeros_init()
         return x, Dense(x.shape[-1], kernel_init=zeros, name="hint", **kinds)(x)

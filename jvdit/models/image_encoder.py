@@ -101,7 +101,7 @@ class ImageBlock(nn.Module):
         norm = partial(LayerNorm, self.eps, self.param_dtype)
         y = norm(name="attention_norm")(x).astype(self.dtype)
         attention = Attention(self.num_heads, qk_norm=False, name="attention", **kinds)
-        x = x + attention(y, y, None, None)
+        x = x + attention(y, y)
         y = norm(name="mlp_norm")(x).astype(self.dtype)
         activation = ACTIVATIONS[self.activation]
         x = x + Mlp(self.ffn_width, x.shape[-1], activation, name="mlp", **kinds)(y)

@@ -223,6 +223,41 @@ def rematerialise(block: type[nn.Module], policy: str) -> type[nn.Module]:
     return nn.remat(block, policy=REMAT_POLICIES[policy], prevent_cse=False)
 
 
+def reused(
+    module: nn.Module,
+    x: Float[Array, "b n d"],
+    blocks: Callable[[Any, Array], Array],
+) -> Float[Array, "b n d"]:
+    """Runs all blocks of a module, or adds in their place what they added last.
+
+    The collection "reuse" tells which (`skip`), and keeps that sum (`residual`) and by
+    how much it grew (`ratio`); without the collection they always run.
+
+    Args:
+        module: that has the collection and the blocks.
+        x: tokens that go into the first block.
+        blocks: (module, tokens) to the tokens that leave the last.
+    """
+    if not module.has_variable("reuse", "skip"):
+        return blocks(module, x)
+    before = module.get_variable("reuse", "residual")
+    out = nn.cond(
+        module.get_variable("reuse", "skip"),
+        lambda _, x: x + before.astype(x.dtype),
+        blocks,
+        module,
+        x,
+    )
+    added = (out - x).astype(before.dtype)
+    size, size_before = (
+        jnp.linalg.norm(y.astype(jnp.float32), axis=-1) for y in (added, before)
+    )
+    ratio = jnp.mean(size / (size_before + 1e-8))
+    module.put_variable("reuse", "residual", added)
+    module.put_variable("reuse", "ratio", ratio)
+    return out
+
+
 def fusion_boundary(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Returns `x`, and keeps XLA on CPU from fusing across it, gradients included.
 

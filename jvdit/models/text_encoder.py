@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jvdit.models.dense import Dense
 from jvdit.models.layers import RMSNorm
+from jvdit.shapes import Visible
 from jvdit.sharding import constrain
 
 # Sizes by name: `TextEncoder(**VARIANTS[name])`. Rows without a vocabulary belong to
@@ -243,8 +244,7 @@ class TextEncoder(nn.Module):
                 self.param_dtype,
                 name="relative_bias",
             )(ids.shape[1], self.width)
-        visible = segment[:, :, None] == segment[:, None, :]
-        x = self._blocks(x, visible, bias)
+        x = self._blocks(x, Visible.packed(segment).mask(), bias)
         x = RMSNorm(self.eps, self.dtype, self.param_dtype, name="final_norm")(x)
         return x * (segment > 0)[..., None].astype(x.dtype)
 

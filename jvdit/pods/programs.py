@@ -20,7 +20,7 @@ from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
 from jvdit.generation.sampling import Stepper, start_noise
 from jvdit.machine.chips import several
-from jvdit.models.dit import DiT
+from jvdit.models.backbones import Backbone
 from jvdit.models.video_vae import VideoVAE
 from jvdit.models.video_vae_chunked import (
     at_once,
@@ -42,7 +42,6 @@ from jvdit.tasks.flow_objective import flow_objective
 from jvdit.training.optim import Optim
 from jvdit.training.state import TrainState, new_state, state_shardings
 from jvdit.training.step import jit_train_step
-from jvdit.weights.folders import dit_inputs
 
 # Steps of the solver in a program of sampling: with the second, none is the first.
 SAMPLED = 2
@@ -106,7 +105,8 @@ def packed_shapes(
         "latents": _shape(rows, n, channels),
         "logvar": _shape(rows, n, channels),
         "position": _shape(rows, n, 3),
-        "segment": _shape(rows, n, dtype=jnp.int32),
+        **{x: _shape(rows, n, dtype=jnp.int32) for x in ("kind", "segment", "level")},
+        "givable": _shape(rows, n, dtype=jnp.bool_),
         "text_segment": _shape(rows, s, dtype=jnp.int32),
         "valid": _shape(rows, data.max_clips, dtype=jnp.bool_),
     }
@@ -130,7 +130,7 @@ def train_program(
     pt, ph, pw = config.patch_size
     channels = latent_channels * pt * ph * pw
     batch = packed_shapes(config, rows, channels, text_width)
-    optim = Optim(**config.optim)
+    optim = Optim(**config.optim.to_dict())
     with jax.set_mesh(mesh), jax.default_matmul_precision(config.matmul_precision):
         objective = flow_objective(
             config,
@@ -164,12 +164,14 @@ def train_program(
         return step.lower(state, batch, frozen), state, shardings
 
 
-def _row_shapes(module: DiT, rows: int, tokens: int) -> dict[str, jax.ShapeDtypeStruct]:
+def _row_shapes(
+    module: Backbone, rows: int, tokens: int
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of rows that are to be solved."""
     arrays = {
         "latents": _shape(rows, tokens, module.in_channels),
         "position": _shape(rows, tokens, 3),
-        "segment": _shape(rows, tokens, dtype=jnp.int32),
+        **{x: _shape(rows, tokens, dtype=jnp.int32) for x in ("segment", "level")},
     }
     for key in ("cond", "control"):
         if channels := getattr(module, f"{key}_channels"):
@@ -178,7 +180,7 @@ def _row_shapes(module: DiT, rows: int, tokens: int) -> dict[str, jax.ShapeDtype
 
 
 def sample_program(
-    module: DiT, mesh: Mesh, rows: int, tokens: int, text_length: int
+    module: Backbone, mesh: Mesh, rows: int, tokens: int, text_length: int
 ) -> Any:
     """`SAMPLED` steps of the solver with guidance, in the types of the module.
 
@@ -202,7 +204,7 @@ def sample_program(
     states = _shape(rows, text_length, module.text_width)
     with jax.set_mesh(mesh):
         params = jax.eval_shape(
-            lambda key: module.init(key, *dit_inputs(module))["params"], _key()
+            lambda key: module.init(key, *module.example_inputs())["params"], _key()
         )
         running = jax.eval_shape(
             lambda *x: start_noise(
@@ -210,6 +212,7 @@ def sample_program(
                 path=NoisePath(),
                 policy=TimestepPolicy(),
                 one_clip=not padding,
+                given=False,
                 noisy=False,
                 **settings,
             ),

@@ -2,20 +2,20 @@
 
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 from jvdit.config import Config
 from jvdit.data.sources import LatentSource
 from jvdit.machine.json_files import differences
 from jvdit.models.video_vae import VideoVAE
 from jvdit.weights.caption_encoder import CaptionEncoder
+from jvdit.weights.network import Network
 from jvdit.weights.parameters import build, load_weights, weights_hash
 
 
 def cached_autoencoder(
     config: Config, sources: Sequence[LatentSource]
-) -> tuple[VideoVAE, Any, str]:
-    """The autoencoder of the cache; refuses caches of several, or of another."""
+) -> tuple[Network, str]:
+    """The autoencoder of the cache, and its hash; refuses caches of several."""
     cache = config.data.sources[0].partition("#")[0]
     folder = pathlib.Path(cache) / "vae"
     for name, source in zip(config.data.sources, sources, strict=True):
@@ -38,7 +38,7 @@ def cached_autoencoder(
                 f"({'; '.join(differing)}). Encode it anew with "
                 f"python -m jvdit.encode --vae {config.autoencoder}."
             )
-    return build(VideoVAE, fields), params, held["hash"]
+    return Network(build(VideoVAE, fields), params), held["hash"]
 
 
 def cached_captions(

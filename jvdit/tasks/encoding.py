@@ -31,7 +31,7 @@ from jvdit.machine.files import said_if_full
 from jvdit.models.video_vae import VideoVAE
 from jvdit.weights.caption_encoder import CaptionEncoder
 from jvdit.weights.clip_encoder import ClipEncoder
-from jvdit.weights.parameters import save_weights
+from jvdit.weights.parameters import module_fields, save_weights
 
 SHARD = 2048  # clips
 _READERS = min(16, os.cpu_count() or 1)  # threads
@@ -228,7 +228,7 @@ def _by_size(index, ids: Sequence[int]) -> dict[tuple[int, ...], list[int]]:
 
 def _save_autoencoder(encoder: ClipEncoder, folder: pathlib.Path) -> None:
     """Writes it beside its latents, with their statistics unless it has some."""
-    fields = dict(encoder.fields)
+    fields = module_fields(encoder.module)
     if fields.get("latents_mean") is None:
         mean, std = _statistics(folder)
         fields |= {"latents_mean": mean, "latents_std": std}

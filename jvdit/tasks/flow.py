@@ -1,8 +1,7 @@
-"""Training the DiT on cached latents, with a text encoder or on cached text states."""
+"""Training a DiT on cached latents, with a text encoder or on cached text states."""
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -12,54 +11,40 @@ from jax.sharding import Mesh
 
 from jvdit.config import Config
 from jvdit.data.catalog import open_source
-from jvdit.data.media.reader import decode_clip
-from jvdit.data.media.writer import encode_clip
 from jvdit.data.pipeline import PackedBatches
 from jvdit.data.plan import PackPlan
-from jvdit.data.sheets import contact_sheet, write_png
 from jvdit.data.sources import LatentSource
 from jvdit.data.tokenizer import Tokenizer, train_tokenizer
-from jvdit.data.world import World
 from jvdit.diffusion.noise_path import NoisePath
-from jvdit.diffusion.solvers import check_solver
-from jvdit.evaluation import oracle
-from jvdit.generation.draft import check_draft
-from jvdit.generation.generator import Generator
-from jvdit.generation.request import Request
-from jvdit.machine.cluster import is_lead, to_host
+from jvdit.machine.cluster import to_host
 from jvdit.machine.compilation import jit
-from jvdit.models.dit import DiT
+from jvdit.models.backbones import MODELS
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.sharding import parameter_shardings
 from jvdit.tasks.caches import cached_autoencoder, cached_captions
+from jvdit.tasks.flow_model import FlowModel
 from jvdit.tasks.flow_objective import flow_objective
+from jvdit.tasks.samples import Samples
 from jvdit.tasks.task import Task
 from jvdit.training.objectives.denoising import FlowObjective
-from jvdit.weights import wan
-from jvdit.weights.adapters import write_lora
-from jvdit.weights.conventions import Conventions
-from jvdit.weights.folders import save_dit
-from jvdit.weights.networks import fingerprint, finished_parameters
+from jvdit.weights.opening import open_bundle
 from jvdit.weights.parameters import module_fields
-from jvdit.weights.release import is_release, read_release
-
-_OF_TRAINING = ("prompts", "scored", "pictures")
-_TOLD = ("all", "count", "color", "shape", "size", "direction", "physics")
+from jvdit.weights.starting import fingerprint, finished_parameters
 
 
 class FlowTask(Task):
     """Trains a DiT, and perhaps a text encoder, on cached latents."""
 
     objective: FlowObjective
-    networks: ClassVar = {"dit": DiT, "text_encoder": TextEncoder, "path": NoisePath}
+    networks: ClassVar = {"text_encoder": TextEncoder, "path": NoisePath} | {
+        name: family.module for name, family in MODELS.items()
+    }
     sources: list[LatentSource]  # type: ignore[assignment]
 
     def __init__(self, config: Config, mesh: Mesh, workdir: pathlib.Path):
         super().__init__(config, mesh, workdir)
         data = config.data
-        self.vae, self.vae_params, self.vae_hash = cached_autoencoder(
-            config, self.sources
-        )
+        self.vae, self.vae_hash = cached_autoencoder(config, self.sources)
         self.captions = cached_captions(config, self.sources)
         self.tokenizer = self.captions.tokenizer if self.captions else self._tokenizer()
         self.plan = self._plan(self.sources, config.seed, data.weights or None)
@@ -74,10 +59,19 @@ class FlowTask(Task):
         clips = sum(map(len, self.sources))
         self.summary = f"{clips} clips, {self.plan.padding:.1%} padding"
         self.flops = self._flops()
-        self._check_samples()
+        drawn = config.sample.pictures
+        self.model = FlowModel(
+            config,
+            self.objective,
+            self.vae,
+            self.captions,
+            self.tokenizer,
+            self.frozen,
+            open_bundle(drawn) if drawn else None,
+        )
+        self.samples = Samples(self.model, mesh)
         self._validation = self._validation_batch()
         self._measure = jit(self.objective.validate)
-        self._generator: Generator | None = None
 
     # Building
 
@@ -130,9 +124,10 @@ class FlowTask(Task):
         return PackedBatches(
             sources,
             plan,
-            latent_mean=np.asarray(self.vae.latents_mean),
-            latent_std=np.asarray(self.vae.latents_std),
-            temporal_compression=self.vae.temporal_compression,
+            latent_mean=np.asarray(self.vae.module.latents_mean),
+            latent_std=np.asarray(self.vae.module.latents_std),
+            temporal_compression=self.vae.module.temporal_compression,
+            conditions=("first_frame",) if self.config.first_frame else (),
             caption_dropout=dropout,
             seconds=self.config.conventions.seconds,
             pad_text=self.config.conventions.pad_text,
@@ -173,13 +168,14 @@ class FlowTask(Task):
             # What made the cache, without reading the encoder for it.
             text = dict(self.sources[0].settings["text"])
             text.pop("length")
-        adapters, expert = {}, self.config.expert
+        adapters, expert, backbone = {}, self.config.expert, self.config.backbone
         if objective.lora:
             adapters = dataclasses.asdict(objective.lora)
             adapters |= {"base": fingerprint(self.config.start_from, expert)}
         return {
             **({"lora": adapters} if adapters else {}),
             **({"expert": expert} if expert != "dit" else {}),
+            **({"backbone": backbone} if backbone != "dit" else {}),
             "objective": "flow",
             "seed": self.config.seed,
             "dit": module_fields(objective.dit),
@@ -194,22 +190,6 @@ class FlowTask(Task):
         rows, tokens = self.example["segment"].shape
         text = self.example["text_segment"].shape[1]
         return float(rows * self.hosts * self.objective.flops(tokens, text))
-
-    def _check_samples(self):
-        sample = self.config.sample
-        check_solver(sample.solver)
-        if sample.scored:
-            oracle.check_frames(self._world().frames)
-        self._pictures = None
-        if sample.pictures:
-            self._pictures = Generator.load(sample.pictures, self.mesh)
-        generator = self._generator_of(None)
-        if sample.draft:
-            check_draft(generator)
-        for request in self._requests(self.config.sample.prompts or [""]):
-            generator.check(request)
-            if self._pictures is not None:
-                self._pictures.check(dataclasses.replace(request, frames=1))
 
     def _validation_batch(self):
         data = self.config.data
@@ -244,131 +224,8 @@ class FlowTask(Task):
         found = {f"validation/t={t:g}": float(e) for t, e in errors.items()}
         return found | {"validation/loss": float(np.mean(total / batches))}
 
-    def _requests(self, prompts: Sequence[str]) -> list[Request]:
-        sample = self.config.sample
-        size = {name: sample[name] for name in ("frames", "height", "width", "fps")}
-        return [Request(prompt, seed=i, **size) for i, prompt in enumerate(prompts)]
+    def show(self, params, metrics, step, folder):  # noqa: D102
+        self.samples.show(params, metrics, step, folder)
 
-    def _clips(self, prompts: Sequence[str]) -> list[np.ndarray]:
-        """Clips of the prompts by the solver that ships, with seeds 0, 1, ..."""
-        assert self._generator is not None
-        sample = self.config.sample
-        return self._generator(
-            self._requests(prompts),
-            draft=sample.draft,
-            steps=sample.steps,
-            solver=sample.solver,
-            guidance_scale=sample.guidance_scale,
-            rows=self.config.data.rows,
-        )
-
-    def _generator_of(self, params) -> Generator:
-        sample, objective = self.config.sample, self.objective
-        conventions = self.config.conventions.to_dict()
-        conventions["clean_frames"] |= objective.first_frame > 0
-        weights = {**self.frozen, **(params or {}), "vae": self.vae_params}
-        text_encoder = objective.text_encoder
-        if self.captions:
-            text_encoder = self.captions.module
-            weights["text_encoder"] = self.captions.params
-        return Generator(
-            dit=objective.dit,
-            text_encoder=text_encoder,
-            vae=self.vae,
-            params=weights,
-            tokenizer=self.tokenizer,
-            path=objective.path,
-            policy=objective.policy,
-            patch_size=tuple(self.config.patch_size),
-            text_length=self.config.data.text_length,
-            defaults={k: v for k, v in sample.items() if k not in _OF_TRAINING},
-            mesh=self.mesh,
-            conventions=Conventions(**conventions),
-            boundary=objective.boundary,
-            pictures=self._pictures,
-            text_release=self.captions.release if self.captions else "",
-            together=False,
-        )
-
-    def show(self, params, metrics, step, folder):
-        """Clips from the config's prompts, and the scores of clips of the world's."""
-        prompts, scored = self.config.sample.prompts, self.config.sample.scored
-        if not prompts and not scored:
-            return
-        if self._generator is None:
-            self._generator = self._generator_of(params)
-        if self.objective.lora:
-            self._generator.adapters = {"dit": self._adapters(params)}
-        else:
-            self._generator.load_params(params)
-        if prompts:
-            videos = self._clips(prompts)
-            if is_lead():
-                self._write(videos, metrics, step, folder)
-        if scored:
-            found = self._scores(np.arange(scored))
-            metrics.scalars(step, {f"oracle/{name}": x for name, x in found.items()})
-            told = (f"{name} {found[name]:.2f}" for name in _TOLD)
-            metrics.say(f"step {step}, {scored} clips scored: {', '.join(told)}")
-
-    def _write(self, videos, metrics, step, folder):
-        """Writes sample clips, and a sheet of them.
-
-        Of a run that started from finished weights, with what those gave above each.
-        """
-        rows, captions = [], []
-        for i, (video, prompt) in enumerate(
-            zip(videos, self.config.sample.prompts, strict=True)
-        ):
-            before = folder / f"step_{0:07d}_{i}.mp4"
-            if step and before.exists():
-                frames, height, width, _ = video.shape
-                size = {"frames": frames, "height": height, "width": width}
-                fps = self.config.sample.fps
-                rows.append(decode_clip(str(before), fps=fps, **size)["video"])
-                captions += [prompt, f"after {step} steps"]
-            else:
-                captions.append(prompt)
-            rows.append(video)
-        sheet = contact_sheet(rows, captions)
-        metrics.sheet(step, "samples", sheet)
-        write_png(folder / f"step_{step:07d}.png", sheet)
-        for i, video in enumerate(videos):
-            name = f"step_{step:07d}_{i}.mp4"
-            encode_clip(folder / name, video, self.config.sample.fps)
-
-    def _world(self) -> World:
-        sample = self.config.sample
-        return World("val", 0, sample.frames, sample.height, sample.width, sample.fps)
-
-    def _scores(self, ids: np.ndarray) -> dict[str, float]:
-        """What the oracle says of clips of the first prompts of the world's val."""
-        world = self._world()
-        videos = self._clips(world.captions(ids))
-        return oracle.means(
-            oracle.score(np.stack(videos), world.scenes(ids), world.fps)
-        )
-
-    def _adapters(self, params) -> dict[str, Any]:
-        lora = self.objective.lora
-        assert lora is not None
-        return lora.active(params["lora"], training=False)
-
-    def save(self, params, folder):
-        """Writes a finished model.
-
-        Adapters, and a network of a released model, are written alone, as diffusers
-        reads them.
-        """
-        params, start = to_host(params), self.config.start_from
-        if not is_lead():
-            return
-        if self.objective.lora:
-            write_lora(folder, self._adapters(params), wan.dit_rules())
-        elif start and is_release(start):
-            expert, parts = self.config.expert, read_release(start).parts
-            for name in ("dit", "dit_low") if expert == "both" else ("dit",):
-                like = parts[name if expert == "both" else expert]
-                save_dit(folder / like.name, params[name], self.objective.dit, like)
-        else:
-            self._generator_of(params).save(folder)
+    def save(self, params, folder):  # noqa: D102
+        self.model.save(params, folder)

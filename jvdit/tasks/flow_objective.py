@@ -4,7 +4,7 @@ from jax.sharding import Mesh
 
 from jvdit.config import Config
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
-from jvdit.models.dit import DiT
+from jvdit.models.backbones import MODELS
 from jvdit.models.lora import LoRA
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.training.objectives.denoising import FlowObjective
@@ -29,7 +29,7 @@ def flow_objective(
         channels: of a patch of latents.
         text_width: of cached text states. 0: a text encoder is trained along.
         vocab_size: of its tokenizer.
-        one_clip: see `objectives.tokens_of`.
+        one_clip: see `Tokens.of`.
 
     Raises:
         ValueError: settings contradict one another.
@@ -47,7 +47,7 @@ def flow_objective(
     lora = config.lora.to_dict()
     return FlowObjective(
         lora=LoRA(**lora) if lora["rank"] else None,
-        dit=build(DiT, network),
+        dit=build(MODELS[config.backbone].module, network),
         text_encoder=text_encoder,
         path=NoisePath(**config.path),
         policy=TimestepPolicy.of(config.timesteps.to_dict()),

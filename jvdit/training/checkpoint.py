@@ -15,10 +15,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import msgspec
 import orbax.checkpoint as ocp
 
 from jvdit.machine import cluster
-from jvdit.machine.json_files import differences, read_json, write_json
+from jvdit.machine.json_files import differences, parse_json, read_json, write_json
 from jvdit.training.digests import write_digests
 from jvdit.training.restoring import owned, restore_newest
 from jvdit.weights.parameters import json_field
@@ -26,6 +27,25 @@ from jvdit.weights.parameters import json_field
 _LARGE_PART = 1 << 20  # bytes of an array that one of several devices writes
 CHECKPOINTS = "checkpoints"  # folder in a workdir
 PathLike = str | os.PathLike[str]
+
+
+class _Optim(msgspec.Struct, frozen=True):
+    """What of an optimizer's settings its state depends on."""
+
+    name: str | None = None
+
+
+class _Config(msgspec.Struct, frozen=True):
+    """What of a run's settings its checkpoints depend on."""
+
+    optim: _Optim = _Optim()
+
+
+class _Run(msgspec.Struct, frozen=True):
+    """What `config.json` of a workdir holds."""
+
+    identity: dict[str, Any] = {}
+    config: _Config = _Config()
 
 
 class Checkpoints:
@@ -169,35 +189,34 @@ def claim_workdir(
     path = pathlib.Path(workdir) / "config.json"
     if path.exists():
         begun = "delete it if this is the command that the run was begun with"
-        held = read_json(path, begun)
-        ours = json.loads(json.dumps(config))["identity"]
-        theirs = held.get("identity", {})
+        held = read_json(path, begun, _Run)
+        ours = parse_json(json.dumps(config), "this run's config", _Run)
+        theirs, known = held.identity, ours.identity
         for name, module in (modules or {}).items():
             if isinstance(theirs.get(name), dict):
                 later = json.loads(json.dumps(_defaults(module)))
-                later = {key: later[key] for key in later.keys() & ours[name].keys()}
+                later = {key: later[key] for key in later.keys() & known[name].keys()}
                 theirs[name] = later | theirs[name]
-        differing = differences(theirs, ours)
+        differing = differences(theirs, known)
         if differing:
             raise ValueError(
                 f"workdir {workdir} holds another model: {'; '.join(differing)}. "
                 "Choose another --workdir, or restore those settings."
             )
-        _check_optimizer(path.parent, held.get("config", {}), config.get("config", {}))
+        _check_optimizer(path.parent, held.config.optim.name, ours.config.optim.name)
     if jax.process_index() == 0:
         _check_renaming(path.parent)
         write_json(path, config)
 
 
 def _check_optimizer(
-    folder: pathlib.Path, held: Mapping[str, Any], asked: Mapping[str, Any]
+    folder: pathlib.Path, theirs: str | None, ours: str | None
 ) -> None:
     """Whether the optimizer is the one whose state the checkpoints hold.
 
     Raises:
         ValueError: it isn't.
     """
-    theirs, ours = (x.get("optim", {}).get("name") for x in (held, asked))
     begun = any((folder / "checkpoints").glob("[0-9]*"))
     if begun and theirs != ours and None not in (theirs, ours):
         raise ValueError(

@@ -18,9 +18,20 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
+
+from jvdit.machine.json_files import read_json
+
 _NAME = "digests.{}.json"
 _THREADS = 4  # beside those that train
 _BYTES = 16  # of a digest
+
+
+class _Listing(msgspec.Struct, frozen=True):
+    """What a process lists: the size and the digest of each file that it wrote."""
+
+    processes: int
+    files: dict[str, tuple[int, str]]
 
 
 def write_digests(folder: pathlib.Path, process: int, processes: int) -> None:
@@ -59,7 +70,7 @@ def find_damage(folder: pathlib.Path, process: int = 0, processes: int = 1) -> s
     """
     try:
         listed = sorted(_listed(folder)[0].items())[process::processes]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         return f"its digests can't be read: {error}"
     with ThreadPoolExecutor(_THREADS) as pool:
         found = pool.map(lambda item: _damage(folder, item[0], *item[1]), listed)
@@ -76,9 +87,8 @@ def _listed(folder: pathlib.Path) -> tuple[dict[str, tuple[int, str]], int]:
     """Sizes and digests of the files by name, and how many processes there were."""
     found, processes = {}, 0
     for part in sorted(folder.glob(_NAME.format("*"))):
-        listing = json.loads(part.read_text())
-        processes = int(listing["processes"])
-        found |= {name: (int(n), str(x)) for name, (n, x) in listing["files"].items()}
+        listing = read_json(part, "delete it", _Listing)
+        found, processes = found | listing.files, listing.processes
     return found, processes
 
 

@@ -22,26 +22,17 @@ from rich.progress import (
 )
 from rich.table import Column
 
+from jvdit.machine.chips import this_chip
+from jvdit.machine.json_files import parse_json
+
 _HISTORY = "history.jsonl"
 _FLUSHED_WITHIN = 60  # seconds
-# Dense bf16 peaks of a device as jax counts devices, in FLOP/s, by device_kind.
-PEAKS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
 
 
 def peak_flops() -> float:
     """FLOP/s that one device reaches at best: published, or measured by a matmul."""
-    kind = jax.devices()[0].device_kind
-    for name in sorted(PEAKS, key=len, reverse=True):
-        if kind.startswith(name):
-            return PEAKS[name]
+    if peak := this_chip().peak:
+        return peak
     size, tries = 1024, 5
     x = jnp.ones((size, size))
     product = jax.jit(lambda x: x @ x)
@@ -205,12 +196,12 @@ def read_history(workdir: str | os.PathLike[str]) -> dict[str, list[tuple[int, f
     """
     file = pathlib.Path(workdir) / _HISTORY
     found: dict[str, dict[int, float]] = {}
-    for line in file.read_text().splitlines() if file.exists() else ():
+    for line in file.read_bytes().splitlines() if file.exists() else ():
         try:
-            values = json.loads(line)
-        except json.JSONDecodeError:  # the run was killed while it wrote this
-            continue
-        step = values.pop("step")
+            values = parse_json(line, str(file), dict[str, float])
+            step = int(values.pop("step"))
+        except (ValueError, KeyError, OverflowError):
+            continue  # the run was killed while it wrote this
         for name, value in values.items():
             found.setdefault(name, {})[step] = value
     return {name: sorted(points.items()) for name, points in found.items()}

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jvdit.training.muon import scale_by_muon
 # Paths of the parameters that weight decay reaches.
 DECAYING = re.compile(r"(.*/)?(kernel|token_embed/embedding|lora_a|lora_b)")
 _LEAST, _MOST = float(np.finfo(np.float32).tiny), math.inf
+_SHARED = {"ema", "accumulate", "networks"}  # of all networks
 # Between what each number lies, as the float32 that it becomes, and what is told else.
 _RANGES = {
     "lr": (_LEAST, _MOST, "be > 0 and finite; try 1e-4"),
@@ -49,6 +51,8 @@ class Optim:
         ema: decay of the average; smaller at first, min(ema, (1 + n) / (10 + n)).
         accumulate: parts that a batch is taken in, to save memory; the update is that
             of the whole batch.
+        networks: what differs for some networks, by name: {"critic": {"lr": 1e-5}}.
+            Each of those is clipped by itself, all others together.
 
     Raises:
         ValueError: a value is out of range.
@@ -65,6 +69,7 @@ class Optim:
     clip: float = 1.0
     ema: float = 0.999
     accumulate: int = 1
+    networks: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if self.name not in OPTIMIZERS:
@@ -81,6 +86,19 @@ class Optim:
             value = getattr(self, name)
             if not low <= np.float32(value) < high:  # nor is it, if it is no number
                 raise ValueError(f"`optim.{name}` (={value}) must {rule}.")
+        for name, fields in self.networks.items():
+            known = {field.name for field in dataclasses.fields(self)} - _SHARED
+            if unknown := set(fields) - known:
+                raise ValueError(
+                    f"`optim.networks.{name}` has {', '.join(sorted(unknown))}, and "
+                    f"what may differ are {', '.join(sorted(known))}."
+                )
+            self._of(name)
+
+    def _of(self, network: str) -> "Optim":
+        """The optimizer of a network that differs."""
+        fields = dict(self.networks[network])
+        return dataclasses.replace(self, **fields, networks={})
 
     def learning_rate(self, steps: int) -> optax.Schedule:
         """The learning rate at each step of a run of `steps`."""
@@ -97,10 +115,26 @@ class Optim:
 
     def optimizer(self, steps: int) -> optax.GradientTransformation:
         """The clipped optimizer for a run of `steps`."""
-        return optax.chain(
+        common = optax.chain(
             optax.clip_by_global_norm(self.clip),
             OPTIMIZERS[self.name](self, self.learning_rate(steps)),
         )
+        if not self.networks:
+            return common
+        parts = {name: self._of(name).optimizer(steps) for name in self.networks}
+
+        def part_of(params: Mapping[str, Any]) -> dict[str, Any]:
+            if missing := set(parts) - set(params):
+                raise ValueError(
+                    f"`optim.networks` has {', '.join(sorted(missing))}, and this run "
+                    f"trains {', '.join(params)}."
+                )
+            return {
+                name: jax.tree.map(lambda _, n=name: n if n in parts else "", tree)
+                for name, tree in params.items()
+            }
+
+        return optax.partition({"": common, **parts}, part_of)
 
 
 def _adamw(optim: Optim, learning_rate: optax.Schedule) -> optax.GradientTransformation:

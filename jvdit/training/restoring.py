@@ -1,18 +1,25 @@
 """The newest whole checkpoint; damaged ones are kept aside, not lost."""
 
 import itertools
-import json
 import pathlib
 from typing import Any
 
 import jax
+import msgspec
 import orbax.checkpoint as ocp
 
 from jvdit.machine import cluster
+from jvdit.machine.json_files import read_json
 from jvdit.training.digests import find_damage, is_listed
 
 DAMAGED = ".damaged"  # behind the step, in the name of a checkpoint kept aside
 _TOLD = 300  # characters of another library's message
+
+
+class _Arrays(msgspec.Struct, frozen=True):
+    """What orbax keeps of the arrays in a checkpoint, by name."""
+
+    tree_metadata: dict[str, Any]
 
 
 def was_saved(folder: pathlib.Path) -> bool:
@@ -127,8 +134,9 @@ def _name(path: Any) -> str:
 def _names_in(folder: pathlib.Path) -> set[str]:
     """The names of the arrays in a checkpoint; none if they can't be read."""
     try:
-        return {*json.loads((folder / "state/_METADATA").read_text())["tree_metadata"]}
-    except (OSError, ValueError, TypeError, KeyError):
+        held = read_json(folder / "state/_METADATA", "copy it anew", _Arrays)
+        return {*held.tree_metadata}
+    except (OSError, ValueError):
         return set()
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jvdit.machine.compilation import compiler_options
 from jvdit.sharding import batch_sharding
@@ -36,8 +36,16 @@ class Objective(Protocol):
         """How much there is to average over in a prepared batch: tokens, pixels."""
         ...
 
-    def loss(self, params: Any, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
+    def loss(
+        self, params: Any, batch: Batch, *, ema: Any, step: Int[Array, ""]
+    ) -> tuple[Float[Array, ""], Metrics]:
         """The *sum* of the loss over a prepared batch, and sums of metrics.
+
+        Args:
+            params: by network, those that are frozen included.
+            batch: prepared.
+            ema: the average of the parameters, frozen ones beside it: a teacher.
+            step: the number of the step, for what begins later or fades.
 
         A metric is `name: sum / weight` or, where it has a weight of its own, a pair
         (sum, weight).
@@ -51,7 +59,7 @@ def make_train_step(
     """The function `(state, batch, frozen) -> (state, metrics)` to jit with the mesh.
 
     `frozen` are parameters by network, as those of the state, that stay as they are;
-    the loss is given both.
+    the loss is given both, as it is given the average.
 
     Sums of loss and gradient are taken over the parts of the batch
     (`optim.accumulate`) and divided once by the weight of the whole, so the update is
@@ -68,10 +76,13 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         batch = objective.prepare(batch, key)
         weight = jnp.maximum(objective.weight(batch), 1)
-        gradient = jax.value_and_grad(
-            lambda params, part: objective.loss({**frozen, **params}, part),
-            has_aux=True,
-        )
+        ema = jax.lax.stop_gradient({**frozen, **state.ema})
+
+        def loss_of(params: Any, part: Batch) -> tuple[Array, Metrics]:
+            params = {**frozen, **params}
+            return objective.loss(params, part, ema=ema, step=state.step)
+
+        gradient = jax.value_and_grad(loss_of, has_aux=True)
         (loss, metrics), grads = _accumulated(
             lambda part: gradient(state.params, part), batch, optim.accumulate
         )

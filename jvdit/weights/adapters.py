@@ -6,16 +6,17 @@ factors behind: `lora_A`, `lora_B` (PEFT, diffusers) or `lora_down`, `lora_up`
 the file (PEFT), or in metadata of the file (diffusers); without any they are 1.
 """
 
-import json
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import einops
+import msgspec
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from jvdit.machine.json_files import fit_json, parse_json, read_json
 from jvdit.models.layers import STACKS
 from jvdit.models.lora import A, B
 from jvdit.weights.loading import paths_of
@@ -125,6 +126,15 @@ def _place(name: str, tables: Sequence[Sequence[Rule]]) -> tuple[str, Rule] | No
     return None
 
 
+class _Settings(msgspec.Struct, frozen=True):
+    """An `adapter_config.json` of PEFT."""
+
+    lora_alpha: float | None = None
+    alpha_pattern: dict[str, float] | None = None
+    use_rslora: bool | None = None
+    use_dora: bool | None = None
+
+
 class _Alphas:
     """What a file, or the settings that lie with it, say of each layer's strength."""
 
@@ -135,25 +145,28 @@ class _Alphas:
             if name.endswith(".alpha")
         }
         file = (path if path.is_dir() else path.parent) / "adapter_config.json"
-        self.settings: dict[str, Any] = {}
+        self.settings, again = _Settings(), "save the adapters again"
         if file.exists():
-            self.settings = json.loads(file.read_text())
-        elif "lora_adapter_metadata" in tensors.metadata:
+            self.settings = read_json(file, again, _Settings)
+        elif text := tensors.metadata.get("lora_adapter_metadata"):
             # diffusers: {"transformer.r": 8, "transformer.lora_alpha": 16, …}
-            held = json.loads(tensors.metadata["lora_adapter_metadata"])
-            self.settings = {name.rpartition(".")[2]: x for name, x in held.items()}
-        if self.settings.get("use_dora"):
+            where = f"lora_adapter_metadata of {path}"
+            held = parse_json(text, where, dict[str, Any], again)
+            held = {name.rpartition(".")[2]: x for name, x in held.items()}
+            self.settings = fit_json(held, where, _Settings, again)
+        if self.settings.use_dora:
             raise ValueError(f"{path} holds DoRA adapters; merge them where they are.")
 
     def of(self, layer: str, rank: int) -> float:
         """Alpha of a layer, such that the strength is alpha / rank."""
         if layer in self.by_layer:
             return self.by_layer[layer]
-        alpha = float(self.settings.get("lora_alpha", rank))
-        for pattern, special in self.settings.get("alpha_pattern", {}).items():
+        given = self.settings.lora_alpha
+        alpha = float(rank) if given is None else given
+        for pattern, special in (self.settings.alpha_pattern or {}).items():
             if re.search(rf"(^|\.)({pattern})$", layer):
-                alpha = float(special)
-        return alpha * rank**0.5 if self.settings.get("use_rslora") else alpha
+                alpha = special
+        return alpha * rank**0.5 if self.settings.use_rslora else alpha
 
 
 def _stacked(flat: Mapping[str, np.ndarray], params: Mapping[str, Any]) -> dict:

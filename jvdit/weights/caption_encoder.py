@@ -19,6 +19,7 @@ from jvdit.machine.files import write_atomically
 from jvdit.machine.json_files import read_json, write_json
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.weights.folders import load_text_encoder
+from jvdit.weights.network import Network
 from jvdit.weights.parameters import (
     build,
     load_weights,
@@ -38,14 +39,12 @@ class CaptionEncoder:
     """Encodes captions in batches of one shape.
 
     Attributes:
-        module: the network.
-        params: its parameters, or a function that brings them to the devices.
+        network: a `TextEncoder`.
         tokenizer: of the captions.
         release: folder of the released model that it is of; "": of none.
     """
 
-    module: TextEncoder
-    params: Any
+    network: Network
     tokenizer: Tokenizer
     release: str = ""
 
@@ -61,9 +60,9 @@ class CaptionEncoder:
             folder = pathlib.Path(read_json(folder / _REFERENCE, "copy it anew"))
         if is_release(folder):
             release = read_release(folder)
-            loaded = load_text_encoder(release.parts["text_encoder"])
+            network = load_text_encoder(release.parts["text_encoder"])
             tokenizer = release_tokenizer(release.tokenizer)
-            return cls(loaded.module, loaded.load, tokenizer, str(folder.absolute()))
+            return cls(network, tokenizer, str(folder.absolute()))
         model = folder / "tokenizer.model"
         if not model.exists():
             raise FileNotFoundError(
@@ -71,7 +70,7 @@ class CaptionEncoder:
                 "the workdir of a training that trained one."
             )
         params, fields = load_weights(folder / "text_encoder")
-        return cls(build(TextEncoder, fields), params, Tokenizer(model))
+        return cls(Network(build(TextEncoder, fields), params), Tokenizer(model))
 
     def save(self, folder: pathlib.Path) -> None:
         """Writes what `load` reads; of a released model only where it lies."""
@@ -79,8 +78,13 @@ class CaptionEncoder:
             write_json(folder / _REFERENCE, self.release)
             return
         fields = module_fields(self.module)
-        save_weights(folder / "text_encoder", self.params, fields)
+        save_weights(folder / "text_encoder", self.network.params, fields)
         write_atomically(folder / "tokenizer.model", self.tokenizer.model)
+
+    @property
+    def module(self) -> TextEncoder:
+        """The network's."""
+        return self.network.module
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -106,12 +110,12 @@ class CaptionEncoder:
 
     def free(self) -> None:
         """Takes from the devices what a function brought there."""
-        if callable(self.params):
+        if callable(self.network.source):
             self.__dict__.pop("_placed", None)
 
     @cached_property
     def _placed(self):
-        return self.params() if callable(self.params) else jax.device_put(self.params)
+        return jax.device_put(self.network.load())
 
 
 def release_tokenizer(file: os.PathLike[str]) -> Tokenizer:

@@ -18,6 +18,7 @@ from jvdit.models.video_vae import VideoVAE, to_float
 from jvdit.models.video_vae_chunked import encode_stream, split
 from jvdit.sharding import batch_sharding, host_mesh, replicated
 from jvdit.weights.folders import load_vae
+from jvdit.weights.network import Network
 from jvdit.weights.parameters import build, load_weights, module_fields, weights_hash
 from jvdit.weights.release import is_release, read_release
 
@@ -30,14 +31,10 @@ class ClipEncoder:
     """Encodes clips in batches, of which every device of this host has a part.
 
     Attributes:
-        module: the network.
-        params: its parameters.
-        fields: those of the network, as JSON values.
+        network: a `VideoVAE`.
     """
 
-    module: VideoVAE
-    params: Any
-    fields: dict[str, Any]
+    network: Network
 
     @classmethod
     def load(cls, vae: str | os.PathLike[str]):
@@ -50,15 +47,24 @@ class ClipEncoder:
             FileNotFoundError: there is none.
         """
         if is_release(vae):
-            loaded = load_vae(read_release(vae).parts["vae"])
-            return cls(loaded.module, loaded.params, module_fields(loaded.module))
+            return cls(load_vae(read_release(vae).parts["vae"]))
         params, fields = load_weights(_weights_folder(vae))
-        return cls(build(VideoVAE, fields), params, fields)
+        return cls(Network(build(VideoVAE, fields), params))
+
+    @property
+    def module(self) -> VideoVAE:
+        """The network's."""
+        return self.network.module
+
+    @property
+    def params(self) -> Any:
+        """The network's."""
+        return self.network.params
 
     @cached_property
     def settings(self) -> dict[str, Any]:
         """What tells this autoencoder from others, as JSON values."""
-        return {"hash": weights_hash(self.params), "fields": dict(self.fields)}
+        return {"hash": weights_hash(self.params), "fields": module_fields(self.module)}
 
     def rows(self, clips: int, size: Sequence[int]) -> int:
         """How many clips make a batch, of so many of `size` (frames, height, width).

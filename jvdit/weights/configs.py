@@ -1,194 +1,223 @@
-"""Their settings to the fields of our modules: one function for each kind of network.
+"""Their settings to the fields of our modules: one class for each `config.json`.
 
-What a configuration says and no field of ours can express is refused, not ignored.
+A class has the fields of a file, under our names where they mean the same as a field of
+the module. What a configuration says and no field of ours can express is refused, not
+ignored.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from jvdit.models.dit import DiT
+import msgspec
+from msgspec import Struct, field
 
-Config = Mapping[str, Any]
+from jvdit.models.backbones import MODELS, Backbone
+from jvdit.models.image_encoder import ImageEncoder
+from jvdit.models.text_encoder import TextEncoder
+from jvdit.models.video_vae import VideoVAE
 
 PATCH_SIZE = (1, 2, 2)
 _CELLS = 4  # latents of a patch
-# What a nested configuration of CLIP leaves out where it is so.
-_CLIP_DEFAULTS = {
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "patch_size": 32,
-    "image_size": 224,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-}
+# Larger ones are damage: they would be tried for long, or as more than there is memory.
+Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
+Depth = Annotated[int, msgspec.Meta(ge=1, le=1000)]
 
 
-def dit_fields(config: Config, attends: bool = True) -> dict[str, Any]:
-    """Fields of `DiT` for a `config.json` of diffusers or of the original release.
+class _DiTConfig(Struct, frozen=True, kw_only=True):
+    """What diffusers and the authors call alike."""
+
+    depth: Depth = field(name="num_layers")
+    ffn_width: Size = field(name="ffn_dim")
+    freq_dim: Size
+    eps: float
+    control_layers: tuple[int, ...] | None = field(name="vace_layers", default=None)
+
+
+class DiffusersDiT(_DiTConfig, frozen=True, kw_only=True):
+    """Of WanTransformer3DModel and WanVACETransformer3DModel."""
+
+    num_heads: Size = field(name="num_attention_heads")
+    head_dim: Size = field(name="attention_head_dim")
+    taken: Size = field(name="in_channels")
+    given: Size | None = field(name="out_channels")
+    text_width: Size = field(name="text_dim")
+    cross_norm: bool = field(name="cross_attn_norm")
+    image_dim: Size | None = None
+    pos_embed_seq_len: Size | None = None
+    patch_size: tuple[int, ...] = PATCH_SIZE
+    norm: str = field(name="qk_norm", default="rms_norm_across_heads")
+    control: Size = field(name="vace_in_channels", default=96)
+
+    def __post_init__(self):
+        _expect("patch_size", self.patch_size, PATCH_SIZE)
+        _expect("qk_norm", self.norm, "rms_norm_across_heads")
+
+
+class OriginalDiT(_DiTConfig, frozen=True, kw_only=True):
+    """Of WanModel, as the authors' own releases have it."""
+
+    model_type: str
+    width: Size = field(name="dim")
+    num_heads: Size
+    taken: Size = field(name="in_dim")
+    given: Size = field(name="out_dim")
+    text_width: Size = field(name="text_dim", default=4096)
+    control: Size = field(name="vace_in_dim", default=96)
+
+
+def dit_fields(
+    config: DiffusersDiT | OriginalDiT, attends: bool = True
+) -> dict[str, Any]:
+    """Fields of `DiT`.
 
     Args:
         config: what the file holds.
         attends: whether there are weights with which to attend to a picture: original
             files of Wan 2.1 and 2.2 I2V differ in nothing else.
-
-    Raises:
-        ValueError: the file describes a network of another family.
     """
-    kind = config.get("_class_name", "")
-    if "num_attention_heads" in config:
-        _expect(config, "patch_size", list(PATCH_SIZE), kind)
-        _expect(config, "qk_norm", "rms_norm_across_heads", kind)
-        heads = config["num_attention_heads"]
-        fields = {
-            "width": heads * config["attention_head_dim"],
-            "depth": config["num_layers"],
-            "num_heads": heads,
-            "ffn_width": config["ffn_dim"],
-            **_channels(
-                config["in_channels"], config["out_channels"] or config["in_channels"]
-            ),
-            "text_width": config["text_dim"],
-            "freq_dim": config["freq_dim"],
-            "cross_norm": config["cross_attn_norm"],
-            "eps": config["eps"],
-            "image_width": config.get("image_dim") or 0,
-            "image_length": config.get("pos_embed_seq_len") or 0,
-        }
-    elif "dim" in config and "model_type" in config:
-        picture = attends and config["model_type"] in ("i2v", "flf2v")
-        fields = {
-            "width": config["dim"],
-            "depth": config["num_layers"],
-            "num_heads": config["num_heads"],
-            "ffn_width": config["ffn_dim"],
-            **_channels(config["in_dim"], config["out_dim"]),
-            "text_width": config.get("text_dim", 4096),
-            "freq_dim": config["freq_dim"],
-            "eps": config["eps"],
-            "image_width": 1280 * picture,
-            "image_length": 514 * (config["model_type"] == "flf2v"),
-        }
+    given = config.given or config.taken
+    fields = _alike(config, MODELS["dit"].module) | {
+        "in_channels": _CELLS * given,
+        "out_channels": _CELLS * given,
+        # What an I2V network takes beyond the noise is what is known of the clip.
+        "cond_channels": _CELLS * (config.taken - given),
+    }
+    if isinstance(config, DiffusersDiT):
+        fields["width"] = config.num_heads * config.head_dim
+        fields["image_width"] = config.image_dim or 0
+        fields["image_length"] = config.pos_embed_seq_len or 0
     else:
-        raise ValueError(
-            f"a network of class {kind or 'unknown'} is not one of Wan's; known are "
-            "WanTransformer3DModel, WanVACETransformer3DModel and WanModel."
-        )
-    if "vace_layers" in config:
-        fields["control_channels"] = _CELLS * config.get(
-            "vace_in_channels", config.get("vace_in_dim", 96)
-        )
-        fields["control_layers"] = tuple(config["vace_layers"])
+        picture = attends and config.model_type in ("i2v", "flf2v")
+        fields["image_width"] = 1280 * picture
+        fields["image_length"] = 514 * (config.model_type == "flf2v")
+    if fields.pop("control_layers") is not None:
+        fields["control_layers"] = config.control_layers
+        fields["control_channels"] = _CELLS * config.control
     return fields
 
 
-def _channels(taken: int, given: int) -> dict[str, int]:
-    """What an I2V network takes beyond the noise is what is known of the clip."""
-    sizes = {
-        "in_channels": given,
-        "out_channels": given,
-        "cond_channels": taken - given,
-    }
-    return {name: _CELLS * size for name, size in sizes.items()}
-
-
-def patch_channels(module: DiT) -> tuple[int, int] | None:
+def patch_channels(module: Backbone) -> tuple[int, int] | None:
     """Latent channels of noise and of what is known, for `wan.dit_rules`."""
     if not module.cond_channels:
         return None
     return module.in_channels // _CELLS, module.cond_channels // _CELLS
 
 
-def vae_fields(config: Config) -> dict[str, Any]:
-    """Fields of `VideoVAE` for a `config.json` of diffusers' AutoencoderKLWan.
+def conditions_of(module: Backbone, clean_frames: bool) -> tuple[str, ...]:
+    """Rows of `CONDITIONS` that a released network was trained with.
 
-    Raises:
-        ValueError: the file describes another autoencoder.
+    Args:
+        module: the network.
+        clean_frames: what the release says of first frames (`expand_timesteps`).
     """
-    kind = config.get("_class_name", "")
-    if "base_dim" not in config or "z_dim" not in config:
-        raise ValueError(
-            f"an autoencoder of class {kind or 'unknown'} is not Wan's; known is "
-            "AutoencoderKLWan."
-        )
-    _expect(config, "attn_scales", [], kind)
-    patch = config.get("patch_size") or 1
-    return {
-        "encoder_width": config["base_dim"],
-        "decoder_width": config.get("decoder_base_dim") or config["base_dim"],
-        "multipliers": tuple(config["dim_mult"]),
-        "num_res_blocks": config["num_res_blocks"],
-        "temporal_downsample": tuple(config["temperal_downsample"]),
-        "latent_channels": config["z_dim"],
-        "patch_size": patch,
-        "residual_shortcuts": bool(config.get("is_residual", False)),
-        "latents_mean": tuple(config["latents_mean"]),
-        "latents_std": tuple(config["latents_std"]),
-    }
+    if module.control_channels:
+        return ("control",)
+    if module.cond_channels:
+        if module.image_length:
+            return ("both_channels",)
+        return ("first_channels",) if module.image_width else ("end_channels",)
+    return ("first_frame",) if clean_frames else ()
 
 
-def text_encoder_fields(config: Config) -> dict[str, Any]:
-    """Fields of `TextEncoder` for transformers' `config.json` of UMT5 or T5 v1.1.
+class VAEConfig(Struct, frozen=True):
+    """Of diffusers' AutoencoderKLWan."""
 
-    Raises:
-        ValueError: the file describes another encoder.
-    """
-    kind = config.get("model_type", "")
-    if kind not in ("umt5", "t5"):
-        raise ValueError(
-            f"a text encoder of type {kind or 'unknown'} is neither umt5 nor t5."
-        )
-    if config.get("feed_forward_proj") not in ("gated-gelu", "gated_gelu_new"):
-        raise ValueError(
-            f"`feed_forward_proj` (={config.get('feed_forward_proj')!r}) of the text "
-            "encoder must be 'gated-gelu', as of UMT5 and T5 v1.1."
-        )
-    return {
-        "vocab_size": config["vocab_size"],
-        "width": config["d_model"],
-        "depth": config["num_layers"],
-        "num_heads": config["num_heads"],
-        "head_dim": config["d_kv"],
-        "ffn_width": config["d_ff"],
-        "num_buckets": config["relative_attention_num_buckets"],
-        "max_distance": config["relative_attention_max_distance"],
-        "shared_bias": kind == "t5",
-        "eps": config["layer_norm_epsilon"],
-    }
+    encoder_width: Size = field(name="base_dim")
+    latent_channels: Size = field(name="z_dim")
+    multipliers: tuple[Size, ...] = field(name="dim_mult")
+    num_res_blocks: Depth
+    temporal_downsample: tuple[bool, ...] = field(name="temperal_downsample")
+    latents_mean: tuple[float, ...]
+    latents_std: tuple[float, ...]
+    decoder_base_dim: Size | None = None
+    patch: Size | None = field(name="patch_size", default=None)
+    residual_shortcuts: bool = field(name="is_residual", default=False)
+    attn_scales: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        _expect("attn_scales", self.attn_scales, ())
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Fields of `VideoVAE`."""
+        width = self.decoder_base_dim or self.encoder_width
+        more = {"decoder_width": width, "patch_size": self.patch or 1}
+        return _alike(self, VideoVAE) | more
 
 
-def image_encoder_fields(config: Config) -> dict[str, Any]:
-    """Fields of `ImageEncoder` for transformers' `config.json` of a CLIP.
+class TextConfig(Struct, frozen=True):
+    """Of transformers' UMT5 or T5 v1.1."""
 
-    The encoder gets one layer less than the file says: Wan reads the states before the
-    last one.
+    kind: str = field(name="model_type")
+    activation: str = field(name="feed_forward_proj")
+    vocab_size: Size
+    width: Size = field(name="d_model")
+    depth: Depth = field(name="num_layers")
+    num_heads: Size
+    head_dim: Size = field(name="d_kv")
+    ffn_width: Size = field(name="d_ff")
+    num_buckets: Size = field(name="relative_attention_num_buckets")
+    max_distance: Size = field(name="relative_attention_max_distance")
+    eps: float = field(name="layer_norm_epsilon")
 
-    Raises:
-        ValueError: the file describes another encoder.
-    """
-    kind = config.get("model_type", "")
-    if kind not in ("clip_vision_model", "clip"):
-        raise ValueError(
-            f"an image encoder of type {kind or 'unknown'} is not CLIP's; known are "
-            "clip_vision_model and clip."
-        )
-    if kind == "clip":
-        config = _CLIP_DEFAULTS | config["vision_config"]
-    _expect(config, "num_channels", 3, kind)
-    return {
-        "width": config["hidden_size"],
-        "depth": config["num_hidden_layers"] - 1,
-        "num_heads": config["num_attention_heads"],
-        "ffn_width": config["intermediate_size"],
-        "patch_size": config["patch_size"],
-        "image_size": config["image_size"],
-        "activation": config["hidden_act"],
-        "eps": config["layer_norm_eps"],
-    }
+    def __post_init__(self):
+        _expect("model_type", self.kind, "umt5", "t5")
+        _expect("feed_forward_proj", self.activation, "gated-gelu", "gated_gelu_new")
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Fields of `TextEncoder`."""
+        return _alike(self, TextEncoder) | {"shared_bias": self.kind == "t5"}
 
 
-def _expect(config: Config, name: str, value: Any, kind: str) -> None:
-    found = config.get(name, value)
-    if found != value:
-        raise ValueError(f"`{name}` (={found!r}) of a {kind} must be {value!r}.")
+class _Vision(Struct, frozen=True):
+    """The part of a CLIP that sees, and what its file leaves out where it is so."""
+
+    width: Size = field(name="hidden_size", default=768)
+    layers: Depth = field(name="num_hidden_layers", default=12)
+    num_heads: Size = field(name="num_attention_heads", default=12)
+    ffn_width: Size = field(name="intermediate_size", default=3072)
+    patch_size: Size = 32
+    image_size: Size = 224
+    activation: str = field(name="hidden_act", default="quick_gelu")
+    eps: float = field(name="layer_norm_eps", default=1e-5)
+    num_channels: int = 3
+
+    def __post_init__(self):
+        _expect("num_channels", self.num_channels, 3)
+
+
+class ImageConfig(_Vision, frozen=True, kw_only=True):
+    """Of transformers' CLIP, or of its vision model alone."""
+
+    kind: str = field(name="model_type")
+    vision: _Vision | None = field(name="vision_config", default=None)
+
+    def __post_init__(self):
+        super().__post_init__()
+        _expect("model_type", self.kind, "clip_vision_model", "clip")
+        if (self.kind == "clip") != (self.vision is not None):
+            raise ValueError("`vision_config` belongs to a `model_type` of 'clip'")
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Fields of `ImageEncoder`.
+
+        The encoder gets one layer less than the file says: Wan reads the states before
+        the last one.
+        """
+        vision = self.vision or self
+        return _alike(vision, ImageEncoder) | {"depth": vision.layers - 1}
+
+
+def _alike(config: Struct, module: type) -> dict[str, Any]:
+    """The fields of a configuration that a module has under the same name."""
+    known: Mapping[str, Any] = module.__dataclass_fields__
+    values = msgspec.structs.asdict(config).items()
+    return {name: value for name, value in values if name in known}
+
+
+def _expect(name: str, found: Any, *wanted: Any) -> None:
+    if found not in wanted:
+        wants = " or ".join(map(repr, wanted))
+        raise ValueError(f"`{name}` (={found!r}) must be {wants}")

@@ -5,13 +5,11 @@ A folder is laid out as diffusers saves a pipeline (`transformer/`, `vae/`,
 the original Wan release are read from safetensors files as well.
 """
 
-import dataclasses
-import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping
-from functools import cached_property, partial
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -20,15 +18,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from jvdit.machine.json_files import read_json
 from jvdit.models import image_encoder, text_encoder, video_vae
-from jvdit.models.dit import DiT
+from jvdit.models.backbones import MODELS, Backbone
 from jvdit.models.image_encoder import ImageEncoder
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.models.video_vae import VideoVAE
-from jvdit.shapes import Text, Tokens
 from jvdit.sharding import parameter_shardings
 from jvdit.weights import clip, configs, umt5, wan, wan_vae
 from jvdit.weights.loading import export, load, paths_of
+from jvdit.weights.network import Network
 from jvdit.weights.rules import Rule, assign
 from jvdit.weights.tensors import PathLike, TensorFiles, write_tensors
 
@@ -39,27 +38,8 @@ _ORIGINAL = {
     "text": "norm.weight",
     "image": "visual.cls_embedding",
 }
+_REMEDY = "download it again, or give the folder of this part of one of Wan's releases"
 _ATTENDS = "img_emb.proj.0.weight"
-
-
-@dataclasses.dataclass
-class Loaded:
-    """A network of a release.
-
-    Attributes:
-        module: with the sizes of the release.
-        load: brings its parameters where they belong, each time anew.
-        num_bytes: of all of them.
-    """
-
-    module: Any
-    load: Callable[[], dict[str, Any]]
-    num_bytes: int
-
-    @cached_property
-    def params(self) -> dict[str, Any]:
-        """Its parameters, which stay."""
-        return self.load()
 
 
 def load_dit(
@@ -67,7 +47,7 @@ def load_dit(
     mesh: Mesh | None = None,
     dtype: DTypeLike = jnp.bfloat16,
     **fields: Any,
-) -> Loaded:
+) -> Network:
     """The DiT of a Wan release.
 
     Args:
@@ -80,19 +60,18 @@ def load_dit(
         FileNotFoundError: a file is missing; says which.
         ValueError: the folder holds another network, or damaged files.
     """
-    folder, config = _part(folder, "transformer")
-    if config is None:
+    folder, file = _part(folder, "transformer")
+    if file is None:
         raise ValueError(f"{folder} is a file; give the folder with its config.json.")
-    attends = _ATTENDS in TensorFiles(folder)
-    sizes = _fields(partial(configs.dit_fields, attends=attends), config, folder)
-    module = DiT(**sizes, **_types(dtype), **fields)
+    config, attends = _dit_config(file), _ATTENDS in TensorFiles(folder)
+    sizes = configs.dit_fields(config, attends)
+    module = MODELS["dit"].module(**sizes, **_types(dtype), **fields)
     rules = partial(wan.dit_rules, channels=configs.patch_channels(module))
-    return _load(
-        module, dit_inputs(module), folder, _ORIGINAL["dit"], rules, mesh, dtype
-    )
+    inputs = module.example_inputs()
+    return _load(module, inputs, folder, _ORIGINAL["dit"], rules, mesh, dtype)
 
 
-def save_dit(folder: PathLike, params: Any, module: DiT, like: PathLike) -> None:
+def save_dit(folder: PathLike, params: Any, module: Backbone, like: PathLike) -> None:
     """Writes a DiT as diffusers reads it.
 
     Args:
@@ -103,8 +82,9 @@ def save_dit(folder: PathLike, params: Any, module: DiT, like: PathLike) -> None
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    source, config = _part(like, "transformer")
-    layout = "diffusers" if "num_attention_heads" in (config or {}) else "original"
+    source, file = _part(like, "transformer")
+    original = file is None or isinstance(_dit_config(file), configs.OriginalDiT)
+    layout = "original" if original else "diffusers"
     tensors = export(wan.dit_rules(layout, configs.patch_channels(module)), params)
     write_tensors(folder / "diffusion_pytorch_model.safetensors", tensors)
     shutil.copy(source / "config.json", folder / "config.json")
@@ -112,17 +92,17 @@ def save_dit(folder: PathLike, params: Any, module: DiT, like: PathLike) -> None
 
 def load_vae(
     folder: PathLike, mesh: Mesh | None = None, dtype: DTypeLike = jnp.float32
-) -> Loaded:
+) -> Network:
     """The autoencoder of a Wan release; arguments and errors as of `load_dit`.
 
     The original release's own file, turned to safetensors, will do as well.
     """
-    folder, config = _part(folder, "vae")
-    if config is None:
+    folder, file = _part(folder, "vae")
+    if file is None:
         moments = TensorFiles(folder).shapes.get(_ORIGINAL["vae"], (0,))[0]
         sizes = video_vae.VARIANTS["wan2.2" if moments == 96 else "wan2.1"]
     else:
-        sizes = _fields(configs.vae_fields, config, folder)
+        sizes = read_json(file, _REMEDY, configs.VAEConfig).fields
     module = VideoVAE(**sizes, **_types(dtype))
     side = module.spatial_compression
     video = jnp.zeros((1, 1, side, side, 3))
@@ -138,12 +118,12 @@ def load_text_encoder(
     mesh: Mesh | None = None,
     dtype: DTypeLike = jnp.bfloat16,
     **fields: Any,
-) -> Loaded:
+) -> Network:
     """The text encoder of a Wan release (UMT5), or a T5 v1.1; see `load_vae`."""
-    folder, config = _part(folder, "text_encoder")
+    folder, file = _part(folder, "text_encoder")
     sizes = text_encoder.VARIANTS["umt5-xxl"]
-    if config is not None:
-        sizes = _fields(configs.text_encoder_fields, config, folder)
+    if file is not None:
+        sizes = read_json(file, _REMEDY, configs.TextConfig).fields
     module = TextEncoder(**sizes, **_types(dtype), **fields)
     blank = jnp.zeros((1, 1), jnp.int32)
 
@@ -156,15 +136,15 @@ def load_text_encoder(
 
 def load_image_encoder(
     folder: PathLike, mesh: Mesh | None = None, dtype: DTypeLike = jnp.float32
-) -> Loaded:
+) -> Network:
     """The image encoder of a Wan 2.1 I2V release (CLIP); see `load_vae`.
 
     It ends before the last layer of the release, where Wan takes its states.
     """
-    folder, config = _part(folder, "image_encoder")
+    folder, file = _part(folder, "image_encoder")
     sizes = image_encoder.VARIANTS["clip-vit-h-14"]
-    if config is not None:
-        sizes = _fields(configs.image_encoder_fields, config, folder)
+    if file is not None:
+        sizes = read_json(file, _REMEDY, configs.ImageConfig).fields
     module = ImageEncoder(**sizes, **_types(dtype))
     images = jnp.zeros((1, module.image_size, module.image_size, 3))
 
@@ -175,8 +155,8 @@ def load_image_encoder(
     return _load(module, (images,), folder, _ORIGINAL["image"], rules, mesh, dtype)
 
 
-def _part(folder: PathLike, name: str) -> tuple[pathlib.Path, Mapping[str, Any] | None]:
-    """The folder of one network and its settings; None for a single file."""
+def _part(folder: PathLike, name: str) -> tuple[pathlib.Path, pathlib.Path | None]:
+    """The folder of one network and its `config.json`; None for a single file."""
     path = pathlib.Path(folder)
     if path.is_file():
         return path, None
@@ -189,23 +169,20 @@ def _part(folder: PathLike, name: str) -> tuple[pathlib.Path, Mapping[str, Any] 
             f"{path} has no config.json; give a folder as diffusers saves it, "
             f"with `{name}/`, or that of one network."
         )
-    try:
-        return path, json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is no JSON: {error}; download it again.") from None
+    return path, file
 
 
-def _fields(
-    translate: Callable[[Mapping[str, Any]], dict[str, Any]],
-    config: Mapping[str, Any],
-    folder: pathlib.Path,
-) -> dict[str, Any]:
-    try:
-        return translate(config)
-    except KeyError as error:
-        raise ValueError(
-            f"{folder}/config.json lacks {error}; it is of another network, or damaged."
-        ) from None
+def _dit_config(file: pathlib.Path) -> configs.DiffusersDiT | configs.OriginalDiT:
+    held = read_json(file, _REMEDY, dict[str, Any])
+    if "num_attention_heads" in held:
+        return read_json(file, _REMEDY, configs.DiffusersDiT)
+    if "dim" in held:
+        return read_json(file, _REMEDY, configs.OriginalDiT)
+    kind = held.get("_class_name", "unknown")
+    raise ValueError(
+        f"{file}: a network of class {kind} is not one of Wan's; known are "
+        "WanTransformer3DModel, WanVACETransformer3DModel and WanModel."
+    )
 
 
 def _load(
@@ -216,7 +193,7 @@ def _load(
     rules: Callable[[str], list[Rule]],
     mesh: Mesh | None,
     dtype: DTypeLike,
-) -> Loaded:
+) -> Network:
     tensors = TensorFiles(folder)
     table = rules("original" if original in tensors else "diffusers")
     shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
@@ -230,25 +207,8 @@ def _load(
         return load(table, tensors, shapes, places, dtype, os.fspath(folder))
 
     size = sum(leaf.size for leaf in leaves.values()) * jnp.dtype(dtype).itemsize
-    return Loaded(module, bring, size)
-
-
-def dit_inputs(module: DiT) -> tuple[Any, ...]:
-    """The smallest inputs with which a DiT has all of its parameters."""
-    tokens = Tokens(
-        jnp.zeros((1, 1, module.in_channels)),
-        jnp.zeros((1, 1, 3)),
-        cond=_blank(1, module.cond_channels),
-        control=_blank(1, module.control_channels),
-    )
-    image = _blank(module.image_length or 1, module.image_width)
-    text = Text(jnp.zeros((1, 1, module.text_width)), image=image)
-    return tokens, jnp.zeros((1, 1)), text
+    return Network(module, bring, size)
 
 
 def _types(dtype: DTypeLike) -> dict[str, Any]:
     return {"dtype": dtype, "param_dtype": dtype}
-
-
-def _blank(length: int, channels: int) -> jax.Array | None:
-    return jnp.zeros((1, length, channels)) if channels else None

@@ -36,7 +36,9 @@ def module_fields(module: Any) -> dict[str, Any]:
 
 def json_field(name: str, value: Any) -> Any:
     """A field of a module as a JSON value."""
-    return jnp.dtype(value).name if name.endswith("dtype") else value
+    if name.endswith("dtype"):
+        return jnp.dtype(value).name
+    return list(value) if isinstance(value, tuple) else value
 
 
 def build(module: type, fields: dict[str, Any]) -> Any:

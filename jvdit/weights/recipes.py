@@ -6,7 +6,7 @@ From the configurations of github.com/Wan-Video/Wan2.1 and Wan2.2.
 from collections.abc import Mapping
 from typing import Any
 
-from jvdit.models.dit import VARIANTS
+from jvdit.models.backbones import MODELS
 
 # What all of the releases turn away from, in Chinese: garish, overexposed, still,
 # blurred, subtitles, …
@@ -37,7 +37,7 @@ _WAN = {
 }
 _480P = {"height": 480, "width": 832}
 _VACE = _WAN | {"shift": 16.0}
-# By name, as in `VARIANTS`. A 720p clip of wan2.1-i2v-14b wants a shift of 5.
+# By name, as in `dit.VARIANTS`. A 720p clip of wan2.1-i2v-14b wants a shift of 5.
 RECIPES: dict[str, dict[str, Any]] = {
     "wan2.1-t2v-1.3b": _WAN | _480P | {"shift": 8.0, "guidance_scale": 6.0},
     "wan2.1-t2v-14b": _WAN,
@@ -85,7 +85,7 @@ def name_of(fields: Mapping[str, Any], experts: bool) -> str | None:
         fields: of `DiT`.
         experts: whether there are two of them.
     """
-    for name, row in VARIANTS.items():
+    for name, row in MODELS["dit"].variants.items():
         two = name.startswith("wan2.2") and "a14b" in name
         alike = all(_same(fields.get(key), value) for key, value in row.items())
         extras = ("cond_channels", "control_channels", "image_width", "image_length")

@@ -6,12 +6,14 @@ its own, beside files of the other networks.
 """
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
+import msgspec
+
+from jvdit.machine.json_files import read_json
 from jvdit.weights.recipes import NEGATIVE_PROMPT, RECIPES, name_of
-from jvdit.weights.schedulers import Scheduler, scheduler_of
+from jvdit.weights.schedulers import Scheduler, SchedulerConfig, scheduler_of
 from jvdit.weights.tensors import PathLike
 
 # Names of the original release, of files to be turned to safetensors.
@@ -20,7 +22,28 @@ _ORIGINAL = {
     "vae": "Wan2.?_VAE*",
     "image_encoder": "models_clip*",
 }
+_AGAIN = "download it again"
 _PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline")
+
+
+_Part = tuple[str | None, str | None] | None  # library and class
+
+
+class _Pipeline(msgspec.Struct, frozen=True):
+    """A `model_index.json` of diffusers."""
+
+    kind: str | None = msgspec.field(name="_class_name", default=None)
+    scheduler: _Part = None
+    transformer_2: _Part = None
+    image_encoder: _Part = None
+    boundary_ratio: float | None = None
+    expand_timesteps: bool | None = None
+
+
+class _Original(msgspec.Struct, frozen=True):
+    """A `config.json` of the authors' own."""
+
+    model_type: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,27 +106,27 @@ def read_release(folder: PathLike) -> Release:
             f"{folder} is no folder; give that of a released model, as diffusers or "
             "Wan's authors lay it out."
         )
-    if (folder / "model_index.json").exists():
-        return _diffusers(folder, json.loads((folder / "model_index.json").read_text()))
+    if (file := folder / "model_index.json").exists():
+        return _diffusers(folder, read_json(file, _AGAIN, _Pipeline))
     return _original(folder)
 
 
-def _diffusers(folder: pathlib.Path, index: dict[str, Any]) -> Release:
-    kind = index.get("_class_name")
-    if kind not in _PIPELINES:
+def _diffusers(folder: pathlib.Path, index: _Pipeline) -> Release:
+    if index.kind not in _PIPELINES:
         raise ValueError(
-            f"{folder} is a {kind}; known are {', '.join(_PIPELINES)}, of Wan 2."
+            f"{folder} is a {index.kind}; known are {', '.join(_PIPELINES)}, of Wan 2 "
+            "(`_class_name` of its model_index.json)."
         )
     names = {"dit": "transformer", "text_encoder": "text_encoder", "vae": "vae"}
     optional = {"dit_low": "transformer_2", "image_encoder": "image_encoder"}
-    names |= {k: v for k, v in optional.items() if (index.get(v) or [None])[0]}
+    names |= {k: v for k, v in optional.items() if (getattr(index, v) or [None])[0]}
     settings: dict[str, Any] = {}
-    if "dit_low" in names and (boundary := index.get("boundary_ratio")) is not None:
-        settings["boundary"] = float(boundary)
-    file = folder / "scheduler" / "scheduler_config.json"
-    config = json.loads(file.read_text()) if file.exists() else {}
-    _, kind = index.get("scheduler") or (None, None)
-    scheduler = scheduler_of(kind or config.get("_class_name", ""), config)
+    if "dit_low" in names and index.boundary_ratio is not None:
+        settings["boundary"] = index.boundary_ratio
+    file, config = folder / "scheduler" / "scheduler_config.json", SchedulerConfig()
+    if file.exists():
+        config = read_json(file, _AGAIN, SchedulerConfig)
+    scheduler = scheduler_of((index.scheduler or ("", ""))[1] or config.kind, config)
     if scheduler.kind:
         settings["solver"] = scheduler.solver
     if scheduler.shift is not None:
@@ -112,7 +135,7 @@ def _diffusers(folder: pathlib.Path, index: dict[str, Any]) -> Release:
         folder,
         {part: _there(folder / name) for part, name in names.items()},
         _tokenizer(folder / "tokenizer"),
-        bool(index.get("expand_timesteps")),
+        bool(index.expand_timesteps),
         settings,
         scheduler,
     )
@@ -124,7 +147,7 @@ def _original(folder: pathlib.Path) -> Release:
     if high.is_dir():
         parts = {"dit": high, "dit_low": _there(low)}
     config = _there(parts["dit"] / "config.json")
-    kind = json.loads(config.read_text()).get("model_type", "")
+    kind = read_json(config, _AGAIN, _Original).model_type
     for part, pattern in _ORIGINAL.items():
         found = sorted(folder.glob(pattern))
         best = [x for x in found if x.suffix == ".safetensors"] or found

@@ -5,8 +5,10 @@ in the timesteps that the network is shown: whole ones, or any.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
+
+import msgspec
+from msgspec import UNSET
 
 from jvdit.weights.recipes import POLICY, TIMESTEPS
 
@@ -18,29 +20,45 @@ _SAME = {
     "DPMSolverMultistepScheduler": "dpmpp_2m",
 }
 _NEAREST = {"Heun": "heun", "FlowMatch": "euler", "DPM": "dpmpp_2m", "": "unipc"}
-# Without these it is another model; FlowMatch classes have no choice in the first two.
-_NEEDED = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
-# What else a file may ask for, as ours do it.
-_OURS = {
-    "solver_order": 2,
-    "solver_type": {"unipc": "bh2", "dpmpp_2m": "midpoint"},
-    "algorithm_type": "dpmsolver++",
-    "predict_x0": True,
-    "solver_p": None,
-    "disable_corrector": [],
-    "lower_order_final": True,
-    "euler_at_final": False,
-    "final_sigmas_type": "zero",
-    "thresholding": False,
-    "stochastic_sampling": False,
-    "use_dynamic_shifting": False,
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "use_lu_lambdas": False,
-    "shift_terminal": None,
-    "invert_sigmas": False,
-}
+# What `solver_type` says of ours.
+_SOLVER_TYPES = {"unipc": "bh2", "dpmpp_2m": "midpoint"}
+
+
+class SchedulerConfig(msgspec.Struct, frozen=True):
+    """A `scheduler_config.json`. The defaults are what we do where it says nothing.
+
+    Without the first three it is another model; FlowMatch classes have no choice in the
+    first two.
+    """
+
+    prediction_type: Any = "flow_prediction"
+    use_flow_sigmas: Any = True
+    num_train_timesteps: Any = TIMESTEPS
+    kind: str = msgspec.field(name="_class_name", default="")
+    shift: float | None = None
+    flow_shift: float | None = None
+    solver_order: Any = 2
+    solver_type: Any = UNSET
+    algorithm_type: Any = "dpmsolver++"
+    predict_x0: Any = True
+    solver_p: Any = None
+    disable_corrector: Any = []
+    lower_order_final: Any = True
+    euler_at_final: Any = False
+    final_sigmas_type: Any = "zero"
+    thresholding: Any = False
+    stochastic_sampling: Any = False
+    use_dynamic_shifting: Any = False
+    use_karras_sigmas: Any = False
+    use_exponential_sigmas: Any = False
+    use_beta_sigmas: Any = False
+    use_lu_lambdas: Any = False
+    shift_terminal: Any = None
+    invert_sigmas: Any = False
+
+
+_OURS = msgspec.structs.asdict(SchedulerConfig())
+_NEEDED, _FOLLOWED = [*_OURS][:3], [*_OURS][6:]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +97,7 @@ class Scheduler:
         return {"shift": shift, **POLICY, **spacing}
 
 
-def scheduler_of(kind: str, config: Mapping[str, Any]) -> Scheduler:
+def scheduler_of(kind: str, config: SchedulerConfig) -> Scheduler:
     """What a `scheduler_config.json` means.
 
     Args:
@@ -89,12 +107,11 @@ def scheduler_of(kind: str, config: Mapping[str, Any]) -> Scheduler:
     Raises:
         ValueError: it is the scheduler of a model that isn't one of Wan's.
     """
-    needed = {} if _flow_match(kind) else dict(_NEEDED)
-    for name, value in (needed | {"num_train_timesteps": TIMESTEPS}).items():
-        if config.get(name, value) != value:
+    for name in _NEEDED[2:] if _flow_match(kind) else _NEEDED:
+        if (found := getattr(config, name)) != _OURS[name]:
             raise ValueError(
-                f"`{name}` (={config[name]!r}) of the {kind or 'scheduler'} must be "
-                f"{value!r}, as Wan's networks were trained; correct its "
+                f"`{name}` (={found!r}) of the {kind or 'scheduler'} must be "
+                f"{_OURS[name]!r}, as Wan's networks were trained; correct its "
                 "scheduler_config.json."
             )
     solver, notes = _solver(kind), []
@@ -102,18 +119,17 @@ def scheduler_of(kind: str, config: Mapping[str, Any]) -> Scheduler:
         notes.append(
             f"{kind} isn't among our solvers; the nearest, {solver!r}, is taken."
         )
-    for name, value in _OURS.items():
-        if isinstance(value, dict):
-            value = value.get(solver, config.get(name))
-        if kind in _SAME and config.get(name, value) != value:
+    ours = _OURS | {"solver_type": _SOLVER_TYPES.get(solver, config.solver_type)}
+    for name in _FOLLOWED if kind in _SAME else ():
+        if (found := getattr(config, name)) not in (ours[name], UNSET):
             notes.append(
-                f"`{name}` (={config[name]!r}) of {kind} isn't followed; {solver!r} "
-                f"samples as with {value!r}."
+                f"`{name}` (={found!r}) of {kind} isn't followed; {solver!r} "
+                f"samples as with {ours[name]!r}."
             )
-    names = ("shift", "flow_shift")
-    first, second = names if _flow_match(kind) else names[::-1]
-    shift = config.get(first, config.get(second))
-    return Scheduler(kind, None if shift is None else float(shift), tuple(notes))
+    first, second = config.shift, config.flow_shift
+    if not _flow_match(kind):
+        first, second = second, first
+    return Scheduler(kind, second if first is None else first, tuple(notes))
 
 
 def _solver(kind: str) -> str:

@@ -2,21 +2,24 @@
 
 A safetensors file is 8 bytes of header length (little endian), a JSON header that says
 of each tensor its type, shape and byte range, and the bytes
-(github.com/huggingface/safetensors).
+(github.com/huggingface/safetensors). That library reads and checks the header.
 """
 
-import json
+import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
+import msgspec
 import numpy as np
 from jaxtyping import Shaped
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jvdit.machine.files import replacing
+from jvdit.machine.json_files import read_json
 
 PathLike = str | os.PathLike[str]
 
@@ -34,8 +37,13 @@ DTYPES: dict[str, Any] = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-_LONGEST_HEADER = 100_000_000  # bytes, as the reference implementation has it
 _PICKLED = (".pth", ".pt", ".bin", ".ckpt")
+
+
+class _Index(msgspec.Struct, frozen=True):
+    """In which of several files each tensor is."""
+
+    weight_map: dict[str, str]
 
 
 class TensorFiles(Mapping[str, np.ndarray]):
@@ -84,39 +92,25 @@ class TensorFiles(Mapping[str, np.ndarray]):
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def _open(self, file: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
-        size = file.stat().st_size
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            if size < 8 or length > min(size - 8, _LONGEST_HEADER):
-                raise ValueError(
-                    f"{file} is no whole safetensors file; download it again."
-                )
-            try:
-                header = json.loads(opened.read(length))
-            except ValueError as error:
-                raise ValueError(
-                    f"{file} is no safetensors file: {error}; download it again."
-                ) from None
-        if not isinstance(header, dict):
-            raise ValueError(f"{file} is no safetensors file; download it again.")
-        self.metadata |= header.pop("__metadata__", None) or {}
-        end = (
-            8 + length + max((x["data_offsets"][1] for x in header.values()), default=0)
-        )
-        if end != size:
+        try:
+            with safe_open(file, "numpy") as opened:
+                self.metadata |= opened.metadata() or {}
+                names = opened.offset_keys()
+                entries = [opened.get_slice(name) for name in names]
+                forms = [(entry.get_dtype(), entry.get_shape()) for entry in entries]
+        except SafetensorError as error:
             raise ValueError(
-                f"{file} has {size} bytes and should have {end}: it is cut off or "
-                "damaged; download it again."
-            )
-        data = np.memmap(file, np.uint8, "r") if header else np.zeros(0, np.uint8)
-        for name, entry in header.items():
-            start, stop = (8 + length + offset for offset in entry["data_offsets"])
-            if entry["dtype"] not in DTYPES:
-                raise ValueError(
-                    f"{file}: tensor {name} has the unknown type {entry['dtype']}."
-                )
-            flat = np.asarray(data[start:stop]).view(DTYPES[entry["dtype"]])
-            yield name, flat.reshape(entry["shape"])
+                f"{file} is no whole safetensors file ({error}); download it again."
+            ) from None
+        data = np.asarray(np.memmap(file, np.uint8, "r"))
+        start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+        # They lie one behind the other, without gaps.
+        for name, (kind, shape) in zip(names, forms, strict=True):
+            if kind not in DTYPES:
+                raise ValueError(f"{file}: tensor {name} has the unknown type {kind}.")
+            stop = start + math.prod(shape) * np.dtype(DTYPES[kind]).itemsize
+            yield name, data[start:stop].view(DTYPES[kind]).reshape(shape)
+            start = stop
 
 
 def _files(path: pathlib.Path) -> list[pathlib.Path]:
@@ -128,9 +122,9 @@ def _files(path: pathlib.Path) -> list[pathlib.Path]:
         raise FileNotFoundError(f"{path} doesn't exist; give a folder of weights.")
     indexes = sorted(path.glob("*.safetensors.index.json"))
     if indexes:
-        listed = json.loads(indexes[0].read_text())["weight_map"].values()
-        files = [path / name for name in dict.fromkeys(listed)]
-        missing = [file.name for file in files if not file.exists()]
+        index = read_json(indexes[0], "download it again", _Index)
+        files = [path / name for name in dict.fromkeys(index.weight_map.values())]
+        missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise FileNotFoundError(
                 f"{path} lacks {len(missing)} of {len(files)} files that "

@@ -17,14 +17,14 @@ from tiny_models import DIT, VAE_2_2, filled, pipeline
 from jvdit import config as defaults
 from jvdit.diffusion.denoise import Guidance
 from jvdit.generation.generator import Generator
-from jvdit.generation.release import add_adapters, load_release
 from jvdit.generation.request import Request
 from jvdit.models.dit import VARIANTS
 from jvdit.sharding import make_mesh
 from jvdit.tasks.encoding import encode
 from jvdit.tasks.flow import FlowTask
-from jvdit.train import train
-from jvdit.weights.networks import finished_parameters
+from jvdit.tasks.loop import train
+from jvdit.weights.opening import with_adapters
+from jvdit.weights.starting import finished_parameters
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -110,7 +110,7 @@ def test_the_loss_with_a_first_frame_is_that_of_diffusers_network(tmp_path):
     config.first_frame = 1.0
     config.sample.width = 64
     task = FlowTask(config, make_mesh(), tmp_path / "run")
-    assert task._generator_of(None).conventions.clean_frames
+    assert task.model.bundle({}).conditions == ("first_frame",)
     batch = jax.tree.map(jnp.asarray, task.batch_builder[0][0])
     shapes = jax.eval_shape(task.objective.init, jax.random.key(0), batch)
     params = finished_parameters(release, shapes, make_mesh(), "dit")
@@ -135,7 +135,8 @@ def test_the_loss_with_a_first_frame_is_that_of_diffusers_network(tmp_path):
 
 def load(folder, **parts):
     mesh = make_mesh(devices=jax.devices()[:1])
-    return load_release(folder / "release", mesh, jnp.float32, parts=parts)
+    release = folder / "release"
+    return Generator.load(release, mesh, dtype=jnp.float32, parts=parts)
 
 
 def latents(generator):
@@ -207,7 +208,8 @@ def test_adapters_of_an_expert(release, plain, tmp_path):
     with pytest.raises(FileNotFoundError, match="adapters; give their model"):
         Generator.load(tmp_path / "lora")
     generator = load(folder)
-    add_adapters(generator, [(tmp_path / "lora/model", 1.0)], ["dit"])
+    adapters = [(tmp_path / "lora/model", 1.0)]
+    generator.model = with_adapters(generator.model, adapters, ["dit"])
     tuned = latents(generator)
     assert np.abs(tuned - plain).max() > 1e-2
     sheets = list((tmp_path / "lora/samples").glob("*.png"))

@@ -114,17 +114,17 @@ def test_another_family_and_a_missing_file_are_named(release, tmp_path):
         load_dit(tmp_path)
     with pytest.raises(ValueError, match="AutoencoderKLWan is not one of Wan's"):
         load_dit(folder / "vae")
-    with pytest.raises(ValueError, match="'gated-gelu'|neither umt5 nor t5"):
+    with pytest.raises(ValueError, match="lacks the.*`model_type`"):
         load_text_encoder(folder / "vae")
     config = json.loads((folder / "transformer" / "config.json").read_text())
     for file in (folder / "transformer").glob("*.safetensors*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "config.json").write_text(json.dumps(config | {"ffn_dim": 40})[:-9])
-    with pytest.raises(ValueError, match="config.json is no JSON"):
+    with pytest.raises(ValueError, match="config.json is damaged"):
         load_dit(tmp_path)
     less = {name: value for name, value in config.items() if name != "ffn_dim"}
     (tmp_path / "config.json").write_text(json.dumps(less))
-    with pytest.raises(ValueError, match="config.json lacks 'ffn_dim'"):
+    with pytest.raises(ValueError, match="config.json.*lacks.*`ffn_dim`"):
         load_dit(tmp_path)
     config["num_layers"] = 3
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -4,6 +4,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import pytest
 
@@ -11,7 +12,7 @@ from jvdit.generation.request import for_encoder
 from jvdit.models.image_encoder import VARIANTS, ImageEncoder
 from jvdit.sharding import make_mesh
 from jvdit.weights import clip
-from jvdit.weights.configs import image_encoder_fields
+from jvdit.weights.configs import ImageConfig
 from jvdit.weights.folders import load_image_encoder
 from jvdit.weights.loading import export, paths_of
 from jvdit.weights.rules import assign
@@ -140,7 +141,7 @@ def test_another_family_is_named_and_missing_layers_are_listed(tmp_path):
     file = tmp_path / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"model_type": "siglip_vision_model"}))
-    with pytest.raises(ValueError, match="siglip_vision_model is not CLIP's; known"):
+    with pytest.raises(ValueError, match="'siglip_vision_model'. must be.*'clip'"):
         load_image_encoder(tmp_path)
     file.write_text(json.dumps(config | {"hidden_act": "gelu_new"}))
     with pytest.raises(ValueError, match=r"`activation` \(='gelu_new'\) must be in"):
@@ -186,7 +187,7 @@ def parameters(module):
 
 def test_the_official_encoder_maps_whole():
     config = transformers.CLIPVisionConfig(**OFFICIAL)
-    module = ImageEncoder(**image_encoder_fields(config.to_dict()))
+    module = ImageEncoder(**msgspec.convert(config.to_dict(), ImageConfig).fields)
     assert module == ImageEncoder(**VARIANTS["clip-vit-h-14"])
     with torch.device("meta"):
         network = transformers.CLIPVisionModel(config)

@@ -6,6 +6,7 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import pytest
 from closeness import ROUNDINGS, assert_close
@@ -26,7 +27,7 @@ from jvdit.data.media.reader import decode_clip, read_metadata
 from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
 from jvdit.diffusion.reuse import Reuse
-from jvdit.generation.release import load_release
+from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request
 from jvdit.models import video_vae
 from jvdit.models.text_encoder import VARIANTS as text_encoder_sizes
@@ -34,7 +35,8 @@ from jvdit.sharding import make_mesh
 from jvdit.weights import umt5, wan, wan_vae
 from jvdit.weights.folders import load_dit, load_text_encoder, load_vae
 from jvdit.weights.loading import export
-from jvdit.weights.schedulers import scheduler_of
+from jvdit.weights.opening import open_bundle
+from jvdit.weights.schedulers import SchedulerConfig, scheduler_of
 from jvdit.weights.tensors import write_tensors
 
 torch = pytest.importorskip("torch")
@@ -83,9 +85,10 @@ def compare(
             **{name: _for_them(value) for name, value in given.items()},
         ).frames[0]
     mesh = make_mesh(devices=jax.devices()[:1])
-    generator = load_release(tmp_path, mesh, jnp.float32)
-    generator = dataclasses.replace(generator, text_length=words, together=False)
-    assert generator.defaults["guidance_scale"] == 5.0
+    model = open_bundle(tmp_path, mesh, dtype=jnp.float32)
+    model = dataclasses.replace(model, text_length=words)
+    generator = Generator(model, mesh, together=False)
+    assert model.defaults["guidance_scale"] == 5.0
     names = {"last_image": "last_image", "reference_images": "references"}
     request = Request(
         PROMPT,
@@ -99,7 +102,7 @@ def compare(
     latents = generator.latents(
         [request],
         steps=steps,
-        solver=generator.defaults["solver"],
+        solver=model.defaults["solver"],
         guidance=Guidance(scale),
         low_guidance=None if low is None else Guidance(low),
         noise=[rearrange(noise[0], "c f h w -> f h w c")],
@@ -108,7 +111,7 @@ def compare(
     )
     assert sorted(x[:2] for x in seen) == [(i + 1, steps) for i in range(steps)]
     # A clean first frame is what diffusers puts back only at the end.
-    first = int(generator.conventions.clean_frames and "image" in given)
+    first = int("first_frame" in model.conditions and "image" in given)
     for i, (_, _, x) in enumerate(sorted(seen, key=lambda x: x[0])):
         ours = rearrange(x[0], "(f h w) (p q c) -> c f (h p) (w q)", h=2, w=3, p=2, q=2)
         # Guidance multiplies what the network errs by.
@@ -169,7 +172,9 @@ def test_timesteps_of_schedulers(kind, shift):
     """Of every number of steps: what the network is shown, and which expert is."""
     options = FLOW | {"flow_shift": shift} if kind == "UniPCMultistep" else {}
     made = getattr(diffusers, f"{kind}Scheduler")(**options or {"shift": shift})
-    ours = scheduler_of(f"{kind}Scheduler", dict(made.config))
+    ours = scheduler_of(
+        f"{kind}Scheduler", msgspec.convert(dict(made.config), SchedulerConfig)
+    )
     assert ours.shift == shift and not ours.notes
     policy = TimestepPolicy(**ours.policy(shift))
     path, found, wanted = NoisePath(timesteps=ours.timesteps), [], []
@@ -218,7 +223,7 @@ def test_requests_with_and_without_a_picture_in_one_call(tmp_path):
     )
     pipe.save_pretrained(tmp_path)
     mesh = make_mesh(devices=jax.devices()[:1])
-    generator = load_release(tmp_path, mesh, jnp.float32)
+    generator = Generator.load(tmp_path, mesh, dtype=jnp.float32)
     size = {"frames": 5, "height": 32, "width": 64}
     plain = Request("a cat", **size, seed=-1)
     seen = Request("a cat", **size, image=picture("image", 32, 64))
@@ -345,7 +350,7 @@ def test_the_layout_of_the_authors(tmp_path, monkeypatch):
     request = Request("a cat", frames=5, height=32, width=48, image=image)
     found = []
     for place in (folder, ours):
-        generator = load_release(place, mesh, jnp.float32, shift=5.0)
-        generator = dataclasses.replace(generator, boundary=0.9)
+        model = open_bundle(place, mesh, dtype=jnp.float32, shift=5.0)
+        generator = Generator(dataclasses.replace(model, boundary=0.9), mesh)
         found += generator.latents([request], steps=4, guidance=Guidance(2.0))
     assert_close(found[1], found[0])

@@ -5,19 +5,22 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from jvdit.models.attention.mosaic import MOSAIC, suits_mosaic
 from jvdit.models.attention.parallel import divided
-from jvdit.models.attention.pieces import DENSE, Segments, flash
+from jvdit.models.attention.pieces import DENSE, flash
+from jvdit.shapes import Visible
 from jvdit.sharding import alone, platform
 
 IMPLEMENTATIONS = ("auto", "mapped", "xla", "cudnn", "mosaic")
+KEYS = ("tokens", "text")
 PIECES = {"mapped": DENSE, "mosaic": MOSAIC}
 
 # Scores of a head up to which they stay in a processor's cache without being mapped.
@@ -29,22 +32,23 @@ def attention(
     q: Float[Array, "b n q k"],
     k: Float[Array, "b s q k"],
     v: Float[Array, "b s q k"],
-    q_segment: Int[Array, "b n"] | None = None,
-    kv_segment: Int[Array, "b s"] | None = None,
+    visible: Visible | None = None,
     *,
+    keys: str = "tokens",
     implementation: str = "auto",
 ) -> Float[Array, "b n q k"]:
-    """Softmax attention of each query to the keys of its own segment.
+    """Softmax attention of each query to the keys that it sees.
 
     Scores are divided by the root of the head's channels; the softmax is float32. A
-    query that no key shares a segment with gets zeros.
+    query that sees no key gets zeros.
 
     Args:
         q: queries; the heads are the third axis.
         k: keys.
         v: values.
-        q_segment: clip of each query. None: every query sees every key.
-        kv_segment: clip of each key; given exactly when `q_segment` is.
+        visible: which keys each query sees. None: all.
+        keys: how a mesh divides the keys: "tokens", as the queries; "text", not at
+            all: they are few, and a rematerialised block attends to them again.
         implementation: "mapped", one head of one row at a time, recomputed in the
             backward pass (CPU); "xla", plain; "cudnn", GPU flash attention
             in half precision; "mosaic", TPU flash attention; "auto", the best of
@@ -52,73 +56,72 @@ def attention(
             (`parallel`).
 
     Raises:
-        ValueError: the form is unknown, or one segment is given without the other.
+        ValueError: the form, or the name of the keys' axis, is unknown.
     """
-    if (q_segment is None) != (kv_segment is None):
-        given = "kv_segment" if q_segment is None else "q_segment"
-        raise ValueError(f"`{given}` is given alone; give both segments or neither.")
     if implementation not in IMPLEMENTATIONS:
         known = ", ".join(IMPLEMENTATIONS)
         raise ValueError(f"`implementation` (={implementation!r}) must be in: {known}.")
-    segments: Segments = ()
-    if q_segment is not None and kv_segment is not None:
-        segments = (q_segment, kv_segment)
-    compute = _local if alone() else _divided
-    out = compute(q, k, v, segments, implementation)
-    if segments and q_segment is not kv_segment:
-        seen = _visible(*segments).any(axis=-1)
-        out = jnp.where(seen[:, :, None, None], out, 0)
-    return out
+    if keys not in KEYS:
+        known = ", ".join(KEYS)
+        raise ValueError(f"`keys` (={keys!r}) must be in: {known}.")
+    local = partial(_local, implementation=implementation, keep=keys == "tokens")
+    if alone():
+        return local(q, k, v, visible)
+    fast = platform() == "tpu" and suits_mosaic(q, k)
+    pieces = MOSAIC if implementation == "mosaic" or fast else DENSE
+    return divided(local, pieces, q, k, v, visible, keys)
 
 
 def _local(
-    q: Array, k: Array, v: Array, segments: Segments, implementation: str
+    q: Array,
+    k: Array,
+    v: Array,
+    visible: Visible | None,
+    *,
+    implementation: str,
+    keep: bool,
 ) -> Array:
     """Attention on one device."""
     if implementation == "auto":
         implementation = _best_implementation(q, k)
     if implementation in PIECES:
-        return flash(q, k, v, segments, PIECES[implementation])
-    if implementation == "cudnn":
-        return _even(q, k, v, segments)
-    mask = _visible(*segments)[:, None] if segments else None
+        return flash(q, k, v, visible, PIECES[implementation], keep)
+    plain = _even if implementation == "cudnn" else _plain
+    out = plain(q, k, v, visible)
+    if visible is not None:
+        seen = visible.mask().any(axis=-1)
+        out = jnp.where(seen[:, :, None, None], out, 0)
+    return out
+
+
+def _plain(
+    q: Array,
+    k: Array,
+    v: Array,
+    visible: Visible | None,
+    implementation: Literal["xla", "cudnn"] = "xla",
+    **lengths: Array,
+) -> Array:
+    mask = None if visible is None else visible.mask()[:, None]
     return jax.nn.dot_product_attention(
-        q, k, v, mask=mask, implementation=implementation
+        q, k, v, mask=mask, implementation=implementation, **lengths
     )
 
 
-def _even(q: Array, k: Array, v: Array, segments: Segments) -> Array:
+def _even(q: Array, k: Array, v: Array, visible: Visible | None) -> Array:
     """Attention by cuDNN, which takes even lengths: others get one more of padding."""
     n, s = q.shape[1], k.shape[1]
     lengths: dict[str, Array] = {}
     if n % 2 or s % 2:
-        q, k, v, segments = jax.tree.map(
+        q, k, v, visible = jax.tree.map(
             lambda x: jnp.pad(
                 x, [(0, 0), (0, x.shape[1] % 2)] + [(0, 0)] * (x.ndim - 2)
             ),
-            (q, k, v, segments),
+            (q, k, v, visible),
         )
         lengths["query_seq_lengths"] = jnp.full(len(q), n, jnp.int32)
         lengths["key_value_seq_lengths"] = jnp.full(len(k), s, jnp.int32)
-    mask = _visible(*segments)[:, None] if segments else None
-    out = jax.nn.dot_product_attention(
-        q, k, v, mask=mask, implementation="cudnn", **lengths
-    )
-    return out[:, :n]
-
-
-def _divided(
-    q: Array, k: Array, v: Array, segments: Segments, implementation: str
-) -> Array:
-    """Attention on the devices of a mesh."""
-    fast = platform() == "tpu" and suits_mosaic(q, k)
-    pieces = MOSAIC if implementation == "mosaic" or fast else DENSE
-    local = partial(_local, implementation=implementation)
-    return divided(local, pieces, q, k, v, segments)
-
-
-def _visible(q_segment: Array, kv_segment: Array) -> Bool[Array, "b n s"]:
-    return q_segment[:, :, None] == kv_segment[:, None, :]
+    return _plain(q, k, v, visible, "cudnn", **lengths)[:, :n]
 
 
 def _best_implementation(q: Array, k: Array) -> str:

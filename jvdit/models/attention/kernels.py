@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from jvdit.models.attention.pieces import HIDDEN
+from jvdit.models.attention.pieces import HIDDEN, NOTHING
 
 LANES = 128
 LN2 = math.log(2)
@@ -32,19 +32,35 @@ _FIRST_LAST = (((0,), (1,)), ((), ()))
 _product = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
 
 
-def _visible(scores: jax.Array, ids: Any, part: Any, left: Any) -> jax.Array:
+def meets(edges: Any, row: Any, i: Any, j: Any) -> Any:
+    """Whether a block of queries may see any of a block of keys.
+
+    Args:
+        edges: of the blocks of each row: the least `low` and the greatest `high` of
+            queries, the least and the greatest id of keys; or nothing.
+        row: of the batch.
+        i: which block of queries.
+        j: which block of keys.
+    """
+    if not edges:
+        return True
+    low, high, first, last = edges
+    return (low[row, i] <= last[row, j]) & (first[row, j] <= high[row, i])
+
+
+def _hide(scores: jax.Array, ids: Any, part: Any, left: Any) -> jax.Array:
     """Scores [rows: keys, columns: queries], hidden where the key isn't seen.
 
     Args:
         scores: of some keys.
-        ids: segments of queries and keys, or nothing.
+        ids: bounds of queries and ids of keys, or nothing.
         part: where in the block the keys lie.
         left: how many keys the block has. None: it is full.
     """
     if ids:
-        of_queries, of_keys = ids
-        columns = of_queries.shape[-1] // LANES
-        seen = jnp.tile(of_keys[0, part], (1, columns)) == of_queries[0]
+        bounds, of_keys = ids
+        id = jnp.tile(of_keys[0, part], (1, bounds.shape[-1] // LANES))
+        seen = (bounds[0, :1] <= id) & (id <= bounds[0, 1:])
     elif left is not None:
         seen = _places(scores, part) < left
     else:
@@ -75,47 +91,51 @@ def _places(rows: jax.Array, part: Any) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, rows.shape, 0) + part.start
 
 
-def forward(q, k, v, *refs, compute, sizes) -> None:
+def forward(edges, q, k, v, *refs, compute, sizes, heads) -> None:
     """A block of queries sees a block of keys; after the last, what it has seen.
 
     Args:
+        edges: of the blocks, see `meets`; nothing where every query sees every key.
         q: queries [1 n k], scaled.
         k: keys [1 s k].
         v: values [1 s k].
-        *refs: segments of queries [1 1 n] and keys [1 s 128], if there are any; result
-            [1 n k] and log-sum-exp [1 1 n]; and what is kept between blocks of keys:
-            what was subtracted from scores [1 n], sums of weights [1 n] and of weighted
-            values [k n].
+        *refs: bounds of queries [1 2 n] and ids of keys [1 s 128], if there are edges;
+            result [1 n k] and log-sum-exp [1 1 n]; and what is kept between blocks of
+            keys: what was subtracted from scores [1 n], sums of weights [1 n] and of
+            weighted values [k n].
         compute: keys at once.
         sizes: how many queries and keys there are. None: whole blocks.
+        heads: of a row.
     """
     *ids, out, lse, top, total, sums = refs
-    starts = pl.program_id(1) * q.shape[1], pl.program_id(2) * k.shape[1]
-    left = _left(sizes, starts)
+    i, j = pl.program_id(1), pl.program_id(2)
+    left = _left(sizes, (i * q.shape[1], j * k.shape[1]))
 
-    @pl.when(pl.program_id(2) == 0)
+    @pl.when(j == 0)
     def _():
-        top[...] = jnp.full_like(top, HIDDEN)
+        top[...] = jnp.full_like(top, NOTHING)
         total[...] = jnp.zeros_like(total)
         sums[...] = jnp.zeros_like(sums)
 
-    _clear(q, left[0])
-    _clear(v, left[1])
-    parts = [pl.ds(i, compute) for i in range(0, k.shape[1], compute)]
-
     def scores(part: Any) -> jax.Array:
-        return _visible(_product(k[0, part], q[0], _LAST), ids, part, left[1])
+        return _hide(_product(k[0, part], q[0], _LAST), ids, part, left[1])
 
     def weighted(part: Any, weights: jax.Array) -> jax.Array:
         return _product(v[0, part], weights.astype(v.dtype), _FIRST)
 
-    most = 2.0 ** (ROOM * jnp.finfo(v.dtype).maxexp)
-    _see(parts, scores, weighted, most, top, total, sums)
-
-    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+    @pl.when(meets(edges, pl.program_id(0) // heads, i, j))
     def _():
-        out[0] = (sums[...] / total[...]).T.astype(out.dtype)
-        lse[0] = (top[...] + jnp.log2(total[...])) * LN2
+        _clear(q, left[0])
+        _clear(v, left[1])
+        parts = [pl.ds(i, compute) for i in range(0, k.shape[1], compute)]
+        most = 2.0 ** (ROOM * jnp.finfo(v.dtype).maxexp)
+        _see(parts, scores, weighted, most, top, total, sums)
+
+    @pl.when(j == pl.num_programs(2) - 1)
+    def _():
+        some = jnp.where(total[...] > 0, total[...], 1) if edges else total[...]
+        out[0] = (sums[...] / some).T.astype(out.dtype)
+        lse[0] = (top[...] + jnp.log2(some)) * LN2
 
 
 def _see(parts, scores, weighted, most, top, total, sums) -> None:
@@ -159,31 +179,33 @@ def _see(parts, scores, weighted, most, top, total, sums) -> None:
             sums[...] = sums[...] * shrink + weighted(part, weights)
 
 
-def backward(q, k, v, grad, lse, slope, *refs, compute, blocks, sizes) -> None:
+def backward(edges, q, k, v, grad, lse, slope, *refs, compute, sizes, heads) -> None:
     """The gradients that a block of queries and one of keys give each other.
 
     See arXiv:2205.14135, Algorithm 4. The grid has, within a head and a core, blocks of
     queries in one of keys. Gradients of all queries stay where they are added up.
 
     Args:
+        edges: of the blocks, see `meets`; nothing where every query sees every key.
         q: queries [1 n k], scaled.
         k: keys [1 s k].
         v: values [1 s k].
         grad: of the result [1 n k].
         lse: log-sum-exp of the scores [1 1 n], of base 2.
         slope: see `pieces.slope_of` [1 1 n].
-        *refs: segments as in `forward`; gradients of all queries [1 1 k n], of keys and
-            of values [1 s k]; and of the latter two, what is added up, [k s].
+        *refs: bounds and ids as in `forward`; gradients of all queries [1 1 k n], of
+            keys and of values [1 s k]; and of the latter two, what is added up, [k s].
         compute: keys at once.
-        blocks: of keys, that a core has.
         sizes: how many queries and keys there are. None: whole blocks.
+        heads: of a row.
     """
     *ids, dq, dk, dv, dk_sums, dv_sums = refs
-    block, index = pl.program_id(2), pl.program_id(3)
-    starts = index * q.shape[1], (pl.program_id(1) * blocks + block) * k.shape[1]
+    index = pl.program_id(3)
+    block = pl.program_id(1) * pl.num_programs(2) + pl.program_id(2)
+    starts = index * q.shape[1], block * k.shape[1]
     left = _left(sizes, starts)
 
-    @pl.when((block == 0) & (index == 0))
+    @pl.when((pl.program_id(2) == 0) & (index == 0))
     def _():
         dq[...] = jnp.zeros_like(dq)
 
@@ -192,22 +214,24 @@ def backward(q, k, v, grad, lse, slope, *refs, compute, blocks, sizes) -> None:
         dk_sums[...] = jnp.zeros_like(dk_sums)
         dv_sums[...] = jnp.zeros_like(dv_sums)
 
-    for x, n in ((q, left[0]), (grad, left[0]), (k, left[1]), (v, left[1])):
-        _clear(x, n)
-    queries, grads = q[0], grad[0]
-    here = pl.ds(pl.multiple_of(starts[0], LANES), q.shape[1])
-    sums = dq[0, 0, :, here]
-    for start in range(0, k.shape[1], compute):
-        part = pl.ds(start, compute)
-        keys, values = k[0, part], v[0, part]
-        scores = _product(keys, queries, _LAST) - lse[0]
-        weights = jnp.exp2(_visible(scores, ids, part, left[1]))
-        dweights = _product(values, grads, _LAST)
-        dscores = (weights * (dweights - slope[0])).astype(k.dtype)
-        dv_sums[:, part] += _product(grads, weights.astype(grad.dtype), _FIRST_LAST)
-        dk_sums[:, part] += _product(queries, dscores, _FIRST_LAST)
-        sums += _product(keys, dscores, _FIRST)
-    dq[0, 0, :, here] = sums
+    @pl.when(meets(edges, pl.program_id(0) // heads, index, block))
+    def _():
+        for x, n in ((q, left[0]), (grad, left[0]), (k, left[1]), (v, left[1])):
+            _clear(x, n)
+        queries, grads = q[0], grad[0]
+        here = pl.ds(pl.multiple_of(starts[0], LANES), q.shape[1])
+        sums = dq[0, 0, :, here]
+        for start in range(0, k.shape[1], compute):
+            part = pl.ds(start, compute)
+            keys, values = k[0, part], v[0, part]
+            scores = _product(keys, queries, _LAST) - lse[0]
+            weights = jnp.exp2(_hide(scores, ids, part, left[1]))
+            dweights = _product(values, grads, _LAST)
+            dscores = (weights * (dweights - slope[0])).astype(k.dtype)
+            dv_sums[:, part] += _product(grads, weights.astype(grad.dtype), _FIRST_LAST)
+            dk_sums[:, part] += _product(queries, dscores, _FIRST_LAST)
+            sums += _product(keys, dscores, _FIRST)
+        dq[0, 0, :, here] = sums
 
     @pl.when(index == pl.num_programs(3) - 1)
     def _():

@@ -4,7 +4,6 @@ They take queries and keys in blocks, whose best size differs from chip to chip;
 last one they leave out what isn't there. Without a TPU they are interpreted, slowly.
 """
 
-import dataclasses
 import functools
 import math
 from functools import partial
@@ -12,53 +11,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from jvdit.machine.chips import Blocks, this_chip
 from jvdit.models.attention import kernels
 from jvdit.models.attention.kernels import LANES
-from jvdit.models.attention.pieces import PADDING, Pieces, Segments, pad
+from jvdit.models.attention.pieces import Pieces, pad
+from jvdit.shapes import Visible
 from jvdit.sharding import platform
 
-
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """What suits a chip: the best of a sweep over the schedules of the kernels.
-
-    Attributes:
-        ahead: of the forward kernel, the most tokens: queries; keys that are fetched at
-            once; and of these, that are computed at once.
-        back: the same of the kernel for the gradients.
-        cores: that share a device's memory and divide a kernel.
-        memory: bytes of a core that a kernel may take.
-        gradients: of these, for gradients of queries while they are added up.
-    """
-
-    ahead: tuple[int, int, int] = (1024, 2048, 512)
-    back: tuple[int, int, int] = (1024, 2048, 1024)
-    cores: int = 1
-    memory: int = 56 * 2**20
-    gradients: int = 32 * 2**20
-
-
-# By what `device_kind` contains, first match wins.
-_LARGE = {"memory": 112 * 2**20, "gradients": 88 * 2**20}
-_SMALL = {"memory": 13 * 2**20, "gradients": 4 * 2**20}
-BLOCKS = {
-    "v6": Blocks((2048, 2048, 1024), (1024, 2048, 256), **_LARGE),
-    "v5 lite": Blocks(**_LARGE),
-    "v5": Blocks(cores=2),
-    "v4": Blocks((512, 1024, 512), (512, 512, 512), cores=2, **_SMALL),
-}
+_PADDING = np.iinfo(np.int32).min  # an id below every bound
 _GRADIENT = 2 * 4  # bytes of a number in float32, and of its copy on the way out
 
 
-def _chip() -> Blocks:
-    described = jax.sharding.get_abstract_mesh().abstract_device
-    kind = described.device_kind if described else jax.devices()[0].device_kind
-    return next((b for name, b in BLOCKS.items() if name in kind), Blocks())
+def _blocks() -> Blocks:
+    return this_chip().blocks
 
 
 def obstacle(channels: int, tokens: int) -> str:
@@ -134,20 +105,38 @@ def _scaled(q: Array) -> Array:
     return (q.astype(jnp.float32) * scale).astype(q.dtype)
 
 
-def _segment_ids(segments: Segments, held: int) -> list[Array]:
-    """Segments of queries, and those of keys in whole blocks and all lanes."""
-    if not segments:
+def _ids(visible: Visible | None, held: int) -> list[Array]:
+    """Bounds of queries, and ids of keys in whole blocks and all lanes."""
+    if visible is None:
         return []
-    queries, keys = segments
-    keys = pad(keys, 1, _whole(keys.shape[1], held), PADDING)
-    return [queries[:, None], jnp.broadcast_to(keys[..., None], (*keys.shape, LANES))]
+    id = pad(visible.id, 1, _whole(visible.id.shape[1], held), _PADDING)
+    bounds = jnp.stack([visible.low, visible.high], axis=1)
+    return [bounds, jnp.broadcast_to(id[..., None], (*id.shape, LANES))]
+
+
+def _edges(visible: Visible | None, block: int, held: int) -> list[Array]:
+    """Bounds and ids of whole blocks of queries and keys, as `kernels.meets` has it."""
+    if visible is None:
+        return []
+
+    def of_blocks(x: Array, size: int, reduce: Any) -> Array:
+        places = (0, 0), (0, -x.shape[1] % size)
+        return reduce(jnp.pad(x, places, "edge").reshape(len(x), -1, size), axis=-1)
+
+    id, low, high = visible
+    return [
+        of_blocks(low, block, jnp.min),
+        of_blocks(high, block, jnp.max),
+        of_blocks(id, held, jnp.min),
+        of_blocks(id, held, jnp.max),
+    ]
 
 
 def _block(at: Any, axis: int, *shape: int, each: int = 1) -> pl.BlockSpec:
     """A block of tokens of a head.
 
     Args:
-        at: which block of tokens, from the place in the grid.
+        at: which block of tokens, from the place in the grid and the edges of blocks.
         axis: that of the tokens.
         *shape: of the block.
         each: heads that share it.
@@ -161,6 +150,21 @@ def _block(at: Any, axis: int, *shape: int, each: int = 1) -> pl.BlockSpec:
     return pl.BlockSpec((1, *shape), place)
 
 
+def _if_seen(block: Any, edges: Any, row: Any, i: Any, j: Any) -> Any:
+    """A block to fetch; the first, which may be there, where nothing is visible."""
+    return jnp.where(kernels.meets(edges, row, i, j), block, 0) if edges else block
+
+
+def _run(kernel: Any, edges: list[Array], inputs: Any, grid: Any, **settings: Any):
+    """Runs a kernel, which has the edges of blocks before it fetches any of them."""
+
+    def run(*refs: Any) -> None:
+        kernel(refs[: len(edges)], *refs[len(edges) :])
+
+    spec = pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=len(edges), **grid)
+    return pl.pallas_call(run, grid_spec=spec, **settings)(*edges, *inputs)
+
+
 def _settings(products: int, q: Array, k: Array, axes: int) -> dict[str, Any]:
     """Of a kernel: the axis of the grid that cores divide, its memory and its cost.
 
@@ -171,7 +175,7 @@ def _settings(products: int, q: Array, k: Array, axes: int) -> dict[str, Any]:
     scores = q.shape[0] * q.shape[1] * k.shape[1]
     return {
         "compiler_params": pltpu.CompilerParams(
-            dimension_semantics=order, vmem_limit_bytes=_chip().memory
+            dimension_semantics=order, vmem_limit_bytes=_blocks().memory
         ),
         "cost_estimate": pl.CostEstimate(
             flops=products * 2 * scores * q.shape[2],
@@ -186,35 +190,38 @@ def mosaic_forward(
     q: Float[Array, "b n q k"],
     k: Float[Array, "b s q k"],
     v: Float[Array, "b s q k"],
-    segments: Segments,
+    visible: Visible | None,
 ) -> tuple[Float[Array, "b n q k"], Float[Array, "b q n"]]:
     """Attention to some of the keys; see `pieces.Pieces.forward`."""
     rows, tokens, heads, channels = q.shape
-    keys, most = k.shape[1], _chip().ahead
+    keys, most = k.shape[1], _blocks().ahead
     block, held = block_for(tokens, most[0]), block_for(keys, most[1])
-    ids = _segment_ids(segments, held)
+    ids, edges = _ids(visible, held), _edges(visible, block, held)
     q, k, v = map(_lines, (q, k, v))
-    of_query = partial(_block, lambda h, i, j: i)
-    of_key = partial(_block, lambda h, i, j: j)
+    of_query = partial(_block, lambda h, i, j, *_: i)
+    of_key = partial(_block, lambda h, i, j, *e: _if_seen(j, e, h // heads, i, j))
     column = of_key(1, held, channels)
-    shared = [of_query(2, 1, block, each=heads), of_key(1, held, LANES, each=heads)]
-    out, lse = pl.pallas_call(
-        partial(
-            kernels.forward,
-            compute=_at_once(held, most[2]),
-            sizes=(_ragged(tokens, block), _ragged(keys, held)),
-        ),
-        grid=(len(q), pl.cdiv(tokens, block), pl.cdiv(keys, held)),
-        in_specs=[of_query(1, block, channels), column, column, *shared[: len(ids)]],
-        out_specs=[of_query(1, block, channels), of_query(2, 1, block)],
-        out_shape=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((len(q), 1, tokens), jnp.float32),
+    shared = [of_query(2, 2, block, each=heads), of_key(1, held, LANES, each=heads)]
+    kernel = partial(
+        kernels.forward,
+        compute=_at_once(held, most[2]),
+        sizes=(_ragged(tokens, block), _ragged(keys, held)),
+        heads=heads,
+    )
+    grid = {
+        "grid": (len(q), pl.cdiv(tokens, block), pl.cdiv(keys, held)),
+        "in_specs": [of_query(1, block, channels), column, column, *shared[: len(ids)]],
+        "out_specs": [of_query(1, block, channels), of_query(2, 1, block)],
+        "scratch_shapes": [
+            pltpu.VMEM((n, block), jnp.float32) for n in (1, 1, channels)
         ],
-        scratch_shapes=[pltpu.VMEM((n, block), jnp.float32) for n in (1, 1, channels)],
-        name="flash_forward",
-        **_settings(2, q, k, 3),
-    )(_scaled(q), k, v, *ids)
+    }
+    shapes = [
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        jax.ShapeDtypeStruct((len(q), 1, tokens), jnp.float32),
+    ]
+    settings = {"name": "flash_forward", "out_shape": shapes, **_settings(2, q, k, 3)}
+    out, lse = _run(kernel, edges, (_scaled(q), k, v, *ids), grid, **settings)
     return _rows(out, rows), lse.reshape(rows, heads, tokens)
 
 
@@ -222,14 +229,14 @@ def mosaic_backward(
     q: Float[Array, "b n q k"],
     k: Float[Array, "b s q k"],
     v: Float[Array, "b s q k"],
-    segments: Segments,
+    visible: Visible | None,
     lse: Float[Array, "b q n"],
     slope: Float[Array, "b q n"],
     grad: Float[Array, "b n q k"],
 ) -> tuple[Array, Array, Array]:
     """Gradients of q, k, v; see `pieces.Pieces.backward`."""
-    rows, tokens, _, channels = q.shape
-    chip = _chip()
+    rows, tokens, heads, channels = q.shape
+    chip = _blocks()
     # Of so many queries a core has room for the gradients.
     block = block_for(tokens, chip.back[0])
     part = max(chip.gradients // (_GRADIENT * channels) // block, 1) * block
@@ -238,9 +245,11 @@ def mosaic_backward(
     found = []
     for start in range(0, tokens, part):
         here = slice(start, start + part)
-        seeing = (segments[0][:, here], segments[1]) if segments else ()
+        seen = visible
+        if visible is not None:
+            seen = Visible(visible.id, visible.low[:, here], visible.high[:, here])
         queries = q[:, here], grad[:, here], lse[..., here], slope[..., here]
-        found.append(_backward(*queries, k, v, seeing))
+        found.append(_backward(*queries, k, v, seen, heads))
     dq, dk, dv = zip(*found, strict=True)
     dq = jnp.concatenate(dq, axis=1)
     return tuple(_rows(x, rows) for x in (dq, sum(dk), sum(dv)))  # type: ignore
@@ -253,52 +262,53 @@ def _backward(
     slope: Float[Array, "r 1 n"],
     k: Float[Array, "r s k"],
     v: Float[Array, "r s k"],
-    segments: Segments,
+    visible: Visible | None,
+    heads: int,
 ) -> tuple[Array, Array, Array]:
     """Gradients of queries, of which a core holds all, and of keys and values."""
-    (lines, tokens, channels), keys, most = q.shape, k.shape[1], _chip().back
+    (lines, tokens, channels), keys, most = q.shape, k.shape[1], _blocks().back
     cores, blocks, held = _share(keys)
     block = block_for(tokens, most[0])
     padded = _whole(tokens, block)
-    ids = _segment_ids(segments, held)
-    of_query = partial(_block, lambda h, core, j, i: i)
-    of_key = partial(_block, lambda h, core, j, i: core * blocks + j)
+    ids, edges = _ids(visible, held), _edges(visible, block, held)
+    of_query = partial(
+        _block,
+        lambda h, core, j, i, *e: _if_seen(i, e, h // heads, i, core * blocks + j),
+    )
+    of_key = partial(_block, lambda h, core, j, i, *_: core * blocks + j)
     row, line = of_query(1, block, channels), of_query(2, 1, block)
     column = of_key(1, held, channels)
-    each = lines // len(ids[0]) if ids else 1
-    shared = [of_query(2, 1, block, each=each), of_key(1, held, LANES, each=each)]
-    dq, dk, dv = pl.pallas_call(
-        partial(
-            kernels.backward,
-            compute=_at_once(held, most[2]),
-            blocks=blocks,
-            sizes=(_ragged(tokens, block), _ragged(keys, held)),
-        ),
-        grid=(lines, cores, blocks, padded // block),
-        in_specs=[row, column, column, row, line, line, *shared[: len(ids)]],
-        out_specs=[
-            pl.BlockSpec(
-                (1, 1, channels, padded), lambda h, core, j, i: (core, h, 0, 0)
-            ),
-            column,
-            column,
-        ],
-        out_shape=[
-            jax.ShapeDtypeStruct((cores, lines, channels, padded), jnp.float32),
-            jax.ShapeDtypeStruct(k.shape, k.dtype),
-            jax.ShapeDtypeStruct(v.shape, v.dtype),
-        ],
-        scratch_shapes=[pltpu.VMEM((channels, held), jnp.float32) for _ in range(2)],
-        name="flash_backward",
-        **_settings(5, q, k, 4),
-    )(_scaled(q), k, v, grad, *(pad(x, 2, padded) for x in (lse, slope)), *ids)
+    shared = [of_query(2, 2, block, each=heads), of_key(1, held, LANES, each=heads)]
+    kernel = partial(
+        kernels.backward,
+        compute=_at_once(held, most[2]),
+        sizes=(_ragged(tokens, block), _ragged(keys, held)),
+        heads=heads,
+    )
+    all_queries = pl.BlockSpec(
+        (1, 1, channels, padded), lambda h, core, j, i, *_: (core, h, 0, 0)
+    )
+    grid = {
+        "grid": (lines, cores, blocks, padded // block),
+        "in_specs": [row, column, column, row, line, line, *shared[: len(ids)]],
+        "out_specs": [all_queries, column, column],
+        "scratch_shapes": [pltpu.VMEM((channels, held), jnp.float32) for _ in range(2)],
+    }
+    shapes = [
+        jax.ShapeDtypeStruct((cores, lines, channels, padded), jnp.float32),
+        jax.ShapeDtypeStruct(k.shape, k.dtype),
+        jax.ShapeDtypeStruct(v.shape, v.dtype),
+    ]
+    settings = {"name": "flash_backward", "out_shape": shapes, **_settings(5, q, k, 4)}
+    inputs = _scaled(q), k, v, grad, *(pad(x, 2, padded) for x in (lse, slope)), *ids
+    dq, dk, dv = _run(kernel, edges, inputs, grid, **settings)
     dq = (dq.sum(axis=0) * channels**-0.5).astype(q.dtype)
     return dq[..., :tokens].swapaxes(1, 2), dk, dv
 
 
 def _share(keys: int) -> tuple[int, int, int]:
     """Cores that share keys, blocks of them that each has, and the size of a block."""
-    chip = _chip()
+    chip = _blocks()
     for cores in (chip.cores, 1):
         each = pl.cdiv(keys, cores)
         held = block_for(each, chip.back[1])

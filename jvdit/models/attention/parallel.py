@@ -19,19 +19,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float
 
-from jvdit.models.attention.pieces import (
-    RESIDUALS,
-    Pieces,
-    Segments,
-    no_gradient,
-    slope_of,
-)
+from jvdit.models.attention.pieces import RESIDUALS, Pieces, no_gradient, slope_of
+from jvdit.shapes import Visible
 from jvdit.sharding import activation_spec, fit
 
 AXIS = "context"
 # Devices that trade tokens for heads: neighbours, between which links are short.
 MOST_ULYSSES = 8
-Local = Callable[[Array, Array, Array, Segments], Array]
+Local = Callable[[Array, Array, Array, Visible | None], Array]
 
 
 def divide_context(size: int, heads: int) -> tuple[int, int]:
@@ -53,53 +48,51 @@ def divided(
     q: Float[Array, "b n q k"],
     k: Float[Array, "b s q k"],
     v: Float[Array, "b s q k"],
-    segments: Segments,
+    visible: Visible | None,
+    keys: str,
 ) -> Float[Array, "b n q k"]:
     """Attention on the current mesh.
 
-    Keys are taken to be divided over "context" if they are as many as the queries:
-    those of text are few, and every device has them all. An axis that the mesh doesn't
-    divide stays whole, and is computed on each device.
+    An axis that the mesh doesn't divide stays whole, and is computed on each device.
 
     Args:
-        local: attention on one device: (q, k, v, segments).
+        local: attention on one device: (q, k, v, visible).
         pieces: the same in pieces, for the ring.
         q: queries.
         k: keys.
         v: values.
-        segments: () or the clips of queries [b n] and of keys [b s].
+        visible: which keys each query sees; None: all.
+        keys: the name of the keys' axis in `sharding.ACTIVATIONS`: "tokens", of which
+            each device has a part, or "text", which every device has whole.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    among = k.shape[1] == q.shape[1]
-    places = _spec(q, "tokens", mesh), _spec(k, "tokens" if among else "text", mesh)
-    size = mesh.shape[AXIS] if among and places[0][1] else 1
-    heads = q.shape[2] // _ways(places[0][2], mesh)
+    of_query, of_key = _spec(q, "tokens", mesh), _spec(k, keys, mesh)
+    size = mesh.shape[AXIS] if of_query[1] and of_key[1] else 1
+    if size == 1:
+        of_key = PartitionSpec(of_key[0], None, *of_key[2:])
+    heads = q.shape[2] // _ways(of_query[2], mesh)
     ulysses, ring = divide_context(size, heads)
 
-    def on_device(q: Array, k: Array, v: Array, *segments: Array) -> Array:
+    def on_device(q: Array, k: Array, v: Array, visible: Visible | None) -> Array:
         groups = np.arange(size).reshape(ring, ulysses).tolist()
         if ulysses > 1:
             q, k, v = (_trade(x, groups, 2, 1) for x in (q, k, v))
-            segments = tuple(
-                jax.lax.all_gather(
-                    x, AXIS, axis_index_groups=groups, axis=1, tiled=True
-                )
-                for x in segments
-            )
-        out: Any
+            gather = partial(jax.lax.all_gather, axis_index_groups=groups, axis=1)
+            visible = jax.tree.map(lambda x: gather(x, AXIS, tiled=True), visible)
         if ring > 1:
-            out = _ring(q, k, v, segments, pieces, (ulysses, ring))
+            out: Any = _ring(q, k, v, visible, pieces, (ulysses, ring))
         else:
-            out = local(q, k, v, segments)  # type: ignore[arg-type]
+            out = local(q, k, v, visible)
         return _trade(out, groups, 1, 2) if ulysses > 1 else out
 
-    segment_places = tuple(PartitionSpec(*place[:2]) for place in places)
+    rows, columns = (PartitionSpec(*place[:2]) for place in (of_query, of_key))
+    seen = None if visible is None else Visible(columns, rows, rows)
     return jax.shard_map(
         on_device,
-        in_specs=(places[0], places[1], places[1], *segment_places[: len(segments)]),
-        out_specs=places[0],
+        in_specs=(of_query, of_key, of_key, seen),
+        out_specs=of_query,
         check_vma=False,
-    )(q, k, v, *segments)
+    )(q, k, v, visible)
 
 
 def _spec(x: Array, tokens: str, mesh: AbstractMesh) -> PartitionSpec:
@@ -122,18 +115,18 @@ def _ring(
     q: Array,
     k: Array,
     v: Array,
-    segments: Segments,
+    visible: Visible | None,
     pieces: Pieces,
     sizes: tuple[int, int],
 ) -> Array:
-    return _ring_forward(q, k, v, segments, pieces, sizes)[0]
+    return _ring_forward(q, k, v, visible, pieces, sizes)[0]
 
 
-def _ring_forward(q, k, v, segments, pieces, sizes):
+def _ring_forward(q, k, v, visible, pieces, sizes):
     out: Any = None
     lse: Any = None
-    for k_here, v_here, keys in _turns((k, v, segments[1:]), sizes):
-        part, part_lse = pieces.forward(q, k_here, v_here, (*segments[:1], *keys))
+    for here in _turns(q, k, v, visible, sizes):
+        part, part_lse = pieces.forward(*here)
         if lse is None:
             out, lse = part.astype(jnp.float32), part_lse
             continue
@@ -141,34 +134,35 @@ def _ring_forward(q, k, v, segments, pieces, sizes):
         out = out * _by_query(lse - total) + part * _by_query(part_lse - total)
         lse = total
     out, lse = (checkpoint_name(x, RESIDUALS) for x in (out.astype(q.dtype), lse))
-    return out, (q, k, v, segments, out, lse)
+    return out, (q, k, v, visible, out, lse)
 
 
 def _ring_backward(pieces, sizes, saved, grad):
-    q, k, v, segments, out, lse = saved
+    q, k, v, visible, out, lse = saved
     slope = slope_of(out, grad)
     sums = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-    for k_here, v_here, keys in _turns((k, v, segments[1:]), sizes):
-        seen = (*segments[:1], *keys)
-        parts = pieces.backward(q, k_here, v_here, seen, lse, slope, grad)
+    for here in _turns(q, k, v, visible, sizes):
+        parts = pieces.backward(*here, lse, slope, grad)
         dq, dk, dv = (a + b.astype(a.dtype) for a, b in zip(sums, parts, strict=True))
         # Gradients of keys travel with them, and are home after the last turn.
         sums = dq, *_pass_on((dk, dv), sizes)
     grads = (d.astype(x.dtype) for d, x in zip(sums, (q, k, v), strict=True))
-    return *grads, no_gradient(segments)
+    return *grads, no_gradient(visible)
 
 
 _ring.defvjp(_ring_forward, _ring_backward)
 
 
-def _turns(held: Any, sizes: tuple[int, int]) -> Iterator[Any]:
-    """What a device has of keys and values, turn after turn.
+def _turns(q, k, v, visible, sizes: tuple[int, int]) -> Iterator[Any]:
+    """(q, k, v, visible) turn after turn, with the keys that a device has then.
 
     Not a loop of the program: transfers then hide behind the turns before.
     """
+    held = k, v, visible and visible.id
     for left in range(sizes[1] - 1, -1, -1):
-        here, held = held, _pass_on(held, sizes) if left else None
-        yield here
+        k, v, id = held
+        held = _pass_on(held, sizes) if left else held
+        yield q, k, v, visible and visible.among(id)
 
 
 def _pass_on(values, sizes: tuple[int, int]):

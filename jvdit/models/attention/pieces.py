@@ -15,26 +15,25 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-# Score of a hidden key, and the log-sum-exp of a query without keys: finite, so that
-# gradients are.
-HIDDEN = -1e30
-PADDING = -1  # a segment of its own
+from jvdit.shapes import Visible
+
+# The score of a hidden key, and the log-sum-exp of a query that sees no key. Finite, so
+# that gradients are, and apart, so that the weight of such a query is 0 rather than 1.
+HIDDEN, NOTHING = -1e30, -5e29
 # Scores up to this part of the largest exponent of a kind of numbers have exponentials,
 # and sums of them, that it holds: 53 in float32 and bfloat16, 6.7 in float16.
 SMALL_SCORES = 0.6
 # The name under which remat finds a result of flash attention and its log-sum-exp.
 RESIDUALS = "attention_residuals"
 
-Segments = tuple[()] | tuple[Array, Array]
-
 
 class Pieces(NamedTuple):
     """Attention to some of the keys, and its gradient given what all of them make.
 
     Attributes:
-        forward: (q, k, v, segments) to the result and the log-sum-exp of the scores
-            [b q n].
-        backward: (q, k, v, segments, lse, slope, gradient of the result), where `lse`
+        forward: (q, k, v, visible) to the result and the log-sum-exp of the scores
+            [b q n]; to zeros and `NOTHING` where a query sees no key.
+        backward: (q, k, v, visible, lse, slope, gradient of the result), where `lse`
             and `slope_of` the result are of all keys, to the gradients of q, k and v.
     """
 
@@ -42,36 +41,37 @@ class Pieces(NamedTuple):
     backward: Callable[..., tuple[Array, Array, Array]]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def flash(
     q: Float[Array, "b n q k"],
     k: Float[Array, "b s q k"],
     v: Float[Array, "b s q k"],
-    segments: Segments,
+    visible: Visible | None,
     pieces: Pieces,
+    keep: bool,
 ) -> Float[Array, "b n q k"]:
-    """Attention of each query to the keys of its segment, on one device.
+    """Attention of each query to the keys that it sees, on one device.
 
-    The backward pass computes scores again. Result and log-sum-exp are named
-    `RESIDUALS`, so that a rematerialised block can keep them in the place of computing
-    them anew.
+    The backward pass computes scores again. With `keep`, result and log-sum-exp are
+    named `RESIDUALS`, so that a rematerialised block can keep them in the place of
+    computing them anew.
     """
-    return pieces.forward(q, k, v, segments)[0].astype(q.dtype)
+    return pieces.forward(q, k, v, visible)[0].astype(q.dtype)
 
 
-def _flash_forward(q, k, v, segments, pieces):
-    out, lse = pieces.forward(q, k, v, segments)
+def _flash_forward(q, k, v, visible, pieces, keep):
+    out, lse = pieces.forward(q, k, v, visible)
     out = out.astype(q.dtype)
-    if q.shape[1] == k.shape[1]:  # attention to a text costs little to compute again
+    if keep:
         out, lse = (checkpoint_name(x, RESIDUALS) for x in (out, lse))
-    return out, (q, k, v, segments, out, lse)
+    return out, (q, k, v, visible, out, lse)
 
 
-def _flash_backward(pieces, saved, grad):
-    q, k, v, segments, out, lse = saved
-    grads = pieces.backward(q, k, v, segments, lse, slope_of(out, grad), grad)
+def _flash_backward(pieces, keep, saved, grad):
+    q, k, v, visible, out, lse = saved
+    grads = pieces.backward(q, k, v, visible, lse, slope_of(out, grad), grad)
     grads = (d.astype(x.dtype) for d, x in zip(grads, (q, k, v), strict=True))
-    return *grads, no_gradient(segments)
+    return *grads, no_gradient(visible)
 
 
 flash.defvjp(_flash_forward, _flash_backward)
@@ -84,9 +84,9 @@ def pad(x: Array, axis: int, length: int, value: int = 0) -> Array:
     return jnp.pad(x, widths, constant_values=value)
 
 
-def no_gradient(segments: Segments) -> Any:
+def no_gradient(visible: Visible | None) -> Any:
     """What stands for the gradients of integers."""
-    return jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), segments)
+    return jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), visible)
 
 
 def slope_of(
@@ -103,7 +103,7 @@ def slope_of(
 _product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-def _each_head(function, arrays, segments):
+def _each_head(function, arrays, visible):
     """Runs a function for one row and head at a time: its scores stay in a cache.
 
     Arrays, of which the heads are the third axis, and results lie as they are: nothing
@@ -118,7 +118,7 @@ def _each_head(function, arrays, segments):
 
     def compute(row, head):
         own = tuple(part(x, row, head) for x in arrays)
-        return function(own, tuple(x[row] for x in segments))
+        return function(own, jax.tree.map(lambda x: x[row], visible))
 
     def run(i, results):
         row, head = i // heads, i % heads
@@ -134,20 +134,11 @@ def _each_head(function, arrays, segments):
     return jax.lax.fori_loop(0, rows * heads, run, results)
 
 
-def _scores(
-    rows: Float[Array, "n k"], columns: Float[Array, "s k"], segments: Segments
-) -> Float[Array, "n s"]:
-    scores = _product("nk,sk->ns", rows, columns)
-    if not segments:
-        return scores
-    return jnp.where(segments[0][:, None] == segments[1][None, :], scores, HIDDEN)
-
-
 def dense_forward(
     q: Float[Array, "b n q k"],
     k: Float[Array, "b s q k"],
     v: Float[Array, "b s q k"],
-    segments: Segments,
+    visible: Visible | None,
 ) -> tuple[Float[Array, "b n q k"], Float[Array, "b q n"]]:
     """Attention to some of the keys in plain products; see `Pieces.forward`.
 
@@ -155,16 +146,18 @@ def dense_forward(
     the largest needn't be found and subtracted, which takes a pass over all of them.
     """
 
-    def head(arrays, segments, *, small: bool):
+    def head(arrays, visible, *, small: bool):
         q, k, v = arrays
-        scores = _scores(q * q.shape[-1] ** -0.5, k, segments)
-        top = jnp.zeros(len(q)) if small else scores.max(axis=-1)
+        scores = _product("nk,sk->ns", q * q.shape[-1] ** -0.5, k)
+        if visible is not None:
+            scores = jnp.where(visible.mask(), scores, HIDDEN)
+        top = jnp.zeros(len(q)) if small else scores.max(axis=-1, initial=NOTHING)
         weights = jnp.exp(scores if small else scores - top[:, None])
         total = weights.sum(axis=-1)
         # Divided last: there are fewer channels than keys.
         out = _product("ns,sk->nk", weights.astype(v.dtype), v)
         out = out / jnp.where(total > 0, total, 1)[:, None]
-        lse = jnp.where(total > 0, top + jnp.log(total), HIDDEN)
+        lse = jnp.where(total > 0, top + jnp.log(total), NOTHING)
         return out, lse[None]
 
     def longest(x: Array) -> Array:
@@ -173,7 +166,7 @@ def dense_forward(
     ways = (partial(_each_head, partial(head, small=small)) for small in (True, False))
     most = SMALL_SCORES * np.log(float(jnp.finfo(v.dtype).max))
     small = longest(q) * longest(k) < most**2 * q.shape[-1]
-    out, lse = jax.lax.cond(small, *ways, (q, k, v), segments)
+    out, lse = jax.lax.cond(small, *ways, (q, k, v), visible)
     return out, lse[:, 0]
 
 
@@ -181,7 +174,7 @@ def dense_backward(
     q: Float[Array, "b n q k"],
     k: Float[Array, "b s q k"],
     v: Float[Array, "b s q k"],
-    segments: Segments,
+    visible: Visible | None,
     lse: Float[Array, "b q n"],
     slope: Float[Array, "b q n"],
     grad: Float[Array, "b n q k"],
@@ -191,11 +184,14 @@ def dense_backward(
     Scores have a row for each key: two of three products then take them as they lie.
     """
 
-    def head(arrays, segments):
+    def head(arrays, visible):
         q, k, v, grad, slope, lse = arrays
         scale = q.shape[-1] ** -0.5
         q = q * scale
-        weights = jnp.exp(_scores(k, q, segments[::-1]) - lse)
+        scores = _product("sk,nk->sn", k, q)
+        if visible is not None:
+            scores = jnp.where(visible.mask().T, scores, HIDDEN)
+        weights = jnp.exp(scores - lse)
         dscores = weights * (_product("sk,nk->sn", v, grad) - slope)
         dv = _product("sn,nk->sk", weights.astype(grad.dtype), grad)
         dk = _product("sn,nk->sk", dscores.astype(q.dtype), q)
@@ -204,7 +200,7 @@ def dense_backward(
         return jax.lax.optimization_barrier(dq).T * scale, dk, dv
 
     line = (x[:, None] for x in (slope, lse))
-    return _each_head(head, (q, k, v, grad, *line), segments)
+    return _each_head(head, (q, k, v, grad, *line), visible)
 
 
 DENSE = Pieces(dense_forward, dense_backward)

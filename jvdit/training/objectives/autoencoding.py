@@ -77,7 +77,9 @@ class VAEObjective:
         """Videos that could be read."""
         return batch["valid"].sum().astype(jnp.float32)
 
-    def loss(self, params: Any, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
+    def loss(
+        self, params: Any, batch: Batch, *, ema: Any = None, step: Any = 0
+    ) -> tuple[Float[Array, ""], Metrics]:
         """Sum over videos of the loss, and its terms."""
         variables = {"params": params["vae"]}
         video = to_float(batch["video"])

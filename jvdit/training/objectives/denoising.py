@@ -1,4 +1,4 @@
-"""What can be trained: the loss of the DiT on packed latents.
+"""What can be trained: the loss of a backbone on packed latents.
 
 The video autoencoder's is in `autoencoding.py`; both follow `step.Objective`.
 """
@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from jvdit.diffusion.denoise import denoise
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
-from jvdit.models.dit import DiT
+from jvdit.models.backbones import Backbone
 from jvdit.models.lora import LoRA
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.shapes import Text, Tokens
@@ -35,37 +35,17 @@ def text_of(text_encoder: TextEncoder | None, params: Any, batch: Batch) -> Text
     return Text(embeds, batch["text_segment"])
 
 
-def tokens_of(batch: Batch, latents: Float[Array, "b n c"], one_clip: bool) -> Tokens:
-    """The tokens of a packed batch.
-
-    Args:
-        batch: a packed batch, perhaps with `clean` tokens.
-        latents: clean or noisy.
-        one_clip: every row of every batch is exactly one clip without padding: no mask
-            and, unless tokens are clean, a single noise level.
-    """
-    segment, clean = batch["segment"], batch.get("clean")
-    if one_clip and clean is None:
-        return Tokens(latents, batch["position"])
-    level = segment if clean is None else jnp.where(clean, 0, segment)
-    return Tokens(latents, batch["position"], None if one_clip else segment, level)
-
-
 def generated(batch: Batch) -> Bool[Array, "b n"]:
     """Which tokens are to be generated: neither padding nor given."""
-    inside = batch["segment"] > 0
-    return inside & ~batch["clean"] if "clean" in batch else inside
+    return batch["level"] > 0
 
 
-def first_frames(batch: Batch, chosen: Bool[Array, "b m"]) -> Bool[Array, "b n"]:
-    """The tokens of the first frame of the chosen clips, but of those that have one.
-
-    Positions count from a clip's first frame, so that is where they are 0 in time.
-    """
-    segment, first = batch["segment"], batch["position"][..., 0] == 0
-    member = jax.nn.one_hot(segment, chosen.shape[1] + 1, dtype=bool)[..., 1:]
-    longer = (member & ~first[..., None]).any(1)
-    return first & (member & (chosen & longer)[:, None]).any(-1)
+def with_given(batch: Batch, chosen: Bool[Array, "b m"]) -> Batch:
+    """The batch with what may be given of the chosen clips given, at level 0."""
+    chosen = jnp.pad(chosen, ((0, 0), (1, 0)))
+    of_chosen = jnp.take_along_axis(chosen, batch["segment"], axis=1)
+    level = jnp.where(batch["givable"] & of_chosen, 0, batch["level"])
+    return {**batch, "level": level}
 
 
 def clip_sizes(batch: Batch) -> Float[Array, "b m"]:
@@ -77,7 +57,7 @@ def clip_sizes(batch: Batch) -> Float[Array, "b m"]:
 
 @dataclasses.dataclass(frozen=True)
 class FlowObjective:
-    """Trains a DiT, and a text encoder with it, to denoise packed latents.
+    """Trains a backbone, and a text encoder with it, to denoise packed latents.
 
     The squared error of the velocity (Eq. 14 of arXiv:2210.02747 for the flow path),
     weighted so that it is the squared error of the path's target, averaged over
@@ -89,18 +69,18 @@ class FlowObjective:
         text_encoder: trained along; None: batches carry cached `text_embeds`.
         path: from latents to noise.
         policy: the times.
-        one_clip: see `tokens_of`.
+        one_clip: see `Tokens.of`.
         pad_text: tokens see all text states of their clip, padding included.
         boundary: with two experts, "dit" above this time and "dit_low" below, the first
             half of a batch's rows trains the one and the second half the other. 0:
             there is one network.
-        first_frame: share of the clips whose first latent frame is given, as `image`
-            gives it in sampling.
-        lora: adapters of the DiT that are trained in the place of all else, which is
+        first_frame: share of the clips of which is given what may be (`givable`): their
+            first latent frame, as `image` gives it in sampling.
+        lora: adapters of it that are trained in the place of all else, which is
             frozen then.
     """
 
-    dit: DiT
+    dit: Backbone
     text_encoder: TextEncoder | None
     path: NoisePath
     policy: TimestepPolicy
@@ -124,7 +104,7 @@ class FlowObjective:
                 "params"
             ]
         text = self._text(params, batch)
-        tokens = tokens_of(batch, batch["latents"], self.one_clip)
+        tokens = self._tokens(batch, batch["latents"])
         levels = 1 if tokens.level is None else batch["valid"].shape[1] + 1
         t = jnp.zeros((1, levels))
         params["dit"] = self.dit.init(keys[1], tokens, t, text)["params"]
@@ -134,8 +114,13 @@ class FlowObjective:
             params["dit_low"] = self.dit.init(keys[2], tokens, t, text)["params"]
         return params
 
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """What the network learns to be given, rows of `CONDITIONS`."""
+        return ("first_frame",) if self.first_frame else ()
+
     def flops(self, tokens: int, text: int) -> int:
-        """Of a row in a step of training; see `DiT.flops`."""
+        """Of a row in a step of training; see `Backbone.flops`."""
         return self.dit.flops(tokens, text, "adapters" if self.lora else "weights")
 
     def prepare(self, batch: Batch, key: PRNGKeyArray) -> Batch:
@@ -144,7 +129,7 @@ class FlowObjective:
         if self.first_frame:
             given_key, shape = jax.random.fold_in(key, 2), batch["valid"].shape
             chosen = jax.random.bernoulli(given_key, self.first_frame, shape)
-            batch = {**batch, "clean": first_frames(batch, chosen)}
+            batch = with_given(batch, chosen)
         sizes = jnp.maximum(clip_sizes(batch), 1)
         t = self.policy.sample(time_key, sizes)
         if self.boundary:
@@ -165,7 +150,9 @@ class FlowObjective:
         """Tokens that are generated."""
         return generated(batch).sum().astype(jnp.float32)
 
-    def loss(self, params: Any, batch: Batch) -> tuple[Float[Array, ""], Metrics]:
+    def loss(
+        self, params: Any, batch: Batch, *, ema: Any = None, step: Any = 0
+    ) -> tuple[Float[Array, ""], Metrics]:
         """Sum over tokens of the squared error, and the loss by noise level."""
         x0, noise = jax.vmap(_draw)(batch["key"], batch["latents"], batch["logvar"])
         rng = jax.random.fold_in(batch["key"][0], 1)
@@ -204,7 +191,7 @@ class FlowObjective:
         return jax.tree.map(lambda *halves: jnp.concatenate(halves), high, low)
 
     def _error(self, params, name, batch, x0, noise, t, rng=None):
-        clean = tokens_of(batch, x0, self.one_clip)
+        clean = self._tokens(batch, x0)
         levels = t if clean.level is None else jnp.pad(t, ((0, 0), (1, 0)))
         token_t = clean.per_token(levels)
         tokens = clean.with_latents(self.path.mix(x0, noise, token_t))
@@ -219,6 +206,10 @@ class FlowObjective:
         weight = self.path.loss_weight(token_t) * generated(batch)[..., None]
         error = (weight * (velocity - wanted) ** 2).mean(-1)
         return error, jnp.broadcast_to(token_t[..., 0], error.shape)
+
+    def _tokens(self, batch: Batch, latents: Array) -> Tokens:
+        given = self.first_frame > 0
+        return Tokens.of(batch, latents, one_clip=self.one_clip, given=given)
 
     def _text(self, params: Any, batch: Batch) -> Text:
         text = text_of(self.text_encoder, params, batch)

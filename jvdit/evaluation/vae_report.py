@@ -5,6 +5,7 @@ that generates latents of this autoencoder can be expected to score higher.
 """
 
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -16,11 +17,8 @@ from jvdit.data.clips import BadClip
 from jvdit.data.sources import WorldSource
 from jvdit.evaluation import oracle, report
 from jvdit.evaluation.reconstruction import psnr, ssim, temporal_error
-from jvdit.machine.compilation import jit
 from jvdit.machine.files import write_atomically
 from jvdit.machine.json_files import write_json
-from jvdit.models.video_vae import VideoVAE, to_float, to_uint8
-from jvdit.weights.parameters import build, load_weights, model_folder
 
 MEASURES = {"psnr": psnr, "ssim": ssim, "temporal_error": temporal_error}
 _MEANING = {
@@ -34,48 +32,19 @@ _CHUNK = 8  # clips that are read at once
 Video = UInt8[np.ndarray, "T H W 3"]
 
 
-class Reconstructor:
-    """An autoencoder as a function: clips to what is left of them.
-
-    Args:
-        folder: workdir of a training of an autoencoder, or its weights.
-
-    Raises:
-        FileNotFoundError: there is no autoencoder.
-    """
-
-    def __init__(self, folder: str | pathlib.Path):
-        inside = model_folder(folder)
-        inside = inside / "vae" if (inside / "vae").is_dir() else inside
-        self._params, fields = load_weights(inside)
-        self.vae = build(VideoVAE, fields)
-
-        @jit
-        def reconstruct(params, video):
-            variables = {"params": params}
-            return to_uint8(self.vae.apply(variables, to_float(video))[0])
-
-        self._reconstruct = reconstruct
-
-    def __call__(self, video: Video) -> Video:
-        """Encodes a clip and decodes the mean of its latents."""
-        return np.asarray(self._reconstruct(self._params, video[None])[0])
-
-    def fit(self, video: Video) -> UInt8[np.ndarray, "t h w 3"]:
-        """The clip without frames, rows and columns that fill no latent."""
-        time, space = self.vae.temporal_compression, self.vae.spatial_compression
-        frames, height, width = video.shape[:3]
-        frames = 1 + (frames - 1) // time * time
-        return video[:frames, : height // space * space, : width // space * space]
-
-
-def evaluate_vae(
-    folder: str, name: str, count: int, out: pathlib.Path
+def report_vae(
+    folder: str,
+    reconstruct: Callable[[Video], tuple[np.ndarray, np.ndarray]],
+    name: str,
+    count: int,
+    out: pathlib.Path,
 ) -> list[pathlib.Path]:
     """Reconstructs, scores and reports; returns the files.
 
     Args:
         folder: of the autoencoder.
+        reconstruct: a clip to the part of it that fills latents, and what the
+            autoencoder makes of that.
         name: of the clips, as `open_source` reads it.
         count: clips at the most.
         out: folder of the report.
@@ -83,7 +52,7 @@ def evaluate_vae(
     Raises:
         ValueError: there are no clips that can be read.
     """
-    reconstruct, source = Reconstructor(folder), open_source(name)
+    source = open_source(name)
     count = min(count, len(source))
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("reconstructing", total=count)
@@ -94,8 +63,7 @@ def evaluate_vae(
                 if isinstance(clip, BadClip):
                     bad.append({"clip": i, "reason": clip.reason})
                     continue
-                original = reconstruct.fit(clip["video"])
-                pairs.append((original, reconstruct(original), clip))
+                pairs.append((*reconstruct(clip["video"]), clip))
             progress.advance(task, len(ids))
     if not pairs:
         raise ValueError(f"none of the {count} clips of {name} can be read: {bad[:1]}.")

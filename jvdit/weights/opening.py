@@ -1,5 +1,6 @@
-"""A released model as a `Generator`: `load_release(folder)`."""
+"""Any finished model as a `Bundle`: our own folder or a release, by one call."""
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -13,72 +14,86 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
-from jvdit.generation.generator import Generator
-from jvdit.generation.residence import fits_together
 from jvdit.models.lora import check, scaled, stacked
 from jvdit.sharding import make_mesh, platform
 from jvdit.weights.adapters import read_lora
+from jvdit.weights.bundle import Bundle
 from jvdit.weights.caption_encoder import release_tokenizer
-from jvdit.weights.configs import PATCH_SIZE, patch_channels
-from jvdit.weights.conventions import Conventions
+from jvdit.weights.configs import PATCH_SIZE, conditions_of, patch_channels
 from jvdit.weights.folders import (
-    Loaded,
-    dit_inputs,
     load_dit,
     load_image_encoder,
     load_text_encoder,
     load_vae,
 )
+from jvdit.weights.model_folder import read_bundle
+from jvdit.weights.network import Network
 from jvdit.weights.parameters import module_fields
 from jvdit.weights.recipes import RECIPES, TEXT_LENGTH
-from jvdit.weights.release import Release, read_release
+from jvdit.weights.release import Release, is_release, read_release
 from jvdit.weights.wan import LAYOUTS, dit_rules
 
 EXPERTS = ("dit", "dit_low")
-_ITS_OWN: Mapping[str, str] = {}
 
 
-def load_release(
+def open_bundle(
     folder: str | os.PathLike[str],
     mesh: Mesh | None = None,
-    dtype: DTypeLike = jnp.bfloat16,
+    *,
+    dtype: DTypeLike | None = None,
     shift: float | None = None,
-    parts: Mapping[str, str | os.PathLike[str]] = _ITS_OWN,
+    parts: Mapping[str, str | os.PathLike[str]] | None = None,
     **fields: Any,
-) -> Generator:
-    """A model of the Wan 2 family, to be sampled as its folder and authors say.
+) -> Bundle:
+    """Opens a model folder of ours, or a released model of the Wan 2 family.
 
-    What its scheduler asks for and we do otherwise is logged, a line each.
-    Its networks are read from the files when their turn comes. If they don't all fit on
-    the devices, one is there at a time.
+    A release samples as its folder and its authors say; what its scheduler asks for and
+    we do otherwise is logged, a line each. Its networks are read from the files when
+    they are asked for.
 
     Args:
-        folder: as diffusers saves a pipeline, or of the original release with its files
-            turned to safetensors.
-        mesh: of the devices; default: all of them on `data`.
-        dtype: of the parameters and the computation; the autoencoder's are float32.
-        shift: of the times, see `TimestepPolicy`; None: that of the folder's scheduler,
-            or its authors' where it has none.
-        parts: folders of networks in the place of the release's own, by name: "dit" and
+        folder: a workdir or its `model` folder; a pipeline as diffusers saves it, or
+            the original release with its files turned to safetensors.
+        mesh: for whose devices a release is read; default: all of them on `data`.
+        dtype: of a release's parameters and computation; its autoencoder's are float32.
+            Default: bfloat16.
+        shift: timestep shift of a release; None: that of the folder's scheduler, or its
+            authors' where it has none.
+        parts: folders of networks in the place of a release's own, by name: "dit" and
             "dit_low" of a finetuning.
-        **fields: of `DiT` that the release doesn't decide, such as `scan_layers`.
+        **fields: of `DiT` that a release doesn't decide, such as `scan_layers`.
 
     Raises:
-        FileNotFoundError: a part is missing; says which.
-        ValueError: the folder holds another model, or damaged files.
+        FileNotFoundError: there is no model, or a part is missing; says which.
+        ValueError: the folder holds another model, or damaged files; or what goes with
+            releases alone was given for a model of our own.
     """
-    release = read_release(folder)
-    mesh = make_mesh() if mesh is None else mesh
-    found = _networks(release, parts, mesh, dtype, fields)
-    dit = found["dit"].module
+    if is_release(folder):
+        mesh = make_mesh() if mesh is None else mesh
+        types = jnp.bfloat16 if dtype is None else dtype
+        return _released(read_release(folder), mesh, types, shift, parts or {}, fields)
+    options = {"dtype": dtype, "shift": shift, "parts": parts, **fields}
+    if given := [name for name, value in options.items() if value]:
+        raise ValueError(
+            f"{' and '.join(given)} go with a released model, and {folder} is none."
+        )
+    return read_bundle(folder)
+
+
+def _released(
+    release: Release,
+    mesh: Mesh,
+    dtype: DTypeLike,
+    shift: float | None,
+    parts: Mapping[str, str | os.PathLike[str]],
+    fields: Mapping[str, Any],
+) -> Bundle:
+    networks = _networks(release, parts, mesh, dtype, fields)
+    dit = networks["dit"].module
     recipe, scheduler = release.recipe(module_fields(dit)), release.scheduler
     _tell(release, recipe, shift)
-    image_encoder = found.get("image_encoder")
-    return Generator(
-        dit=dit,
-        text_encoder=found["text_encoder"].module,
-        vae=found["vae"].module,
-        params={name: part.load for name, part in found.items()},
+    return Bundle(
+        networks=networks,
         tokenizer=release_tokenizer(release.tokenizer),
         path=NoisePath(timesteps=scheduler.timesteps),
         policy=TimestepPolicy(
@@ -86,17 +101,12 @@ def load_release(
         ),
         patch_size=PATCH_SIZE,
         text_length=TEXT_LENGTH,
-        defaults=recipe,
-        mesh=mesh,
-        conventions=Conventions(
-            seconds=False,
-            pad_text=True,
-            clean_frames=release.clean_frames,
-        ),
+        conditions=conditions_of(dit, release.clean_frames),
+        seconds=False,
+        pad_text=True,
         boundary=recipe["boundary"],
-        text_release=str(pathlib.Path(folder).absolute()),
-        image_encoder=None if image_encoder is None else image_encoder.module,
-        together=fits_together(sum(part.num_bytes for part in found.values()), mesh),
+        defaults=recipe,
+        text_release=str(release.folder.absolute()),
     )
 
 
@@ -120,7 +130,7 @@ def _networks(
     mesh: Mesh,
     dtype: DTypeLike,
     fields: Mapping[str, Any],
-) -> dict[str, Loaded]:
+) -> dict[str, Network]:
     """The networks of a release, none of them read yet; see `load_release`."""
     if unknown := set(parts) - set(release.parts):
         raise ValueError(f"{release.folder} has no {', '.join(unknown)} to replace.")
@@ -147,15 +157,15 @@ def _networks(
     return found
 
 
-def add_adapters(
-    generator: Generator,
+def with_adapters(
+    model: Bundle,
     files: Sequence[tuple[str | os.PathLike[str], float]],
     networks: Sequence[str] = EXPERTS,
-) -> None:
-    """Lets a model sample with adapters from files, several together.
+) -> Bundle:
+    """The model with adapters from files, several together.
 
     Args:
-        generator: the model; adapters that it has already stay.
+        model: adapters that it has already stay.
         files: each with a factor of its strength.
         networks: which experts they are for, "dit" and "dit_low".
 
@@ -164,19 +174,21 @@ def add_adapters(
         ValueError: the adapters are of another network; lists what doesn't fit.
     """
     if not files:
-        return
-    dit = generator.dit
-    shapes = jax.eval_shape(dit.init, jax.random.key(0), *dit_inputs(dit))["params"]
+        return model
+    dit = model.dit
+    inputs = dit.example_inputs()
+    shapes = jax.eval_shape(dit.init, jax.random.key(0), *inputs)["params"]
     channels = patch_channels(dit)
     tables = [dit_rules(layout, channels) for layout in LAYOUTS]
-    if networks == EXPERTS[1:] and not generator.boundary:
+    if networks == EXPERTS[1:] and not model.boundary:
         raise ValueError(
             "adapters for low noise were given; this model has one expert."
         )
-    held = {name: [tree] for name, tree in generator.adapters.items()}
+    held = {name: [tree] for name, tree in model.adapters.items()}
     for file, factor in files:
         tree = read_lora(file, tables, shapes)
         check(shapes, tree)
         for name in networks:
             held.setdefault(name, []).append(scaled(tree, factor))
-    generator.adapters = {name: stacked(trees) for name, trees in held.items()}
+    adapters = {name: stacked(trees) for name, trees in held.items()}
+    return dataclasses.replace(model, adapters=adapters)

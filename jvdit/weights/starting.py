@@ -3,7 +3,7 @@
 import hashlib
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jvdit.machine.json_files import differences
 from jvdit.sharding import parameter_shardings
+from jvdit.weights.bundle import Bundle
 from jvdit.weights.folders import load_dit
 from jvdit.weights.parameters import check_weights, weights_files, weights_hash
 from jvdit.weights.release import is_release, read_release
@@ -121,20 +122,16 @@ def fingerprint(folder: str | os.PathLike[str], expert: str = "dit") -> str:
     return digest.hexdigest()[:16]
 
 
-def model_hash(models: Sequence[tuple[Mapping[str, Any], str]]) -> str:
-    """A digest of all weights of models: `weights_hash`, without reading releases.
+def model_hash(model: Bundle) -> str:
+    """A digest of all weights of a model: `weights_hash`, without reading releases."""
 
-    Args:
-        models: the parameters of each by network, and the folder of the release in
-            whose files those wait that are functions, see `Generator.params`.
-    """
-
-    def known(params: Mapping[str, Any], release: str) -> dict[str, Any]:
+    def known(model: Bundle) -> dict[str, Any]:
+        release = model.text_release
         return {
             name: np.frombuffer(fingerprint(release, name).encode(), np.uint8)
-            if callable(value)
-            else value
-            for name, value in params.items()
+            if callable(network.source)
+            else network.source
+            for name, network in model.networks.items()
         }
 
-    return weights_hash([known(*model) for model in models])
+    return weights_hash([known(x) for x in (model, model.pictures) if x is not None])

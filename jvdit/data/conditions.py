@@ -1,0 +1,260 @@
+"""What may be known of a clip besides its text, as a network takes it.
+
+A model's file names its conditions, rows of `CONDITIONS`. Each says which pictures of a
+request it takes and needs, and turns them into what is `Known` on the grid of latents:
+tokens that are clean, channels beside the noise, or a control signal. Training marks
+what it gives by the same names, see `may_be_given`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float, UInt8
+
+from jvdit.data.patches import Size
+
+# Pixels in [-1, 1] [T H W 3] to normalised latents [f h w c].
+Encode = Callable[[Float[np.ndarray, "T H W 3"]], Float[np.ndarray, "f h w c"]]
+
+
+class Known(NamedTuple):
+    """What is known of a clip, on the grid of its latents.
+
+    Attributes:
+        latents: of the tokens that are clean.
+        clean: which cells are.
+        cond: channels beside the noise.
+        control: the signal for control blocks.
+        image: states of an image encoder.
+        lead: latent frames that come before the clip, and are cut off at the end.
+    """
+
+    latents: Float[np.ndarray, "f h w c"] | None = None
+    clean: Bool[np.ndarray, "f h w"] | None = None
+    cond: Float[np.ndarray, "f h w u"] | None = None
+    control: Float[np.ndarray, "f h w v"] | None = None
+    image: Float[np.ndarray, "i z"] | None = None
+    lead: int = 0
+
+
+@runtime_checkable
+class Asked(Protocol):
+    """What conditions read of a request; pictures are uint8, at the clip's size."""
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Frames, height and width of the clip in pixels."""
+        ...
+
+    @property
+    def ends(self) -> list[np.ndarray]:
+        """The first and the last frame `[H W 3]`, those that are given."""
+        ...
+
+    def clip(self, name: str) -> np.ndarray | None:
+        """`video` or `mask` `[T H W 3]`."""
+        ...
+
+    def reference_pictures(self) -> list[np.ndarray]:
+        """`references` `[H W 3]`."""
+        ...
+
+
+class Place(NamedTuple):
+    """Where what is known lies.
+
+    Attributes:
+        frames: latent frames of the clip.
+        encode: pixels to normalised latents.
+        temporal_compression: pixel frames of a latent frame after the first.
+        spatial_compression: pixels of a latent, along a side.
+    """
+
+    frames: int
+    encode: Encode
+    temporal_compression: int
+    spatial_compression: int
+
+
+class Condition(NamedTuple):
+    """A row of `CONDITIONS`.
+
+    Attributes:
+        known: makes it of a request that has what the condition needs.
+        takes: fields of a request that it makes use of.
+        needs: those without which it can't be.
+    """
+
+    known: Callable[[Asked, Place], Known]
+    takes: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+
+
+def known(conditions: Sequence[str], request: Asked, place: Place) -> Known:
+    """What is known of a clip by the conditions of its model.
+
+    Args:
+        conditions: names of `CONDITIONS`.
+        request: that `check_given` let pass.
+        place: of the clip.
+    """
+    found: dict[str, Any] = {}
+    for name in conditions:
+        parts = CONDITIONS[name].known(request, place)._asdict()
+        found |= {k: v for k, v in parts.items() if v is not None}
+    return Known(**found)
+
+
+def check_given(conditions: Sequence[str], given: Sequence[str]) -> None:
+    """Raises ValueError if pictures of a request aren't those that a model takes.
+
+    Args:
+        conditions: of the model.
+        given: the names of the pictures.
+    """
+    rows = [CONDITIONS[name] for name in conditions]
+    takes = dict.fromkeys(x for row in rows for x in row.takes)
+    for name in given:
+        if name not in takes:
+            told = " and ".join(f"`{x}`" for x in takes) or "no pictures"
+            raise ValueError(f"`{name}` was given, but this model takes {told}.")
+    for name in (x for row in rows for x in row.needs):
+        if name not in given:
+            raise ValueError(f"this model needs `{name}`: give it a picture.")
+    if "mask" in given and "video" not in given:
+        raise ValueError("`mask` says what to keep of `video`; give both.")
+
+
+def check_conditions(conditions: Sequence[str]) -> tuple[str, ...]:
+    """The conditions; raises ValueError if one isn't a row of `CONDITIONS`."""
+    for name in conditions:
+        if name not in CONDITIONS:
+            raise ValueError(
+                f"{name!r} is no condition that is known: {', '.join(CONDITIONS)}."
+            )
+    return tuple(conditions)
+
+
+def may_be_given(conditions: Sequence[str], grid: Size) -> Bool[np.ndarray, "n"]:
+    """Which tokens of a clip training may give: the union over its conditions.
+
+    Args:
+        conditions: of the model that is trained.
+        grid: tokens of the clip along time, height and width.
+    """
+    found = np.zeros(grid, bool)
+    if "first_frame" in conditions and grid[0] > 1:
+        found[0] = True
+    return found.reshape(-1)
+
+
+def to_pixels(pictures: UInt8[np.ndarray, "*n 3"]) -> Float[np.ndarray, "*n 3"]:
+    """uint8 to [-1, 1]."""
+    return pictures.astype(np.float32) / 127.5 - 1
+
+
+def first_frame_channels(
+    ends: Sequence[UInt8[np.ndarray, "H W 3"]],
+    frames: int,
+    encode: Encode,
+    temporal_compression: int,
+) -> Known:
+    """A clip's first, and perhaps last, frame as channels beside the noise (Wan I2V).
+
+    They are, for each latent frame, which of its pixel frames are given, and the
+    latents of the clip that is grey where none is.
+    """
+    video = np.zeros((frames, *ends[0].shape), np.float32)
+    known = np.zeros(frames, np.float32)
+    for place, picture in zip((0, -1), ends, strict=False):
+        video[place], known[place] = to_pixels(picture), 1
+    latents = encode(video)
+    f, h, w, _ = latents.shape
+    known = np.concatenate([np.repeat(known[:1], temporal_compression), known[1:]])
+    mask = repeat(known.reshape(f, -1), "f r -> f h w r", h=h, w=w)
+    return Known(cond=np.concatenate([mask, latents], axis=-1))
+
+
+def clean_first_frame(
+    first: UInt8[np.ndarray, "H W 3"], frames: int, encode: Encode
+) -> Known:
+    """A given first frame as clean tokens; `frames` counts latent ones."""
+    latent = encode(to_pixels(first)[None])
+    latents = np.zeros((frames, *latent.shape[1:]), np.float32)
+    clean = np.zeros(latents.shape[:3], bool)
+    latents[0], clean[0] = latent[0], True
+    return Known(latents=latents, clean=clean)
+
+
+def control_signal(
+    video: UInt8[np.ndarray, "T H W 3"] | None,
+    mask: UInt8[np.ndarray, "T H W 3"] | None,
+    references: Sequence[UInt8[np.ndarray, "H W 3"]],
+    size: tuple[int, int, int],
+    encode: Encode,
+    spatial_compression: int,
+) -> Known:
+    """Footage, what to change of it, and pictures to show, for control blocks (VACE).
+
+    Args:
+        video: None: there is none, and everything is generated.
+        mask: white where to generate; None: everywhere. A pixel of footage stays or
+            goes whole, at half white; the network is shown the greys themselves.
+        references: pictures at the clip's size; each is a latent frame before the clip.
+        size: frames, height and width of the clip in pixels.
+        encode: to latents.
+        spatial_compression: pixels of a latent, along a side.
+    """
+    pixels = np.zeros((*size, 3), np.float32) if video is None else to_pixels(video)
+    grey = np.ones(size, np.float32)
+    if mask is not None:
+        grey = mask[..., 0].astype(np.float32) / 255
+    change = (grey > 0.5)[..., None]
+    keep, new = encode(pixels * ~change), encode(pixels * change)
+    side = {"p": spatial_compression, "q": spatial_compression}
+    cells = rearrange(grey, "T (h p) (w q) -> T h w (p q)", **side)
+    # The pixel frame in the middle of each latent one, as if they were evenly spread.
+    middle = (np.arange(len(new)) + 0.5) * len(cells) / len(new)
+    control = np.concatenate([keep, new, cells[middle.astype(int)]], axis=-1)
+    for picture in references:
+        latent = encode(to_pixels(picture)[None])
+        blank = np.zeros((*latent.shape[:3], control.shape[-1] - latent.shape[-1]))
+        lead = np.concatenate([latent, blank], axis=-1)
+        control = np.concatenate([lead, control]).astype(np.float32)
+    return Known(control=control, lead=len(references))
+
+
+def _first_frame(request: Asked, place: Place) -> Known:
+    ends = request.ends
+    return clean_first_frame(ends[0], place.frames, place.encode) if ends else Known()
+
+
+def _channels(request: Asked, place: Place) -> Known:
+    frames, time = request.size[0], place.temporal_compression
+    return first_frame_channels(request.ends, frames, place.encode, time)
+
+
+def _control(request: Asked, place: Place) -> Known:
+    return control_signal(
+        request.clip("video"),
+        request.clip("mask"),
+        request.reference_pictures(),
+        request.size,
+        place.encode,
+        place.spatial_compression,
+    )
+
+
+_BOTH = ("image", "last_image")
+CONDITIONS = {
+    # Clean tokens: our own models, and Wan 2.2 TI2V.
+    "first_frame": Condition(_first_frame, ("image",)),
+    # Channels beside the noise: Wan 2.2 I2V, 2.1 I2V, and 2.1 FLF2V.
+    "end_channels": Condition(_channels, _BOTH, needs=("image",)),
+    "first_channels": Condition(_channels, ("image",), needs=("image",)),
+    "both_channels": Condition(_channels, _BOTH, needs=_BOTH),
+    # A signal for control blocks: VACE.
+    "control": Condition(_control, ("video", "mask", "references")),
+}

@@ -1,0 +1,107 @@
+"""Latents to tokens and back: a token is a patch of latents, at its position."""
+
+import functools
+
+import numpy as np
+from einops import rearrange
+from jaxtyping import Float, Shaped
+
+# Patch sizes and latent grids are (frames, height, width).
+Size = tuple[int, int, int]
+
+# Patches of pt x ph x pw latents, as einops has it.
+_LATENTS, _TOKENS = "(f pt) (h ph) (w pw) c", "(f h w) (pt ph pw c)"
+
+
+def token_grid(latent_size: Size, patch_size: Size) -> Size:
+    """Returns how many tokens a latent grid gives along each axis.
+
+    Raises:
+        ValueError: a side is no positive multiple of its patch.
+    """
+    for name, size, patch in zip(
+        ("frames", "height", "width"), latent_size, patch_size, strict=True
+    ):
+        if size < 1 or size % patch:
+            near = max(patch, round(size / patch) * patch)
+            raise ValueError(
+                f"Latent {name} (={size}) must be a positive multiple of the patch "
+                f"(={patch}); try {near}."
+            )
+    f, h, w = (s // p for s, p in zip(latent_size, patch_size, strict=True))
+    return f, h, w
+
+
+def patchify(
+    latents: Shaped[np.ndarray, "f h w c"], patch_size: Size
+) -> Shaped[np.ndarray, "n p"]:
+    """Cuts the latents of one clip into patches; a patch is one token.
+
+    Tokens are in the order of (frame, height, width), the last fastest. The channels of
+    a token are in the order of (frame, height, width, channel) within the patch, as the
+    kernel of a channels-last strided convolution has them.
+    """
+    token_grid(latents.shape[:3], patch_size)
+    patch = dict(zip(("pt", "ph", "pw"), patch_size, strict=True))
+    return rearrange(latents, f"{_LATENTS} -> {_TOKENS}", **patch)
+
+
+def unpatchify(
+    tokens: Shaped[np.ndarray, "n p"], latent_size: Size, patch_size: Size
+) -> Shaped[np.ndarray, "f h w c"]:
+    """Puts the patches of one clip together again; undoes `patchify`."""
+    f, h, w = token_grid(latent_size, patch_size)
+    if tokens.shape[0] != f * h * w:
+        raise ValueError(
+            f"Latents of size {latent_size} in patches of {patch_size} are {f * h * w} "
+            f"tokens, and {tokens.shape[0]} were given."
+        )
+    patch = dict(zip(("pt", "ph", "pw"), patch_size, strict=True))
+    return rearrange(tokens, f"{_TOKENS} -> {_LATENTS}", f=f, h=h, **patch)
+
+
+def latent_times(
+    frames: int, fps: float, temporal_compression: int
+) -> Float[np.ndarray, "f"]:
+    """Returns the time of each latent frame of a causal VAE, in seconds.
+
+    Latent frame 0 is pixel frame 0 alone, and latent frame i > 0 covers the pixel
+    frames from `temporal_compression * (i - 1) + 1` to `temporal_compression * i`; its
+    time is the middle of those.
+    """
+    if not fps > 0:
+        raise ValueError(f"`fps` (={fps}) must be positive.")
+    i = np.arange(frames)
+    middle = temporal_compression * (i - 1) + (temporal_compression + 1) / 2
+    return np.where(i == 0, 0.0, middle) / fps
+
+
+@functools.lru_cache(maxsize=1024)
+def positions(
+    latent_size: Size, patch_size: Size, fps: float | None, temporal_compression: int
+) -> Float[np.ndarray, "n 3"]:
+    """Returns the (t, y, x) coordinates of the tokens of one clip.
+
+    Args:
+        latent_size: latent frames, height and width.
+        patch_size: latent frames, height and width of a patch.
+        fps: pixel frames per second of the clip. None: t counts tokens like y and x, as
+            imported models do.
+        temporal_compression: pixel frames that a latent frame after the first covers.
+
+    Returns:
+        t in seconds, the mean over the latent frames of the patch, so that clips of
+        different frame rates share one clock; y and x in patches, so that neighbouring
+        tokens differ by 1. float32, in the order of `patchify`; not to be written to,
+        for clips of a size share it.
+    """
+    f, h, w = token_grid(latent_size, patch_size)
+    if fps is None:
+        t = np.arange(f, dtype=np.float64)
+    else:
+        times = latent_times(latent_size[0], fps, temporal_compression)
+        t = rearrange(times, "(f pt) -> f pt", f=f).mean(axis=1)
+    grid = np.meshgrid(t, np.arange(h), np.arange(w), indexing="ij")
+    position = rearrange(np.stack(grid), "a f h w -> (f h w) a").astype(np.float32)
+    position.flags.writeable = False
+    return position

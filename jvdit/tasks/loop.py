@@ -1,0 +1,309 @@
+"""The loop of a training: from its newest checkpoint to its end.
+
+Killed at any moment and started again, a run goes on from its newest checkpoint and
+ends with the same bits as one that was never stopped.
+"""
+
+import collections
+import pathlib
+import time
+from functools import partial
+from typing import Any
+
+import jax
+import msgspec
+import numpy as np
+from jax.sharding import Mesh
+
+from jvdit.config import Config
+from jvdit.machine import cluster
+from jvdit.machine.files import said_if_full
+from jvdit.machine.json_files import read_json, write_json
+from jvdit.machine.lock import FolderLock
+from jvdit.machine.stop import StopRequest
+from jvdit.sharding import make_mesh, parameter_shardings
+from jvdit.tasks import TASKS, Task
+from jvdit.training.checkpoint import CHECKPOINTS, Checkpoints, claim_workdir
+from jvdit.training.metrics import Metrics, Throughput, status_line
+from jvdit.training.optim import Optim
+from jvdit.training.restoring import owned, was_saved
+from jvdit.training.state import TrainState, new_state, state_shardings
+from jvdit.training.step import jit_train_step
+from jvdit.weights.starting import finished_parameters
+
+_LOOKED = "looked.json"  # the last step whose validation and samples are there
+PRECISIONS = ("default", "bfloat16", "float32")
+
+
+def train(config: Config, workdir: str, stop: StopRequest | None = None) -> int:
+    """Runs a training to its end, or until it is asked to stop.
+
+    Args:
+        config: from `jvdit.config`.
+        workdir: made if need be; a run that is there goes on.
+        stop: what tells to stop. None: signals, if this is the main thread.
+
+    Returns:
+        The steps done.
+
+    Raises:
+        ValueError: the config contradicts itself, the data or the workdir, or another
+            process trains there; raised before anything is compiled or written.
+        FloatingPointError: `config.max_skipped` steps in a row weren't finite.
+        OSError: files can't be written, because the disk is full for example.
+        KeyboardInterrupt: it was asked to stop before there was anything to save.
+    """
+    if stop is None:
+        with StopRequest() as stop:
+            return train(config, workdir, stop)
+    if config.matmul_precision not in PRECISIONS:
+        raise ValueError(
+            f"`matmul_precision` (={config.matmul_precision!r}) must be one of: "
+            f"{', '.join(PRECISIONS)}."
+        )
+    if "://" in workdir:
+        raise ValueError(
+            f"`workdir` (={workdir}) must be a path that all hosts see; mount the "
+            "bucket, as tools/launch.py does with --bucket."
+        )
+    mesh = make_mesh(config.mesh.to_dict())
+    optim = Optim(**config.optim.to_dict())
+    task = TASKS[config.objective](config, mesh, pathlib.Path(workdir))
+    task.check_rows(optim.accumulate)
+    precision = jax.default_matmul_precision(config.matmul_precision)
+    with jax.set_mesh(mesh), precision:
+        loop = _Loop(config, pathlib.Path(workdir), mesh, task, optim, stop)
+        settings = {"identity": task.identity, "config": config.to_dict()}
+        with said_if_full(workdir), cluster.held(workdir) as lock:
+            claim_workdir(workdir, settings, task.networks)
+            cluster.check_seen(pathlib.Path(workdir) / "config.json")
+            return loop.run(lock)
+
+
+class _Looked(msgspec.Struct, frozen=True):
+    """What `looked.json` holds."""
+
+    step: int
+
+
+class _Loop:
+    def __init__(
+        self, config, workdir, mesh: Mesh, task: Task, optim: Optim, stop: StopRequest
+    ):
+        self.config, self.workdir, self.mesh, self.task = config, workdir, mesh, task
+        self.stop = stop
+        self.recent: collections.deque[Any] = collections.deque(
+            maxlen=config.max_skipped
+        )
+        begin = partial(new_state, optimizer=optim.optimizer(config.steps))
+
+        def init(key, batch):
+            return begin(task.objective.init(key, batch))
+
+        # Shapes alone already tell whether the sizes of the network fit together.
+        self.init, self.begin, self.key = init, begin, jax.random.key(config.seed)
+        self.shapes = jax.eval_shape(init, self.key, task.example)
+        self.shardings = state_shardings(self.shapes, mesh)
+        # A run that goes on has its weights; what is frozen was read by the task.
+        self.given, folder = None, config.start_from
+        if folder and not task.frozen and not was_saved(workdir / CHECKPOINTS):
+            expert = config.get("expert", "dit")
+            networks = self.shapes.params
+            self.given = finished_parameters(folder, networks, mesh, expert)
+        places = parameter_shardings(task.frozen, mesh)
+        self.frozen = jax.device_put(task.frozen, places)
+        self.step = jit_train_step(
+            task.objective,
+            optim,
+            config.steps,
+            config.seed,
+            mesh=mesh,
+            shardings=self.shardings,
+            frozen=places,
+            options=config.compiler_options,
+        )
+
+    def run(self, lock: FolderLock) -> int:
+        """Trains from the newest checkpoint, or the beginning; returns steps done."""
+        self.lock = lock
+        self.checkpoints = Checkpoints(self.workdir, self.config.keep_checkpoints)
+        try:
+            restored = self.checkpoints.restore(self.shapes, self.shardings)
+            self.state, data = restored or (self._fresh(), {})
+            self.start = int(self.state.step)
+            self.data_note = self.task.compare_data(data)
+            return self._train()
+        finally:
+            self.checkpoints.close()
+
+    def _fresh(self) -> TrainState:
+        """The state of step 0: random, or with the weights of `start_from`."""
+        if self.given is None:
+            make = jax.jit(self.init, out_shardings=self.shardings)
+            # Of an example only the shapes matter, and its rows are another host's too.
+            blank = jax.tree.map(np.zeros_like, dict(self.task.example))
+            return make(self.key, blank)
+        # There is never more on a device than the state, and one array.
+        leaves, tree = jax.tree.flatten(self.given)
+        self.given = None
+        for i, place in enumerate(jax.tree.leaves(self.shardings.params)):
+            leaves[i] = owned(jax.device_put(leaves[i], place))
+        params = jax.tree.unflatten(tree, leaves)
+        begin = jax.jit(self.begin, donate_argnums=0, out_shardings=self.shardings)
+        return begin(params)
+
+    def _train(self) -> int:
+        config, task = self.config, self.task
+        metrics = Metrics(self.workdir, config.steps, self.start, config.objective)
+        with metrics, task.batches(self.start) as batches, self.stop.saving():
+            self._greet(metrics)
+            self._compile_together()
+            if self._missed_look():
+                self._look(metrics, self.start)
+            rates, pending, done = Throughput(task.flops), None, self.start
+            for number in range(self.start, config.steps):
+                if self.stop.look():
+                    break
+                waiting = time.perf_counter()
+                batch = next(batches)
+                idle = time.perf_counter() - waiting
+                self.state, values = self.step(
+                    self.state, task.place(batch), self.frozen
+                )
+                # The step before is finished by now: reading it stalls nothing.
+                self._account(metrics, pending, rates, batches)
+                pending = (number, values, batch, idle)
+                done = number + 1
+                if _due(done, config.checkpoint_every):
+                    self._save(done)
+                self._look(metrics, done)
+            self._account(metrics, pending, rates, batches)
+            if self.stop.asked and not done:
+                return done
+            self._save(done)
+            self.checkpoints.wait()
+            task.save(self.state.ema, self.workdir / "model")
+            if self.stop.asked:
+                metrics.say(f"stopped at step {done}, saved; the same command goes on")
+            else:
+                metrics.say(f"finished: {self.workdir}/model")
+        return done
+
+    def _compile_together(self):
+        """Lets no process begin to talk while another is still compiling.
+
+        Between processors, connections are given up after half a minute.
+        """
+        if jax.process_count() > 1:
+            batch, step = self.task.place(self.task.example), self.step
+            compiled = step.lower(self.state, batch, self.frozen).compile()
+            shapes = jax.tree.map(np.shape, batch)
+
+            def run(state, batch, frozen):
+                # A batch of clips of another size is compiled when it comes.
+                known = jax.tree.map(np.shape, batch) == shapes
+                return (compiled if known else step)(state, batch, frozen)
+
+            self.step = run
+            cluster.wait_for_others("compiled")
+
+    def _greet(self, metrics):
+        parameters = sum(x.size for x in jax.tree.leaves(self.state.params))
+        metrics.say(
+            f"{self.config.objective}: {parameters / 1e6:.2f} M parameters on "
+            f"{self.mesh.size} x {jax.devices()[0].device_kind}; {self.task.summary}"
+        )
+        if self.start:
+            metrics.say(f"going on from step {self.start}")
+        for line in self.checkpoints.damaged:
+            metrics.say(f"WARNING: {line}")
+        if self.data_note:
+            metrics.say(f"WARNING: {self.data_note}")
+
+    def _save(self, done):
+        self.lock.check()
+        data = {"step": done, "fingerprint": self.task.fingerprint}
+        self.checkpoints.save(done, self.state, data)
+
+    def _account(self, metrics, pending, rates, batches):
+        if pending is None:
+            return
+        number, values, batch, idle = pending
+        skipped = int(values["skipped_in_a_row"])
+        rates.add(idle, **self.task.counts(batch))
+        self.recent.append(self.task.names(batch))
+        if skipped >= self.config.max_skipped:
+            # Each process has read other clips, and may be the last one alive.
+            listed = cluster.own_file(self.workdir / "bad_clips.json")
+            write_json(listed, [*self.recent])
+            raise FloatingPointError(
+                f"{skipped} steps in a row up to {number} had a loss, gradient or "
+                f"update that isn't finite. Their clips are listed in {listed}, the "
+                f"last of them "
+                f"{self.recent[-1][:8]}; lower `optim.lr`, or remove the clips."
+            )
+        if _due(number + 1, self.config.log_every):
+            found = {name: float(value) for name, value in values.items()}
+            speed = rates.rates()
+            metrics.scalars(number + 1, found)
+            metrics.scalars(number + 1, {f"speed/{k}": v for k, v in speed.items()})
+            metrics.scalars(number + 1, {"bad_clips": batches.bad})
+            metrics.show(number + 1, status_line(found, speed, batches.bad))
+        while batches.reports:
+            step, clip, reason = batches.reports.popleft()
+            told = f"step {step}: left out clip {clip}: {reason}"
+            metrics.say(told, everywhere=True)
+
+    def _looks(self, done):
+        """Whether validation, and samples, are due."""
+        every, last = self.config, done == self.config.steps
+        validate = last or _due(done, every.evaluate_every)
+        return validate, last or _due(done, every.sample_every)
+
+    def _missed_look(self):
+        """Whether what the run goes on from, or starts from, wasn't looked at yet."""
+        file = self.workdir / _LOOKED
+
+        def last():
+            return read_json(file, "delete it", _Looked).step if file.exists() else -1
+
+        begun = self.start or self.config.start_from
+        due = begun and any(self._looks(self.start))
+        return due and cluster.from_lead(last) < self.start
+
+    def _look(self, metrics, done):
+        """Validation and samples, from the average, at their intervals.
+
+        Asked to stop it leaves off, and the run makes up for it when it goes on.
+        """
+        validate, show = self._looks(done)
+        if not (validate or show):
+            return
+        try:
+            with self.stop.saving(False):
+                if validate:
+                    self._validate(metrics, done)
+                if self.stop.look():
+                    return
+                if show:
+                    self.task.save(self.state.ema, self.workdir / "model")
+                    samples = self.workdir / "samples"
+                    self.task.show(self.state.ema, metrics, done, samples)
+                    metrics.flush()
+        except KeyboardInterrupt:
+            if not self.stop.asked:
+                raise
+            return
+        if cluster.is_lead():
+            write_json(self.workdir / _LOOKED, {"step": done})
+
+    def _validate(self, metrics, done):
+        found = self.task.validate(self.state.ema)
+        metrics.scalars(done, found)
+        if found:
+            told = (f"{k.partition('/')[2]} {v:.4g}" for k, v in found.items())
+            metrics.say(f"step {done}, held out: {', '.join(told)}")
+
+
+def _due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0

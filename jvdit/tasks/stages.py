@@ -1,0 +1,50 @@
+"""Runs of several stages: encodings and trainings, each in its own folder."""
+
+import pathlib
+
+from ml_collections import ConfigDict
+
+from jvdit.config import Config
+from jvdit.machine import cluster
+from jvdit.machine.stop import StopRequest
+from jvdit.tasks.encoding import encode
+from jvdit.tasks.loop import train
+
+
+def run(config: Config, workdir: str) -> bool:
+    """Runs a config, stage after stage if it has several.
+
+    Returns:
+        Whether it came to its end; False: it was asked to stop.
+    """
+    cluster.check_alike({"workdir": workdir, "config": config.to_dict()})
+    with StopRequest() as stop:
+        if "stages" not in config:
+            return train(config, workdir, stop) >= config.steps and not stop.look()
+        return all(_ran(config, name, workdir, stop) for name in config.order)
+
+
+def _ran(config: Config, name: str, workdir: str, stop: StopRequest) -> bool:
+    """Runs a stage; whether it came to its end without being asked to stop."""
+    stage = config.stages[name].copy_and_resolve_references()
+    folder = str(pathlib.Path(workdir) / name)
+    with stage.unlocked():
+        _fill_workdir(stage, workdir)
+    if stage.objective == "encode":
+        settings = {k: v for k, v in stage.items() if k != "objective"}
+        with stop.apart():
+            encode(out=folder, **settings)
+    elif train(stage, folder, stop) < stage.steps:
+        return False
+    return not stop.look()
+
+
+def _fill_workdir(config: Config, workdir: str) -> None:
+    """Replaces {workdir} in the strings of a stage."""
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            _fill_workdir(value, workdir)
+        elif isinstance(value, str):
+            config[name] = value.replace("{workdir}", workdir)
+        elif isinstance(value, tuple) and value and isinstance(value[0], str):
+            config[name] = tuple(v.replace("{workdir}", workdir) for v in value)
