@@ -80,6 +80,9 @@ def test_inputs_that_are_none_say_so(tmp_path):
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(ValueError, match="a.json is damaged"):
         list_items([tmp_path / "a.json"])
+    (tmp_path / "a.json").write_text('["a.mp4"]')
+    with pytest.raises(ValueError, match="a.json.*'a.mp4'.*object"):
+        list_items([tmp_path / "a.json"])
     (tmp_path / "readme.md").write_text("hello")
     with pytest.raises(ValueError, match="neither"):
         list_items([tmp_path / "readme.md"])

@@ -233,6 +233,12 @@ def test_missing_unfinished_and_damaged_data_sets_say_so(dataset, tmp_path):
     shard.unlink()
     with pytest.raises(FileNotFoundError, match="00002-of"):
         RecordDataset(bad)
+    manifest = json.loads((bad / "manifest.json").read_text())
+    manifest["splits"]["train"][0]["records"] = "2"
+    for text in (json.dumps(manifest), json.dumps(manifest)[:-9]):
+        (bad / "manifest.json").write_text(text)
+        with pytest.raises(ValueError, match="manifest.json.*copy the data set again"):
+            RecordDataset(bad)
 
 
 def test_an_empty_split_says_so(tmp_path):

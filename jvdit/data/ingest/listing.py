@@ -18,7 +18,6 @@ SUFFIXES = frozenset(
 )
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 PATH_COLUMNS = ("file_name", "path", "video", "video_path", "media_path", "file")
-_ROWS: Any = dict[str, Any] | list[dict]  # of a JSON file
 CAPTION_COLUMNS = ("caption", "text", "prompt")
 
 
@@ -159,13 +158,13 @@ def _rows(table: Path) -> list[Mapping[str, Any]]:
             for number, line in lines
             if line.strip()
         ]
-    rows = parse_json(text, str(table), _ROWS)
+    rows: Any = parse_json(text, str(table))
     if isinstance(rows, dict):  # {"a.mp4": "caption"} or {"a.mp4": {"caption": ..}}
         return [
             {"path": path} | (row if isinstance(row, dict) else {"caption": row})
             for path, row in rows.items()
         ]
-    return rows
+    return parse_json(text, str(table), list[dict])
 
 
 def _value(row: Mapping[str, Any], names: Iterable[str]) -> str:
