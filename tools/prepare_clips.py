@@ -11,6 +11,7 @@ again. What was skipped, and why, is in report.md of the data set.
 
 import argparse
 import sys
+from dataclasses import fields
 
 from jvdit.data.ingest.clip_file import Recipe
 from jvdit.data.ingest.ingest import ingest
@@ -37,7 +38,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--root", help="what relative paths in tables are relative to")
     add("--frames", type=int, default=recipe.frames, help="frames of a clip")
     add("--fps", type=float, default=recipe.fps, help="frames per second")
-    add("--size", type=size, nargs="+", default=recipe.sizes, metavar="HxW")
+    add(
+        "--size",
+        dest="sizes",
+        type=size,
+        nargs="+",
+        default=recipe.sizes,
+        metavar="HxW",
+    )
     add("--windows", default=recipe.windows, help="first, all, or how many of a video")
     add("--audio-rate", type=int, default=recipe.audio_rate, help="Hz; 0: no sound")
     add("--crf", type=int, default=recipe.crf, help="quality; lower is better")
@@ -52,7 +60,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--timeout", type=float, default=120.0, help="seconds that a clip may take")
     add("--max-reject-rate", type=float, default=0.5, help="else it exits with 1")
     add("--overwrite", action="store_true", help="start anew")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    args.sizes = tuple(args.sizes)
+    return args
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,17 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     try:
         recipe = Recipe(
-            frames=args.frames,
-            fps=args.fps,
-            sizes=tuple(args.size),
-            windows=args.windows,
-            audio_rate=args.audio_rate,
-            crf=args.crf,
-            preset=args.preset,
-            max_upsample=args.max_upsample,
-            max_repeat=args.max_repeat,
-            max_pixels=args.max_pixels,
-            require_caption=args.require_caption,
+            **{field.name: getattr(args, field.name) for field in fields(Recipe)}
         )
         report = ingest(
             args.inputs,

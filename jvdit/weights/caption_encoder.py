@@ -12,8 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jvdit.data.plan import TEXT_MULTIPLE
-from jvdit.data.tokenizer import Tokenizer
-from jvdit.data.tokenizer_json import sentencepiece_of
+from jvdit.data.tokenizer import Tokenizer, sentencepiece_of
 from jvdit.machine.cluster import to_host
 from jvdit.machine.compilation import jit
 from jvdit.machine.files import write_atomically
