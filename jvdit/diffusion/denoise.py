@@ -1,4 +1,4 @@
-"""The one call of the network: training, sampling and evaluation all come through."""
+"""The one call of the network, shared by training, sampling and evaluation."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,24 +10,25 @@ from jaxtyping import Array, Float
 from jvdit.diffusion.noise_path import NoisePath
 from jvdit.shapes import Text, Tokens
 
-# model(tokens, t, text) -> what `NoisePath.target` names, for every token.
+# model(tokens, t, text) -> velocity, noise or x0 of every token: `NoisePath.target`.
 Model = Callable[[Tokens, Float[Array, "b g"], Text], Float[Array, "b n c"]]
-# denoiser(tokens, t) -> velocity; text and guidance already decided.
+# denoiser(tokens, t) -> velocity of every token; text and guidance are built in.
 Denoiser = Callable[[Tokens, Float[Array, "b g"]], Float[Array, "b n c"]]
 
 
 def denoise(
     model: Model, tokens: Tokens, t: Float[Array, "b g"], text: Text, path: NoisePath
 ) -> Float[Array, "b n c"]:
-    """The velocity of noisy tokens, in float32.
+    """Predicts the velocity of noisy tokens, in float32.
 
     Args:
-        model: for example `functools.partial(dit.apply, {"params": params})`.
-        tokens: `tokens.latents` is x_t.
+        model: the network, for example `functools.partial(dit.apply, {"params":
+            params})`.
+        tokens: the noisy tokens; `tokens.latents` is x_t.
         t: the noise levels of each row, 0 (data) to 1 (noise); `tokens.level` says
-            which token is at which.
-        text: what guides the tokens of each segment.
-        path: the path on which the tokens were mixed.
+            which of them each token is at.
+        text: text states; each token attends to those of its own clip.
+        path: the noise path on which the tokens were noised.
     """
     output = model(tokens, path.shown(t), text).astype(jnp.float32)
     return path.velocity(output, tokens.latents, tokens.per_token(t))
@@ -38,11 +39,11 @@ class Guidance:
     """Classifier-free guidance (arXiv:2207.12598).
 
     Attributes:
-        scale: 1 follows the text as trained, with one evaluation a step; larger
-            values extrapolate from the null text, with two.
-        interval: the times between which to guide (arXiv:2404.07724).
-        rescale: 0 to 1, how far each clip's predicted data is brought back to the
-            standard deviation that it has without guidance (arXiv:2305.08891, 3.4).
+        scale: 1 turns guidance off, with one network evaluation a step; larger values
+            extrapolate away from the null text, with two.
+        interval: guide only while t is between these two (arXiv:2404.07724).
+        rescale: 0 to 1, how far to bring the standard deviation of each clip's
+            predicted x0 back to what it is without guidance (arXiv:2305.08891, 3.4).
 
     Raises:
         ValueError: the scale is negative, or the interval or rescale leave [0, 1].
@@ -69,9 +70,16 @@ class Guidance:
 def guided(
     model: Model, text: Text, null_text: Text, path: NoisePath, guidance: Guidance
 ) -> Denoiser:
-    """A denoiser that follows `text` and, by guidance, turns away from `null_text`.
+    """Builds a denoiser with classifier-free guidance.
 
-    Both texts ride in one evaluation, as twice the rows.
+    One evaluation of twice the rows predicts both velocities.
+
+    Args:
+        model: the network.
+        text: text states of the prompts.
+        null_text: text states of the empty or negative prompts.
+        path: the noise path that the network was trained on.
+        guidance: scale, interval and rescale.
     """
     if guidance.scale == 1.0:
         return lambda tokens, t: denoise(model, tokens, t, text, path)
@@ -102,7 +110,7 @@ def _rescaled(velocity, with_text, tokens, t, path, rescale):
     plain, _ = path.x0_noise(with_text, tokens.latents, level_t)
     ratio = clip_std(plain, tokens, t.shape[1]) / clip_std(x0, tokens, t.shape[1])
     wanted = x0 * tokens.per_token(1 - rescale + rescale * ratio)
-    # Same x_t, other x0: the noise follows, and with them the velocity.
+    # With x_t fixed, the new x0 determines the noise, and both the velocity.
     alpha, sigma = path.alpha_sigma(level_t)
     noise = jnp.where(
         sigma > 0, (tokens.latents - alpha * wanted) / jnp.maximum(sigma, 1e-4), noise
@@ -113,7 +121,7 @@ def _rescaled(velocity, with_text, tokens, t, path, rescale):
 def clip_std(
     x: Float[Array, "b n c"], tokens: Tokens, levels: int
 ) -> Float[Array, "b {levels}"]:
-    """Standard deviation of each noise level's tokens: of each clip of a row."""
+    """Standard deviation over the tokens at each noise level, so of each clip."""
     if tokens.level is None:
         return jnp.std(x, axis=(1, 2))[:, None] + 1e-6
     member = jax.nn.one_hot(tokens.level, levels)

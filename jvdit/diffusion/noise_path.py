@@ -1,4 +1,4 @@
-"""Paths from data to noise, what the network predicts on them, and at which times.
+"""Noise paths, prediction targets, and timestep schedules for training and sampling.
 
 A path mixes data and noise, `x_t = alpha(t) x0 + sigma(t) noise`. Its *velocity* is
 the derivative along its own clock: t itself for flow matching, the angle
@@ -22,7 +22,7 @@ SCHEDULES = ("flow", "linear", "cosine")
 TARGETS = ("velocity", "noise", "x0")
 DISTRIBUTIONS = ("uniform", "logit_normal")
 
-_SMALLEST = 1e-4  # below this alpha or sigma a division tells nothing
+_SMALLEST = 1e-4  # least alpha or sigma to divide by
 
 
 def _check(name: str, value: str, known: tuple[str, ...]) -> None:
@@ -32,15 +32,17 @@ def _check(name: str, value: str, known: tuple[str, ...]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class NoisePath:
-    """A way from data (t = 0) to noise (t = 1), and what the network predicts on it.
+    """A path from data (t = 0) to noise (t = 1), and what the network predicts on it.
 
     Attributes:
         schedule: "flow" (alpha = 1 - t, sigma = t; Eq. 20 of arXiv:2210.02747 with
             time reversed), "linear" (DDPM's linear beta from 0.1 to 20 in continuous
             time, arXiv:2011.13456 App. C) or "cosine" (arXiv:2102.09672, Eq. 17).
-        target: "velocity" (flow matching, v), "noise" (epsilon) or "x0".
-        timesteps: how many the network was trained on: it is shown the last of them
-            that is not above t, as Wan's is. 0: it is shown any t.
+        target: what the network predicts: "velocity" (flow matching, v), "noise"
+            (epsilon) or "x0".
+        timesteps: how many discrete timesteps the network was trained on, such as
+            Wan's 1000: t is rounded down to one of them before the network sees it.
+            0: the network takes any t.
 
     Raises:
         ValueError: schedule or target is unknown.
@@ -57,7 +59,7 @@ class NoisePath:
     def alpha_sigma(
         self, t: Float[Array, "*shape"]
     ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
-        """Weights of data and of noise at time t."""
+        """The weights alpha of the data and sigma of the noise at time t."""
         if self.schedule == "flow":
             return 1.0 - t, t
         if self.schedule == "linear":
@@ -72,7 +74,10 @@ class NoisePath:
         return alpha, jnp.sqrt(jnp.maximum(1 - alpha**2, 0.0))
 
     def shown(self, t: Float[Any, "*shape"]) -> Float[Any, "*shape"]:
-        """The time that the network is told at time t, of numpy's arrays or jax's."""
+        """The time that the network is given at time t: t, or the timestep below it.
+
+        Works on arrays of numpy and of JAX.
+        """
         if not self.timesteps:
             return t
         return t * self.timesteps // 1 / self.timesteps
@@ -95,7 +100,7 @@ class NoisePath:
         noise: Float[Array, "..."],
         t: Float[Array, "..."],
     ) -> Float[Array, "..."]:
-        """The noisy x_t; t broadcasts against x0."""
+        """Adds noise: x_t = alpha(t) x0 + sigma(t) noise; t broadcasts against x0."""
         alpha, sigma = self.alpha_sigma(t)
         return alpha * x0 + sigma * noise
 
@@ -105,7 +110,7 @@ class NoisePath:
         noise: Float[Array, "..."],
         t: Float[Array, "..."],
     ) -> Float[Array, "..."]:
-        """The velocity of the straight conditional path through x0 and noise."""
+        """The velocity of the conditional path through x0 and noise: the target."""
         alpha_slope, sigma_slope = self._slopes(*self.alpha_sigma(t))
         return alpha_slope * x0 + sigma_slope * noise
 
@@ -115,7 +120,13 @@ class NoisePath:
         x: Float[Array, "..."],
         t: Float[Array, "..."],
     ) -> Float[Array, "..."]:
-        """Turns what the network predicts (`target`) at x_t into the velocity."""
+        """Converts the network's prediction at x_t (velocity, noise or x0) to velocity.
+
+        Args:
+            output: the network's prediction of `target`.
+            x: the noisy x_t.
+            t: the time, 0 (data) to 1 (noise).
+        """
         if self.target == "velocity":
             return output
         alpha, sigma = self.alpha_sigma(t)
@@ -130,13 +141,13 @@ class NoisePath:
         x: Float[Array, "..."],
         t: Float[Array, "..."],
     ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-        """The data and the noise that a velocity at x_t implies."""
+        """Converts a velocity at x_t to the predicted (x0, noise)."""
         alpha, sigma = self.alpha_sigma(t)
         alpha_slope, sigma_slope = self._slopes(alpha, sigma)
         return sigma_slope * x - sigma * velocity, alpha * velocity - alpha_slope * x
 
     def loss_weight(self, t: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """Turns the squared velocity error into the squared error of the target."""
+        """Factor from the squared error of the velocity to that of the target."""
         alpha, sigma = self.alpha_sigma(t)
         return {
             "velocity": jnp.ones_like(t),
@@ -147,28 +158,32 @@ class NoisePath:
 
 @dataclasses.dataclass(frozen=True)
 class TimestepPolicy:
-    """Which times are trained on and which are sampled at: one policy for both.
+    """The timesteps of training and of sampling: one policy for both.
 
-    Larger clips keep their content up to higher noise, so their times are moved
-    towards 1 by `t -> s t / (1 + (s - 1) t)` (Eq. 23, arXiv:2403.03206), with
-    `s = shift * sqrt(tokens / shift_tokens)` kept inside `shift_range`.
+    Larger clips stay recognisable up to higher noise levels, so their timesteps are
+    shifted towards 1 by `t -> s t / (1 + (s - 1) t)` (Eq. 23, arXiv:2403.03206), with
+    `s = shift * sqrt(tokens / shift_tokens)` clipped to `shift_range`.
 
     Attributes:
-        distribution: of training times, "uniform" or "logit_normal".
-        mean, std: of the logit, for "logit_normal".
-        shift: s, at `shift_tokens` tokens; at any count if `shift_tokens` is None.
-        shift_tokens: the token count for which `shift` was chosen.
-        shift_range: bounds of s.
-        span: training times lie between these two: for one of two experts, its part.
-        grid: where the times of sampling begin, after the shift, and where their even
-            spacing before the shift ends, with 0 as the last time; Wan's is
-            (1 - 1e-6, 0.001).
-        start: where that even spacing begins.
-        reach_end: a step stops at the end of the spacing, and the last one goes from
-            there to 0; otherwise the last one goes to 0 instead.
+        distribution: distribution of training timesteps before the shift, "uniform" or
+            "logit_normal".
+        mean, std: mean and standard deviation of the logit, for "logit_normal".
+        shift: the shift s of a clip of `shift_tokens` tokens.
+        shift_tokens: the token count that `shift` was chosen for. None: every clip has
+            the same shift.
+        shift_range: smallest and largest s.
+        span: training timesteps lie between these two; with two experts, the part of
+            one of them.
+        grid: sampling starts from the first of these, after the shift; the second is
+            where even spacing ends, before the shift. The last time is always 0. Wan's
+            is (1 - 1e-6, 0.001).
+        start: where the even spacing begins, before the shift.
+        reach_end: True puts one time at the end of the spacing, and the last step goes
+            from there to 0; False puts 0 in the place of that end.
 
     Raises:
-        ValueError: unknown distribution, shift not positive or outside its range.
+        ValueError: unknown distribution, shift not positive or outside its range, or
+            `span` not in order inside [0, 1].
     """
 
     distribution: str = "logit_normal"
@@ -195,7 +210,7 @@ class TimestepPolicy:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "TimestepPolicy":
-        """From JSON values or a config, where tuples are lists."""
+        """Builds a policy from JSON values or a config, where tuples are lists."""
         pairs = ("shift_range", "span", "grid")
         given = {k: tuple(settings[k]) for k in pairs if k in settings}
         return cls(**{**settings, **given})
@@ -210,13 +225,13 @@ class TimestepPolicy:
     def shifted(
         self, t: Float[Array, "*shape"], num_tokens: Float[Array, "*shape"]
     ) -> Float[Array, "*shape"]:
-        """Moves times for clips of `num_tokens` tokens."""
+        """Shifts times of clips of `num_tokens` tokens towards 1."""
         return _shifted(t, self.shift_for(num_tokens))
 
     def quantile(
         self, u: Float[Array, "*shape"], num_tokens: Float[Array, "*shape"]
     ) -> Float[Array, "*shape"]:
-        """The training time below which a share u of all training times lies."""
+        """The quantile function of training timesteps: u in [0, 1] to t."""
         if self.span != (0.0, 1.0):
             low, high = (self._share_below(t, num_tokens) for t in self.span)
             u = low + u * (high - low)
@@ -228,7 +243,7 @@ class TimestepPolicy:
     def _share_below(
         self, t: float, num_tokens: Float[Array, "*shape"]
     ) -> Float[Array, "*shape"]:
-        """The share of the unbounded distribution's times that lies below t."""
+        """The cumulative distribution at t, before timesteps are limited to `span`."""
         s = self.shift_for(num_tokens)
         plain = jnp.clip(t / (s - (s - 1) * t), 1e-6, 1 - 1e-6)
         if self.distribution == "uniform":
@@ -239,7 +254,7 @@ class TimestepPolicy:
     def sample(
         self, key: PRNGKeyArray, num_tokens: Float[Array, "*shape"]
     ) -> Float[Array, "*shape"]:
-        """Draws one training time per clip.
+        """Draws one training timestep for each clip.
 
         The draws are stratified: n clips take one time from each n-th of the
         distribution, which lowers the variance of the loss (arXiv:2107.00630, I.1).
@@ -253,16 +268,16 @@ class TimestepPolicy:
     def times(
         self, steps: int, num_tokens: Float[Array, "*shape"], timesteps: int = 0
     ) -> Float[Array, "times *shape"]:
-        """The `steps + 1` times, from 1 down to 0, at which a solver stops.
+        """The `steps + 1` times of a solver, from 1 down to 0.
 
         Args:
-            steps: of the solver.
-            num_tokens: of each clip.
-            timesteps: of `NoisePath`. Where one shift is for all clips, the network is
-                then shown the timesteps of the exact times, not of the rounded ones.
+            steps: how many steps the solver takes.
+            num_tokens: how many tokens each clip has.
+            timesteps: `NoisePath.timesteps`. Where all clips have one shift, rounding
+                to float32 then never changes which timestep the network is given.
 
         Raises:
-            ValueError: steps is not positive.
+            ValueError: `steps` is not positive.
         """
         if steps < 1:
             raise ValueError(f"`steps` (={steps}) must be at least 1; try 30.")
@@ -288,7 +303,7 @@ def _shifted(t: Any, s: Any) -> Any:
 def _rounded(
     t: Float[np.ndarray, " times"], timesteps: int
 ) -> Float[np.ndarray, " times"]:
-    """To float32, and on by an ulp or two if that changes which timestep is shown."""
+    """Rounds to float32, and nudges by an ulp where that would change the timestep."""
     rounded = t.astype(np.float32)
     wanted = np.floor(t * timesteps).astype(np.float32)
     while (wrong := wanted - np.floor(rounded * timesteps)).any():

@@ -1,8 +1,8 @@
-"""Steps that reuse what the network's blocks added in the step before (MagCache).
+"""Step reuse (MagCache): some steps skip the blocks and reuse the last residual.
 
-From step to step the sum that the blocks add to their input changes mostly in size,
-and how much is a curve of the model that hardly depends on the prompt
-(arXiv:2506.09045). So which steps may reuse it is known beforehand.
+From step to step the residual, the sum that all blocks add to their input, changes
+mostly in magnitude, and the ratio of magnitudes is a curve of the model that hardly
+depends on the prompt (arXiv:2506.09045). So the steps to skip are known beforehand.
 """
 
 import dataclasses
@@ -14,15 +14,15 @@ import numpy as np
 
 from jvdit.machine.json_files import read_json, write_json
 
-COLLECTION = "reuse"  # of what a network keeps: `residual`, `ratio`, and `skip`
+COLLECTION = "reuse"  # Flax collection with a network's `residual`, `ratio` and `skip`
 
 
 class Memory:
-    """What a network keeps from step to step; `advance` carries it.
+    """State that a network keeps from step to step; `advance` carries it along.
 
     Attributes:
         value: a pytree of arrays.
-        index: number of the step.
+        index: number of the current step, from 0.
     """
 
     value: Any
@@ -31,14 +31,14 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Reuse:
-    """Which steps reuse, by the curve of a model.
+    """Decides which steps reuse the residual, from a model's measured curve.
 
     Attributes:
-        ratios: how much larger the blocks' sum is than in the step before, by step, the
-            first being 1; of any number of steps.
-        threshold: error that may add up before a step is computed anew.
-        most: steps in a row that may reuse.
-        retention: share of the steps, from the first on, that never do.
+        ratios: for each step, the magnitude of the residual relative to the step
+            before; 1 for the first. A curve of any number of steps is resampled.
+        threshold: estimated error that may accumulate before a step is computed anew.
+        most: most steps in a row that reuse the residual.
+        retention: share of the steps, at the start, that are always computed.
 
     Raises:
         ValueError: there are no ratios, or one is not positive.
@@ -58,16 +58,25 @@ class Reuse:
 
     @classmethod
     def load(cls, file: str | os.PathLike[str], threshold: float = 0.06):
-        """Reads what `save_ratios` wrote."""
+        """Reads a curve that `save_ratios` wrote.
+
+        Args:
+            file: the curve's JSON file.
+            threshold: estimated error that may accumulate before a step is computed.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is damaged.
+        """
         curve = read_json(file, "write it anew with `--calibrate`", cls)
         return dataclasses.replace(curve, threshold=threshold)
 
     def skips(self, steps: int, first: int = 0) -> tuple[bool, ...]:
-        """Which of so many steps reuse.
+        """For each step, whether it reuses the residual of the step before.
 
         Args:
-            steps: of the whole solution.
-            first: the network's own first step, which has nothing to reuse.
+            steps: how many steps the whole solution takes.
+            first: the first step of this network, which has nothing to reuse yet.
         """
         known = len(self.ratios)
         places = np.arange(steps) * (known - 1) / max(steps - 1, 1)
@@ -86,5 +95,5 @@ class Reuse:
 
 
 def save_ratios(file: str | os.PathLike[str], ratios: Sequence[float]) -> None:
-    """Writes a measured curve for `Reuse.load`."""
+    """Writes a measured curve to a JSON file, for `Reuse.load`."""
     write_json(file, {"ratios": [round(float(x), 5) for x in ratios]})

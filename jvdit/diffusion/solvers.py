@@ -1,8 +1,8 @@
 """Solvers: from noise at t = 1 to data at t = 0 in a given number of steps.
 
-A solver is a function of one step, `step(denoiser, x, now, state) -> (x, state)`; a
-row of `SOLVERS`. `solve` runs it over all steps in one `lax.scan`. Each noise level
-of a row has its own times, so clips of any size, each with its own shift, are solved
+A solver is a function of one step, `step(denoiser, x, now, state) -> (x, state)`,
+listed in `SOLVERS`. `solve` runs it over all steps in one `lax.scan`. Each noise level
+of a row has its own times, so clips of any size, each with its own shift, are denoised
 together; a level that stays at t = 0 (clean tokens, padding) is left untouched.
 """
 
@@ -20,7 +20,16 @@ from jvdit.shapes import Tokens
 
 
 class Now(NamedTuple):
-    """Where a solver stands: everything it may know besides x and its own state."""
+    """What a solver step is given besides x and the solver's own state.
+
+    Attributes:
+        index: number of the step, from 0.
+        steps: how many steps there are in all.
+        t: time of each noise level before the step.
+        t_next: time of each noise level after the step.
+        path: the noise path that the network was trained on.
+        keys: random key for each noise level at this step.
+    """
 
     index: Int[Array, ""]
     steps: int
@@ -31,7 +40,7 @@ class Now(NamedTuple):
 
     @property
     def first(self):
-        """Whether nothing came before this step."""
+        """Whether this is the first step."""
         return self.index == 0
 
     @property
@@ -44,9 +53,9 @@ Step = Callable[[Denoiser, Tokens, Now, Any], tuple[Float[Array, "b n c"], Any]]
 
 
 def clip_noise(keys: Key[Array, "b g"], tokens: Tokens) -> Float[Array, "b n c"]:
-    """Normal noise that depends only on a clip's own key and its own tokens.
+    """Draws normal noise that depends only on a clip's key and its number of tokens.
 
-    So a clip comes out the same wherever in a batch, and with whatever, it is packed.
+    So a clip comes out the same wherever in a batch, and beside whatever, it is packed.
     """
     b, n, c = tokens.latents.shape
     if tokens.level is None:
@@ -78,14 +87,14 @@ def _predict(denoiser, x: Tokens, now: Now):
 
 
 def euler(denoiser, x, now, state):
-    """One step along the velocity; order 1."""
+    """Euler: one step along the velocity; order 1."""
     clock = now.path.clock
     stride = x.per_token(clock(now.t_next) - clock(now.t))
     return x.latents + stride * denoiser(x, now.t), state
 
 
 def heun(denoiser, x, now, state):
-    """Euler, then again with the mean of both ends' velocities; order 2.
+    """Heun: an Euler step, redone with the mean of both ends' velocities; order 2.
 
     Two evaluations a step, one in the last (Algorithm 1, arXiv:2206.00364).
     """
@@ -102,7 +111,7 @@ def heun(denoiser, x, now, state):
 
 
 def ddim(denoiser, x, now, state):
-    """Mixes the predicted data and noise anew at the next time; order 1.
+    """DDIM: mixes the predicted data and noise again at the next time; order 1.
 
     Eq. 12 of arXiv:2010.02502 with eta = 0.
     """
@@ -111,7 +120,7 @@ def ddim(denoiser, x, now, state):
 
 
 def ancestral(denoiser, x, now, state):
-    """Draws from the posterior q(x_next | x_t, x0): DDPM's sampler.
+    """DDPM's ancestral sampler: draws from the posterior q(x_next | x_t, x0).
 
     Eqs. 6-7 of arXiv:2006.11239, for any alpha and sigma (Eq. 31, arXiv:2107.00630).
     """
@@ -195,12 +204,12 @@ def _unipc_correct(denoiser, x, now, state):
 
 
 def _divide(a, b):
-    """Divides, giving 0 where b is 0: at levels that don't move."""
+    """Divides, giving 0 where b is 0: at noise levels that stay at t = 0."""
     return jnp.where(b == 0, 0.0, a / jnp.where(b == 0, 1.0, b))
 
 
 def _exponential_step(x: Tokens, data, t, t_next, path: NoisePath):
-    """Exact from t to t_next if the data prediction stayed `data`."""
+    """The exact step from t to t_next for a data prediction that stays `data`."""
     alpha, sigma = path.alpha_sigma(t)
     alpha_next, sigma_next = path.alpha_sigma(t_next)
     ratio = _divide(sigma_next, sigma)
@@ -228,7 +237,7 @@ def _unipc_state(x, t):
     }
 
 
-# name -> (step, its first state)
+# name -> (step, initial state of the solver)
 SOLVERS: dict[str, tuple[Step, Callable[[Tokens, Array], Any]]] = {
     "euler": (euler, _no_state),
     "heun": (heun, _no_state),
@@ -240,17 +249,17 @@ SOLVERS: dict[str, tuple[Step, Callable[[Tokens, Array], Any]]] = {
 
 
 def check_solver(name: str) -> str:
-    """Returns the name, or raises ValueError with the names there are."""
+    """Returns the name, or raises a ValueError that lists the known solvers."""
     if name not in SOLVERS:
         raise ValueError(f"`solver` (={name!r}) is unknown; choose one of {[*SOLVERS]}")
     return name
 
 
 class Solution(NamedTuple):
-    """How far a solver has come.
+    """A solver part of the way from noise to data.
 
     Attributes:
-        tokens: with the latents of now.
+        tokens: the tokens with their current latents.
         state: what the solver keeps from step to step.
     """
 
@@ -261,7 +270,16 @@ class Solution(NamedTuple):
 def begin(
     tokens: Tokens, times: Float[Array, "times b g"], solver: str = "unipc"
 ) -> Solution:
-    """Where `advance` starts from: noise, and nothing known yet; see `solve`."""
+    """The solution before the first step: noise, and the solver's initial state.
+
+    Args:
+        tokens: `latents` is noise where tokens are generated, data where given.
+        times: the times of each noise level, from 1 down to 0.
+        solver: a name in `SOLVERS`.
+
+    Raises:
+        ValueError: the solver is unknown.
+    """
     _, first_state = SOLVERS[check_solver(solver)]
     tokens = tokens.with_latents(tokens.latents.astype(jnp.float32))
     return Solution(tokens, first_state(tokens, times[0]))
@@ -278,11 +296,25 @@ def advance(
     count: int | None = None,
     memory: Memory | None = None,
 ) -> Solution:
-    """Takes `count` steps from step `first` on; None: all that remain.
+    """Takes some of the steps of a solution.
 
-    So different networks may take different steps of one solution, and a caller may
-    look at each. `memory` is what the denoiser keeps from step to step; then each step
-    must evaluate it once. The other arguments are those of `solve`.
+    So different experts can take different steps, and a caller can look at each.
+
+    Args:
+        denoiser: predicts the velocity at (tokens, t); see `guided`.
+        solution: from `begin`, or from an earlier call.
+        times: the times of each noise level, from 1 down to 0; a given level is 0
+            throughout.
+        path: the noise path that the network was trained on.
+        keys: a key for each noise level (each clip), for solvers that draw noise.
+        solver: a name in `SOLVERS`.
+        first: number of the first step to take.
+        count: how many steps to take; None: all that remain.
+        memory: state that the denoiser keeps from step to step. The solver must then
+            evaluate the denoiser exactly once a step.
+
+    Raises:
+        ValueError: the solver is unknown.
     """
     step, _ = SOLVERS[check_solver(solver)]
     steps = times.shape[0] - 1
@@ -318,17 +350,17 @@ def solve(
     keys: Key[Array, "b g"],
     solver: str = "unipc",
 ) -> Float[Array, "b n c"]:
-    """Solves from noise to data.
+    """Denoises from t = 1 (noise) to t = 0 (data).
 
     Args:
-        denoiser: the velocity at (tokens, t); see `guided`.
+        denoiser: predicts the velocity at (tokens, t); see `guided`.
         tokens: `latents` is noise where tokens are generated and data where they are
             given (level 0).
-        times: where each noise level stands before, between and after the steps,
-            falling from 1 to 0; a given level is 0 throughout.
-        path: the path that the network was trained on.
+        times: the `steps + 1` times of each noise level, from 1 down to 0; a given
+            level is 0 throughout.
+        path: the noise path that the network was trained on.
         keys: a key for each noise level (each clip), for solvers that draw noise.
-        solver: a name of `SOLVERS`.
+        solver: a name in `SOLVERS`.
 
     Returns:
         The latents at t = 0.

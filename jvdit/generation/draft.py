@@ -1,9 +1,9 @@
-"""Clips in two passes: a picture, and then the clip that begins with it.
+"""Drafts: generate an image first, then a clip that has it as its first frame.
 
-A network that was trained with its first frame given (`first_frame`) heeds what a
-prompt says of motion better where it knows what moves, and where it is (Emu Video,
-arXiv:2311.10709, section 3.1). The picture is drawn by the network itself, if it
-learned pictures beside clips, or by another one, which learned nothing else.
+A network that was trained with the first frame given (`first_frame`) follows the
+motion in a prompt better when it already sees what moves and where (Emu Video,
+arXiv:2311.10709, section 3.1). The image comes from the same network, if it was
+trained on images beside clips, or from a separate model trained on images alone.
 """
 
 import dataclasses
@@ -13,25 +13,25 @@ import numpy as np
 
 from jvdit.generation.request import Request
 
-_OTHER_NOISE = 1 << 31  # the seed of a draft is that of its clip, and this
-# Requests to numbers of them, each with its clip.
+_OTHER_NOISE = 1 << 31  # XORed into a clip's seed to get the seed of its draft
+# Generates clips for requests and yields (index of the request, clip).
 Clips = Callable[[Sequence[Request]], Iterator[tuple[int, np.ndarray]]]
 
 
 def drafted(
     requests: Sequence[Request], rows: int, paint: Clips, animate: Clips
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Generates clips in two passes, some after others.
+    """Generates clips in two passes: the first frame, then the clip that it begins.
 
     Args:
-        requests: complete ones; those that are a picture, or have a first frame, need
-            no draft.
-        rows: how many requests go through both passes before the next ones.
-        paint: the first pass.
-        animate: the second.
+        requests: complete requests. Those for a single image, or with a first frame of
+            their own, skip the first pass.
+        rows: how many requests go through both passes together before the next group.
+        paint: generates the images of the first pass.
+        animate: generates the clips of the second pass.
 
     Yields:
-        The number of a request, and its clip.
+        The index of a request, and its clip, uint8 `[T H W 3]`.
     """
     for start in range(0, len(requests), rows):
         begun = list(requests[start : start + rows])

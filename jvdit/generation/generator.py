@@ -46,20 +46,21 @@ from jvdit.weights.bundle import Bundle
 from jvdit.weights.model_folder import save_bundle
 from jvdit.weights.opening import open_bundle
 
-ROWS = 8  # solved at once
-# watch(what is done at the moment, steps or frames of it that are done, and in all)
+ROWS = 8  # rows of a batch that are denoised together
+# watch(phase, steps or frames done in it, steps or frames in all)
 Watch = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass
 class Generator:
-    """Generates clips by a finished model.
+    """Generates clips with a finished model.
 
     Attributes:
-        model: of our own or a release, see `open_bundle`.
-        mesh: of the devices; default: all of them on `data`.
-        together: whether all parameters that are read from files stay on the devices.
-            False: those of one network are there at a time. Default: as they fit.
+        model: a model of our own or a released one, as `open_bundle` returns it.
+        mesh: the device mesh; by default all devices along `data`.
+        together: True keeps the parameters of all networks on the devices; False holds
+            one network there at a time, to save memory. By default decided by whether
+            they fit.
     """
 
     model: Bundle
@@ -73,26 +74,31 @@ class Generator:
         mesh: Mesh | None = None,
         **options: Any,
     ) -> "Generator":
-        """Loads a finished model, default: that in the box.
+        """Loads a finished model; by default the small one that comes with jvdit.
 
         Args:
-            folder: see `open_bundle`.
-            mesh: of the devices; default: all of them on `data`.
-            **options: of `open_bundle`, for a released model.
+            folder: a training workdir, its `model` folder, or a released Wan model.
+            mesh: the device mesh; by default all devices along `data`.
+            **options: for a released model: `dtype`, `shift`, `parts` and the other
+                arguments of `open_bundle`.
 
         Raises:
-            FileNotFoundError: there is no such model; says what is missing.
-            ValueError: the folder holds another model, or damaged files.
+            FileNotFoundError: the model or a part of it is missing.
+            ValueError: the folder holds something else, or damaged files.
         """
         mesh = make_mesh() if mesh is None else mesh
         return cls(open_bundle(folder, mesh, **options), mesh)
 
     def load_params(self, params: Mapping[str, Any]) -> None:
-        """Replaces weights, already on the mesh, without compiling anew."""
+        """Replaces the parameters of some networks without compiling again.
+
+        Args:
+            params: parameters by network name, already placed on the mesh.
+        """
         self.residence.update(params)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes a folder that `load` reads and that needs nothing else."""
+        """Saves the whole model in one folder, from which `load` reads it."""
         save_bundle(folder, self.model)
 
     def __call__(
@@ -104,22 +110,30 @@ class Generator:
         reuse: Reuse | None = None,
         **fields: Any,
     ) -> Any:
-        """Generates clips as `jvdit.sample` does, as suits the model.
+        """Generates clips from prompts, as `python -m jvdit.sample` does.
+
+        Whatever isn't given takes the model's own default.
 
         Args:
-            prompts: text, or requests; one, or several.
-            rows: see `clips`, as for `watch` and `reuse`.
-            watch: see there.
-            reuse: see there.
-            **fields: of `Settings`, and of the `Request` of each prompt that is text;
-                their seeds follow one another.
+            prompts: one prompt or several; each is text or a `Request`.
+            rows: how many rows of packed clips to denoise together; fewer need less
+                memory.
+            watch: progress callback, called with the phase ("drafting", "denoising" or
+                "decoding"), and the steps or frames done and in all.
+            reuse: lets some steps reuse the residual of the step before (MagCache):
+                faster, but not quite the same clip.
+            **fields: fields of `Settings` (`steps`, `guidance_scale`, ...), and, for
+                the prompts given as text, of `Request` (`frames`, `seed`, ...). Each
+                such prompt gets the seed after the one before it.
 
         Returns:
-            A clip, uint8 `[T H W 3]`; of several prompts a list of them, in order.
+            A clip, uint8 `[T H W 3]`; for several prompts a list of clips, in order.
 
         Raises:
-            ValueError: a size, solver or number can't be; before any compilation.
-            TypeError: there is no such field, or no prompt is text that could have it.
+            ValueError: the model can't generate this size, or a setting is out of
+                range; raised before anything is compiled.
+            TypeError: a field is unknown, or is one of `Request` while every prompt is
+                a request already.
         """
         one = isinstance(prompts, str | Request)
         several = [prompts] if one else [*prompts]
@@ -147,21 +161,24 @@ class Generator:
         watch: Watch | None = None,
         reuse: Reuse | None = None,
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """Generates clips, each handed over as soon as it is ready.
+        """Generates clips and yields each as soon as it is decoded.
 
         Args:
-            requests: of any sizes; short ones share rows with others.
-            settings: how.
-            rows: how many rows to solve at once; fewer need less memory.
-            watch: called with what is done at the moment ("drafting", "denoising" or
-                "decoding"), how many steps or frames of it are done, and of how many.
-            reuse: see `latents`.
+            requests: clips of any sizes; short ones are packed into rows together.
+            settings: solver, number of steps, and guidance.
+            rows: how many rows of packed clips to denoise together; fewer need less
+                memory.
+            watch: progress callback, called with the phase ("drafting", "denoising" or
+                "decoding"), and the steps or frames done and in all.
+            reuse: lets some steps reuse the residual of the step before (MagCache):
+                faster, but not quite the same clip.
 
         Yields:
-            The number of a request, and its clip, uint8 `[T H W 3]`.
+            The index of a request, and its clip, uint8 `[T H W 3]`.
 
         Raises:
-            ValueError: a size, solver or number can't be; before any compilation.
+            ValueError: the model can't generate a size, or a setting is out of range;
+                raised before anything is compiled.
         """
         settings = settings.complete(self.model.defaults)
         requests = [self.complete(request) for request in requests]
@@ -192,20 +209,24 @@ class Generator:
             yield from self._decoded(latents, watch)
 
     def complete(self, request: Request) -> Request:
-        """The request with what it left open as suits the model."""
+        """Fills the fields that a request leaves open with the model's defaults."""
         return complete(request, self.model.defaults, self.unit)
 
     @property
     def unit(self) -> int:
-        """What the height and width of a clip are multiples of, in pixels."""
+        """Height and width of a clip must be multiples of this, in pixels."""
         model = self.model
         return math.lcm(*model.patch_size[1:]) * model.vae.spatial_compression
 
     def check(self, request: Request) -> Size:
-        """The latent size of a request.
+        """Checks that the model can generate a request.
+
+        Returns:
+            The latent frames, height and width of its clip.
 
         Raises:
-            ValueError: there is no such size, or the model takes other pictures.
+            ValueError: the model can't generate this size, or doesn't take the images
+                or video that the request gives.
         """
         request, patch_size = self.complete(request), self.model.patch_size
         size = self.model.vae.latent_shape(*request.size)
@@ -225,7 +246,12 @@ class Generator:
         return size
 
     def latents(self, requests: Sequence[Request], **options: Any) -> list[np.ndarray]:
-        """Normalised latents `[f h w c]` of each request; arguments as of `solve`."""
+        """Generates the normalised latents `[f h w c]` of each request, in order.
+
+        Args:
+            requests: clips of any sizes.
+            **options: further arguments of `solve`, such as `steps` and `guidance`.
+        """
         found: dict[int, np.ndarray] = {}
         for part in self.solve(requests, **options):
             found |= part
@@ -244,25 +270,30 @@ class Generator:
         noise: Sequence[Float[np.ndarray, "f h w c"]] | None = None,
         reuse: Reuse | None = None,
     ) -> Iterator[dict[int, np.ndarray]]:
-        """Solves requests batch by batch.
+        """Denoises requests from t = 1 to t = 0, batch by batch.
 
         Args:
-            requests: of any sizes; short ones share rows with others.
-            steps: of the solver.
-            solver: a name of `SOLVERS`.
-            guidance: how strongly to follow the prompts.
-            low_guidance: of the expert for low noise; None: the same.
-            rows: how many rows to solve at once; fewer need less memory.
-            on_step: called after each step with how many are done of a batch, how many
-                it has in all, and its packed latents.
-            noise: to start from, instead of that of the seeds.
-            reuse: which steps reuse what blocks added before: faster, not quite equal.
+            requests: clips of any sizes; short ones are packed into rows together.
+            steps: how many steps the solver takes.
+            solver: a name in `SOLVERS`.
+            guidance: classifier-free guidance.
+            low_guidance: guidance of the low-noise expert, in a model with two experts;
+                None: the same as `guidance`.
+            rows: how many rows of packed clips to denoise together; fewer need less
+                memory.
+            on_step: called after each step with the steps done in this batch, the
+                steps in all, and the batch's packed latents.
+            noise: the initial noise of each request; None: drawn from its seed.
+            reuse: lets some steps reuse the residual of the step before (MagCache):
+                faster, but not quite the same clip.
 
         Yields:
-            Of the requests of a batch: number, and normalised latents `[f h w c]`.
+            For each batch, the normalised latents `[f h w c]` of its requests, by the
+            index of the request.
 
         Raises:
-            ValueError: a size, solver or number can't be; before any compilation.
+            ValueError: the model can't generate a size, or a setting is out of range;
+                raised before anything is compiled.
         """
         check_solver(solver)
         if reuse is not None and solver == "heun":
@@ -300,10 +331,13 @@ class Generator:
         latents: Float[np.ndarray, "b f h w c"],
         on_frames: Callable[[int, int], None] | None = None,
     ) -> np.ndarray:
-        """Normalised latents to pixels, uint8 `[b T H W 3]`.
+        """Decodes normalised latents to pixels, uint8 `[b T H W 3]`.
 
-        Takes the memory of a few latent frames, whatever the length.
-        `on_frames` is called now and then with how many frames are done, of how many.
+        Decodes a few latent frames at a time, so memory doesn't grow with the length.
+
+        Args:
+            latents: normalised latents of clips of one size.
+            on_frames: progress callback, called with the frames decoded and in all.
         """
         vae = self.model.vae
         total, frames = vae.video_shape(*latents.shape[1:4])[0], []
@@ -317,18 +351,18 @@ class Generator:
     def encode(
         self, video: Float[np.ndarray, "T H W 3"]
     ) -> Float[np.ndarray, "f h w c"]:
-        """Pixels in [-1, 1] to normalised latents, the mean of each."""
+        """Encodes pixels in [-1, 1] to normalised latents, the posterior's mean."""
         vae = self.model.vae
         _, *latent = vae.latent_shape(*video.shape[:3])
         with jax.set_mesh(autoencoder_mesh(self.mesh, *latent)):
             return encode_normalized(vae, self.residence["vae"], video)
 
-    # How it is done
+    # Implementation
 
     def _decoded(
         self, latents: Mapping[int, np.ndarray], watch: Watch
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """The clips of a batch; those of one size are decoded together."""
+        """Decodes the clips of a batch; those of one size are decoded together."""
         shapes = {i: x.shape for i, x in latents.items()}
         for shape in dict.fromkeys(shapes.values()):
             alike = [i for i, other in shapes.items() if other == shape]
@@ -344,7 +378,7 @@ class Generator:
         reuse: Reuse | None,
         on_step: OnStep | None,
     ) -> np.ndarray:
-        """The latents of a batch at t = 0, network after network."""
+        """Denoises a batch to t = 0, one expert after the other."""
         *_, steps, solver, _ = begin
         places = rows_sharding(self.mesh, len(batch.seeds))
         running = None
@@ -364,13 +398,13 @@ class Generator:
                     on_step=on_step,
                     skips=reuse and reuse.skips(steps, span[0]),
                 )
-                # Waits, too: the next network needs the place of this one.
+                # This also waits: the next network needs the memory of this one.
                 latents = to_host(running.solution.tokens.latents)
                 del variables
         return latents
 
     def _spans(self, steps: int) -> dict[str, tuple[int, int]]:
-        """Which network takes which steps."""
+        """The range of steps that each expert takes."""
         model = self.model
         times = model.policy.times(steps, jnp.ones(1), model.path.timesteps)
         shown = model.path.shown(np.asarray(times)[:-1, 0])
@@ -380,7 +414,7 @@ class Generator:
 
     @cached_property
     def residence(self) -> Residence:
-        """The parameters, on the devices or waiting for their turn."""
+        """The parameters by network, placed on the devices when they are needed."""
         together = self.together
         if together is None:
             together = fits_together(self.model.num_bytes, self.mesh)
@@ -389,14 +423,14 @@ class Generator:
 
     @cached_property
     def painter(self) -> "Generator":
-        """What draws the pictures of drafts."""
+        """Generates the images of drafts: this generator, or that of `pictures`."""
         if self.model.pictures is None:
             return self
         return Generator(self.model.pictures, self.mesh)
 
     @cached_property
     def stepper(self) -> Stepper:
-        """The compiled steps of the network."""
+        """The compiled solver steps of the network."""
         return Stepper(self.model.dit, self.model.path)
 
     @cached_property
@@ -408,4 +442,4 @@ _bytes = jit(to_uint8)
 
 
 def _unwatched(doing: str, done: int, total: int) -> None:
-    """Watches nothing."""
+    """Does nothing: the progress callback where none is given."""

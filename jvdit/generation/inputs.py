@@ -1,4 +1,4 @@
-"""Requests as a network takes them: states of their texts, what is known, tokens."""
+"""Network inputs of requests: text states, conditions, and latent tokens."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -20,18 +20,18 @@ from jvdit.models.image_encoder import ImageEncoder
 from jvdit.weights.bundle import Bundle
 from jvdit.weights.caption_encoder import encode_captions
 
-_PROMPTS = 8  # encoded at once
+_PROMPTS = 8  # prompts in a batch of the text encoder
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What makes the inputs of a model's network.
+    """Turns requests into the inputs of a model's network.
 
     Attributes:
-        model: of the networks.
-        params: theirs, on the mesh, by name.
-        mesh: of the devices.
-        encode: by the model's autoencoder.
+        model: the model.
+        params: parameters by network name, on the mesh.
+        mesh: the device mesh.
+        encode: encodes pixels to normalised latents with the model's autoencoder.
     """
 
     model: Bundle
@@ -40,10 +40,10 @@ class Inputs:
     encode: Encode
 
     def known(self, request: Request, size: Size) -> Known:
-        """What is known of a clip besides its text.
+        """Encodes what a request gives besides its prompt: images, video, mask.
 
         Args:
-            request: a complete one, which `Generator.check` let pass.
+            request: a complete request that `Generator.check` has accepted.
             size: latent frames, height and width of the clip.
         """
         vae = self.model.vae
@@ -67,14 +67,18 @@ class Inputs:
         given: Sequence[Known],
         noise: Sequence[np.ndarray] | None,
     ) -> tuple[list[Item], list[Item]]:
-        """Each request in tokens, with its prompt and with its negative prompt.
+        """Builds the tokens of each request, ready to be packed.
 
         Args:
-            requests: complete ones.
-            sizes: latent frames, those before the clip included, height and width of
-                each.
-            given: what is known of each.
-            noise: to start from; None: it is drawn later.
+            requests: complete requests.
+            sizes: latent frames, height and width of each; the frames include given
+                tokens that stand before the clip, such as reference images.
+            given: the conditions of each, from `known`.
+            noise: the initial noise of each; None: drawn later, from the seeds.
+
+        Returns:
+            The items of the requests with their prompts, and the same items with their
+            negative prompts.
         """
         prompts = [request.prompt for request in requests]
         negative = [request.negative_prompt or "" for request in requests]
@@ -98,7 +102,7 @@ class Inputs:
         return found, nulls
 
     def _text_states(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        """The text states of each prompt."""
+        """Encodes prompts, each distinct one once."""
         texts, length = list(dict.fromkeys(prompts)), self.model.text_length
         batch = min(1 << (len(texts) - 1).bit_length(), _PROMPTS)
         with jax.set_mesh(self.mesh):

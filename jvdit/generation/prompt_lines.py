@@ -1,4 +1,4 @@
-"""Prompts as people write them down: a line each, or JSON with fields of a request."""
+"""Reads prompt files: each line is a prompt, or JSON with fields of a `Request`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ _Picture = str | None | UnsetType
 
 
 class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The fields of a `Request` in JSON; pictures by their files."""
+    """The fields of a `Request` in JSON; images and videos are file paths."""
 
     prompt: str
     negative_prompt: str | UnsetType = UNSET
@@ -30,15 +30,16 @@ class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def read_requests(prompts: Sequence[str], common: Mapping[str, Any]) -> list[Request]:
-    """Requests from prompts and from lines of JSON, with consecutive seeds.
+    """Parses prompts, or lines of JSON, into requests with consecutive seeds.
 
     Args:
         prompts: each is a prompt, or a JSON object with fields of `Request`.
-        common: fields of all of them, which a line may replace; `seed` is the first's.
+        common: fields for all requests, which a line of JSON may override; `seed` is
+            that of the first.
 
     Raises:
-        ValueError: a line isn't a prompt, or has a field that is unknown or of the
-            wrong kind.
+        ValueError: a line of JSON is malformed, or has a field that is unknown or of
+            the wrong type.
     """
     requests = []
     for number, line in enumerate(prompts):

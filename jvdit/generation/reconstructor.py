@@ -1,4 +1,4 @@
-"""A finished autoencoder as a function: clips to what is left of them."""
+"""Autoencoder reconstructions: encode a clip, and decode it again."""
 
 import os
 
@@ -18,7 +18,7 @@ class Reconstructor:
     """Encodes a clip and decodes the mean of its latents.
 
     Args:
-        folder: of the autoencoder, see `ClipEncoder.load`.
+        folder: the autoencoder's training workdir, its `model` folder, or its weights.
 
     Raises:
         FileNotFoundError: there is no autoencoder.
@@ -30,12 +30,12 @@ class Reconstructor:
         self._reconstruct = jit(self._decoded)
 
     def __call__(self, video: Video) -> tuple[Fitted, Fitted]:
-        """The part of a clip that fills latents, and what is left of it."""
+        """The clip, cropped to whole latents, and its reconstruction."""
         fitted = self.fit(video)
         return fitted, np.asarray(self._reconstruct(self._params, fitted[None])[0])
 
     def fit(self, video: Video) -> Fitted:
-        """The clip without frames, rows and columns that fill no latent."""
+        """Crops a clip to the frames, rows and columns that fill whole latents."""
         time, space = self.vae.temporal_compression, self.vae.spatial_compression
         frames, height, width = video.shape[:3]
         frames = 1 + (frames - 1) // time * time

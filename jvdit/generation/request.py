@@ -1,4 +1,4 @@
-"""What to generate: a prompt, a size, and the pictures that a clip is to follow."""
+"""Requests: the prompt, size, seed and conditioning images of a clip to generate."""
 
 import dataclasses
 import os
@@ -13,40 +13,40 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from jvdit.data.media.reader import decode_clip
 
-# A file, or pixels: uint8 [H W 3], of a video [T H W 3].
+# A file path, or pixels: uint8 [H W 3], or [T H W 3] for a video.
 Pictures = str | os.PathLike[str] | np.ndarray
 
 _SMOOTH = Image.Resampling.LANCZOS
-# Of each colour in [0, 1], over the pictures that CLIP was trained with.
+# Mean and standard deviation of each colour channel in [0, 1] that CLIP was trained on.
 _CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 _CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 PICTURES = ("image", "last_image", "video", "mask")
-# What a request is completed with where its model says nothing.
+# Defaults for the fields that neither the request nor its model sets.
 _SUITS = {"negative_prompt": "", "frames": 17, "height": 64, "width": 64, "fps": 8.0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to generate. Fields that are None are as suits the model (`complete`).
+    """A clip to generate. Fields that are None take the model's defaults (`complete`).
 
-    Pictures of another size are scaled to cover the clip's and cropped. Which of them a
-    model takes is a matter of its training (`Generator.check`).
+    Images of another size are resized to cover the clip and center-cropped. Which
+    images a model accepts depends on what it was trained with (`Generator.check`).
 
     Attributes:
-        prompt: what the clip shows.
-        negative_prompt: what guidance turns away from.
-        frames, height, width: of the clip, in pixels. With a first frame and neither
-            height nor width, the clip has the proportions of the picture.
+        prompt: text that describes the clip.
+        negative_prompt: text that guidance steers away from.
+        frames, height, width: number of frames, and their size in pixels. With a first
+            frame and neither height nor width, the clip has the image's aspect ratio.
         fps: frames per second of the clip.
-        seed: of its noise; the same seed gives the same clip whatever else is
-            generated along with it.
-        image: its first frame.
-        last_image: its last frame.
-        video: what it follows or goes on from: a control signal (depth, pose, …) or
-            footage, of which `mask` says what to keep.
+        seed: seed of the initial noise. The same seed gives the same clip, whatever
+            else is generated in the same batch.
+        image: the first frame.
+        last_image: the last frame.
+        video: a control signal (depth, pose, …) to follow, or footage to keep or
+            extend where `mask` is black.
         mask: white where to generate, black where `video` is kept; None: all white.
-        references: pictures of what is to appear.
+        references: images of what is to appear in the clip.
     """
 
     prompt: str
@@ -64,10 +64,10 @@ class Request:
 
     @property
     def size(self) -> tuple[int, int, int]:
-        """Frames, height and width in pixels.
+        """Number of frames, and their height and width in pixels.
 
         Raises:
-            ValueError: they were left to a model; `complete` asks it.
+            ValueError: the request leaves its size to the model; call `complete` first.
         """
         if self.frames is None or self.height is None or self.width is None:
             raise ValueError("this request leaves its size to a model; complete it.")
@@ -75,13 +75,13 @@ class Request:
 
     @property
     def given(self) -> list[str]:
-        """The names of the pictures that it has."""
+        """The names of the fields that hold images or video."""
         names = [name for name in PICTURES if getattr(self, name) is not None]
         return names + ["references"] * bool(self.references)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Its fields as JSON values; pictures by their file, or their shape."""
+        """The fields as JSON values; images and video as file name, or as shape."""
         fields = {x.name: getattr(self, x.name) for x in dataclasses.fields(self)}
         fields |= {name: _named(fields[name]) for name in PICTURES}
         fields["references"] = [_named(x) for x in self.references]
@@ -89,17 +89,17 @@ class Request:
 
     @property
     def pictures(self) -> list[np.ndarray]:
-        """Its first and last frame as uint8 `[H W 3]`, of the sizes that they have."""
+        """The given first and last frames as uint8 `[H W 3]`, at their own sizes."""
         ends = (("image", self.image), ("last_image", self.last_image))
         return [_picture(x, name) for name, x in ends if x is not None]
 
     @property
     def ends(self) -> list[np.ndarray]:
-        """The same, at the size of the clip."""
+        """The given first and last frames as uint8 `[H W 3]`, at the clip's size."""
         return [self.fitted(x) for x in self.pictures]
 
     def fitted(self, picture: np.ndarray) -> np.ndarray:
-        """A picture at the size of the clip."""
+        """Resizes an image to cover the clip's size, and center-crops it."""
         _, height, width = self.size
         if picture.shape[:2] == (height, width):
             return picture
@@ -107,10 +107,17 @@ class Request:
         return np.asarray(ImageOps.fit(Image.fromarray(picture), size, _SMOOTH))
 
     def clip(self, name: str) -> np.ndarray | None:
-        """`video` or `mask` as uint8 `[T H W 3]`, at the size of the clip.
+        """Reads `video` or `mask` as uint8 `[T H W 3]`, at the size of the clip.
+
+        Args:
+            name: "video" or "mask".
+
+        Returns:
+            The pixels; None if the request has no such field.
 
         Raises:
-            ValueError: it has fewer frames.
+            ValueError: it has fewer frames than the clip.
+            FileNotFoundError: the file doesn't exist.
         """
         source = getattr(self, name)
         if source is None:
@@ -130,7 +137,7 @@ class Request:
         return decode_clip(os.fspath(source), fps=self.fps, **size)["video"]
 
     def reference_pictures(self) -> list[np.ndarray]:
-        """`references` as uint8 `[H W 3]`, each whole, on white, at the clip's size."""
+        """The reference images as uint8 `[H W 3]`, padded with white to the clip."""
         _, height, width = self.size
         return [
             _on_white(_picture(x, "references"), height, width) for x in self.references
@@ -138,12 +145,12 @@ class Request:
 
 
 def complete(request: Request, defaults: Mapping[str, Any], unit: int) -> Request:
-    """The request with every field that it left open.
+    """Fills the fields that a request leaves open.
 
     Args:
-        request: what is wanted.
-        defaults: fields that suit the model.
-        unit: what height and width are multiples of, in pixels.
+        request: the request.
+        defaults: the model's own defaults, by field name.
+        unit: height and width are multiples of this, in pixels.
     """
     suits = _SUITS | {k: v for k, v in defaults.items() if k in _SUITS}
     open_fields = [name for name in _SUITS if getattr(request, name) is None]
@@ -157,16 +164,16 @@ def complete(request: Request, defaults: Mapping[str, Any], unit: int) -> Reques
 def size_fields(
     defaults: dict[str, Any], size: str | None, frames: int | None, fps: float | None
 ) -> dict[str, Any]:
-    """Fields of a `Request` that say how large a clip is.
+    """Builds the fields of a `Request` that set its size: frames, height, width, fps.
 
     Args:
-        defaults: of the model.
-        size: "HEIGHTxWIDTH" in pixels, or None: the model's, as for the others.
-        frames: of the clip.
+        defaults: the model's defaults, used for whatever is None below.
+        size: "HEIGHTxWIDTH" in pixels, such as "64x96".
+        frames: number of frames.
         fps: frames per second.
 
     Raises:
-        ValueError: the size reads otherwise.
+        ValueError: `size` isn't of the form HEIGHTxWIDTH.
     """
     names = ("frames", "height", "width", "fps")
     fields = {name: defaults[name] for name in names if name in defaults}
@@ -182,12 +189,12 @@ def size_fields(
 
 
 def size_like(picture: np.ndarray, pixels: int, unit: int) -> tuple[int, int]:
-    """Height and width in the proportions of a picture, of about so many pixels.
+    """Finds a height and width with an image's aspect ratio and a given area.
 
     Args:
-        picture: uint8 `[H W 3]`.
-        pixels: height times width, at the most.
-        unit: what both are multiples of.
+        picture: the image, uint8 `[H W 3]`.
+        pixels: largest height times width.
+        unit: both are rounded down to multiples of this, and at least this.
     """
     aspect = picture.shape[0] / picture.shape[1]
     height, width = (pixels * aspect) ** 0.5, (pixels / aspect) ** 0.5
@@ -198,11 +205,11 @@ def size_like(picture: np.ndarray, pixels: int, unit: int) -> tuple[int, int]:
 def for_encoder(
     picture: UInt8[np.ndarray, "H W 3"], side: int
 ) -> Float[np.ndarray, "S S 3"]:
-    """A picture as CLIP takes it, as transformers' CLIPImageProcessor prepares it.
+    """Preprocesses an image for CLIP, as transformers' CLIPImageProcessor does.
 
-    The shorter side is resized to `side`, what the longer one has too much is cut off
-    at both ends, and colours are standardised. (Wan's own code squeezes the whole
-    picture into the square instead; diffusers does as here.)
+    Resizes the shorter side to `side`, center-crops to a square, and normalises each
+    colour channel. (diffusers does the same; Wan's own code squeezes the whole image
+    into the square instead.)
     """
     height, width = picture.shape[:2]
     short = min(height, width)
@@ -227,7 +234,7 @@ def _picture(source: Pictures, name: str) -> np.ndarray:
 
 
 def _eight_bits(image: Image.Image, name: str) -> Image.Image:
-    """An RGB picture of 8 bits; Pillow cuts off what is above 255 of others."""
+    """Converts to RGB with 8 bits; Pillow alone clips larger values to 255."""
     if image.mode[0] in "IF":
         values = np.asarray(image, np.float32)
         most = 65535.0 if image.mode[0] == "I" else 1.0 if values.max() <= 1 else 255.0

@@ -1,4 +1,4 @@
-"""Where the parameters of several networks are: on the devices, or waiting."""
+"""Keeps the parameters of several networks on the devices, or loads them in turn."""
 
 import math
 import os
@@ -11,18 +11,19 @@ from jax.sharding import Mesh
 from jvdit.sharding import parameter_shardings, shard_axes
 from jvdit.weights.network import Parameters
 
-_SHARE = 0.8  # of the memory may be parameters; the rest is for activations
+_SHARE = 0.8  # share of memory that parameters may take; activations need the rest
 
 
 class Residence(Mapping[str, Any]):
-    """Parameters by the name of their network, brought to the mesh when asked for.
+    """Maps network names to parameters, placed on the mesh when they are looked up.
 
     Args:
-        sources: of each network: a tree, which stays on the mesh once it was asked for,
-            or a function that brings one there, from files for example.
-        mesh: where to.
-        together: whether what functions brought stays when another network is asked
-            for. False: one of them is there at a time.
+        sources: for each network either a parameter tree, which stays on the mesh after
+            its first use, or a function that loads one onto the mesh, from files for
+            example.
+        mesh: the device mesh.
+        together: True keeps loaded parameters on the mesh; False frees those of the
+            other networks when one is looked up, so that one is there at a time.
     """
 
     def __init__(self, sources: Mapping[str, Parameters], mesh: Mesh, together: bool):
@@ -50,7 +51,7 @@ class Residence(Mapping[str, Any]):
         return len(self._sources)
 
     def update(self, params: Mapping[str, Any]) -> None:
-        """Replaces parameters by others that are already on the mesh."""
+        """Replaces the parameters of some networks by others already on the mesh."""
         self._placed.update(params)
 
     def _leave(self, but: str) -> None:
@@ -60,9 +61,13 @@ class Residence(Mapping[str, Any]):
 
 
 def fits_together(num_bytes: int, mesh: Mesh) -> bool:
-    """Whether parameters of so many bytes fit on the devices with room to work in.
+    """Whether parameters fit on the devices and leave room for activations.
 
-    Devices that don't tell their memory are taken for the host's.
+    A device that doesn't report its memory is assumed to share the host's.
+
+    Args:
+        num_bytes: size of all parameters together.
+        mesh: the device mesh over which they are sharded.
     """
     device = mesh.devices.flat[0]
     stats = device.memory_stats() or {}

@@ -1,4 +1,4 @@
-"""Packed requests through a solver: from items to batches, noise, steps, and back."""
+"""The sampling loop: packs requests into batches, draws noise, runs solver steps."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,19 +22,21 @@ from jvdit.machine.compilation import jit
 from jvdit.models.backbones import Backbone
 from jvdit.shapes import Text, Tokens
 
-# on_step(steps done, steps in all, latents of the rows that are solved at once)
+# on_step(steps done, steps in all, packed latents of the batch)
 OnStep = Callable[[int, int, np.ndarray], None]
 
 
 class Chunk(NamedTuple):
-    """Rows that are solved at once.
+    """One batch: rows of packed requests that are denoised together.
 
     Attributes:
-        rows: the requests of each row; rows beyond repeat the first.
-        arrays: see `pack_rows`.
-        null: the same, with the text that guidance turns away from.
-        seeds: of the noise of each clip; 0 for level 0.
-        given: whether tokens of some request, perhaps of another chunk, are given.
+        rows: indices of the requests in each row. The arrays may have more rows than
+            this; those repeat the first one.
+        arrays: the packed batch with the prompts, as `pack_rows` returns it.
+        null: the same batch with the negative prompts.
+        seeds: noise seed for each noise level of each row, `[b g]`; 0 for level 0.
+        given: whether any request, of this batch or another, has given (clean) tokens.
+            One value for all batches, so that they share one compilation.
     """
 
     rows: list[list[int]]
@@ -57,7 +59,16 @@ class Chunk(NamedTuple):
         solver: str,
         noisy: bool,
     ) -> "Running":
-        """Puts the rows on the devices, with noise; see `start_noise`."""
+        """Places the batch on the devices and draws its initial noise.
+
+        Args:
+            places: sharding of the rows.
+            path: the noise path that the network was trained on.
+            policy: spaces the timesteps.
+            steps: how many steps the solver takes.
+            solver: a name in `SOLVERS`.
+            noisy: the batch's latents already are the initial noise.
+        """
         arrays, seeds = jax.device_put((self.arrays, self.seeds), places)
         return start_noise(
             arrays,
@@ -73,12 +84,12 @@ class Chunk(NamedTuple):
 
 
 class Running(NamedTuple):
-    """A batch on its way.
+    """A batch part of the way from noise to data.
 
     Attributes:
-        solution: how far it has come.
-        times: of the steps, for each level of each row.
-        keys: of the noise of each level.
+        solution: the latents so far, and the solver's state.
+        times: the timesteps, from 1 down to 0, for each noise level of each row.
+        keys: random key for each noise level, for solvers that draw noise.
     """
 
     solution: Solution
@@ -98,14 +109,14 @@ def batches_of(
     """Packs requests into rows, and rows into batches.
 
     Args:
-        items: of each request, with its prompt.
-        nulls: the same with the negative prompt.
-        seeds: of the noise of each.
-        rows: how many rows a batch has at the most.
-        ways: what the rows of a batch must be a multiple of.
-        among: what the tokens of a row must be a multiple of: the devices that share
-            them.
-        text_length: text states of an item at the most.
+        items: tokens and prompt of each request.
+        nulls: the same items with the negative prompts.
+        seeds: noise seed of each request.
+        rows: most rows in a batch, before rounding up to a multiple of `ways`.
+        ways: the rows of a batch are a multiple of this.
+        among: the tokens of a row are a multiple of this: the number of devices over
+            which the `context` axis divides them.
+        text_length: most text states of an item.
     """
     counts = [len(item.latents) for item in items]
     given = any(item.is_given for item in items)
@@ -136,7 +147,10 @@ def batches_of(
 
 
 def _groups(items: Sequence[Item]) -> list[list[int]]:
-    """All together; those with pictures to attend to by size, for a row has one."""
+    """Groups items that may share a batch: all; with image states, those of one size.
+
+    Image states belong to a whole row, so such an item has a row to itself.
+    """
     if items[0].image is None:
         return [[*range(len(items))]]
     counts = [len(item.latents) for item in items]
@@ -177,18 +191,20 @@ def start_noise(
     given: bool,
     noisy: bool,
 ) -> Running:
-    """Noise, where a batch's clips are not given, and the times of its steps.
+    """Draws the initial noise of a batch, and computes its timesteps.
+
+    Given tokens keep their clean latents.
 
     Args:
-        arrays: of a `Chunk`.
-        seeds: of the same.
-        path: of the network.
-        policy: of the times.
-        steps: of the solver.
-        solver: a name of `SOLVERS`.
-        one_clip: see `Chunk`.
-        given: see `Chunk`.
-        noisy: the latents of the batch already hold the noise.
+        arrays: the packed batch, `Chunk.arrays`.
+        seeds: noise seed for each noise level, `Chunk.seeds`.
+        path: the noise path that the network was trained on.
+        policy: spaces the timesteps; larger clips may have a larger shift.
+        steps: how many steps the solver takes.
+        solver: a name in `SOLVERS`.
+        one_clip: every row is exactly one clip without padding, so no mask is needed.
+        given: some tokens may be given (clean).
+        noisy: the batch's latents already are the initial noise.
     """
     segment = arrays["segment"]
     keys = jax.vmap(jax.vmap(jax.random.key))(seeds)
@@ -208,12 +224,13 @@ def start_noise(
 
 
 def texts_of(batch: Chunk, padded: bool, places: NamedSharding) -> tuple[Text, Text]:
-    """The text of a batch, and that which guidance turns away from.
+    """Builds the text inputs of a batch: the prompts and the negative prompts.
 
     Args:
-        batch: with `text_embeds`.
-        padded: whether tokens see all states of their clip's text, padding included.
-        places: where to put it.
+        batch: the batch; its arrays hold `text_embeds`.
+        padded: tokens attend to every text state of their clip, padding included, as
+            Wan's do. False: to those of the prompt alone.
+        places: sharding of the rows.
     """
 
     def text(arrays):
@@ -227,7 +244,7 @@ def texts_of(batch: Chunk, padded: bool, places: NamedSharding) -> tuple[Text, T
 
 
 class _Reusing:
-    """A network that keeps what its blocks add from step to step, see `reuse.py`."""
+    """A network that keeps its blocks' residual for the next step (MagCache)."""
 
     def __init__(
         self, dit: Backbone, variables: PyTree, skips: tuple[bool, ...], memory: Memory
@@ -246,10 +263,11 @@ class _Reusing:
 
 
 class Stepper:
-    """The compiled steps of one network, kept for the next call.
+    """The compiled solver steps of one network; later calls reuse the compilation.
 
     Attributes:
-        ratios: by how much what the blocks add grew in each step, by `span`.
+        ratios: for each range of steps that was run with `skips`, how much larger the
+            blocks' residual was at each step than at the one before.
     """
 
     def __init__(self, dit: Backbone, path: NoisePath):
@@ -271,17 +289,17 @@ class Stepper:
         skips: tuple[bool, ...] | None = None,
         **settings: Any,
     ) -> Running:
-        """Takes the steps from `span[0]` up to `span[1]`.
+        """Takes the steps from `span[0]` up to, but not including, `span[1]`.
 
         Args:
-            variables: of the network.
-            running: from `Chunk.begin`, or where the steps before led to.
-            texts: from `texts_of`.
-            span: which steps.
-            on_step: called after each step with its number from 1 on, the number of
-                steps in all, and the latents. Without it they are one program.
-            skips: which steps of the whole solution reuse what the blocks added before;
-                None: nothing is kept.
+            variables: the network's variables: parameters, and adapters if any.
+            running: the batch, from `Chunk.begin` or from an earlier call.
+            texts: the text and the null text, from `texts_of`.
+            span: the first step, and the one after the last.
+            on_step: called after each step with the steps done, the steps in all, and
+                the packed latents. Without it all steps are one compiled program.
+            skips: for each step of the whole solution, whether it reuses the residual
+                of the step before instead of running the blocks; None: no reuse.
             **settings: `solver` and `guidance`.
         """
         first, last = span
@@ -304,7 +322,14 @@ class Stepper:
         return running
 
     def lower(self, variables: Any, running: Any, texts: Any, **settings: Any) -> Any:
-        """The program of some steps, to be compiled for its own sake."""
+        """Lowers the program of some steps without running it, for forecasts.
+
+        Args:
+            variables: shapes of the network's variables.
+            running: shapes of a batch.
+            texts: shapes of the text and the null text.
+            **settings: `solver`, `guidance`, `count` and `skips`.
+        """
         at = jax.ShapeDtypeStruct((), jnp.int32)
         return self._run.lower(variables, running, texts, at, None, **settings)
 
@@ -338,7 +363,7 @@ class Stepper:
 def unpacked(
     batch: Chunk, latents: np.ndarray, sizes: Sequence[Size], patch_size: Size
 ) -> dict[int, np.ndarray]:
-    """The latents `[f h w c]` of each request of a batch, by its number."""
+    """Unpacks a batch's latents: `[f h w c]` for each request, by its index."""
     row_sizes = [[sizes[i] for i in row] for row in batch.rows]
     rows = unpack_rows(latents[: len(batch.rows)], row_sizes, patch_size)
     return {

@@ -1,4 +1,4 @@
-"""How clips are generated: what a call asks for, completed by what suits the model."""
+"""Sampling settings: solver, steps and guidance, with the model's defaults."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.solvers import check_solver
 
-# What settings are completed with where their model says nothing.
+# Defaults for the settings that neither the caller nor the model sets.
 _SUITS: Mapping[str, Any] = {
     "steps": 30,
     "solver": "unipc",
@@ -18,16 +18,18 @@ _SUITS: Mapping[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to generate. Fields that are None are as suits the model (`complete`).
+    """Sampling settings. Fields that are None take the model's defaults (`complete`).
 
     Attributes:
-        steps: of the solver.
-        solver: a name of `SOLVERS`.
-        guidance_scale: how strongly to follow the prompt; 1: as trained, faster.
-        guidance_scale_2: the same of the expert for low noise, where there is one.
-        guidance_interval: the times between which to guide.
-        guidance_rescale: 0 to 1, see `Guidance`.
-        draft: a picture first, and then the clip that begins with it; see `draft.py`.
+        steps: how many steps the solver takes.
+        solver: a name in `SOLVERS`.
+        guidance_scale: classifier-free guidance scale; 1 turns guidance off, which is
+            twice as fast.
+        guidance_scale_2: guidance scale of the low-noise expert, in a model with two.
+        guidance_interval: guide only while t is between these two, in [0, 1].
+        guidance_rescale: 0 to 1, how far to bring each clip's standard deviation back
+            to what it is without guidance (arXiv:2305.08891, 3.4).
+        draft: generate an image first, then a clip that has it as its first frame.
 
     Raises:
         ValueError: the solver is unknown, or a number is out of range.
@@ -50,11 +52,11 @@ class Settings:
             self._guidance(scale)
 
     def complete(self, defaults: Mapping[str, Any]) -> "Settings":
-        """The settings with every field that was left open.
+        """Fills the settings that were left open.
 
         Args:
-            defaults: fields that suit the model. Its scale for low noise goes with its
-                other one, and is left aside if a scale was given.
+            defaults: the model's own defaults. Its `guidance_scale_2` belongs with its
+                `guidance_scale`, so it is ignored if a scale was given.
         """
         suits = {**_SUITS, **{k: v for k, v in defaults.items() if k in _NAMES}}
         if self.guidance_scale is not None:
@@ -67,7 +69,7 @@ class Settings:
 
     @property
     def solving(self) -> dict[str, Any]:
-        """Arguments of `Generator.latents`."""
+        """The settings as keyword arguments of `Generator.solve`."""
         return {
             "steps": self.steps,
             "solver": self.solver,

@@ -1,4 +1,4 @@
-"""The one table of chips: what each can do, and what suits it; and slices of TPUs."""
+"""The table of chips: peak FLOP/s, memory, options, kernel blocks; and TPU slices."""
 
 import dataclasses
 import difflib
@@ -11,15 +11,15 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """Blocks of the flash kernels: the best of a sweep over their schedules.
+    """Block sizes of the flash attention kernels, from a sweep over their schedules.
 
     Attributes:
-        ahead: of the forward kernel, the most tokens: queries; keys that are fetched at
-            once; and of these, that are computed at once.
-        back: the same of the kernel for the gradients.
-        cores: that share a device's memory and divide a kernel.
-        memory: bytes of a core that a kernel may take.
-        gradients: of these, for gradients of queries while they are added up.
+        ahead: largest blocks of the forward kernel, in tokens: queries; keys fetched at
+            once; and keys, of those, computed at once.
+        back: largest blocks of the backward kernel, likewise.
+        cores: cores of a device, which share its memory and split a kernel.
+        memory: bytes of on-chip memory of a core that a kernel may use.
+        gradients: bytes of it for accumulating the gradients of queries.
     """
 
     ahead: tuple[int, int, int] = (1024, 2048, 512)
@@ -31,20 +31,20 @@ class Blocks:
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one device can do, as published, and what suits it.
+    """One kind of device: its published figures, and the settings that suit it.
 
     Attributes:
-        kind: how what JAX calls it begins.
-        peak: bfloat16 FLOP/s without sparsity. 0: unknown.
-        memory: bytes of HBM that a program can have.
-        link: bytes/s of one link to a neighbour, in one direction.
-        network: bytes/s between slices, of each chip, in one direction.
-        clock: cycles/s, from the peak and the products of a cycle.
+        kind: prefix of JAX's `device_kind`.
+        peak: bfloat16 FLOP/s without sparsity; 0: unknown.
+        memory: bytes of HBM that a program can use.
+        link: bytes/s of one link to a neighbouring chip, in one direction.
+        network: bytes/s between slices, for each chip, in one direction.
+        clock: cycles/s, derived from the peak and the FLOPs of a cycle.
         flash: share of the peak that the flash attention kernels reach, forward and
-            backward: from their schedules (tools/kernel_schedules.py), less a twentieth
-            for what lies between blocks; 0.8 at the most.
-        options: of XLA.
-        blocks: of the flash kernels.
+            backward: from their schedules (tools/kernel_schedules.py), less 5 % for
+            the overhead between blocks; at most 0.8.
+        options: XLA compiler options.
+        blocks: block sizes of the flash attention kernels.
     """
 
     kind: str
@@ -61,10 +61,10 @@ class Chip:
 _GB = 2**30
 _LARGE = {"memory": 112 * 2**20, "gradients": 88 * 2**20}
 _SMALL = {"memory": 13 * 2**20, "gradients": 4 * 2**20}
-# What tokens are traded for goes over the links while something else is computed.
+# Lets all-to-alls, as of Ulysses attention, overlap with computation.
 _ASYNC = {"xla_tpu_enable_async_all_to_all": "true"}
-# Products and convolutions of float32 by Eigen: XLA would give them to YNNPACK, which
-# takes up to 1.5 times as long.
+# Uses Eigen for float32 matrix products and convolutions: by default XLA uses YNNPACK,
+# which takes up to 1.5 times as long.
 _EIGEN = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 CHIPS: Mapping[str, Chip] = {
     "v4": Chip(
@@ -73,7 +73,7 @@ CHIPS: Mapping[str, Chip] = {
         options=_ASYNC,
         blocks=Blocks((512, 1024, 512), (512, 512, 512), cores=2, **_SMALL),
     ),
-    # On slices of more than 16 of them the compiler refuses what the others have.
+    # No options: on slices of more than 16 chips the compiler refuses `_ASYNC`.
     "v5e": Chip(
         "TPU v5 lite",
         197e12,
@@ -93,8 +93,8 @@ CHIPS: Mapping[str, Chip] = {
         options=_ASYNC,
         blocks=Blocks(cores=2),
     ),
-    # Its matrix units are 256 wide: products over 128 channels fill them by half,
-    # others by the kernels' order.
+    # Its matrix units are 256 wide: products over the 128 channels of a head half fill
+    # them, which limits the flash kernels.
     "v6e": Chip(
         "TPU v6 lite",
         918e12,
@@ -112,17 +112,17 @@ CHIPS: Mapping[str, Chip] = {
     "h200": Chip("NVIDIA H200", 989e12),
     "cpu": Chip("cpu", options=_EIGEN),
 }
-RENTED = ("v5e", "v5p", "v6e")  # in slices, for which programs are forecast
+RENTED = ("v5e", "v5p", "v6e")  # chips whose slices programs are forecast for
 
 
 def chip_of(kind: str) -> Chip:
-    """What is known of a chip that JAX calls so."""
+    """The row of a chip by JAX's `device_kind`; an empty row if it is unknown."""
     known = [chip for chip in CHIPS.values() if kind.startswith(chip.kind)]
     return max(known, key=lambda chip: len(chip.kind), default=Chip(kind))
 
 
 def this_chip() -> Chip:
-    """The chip that a program is traced for now."""
+    """The chip that programs are being traced for: that of the mesh, or the host's."""
     described = jax.sharding.get_abstract_mesh().abstract_device
     return chip_of(described.device_kind if described else jax.devices()[0].device_kind)
 
@@ -134,17 +134,21 @@ _CUBES |= {128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
 
 
 def several(name: str) -> tuple[int, str]:
-    """How many slices "2xv6e-64" has, and what one of them is called."""
+    """Splits the name of several slices: "2xv6e-64" is (2, "v6e-64")."""
     found = re.fullmatch(r"(?:([1-9]\d*)x)?(v.*)", name)
     return (int(found[1] or 1), found[2]) if found else (1, name)
 
 
 def topology(name: str) -> str:
-    """The name of a slice as its compiler knows it.
+    """Converts the name of a TPU slice to the topology that its compiler takes.
 
     Args:
-        name: "v6e-64", as it is rented (the number after v5p counts cores, two in a
-            chip), or "v6e:8x8". Several such slices are "2xv6e-64", here and there.
+        name: the name under which a slice is rented, such as "v6e-64" (for v5p the
+            number counts cores, two in a chip), or a topology, such as "v6e:8x8".
+            "2xv6e-64" is two slices.
+
+    Returns:
+        The topology, such as "v6e:8x8" or "2xv6e:8x8".
 
     Raises:
         ValueError: there is no such slice.

@@ -1,4 +1,4 @@
-"""Several processes that train one model: the hosts of a pod, or of a cluster."""
+"""Coordinates the processes of one run: the hosts of a TPU pod or of a cluster."""
 
 import contextlib
 import itertools
@@ -22,34 +22,34 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jvdit.machine.json_files import differences, parse_json
 from jvdit.machine.lock import FolderLock, sweep
 
-_PATIENCE = 24 * 3600  # seconds that one process may take longer than another
-_SEEN_WITHIN = 60  # seconds, after which hosts of NFS see each other's files
+_PATIENCE = 24 * 3600  # seconds that one process waits for another at most
+_SEEN_WITHIN = 60  # seconds within which hosts see each other's files over NFS
 _HEARTBEAT = 30  # seconds of silence after which a process counts as lost
-# What the metadata of a machine of Google's say before it is taken away.
+# Metadata of a Google Cloud machine that announce its maintenance or preemption.
 _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance"
 _NOTICES = {"maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE", "preempted": "TRUE"}
-_PIECE = 64 << 20  # bytes of an array that are brought whole to every device at once
-_LONGEST = 4096  # bytes that a process tells the others
+_PIECE = 64 << 20  # bytes of an array that are gathered on every device at once
+_LONGEST = 4096  # bytes of a text that `tell_all` exchanges
 _NO_CLUSTER = "coordinator_address should be defined"
-# How often the processes have talked, which is the same on all.
+# Counts of exchanges so far, which are the same on all processes.
 _told, _asked = itertools.count(), itertools.count(1)
 
 
 def connect(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
-    """Joins the processes of a run; call it before anything else of JAX.
+    """Connects the processes of a run; call it before anything else of JAX.
 
-    On TPU VMs, GKE and under SLURM or MPI the others are found without being told;
-    where there is no cluster, this process is alone.
+    On TPU VMs, GKE and under SLURM or MPI the processes find one another without the
+    arguments; where there is no cluster, this process runs alone.
 
     Args:
-        coordinator: HOST:PORT of process 0, where nothing else tells it.
-        processes: how many there are, with `coordinator`.
-        process: which of them this is, from 0, with `coordinator`.
+        coordinator: HOST:PORT of process 0, where no cluster provides it.
+        processes: with `coordinator`: how many processes there are.
+        process: with `coordinator`: the index of this process, from 0.
 
     Raises:
-        ValueError: of the three only some are given.
-        ConnectionError: the others can't be reached: a run that went on alone would
-            train another model than the one asked for.
+        ValueError: only some of the three are given.
+        ConnectionError: the other processes can't be reached. The run doesn't continue
+            alone, since it would train a different model from the one asked for.
     """
     told = bool(coordinator), processes > 0, process >= 0
     if any(told) and not all(told):
@@ -78,7 +78,11 @@ def connect(coordinator: str = "", processes: int = 0, process: int = -1) -> Non
 
 
 def define_flags() -> Callable[[], None]:
-    """Defines the flags of `connect` for a command; returns what calls it with them."""
+    """Defines the command-line flags of `connect`.
+
+    Returns:
+        A function that calls `connect` with the flags' values.
+    """
     coordinator = flags.DEFINE_string(
         "coordinator", "", "HOST:PORT of process 0, where no cluster tells it."
     )
@@ -92,21 +96,21 @@ def define_flags() -> Callable[[], None]:
 
 
 def is_lead() -> bool:
-    """Whether this process writes what only one of them should."""
+    """Whether this is process 0, which writes what only one process should."""
     return jax.process_index() == 0
 
 
 def own_file(path: pathlib.Path) -> pathlib.Path:
-    """The file of this process where each writes one: named by its number."""
+    """The name of a file that each process writes for itself, with its index in it."""
     if jax.process_count() == 1:
         return path
     return path.with_stem(f"{path.stem}_{jax.process_index()}")
 
 
 def to_host(tree: Any) -> Any:
-    """Arrays of all hosts' devices as numpy arrays, whole, on every host.
+    """Gathers arrays that are sharded over all hosts as numpy arrays on every host.
 
-    Every process has to call it.
+    Every process must call this.
     """
 
     def whole(x: Any) -> np.ndarray:
@@ -118,9 +122,9 @@ def to_host(tree: Any) -> Any:
 
 
 def _gathered(x: jax.Array) -> np.ndarray:
-    """An array that several hosts hold, whole; on the devices there are pieces of it.
+    """Gathers an array that is sharded over hosts, piece by piece.
 
-    The layers of a network lie in one array, which can be too large for a device.
+    All layers of a network lie in one array, which can be too large for one device.
     """
     if x.is_fully_replicated:
         return np.asarray(x.addressable_data(0))
@@ -134,7 +138,7 @@ def _gathered(x: jax.Array) -> np.ndarray:
     gather = _gathering(axis, size, NamedSharding(x.sharding.mesh, PartitionSpec()))
     whole = np.empty(x.shape, x.dtype)
     for start in range(0, x.shape[axis], size):
-        # All of one size, which is compiled once; the last begins a little earlier.
+        # All pieces have one size, compiled once; the last overlaps the one before.
         start = min(start, x.shape[axis] - size)
         part = (slice(None),) * axis + (slice(start, start + size),)
         whole[part] = gather(x, start).addressable_data(0)
@@ -143,7 +147,7 @@ def _gathered(x: jax.Array) -> np.ndarray:
 
 @lru_cache
 def _gathering(axis: int, size: int, place: NamedSharding) -> Callable[..., jax.Array]:
-    """What brings a part of an array along an axis whole to every device."""
+    """A compiled function that gathers a slice of an array on every device."""
 
     def gather(x: jax.Array, start: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
@@ -152,9 +156,9 @@ def _gathering(axis: int, size: int, place: NamedSharding) -> Callable[..., jax.
 
 
 def wait_for_others(where: str) -> None:
-    """Returns when all processes are there; `where` names a place in the program."""
+    """Waits until all processes have called this; `where` names the barrier."""
     if jax.process_count() > 1:
-        # Its import takes a third of a second, which a process alone needn't wait for.
+        # The import takes a third of a second, which a single process can save.
         import orbax.checkpoint as ocp
 
         everyone = set(range(jax.process_count()))
@@ -164,14 +168,17 @@ def wait_for_others(where: str) -> None:
 
 
 def tell_all(text: str) -> list[str]:
-    """What each process says, in order; every process has to call it.
+    """Exchanges a text between all processes; every process must call this.
 
     Args:
-        text: of this process; of long ones the beginning is told.
+        text: the text of this process; at most 4096 bytes of it are sent.
+
+    Returns:
+        The texts of all processes, in order.
     """
     if jax.process_count() == 1:
         return [text]
-    # Between processors, connections are given up after half a minute.
+    # CPU processes drop their connections after waiting half a minute in a collective.
     wait_for_others("something to tell")
     ours = np.zeros(_LONGEST, np.uint8)
     told = np.frombuffer(text.encode()[:_LONGEST], np.uint8)
@@ -181,24 +188,26 @@ def tell_all(text: str) -> list[str]:
 
 
 def check_seen(path: pathlib.Path) -> None:
-    """Makes sure that every process sees a file that the first one wrote.
+    """Checks that every process sees a file that process 0 wrote.
+
+    Every process must call this.
 
     Raises:
-        ValueError: this process doesn't.
+        ValueError: this process doesn't see it within a minute.
     """
     wait_for_others(f"wrote {path}")
     await_seen(path.exists, f"what process 0 wrote to {path}")
 
 
 def await_seen(seen: Callable[[], bool], what: str) -> None:
-    """Returns when what another process wrote is seen, which on NFS takes a while.
+    """Waits until this process sees what another wrote, which over NFS takes a while.
 
     Args:
-        seen: whether it is.
-        what: it is.
+        seen: returns whether it is seen yet.
+        what: what it is, for the error message.
 
     Raises:
-        ValueError: it isn't seen in time.
+        ValueError: it isn't seen within a minute.
     """
     deadline = time.monotonic() + _SEEN_WITHIN
     while not seen():
@@ -211,19 +220,22 @@ def await_seen(seen: Callable[[], bool], what: str) -> None:
 
 
 def _client() -> Any:
-    """What keeps the values that processes tell each other."""
+    """JAX's key-value store, which the processes share."""
     import orbax.checkpoint as ocp
 
     return ocp.multihost.get_jax_distributed_client()
 
 
 def from_lead(make: Callable[[], Any]) -> Any:
-    """What process 0 makes, a JSON value, on every process; its errors are all's.
+    """Runs a function on process 0, and returns its result on every process.
 
-    Every process has to call it.
+    Every process must call this.
+
+    Args:
+        make: the function; its result must be a JSON value.
 
     Raises:
-        ValueError: process 0 met one, or an OSError.
+        ValueError: `make` raised a ValueError or an OSError; raised on all processes.
     """
     if jax.process_count() == 1:
         return make()
@@ -238,17 +250,19 @@ def from_lead(make: Callable[[], Any]) -> Any:
     else:
         told = client.blocking_key_value_get(key, _PATIENCE * 1000)
         made, error = parse_json(told, key, tuple[Any, str | None])
-    wait_for_others(f"told {key}")  # else process 0 might take it along
+    wait_for_others(f"told {key}")  # else process 0, and the store, might end before
     if error is not None:
         raise ValueError(error)
     return made
 
 
 def check_alike(settings: Mapping[str, Any]) -> None:
-    """Makes sure that every process was given the same settings.
+    """Checks that every process was given the same settings.
+
+    Every process must call this.
 
     Raises:
-        ValueError: one wasn't; the message, on all of them, says what differs.
+        ValueError: some differ; raised on all processes, with what differs.
     """
     if jax.process_count() == 1:
         return
@@ -269,12 +283,18 @@ def check_alike(settings: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def held(folder: str | os.PathLike[str]) -> Iterator[FolderLock]:
-    """Holds a folder for the processes of this run; see `data.lock`.
+    """Locks a folder for all processes of this run; see `FolderLock`.
 
-    What killed processes of the run left half written there is removed.
+    Files that killed processes left half written there are removed.
+
+    Args:
+        folder: the folder, created if needed.
+
+    Yields:
+        The lock.
 
     Raises:
-        ValueError: another run holds it.
+        ValueError: another run holds the folder.
     """
     lock = FolderLock(folder)
 
@@ -292,25 +312,26 @@ def held(folder: str | os.PathLike[str]) -> Iterator[FolderLock]:
 
 
 def all_asked_to_stop() -> bool:
-    """Whether the processes are to stop here, because one was told to.
+    """Whether all processes should stop at this step, because one was asked to.
 
-    They agree on the place, though the signal (SIGTERM, or the notice before a TPU is
-    taken away) reaches them at different times. Every process asks equally often.
+    The processes agree on the step, although the signal (SIGTERM, or the notice before
+    a TPU is preempted) reaches them at different times. Every process must call this
+    equally often.
     """
     return multihost_utils.reached_preemption_sync_point(next(_asked))
 
 
 def heed_notices(metadata: str = _METADATA) -> None:
-    """Turns the notice that this machine is to be taken away into a SIGTERM.
+    """Sends this process a SIGTERM when its machine is about to be taken away.
 
-    Google's TPUs are told minutes before maintenance, and half a minute before they
-    are given to somebody else. Elsewhere nothing answers, and nothing happens.
+    Google announces maintenance of a TPU minutes ahead, and preemption half a minute
+    ahead. On other machines nothing happens.
 
     Args:
-        metadata: address of the server that tells.
+        metadata: address of the metadata server.
     """
     for name, leaving in _NOTICES.items():
-        # It answers when what it would say has changed.
+        # The server answers when the value changes.
         address = f"{metadata}/{name}?wait_for_change=true"
         watch = threading.Thread(target=_wait_for, args=(address, leaving), daemon=True)
         watch.start()
@@ -331,13 +352,16 @@ def _wait_for(address: str, leaving: str) -> None:
 
 
 def share_of_rows(mesh: Mesh) -> tuple[int, int]:
-    """Which of how many equal parts of a batch this process reads.
+    """Finds the part of each batch that this process reads.
 
-    Processes whose devices hold the same rows, because their tokens are divided over
-    several hosts, read the same part.
+    Processes whose devices hold the same rows, because tokens are divided over several
+    hosts, read the same part.
+
+    Returns:
+        The index of the part, and how many equal parts there are.
 
     Raises:
-        ValueError: processes share rows only partly.
+        ValueError: the rows of two processes overlap without being the same.
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     by_row = mesh.devices.reshape(ways, -1)

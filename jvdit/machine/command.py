@@ -1,4 +1,4 @@
-"""What all commands have in common: a mistake of the user's is told in one line."""
+"""Error handling of the commands: a user's mistake is reported in one line."""
 
 import contextlib
 import sys
@@ -6,16 +6,18 @@ from collections.abc import Iterator
 
 from absl import flags, logging
 
-# What is the fault of settings, files or machines.
+# Errors that settings, files or machines cause, not the program.
 MISTAKES = (ValueError, OSError, FloatingPointError)
 
 
 @contextlib.contextmanager
 def told_in_a_line(stopped: str) -> Iterator[None]:
-    """Ends the process with a line in the place of a traceback.
+    """Exits with one line instead of a traceback on errors in `MISTAKES`.
+
+    With --verbosity the traceback is shown.
 
     Args:
-        stopped: the line for somebody who pressed Ctrl-C.
+        stopped: the line to exit with after Ctrl-C.
     """
     chosen = flags.FLAGS["verbosity"].present
     if not chosen:
@@ -31,6 +33,6 @@ def told_in_a_line(stopped: str) -> Iterator[None]:
 
 
 def refuse_arguments(argv: list[str]) -> None:
-    """Exits if there are arguments besides flags."""
+    """Exits with a message if there are command-line arguments besides flags."""
     if len(argv) > 1:
         sys.exit(f"unexpected argument {argv[1]!r}; see --help")

@@ -1,4 +1,4 @@
-"""How programs are compiled: kept for the next start, with options for the chip."""
+"""Compilation: XLA options for the chip, and a cache of compiled programs."""
 
 import functools
 import hashlib
@@ -13,22 +13,22 @@ import jax.core
 
 from jvdit.machine.chips import this_chip
 
-_WORTH = 0.05  # seconds of compiling for a processor from which a program is kept
-# What tells processors apart by their instructions, on x86 and ARM.
+_WORTH = 0.05  # least seconds of compilation on a CPU for a program to be cached
+# Lines of /proc/cpuinfo that identify a CPU's instruction set, on x86 and ARM.
 _INSTRUCTIONS = ("vendor_id", "cpu family", "model", "flags", "Features", "CPU")
 
 
 def compiler_options(given: Sequence[str] = ()) -> dict[str, str] | None:
-    """XLA's options for a program that is traced now: those of the chip, then others.
+    """XLA compiler options for a program that is traced now.
 
     Args:
-        given: "NAME=VALUE" each; they win.
+        given: further options, each "NAME=VALUE", which override those of the chip.
 
     Returns:
-        For `jax.jit`; None: there are none.
+        Options for `jax.jit`; None if there are none.
 
     Raises:
-        ValueError: an option isn't written so.
+        ValueError: an option isn't of the form NAME=VALUE.
     """
     chip = this_chip()
     options = dict(chip.options)
@@ -46,9 +46,9 @@ def compiler_options(given: Sequence[str] = ()) -> dict[str, str] | None:
 
 
 def _suits_processor(options: tuple[tuple[str, str], ...]) -> bool:
-    """Whether options of a processor are for the products that are asked for now.
+    """Whether the CPU's options help at the current matmul precision.
 
-    In bfloat16 YNNPACK has the better ones.
+    They don't in bfloat16, where YNNPACK is faster.
     """
     asked = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     return asked != "bfloat16" and _known(options)
@@ -56,7 +56,7 @@ def _suits_processor(options: tuple[tuple[str, str], ...]) -> bool:
 
 @functools.cache
 def _known(options: tuple[tuple[str, str], ...]) -> bool:
-    """Whether this XLA has these options, all of them, for a processor."""
+    """Whether this version of XLA knows all of these CPU options."""
     program = jax.jit(lambda: 0, compiler_options=dict(options))
     try:
         program.lower().compile()
@@ -66,14 +66,14 @@ def _known(options: tuple[tuple[str, str], ...]) -> bool:
 
 
 class jit:
-    """`jax.jit` with the options of the chip that a program is compiled for.
+    """`jax.jit` with the XLA options of the chip that a program is compiled for.
 
-    They are looked up at a call, not where a function is defined. Within another
-    program a function is part of that.
+    The options are looked up at each call, not where the function is defined. Called
+    within another jitted function, it is traced as a part of that, without options.
 
     Args:
-        function: what to compile.
-        settings: of `jax.jit`.
+        function: the function to compile.
+        settings: further arguments of `jax.jit`.
     """
 
     def __init__(self, function: Callable[..., Any], **settings: Any):
@@ -82,13 +82,13 @@ class jit:
         self._function, self._settings = function, settings
 
     def __call__(self, *args: Any, **named: Any) -> Any:
-        """Runs the program, which is compiled at its first call."""
+        """Runs the program, compiling it at the first call."""
         leaves = jax.tree.leaves((args, named))
         within = any(isinstance(x, jax.core.Tracer) for x in leaves)
         return self._program(None if within else compiler_options())(*args, **named)
 
     def lower(self, *args: Any, **named: Any) -> Any:
-        """The program of a call, to be compiled for its own sake."""
+        """Lowers the program of a call without running it; see `jax.jit`'s `lower`."""
         return self._program(compiler_options()).lower(*args, **named)
 
     def _program(self, options: dict[str, str] | None) -> Any:
@@ -101,16 +101,17 @@ class jit:
 
 
 def keep_compilations(shared: str = "") -> None:
-    """Keeps compiled programs on disk, so that the next start takes them from there.
+    """Turns on JAX's compilation cache, so that the next start needn't compile.
 
-    A large model compiles for minutes, and the small one in the box for most of the
-    time of its first clip. Programs of a processor lie in a folder for processors of
-    its kind alone, for others might not know its instructions. A folder that JAX was
-    told stays (it is JAX_COMPILATION_CACHE_DIR), as does its rule of what is kept.
+    A large model compiles for minutes, and the small one that comes with jvdit for most
+    of the time of its first clip. The cache is `jvdit/compiled` in the user's cache
+    folder (XDG_CACHE_HOME or ~/.cache). CPU programs have a folder for each kind of
+    CPU, since others may lack its instructions. If JAX_COMPILATION_CACHE_DIR is set,
+    nothing changes.
 
     Args:
-        shared: a folder that all processes see, for programs of several: the first of
-            them writes for all, so in a home of their own the others find none.
+        shared: a folder that all processes of a run see, for the cache of a run with
+            several: process 0 alone writes, so separate home folders would stay empty.
     """
     if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
@@ -127,7 +128,7 @@ def keep_compilations(shared: str = "") -> None:
 
 
 def _processor() -> str:
-    """A name for the processors that know the same instructions."""
+    """A name for the kind of this CPU: equal for CPUs with the same instructions."""
     told, file = [platform.machine()], pathlib.Path("/proc/cpuinfo")
     if file.exists():
         first = file.read_text().partition("\n\n")[0].splitlines()

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, whatever kills the process."""
+"""Atomic writes: a file is either whole or absent, whatever kills the process."""
 
 import contextlib
 import errno
@@ -11,22 +11,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-# What libraries make of those: their words, or numpy's of a file that was cut short.
+# Messages of a full disk in other libraries' errors; the last is numpy's.
 _SAY_SO = "|".join([*map(os.strerror, _NO_ROOM), r"\d+ requested and \d+ written"])
-_LONGEST = 300  # characters of another's message
+_LONGEST = 300  # most characters to quote of another library's message
 
 
 class FullDiskError(OSError):
-    """There is no room left on a disk, or none within the user's quota."""
+    """The disk, or the user's quota on it, is full."""
 
 
 def local_path(path: str | Path) -> Path:
-    """Returns `path` as a local path.
+    """Returns a path on the local file system, with ~ expanded.
 
     Raises:
-        ValueError: it is a URL. The record reader does understand `gs://`, but without
-            network or credentials it blocks for minutes and says nothing; a mounted
-            bucket fails at once and loudly.
+        ValueError: it is a URL. The record reader would accept `gs://`, but without
+            network or credentials it blocks silently for minutes; a mounted bucket
+            fails at once.
     """
     if match := re.match(r"([a-z][a-z0-9+.-]*)://([^/]*)", str(path)):
         raise ValueError(
@@ -38,16 +38,16 @@ def local_path(path: str | Path) -> Path:
 
 
 def temporary_path(path: Path) -> Path:
-    """Returns where to write `path` before it is renamed into place."""
+    """The path to write a file at before it is renamed to `path`."""
     return path.with_name(f".tmp@{socket.gethostname()}@{os.getpid()}@{path.name}")
 
 
 @contextlib.contextmanager
 def said_if_full(where: str | Path = "") -> Iterator[None]:
-    """Turns what any library raises when a disk is full into one line.
+    """Converts any library's error about a full disk to a one-line `FullDiskError`.
 
     Args:
-        where: the file, for libraries that don't say it.
+        where: the file being written, since libraries don't always name it.
 
     Raises:
         FullDiskError: the disk is full.
@@ -66,7 +66,7 @@ def said_if_full(where: str | Path = "") -> Iterator[None]:
 
 
 def _of_full_disk(error: BaseException | None) -> str:
-    """What an error, or one behind it, says of a full disk; "" if nothing."""
+    """The message of an error, or of its cause, about a full disk; "" if none is."""
     if error is None:
         return ""
     text = " ".join(str(error).split())
@@ -77,7 +77,7 @@ def _of_full_disk(error: BaseException | None) -> str:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields where to write a file that becomes `path` unless something is raised.
+    """Yields a temporary path that is renamed to `path` unless an error is raised.
 
     Raises:
         FullDiskError: the disk is full.
@@ -93,7 +93,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file that is either whole or absent, whatever kills the process."""
+    """Writes a file atomically: it is whole or absent, whatever kills the process."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(data)
         file.flush()
@@ -101,10 +101,14 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def sweep_temporary(directory: Path, *, max_age_seconds: float = 86400) -> list[str]:
-    """Removes what dead writers left, and returns the names.
+    """Removes temporary files that dead processes left, and returns their names.
 
-    What a live process of this host writes is kept; of another host, whose processes
-    cannot be seen from here, what is less than a day old.
+    Files of live processes on this host are kept. Processes of other hosts can't be
+    seen from here, so their files are kept for a day.
+
+    Args:
+        directory: the folder, searched recursively.
+        max_age_seconds: age at which a file of another host is removed.
     """
     swept = []
     for file in directory.rglob(".tmp@*"):
@@ -120,7 +124,7 @@ def sweep_temporary(directory: Path, *, max_age_seconds: float = 86400) -> list[
 
 
 def _is_running(pid: int) -> bool:
-    """Whether this host has a process of that number."""
+    """Whether a process with this id is running on this host."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -132,10 +136,14 @@ def _is_running(pid: int) -> bool:
 
 @contextlib.contextmanager
 def locked(path: Path, doing: str) -> Iterator[None]:
-    """Holds a lock file, which the system lets go of when the process ends.
+    """Holds a lock file, which the system releases when the process ends.
+
+    Args:
+        path: the lock file, created if needed.
+        doing: what the holder does, for the error message.
 
     Raises:
-        ValueError: another process holds it, and is `doing` something.
+        ValueError: another process holds the lock.
     """
     with open(path, "w") as file:
         try:

@@ -1,4 +1,4 @@
-"""Huge pages for a command's arrays."""
+"""Huge memory pages for the arrays of a command."""
 
 import os
 import pathlib
@@ -9,13 +9,13 @@ _TUNABLES = "GLIBC_TUNABLES"
 
 
 def use_huge_pages() -> None:
-    """Starts this process anew, once, so that its large arrays lie in huge pages.
+    """Restarts this process once, so that its large arrays use huge pages.
 
-    XLA on CPU takes memory anew for each step, and the kernel hands it out page by
-    page: a quarter of the time of a training step of the procedural world. glibc asks
-    for huge pages if GLIBC_TUNABLES says so when a process begins; so this one, which
-    keeps its number, begins again with it. Nothing happens where the variable is set
-    already, or where the kernel doesn't leave the choice to programs.
+    XLA on CPU allocates memory anew for each step, and the kernel maps it page by page,
+    which takes a quarter of a training step on the procedural world. glibc asks for
+    huge pages if GLIBC_TUNABLES says so when a process starts; so this process, keeping
+    its id, starts again with the variable set. Nothing happens if it is already set, or
+    if the kernel doesn't leave the choice to programs.
     """
     if sys.platform != "linux" or _TUNABLES in os.environ:
         return

@@ -1,4 +1,4 @@
-"""JSON files of settings: written whole, read with a line for what is damaged."""
+"""JSON files: written atomically, and checked against a type when they are read."""
 
 import difflib
 import json
@@ -20,7 +20,7 @@ _ANYTHING: Any = Any
 
 
 def write_json(path: PathLike, value: Any) -> None:
-    """Writes JSON so that a reader sees all of it or the file that was there before."""
+    """Writes a JSON file atomically: readers see all of it, or the file before it."""
     text = json.dumps(value, indent=2, sort_keys=True) + "\n"
     write_atomically(pathlib.Path(path), text.encode())
 
@@ -28,19 +28,19 @@ def write_json(path: PathLike, value: Any) -> None:
 def read_json(
     path: PathLike, remedy: str, kind: type[T] | GenericAlias = _ANYTHING
 ) -> T:
-    """Reads a JSON file.
+    """Reads a JSON file and converts it to a type.
 
     Args:
-        path: of the file.
-        remedy: what to do if it doesn't hold what it should.
-        kind: what it should hold: a `msgspec.Struct`, a dataclass, `dict[str, int]`, ….
-            Fields that a class doesn't know are ignored, unless it is a Struct with
-            `forbid_unknown_fields`. The default takes any JSON as it is.
+        path: the file.
+        remedy: advice for the error message, such as "copy it anew".
+        kind: the type to convert to: a `msgspec.Struct`, a dataclass, `dict[str, int]`,
+            …. Unknown fields of a class are ignored, unless it is a Struct with
+            `forbid_unknown_fields`. By default any JSON is returned as it is.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no JSON, for example because it was cut off, or holds
-            something else; the message names the file, the field and its value.
+        ValueError: the file isn't JSON, for example because it was truncated, or isn't
+            of that type; the message names the file, the field and its value.
     """
     try:
         text = pathlib.Path(path).read_bytes()
@@ -55,14 +55,17 @@ def parse_json(
     kind: type[T] | GenericAlias = _ANYTHING,
     remedy: str = "correct it",
 ) -> T:
-    """Reads a line, or another text, of JSON; see `read_json`.
+    """Parses a JSON text and converts it to a type, as `read_json` does for a file.
 
     Args:
-        text: the JSON. NaN, Infinity and names of files that are no UTF-8 are taken as
-            Python's `json` writes them.
-        where: what an error calls it: the file and the line, for example.
-        kind: what it should hold.
-        remedy: what to do if it doesn't.
+        text: the JSON. NaN, Infinity and file names that aren't valid UTF-8 are
+            accepted as Python's `json` writes them.
+        where: name of the text in error messages, such as its file and line.
+        kind: the type to convert to.
+        remedy: advice for the error message.
+
+    Raises:
+        ValueError: the text isn't JSON, or isn't of that type.
     """
     try:
         found = json.loads(text)
@@ -72,7 +75,7 @@ def parse_json(
 
 
 def fit_json(found: Any, where: str, kind: Any, remedy: str) -> Any:
-    """JSON that another library has parsed as a type; see `parse_json`."""
+    """Converts JSON values that are already parsed to a type, as `parse_json` does."""
     try:
         return msgspec.convert(found, kind, str_keys=True)
     except (ValueError, RecursionError) as error:
@@ -81,7 +84,7 @@ def fit_json(found: Any, where: str, kind: Any, remedy: str) -> Any:
 
 
 def _explained(told: str, found: Any, kind: Any) -> str:
-    """What msgspec says of JSON of another kind, with the value, or the right name."""
+    """Rewords msgspec's error with the wrong value, or the nearest known field."""
     if unknown := re.fullmatch(r"Object contains unknown field `([^`]*)`", told):
         known = [field.encode_name for field in msgspec.structs.fields(kind)]
         near = nearest(unknown[1], known)
@@ -90,7 +93,7 @@ def _explained(told: str, found: Any, kind: Any) -> str:
     if rule.startswith("`"):  # from the class itself, and names the field
         return rule
     for name, index in re.findall(r"\.(\w+)|\[(\d+|\.{3})\]", place):
-        if index == "...":  # a value of this dict, whose key isn't told
+        if index == "...":  # a value of this dict; msgspec doesn't tell its key
             break
         found = found[name or int(index)]
     rule = rule.replace("Expected", "must be")
@@ -105,7 +108,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def differences(held: Any, asked: Any, name: str = "") -> list[str]:
-    """What differs between two nested settings, as "name: held X, asked Y"."""
+    """Lists what differs between two nested settings, one line for each value.
+
+    Args:
+        held: the settings called "there" in the lines.
+        asked: the settings called "here".
+        name: prefix of the names in the lines.
+    """
     if isinstance(held, Mapping) and isinstance(asked, Mapping):
         lines = []
         for key in sorted({*held, *asked}):

@@ -1,9 +1,10 @@
-"""One run at a time in a folder, on one host or many, however they end.
+"""Folder locks: one run at a time in a folder, on one host or many.
 
-The lock is a file, `.lock`, that says who holds it. On one host the system tells
-whether the holder lives (`flock`), so that a killed run's place is free at once. Of
-another host only its heartbeat is seen, the time of change of the file: who would
-follow watches for as long as a living one can be silent. No two clocks are compared.
+The lock is a file, `.lock`, that names its holder. On the holder's own host the system
+tells whether it is alive (`flock`), so that the lock of a killed run is free at once.
+Other hosts see only its heartbeat, the file's modification time: they take the lock
+after watching it unchanged for longer than a live holder can be silent. Clocks of
+different hosts are never compared.
 """
 
 import contextlib
@@ -22,18 +23,18 @@ import msgspec
 
 from jvdit.machine.json_files import parse_json
 
-_BEAT = 10.0  # seconds between two signs of life
-_SILENCE = 60.0  # seconds of silence after which a holder counts as dead
-_SETTLING = 2.0  # seconds in which two that follow a dead one see each other
-_PAUSE = 1.0  # seconds between two looks
+_BEAT = 10.0  # seconds between two heartbeats
+_SILENCE = 60.0  # seconds without a heartbeat after which a holder counts as dead
+_SETTLING = 2.0  # seconds in which two successors of a dead holder see each other
+_PAUSE = 1.0  # seconds between two looks at the file
 _UNKNOWN = "a process that has just begun"
 _BOOT = pathlib.Path("/proc/sys/kernel/random/boot_id")
-# Files, or folders, of ours and of earlier versions that weren't finished.
+# Temporary files and folders, of this and of earlier versions.
 _SCRATCH = re.compile(r"\.tmp@[^@]*@\d+@.*|.+\.\d+(\.\d)?\.tmp")
 
 
 class _Holder(msgspec.Struct, frozen=True):
-    """Who holds a folder, as the file says it."""
+    """The holder of a folder, as its lock file names it."""
 
     host: str
     pid: int
@@ -46,10 +47,10 @@ class _Holder(msgspec.Struct, frozen=True):
 
 
 class FolderLock:
-    """Holds a folder for one run.
+    """A lock that one run holds on a folder.
 
     Args:
-        folder: made if need be.
+        folder: the folder, created if needed.
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
@@ -59,10 +60,10 @@ class FolderLock:
         self._released = threading.Event()
 
     def acquire(self) -> None:
-        """Takes the lock; of a dead holder on another host after a minute.
+        """Takes the lock; if a dead run on another host holds it, after a minute.
 
         Raises:
-            ValueError: another run holds it.
+            ValueError: another run holds the folder.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         place = _place(self.path.parent)
@@ -77,7 +78,7 @@ class FolderLock:
                 near = not seen[0] or (holder is not None and holder.place == place)
                 if alone is False and near and holder:
                     raise ValueError(self._refusal(holder))
-                # Nobody else of this host can be here now, and of others none was.
+                # No other process of this host holds the file, and no other host did.
                 certain = alone is True and near
                 watched = seen[0] or alone is False
                 if not certain and watched and not self._silent(holder, seen):
@@ -92,17 +93,17 @@ class FolderLock:
 
     @property
     def held(self) -> bool:
-        """Whether it is ours."""
+        """Whether this run holds the lock."""
         return self._file is not None and self._seen()[0] == self._token
 
     def check(self) -> None:
-        """Raises ValueError if another run has taken the lock, believing us dead."""
+        """Raises a ValueError if another run has taken the lock, believing us dead."""
         content, _ = self._seen()
         if self._token and content and content != self._token:
             raise ValueError(self._refusal(_parsed(content)))
 
     def release(self) -> None:
-        """Lets go of the lock, if it is held."""
+        """Releases the lock, if this run holds it."""
         self._released.set()
         if self._file is not None:
             if self.held:
@@ -111,7 +112,7 @@ class FolderLock:
             self._file = None
 
     def _seen(self) -> tuple[bytes | None, int]:
-        """What the file says, and when it was touched; None: it is gone."""
+        """The file's contents (None if it is gone) and its modification time."""
         try:  # opened anew: so NFS asks its server
             with self.path.open("rb") as file:
                 return file.read(), os.fstat(file.fileno()).st_mtime_ns
@@ -125,7 +126,7 @@ class FolderLock:
             return False
 
     def _silent(self, holder: _Holder | None, seen: tuple[bytes | None, int]) -> bool:
-        """Whether the holder gives no sign of life; False: it has let go."""
+        """Whether the holder shows no heartbeat; False if it has released the lock."""
         print(
             f"{self.path.parent} was held by {holder or _UNKNOWN}: waiting up to "
             f"{_SILENCE:g} s to see whether that lives.",
@@ -150,7 +151,7 @@ class FolderLock:
 
     def _beat(self) -> None:
         while not self._released.wait(_BEAT):
-            # A file system that is gone for a while is no reason to end.
+            # A file system may be unavailable for a while.
             with contextlib.suppress(OSError):
                 if self.held:
                     os.utime(self.path)
@@ -170,13 +171,18 @@ def _parsed(content: bytes | None) -> _Holder | None:
 
 
 def _place(folder: pathlib.Path) -> str:
-    """Equal for those that flock keeps apart: one kernel, one mounted file system."""
+    """Identifies a kernel and a mounted file system, within which `flock` works."""
     kernel = _BOOT.read_text().strip() if _BOOT.exists() else socket.gethostname()
     return f"{kernel} {folder.stat().st_dev}"
 
 
 def _flock(file: IO[bytes]) -> bool | None:
-    """Whether nobody else on this host has the file; None: that can't be told here."""
+    """Tries to lock a file on this host.
+
+    Returns:
+        True if it is locked now, False if another process has it, None if this file
+        system doesn't support locks.
+    """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -187,7 +193,10 @@ def _flock(file: IO[bytes]) -> bool | None:
 
 
 def sweep(workdir: str | os.PathLike[str]) -> None:
-    """Removes what killed writers of a run left; only who holds its lock may."""
+    """Removes temporary files that killed processes left in a workdir.
+
+    Only the run that holds the workdir's lock may call this.
+    """
     folder = pathlib.Path(workdir)
     found = [*folder.glob("*")]
     for name in ("model", "samples"):

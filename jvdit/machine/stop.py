@@ -1,4 +1,4 @@
-"""Asked to stop, by SIGTERM or Ctrl-C, a run saves what it has and ends."""
+"""Stop requests: on SIGTERM or Ctrl-C, a run saves what it has and ends."""
 
 import contextlib
 import ctypes
@@ -15,13 +15,14 @@ _SIZE = 1024  # bytes, more than any system's `struct sigaction` takes
 
 
 class StopRequest:
-    """Within it SIGTERM is a KeyboardInterrupt, as Ctrl-C is; or noted, see `saving`.
+    """A context in which SIGTERM and Ctrl-C ask a run to stop.
 
-    A second signal ends the process at once. Among several processes JAX itself takes
-    SIGTERM, and they stop together where they `look`.
+    Either raises a KeyboardInterrupt, or inside `saving` is only noted in `asked`. A
+    second signal ends the process at once. In a run of several processes JAX itself
+    handles SIGTERM, and all stop together where they call `look`.
 
     Attributes:
-        asked: whether to stop.
+        asked: whether the run was asked to stop.
     """
 
     def __init__(self):
@@ -47,10 +48,11 @@ class StopRequest:
 
     @contextlib.contextmanager
     def saving(self, saving: bool = True) -> Iterator[None]:
-        """Within it a signal is noted, for there is something to save first.
+        """A context in which a signal is only noted, so that the run can save first.
 
         Args:
-            saving: False: there isn't for a while, though it lies within.
+            saving: False raises a KeyboardInterrupt again, for an interruptible part
+                inside such a context.
         """
         before, self._saving = self._saving, saving
         try:
@@ -62,11 +64,11 @@ class StopRequest:
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[None]:
-        """For work that several processes do each for itself: SIGTERM ends one."""
+        """A context for work without collectives, where SIGTERM ends each process."""
         if self._alone:
             yield
             return
-        # Python doesn't know JAX's handler, and so can't put it back.
+        # Python doesn't know JAX's handler, so it can't restore it by itself.
         kept, libc = ctypes.create_string_buffer(_SIZE), ctypes.CDLL(None)
         libc.sigaction(signal.SIGTERM, None, kept)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -76,7 +78,7 @@ class StopRequest:
             libc.sigaction(signal.SIGTERM, kept, None)
 
     def look(self) -> bool:
-        """Whether to stop; of several processes every one asks, equally often."""
+        """Whether to stop; every process of a run must call this equally often."""
         if not self._alone:
             self.asked = cluster.all_asked_to_stop() or self.asked
         return self.asked

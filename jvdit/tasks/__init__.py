@@ -1,6 +1,7 @@
 """The kinds of training: what each reads, trains, measures and shows.
 
-A task joins data, models and an objective; the loop in `train.py` knows nothing else.
+A task joins data, networks and an objective; the training loop (`loop.py`) knows only
+the interface of `Task`.
 """
 
 from jvdit.tasks.autoencoder import VAETask

@@ -69,13 +69,13 @@ class VAETask(Task):
         return {"clips": videos}
 
     def _reconstructed(self, params):
-        """Held-out videos beside their reconstructions."""
+        """Pairs of a held-out video and its reconstruction."""
         originals = [clip["video"] for clip in self._validation]
         decoded = [to_host(self._reconstruct(params, v[None]))[0] for v in originals]
         return list(zip(originals, decoded, strict=True))
 
     def validate(self, params):
-        """Mean over held-out videos, images counting as videos."""
+        """Mean PSNR (dB) and SSIM over held-out videos and images."""
         pairs = self._reconstructed(params)
         return {
             f"validation/{name}": float(np.mean([measure(b, a) for a, b in pairs]))
@@ -84,7 +84,7 @@ class VAETask(Task):
         }
 
     def show(self, params, metrics, step, folder):
-        """Originals over their reconstructions."""
+        """Writes a contact sheet of held-out videos above their reconstructions."""
         pairs = self._reconstructed(params)[:6]
         if not pairs:
             return

@@ -1,4 +1,4 @@
-"""What made a cache of latents and text states; refused if it is stale or mixed."""
+"""The encoders that made a cache of latents; refuses stale or mixed caches."""
 
 import pathlib
 from collections.abc import Sequence
@@ -15,7 +15,19 @@ from jvdit.weights.parameters import load_weights, weights_hash
 def cached_autoencoder(
     config: Config, sources: Sequence[LatentSource]
 ) -> tuple[Network, str]:
-    """The autoencoder of the cache, and its hash; refuses caches of several."""
+    """Loads the autoencoder that encoded the training's latents.
+
+    Args:
+        config: the training's config; `autoencoder` names the one it expects, if any.
+        sources: the opened `data.sources`.
+
+    Returns:
+        The autoencoder, and the hash of its weights.
+
+    Raises:
+        ValueError: the sources were encoded by different autoencoders, or by another
+            than `config.autoencoder`.
+    """
     cache = config.data.sources[0].partition("#")[0]
     folder = pathlib.Path(cache) / "vae"
     for name, source in zip(config.data.sources, sources, strict=True):
@@ -44,7 +56,18 @@ def cached_autoencoder(
 def cached_captions(
     config: Config, sources: Sequence[LatentSource]
 ) -> CaptionEncoder | None:
-    """What made the text states of the cache; None if an encoder is trained."""
+    """Loads the text encoder that encoded the captions of the training's latents.
+
+    Args:
+        config: the training's config.
+        sources: the opened `data.sources`.
+
+    Returns:
+        The encoder; None if the training trains a text encoder of its own.
+
+    Raises:
+        ValueError: the sources hold no text states, or states of different encoders.
+    """
     if config.text_encoder:
         return None
     names = config.data.sources

@@ -1,10 +1,10 @@
-"""A data set of latents, made of one of clips by a finished autoencoder.
+"""Encodes a data set of clips to a data set of latents, with a finished autoencoder.
 
-What is written is a data set of the same record format. Its settings say which
-autoencoder made it (hash, fields), of which source; a copy of the autoencoder, with
-the statistics of its latents, lies beside the shards. So do, with a text encoder,
-states of the captions, settings and a copy of the text encoder; of a released one,
-which may stand for either, only where it lies.
+The latents have the same record format as the clips. The data set's settings name the
+autoencoder (hash, fields) and the source; a copy of the autoencoder, with the mean and
+standard deviation of its latents, lies beside the shards. With a text encoder, records
+also hold the text states of the captions, and a copy of the text encoder lies beside
+the shards; for one from a released model, only the path of the release.
 """
 
 import dataclasses
@@ -33,8 +33,8 @@ from jvdit.weights.caption_encoder import CaptionEncoder
 from jvdit.weights.clip_encoder import ClipEncoder
 from jvdit.weights.parameters import module_fields, save_weights
 
-SHARD = 2048  # clips
-_READERS = min(16, os.cpu_count() or 1)  # threads
+SHARD = 2048  # clips in a shard
+_READERS = min(16, os.cpu_count() or 1)  # threads that read clips
 
 
 def encode(
@@ -46,26 +46,28 @@ def encode(
     text_length: int = 64,
     shard: int = SHARD,
 ) -> None:
-    """Encodes a source, and another one for validation.
+    """Encodes a source of clips, and optionally a second one for validation.
 
-    All processes call it; each encodes a part of the shards, on its host's devices.
+    Every process must call this; each encodes a part of the shards on its host's
+    devices.
 
     Args:
-        source: name of the clips of the split train.
-        vae: folder of the autoencoder: its workdir, `model` or weights.
-        out: folder of the latents; what is finished there is not done again.
-        validation: name of the clips of the split val. "": none.
-        text_encoder: folder of the text encoder that encodes the captions. "": leave
-            them to the training.
-        text_length: tokens of a caption at the most.
-        shard: clips of a file, which is what one process does at a time.
+        source: name of the training clips, which become the split "train".
+        vae: the autoencoder: its training workdir, `model` folder or weights, or a
+            released model.
+        out: folder for the latents; shards already finished there aren't encoded again.
+        validation: name of the held-out clips, which become the split "val"; "": none.
+        text_encoder: folder of the text encoder for the captions; "": store captions
+            only, for a training that trains its own encoder.
+        text_length: most tokens of a caption; longer ones are cut.
+        shard: how many clips a shard has. Processes divide the work by shards.
 
     Raises:
-        ValueError: the folder holds other latents, another run encodes into it, a clip
-            is of a size that the autoencoder doesn't take, or the processes don't see
-            the same folder.
+        ValueError: the folder holds other latents, another run is encoding into it, the
+            autoencoder doesn't take the size of a clip, or the processes don't see the
+            same folder.
         FileNotFoundError: there is no such source or autoencoder.
-        OSError: files can't be written, because the disk is full for example.
+        OSError: files can't be written, for example because the disk is full.
     """
     cluster.check_alike(locals())
     if shard < 1:
@@ -119,7 +121,7 @@ def _all_done(writer: RecordWriter) -> bool:
 def _write(
     writer: RecordWriter, splits: Mapping[str, Source], shard: int, maker: "_Maker"
 ) -> None:
-    """Writes this process's part of the shards, dealt out like cards."""
+    """Writes this process's shards: every n-th one, for n processes."""
     pieces = [
         (split, i, range(i * shard, min((i + 1) * shard, len(source))))
         for split, source in splits.items()
@@ -137,12 +139,12 @@ def _write(
 
 @dataclasses.dataclass(frozen=True)
 class _Maker:
-    """Makes records of clips.
+    """Encodes clips to records.
 
     Attributes:
-        encoder: of clips.
-        states: of captions; None: they are left to the training.
-        threads: that read clips.
+        encoder: the autoencoder.
+        states: encodes captions to text states; None: captions aren't encoded.
+        threads: threads that read clips.
     """
 
     encoder: ClipEncoder
@@ -152,9 +154,9 @@ class _Maker:
     def records(
         self, source: Source, split: str, ids: Sequence[int]
     ) -> Iterator[dict[str, Any]]:
-        """The records of clips, those of one size after another.
+        """Encodes clips, size after size, and yields their records.
 
-        The devices encode the next batch while the one before is made to records.
+        The devices encode the next batch while the host builds records of the last.
         """
         before: Iterator[dict[str, Any]] = iter(())
         for size, alike in _by_size(source.index, ids).items():
@@ -164,7 +166,7 @@ class _Maker:
                 if not clips:
                     continue
                 videos = np.stack([clip["video"] for clip in clips.values()])
-                # One shape, one compilation: the last batch is filled up.
+                # The last batch is padded to the same shape: one compilation.
                 spare = np.repeat(videos[:1], rows - len(videos), axis=0)
                 moments = self.encoder(np.concatenate([videos, spare]))
                 yield from before
@@ -172,7 +174,7 @@ class _Maker:
         yield from before
 
     def _read(self, source: Source, split: str, ids: Sequence[int]) -> dict[int, Clip]:
-        """The good clips; each thread decodes some, for a decoder uses one alone."""
+        """Reads clips on several threads, since a decoder uses one; skips bad ones."""
         each = -(-len(ids) // _READERS)
         parts = [ids[i : i + each] for i in range(0, len(ids), each)]
         good = {}
@@ -187,7 +189,7 @@ class _Maker:
     def _made(
         self, clips: Mapping[int, Clip], split: str, moments: Sequence[Any]
     ) -> Iterator[dict[str, Any]]:
-        """The records of one batch, of which the last clips may be spare."""
+        """Builds the records of one batch, whose last rows may be padding."""
         texts: list[Any] = [None] * len(clips)
         if self.states is not None:
             texts = self.states([clip["caption"] for clip in clips.values()])
@@ -227,7 +229,10 @@ def _by_size(index, ids: Sequence[int]) -> dict[tuple[int, ...], list[int]]:
 
 
 def _save_autoencoder(encoder: ClipEncoder, folder: pathlib.Path) -> None:
-    """Writes it beside its latents, with their statistics unless it has some."""
+    """Saves the autoencoder beside its latents, with latent statistics if it has none.
+
+    These are the mean and standard deviation of each latent channel.
+    """
     fields = module_fields(encoder.module)
     if fields.get("latents_mean") is None:
         mean, std = _statistics(folder)
@@ -236,7 +241,7 @@ def _save_autoencoder(encoder: ClipEncoder, folder: pathlib.Path) -> None:
 
 
 def _statistics(folder: pathlib.Path) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel of latents drawn from the cache."""
+    """Mean and standard deviation of each latent channel, over a sample of records."""
     records = RecordDataset(folder, "train")
     stride = max(len(records) // 4096, 1)
     total = square = 0.0

@@ -1,4 +1,4 @@
-"""Training a DiT on cached latents, with a text encoder or on cached text states."""
+"""Trains a DiT on cached latents: with its own text encoder, or on cached states."""
 
 import dataclasses
 import pathlib
@@ -33,7 +33,7 @@ from jvdit.weights.starting import fingerprint, finished_parameters
 
 
 class FlowTask(Task):
-    """Trains a DiT, and perhaps a text encoder, on cached latents."""
+    """Trains a DiT, and optionally a text encoder, on cached latents."""
 
     objective: FlowObjective
     networks: ClassVar = {"text_encoder": TextEncoder, "path": NoisePath} | {
@@ -104,7 +104,7 @@ class FlowTask(Task):
     def _tokenizer(self) -> Tokenizer:
         if self.config.tokenizer:
             return Tokenizer(self.config.tokenizer)
-        # A run that goes on, and one that starts from another, keep its token ids.
+        # A resumed run, and one that starts from another, keep the same token ids.
         for folder in filter(
             None, (str(self.workdir / "model"), self.config.start_from)
         ):
@@ -149,7 +149,7 @@ class FlowTask(Task):
         )
 
     def _base(self) -> dict[str, Any]:
-        """The networks that the adapters adapt."""
+        """Reads the frozen networks that the LoRA adapters adapt."""
         folder = self.config.start_from
         if not folder:
             raise ValueError(
@@ -165,7 +165,7 @@ class FlowTask(Task):
         objective = self.objective
         text = None
         if self.captions:
-            # What made the cache, without reading the encoder for it.
+            # The cache's settings identify the encoder, which needn't be read.
             text = dict(self.sources[0].settings["text"])
             text.pop("length")
         adapters, expert, backbone = {}, self.config.expert, self.config.backbone
@@ -199,7 +199,7 @@ class FlowTask(Task):
         plan = self._plan([source], 0)
         return self._packed([source], plan, 0.0)
 
-    # The loop's questions
+    # What the training loop calls
 
     def counts(self, batch):  # noqa: D102
         return {
@@ -208,7 +208,7 @@ class FlowTask(Task):
         }
 
     def validate(self, params):
-        """The error at fixed times, with fixed clips and noise."""
+        """The squared error at fixed timesteps, on fixed held-out clips and noise."""
         if self._validation is None:
             return {}
         times = jnp.asarray(self.config.validation_times, jnp.float32)

@@ -1,4 +1,4 @@
-"""What a training of a DiT makes: a model as a bundle, and as files."""
+"""The model that a DiT training produces, as a `Bundle` and as files."""
 
 import dataclasses
 import pathlib
@@ -18,22 +18,22 @@ from jvdit.weights.model_folder import save_bundle
 from jvdit.weights.network import Network
 from jvdit.weights.release import is_release, read_release
 
-# Of the config's `sample`, what a finished model has no use for.
+# Fields of the config's `sample` that aren't defaults of the finished model.
 _OF_TRAINING = ("prompts", "scored", "pictures")
 
 
 @dataclasses.dataclass(frozen=True)
 class FlowModel:
-    """The model that a training is about.
+    """Builds and saves the model that a training produces.
 
     Attributes:
-        config: of the training.
-        objective: of the same.
-        vae: the autoencoder of its latents.
-        captions: what encoded its captions; None: an encoder is trained along.
-        tokenizer: of the captions.
-        frozen: parameters that stay as they are, by network.
-        pictures: a model that draws the pictures of drafts; None: this one.
+        config: the training's config.
+        objective: the training's objective.
+        vae: the autoencoder of the latents.
+        captions: encoder of the cached text states; None: one is trained along.
+        tokenizer: tokenizer of the captions.
+        frozen: parameters that aren't trained, by network.
+        pictures: a model that generates the images of drafts; None: this one does.
     """
 
     config: Config
@@ -45,7 +45,7 @@ class FlowModel:
     pictures: Bundle | None
 
     def bundle(self, params: Mapping[str, Any]) -> Bundle:
-        """The model with such parameters of what is trained, by network."""
+        """The model with given parameters of the trained networks, by network name."""
         objective, config = self.objective, self.config
         trees = {**self.frozen, **params}
         if self.captions is not None:
@@ -80,10 +80,14 @@ class FlowModel:
         return {"dit": lora.active(params["lora"], training=False)}
 
     def save(self, params: Mapping[str, Any], folder: pathlib.Path) -> None:
-        """Writes a finished model.
+        """Writes the finished model; only process 0 writes, but every one must call.
 
-        Adapters, and a network of a released model, are written alone, as diffusers
-        reads them.
+        LoRA adapters, and a finetuned network of a released model, are written by
+        themselves in diffusers' format; otherwise the folder holds the whole model.
+
+        Args:
+            params: parameters of the trained networks, by network name.
+            folder: where to write.
         """
         params, config = to_host(params), self.config
         start, dit = config.start_from, self.objective.dit

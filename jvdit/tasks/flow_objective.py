@@ -1,4 +1,4 @@
-"""The objective that a config of kind "flow" describes."""
+"""Builds the denoising objective of a config whose `objective` is "flow"."""
 
 from jax.sharding import Mesh
 
@@ -21,15 +21,15 @@ def flow_objective(
     vocab_size: int,
     one_clip: bool,
 ) -> FlowObjective:
-    """Builds networks, path and times from a config, and what of it data decide.
+    """Builds the denoising objective from a config and the sizes that the data set.
 
     Args:
         config: from `jvdit.config.flow` or `wan`.
-        mesh: over whose devices the rows of a batch are divided.
-        channels: of a patch of latents.
-        text_width: of cached text states. 0: a text encoder is trained along.
-        vocab_size: of its tokenizer.
-        one_clip: see `Tokens.of`.
+        mesh: the device mesh, over which the rows of a batch are divided.
+        channels: channels of a token: latent channels times the cells of a patch.
+        text_width: width of the cached text states; 0: a text encoder is trained along.
+        vocab_size: vocabulary of the trained text encoder's tokenizer.
+        one_clip: every row is exactly one clip without padding, so no mask is needed.
 
     Raises:
         ValueError: settings contradict one another.
@@ -59,7 +59,7 @@ def flow_objective(
 
 
 def _first_frame(config: Config) -> float:
-    """The share of the clips that are trained with their first frame given."""
+    """Checks `first_frame`, the share of clips trained with their first frame given."""
     share, frames = config.first_frame, config.patch_size[0]
     if not 0 <= share <= 1:
         raise ValueError(f"`first_frame` (={share}) must be a share from 0 to 1.")
@@ -72,7 +72,7 @@ def _first_frame(config: Config) -> float:
 
 
 def _boundary(config: Config, mesh: Mesh) -> float:
-    """The time between two experts that are trained together; 0: one is."""
+    """The time t between two experts that are trained together; 0 for one network."""
     if config.expert != "both":
         return 0.0
     released = config.start_from and is_release(config.start_from)

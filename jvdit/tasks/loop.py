@@ -1,7 +1,7 @@
-"""The loop of a training: from its newest checkpoint to its end.
+"""The training loop.
 
-Killed at any moment and started again, a run goes on from its newest checkpoint and
-ends with the same bits as one that was never stopped.
+A run that is killed at any moment and started again resumes from its newest checkpoint,
+and ends with the same bits as one that was never stopped.
 """
 
 import collections
@@ -31,7 +31,7 @@ from jvdit.training.state import TrainState, new_state, state_shardings
 from jvdit.training.step import jit_train_step
 from jvdit.weights.starting import finished_parameters
 
-_LOOKED = "looked.json"  # the last step whose validation and samples are there
+_LOOKED = "looked.json"  # holds the last step that has its validation and samples
 PRECISIONS = ("default", "bfloat16", "float32")
 
 
@@ -40,17 +40,17 @@ def train(config: Config, workdir: str, stop: StopRequest | None = None) -> int:
 
     Args:
         config: from `jvdit.config`.
-        workdir: made if need be; a run that is there goes on.
-        stop: what tells to stop. None: signals, if this is the main thread.
+        workdir: folder of the run, created if needed; a run already there is resumed.
+        stop: stop request to heed; None: SIGTERM and Ctrl-C, on the main thread.
 
     Returns:
-        The steps done.
+        The number of steps done.
 
     Raises:
         ValueError: the config contradicts itself, the data or the workdir, or another
-            process trains there; raised before anything is compiled or written.
+            run holds the workdir; raised before anything is compiled or written.
         FloatingPointError: `config.max_skipped` steps in a row weren't finite.
-        OSError: files can't be written, because the disk is full for example.
+        OSError: files can't be written, for example because the disk is full.
         KeyboardInterrupt: it was asked to stop before there was anything to save.
     """
     if stop is None:
@@ -81,7 +81,7 @@ def train(config: Config, workdir: str, stop: StopRequest | None = None) -> int:
 
 
 class _Looked(msgspec.Struct, frozen=True):
-    """What `looked.json` holds."""
+    """The contents of `looked.json`."""
 
     step: int
 
@@ -100,11 +100,11 @@ class _Loop:
         def init(key, batch):
             return begin(task.objective.init(key, batch))
 
-        # Shapes alone already tell whether the sizes of the network fit together.
+        # Evaluating shapes already raises if the sizes of the network don't fit.
         self.init, self.begin, self.key = init, begin, jax.random.key(config.seed)
         self.shapes = jax.eval_shape(init, self.key, task.example)
         self.shardings = state_shardings(self.shapes, mesh)
-        # A run that goes on has its weights; what is frozen was read by the task.
+        # A resumed run has its own weights; the task has read frozen ones.
         self.given, folder = None, config.start_from
         if folder and not task.frozen and not was_saved(workdir / CHECKPOINTS):
             expert = config.get("expert", "dit")
@@ -124,7 +124,7 @@ class _Loop:
         )
 
     def run(self, lock: FolderLock) -> int:
-        """Trains from the newest checkpoint, or the beginning; returns steps done."""
+        """Trains from the newest checkpoint or from step 0; returns the steps done."""
         self.lock = lock
         self.checkpoints = Checkpoints(self.workdir, self.config.keep_checkpoints)
         try:
@@ -137,13 +137,13 @@ class _Loop:
             self.checkpoints.close()
 
     def _fresh(self) -> TrainState:
-        """The state of step 0: random, or with the weights of `start_from`."""
+        """The state at step 0: random weights, or those of `start_from`."""
         if self.given is None:
             make = jax.jit(self.init, out_shardings=self.shardings)
-            # Of an example only the shapes matter, and its rows are another host's too.
+            # Only shapes matter, and example rows differ from host to host.
             blank = jax.tree.map(np.zeros_like, dict(self.task.example))
             return make(self.key, blank)
-        # There is never more on a device than the state, and one array.
+        # Placed leaf by leaf: devices hold one array more than the state, at most.
         leaves, tree = jax.tree.flatten(self.given)
         self.given = None
         for i, place in enumerate(jax.tree.leaves(self.shardings.params)):
@@ -170,7 +170,7 @@ class _Loop:
                 self.state, values = self.step(
                     self.state, task.place(batch), self.frozen
                 )
-                # The step before is finished by now: reading it stalls nothing.
+                # The step before has finished by now, so reading it doesn't stall.
                 self._account(metrics, pending, rates, batches)
                 pending = (number, values, batch, idle)
                 done = number + 1
@@ -190,9 +190,9 @@ class _Loop:
         return done
 
     def _compile_together(self):
-        """Lets no process begin to talk while another is still compiling.
+        """Compiles the step, and waits until every process has.
 
-        Between processors, connections are given up after half a minute.
+        CPU processes drop their connections after half a minute of waiting in a step.
         """
         if jax.process_count() > 1:
             batch, step = self.task.place(self.task.example), self.step
@@ -200,7 +200,7 @@ class _Loop:
             shapes = jax.tree.map(np.shape, batch)
 
             def run(state, batch, frozen):
-                # A batch of clips of another size is compiled when it comes.
+                # Batches of clips of another size are compiled when they come.
                 known = jax.tree.map(np.shape, batch) == shapes
                 return (compiled if known else step)(state, batch, frozen)
 
@@ -233,7 +233,7 @@ class _Loop:
         rates.add(idle, **self.task.counts(batch))
         self.recent.append(self.task.names(batch))
         if skipped >= self.config.max_skipped:
-            # Each process has read other clips, and may be the last one alive.
+            # Each process reads other clips, and the others may die before they write.
             listed = cluster.own_file(self.workdir / "bad_clips.json")
             write_json(listed, [*self.recent])
             raise FloatingPointError(
@@ -255,13 +255,13 @@ class _Loop:
             metrics.say(told, everywhere=True)
 
     def _looks(self, done):
-        """Whether validation, and samples, are due."""
+        """Whether validation is due, and whether samples are."""
         every, last = self.config, done == self.config.steps
         validate = last or _due(done, every.evaluate_every)
         return validate, last or _due(done, every.sample_every)
 
     def _missed_look(self):
-        """Whether what the run goes on from, or starts from, wasn't looked at yet."""
+        """Whether validation or samples of the starting weights are still missing."""
         file = self.workdir / _LOOKED
 
         def last():
@@ -272,9 +272,9 @@ class _Loop:
         return due and cluster.from_lead(last) < self.start
 
     def _look(self, metrics, done):
-        """Validation and samples, from the average, at their intervals.
+        """Runs validation and sampling with the averaged weights, if they are due.
 
-        Asked to stop it leaves off, and the run makes up for it when it goes on.
+        A stop request interrupts them; a resumed run makes up for what is missing.
         """
         validate, show = self._looks(done)
         if not (validate or show):

@@ -1,4 +1,4 @@
-"""What a training of a DiT shows of itself: sample clips, and their scores."""
+"""Sample clips of a DiT training, and their scores on the procedural world."""
 
 import dataclasses
 import pathlib
@@ -24,14 +24,15 @@ _TOLD = ("all", "count", "color", "shape", "size", "direction", "physics")
 
 
 class Samples:
-    """Clips from the config's prompts, and the scores of clips of the world's.
+    """Generates clips of the config's prompts, and scores clips of the world's prompts.
 
     Args:
-        model: that is trained.
-        mesh: of the devices.
+        model: the model in training.
+        mesh: the device mesh.
 
     Raises:
-        ValueError: the config's clips can't be, or not be scored.
+        ValueError: the model can't generate clips of the config's size, or they can't
+            be scored.
     """
 
     def __init__(self, model: FlowModel, mesh: Mesh):
@@ -52,7 +53,14 @@ class Samples:
     def show(
         self, params: Any, metrics: Metrics, step: int, folder: pathlib.Path
     ) -> None:
-        """Generates with such parameters; writes clips and a sheet, logs scores."""
+        """Generates clips, writes them and a contact sheet, and logs scores.
+
+        Args:
+            params: parameters to generate with, by network name.
+            metrics: where the sheet and the scores are logged.
+            step: training steps done.
+            folder: where clips and the sheet are written.
+        """
         prompts, scored = self.sample.prompts, self.sample.scored
         if not prompts and not scored:
             return
@@ -79,7 +87,7 @@ class Samples:
         return [Request(prompt, seed=i, **size) for i, prompt in enumerate(prompts)]
 
     def _clips(self, prompts: Sequence[str]) -> list[np.ndarray]:
-        """Clips of the prompts by the solver that ships, with seeds 0, 1, ..."""
+        """Generates clips of prompts as `config.sample` says, with seeds 0, 1, …."""
         assert self._generator is not None
         return self._generator(
             self._requests(prompts),
@@ -97,9 +105,10 @@ class Samples:
         step: int,
         folder: pathlib.Path,
     ) -> None:
-        """Writes sample clips, and a sheet of them.
+        """Writes sample clips, and a contact sheet of them.
 
-        Of a run that started from finished weights, with what those gave above each.
+        If the run started from finished weights, the sheet shows the clip of those
+        weights above each.
         """
         rows, captions, fps = [], [], self.sample.fps
         for i, (video, prompt) in enumerate(
@@ -125,7 +134,7 @@ class Samples:
         return World("val", 0, sample.frames, sample.height, sample.width, sample.fps)
 
     def _scores(self, ids: np.ndarray) -> dict[str, float]:
-        """What the oracle says of clips of the first prompts of the world's val."""
+        """Mean oracle scores of clips for prompts of the world's val split."""
         world = self._world()
         videos = np.stack(self._clips(world.captions(ids)))
         return oracle.means(oracle.score(videos, world.scenes(ids), world.fps))

@@ -1,4 +1,4 @@
-"""Runs of several stages: encodings and trainings, each in its own folder."""
+"""Runs configs of several stages: encodings and trainings, each in its own folder."""
 
 import pathlib
 
@@ -12,10 +12,18 @@ from jvdit.tasks.loop import train
 
 
 def run(config: Config, workdir: str) -> bool:
-    """Runs a config, stage after stage if it has several.
+    """Runs a config: one training, or several stages one after another.
+
+    Args:
+        config: a training's config, or one with `stages` and their `order`.
+        workdir: folder of the run; each stage has a folder of its name inside.
 
     Returns:
-        Whether it came to its end; False: it was asked to stop.
+        True if it ran to its end; False if it was asked to stop before.
+
+    Raises:
+        ValueError: the processes of this run were given different settings, or a stage
+            can't run; see `train` and `encode` for their other errors.
     """
     cluster.check_alike({"workdir": workdir, "config": config.to_dict()})
     with StopRequest() as stop:
@@ -25,7 +33,7 @@ def run(config: Config, workdir: str) -> bool:
 
 
 def _ran(config: Config, name: str, workdir: str, stop: StopRequest) -> bool:
-    """Runs a stage; whether it came to its end without being asked to stop."""
+    """Runs one stage; returns whether it ran to its end without a stop request."""
     stage = config.stages[name].copy_and_resolve_references()
     folder = str(pathlib.Path(workdir) / name)
     with stage.unlocked():
@@ -40,7 +48,7 @@ def _ran(config: Config, name: str, workdir: str, stop: StopRequest) -> bool:
 
 
 def _fill_workdir(config: Config, workdir: str) -> None:
-    """Replaces {workdir} in the strings of a stage."""
+    """Replaces {workdir} in the strings of a stage's config, in place."""
     for name, value in config.items():
         if isinstance(value, ConfigDict):
             _fill_workdir(value, workdir)

@@ -1,4 +1,4 @@
-"""What the training loop asks of every kind of training."""
+"""The interface between the training loop and each kind of training."""
 
 import pathlib
 from abc import ABC, abstractmethod
@@ -23,15 +23,17 @@ class Task(ABC):
     """One kind of training.
 
     Attributes:
-        objective: what is minimised.
-        identity: what makes a workdir this run's.
-        networks: the classes of the networks (and the path) in it.
-        frozen: parameters that stay as they are, by network.
-        fingerprint: of the order of the data.
+        objective: the training objective.
+        identity: settings that may not change within a workdir, as JSON values.
+        networks: classes of the networks (and the noise path) in the identity, by name.
+        frozen: parameters that aren't trained, by network.
+        fingerprint: digest of the data and their order.
         example: a batch, for its shapes.
-        host, hosts: which of how many parts of a batch this process reads.
-        flops: of the model in one step, forward and backward; 0 if not known.
+        host, hosts: index of the part of each batch that this process reads, and how
+            many parts there are.
+        flops: FLOPs of a training step, forward and backward; 0 if not known.
         summary: a line about data and batches.
+        batch_builder: builds batch number i of this process.
     """
 
     objective: Objective
@@ -57,27 +59,27 @@ class Task(ABC):
             )
 
     def open(self, name: str) -> Source:
-        """Opens one of the config's sources."""
+        """Opens a data source by its name in the config."""
         return open_source(name)
 
     @abstractmethod
     def counts(self, batch: Arrays) -> dict[str, float]:
-        """Clips (and tokens) of a batch, all hosts together."""
+        """How many "clips" (and "tokens") a batch has, over all hosts."""
 
     @abstractmethod
     def validate(self, params: Any) -> dict[str, float]:
-        """Measures on held-out clips."""
+        """Validation metrics on held-out clips, by name; {} if there are none."""
 
     @abstractmethod
     def show(self, params: Any, metrics: Metrics, step: int, folder: pathlib.Path):
-        """Writes pictures and films of what the model can."""
+        """Writes samples or reconstructions to `folder`, and logs them to `metrics`."""
 
     @abstractmethod
     def save(self, params: Any, folder: pathlib.Path) -> None:
-        """Writes finished weights."""
+        """Writes the finished model to a folder."""
 
     def batches(self, start: int) -> Batches:
-        """The batches from a step on."""
+        """Iterates over the batches, starting with that of step `start`."""
         data = self.config.data
         return Batches(
             self.batch_builder,
@@ -89,7 +91,7 @@ class Task(ABC):
         )
 
     def place(self, batch: Arrays) -> dict[str, jax.Array]:
-        """Puts this host's part of a batch on the mesh."""
+        """Places this host's part of a batch on the mesh, as global arrays."""
         sharding = batch_sharding(self.mesh)
         return {
             name: jax.make_array_from_process_local_data(sharding, value)
@@ -98,14 +100,18 @@ class Task(ABC):
         }
 
     def names(self, batch: Arrays) -> list[str]:
-        """The clips of a batch as "source:number"."""
+        """The clips of a batch, each as "source:index"."""
         located = [
             self.batch_builder.locate(int(i)) for i in batch["clip_id"].flat if i >= 0
         ]
         return [f"{self.config.data.sources[s]}:{i}" for s, i in located]
 
     def compare_data(self, saved: dict[str, Any]) -> str:
-        """What to warn of when a checkpoint was made with other data."""
+        """A warning if a checkpoint was made with other data, else "".
+
+        Args:
+            saved: data position in the checkpoint; {} for a new run.
+        """
         if not saved or saved["fingerprint"] == self.fingerprint:
             return ""
         return (
@@ -114,23 +120,23 @@ class Task(ABC):
         )
 
     def check_rows(self, accumulate: int) -> None:
-        """ValueError if rows, or their tokens, don't divide over devices and parts."""
+        """Checks that batches can be divided over the devices; see `check_division`."""
         rows = len(self.example["clip_id"]) * self.hosts
         tokens = self.config.data.get("token_budget", 0)
         check_division(rows, tokens, self.mesh, accumulate)
 
 
 def check_division(rows: int, tokens: int, mesh: Mesh, accumulate: int) -> None:
-    """Checks that a batch can be divided over devices, and into parts.
+    """Checks that a batch can be divided over devices and accumulated parts.
 
     Args:
-        rows: of the batch.
-        tokens: of a row.
-        mesh: of the devices.
-        accumulate: parts that the batch is taken in.
+        rows: rows of the whole batch.
+        tokens: tokens of a row; 0 for batches of pixels.
+        mesh: the device mesh.
+        accumulate: into how many parts a batch is split for gradient accumulation.
 
     Raises:
-        ValueError: it can't be.
+        ValueError: rows or tokens don't divide evenly.
     """
     ways = mesh.shape["data"] * mesh.shape["fsdp"] * accumulate
     if rows % ways:

@@ -1,7 +1,7 @@
-"""Checkpoints of a training, by orbax.
+"""Training checkpoints, written by orbax.
 
-A workdir holds `config.json`, `checkpoints/STEP/` (state, and where the data stands)
-and, for inference, `model/` (`weights.py`).
+A workdir holds `config.json`, `checkpoints/STEP/` (training state and data position)
+and, for inference, `model/` with the averaged weights.
 """
 
 import contextlib
@@ -24,19 +24,19 @@ from jvdit.training.digests import write_digests
 from jvdit.training.restoring import owned, restore_newest
 from jvdit.weights.parameters import json_field
 
-_LARGE_PART = 1 << 20  # bytes of an array that one of several devices writes
+_LARGE_PART = 1 << 20  # least bytes of an array that each of several devices writes
 CHECKPOINTS = "checkpoints"  # folder in a workdir
 PathLike = str | os.PathLike[str]
 
 
 class _Optim(msgspec.Struct, frozen=True):
-    """What of an optimizer's settings its state depends on."""
+    """The optimizer settings that decide the layout of its state."""
 
     name: str | None = None
 
 
 class _Config(msgspec.Struct, frozen=True):
-    """What of a run's settings its checkpoints depend on."""
+    """The settings of a run that its checkpoints depend on."""
 
     optim: _Optim = _Optim()
 
@@ -53,10 +53,10 @@ class Checkpoints:
 
     Args:
         workdir: the folder; `checkpoints/` is made inside.
-        keep: how many to keep, the newest.
+        keep: how many of the newest checkpoints to keep.
 
     Attributes:
-        damaged: a line for each checkpoint that `restore` found damaged and kept aside.
+        damaged: a line for each damaged checkpoint that `restore` renamed.
     """
 
     def __init__(self, workdir: PathLike, keep: int = 3):
@@ -73,16 +73,16 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The newest finished step, or None."""
+        """The step of the newest finished checkpoint, or None."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, data: Mapping[str, Any]) -> None:
         """Starts saving; returns as soon as the state is copied to the host.
 
         Args:
-            step: under which to save; saving a step twice does nothing.
+            step: number of training steps done; saving a step twice does nothing.
             state: a `TrainState`.
-            data: where the data stands, as JSON values.
+            data: position in the training data, as JSON values.
         """
         if step == self.latest:
             return
@@ -93,7 +93,7 @@ class Checkpoints:
                 state=ocp.args.PyTreeSave(state), data=ocp.args.JsonSave(dict(data))
             ),
         )
-        # Killed before it is done, it leaves a checkpoint as those of before were.
+        # Killed before it is done, it leaves a whole checkpoint without digests.
         self._listing = threading.Thread(target=self._list, args=(step,), daemon=True)
         self._listing.start()
 
@@ -112,17 +112,17 @@ class Checkpoints:
             self._listing.join()
 
     def restore(self, shapes: Any, shardings: Any) -> tuple[Any, dict[str, Any]] | None:
-        """The newest whole state, placed by `shardings`, and where its data stood.
+        """Restores the newest undamaged checkpoint.
 
-        Damaged checkpoints that are newer are renamed to `STEP.damaged`. All processes
-        have to call it, and go on from the same step: the first one's.
+        Newer ones that are damaged are renamed to `STEP.damaged`. Every process must
+        call this; all restore the same step, the newest that process 0 sees.
 
         Args:
-            shapes: of the state, from `jax.eval_shape`.
-            shardings: of each array; another mesh than at saving is fine.
+            shapes: shapes of the state, from `jax.eval_shape`.
+            shardings: sharding of each array; the mesh may differ from that at saving.
 
         Returns:
-            None: nothing was saved yet.
+            The state and the saved data position; None if nothing was saved yet.
 
         Raises:
             ValueError: all checkpoints are damaged, or the newest holds other arrays.
@@ -136,7 +136,7 @@ class Checkpoints:
         if found is None:
             return None
         data = dict(found["data"])
-        # The state is donated. There is never more than it, and a copy of one array.
+        # Donation needs owned memory. Copying leaf by leaf needs room for one array.
         leaves, tree = jax.tree.flatten(found["state"])
         del found
         for i in range(len(leaves)):
@@ -144,20 +144,20 @@ class Checkpoints:
         return jax.tree.unflatten(tree, leaves), data
 
     def wait(self) -> None:
-        """Returns when everything is on disk; raises what went wrong on the way."""
+        """Waits until everything is on disk; raises any error from saving."""
         self._manager.wait_until_finished()
         self._await_listing()
 
     def close(self) -> None:
-        """Waits, and ends the background threads."""
+        """Waits for saves to finish, and ends the background threads."""
         self._await_listing()
         self._manager.close()
 
 
 def _state_handler() -> ocp.PyTreeCheckpointHandler:
-    """Writes arrays; of those on several devices each writes a part if it is large.
+    """An orbax handler that splits only large arrays over the devices that write them.
 
-    Left to itself, orbax cuts every bias into as many files as there are devices.
+    By default orbax cuts every bias into as many files as there are devices.
     """
     arrays = ocp.type_handlers.ArrayHandler(
         min_slice_bytes_for_replica_parallel=_LARGE_PART
@@ -171,20 +171,20 @@ def claim_workdir(
     config: Mapping[str, Any],
     modules: Mapping[str, type] | None = None,
 ) -> None:
-    """Makes a workdir this run's own, or checks that it already is.
+    """Claims a workdir for this run, or checks that the run there is this one.
 
-    Everything under `config["identity"]` must agree with what the folder was made for;
-    the rest (steps, intervals, device counts) may change between restarts.
+    Everything under `config["identity"]` must match the workdir's `config.json`; the
+    rest (steps, intervals, device counts) may change between restarts.
 
     Args:
         workdir: the folder.
-        config: of the run.
-        modules: the classes of the networks in the identity, by name. A field that a
-            class got only after the folder was made is at its default there.
+        config: the run's settings: "identity" and "config".
+        modules: the classes of the networks in the identity, by name. A field that was
+            added to a class after the workdir was made counts as its default there.
 
     Raises:
-        ValueError: the folder holds another model; the message says what differs. Or
-            it can't hold checkpoints.
+        ValueError: the folder holds another model, and the message says what differs;
+            or its file system can't rename folders, which checkpoints need.
     """
     path = pathlib.Path(workdir) / "config.json"
     if path.exists():
@@ -212,10 +212,10 @@ def claim_workdir(
 def _check_optimizer(
     folder: pathlib.Path, theirs: str | None, ours: str | None
 ) -> None:
-    """Whether the optimizer is the one whose state the checkpoints hold.
+    """Checks that the checkpoints hold the state of this optimizer.
 
     Raises:
-        ValueError: it isn't.
+        ValueError: they hold that of another.
     """
     begun = any((folder / "checkpoints").glob("[0-9]*"))
     if begun and theirs != ours and None not in (theirs, ours):
@@ -227,7 +227,7 @@ def _check_optimizer(
 
 
 def _check_renaming(folder: pathlib.Path) -> None:
-    """Whether folders can be renamed, by which a checkpoint is there as a whole.
+    """Checks that folders can be renamed, which is how a checkpoint appears whole.
 
     Raises:
         ValueError: they can't.
@@ -249,7 +249,7 @@ def _check_renaming(folder: pathlib.Path) -> None:
 
 
 def _defaults(module: type) -> dict[str, Any]:
-    """The fields of a Linen class that needn't be given, as JSON values."""
+    """The fields of a Linen class that have defaults, as JSON values."""
     return {
         field.name: json_field(field.name, field.default)
         for field in dataclasses.fields(module)

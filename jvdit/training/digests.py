@@ -1,13 +1,14 @@
-"""Digests of the files of a checkpoint, by which damage is noticed.
+"""Digests of checkpoint files, to detect damage.
 
-Orbax guards its indices with checksums but not the numbers: a bit that flips on a disk,
-or a block of zeros in the place of a lost one, is restored in silence. So each process
-lists what it wrote, in `digests.PROCESS.json` beside the state.
+Orbax protects its indices with checksums but not the numbers: a flipped bit on a disk,
+or a block of zeros in the place of a lost one, would be restored silently. So each
+process lists the digests of the files it wrote, in `digests.PROCESS.json` beside the
+state.
 
-What it costs: a core hashes about 1 GB/s (blake2b), and up to four of a process work on
-files of 2 GB at most. A state of 224 GB (14B parameters, their average and two moments
-in float32) on 16 hosts takes each about 4 s after every save, in the background and
-mostly from the page cache, and a second reading of 14 GB when it is restored.
+The cost: a core hashes about 1 GB/s (blake2b), and each process hashes up to four
+files, of 2 GB at most, at a time. A state of 224 GB (14B parameters, their average and
+two moments in float32) on 16 hosts takes each host about 4 s after every save, in the
+background and mostly from the page cache, and a second read of 14 GB when restored.
 """
 
 import hashlib
@@ -23,24 +24,24 @@ import msgspec
 from jvdit.machine.json_files import read_json
 
 _NAME = "digests.{}.json"
-_THREADS = 4  # beside those that train
-_BYTES = 16  # of a digest
+_THREADS = 4  # that hash files, beside the threads that train
+_BYTES = 16  # length of a digest
 
 
 class _Listing(msgspec.Struct, frozen=True):
-    """What a process lists: the size and the digest of each file that it wrote."""
+    """A digests file: the size and the digest of each file that a process wrote."""
 
     processes: int
     files: dict[str, tuple[int, str]]
 
 
 def write_digests(folder: pathlib.Path, process: int, processes: int) -> None:
-    """Lists the files that this process wrote to a finished checkpoint.
+    """Writes the digests of the files that this process wrote to a checkpoint.
 
     Args:
-        folder: of the checkpoint; it must exist.
-        process: which of the processes this is. The first lists what is of all, too.
-        processes: how many there are.
+        folder: the finished checkpoint; it must exist.
+        process: index of this process. Process 0 also lists the shared files.
+        processes: how many processes there are.
     """
     files = [file for file in _files(folder) if _writer(file, folder) == process]
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -58,15 +59,18 @@ def write_digests(folder: pathlib.Path, process: int, processes: int) -> None:
 
 
 def find_damage(folder: pathlib.Path, process: int = 0, processes: int = 1) -> str:
-    """What is wrong with a checkpoint: one line, or "" if nothing is.
+    """Compares the files of a checkpoint with their digests.
 
-    Files without a digest aren't judged: the process that wrote them was an older
+    Files without a digest aren't checked: the process that wrote them was an older
     version, or was killed before it listed them.
 
     Args:
-        folder: of the checkpoint.
-        process: which of the processes this is; each looks at a part of the files.
-        processes: how many there are; not necessarily those that wrote.
+        folder: the checkpoint.
+        process: index of this process; each checks a part of the files.
+        processes: how many processes there are now, not when it was written.
+
+    Returns:
+        One line that says what is damaged; "" if nothing is.
     """
     try:
         listed = sorted(_listed(folder)[0].items())[process::processes]

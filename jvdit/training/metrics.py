@@ -1,4 +1,4 @@
-"""Where training tells how it goes: TensorBoard, a terminal line, utilisation."""
+"""Training metrics: TensorBoard, a progress bar, throughput and MFU."""
 
 import json
 import math
@@ -30,7 +30,7 @@ _FLUSHED_WITHIN = 60  # seconds
 
 
 def peak_flops() -> float:
-    """FLOP/s that one device reaches at best: published, or measured by a matmul."""
+    """Peak FLOP/s of one device: as published, or else measured with a matmul."""
     if peak := this_chip().peak:
         return peak
     size, tries = 1024, 5
@@ -47,17 +47,17 @@ def peak_flops() -> float:
 
 
 class Metrics:
-    """Writes scalars, pictures and films; shows progress with throughput and ETA.
+    """Writes scalars and images; shows a progress bar with throughput and ETA.
 
-    Only the first host writes; what `say` is told of, each may say. Use as a context
-    manager.
+    Only process 0 writes and prints, except for `say(everywhere=True)`. Use as a
+    context manager.
 
     Args:
         workdir: TensorBoard files go to `tensorboard/` inside, and the scalars to
             `history.jsonl`, a line for each step that has any.
-        steps: of the whole run.
+        steps: how many steps the whole run has.
         start: steps already done.
-        title: shown in front of the line.
+        title: text in front of the progress bar.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Metrics:
         self._events.close()
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes finite numbers under their names; nan means "nothing to say"."""
+        """Writes scalars under their names; those that are NaN are left out."""
         if not self._lead:
             return
         finite = {k: float(v) for k, v in values.items() if not math.isnan(float(v))}
@@ -113,24 +113,25 @@ class Metrics:
                 file.write("\n")
 
     def sheet(self, step: int, name: str, image: np.ndarray) -> None:
-        """Writes a picture `[H W 3]`, uint8."""
+        """Writes an image `[H W 3]`, uint8, to TensorBoard."""
         self._events.write(step, "image", name, image, dataformats="HWC")
 
     def show(self, step: int, status: str) -> None:
-        """Moves the bar to a step; `status` stands beside it.
+        """Advances the progress bar to a step, with a status beside it.
 
-        Where there is no terminal to draw a bar on, it prints a line instead.
+        Prints a line instead where the output is no terminal.
         """
         if not self._console.is_terminal:
             self.say(f"step {step}/{self._steps} {status}")
         self._progress.update(self._task, completed=step, status=status)
 
     def say(self, message: str, everywhere: bool = False) -> None:
-        """Prints a line above the bar.
+        """Prints a line above the progress bar.
 
         Args:
             message: the line.
-            everywhere: each process has its own to say, under its number.
+            everywhere: print it from every process, each with its index in front;
+                False: from process 0 alone.
         """
         console = self._console
         if everywhere and jax.process_count() > 1:
@@ -144,10 +145,10 @@ class Metrics:
 
 
 class _Events:
-    """A file of TensorBoard's, written by the thread that calls.
+    """A TensorBoard event file, written from the calling thread.
 
-    tensorboardX's own writer has a thread, which dies of a full disk with nobody told,
-    and whose queue then blocks for ever.
+    tensorboardX's own writer uses a thread that dies silently when the disk is full,
+    after which its queue blocks for ever.
     """
 
     def __init__(self, folder: str):
@@ -155,7 +156,7 @@ class _Events:
         self._flushed = time.monotonic()
 
     def open(self) -> None:
-        """Begins the file; one that isn't begun is written to in vain."""
+        """Opens the file; before this, everything written is dropped."""
         # Its import takes longer than JAX's where torch is installed.
         from tensorboardX import summary
         from tensorboardX.event_file_writer import EventsWriter
@@ -167,7 +168,7 @@ class _Events:
         self._summary, self._event = summary, messages.Event
 
     def write(self, step: int, kind: str, *value: Any, **form: Any) -> None:
-        """Writes a value: of the kind "scalar" or "image"."""
+        """Writes a value of kind "scalar" or "image"."""
         if self._writer is None:
             return
         made = getattr(self._summary, kind)(*value, **form)
@@ -184,15 +185,15 @@ class _Events:
             self._flushed = time.monotonic()
 
     def close(self) -> None:
-        """Ends the file."""
+        """Closes the file."""
         if self._writer is not None:
             self._writer.close()
 
 
 def read_history(workdir: str | os.PathLike[str]) -> dict[str, list[tuple[int, float]]]:
-    """The scalars of a run by name: (step, value), in order; {} if there are none.
+    """Reads the scalars of a run: for each name its (step, value) pairs, in order.
 
-    A step that was done again, after a restart, counts as it was the last time.
+    A step that was repeated after a restart has its latest value.
     """
     file = pathlib.Path(workdir) / _HISTORY
     found: dict[str, dict[int, float]] = {}
@@ -208,7 +209,13 @@ def read_history(workdir: str | os.PathLike[str]) -> dict[str, list[tuple[int, f
 
 
 def status_line(values: dict[str, float], speed: dict[str, float], bad: int) -> str:
-    """What a terminal shows of a step: its metrics, the rates, and bad clips."""
+    """The status beside the progress bar: loss, throughput, skipped steps, bad clips.
+
+    Args:
+        values: the step's metrics; "loss" and "skipped" among them.
+        speed: from `Throughput.rates`.
+        bad: how many clips couldn't be read so far.
+    """
     parts = [f"loss {values['loss']:.4f}"]
     if "psnr" in values:
         parts.append(f"psnr {values['psnr']:.1f} dB")
@@ -228,10 +235,11 @@ def status_line(values: dict[str, float], speed: dict[str, float], bad: int) -> 
 
 
 class Throughput:
-    """Rates over the steps since it was last asked.
+    """Measures throughput over the steps since the last call of `rates`.
 
     Args:
-        flops_per_step: of the model, forward and backward, without recomputation.
+        flops_per_step: FLOPs of the model in a step, forward and backward, without
+            recomputation; 0: MFU isn't reported.
     """
 
     def __init__(self, flops_per_step: float = 0.0):
@@ -241,13 +249,13 @@ class Throughput:
         self._idle = 0.0
 
     def add(self, idle: float, **counts: float) -> None:
-        """Counts a step: seconds waited for its data, and clips, tokens, …."""
+        """Counts a step: the seconds it waited for data, and its clips, tokens, …."""
         self._idle += idle
         for name, count in {"steps": 1.0, **counts}.items():
             self._counts[name] = self._counts.get(name, 0.0) + count
 
     def rates(self) -> dict[str, float]:
-        """Per second since the last call, `idle` and `mfu` as shares of 1; restarts."""
+        """Rates since the last call: counts per second; `idle` and `mfu` in [0, 1]."""
         now = time.perf_counter()
         seconds = max(now - self._time, 1e-9)
         rates = {f"{k}_per_s": v / seconds for k, v in self._counts.items()}

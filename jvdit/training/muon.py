@@ -1,8 +1,8 @@
-"""Muon: momentum made orthogonal (Keller Jordan, 2024; arXiv:2502.16982).
+"""Muon: orthogonalised momentum (Keller Jordan, 2024; arXiv:2502.16982).
 
-optax.contrib has it in float32. Here the products are in bfloat16, as published: the
-iteration corrects its own rounding, and a processor with matrix units is several times
-faster at them.
+optax.contrib computes it in float32. Here the matrix products are in bfloat16, as
+published: the iteration corrects its own rounding errors, and matrix units are several
+times faster in bfloat16.
 """
 
 import math
@@ -16,17 +16,21 @@ from jaxtyping import Array, Float
 from jvdit.models.dense import turned
 from jvdit.models.layers import STACKS
 
-# Of the quintic x -> a x + b x^3 + c x^5 that Newton-Schulz applies to all singular
-# values at once: five times takes what lies in (0, 1] to about 1.
+# (a, b, c) of the quintic x -> a x + b x^3 + c x^5 that Newton-Schulz applies to all
+# singular values at once: five iterations take values in (0, 1] to about 1.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
 
 
 def scale_by_muon(momentum: float = 0.95) -> optax.GradientTransformation:
-    """Orthogonal matrices near the Nesterov momentum, of the size of AdamW's steps.
+    """Replaces gradients by their orthogonalised Nesterov momentum.
 
-    Every leaf must be a kernel: a matrix from all axes but the last to the last. Those
-    of a scanned stack of layers (below one of `STACKS`) are a matrix for each layer.
+    Updates are scaled to the root mean square of AdamW's. Every leaf must be a kernel,
+    taken as a matrix from all axes but the last to the last; in a scanned stack of
+    layers (below one of `STACKS`) each layer has its own matrix.
+
+    Args:
+        momentum: decay of the momentum.
     """
 
     def step(updates: Any, _) -> Any:
@@ -49,9 +53,10 @@ def _in_stack(path: tuple) -> bool:
 
 
 def orthogonal(x: Float[Array, "i o"]) -> Float[Array, "i o"]:
-    """The nearest matrix with singular values of 1, or 0.7 to 1.2 of it.
+    """Approximates the nearest semi-orthogonal matrix, by Newton-Schulz iteration.
 
-    Quintic Newton-Schulz iteration. The result is float32; zeros stay zeros.
+    Singular values end up between about 0.7 and 1.2. The result is float32; a matrix of
+    zeros stays zero.
     """
     if x.shape[0] > x.shape[1]:
         return orthogonal(turned(x)).T

@@ -1,4 +1,4 @@
-"""The optimizers, and how their steps grow and shrink over a run."""
+"""Optimizers and learning-rate schedules."""
 
 import dataclasses
 import math
@@ -15,8 +15,8 @@ from jvdit.training.muon import scale_by_muon
 # Paths of the parameters that weight decay reaches.
 DECAYING = re.compile(r"(.*/)?(kernel|token_embed/embedding|lora_a|lora_b)")
 _LEAST, _MOST = float(np.finfo(np.float32).tiny), math.inf
-_SHARED = {"ema", "accumulate", "networks"}  # of all networks
-# Between what each number lies, as the float32 that it becomes, and what is told else.
+_SHARED = {"ema", "accumulate", "networks"}  # the same for all networks
+# Range of each number, as the float32 that it becomes, and the rule told otherwise.
 _RANGES = {
     "lr": (_LEAST, _MOST, "be > 0 and finite; try 1e-4"),
     "clip": (_LEAST, _MOST, "be > 0 and finite; try 1, or 1e9 to clip nothing"),
@@ -32,27 +32,28 @@ _RANGES = {
 
 @dataclasses.dataclass(frozen=True)
 class Optim:
-    """AdamW or Muon with warm-up and decay, clipping, EMA and accumulation.
+    """Optimizer settings: AdamW or Muon, schedule, clipping, EMA and accumulation.
 
     Attributes:
-        name: "adamw" (arXiv:1711.05101), or "muon": matrices and convolutions move by
-            their orthogonalised momentum, whatever else by AdamW.
-        lr: peak learning rate. Muon's steps are scaled to the size of AdamW's
-            (arXiv:2502.16982, Eq. 4), so that both take the same.
-        schedule: after warm-up, "constant", "cosine" (to 0 at the last step) or
-            "linear" (likewise).
+        name: "adamw" (arXiv:1711.05101), or "muon": orthogonalised momentum for the
+            kernels of dense layers and convolutions, AdamW for everything else.
+        lr: peak learning rate. Muon's updates are scaled to the size of AdamW's
+            (arXiv:2502.16982, Eq. 4), so that the same rate suits both.
+        schedule: learning rate after warm-up: "constant", or "cosine" or "linear" decay
+            to 0 at the last step.
         warmup: steps of linear warm-up.
-        b1, b2, eps: of AdamW.
-        weight_decay: of the kernels of dense layers and convolutions, of embeddings of
-            tokens, and of adapters (`DECAYING`). Biases and norm scales never decay,
-            nor do tables that are added: of modulation and of positions. Names decide,
-            not axes, so that a stack of layers decays as its layers do.
-        clip: largest global norm of a gradient.
-        ema: decay of the average; smaller at first, min(ema, (1 + n) / (10 + n)).
-        accumulate: parts that a batch is taken in, to save memory; the update is that
-            of the whole batch.
-        networks: what differs for some networks, by name: {"critic": {"lr": 1e-5}}.
-            Each of those is clipped by itself, all others together.
+        b1, b2, eps: moment decays and epsilon of AdamW.
+        weight_decay: weight decay of the kernels of dense layers and convolutions, of
+            token embeddings, and of adapters (`DECAYING`). Biases, norm scales, and the
+            tables of modulation and of positions never decay.
+        clip: largest global norm of the gradient.
+        ema: decay of the moving average of the weights. After n updates it is
+            min(ema, (1 + n) / (10 + n)), so that early weights are soon forgotten.
+        accumulate: gradient accumulation: into how many parts a batch is split to save
+            memory. The update is that of the whole batch.
+        networks: fields that differ for some networks, by network name, such as
+            {"critic": {"lr": 1e-5}}. The gradient of each such network is clipped by
+            itself, that of all others together.
 
     Raises:
         ValueError: a value is out of range.
@@ -96,12 +97,12 @@ class Optim:
             self._of(name)
 
     def _of(self, network: str) -> "Optim":
-        """The optimizer of a network that differs."""
+        """The settings of a network that differs from the others."""
         fields = dict(self.networks[network])
         return dataclasses.replace(self, **fields, networks={})
 
     def learning_rate(self, steps: int) -> optax.Schedule:
-        """The learning rate at each step of a run of `steps`."""
+        """The learning-rate schedule of a run of `steps` steps."""
         rest = max(steps - self.warmup, 1)
         after = {
             "constant": optax.constant_schedule(self.lr),
@@ -114,7 +115,12 @@ class Optim:
         return optax.join_schedules([warmup, after], [self.warmup])
 
     def optimizer(self, steps: int) -> optax.GradientTransformation:
-        """The clipped optimizer for a run of `steps`."""
+        """The optimizer, with gradient clipping, for a run of `steps` steps.
+
+        Raises:
+            ValueError: `networks` names a network that isn't trained; raised when the
+                optimizer's state is initialised.
+        """
         common = optax.chain(
             optax.clip_by_global_norm(self.clip),
             OPTIMIZERS[self.name](self, self.learning_rate(steps)),
@@ -161,17 +167,17 @@ OPTIMIZERS: dict[str, Any] = {"adamw": _adamw, "muon": _muon}
 
 
 def decaying(params: Any) -> Any:
-    """Which parameters `weight_decay` reaches; see `Optim`."""
+    """A tree of booleans: which parameters have weight decay; see `Optim`."""
     return jax.tree_util.tree_map_with_path(
         lambda p, _: DECAYING.fullmatch("/".join(map(_name, p))) is not None, params
     )
 
 
 def kinds(params: Any) -> Any:
-    """Which optimizer moves each parameter of a run with Muon.
+    """Which optimizer updates each parameter in a run with Muon.
 
-    "muon" moves the kernels of dense layers and convolutions, "adamw" whatever else
-    there is: tables and vectors.
+    "muon" for the kernels of dense layers and convolutions; "adamw" for everything
+    else: tables and vectors.
     """
     return jax.tree_util.tree_map_with_path(
         lambda p, _: "muon" if _name(p[-1]) == "kernel" else "adamw", params

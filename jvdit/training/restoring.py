@@ -1,4 +1,4 @@
-"""The newest whole checkpoint; damaged ones are kept aside, not lost."""
+"""Restores the newest undamaged checkpoint; renames damaged ones."""
 
 import itertools
 import pathlib
@@ -12,39 +12,40 @@ from jvdit.machine import cluster
 from jvdit.machine.json_files import read_json
 from jvdit.training.digests import find_damage, is_listed
 
-DAMAGED = ".damaged"  # behind the step, in the name of a checkpoint kept aside
-_TOLD = 300  # characters of another library's message
+DAMAGED = ".damaged"  # suffix of the folder of a damaged checkpoint, after the step
+_TOLD = 300  # most characters to quote of another library's message
 
 
 class _Arrays(msgspec.Struct, frozen=True):
-    """What orbax keeps of the arrays in a checkpoint, by name."""
+    """Orbax's metadata of the arrays in a checkpoint, by name."""
 
     tree_metadata: dict[str, Any]
 
 
 def was_saved(folder: pathlib.Path) -> bool:
-    """Whether there is a finished checkpoint in a folder of them, whole or damaged."""
+    """Whether a `checkpoints` folder holds a finished checkpoint, damaged or not."""
     return any(x.name.partition(DAMAGED)[0].isdigit() for x in folder.glob("*"))
 
 
 def restore_newest(
     manager: ocp.CheckpointManager, folder: pathlib.Path, abstract: Any
 ) -> tuple[Any, list[str]]:
-    """Restores the newest whole checkpoint, and renames the newer, damaged ones.
+    """Restores the newest undamaged checkpoint, and renames newer, damaged ones.
 
-    All processes have to call it; they take the same, of those that the first one sees.
+    Every process must call this; all restore the same step, the newest that process 0
+    sees.
 
     Args:
-        manager: of the checkpoints.
-        folder: with them.
-        abstract: the state: shapes, types and shardings.
+        manager: orbax's manager of the checkpoints.
+        folder: the `checkpoints` folder.
+        abstract: the state's shapes, dtypes and shardings.
 
     Returns:
         What the manager restored, None if nothing was saved yet; and a line for each
         checkpoint that was renamed.
 
     Raises:
-        ValueError: none is whole, or they hold other arrays.
+        ValueError: all are damaged, or they hold other arrays.
     """
     told: list[str] = []
     while True:
@@ -74,23 +75,23 @@ def restore_newest(
 
 
 def owned(leaf: jax.Array) -> jax.Array:
-    """The same array in memory that nothing else uses, so that it may be donated.
+    """Copies an array if its memory may be borrowed, so that it can be donated.
 
-    What lies on a CPU may be borrowed from numpy or from a file; elsewhere it is ours.
+    On a CPU, memory may be borrowed from numpy or from a file; elsewhere it never is.
     """
     borrowed = any(device.platform == "cpu" for device in leaf.sharding.device_set)
     return leaf.copy() if borrowed else leaf
 
 
 def _first(told: str) -> str:
-    """What the first process says that has something to say."""
+    """The first non-empty text among those of all processes."""
     return next(filter(None, cluster.tell_all(told)), "")
 
 
 def _try(
     manager: ocp.CheckpointManager, folder: pathlib.Path, step: str, abstract: Any
 ) -> tuple[Any, str]:
-    """What a checkpoint holds, or why it can't be read; raises what isn't damage."""
+    """Restores a checkpoint, or says why it is damaged; raises any other error."""
     args = ocp.args.Composite(
         state=ocp.args.PyTreeRestore(
             abstract,
@@ -103,7 +104,7 @@ def _try(
     except Exception as error:
         steps = map(str, manager.all_steps())
         _check_arrays(folder, step, steps, abstract, error)
-        # Its files are those that were written, or the machine is at fault.
+        # Not damage: the machine is at fault, or the files are as they were written.
         machine = isinstance(error, MemoryError | PermissionError)
         if machine or "RESOURCE_EXHAUSTED" in str(error) or is_listed(folder / step):
             raise
@@ -111,10 +112,11 @@ def _try(
 
 
 def _check_arrays(folder, step, steps, abstract, error: Exception) -> None:
-    """Tells a whole checkpoint of another training from a damaged one of this.
+    """Tells an undamaged checkpoint of another training from a damaged one of this.
 
     Raises:
-        ValueError: this one can be read, and neither it nor another has our arrays.
+        ValueError: the checkpoint's metadata can be read, and no checkpoint in the
+            folder has the arrays of this run.
     """
     asked = {_name(path) for path, _ in jax.tree.leaves_with_path(abstract)}
     held = _names_in(folder / step)
@@ -141,7 +143,7 @@ def _names_in(folder: pathlib.Path) -> set[str]:
 
 
 def _keep_aside(folder: pathlib.Path, step: str) -> str:
-    """Renames a checkpoint, so that it counts no more; returns its new name."""
+    """Renames a checkpoint, so that it is no longer restored; returns the new name."""
     names = (f"{step}{DAMAGED}{number or ''}" for number in itertools.count())
     name = next(name for name in names if not (folder / name).exists())
     name = cluster.tell_all(name)[0]

@@ -1,4 +1,4 @@
-"""What training carries from step to step."""
+"""The training state: everything that one step passes to the next."""
 
 from typing import Any
 
@@ -13,16 +13,19 @@ from jvdit.sharding import parameter_shardings, replicated
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a checkpoint holds; or a sharding in the place of each array.
+    """The training state, as a checkpoint holds it.
+
+    Also used with a shape or a sharding in the place of each array.
 
     Attributes:
-        step: batches consumed, int32 like the other counts. With the seed it decides
-            data and randomness.
-        params: float32 master weights.
-        ema: their exponential moving average: what samples and evaluations use.
-        opt_state: of the optimizer.
+        step: batches consumed, int32 like the other counts. Together with the seed it
+            determines the data order and all randomness.
+        params: float32 master weights, by network.
+        ema: exponential moving average of the weights, which sampling and evaluation
+            use.
+        opt_state: state of the optimizer.
         skipped: steps not applied because loss, gradient or update wasn't finite.
-        skipped_in_a_row: the same, since the last step that was applied.
+        skipped_in_a_row: such steps since the last one that was applied.
     """
 
     step: Any
@@ -34,7 +37,7 @@ class TrainState:
 
 
 def new_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
+    """Initialises the state before the first step; the average starts at `params`."""
     # Separate buffers: a donated state must not hold one twice.
     step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
     ema = jax.tree.map(jnp.copy, params)
@@ -43,11 +46,11 @@ def new_state(params: Any, optimizer: optax.GradientTransformation) -> TrainStat
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:
-    """Shardings of a state: parameters, average and moments by the parameter table.
+    """Shardings of a state: each average and moment is sharded like its parameter.
 
     Args:
         state: a `TrainState`, or its shapes from `jax.eval_shape`.
-        mesh: from `make_mesh`.
+        mesh: the device mesh, from `make_mesh`.
     """
     params = parameter_shardings(state.params, mesh)
     whole = replicated(mesh)
@@ -56,7 +59,7 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     }
 
     def place(path, leaf):
-        # A moment lies under the path of its parameter, behind the optimizer's own.
+        # The path of a moment ends with that of its parameter.
         return by_path.get(_names(path), whole) if leaf.ndim else whole
 
     return TrainState(

@@ -1,4 +1,4 @@
-"""One update of the weights: the same for every objective."""
+"""The training step: one update of the weights, for any objective."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -15,25 +15,25 @@ from jvdit.training.optim import Optim
 from jvdit.training.state import TrainState
 
 Batch = Mapping[str, Array]
-Metrics = dict[str, Any]  # an array each, or a pair of them
+Metrics = dict[str, Any]  # name: a sum, or a pair (sum, weight)
 
 _NOTHING: Mapping[str, Any] = {}
 
 
 @runtime_checkable
 class Objective(Protocol):
-    """What is trained: parameters, and a loss over batches of them."""
+    """A training objective: initial parameters, and a loss over batches."""
 
     def init(self, key: PRNGKeyArray, batch: Batch) -> Any:
-        """Fresh parameters."""
+        """Initialises the parameters, by network; of `batch` only shapes matter."""
         ...
 
     def prepare(self, batch: Batch, key: PRNGKeyArray) -> Batch:
-        """Adds what is drawn for the whole batch: times, a key for each row."""
+        """Adds what is drawn at random for a batch: timesteps, a key for each row."""
         ...
 
     def weight(self, batch: Batch) -> Float[Array, ""]:
-        """How much there is to average over in a prepared batch: tokens, pixels."""
+        """How many tokens, or clips, a prepared batch's loss is averaged over."""
         ...
 
     def loss(
@@ -42,13 +42,14 @@ class Objective(Protocol):
         """The *sum* of the loss over a prepared batch, and sums of metrics.
 
         Args:
-            params: by network, those that are frozen included.
-            batch: prepared.
-            ema: the average of the parameters, frozen ones beside it: a teacher.
-            step: the number of the step, for what begins later or fades.
+            params: parameters by network, frozen ones included.
+            batch: a batch from `prepare`.
+            ema: moving average of the parameters, frozen ones included; for a teacher.
+            step: number of the training step, for terms that change over a run.
 
-        A metric is `name: sum / weight` or, where it has a weight of its own, a pair
-        (sum, weight).
+        Returns:
+            The sum, to be divided by `weight`; and for each metric a sum, also divided
+            by `weight`, or a pair (sum, weight) if it has a weight of its own.
         """
         ...
 
@@ -56,16 +57,23 @@ class Objective(Protocol):
 def make_train_step(
     objective: Objective, optim: Optim, steps: int, seed: int
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """The function `(state, batch, frozen) -> (state, metrics)` to jit with the mesh.
+    """Builds the training step, to be jitted over a mesh.
 
-    `frozen` are parameters by network, as those of the state, that stay as they are;
-    the loss is given both, as it is given the average.
+    Loss and gradient are summed over the parts of the batch (`optim.accumulate`) and
+    divided once by the weight of the whole batch, so the update is the same in any
+    number of parts. A step whose loss or gradient isn't finite changes nothing but the
+    counts. Non-finite numbers in an update are left out one by one; the step counts as
+    skipped if a bias, or another vector, has some.
 
-    Sums of loss and gradient are taken over the parts of the batch
-    (`optim.accumulate`) and divided once by the weight of the whole, so the update is
-    the same in any number of parts. A step whose loss or gradient isn't finite changes
-    nothing but its count. Of an update, numbers that aren't finite are left out, and it
-    counts as skipped if a bias, or another vector, has some.
+    Args:
+        objective: what to train.
+        optim: optimizer settings.
+        steps: how many steps the whole run has, for the learning-rate schedule.
+        seed: seed of all randomness.
+
+    Returns:
+        A function `(state, batch, frozen) -> (state, metrics)`, where `frozen` holds
+        parameters by network that the loss needs and that aren't trained.
     """
     optimizer = optim.optimizer(steps)
     learning_rate = optim.learning_rate(steps)
@@ -133,17 +141,17 @@ def jit_train_step(
     frozen: Any,
     options: Sequence[str] = (),
 ) -> Any:
-    """`make_train_step`, mapped over the mesh: what training and its forecasts compile.
+    """Jits the training step over a mesh; training and pod forecasts both compile it.
 
     Args:
-        objective: what is trained.
-        optim: how.
-        steps: of the whole run.
-        seed: of its randomness.
-        mesh: rows of a batch are divided over it.
-        shardings: of the state, whose memory is used again.
+        objective: what to train.
+        optim: optimizer settings.
+        steps: how many steps the whole run has.
+        seed: seed of all randomness.
+        mesh: the device mesh, over which the rows of a batch are divided.
+        shardings: shardings of the state, which is donated.
         frozen: shardings of the frozen parameters.
-        options: of XLA, see `compilation`.
+        options: XLA compiler options, each "NAME=VALUE".
     """
     return jax.jit(
         make_train_step(objective, optim, steps, seed),
@@ -155,7 +163,10 @@ def jit_train_step(
 
 
 def _finite(tree: Any) -> Array:
-    """Whether all vectors are finite; of matrices, a TPU would keep several for it."""
+    """Whether all vectors are finite.
+
+    Matrices aren't checked, because a TPU would keep several in memory for it.
+    """
     small = [x for x in jax.tree.leaves(tree) if x.ndim < 2]
     return jnp.stack([jnp.isfinite(x).all() for x in small]).all()
 

@@ -1,9 +1,10 @@
-"""Adapter files of other projects: read into ours, and written.
+"""Reads LoRA adapters in other projects' formats, and writes diffusers' format.
 
-A file names the layers as the network's own checkpoint does, with a prefix, and the two
-factors behind: `lora_A`, `lora_B` (PEFT, diffusers) or `lora_down`, `lora_up`
-(ComfyUI, kohya). Strengths are in `.alpha` tensors, in an `adapter_config.json` beside
-the file (PEFT), or in metadata of the file (diffusers); without any they are 1.
+A file names the layers as the network's own checkpoint does, with a prefix in front and
+the factor behind: `lora_A`, `lora_B` (PEFT, diffusers) or `lora_down`, `lora_up`
+(ComfyUI, kohya). The scale alpha / rank comes from `.alpha` tensors, from an
+`adapter_config.json` beside the file (PEFT), or from the file's metadata (diffusers);
+otherwise it is 1.
 """
 
 import pathlib
@@ -23,12 +24,12 @@ from jvdit.weights.loading import paths_of
 from jvdit.weights.rules import Rule, names_of, places_of
 from jvdit.weights.tensors import PathLike, TensorFiles, write_tensors
 
-# Of the names of layers. The first is the one that is written.
+# Prefixes of layer names. `write_lora` writes the first.
 PREFIXES = ("transformer.", "base_model.model.", "diffusion_model.", "model.", "")
 _FACTORS = re.compile(
     r"(?P<layer>.+)\.(?:(?P<a>lora_A|lora_down)|lora_B|lora_up)(?:\.\w+)?\.weight"
 )
-# kohya's scripts (musubi-tuner) join the authors' names by underscores.
+# kohya's scripts (musubi-tuner) join the parts of the original names by underscores.
 _JOINED = re.compile(
     r"lora_unet_((?:vace_)?blocks)_(\d+)_(self_attn|cross_attn|ffn)_(\w+)"
 )
@@ -38,16 +39,18 @@ FILE = "pytorch_lora_weights.safetensors"
 def read_lora(
     path: PathLike, tables: Sequence[Sequence[Rule]], params: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The adapters of a file, at the strength that it gives them.
+    """Reads LoRA adapters from a file, and multiplies their scale into `lora_b`.
 
     Args:
         path: a safetensors file, or a folder with one.
-        tables: of the network, for each way that its layers are named.
-        params: of the network, or their shapes: to stack layers as it does.
+        tables: rule tables of the network, one for each naming of its layers.
+        params: parameters of the network, or their shapes: adapters are stacked over
+            layers where these are.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a tensor is no adapter of a layer of this network; lists which.
+        ValueError: a tensor is no adapter of a layer of this network; lists which. Or
+            the adapters are DoRA.
     """
     path = pathlib.Path(path)
     tensors = TensorFiles(path)
@@ -87,12 +90,12 @@ def read_lora(
 def write_lora(
     folder: PathLike, adapters: Mapping[str, Any], rules: Sequence[Rule]
 ) -> pathlib.Path:
-    """Writes adapters as diffusers reads them (`load_lora_weights`); returns the file.
+    """Writes adapters in diffusers' format (`load_lora_weights`); returns the file.
 
     Args:
-        folder: where to.
-        adapters: at their strength.
-        rules: the table of the network.
+        folder: where to write `pytorch_lora_weights.safetensors`.
+        adapters: the adapters, with their scale multiplied in.
+        rules: rule table of the network.
     """
     tensors = {}
     for path, leaf in flatten_dict(dict(adapters), sep="/").items():
@@ -116,7 +119,7 @@ def write_lora(
 
 
 def _place(name: str, tables: Sequence[Sequence[Rule]]) -> tuple[str, Rule] | None:
-    """The path of a layer, and its rule."""
+    """The path of a layer in our network, and its rule; None for unknown names."""
     name = _JOINED.sub(r"\1.\2.\3.\4", name)
     for prefix in PREFIXES:
         for rules in tables if name.startswith(prefix) else ():
@@ -127,7 +130,7 @@ def _place(name: str, tables: Sequence[Sequence[Rule]]) -> tuple[str, Rule] | No
 
 
 class _Settings(msgspec.Struct, frozen=True):
-    """An `adapter_config.json` of PEFT."""
+    """The fields of PEFT's `adapter_config.json` that decide the scale."""
 
     lora_alpha: float | None = None
     alpha_pattern: dict[str, float] | None = None
@@ -136,7 +139,7 @@ class _Settings(msgspec.Struct, frozen=True):
 
 
 class _Alphas:
-    """What a file, or the settings that lie with it, say of each layer's strength."""
+    """The alpha of each layer, from the file's tensors, settings or metadata."""
 
     def __init__(self, path: pathlib.Path, tensors: TensorFiles):
         self.by_layer = {
@@ -158,7 +161,7 @@ class _Alphas:
             raise ValueError(f"{path} holds DoRA adapters; merge them where they are.")
 
     def of(self, layer: str, rank: int) -> float:
-        """Alpha of a layer, such that the strength is alpha / rank."""
+        """The alpha of a layer; its adapter is scaled by alpha / rank."""
         if layer in self.by_layer:
             return self.by_layer[layer]
         given = self.settings.lora_alpha
@@ -170,9 +173,9 @@ class _Alphas:
 
 
 def _stacked(flat: Mapping[str, np.ndarray], params: Mapping[str, Any]) -> dict:
-    """The tree, with layers stacked where the network's are.
+    """Builds the parameter tree, with layers stacked where the network's are.
 
-    Layers that a file leaves out get adapters of zeros.
+    Layers that the file leaves out get adapters of zeros.
     """
     shapes = {path: leaf.shape for path, leaf in paths_of(params).items()}
     joined: dict[str, Any] = {}
@@ -188,7 +191,7 @@ def _stacked(flat: Mapping[str, np.ndarray], params: Mapping[str, Any]) -> dict:
             raise ValueError(f"there is no layer {path}; {name} are {kernel[0]}.")
         layers.setdefault((f"{name}/{rest}", kernel[0]), {})[number] = value
     for (path, depth), values in layers.items():
-        # Layers may differ in rank: zeros fill up.
+        # Layers may differ in rank: smaller ones are padded with zeros.
         shape = np.max([value.shape for value in values.values()], axis=0)
         joined[path] = np.zeros((depth, *shape), np.float32)
         for number, value in values.items():

@@ -1,4 +1,4 @@
-"""A finished model as one object; `opening.py` makes one of a folder."""
+"""A finished model as one object; `opening.py` reads one from a folder."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -16,25 +16,26 @@ from jvdit.weights.network import Network
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bundle:
-    """A model with everything that sampling, encoding and training ask of it.
+    """A finished model: its networks, and all settings needed to use them.
 
     Attributes:
-        networks: by name: "dit", "text_encoder", "vae"; with two experts "dit" works at
-            high noise and "dit_low" below `boundary`; "image_encoder", of pictures to
-            which the tokens attend. `vae` knows the statistics of its latents.
-        tokenizer: of the prompts.
-        path, policy: on which the network was trained.
+        networks: networks by name: "dit", "text_encoder" and "vae", which holds the
+            statistics of its latents. A model with two experts has "dit" for high noise
+            and "dit_low" for t below `boundary`; one whose tokens attend to an image
+            has an "image_encoder".
+        tokenizer: tokenizer of the prompts.
+        path, policy: noise path and timesteps that the network was trained with.
         patch_size: latent frames, height and width of a token.
-        text_length: tokens of a prompt at the most; longer ones are cut.
-        conditions: what may be known of a clip besides its text, of `CONDITIONS`.
-        seconds: positions in time count seconds; False: latent frames, as Wan's.
-        pad_text: every token sees `text_length` text states, zero past the end of the
-            prompt, as Wan's; False: the states of the prompt alone.
-        boundary: time below which "dit_low" takes over; 0: there is one network.
-        defaults: fields of a request and of its settings that suit the model.
-        adapters: LoRA of "dit" and "dit_low", at their strength.
-        text_release: folder of the released model that has this text encoder, or "".
-        pictures: a model that draws the pictures of drafts; None: this one does.
+        text_length: most tokens of a prompt; longer prompts are cut.
+        conditions: what a request may give besides its prompt, names in `CONDITIONS`.
+        seconds: RoPE positions in time count seconds. False: latent frames, as in Wan.
+        pad_text: every token attends to `text_length` text states, zeros past the end
+            of the prompt, as in Wan. False: to those of the prompt alone.
+        boundary: time t below which "dit_low" takes over; 0: there is one network.
+        defaults: the model's defaults for fields of `Request` and `Settings`.
+        adapters: LoRA adapters of "dit" and "dit_low", with their scale multiplied in.
+        text_release: folder of the released model whose text encoder this is, or "".
+        pictures: a model that generates the images of drafts; None: this one does.
 
     Raises:
         ValueError: a condition is unknown.
@@ -60,32 +61,32 @@ class Bundle:
 
     @property
     def dit(self) -> Backbone:
-        """The network that denoises."""
+        """The backbone, which denoises; with two experts, that for high noise."""
         return self.networks["dit"].module
 
     @property
     def vae(self) -> VideoVAE:
-        """The autoencoder."""
+        """The video autoencoder."""
         return self.networks["vae"].module
 
     @property
     def text_encoder(self) -> TextEncoder:
-        """The encoder of prompts."""
+        """The text encoder."""
         return self.networks["text_encoder"].module
 
     @property
     def image_encoder(self) -> ImageEncoder | None:
-        """The encoder of pictures to which the tokens attend, if they do."""
+        """The image encoder, or None if the tokens attend to no image."""
         network = self.networks.get("image_encoder")
         return None if network is None else network.module
 
     @property
     def num_bytes(self) -> int:
-        """Of all parameters that are read when they are asked for."""
+        """Bytes of all parameters that are read from files when they are needed."""
         return sum(network.num_bytes for network in self.networks.values())
 
     def with_params(self, params: Mapping[str, Any]) -> "Bundle":
-        """The model with other parameters of some networks, by name."""
+        """A copy of the model with other parameters for some networks, by name."""
         changed = {
             name: dataclasses.replace(self.networks[name], source=source, num_bytes=0)
             for name, source in params.items()
@@ -93,11 +94,11 @@ class Bundle:
         return dataclasses.replace(self, networks={**self.networks, **changed})
 
     def check_given(self, given: Sequence[str]) -> None:
-        """Raises ValueError if the model doesn't take these pictures of a request."""
+        """Raises a ValueError if the model doesn't take these fields of a request."""
         check_given(self.conditions, given)
 
     def check_draft(self) -> None:
-        """Raises ValueError if the model can't go on from a picture."""
+        """Raises a ValueError unless a first frame may, but need not, be given."""
         if "first_frame" not in self.conditions:
             raise ValueError(
                 "`draft` needs a model that may, but need not, be given a first frame; "

@@ -1,4 +1,4 @@
-"""A finished text encoder with its tokenizer: from captions to states."""
+"""Encodes captions with a finished text encoder and its tokenizer."""
 
 import dataclasses
 import os
@@ -28,18 +28,18 @@ from jvdit.weights.parameters import (
 )
 from jvdit.weights.release import is_release, read_release
 
-BATCH = 32  # captions
+BATCH = 32  # captions in a batch
 _REFERENCE = "text_encoder.json"
 
 
 @dataclasses.dataclass
 class CaptionEncoder:
-    """Encodes captions in batches of one shape.
+    """Encodes captions to text states, in batches of one shape.
 
     Attributes:
-        network: a `TextEncoder`.
-        tokenizer: of the captions.
-        release: folder of the released model that it is of; "": of none.
+        network: the `TextEncoder` and its parameters.
+        tokenizer: tokenizer of the captions.
+        release: folder of the released model that the encoder comes from, or "".
     """
 
     network: Network
@@ -48,10 +48,14 @@ class CaptionEncoder:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]):
-        """Loads the text encoder of a `model` folder, workdir or released model.
+        """Loads a text encoder and its tokenizer.
+
+        Args:
+            folder: a training workdir, its `model` folder, a folder of latents, or a
+                released model.
 
         Raises:
-            FileNotFoundError: it, or its tokenizer, is missing.
+            FileNotFoundError: the encoder or its tokenizer is missing.
         """
         folder = model_folder(folder)
         if (folder / _REFERENCE).exists():
@@ -71,7 +75,7 @@ class CaptionEncoder:
         return cls(network, Tokenizer(model))
 
     def save(self, folder: pathlib.Path) -> None:
-        """Writes what `load` reads; of a released model only where it lies."""
+        """Saves the encoder, or for a released model only the path of the release."""
         if self.release:
             write_json(folder / _REFERENCE, self.release)
             return
@@ -81,12 +85,12 @@ class CaptionEncoder:
 
     @property
     def module(self) -> TextEncoder:
-        """The network's."""
+        """The text encoder module."""
         return self.network.module
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What tells this text encoder from others, as JSON values."""
+        """What identifies this text encoder: hash, tokenizer and width, as JSON."""
         return {
             "hash": weights_hash(self._placed),
             "tokenizer": self.tokenizer.fingerprint,
@@ -96,18 +100,18 @@ class CaptionEncoder:
     def __call__(
         self, captions: Sequence[str], max_length: int
     ) -> list[Float[np.ndarray, "s e"]]:
-        """The states of each caption, as many as it has tokens.
+        """Encodes captions; each gets one text state for each of its tokens.
 
         Args:
-            captions: any number.
-            max_length: tokens after which a caption is cut.
+            captions: any number of captions.
+            max_length: most tokens of a caption; longer ones are cut.
         """
         return encode_captions(
             self.module, self._placed, self.tokenizer, captions, max_length, BATCH
         )
 
     def free(self) -> None:
-        """Takes from the devices what a function brought there."""
+        """Frees the device memory of parameters that were loaded from files."""
         if callable(self.network.source):
             self.__dict__.pop("_placed", None)
 
@@ -117,7 +121,11 @@ class CaptionEncoder:
 
 
 def release_tokenizer(file: os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a released model, with the conventions of its authors."""
+    """Loads a released model's tokenizer, which cleans text as its authors do.
+
+    Args:
+        file: a sentencepiece model, or a `tokenizer.json`.
+    """
     name = os.fspath(file)
     model = sentencepiece_of(name) if name.endswith(".json") else name
     return Tokenizer(model, byte_fallback="unk", clean=True)
@@ -131,17 +139,17 @@ def encode_captions(
     max_length: int,
     batch: int,
 ) -> list[Float[np.ndarray, "s e"]]:
-    """The states of each caption, as many as it has tokens.
+    """Encodes captions; each gets one text state for each of its tokens.
 
     Args:
         module: the text encoder.
         params: its parameters, on the devices.
-        tokenizer: of the captions.
-        captions: any number.
-        max_length: tokens after which a caption is cut.
-        batch: captions at once.
+        tokenizer: tokenizer of the captions.
+        captions: any number of captions.
+        max_length: most tokens of a caption; longer ones are cut.
+        batch: how many captions to encode in a batch.
     """
-    # Few lengths, few compilations.
+    # Rounded up, so that few lengths need compiling.
     length = -(-max_length // TEXT_MULTIPLE) * TEXT_MULTIPLE
     states: list[np.ndarray] = []
     for start in range(0, len(captions), batch):

@@ -1,8 +1,8 @@
-"""CLIP's image encoder: where its parameters are, there and here.
+"""Rule table of CLIP's image encoder: from released tensor names to our parameters.
 
-The names are those of transformers, or those of Wan's original release, which keeps
-CLIP with an XLM-Roberta beside it in a class of its own. Releases hold more than Wan
-reads: the last layer, the final norm, projections, and a text encoder.
+The names are those of transformers, or those of Wan's original release, whose own class
+holds CLIP together with an XLM-Roberta. Releases hold more than Wan uses: the last
+layer, the final norm, projections, and a text encoder.
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from jvdit.weights.rules import Rule, modules, norms
 LAYOUTS = ("transformers", "original")
 
 _PATCH = "o c h w -> (h w c) o"
-# Layers of a block: transformers' name, the original one, and ours.
+# Layers of a block: transformers' name, the original name, and ours.
 _LINEAR = (
     ("self_attn.out_proj", "attn.proj", "attention/out"),
     ("mlp.fc1", "mlp.0", "mlp/fc_in"),
@@ -33,7 +33,7 @@ _QKV = (
 _FUSED = "attn.to_qkv"
 _ENDS = (("pre_layrnorm", "pre_norm"), ("post_layernorm", "post_norm"))
 
-# What nothing reads, beside the image encoder; a layer has a weight and a bias.
+# Unused tensors of a release; a layer among them has a weight and a bias.
 _UNREAD = (
     "logit_scale",
     "text_projection.weight",
@@ -64,11 +64,11 @@ _UNREAD_ORIGINAL_LAYERS = (
 
 
 def rules(encoder: ImageEncoder, layout: str = "transformers") -> list[Rule]:
-    """The table, for names of one of `LAYOUTS`.
+    """The rule table of an image encoder.
 
     Args:
-        encoder: whose parameters they are; its depth tells which layer is not read.
-        layout: whose names.
+        encoder: the encoder; the release's layer after its last one isn't read.
+        layout: whose tensor names the table reads, one of `LAYOUTS`.
     """
     if LAYOUTS.index(layout):
         unread = modules(dict.fromkeys(_UNREAD_ORIGINAL_LAYERS, ""))
@@ -77,7 +77,7 @@ def rules(encoder: ImageEncoder, layout: str = "transformers") -> list[Rule]:
             *(Rule(name, "") for name in _UNREAD_ORIGINAL),
             *_unread(unread),
         ]
-    # transformers 5 leaves out the prefix where it saves the image encoder alone.
+    # transformers 5 drops the prefix when it saves the image encoder alone.
     shorter = [replace(rule, tied=True) for rule in _image(encoder, "", 0)]
     text = [*_layer("text_model.encoder.layers.{i}", "", 0)]
     text += norms({"text_model.final_layer_norm": ""})
@@ -109,7 +109,7 @@ def _image(encoder: ImageEncoder, prefix: str, which: int) -> list[Rule]:
         found += _layer(f"{layer}.{i}", f"block_{i}", which)
     found += _unread(_layer(f"{layer}.{encoder.depth}", "", which))
     found += _unread(norms({last: ""}))
-    # A buffer in what older versions of transformers saved.
+    # Older versions of transformers saved this buffer.
     return found if which else [*found, Rule(f"{base}position_ids", "")]
 
 
@@ -127,5 +127,5 @@ def _layer(theirs: str, ours: str, which: int) -> list[Rule]:
 
 
 def _unread(found: Iterable[Rule]) -> list[Rule]:
-    """The same names as tensors that nothing reads."""
+    """Rules for the same tensors that ignore them."""
     return [Rule(rule.theirs, "") for rule in found]

@@ -1,4 +1,4 @@
-"""A finished autoencoder on all devices of this host: from clips to latents."""
+"""Encodes clips to latents with a finished autoencoder, on all devices of a host."""
 
 import dataclasses
 import math
@@ -22,29 +22,30 @@ from jvdit.weights.network import Network, load_network
 from jvdit.weights.parameters import module_fields, weights_hash
 from jvdit.weights.release import is_release, read_release
 
-BATCH = 32  # clips that a device takes at once, fewer where they have many pixels
-PIXELS = 1 << 23  # of those; a clip of more is encoded piece by piece
+BATCH = 32  # most clips in a device's batch
+PIXELS = 1 << 23  # most pixels in it; a clip with more is encoded in pieces
 
 
 @dataclasses.dataclass
 class ClipEncoder:
-    """Encodes clips in batches, of which every device of this host has a part.
+    """Encodes batches of clips to latents, divided over the devices of this host.
 
     Attributes:
-        network: a `VideoVAE`.
+        network: the `VideoVAE` and its parameters.
     """
 
     network: Network
 
     @classmethod
     def load(cls, vae: str | os.PathLike[str]):
-        """Loads an autoencoder of ours or of a released model.
+        """Loads an autoencoder of our own or of a released model.
 
         Args:
-            vae: its workdir, `model` folder or weights, or the released model.
+            vae: a training workdir, its `model` folder, a folder of weights, or a
+                released model.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: there is no autoencoder in the folder.
         """
         if is_release(vae):
             return cls(load_vae(read_release(vae).parts["vae"]))
@@ -52,23 +53,27 @@ class ClipEncoder:
 
     @property
     def module(self) -> VideoVAE:
-        """The network's."""
+        """The autoencoder module."""
         return self.network.module
 
     @property
     def params(self) -> Any:
-        """The network's."""
+        """The parameters of the autoencoder."""
         return self.network.params
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What tells this autoencoder from others, as JSON values."""
+        """What identifies this autoencoder: its hash and fields, as JSON values."""
         return {"hash": weights_hash(self.params), "fields": module_fields(self.module)}
 
     def rows(self, clips: int, size: Sequence[int]) -> int:
-        """How many clips make a batch, of so many of `size` (frames, height, width).
+        """The batch size to encode clips of one size with.
 
-        Few sizes of batches, so few compilations, whatever the number of clips.
+        There are few batch sizes, and so few compilations, for any number of clips.
+
+        Args:
+            clips: how many clips of this size there are.
+            size: their frames, height and width in pixels.
         """
         ways = self._mesh.size
         each = 1 << (-(-clips // ways) - 1).bit_length()
@@ -77,9 +82,12 @@ class ClipEncoder:
     def __call__(
         self, video: UInt8[np.ndarray, "b T H W 3"]
     ) -> tuple[Float[Array, "b f h w c"], Float[Array, "b f h w c"]]:
-        """(mean, logvar) of the latents of a batch of `rows` clips.
+        """Encodes a batch of `rows` clips to the posterior's mean and log variance.
 
-        They may still be on their way: the devices work while the host goes on.
+        Returns before the devices have finished; reading the arrays waits for them.
+
+        Args:
+            video: RGB pixels in [0, 255].
         """
         with jax.set_mesh(self._mesh):
             if video[0, ..., 0].size <= PIXELS:

@@ -1,7 +1,7 @@
-"""Their settings to the fields of our modules: one class for each `config.json`.
+"""Reads the `config.json` of released networks into the fields of our modules.
 
-A class has the fields of a file, under our names where they mean the same as a field of
-the module. What a configuration says and no field of ours can express is refused, not
+There is one class for each kind of file; its fields have our names where they mean the
+same as a field of the module. A setting that our modules can't express is refused, not
 ignored.
 """
 
@@ -17,14 +17,14 @@ from jvdit.models.text_encoder import TextEncoder
 from jvdit.models.video_vae import VideoVAE
 
 PATCH_SIZE = (1, 2, 2)
-_CELLS = 4  # latents of a patch
-# Larger ones are damage: they would be tried for long, or as more than there is memory.
+_CELLS = 4  # latent cells of a patch
+# Bounds against damaged files, whose huge sizes would exhaust time or memory.
 Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
 Depth = Annotated[int, msgspec.Meta(ge=1, le=1000)]
 
 
 class _DiTConfig(Struct, frozen=True, kw_only=True):
-    """What diffusers and the authors call alike."""
+    """The fields of a DiT's config that diffusers and Wan's authors name alike."""
 
     depth: Depth = field(name="num_layers")
     ffn_width: Size = field(name="ffn_dim")
@@ -34,7 +34,7 @@ class _DiTConfig(Struct, frozen=True, kw_only=True):
 
 
 class DiffusersDiT(_DiTConfig, frozen=True, kw_only=True):
-    """Of WanTransformer3DModel and WanVACETransformer3DModel."""
+    """The config of diffusers' WanTransformer3DModel and WanVACETransformer3DModel."""
 
     num_heads: Size = field(name="num_attention_heads")
     head_dim: Size = field(name="attention_head_dim")
@@ -54,7 +54,7 @@ class DiffusersDiT(_DiTConfig, frozen=True, kw_only=True):
 
 
 class OriginalDiT(_DiTConfig, frozen=True, kw_only=True):
-    """Of WanModel, as the authors' own releases have it."""
+    """The config of WanModel, in the original releases of Wan's authors."""
 
     model_type: str
     width: Size = field(name="dim")
@@ -68,18 +68,18 @@ class OriginalDiT(_DiTConfig, frozen=True, kw_only=True):
 def dit_fields(
     config: DiffusersDiT | OriginalDiT, attends: bool = True
 ) -> dict[str, Any]:
-    """Fields of `DiT`.
+    """The fields of `DiT` for a released config.
 
     Args:
-        config: what the file holds.
-        attends: whether there are weights with which to attend to a picture: original
-            files of Wan 2.1 and 2.2 I2V differ in nothing else.
+        config: the contents of the file.
+        attends: whether the weights include attention to an image; the original
+            configs of Wan 2.1 I2V, which does, and Wan 2.2 I2V don't tell.
     """
     given = config.given or config.taken
     fields = _alike(config, MODELS["dit"].module) | {
         "in_channels": _CELLS * given,
         "out_channels": _CELLS * given,
-        # What an I2V network takes beyond the noise is what is known of the clip.
+        # An I2V network's further input channels hold the given frames and their mask.
         "cond_channels": _CELLS * (config.taken - given),
     }
     if isinstance(config, DiffusersDiT):
@@ -97,18 +97,22 @@ def dit_fields(
 
 
 def patch_channels(module: Backbone) -> tuple[int, int] | None:
-    """Latent channels of noise and of what is known, for `wan.dit_rules`."""
+    """Input channels of a latent cell: (noisy, conditioning); None without the latter.
+
+    `wan.dit_rules` takes them to split the patch embedding.
+    """
     if not module.cond_channels:
         return None
     return module.in_channels // _CELLS, module.cond_channels // _CELLS
 
 
 def conditions_of(module: Backbone, clean_frames: bool) -> tuple[str, ...]:
-    """Rows of `CONDITIONS` that a released network was trained with.
+    """The conditions that a released network was trained with, names in `CONDITIONS`.
 
     Args:
         module: the network.
-        clean_frames: what the release says of first frames (`expand_timesteps`).
+        clean_frames: the release takes a first frame as clean tokens
+            (`expand_timesteps` in diffusers).
     """
     if module.control_channels:
         return ("control",)
@@ -120,7 +124,7 @@ def conditions_of(module: Backbone, clean_frames: bool) -> tuple[str, ...]:
 
 
 class VAEConfig(Struct, frozen=True):
-    """Of diffusers' AutoencoderKLWan."""
+    """The config of diffusers' AutoencoderKLWan."""
 
     encoder_width: Size = field(name="base_dim")
     latent_channels: Size = field(name="z_dim")
@@ -139,14 +143,14 @@ class VAEConfig(Struct, frozen=True):
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Fields of `VideoVAE`."""
+        """The fields of `VideoVAE`."""
         width = self.decoder_base_dim or self.encoder_width
         more = {"decoder_width": width, "patch_size": self.patch or 1}
         return _alike(self, VideoVAE) | more
 
 
 class TextConfig(Struct, frozen=True):
-    """Of transformers' UMT5 or T5 v1.1."""
+    """The config of transformers' UMT5 or T5 v1.1."""
 
     kind: str = field(name="model_type")
     activation: str = field(name="feed_forward_proj")
@@ -166,12 +170,12 @@ class TextConfig(Struct, frozen=True):
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Fields of `TextEncoder`."""
+        """The fields of `TextEncoder`."""
         return _alike(self, TextEncoder) | {"shared_bias": self.kind == "t5"}
 
 
 class _Vision(Struct, frozen=True):
-    """The part of a CLIP that sees, and what its file leaves out where it is so."""
+    """The vision part of a CLIP config, with transformers' defaults."""
 
     width: Size = field(name="hidden_size", default=768)
     layers: Depth = field(name="num_hidden_layers", default=12)
@@ -188,7 +192,7 @@ class _Vision(Struct, frozen=True):
 
 
 class ImageConfig(_Vision, frozen=True, kw_only=True):
-    """Of transformers' CLIP, or of its vision model alone."""
+    """The config of transformers' CLIP, or of its vision model alone."""
 
     kind: str = field(name="model_type")
     vision: _Vision | None = field(name="vision_config", default=None)
@@ -201,17 +205,17 @@ class ImageConfig(_Vision, frozen=True, kw_only=True):
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Fields of `ImageEncoder`.
+        """The fields of `ImageEncoder`.
 
-        The encoder gets one layer less than the file says: Wan reads the states before
-        the last one.
+        Its depth is one less than the config's, since Wan uses the states before the
+        last layer.
         """
         vision = self.vision or self
         return _alike(vision, ImageEncoder) | {"depth": vision.layers - 1}
 
 
 def _alike(config: Struct, module: type) -> dict[str, Any]:
-    """The fields of a configuration that a module has under the same name."""
+    """The fields of a config that a module has under the same name."""
     known: Mapping[str, Any] = module.__dataclass_fields__
     values = msgspec.structs.asdict(config).items()
     return {name: value for name, value in values if name in known}

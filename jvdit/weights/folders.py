@@ -1,8 +1,8 @@
-"""Networks of a released model, from its folder: module and parameters.
+"""Loads the networks of a released model from its folder: modules and parameters.
 
-A folder is laid out as diffusers saves a pipeline (`transformer/`, `vae/`,
-`text_encoder/`, …, each with its `config.json`), or is one of those parts. Networks of
-the original Wan release are read from safetensors files as well.
+A folder is a pipeline in diffusers' layout (`transformer/`, `vae/`, `text_encoder/`, …,
+each with its `config.json`), or one of those parts. Safetensors files of the original
+Wan release work too.
 """
 
 import os
@@ -31,7 +31,7 @@ from jvdit.weights.network import Network
 from jvdit.weights.rules import Rule, assign
 from jvdit.weights.tensors import PathLike, TensorFiles, write_tensors
 
-# A name that only the original release uses tells the two apart.
+# Tensor names that only the original release has, to tell the two layouts apart.
 _ORIGINAL = {
     "dit": "head.head.weight",
     "vae": "conv1.weight",
@@ -48,13 +48,14 @@ def load_dit(
     dtype: DTypeLike = jnp.bfloat16,
     **fields: Any,
 ) -> Network:
-    """The DiT of a Wan release.
+    """Opens the DiT of a Wan release; its parameters are read when first needed.
 
     Args:
-        folder: of the pipeline, or of one network: `transformer_2` of Wan 2.2 A14B.
-        mesh: to divide the parameters over; None: all on the default device.
-        dtype: of the parameters and of the computation.
-        **fields: of `DiT` that the release doesn't decide, such as `scan_layers`.
+        folder: the pipeline, or one network in it, such as `transformer_2` of Wan 2.2
+            A14B.
+        mesh: device mesh to shard the parameters over; None: all on the default device.
+        dtype: dtype of the parameters and of the computation.
+        **fields: fields of `DiT` that the release doesn't set, such as `scan_layers`.
 
     Raises:
         FileNotFoundError: a file is missing; says which.
@@ -72,13 +73,13 @@ def load_dit(
 
 
 def save_dit(folder: PathLike, params: Any, module: Backbone, like: PathLike) -> None:
-    """Writes a DiT as diffusers reads it.
+    """Writes a finetuned DiT in the layout of the release that it started from.
 
     Args:
-        folder: where to.
-        params: of the network; their types stay.
+        folder: where to write weights and `config.json`.
+        params: parameters of the network, written in their own dtypes.
         module: the network.
-        like: folder of the release's own, whose settings it has.
+        like: folder of the released network, whose `config.json` is copied.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,9 +94,17 @@ def save_dit(folder: PathLike, params: Any, module: Backbone, like: PathLike) ->
 def load_vae(
     folder: PathLike, mesh: Mesh | None = None, dtype: DTypeLike = jnp.float32
 ) -> Network:
-    """The autoencoder of a Wan release; arguments and errors as of `load_dit`.
+    """Opens the autoencoder of a Wan release; its parameters are read when needed.
 
-    The original release's own file, turned to safetensors, will do as well.
+    Args:
+        folder: the pipeline, its `vae` folder, or the original release's file converted
+            to safetensors.
+        mesh: device mesh to shard the parameters over; None: all on the default device.
+        dtype: dtype of the parameters and of the computation.
+
+    Raises:
+        FileNotFoundError: a file is missing; says which.
+        ValueError: the folder holds another network, or damaged files.
     """
     folder, file = _part(folder, "vae")
     if file is None:
@@ -119,7 +128,21 @@ def load_text_encoder(
     dtype: DTypeLike = jnp.bfloat16,
     **fields: Any,
 ) -> Network:
-    """The text encoder of a Wan release (UMT5), or a T5 v1.1; see `load_vae`."""
+    """Opens the text encoder of a Wan release (UMT5), or a T5 v1.1.
+
+    Its parameters are read when first needed.
+
+    Args:
+        folder: the pipeline, its `text_encoder` folder, or the original release's file
+            converted to safetensors.
+        mesh: device mesh to shard the parameters over; None: all on the default device.
+        dtype: dtype of the parameters and of the computation.
+        **fields: fields of `TextEncoder` that the release doesn't set.
+
+    Raises:
+        FileNotFoundError: a file is missing; says which.
+        ValueError: the folder holds another network, or damaged files.
+    """
     folder, file = _part(folder, "text_encoder")
     sizes = text_encoder.VARIANTS["umt5-xxl"]
     if file is not None:
@@ -137,9 +160,20 @@ def load_text_encoder(
 def load_image_encoder(
     folder: PathLike, mesh: Mesh | None = None, dtype: DTypeLike = jnp.float32
 ) -> Network:
-    """The image encoder of a Wan 2.1 I2V release (CLIP); see `load_vae`.
+    """Opens the image encoder of a Wan 2.1 I2V release (CLIP).
 
-    It ends before the last layer of the release, where Wan takes its states.
+    It ends before the release's last layer, since Wan uses the states there. Its
+    parameters are read when first needed.
+
+    Args:
+        folder: the pipeline, its `image_encoder` folder, or the original release's file
+            converted to safetensors.
+        mesh: device mesh to shard the parameters over; None: all on the default device.
+        dtype: dtype of the parameters and of the computation.
+
+    Raises:
+        FileNotFoundError: a file is missing; says which.
+        ValueError: the folder holds another network, or damaged files.
     """
     folder, file = _part(folder, "image_encoder")
     sizes = image_encoder.VARIANTS["clip-vit-h-14"]
@@ -199,7 +233,7 @@ def _load(
     shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
     places = None if mesh is None else parameter_shardings(shapes, mesh)
     leaves = paths_of(shapes)
-    # Whatever doesn't fit is said now, not when the parameters are wanted.
+    # Checked now, so that a misfit is reported before the parameters are needed.
     wanted = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     assign(table, tensors.shapes, wanted, os.fspath(folder))
 

@@ -1,4 +1,4 @@
-"""Their tensors to our parameters, each straight to where it will live, and back."""
+"""Loads released tensors as our parameters, straight onto the devices, and back."""
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
@@ -28,18 +28,18 @@ def load(
     dtype: DTypeLike | None = None,
     what: str = "the checkpoint",
 ) -> dict[str, Any]:
-    """Parameters of a module from another project's tensors.
+    """Loads the parameters of a module from another project's tensors.
 
-    Tensor after tensor goes to the devices, each device getting its own part; the host
-    never holds more than one tensor beside the mapped files.
+    Tensors go to the devices one after another, each device getting its own shard; the
+    host never holds more than one tensor beside the memory-mapped files.
 
     Args:
-        rules: the table of the family.
-        tensors: of the checkpoint, by name; views of files will do.
-        shapes: of the parameters, from `jax.eval_shape` of the module's `init`.
-        shardings: of each parameter. None: all on the default device.
-        dtype: of the parameters; None: that of `shapes`.
-        what: names the checkpoint in messages.
+        rules: rule table of the network.
+        tensors: tensors of the checkpoint, by name; views of files will do.
+        shapes: shapes of the parameters, from `jax.eval_shape` of the module's `init`.
+        shardings: sharding of each parameter; None: all on the default device.
+        dtype: dtype of the parameters; None: those of `shapes`.
+        what: name of the checkpoint in error messages.
 
     Raises:
         ValueError: the checkpoint is not of this model; lists what differs.
@@ -70,7 +70,7 @@ def _leaf(
     pieces = found.pieces[path]
     if pieces[0].layer is None:
         return _placed(pieces[0].rule.to_ours(tensors[pieces[0].name]), dtype, place)
-    # Layer after layer into a stack that is already where it belongs.
+    # Layer after layer is written into a stack that is already sharded.
     shape = found.shapes[path]
     zeros, write = _stacking(shape, dtype, place)
     stack = zeros()
@@ -83,7 +83,7 @@ def _leaf(
 
 @lru_cache
 def _stacking(shape: tuple[int, ...], dtype: np.dtype, place: NamedSharding | None):
-    """What makes an empty stack, and what writes a layer into it."""
+    """Compiled functions that allocate a stack, and that write a layer into it."""
     zeros = jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=place)
     return zeros, jax.jit(_write, donate_argnums=0, out_shardings=place)
 
@@ -105,10 +105,14 @@ def _placed(
 
 
 def export(rules: Sequence[Rule], params: Any) -> dict[str, np.ndarray]:
-    """Our parameters as their tensors, bit for bit what `load` would read.
+    """Converts our parameters to released tensors: the inverse of `load`, bit for bit.
+
+    Args:
+        rules: rule table of the network.
+        params: parameters of the network.
 
     Raises:
-        ValueError: a parameter has no name there.
+        ValueError: no rule names the tensor of a parameter.
     """
     parts: dict[str, dict[int, np.ndarray]] = {}
     axes: dict[str, int] = {}

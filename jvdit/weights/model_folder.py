@@ -1,4 +1,4 @@
-"""The `model` folder of a training: what sampling needs, and nothing else."""
+"""Reads and writes `model` folders: a finished model with all that sampling needs."""
 
 import dataclasses
 import os
@@ -22,10 +22,10 @@ from jvdit.weights.parameters import (
     save_weights,
 )
 
-PICTURES = "pictures"  # a model in the folder of another, which draws its drafts
+PICTURES = "pictures"  # subfolder with the model that generates the images of drafts
 _SETTINGS = "generator.json"
 _NETWORKS = ("dit", "vae")
-# What a training may leave in the place of a whole model, and how it is sampled.
+# What a training may write in the place of a whole model, and how to sample from it.
 _PARTS = {
     "pytorch_lora_weights.safetensors": "adapters; give their model, and --lora={0}",
     "transformer": "a network; give --pretrained=RELEASE --dit={0}/transformer",
@@ -76,13 +76,13 @@ _CONVENTIONS = ("conditions", "seconds", "pad_text")
 
 
 def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
-    """The model that `save_bundle` wrote.
+    """Reads a model that `save_bundle` wrote.
 
     Args:
-        folder: a workdir, or the `model` folder in it.
+        folder: a training workdir, or the `model` folder in it.
 
     Raises:
-        FileNotFoundError: there is no such model; says what is missing.
+        FileNotFoundError: the model or a part of it is missing; says which.
         ValueError: a file is damaged.
     """
     folder = model_folder(folder)
@@ -113,7 +113,7 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
 
 
 def save_bundle(folder: str | os.PathLike[str], model: Bundle) -> None:
-    """Writes a folder that `read_bundle` reads and that needs nothing else."""
+    """Saves a whole model in one folder, for `read_bundle`."""
     folder = pathlib.Path(folder)
     for name in _NETWORKS:
         network = model.networks[name]
@@ -133,7 +133,7 @@ def save_bundle(folder: str | os.PathLike[str], model: Bundle) -> None:
 
 
 def _full(network: Network) -> Network:
-    """The network with parameters of its own type: a folder may hold fewer bits."""
+    """Casts parameters to the network's own dtype; files may hold fewer bits."""
     if callable(network.source):
         return network
     full = network.module.param_dtype

@@ -1,4 +1,4 @@
-"""A network of a finished model: its module, and where its parameters lie."""
+"""One network of a finished model: its module, and the source of its parameters."""
 
 import dataclasses
 import os
@@ -9,7 +9,7 @@ from typing import Any
 from jvdit.machine.json_files import fit_json, nearest
 from jvdit.weights.parameters import build, load_weights
 
-# A tree of parameters, or what brings one to the devices, each time anew.
+# A tree of parameters, or a function that loads one onto the devices at every call.
 Parameters = Any | Callable[[], Any]
 
 
@@ -19,12 +19,12 @@ _REMEDY = "copy the folder anew"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Network:
-    """A network.
+    """A module and its parameters.
 
     Attributes:
-        module: with its sizes.
-        source: of its parameters.
-        num_bytes: of what a function brings; 0 of a tree.
+        module: the Linen module.
+        source: a parameter tree, or a function that loads one onto the devices.
+        num_bytes: size of the parameters that a function loads; 0 for a tree.
     """
 
     module: Any
@@ -32,12 +32,12 @@ class Network:
     num_bytes: int = 0
 
     def load(self) -> Any:
-        """Its parameters, brought anew where a function does."""
+        """Returns the parameters; a function loads them again at every call."""
         return self.source() if callable(self.source) else self.source
 
     @cached_property
     def params(self) -> Any:
-        """Its parameters, which stay."""
+        """The parameters, loaded once and kept."""
         return self.load()
 
 

@@ -1,4 +1,4 @@
-"""Any finished model as a `Bundle`: our own folder or a release, by one call."""
+"""Opens any finished model as a `Bundle`: one of our own, or a released one."""
 
 import dataclasses
 import os
@@ -45,28 +45,28 @@ def open_bundle(
     parts: Mapping[str, str | os.PathLike[str]] | None = None,
     **fields: Any,
 ) -> Bundle:
-    """Opens a model folder of ours, or a released model of the Wan 2 family.
+    """Opens a model folder of our own, or a released model of the Wan 2 family.
 
-    A release samples as its folder and its authors say; what its scheduler asks for and
-    we do otherwise is logged, a line each. Its networks are read from the files when
-    they are asked for.
+    A released model takes its sampling settings from its folder, and those missing
+    there from its authors' recommendations; scheduler settings that aren't followed are
+    logged. Its networks are read from the files when they are first needed.
 
     Args:
-        folder: a workdir or its `model` folder; a pipeline as diffusers saves it, or
-            the original release with its files turned to safetensors.
-        mesh: for whose devices a release is read; default: all of them on `data`.
-        dtype: of a release's parameters and computation; its autoencoder's are float32.
-            Default: bfloat16.
-        shift: timestep shift of a release; None: that of the folder's scheduler, or its
-            authors' where it has none.
-        parts: folders of networks in the place of a release's own, by name: "dit" and
-            "dit_low" of a finetuning.
-        **fields: of `DiT` that a release doesn't decide, such as `scan_layers`.
+        folder: a training workdir or its `model` folder; a pipeline in diffusers'
+            layout; or the original release, with its files converted to safetensors.
+        mesh: device mesh for a released model; by default all devices along `data`.
+        dtype: dtype of a released model's parameters and computation, by default
+            bfloat16; its autoencoder and image encoder are always float32.
+        shift: timestep shift of a released model; None: that of its scheduler, or its
+            authors' if the folder has none.
+        parts: folders of finetuned networks that replace a released model's own, by
+            name: "dit", "dit_low".
+        **fields: fields of `DiT` that a release doesn't set, such as `scan_layers`.
 
     Raises:
-        FileNotFoundError: there is no model, or a part is missing; says which.
-        ValueError: the folder holds another model, or damaged files; or what goes with
-            releases alone was given for a model of our own.
+        FileNotFoundError: the model or a part of it is missing; says which.
+        ValueError: the folder holds another model, or damaged files; or an argument
+            that needs a released model was given for one of our own.
     """
     if is_release(folder):
         mesh = make_mesh() if mesh is None else mesh
@@ -111,7 +111,10 @@ def _released(
 
 
 def _tell(release: Release, recipe: Mapping[str, Any], shift: float | None) -> None:
-    """Logs what of a scheduler isn't followed, or isn't what the authors advise."""
+    """Logs scheduler settings that aren't followed, or that the authors advise against.
+
+    The latter is a shift that differs from the authors' recommendation.
+    """
     for note in release.scheduler.notes:
         logging.warning("%s: %s", release.folder, note)
     advised = RECIPES.get(recipe.get("release", ""), recipe)["shift"]
@@ -131,7 +134,7 @@ def _networks(
     dtype: DTypeLike,
     fields: Mapping[str, Any],
 ) -> dict[str, Network]:
-    """The networks of a release, none of them read yet; see `load_release`."""
+    """Opens the networks of a release, without reading their parameters yet."""
     if unknown := set(parts) - set(release.parts):
         raise ValueError(f"{release.folder} has no {', '.join(unknown)} to replace.")
     fields = {"scan_layers": platform() != "cpu"} | dict(fields)
@@ -162,16 +165,17 @@ def with_adapters(
     files: Sequence[tuple[str | os.PathLike[str], float]],
     networks: Sequence[str] = EXPERTS,
 ) -> Bundle:
-    """The model with adapters from files, several together.
+    """A copy of a model with LoRA adapters from files added.
 
     Args:
-        model: adapters that it has already stay.
-        files: each with a factor of its strength.
-        networks: which experts they are for, "dit" and "dit_low".
+        model: the model; adapters that it already has stay.
+        files: pairs of an adapter file and a factor that multiplies its scale.
+        networks: the experts that get the adapters, of "dit" and "dit_low".
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the adapters are of another network; lists what doesn't fit.
+        ValueError: the adapters are of another network, and the message lists what
+            doesn't fit; or the model has no low-noise expert.
     """
     if not files:
         return model

@@ -1,7 +1,7 @@
-"""Folders of finished weights: safetensors, and the fields of their module.
+"""Saves and loads finished weights: a safetensors file, and the module's fields.
 
-They need nothing else to be read, and a digest of the weights tells whether a file is
-still what was written.
+Each folder is self-contained, and a digest in it tells whether the weights have changed
+since they were written.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from jvdit.machine.files import replacing
 from jvdit.machine.json_files import read_json, write_json
 
-_DIGEST = "digest"  # of weights, in the metadata of their file
+_DIGEST = "digest"  # key of the weights' digest in the metadata of their file
 PathLike = str | os.PathLike[str]
 
 
@@ -35,32 +35,32 @@ def module_fields(module: Any) -> dict[str, Any]:
 
 
 def json_field(name: str, value: Any) -> Any:
-    """A field of a module as a JSON value."""
+    """A module's field as a JSON value: dtypes by name, tuples as lists."""
     if name.endswith("dtype"):
         return jnp.dtype(value).name
     return list(value) if isinstance(value, tuple) else value
 
 
 def build(module: type, fields: dict[str, Any]) -> Any:
-    """A Linen module from its fields; lists (of JSON) become tuples."""
+    """Builds a Linen module from its fields; lists, as JSON has them, become tuples."""
     return module(
         **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     )
 
 
 def model_folder(folder: PathLike) -> pathlib.Path:
-    """The `model` folder of a workdir, or the folder itself."""
+    """The `model` folder of a workdir, or the folder itself if it has none."""
     folder = pathlib.Path(folder)
     return folder / "model" if (folder / "model").is_dir() else folder
 
 
 def save_weights(folder: PathLike, params: Any, config: Mapping[str, Any]) -> None:
-    """Writes `weights.safetensors` and `config.json`: a model that others can load.
+    """Writes `weights.safetensors` and `config.json`.
 
     Args:
-        folder: made if need be; files are replaced whole.
+        folder: created if needed; each file is replaced atomically.
         params: a nested dict of arrays.
-        config: what `load_weights` gives back beside them.
+        config: JSON values that `load_weights` returns beside them.
     """
     folder = pathlib.Path(folder)
     flat = flatten_dict(params, sep="/")
@@ -90,7 +90,7 @@ def load_weights(folder: PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def weights_files(folder: PathLike) -> tuple[pathlib.Path, pathlib.Path]:
-    """The files that `save_weights` wrote to a folder: weights and config.
+    """The paths of the weights and the config that `save_weights` wrote to a folder.
 
     Raises:
         FileNotFoundError: there is no model in the folder.
@@ -106,16 +106,16 @@ def weights_files(folder: PathLike) -> tuple[pathlib.Path, pathlib.Path]:
 
 
 def check_weights(file: pathlib.Path, params: Any, metadata: Mapping[str, str]) -> None:
-    """Makes sure that weights are those that `save_weights` wrote.
+    """Checks that weights haven't changed since `save_weights` wrote them.
 
     Args:
-        file: that they were read from.
-        params: what it holds.
-        metadata: of the file. Without a digest, as of a file that something else wrote
-            in the place of ours, there is nothing to compare.
+        file: the safetensors file, for the error message.
+        params: the weights read from it.
+        metadata: the file's metadata. Without a digest, as in a file written by another
+            program, nothing is compared.
 
     Raises:
-        ValueError: they aren't.
+        ValueError: the weights have changed.
     """
     if metadata.get(_DIGEST, held := weights_hash(params)) != held:
         raise ValueError(
@@ -126,10 +126,10 @@ def check_weights(file: pathlib.Path, params: Any, metadata: Mapping[str, str]) 
 
 
 def weights_hash(params: Any) -> str:
-    """A short digest of names, shapes and values: which weights these are.
+    """A digest of the names, shapes, dtypes and values of weights: 16 hex digits.
 
     Raises:
-        TypeError: a leaf isn't an array, whose address would make each run another.
+        TypeError: a leaf isn't an array; its digest would differ from run to run.
     """
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):

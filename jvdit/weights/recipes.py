@@ -1,6 +1,6 @@
-"""How each released model is sampled: what its authors recommend.
+"""Sampling settings that the authors of each released model recommend.
 
-From the configurations of github.com/Wan-Video/Wan2.1 and Wan2.2.
+They come from the configurations of github.com/Wan-Video/Wan2.1 and Wan2.2.
 """
 
 from collections.abc import Mapping
@@ -8,8 +8,8 @@ from typing import Any
 
 from jvdit.models.backbones import MODELS
 
-# What all of the releases turn away from, in Chinese: garish, overexposed, still,
-# blurred, subtitles, …
+# The negative prompt of all releases, in Chinese: garish, overexposed, static, blurred
+# details, subtitles, …
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，"
     "静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
@@ -20,7 +20,8 @@ NEGATIVE_PROMPT = (
 
 TIMESTEPS = 1000
 TEXT_LENGTH = 512
-# Of `TimestepPolicy`: Wan never asks for pure noise, so the first timestep is 999.
+# Fields of `TimestepPolicy`. Sampling starts just below t = 1, so that the first
+# timestep is 999, as in Wan.
 POLICY = {"shift_range": (1e-3, 1e3), "grid": (1 - 1e-6, 1 / TIMESTEPS)}
 
 _WAN = {
@@ -37,7 +38,7 @@ _WAN = {
 }
 _480P = {"height": 480, "width": 832}
 _VACE = _WAN | {"shift": 16.0}
-# By name, as in `dit.VARIANTS`. A 720p clip of wan2.1-i2v-14b wants a shift of 5.
+# By name, as in `dit.VARIANTS`. For 720p, wan2.1-i2v-14b needs a shift of 5.
 RECIPES: dict[str, dict[str, Any]] = {
     "wan2.1-t2v-1.3b": _WAN | _480P | {"shift": 8.0, "guidance_scale": 6.0},
     "wan2.1-t2v-14b": _WAN,
@@ -79,11 +80,11 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def name_of(fields: Mapping[str, Any], experts: bool) -> str | None:
-    """The release that a network is of, by its sizes; None: it is of none.
+    """Identifies the release of a network by its sizes; None if no release has them.
 
     Args:
-        fields: of `DiT`.
-        experts: whether there are two of them.
+        fields: the fields of its `DiT`.
+        experts: whether the model has two experts.
     """
     for name, row in MODELS["dit"].variants.items():
         two = name.startswith("wan2.2") and "a14b" in name

@@ -1,8 +1,8 @@
-"""What a released model is made of, and where each part of it is.
+"""Finds the parts of a released model in its folder.
 
-A folder is laid out as diffusers saves a pipeline (`model_index.json`, and a folder for
-each part), or as the original release: the DiT in the folder itself, or each expert in
-its own, beside files of the other networks.
+The layout is that of a diffusers pipeline (`model_index.json`, and a folder for each
+part), or that of the original release: the DiT in the folder itself, or each expert in
+a folder of its own, beside the files of the other networks.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from jvdit.weights.recipes import NEGATIVE_PROMPT, RECIPES, name_of
 from jvdit.weights.schedulers import Scheduler, SchedulerConfig, scheduler_of
 from jvdit.weights.tensors import PathLike
 
-# Names of the original release, of files to be turned to safetensors.
+# File names of the original release; the files must be converted to safetensors.
 _ORIGINAL = {
     "text_encoder": "models_t5*",
     "vae": "Wan2.?_VAE*",
@@ -30,7 +30,7 @@ _Part = tuple[str | None, str | None] | None  # library and class
 
 
 class _Pipeline(msgspec.Struct, frozen=True):
-    """A `model_index.json` of diffusers."""
+    """The fields that we use of diffusers' `model_index.json`."""
 
     kind: str | None = msgspec.field(name="_class_name", default=None)
     scheduler: _Part = None
@@ -41,23 +41,23 @@ class _Pipeline(msgspec.Struct, frozen=True):
 
 
 class _Original(msgspec.Struct, frozen=True):
-    """A `config.json` of the authors' own."""
+    """The field that we use of the `config.json` in an original release."""
 
     model_type: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Release:
-    """A released model.
+    """The parts of a released model.
 
     Attributes:
-        folder: of all of it.
-        parts: where each network is: "dit", "text_encoder", "vae", and where there are
-            such, "dit_low" (the expert for low noise) and "image_encoder".
-        tokenizer: the file of the tokenizer: sentencepiece's, or a `tokenizer.json`.
-        clean_frames: a given first frame is known as clean tokens (TI2V).
-        settings: what its own configuration says of sampling, see `recipe`.
-        scheduler: how it spaces times.
+        folder: the folder of the whole release.
+        parts: path of each network: "dit", "text_encoder", "vae", and if there are,
+            "dit_low" (the low-noise expert) and "image_encoder".
+        tokenizer: the tokenizer's file, a sentencepiece model or a `tokenizer.json`.
+        clean_frames: the network takes a first frame as clean tokens (TI2V).
+        settings: sampling settings from the folder's own configuration.
+        scheduler: the solver and timestep spacing of the folder's scheduler.
     """
 
     folder: pathlib.Path
@@ -68,13 +68,13 @@ class Release:
     scheduler: Scheduler = Scheduler()
 
     def recipe(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """How to sample from it: steps, shift, guidance, size, negative prompt, ….
+        """The sampling settings: steps, shift, guidance, size, negative prompt, ….
 
-        What the folder says itself (shift, solver, boundary) is taken from there, as
-        diffusers does, and all else from the authors' own advice where it is known.
+        Shift, solver and boundary come from the folder's own configuration, as in
+        diffusers; everything else from the authors' recommendations if they are known.
 
         Args:
-            fields: of its `DiT`.
+            fields: the fields of its `DiT`, by which the release is recognised.
         """
         name = name_of(fields, "dit_low" in self.parts)
         if name is None:
@@ -84,7 +84,7 @@ class Release:
 
 
 def is_release(folder: PathLike) -> bool:
-    """Whether a folder is laid out as a released model."""
+    """Whether a folder has the layout of a released model."""
     folder = pathlib.Path(folder)
     if (folder / "model_index.json").exists():
         return True
@@ -94,11 +94,11 @@ def is_release(folder: PathLike) -> bool:
 
 
 def read_release(folder: PathLike) -> Release:
-    """Finds the parts of a release.
+    """Finds the parts of a released model.
 
     Raises:
         FileNotFoundError: the folder or a part is missing; says which.
-        ValueError: the folder is of another family.
+        ValueError: the folder holds a model of another family.
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():

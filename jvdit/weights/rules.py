@@ -1,9 +1,9 @@
-"""Tables between another project's parameters and ours, read in both directions.
+"""Rule tables that map another project's tensors to our parameters, and back.
 
-A table is a list of rules. Each says under which name they keep a tensor, at which path
-our module does, and how the two layouts relate. `{i}` and `{j}` stand for numbers, on
-both sides the same. A table has to account for every tensor on either side: what one
-side has and the other lacks is an error that lists the names.
+Each rule gives the name of a released tensor ("theirs"), the path of our parameter
+("ours"), and how their layouts relate. `{i}` and `{j}` stand for numbers, the same on
+both sides. A table must account for every tensor on either side: whatever one side has
+and the other lacks is an error that lists the names.
 """
 
 import dataclasses
@@ -20,24 +20,24 @@ from jvdit.models.layers import STACKS
 
 Shape = tuple[int, ...]
 
-LISTED = 5  # names that a message lists before it only counts
+LISTED = 5  # most names that a message lists; it counts the rest
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Where one kind of tensor is, there and here.
+    """Maps one kind of released tensor to our parameter.
 
     Attributes:
-        theirs: name of the tensor, with {i} for the number of a layer.
-        ours: path of the parameter, joined by "/", with the same numbers; "": releases
-            hold the tensor, but nothing reads it.
-        layout: einops pattern from theirs to ours; "": they are equal.
-        sizes: of the axes that a pattern joins, in the other direction.
-        part: which of how many equal parts of an axis of theirs is ours, or of parts of
-            which sizes.
-        axis: that is parted.
+        theirs: name of the released tensor, with {i} for the number of a layer.
+        ours: path of our parameter, joined by "/", with the same numbers; "": releases
+            hold the tensor, but we don't use it.
+        layout: einops pattern from their layout to ours; "": the layouts are equal.
+        sizes: sizes of the axes that the pattern merges, to split them on the way back.
+        part: (index, count) if our parameter is one of several equal parts of their
+            tensor, or (index, sizes) if the parts are of these sizes.
+        axis: axis of their tensor along which the parts lie.
         tied: this is a second name of a tensor that another rule reads; it is read
-            only where the first name is absent.
+            only if the first name is absent.
     """
 
     theirs: str
@@ -49,7 +49,7 @@ class Rule:
     tied: bool = False
 
     def to_ours(self, tensor: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
-        """Their tensor in our layout: a view wherever that is possible."""
+        """Converts their tensor to our layout; a view of it wherever possible."""
         index, parts = self.part
         if isinstance(parts, tuple) and sum(parts) != tensor.shape[self.axis]:
             raise ValueError(f"{parts} are no parts of {tensor.shape[self.axis]}.")
@@ -61,14 +61,14 @@ class Rule:
         return einops.rearrange(tensor, self.layout, **self.sizes)
 
     def to_theirs(self, leaf: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
-        """Our parameter in their layout: the whole tensor, or its part."""
+        """Converts our parameter to their layout: the whole tensor, or one part."""
         if not self.layout:
             return leaf
         left, right = self.layout.split("->")
         return einops.rearrange(leaf, f"{right} -> {left}", **self.sizes)
 
     def shape_of(self, theirs: Shape) -> Shape:
-        """The shape of our parameter; ValueError if the pattern doesn't take theirs."""
+        """The shape of our parameter; ValueError if theirs doesn't fit the pattern."""
         blank = np.broadcast_to(np.int8(0), theirs)  # takes no memory
         try:
             return tuple(self.to_ours(blank).shape)
@@ -77,12 +77,12 @@ class Rule:
 
 
 class Piece(NamedTuple):
-    """What fills a parameter of ours, or one layer of a stacked one.
+    """A released tensor that fills one of our parameters, or one layer of a stack.
 
     Attributes:
-        name: of their tensor.
-        rule: how it is turned.
-        layer: which layer of a stack it is; None: the parameter is not stacked.
+        name: name of the released tensor.
+        rule: the rule that converts it.
+        layer: index of the layer in a stacked parameter; None: it isn't stacked.
     """
 
     name: str
@@ -92,11 +92,11 @@ class Piece(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-    """All of the pieces of each of our parameters, by its path.
+    """The released tensors that fill each of our parameters, by its path.
 
     Attributes:
-        pieces: in the order of the layers.
-        shapes: of the whole parameters.
+        pieces: the pieces of each parameter, in the order of the layers.
+        shapes: the shape of each whole parameter.
     """
 
     pieces: dict[str, list[Piece]]
@@ -109,14 +109,14 @@ def assign(
     ours: Mapping[str, Shape],
     what: str = "the checkpoint",
 ) -> Assignment:
-    """Finds for every parameter of ours what fills it.
+    """Finds the released tensors that fill each of our parameters.
 
     Args:
-        rules: the table; a name is read by the rules whose pattern it matches.
-        theirs: shape of each of their tensors.
-        ours: shape of each parameter, by path. Where layers of ours are stacked
+        rules: the rule table; each rule reads the tensors whose names match it.
+        theirs: shape of each released tensor, by name.
+        ours: shape of each of our parameters, by path. Where layers are stacked
             ("blocks/…", see `layers.stack_layers`), `block_{i}/…` of a rule is layer i.
-        what: names the checkpoint in messages.
+        what: name of the checkpoint in error messages.
 
     Raises:
         ValueError: a tensor has no place, a parameter no tensor, or two shapes differ;
@@ -130,7 +130,7 @@ def assign(
         name: [(m, r) for p, r in patterns if (m := p.fullmatch(name))]
         for name in theirs
     }
-    # Second names last, when it is known whether the first ones are there.
+    # Tied names come last, when it is known whether the first names are there.
     for name in sorted(theirs, key=lambda name: any(r.tied for _, r in known[name])):
         if not known[name]:
             unknown.append(name)
@@ -162,7 +162,7 @@ def assign(
 
 
 def _whole(pieces: Sequence[Piece], shape: Shape) -> bool:
-    """Whether each layer of a parameter is there once."""
+    """Whether the pieces fill each layer of a parameter exactly once."""
     layers = [piece.layer for piece in pieces]
     if None in layers or not layers:
         return layers == [None]
@@ -170,12 +170,12 @@ def _whole(pieces: Sequence[Piece], shape: Shape) -> bool:
 
 
 def names_of(rules: Iterable[Rule], path: str, layers: int) -> list[Piece]:
-    """What a parameter of ours becomes there: the inverse of `assign`.
+    """The released tensors that hold one of our parameters: the inverse of `assign`.
 
     Args:
-        rules: the table.
-        path: of the parameter.
-        layers: of a stacked parameter ("blocks/…"); 0: it is not stacked.
+        rules: the rule table.
+        path: path of our parameter.
+        layers: how many layers a stacked parameter ("blocks/…") has; 0: not stacked.
 
     Raises:
         ValueError: no rule has such a path.
@@ -198,7 +198,7 @@ def names_of(rules: Iterable[Rule], path: str, layers: int) -> list[Piece]:
 
 
 def places_of(rules: Iterable[Rule], name: str) -> list[tuple[str, Rule]]:
-    """The paths that a tensor of theirs fills, each with its rule; unstacked."""
+    """The paths that a released tensor fills, each with its rule; layers unstacked."""
     found = [(_regex(rule.theirs).fullmatch(name), rule) for rule in rules]
     return [
         (rule.ours.format(**match.groupdict()), rule)
@@ -210,7 +210,13 @@ def places_of(rules: Iterable[Rule], name: str) -> list[tuple[str, Rule]]:
 def modules(
     pairs: Mapping[str, str], layout: str = "o i -> i o", **sizes: int
 ) -> list[Rule]:
-    """Rules of layers with a weight matrix and perhaps a bias, by the layers' names."""
+    """Rules for layers with a weight matrix and an optional bias.
+
+    Args:
+        pairs: their name of each layer, and ours.
+        layout: einops pattern of the weight, from their layout to ours.
+        **sizes: sizes of the axes that the pattern merges.
+    """
     found = []
     for theirs, ours in pairs.items():
         found.append(Rule(f"{theirs}.weight", f"{ours}/kernel", layout, sizes))
@@ -219,7 +225,7 @@ def modules(
 
 
 def norms(pairs: Mapping[str, str]) -> list[Rule]:
-    """Rules of norms with a weight and perhaps a bias, by the norms' names."""
+    """Rules for norms with a weight and an optional bias, by their and our names."""
     found = []
     for theirs, ours in pairs.items():
         found.append(Rule(f"{theirs}.weight", f"{ours}/scale"))
@@ -229,7 +235,7 @@ def norms(pairs: Mapping[str, str]) -> list[Rule]:
 
 @functools.cache
 def _regex(pattern: str) -> re.Pattern[str]:
-    """The pattern of a name; a number that occurs twice must be the same."""
+    """Compiles the pattern of a name; a number that occurs twice must be the same."""
     seen: set[str] = set()
 
     def number(match: re.Match[str]) -> str:
@@ -253,7 +259,7 @@ def _regex(pattern: str) -> re.Pattern[str]:
 def _place(
     path: str, numbers: Mapping[str, str], stacked: set[str]
 ) -> tuple[str, int | None]:
-    """The path of a parameter, and which layer of a stack it is."""
+    """The path of a parameter, and the index of its layer if it is stacked."""
     first, _, rest = path.partition("/")
     stack = first.replace("_{i}", "s")
     if stack in STACKS and stack in stacked:

@@ -1,7 +1,7 @@
-"""How a released folder's scheduler samples, in our terms.
+"""Translates diffusers' schedulers to our solvers and timestep policies.
 
-Diffusers' classes differ in their solver, in how they space times before the shift, and
-in the timesteps that the network is shown: whole ones, or any.
+Diffusers' classes differ in their solver, in how they space timesteps before the shift,
+and in whether the network is given whole timesteps only.
 """
 
 import dataclasses
@@ -12,23 +12,23 @@ from msgspec import UNSET
 
 from jvdit.weights.recipes import POLICY, TIMESTEPS
 
-# Ours that do the same, and what the classes whose names begin or end otherwise are
-# nearest to, by a part of the name: the first match.
+# Classes whose solver we have; for others the nearest solver, by the first part of the
+# name that matches.
 _SAME = {
     "UniPCMultistepScheduler": "unipc",
     "FlowMatchEulerDiscreteScheduler": "euler",
     "DPMSolverMultistepScheduler": "dpmpp_2m",
 }
 _NEAREST = {"Heun": "heun", "FlowMatch": "euler", "DPM": "dpmpp_2m", "": "unipc"}
-# What `solver_type` says of ours.
+# The `solver_type` that our solvers implement.
 _SOLVER_TYPES = {"unipc": "bh2", "dpmpp_2m": "midpoint"}
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True):
-    """A `scheduler_config.json`. The defaults are what we do where it says nothing.
+    """A `scheduler_config.json`; the defaults are what our solvers do.
 
-    Without the first three it is another model; FlowMatch classes have no choice in the
-    first two.
+    With other values of the first three the model isn't one of Wan's. FlowMatch classes
+    don't have the first two.
     """
 
     prediction_type: Any = "flow_prediction"
@@ -63,12 +63,12 @@ _NEEDED, _FOLLOWED = [*_OURS][:3], [*_OURS][6:]
 
 @dataclasses.dataclass(frozen=True)
 class Scheduler:
-    """What a folder says of its solver and its times.
+    """The solver and timestep spacing of a released model.
 
     Attributes:
-        kind: its class in diffusers; "": the folder has none, and goes by its authors.
-        shift: of the times; None: it says none.
-        notes: a sentence for each thing that is asked for and that we do otherwise.
+        kind: the scheduler's class in diffusers; "": the folder has none.
+        shift: the scheduler's timestep shift; None: it has none.
+        notes: a sentence for each setting that isn't followed.
     """
 
     kind: str = ""
@@ -77,19 +77,19 @@ class Scheduler:
 
     @property
     def solver(self) -> str:
-        """The name of `SOLVERS` that is the same, or the nearest one."""
+        """The name in `SOLVERS` of the same solver, or of the nearest one."""
         return _solver(self.kind)
 
     @property
     def timesteps(self) -> int:
-        """Of `NoisePath`: of how many the network is shown one, or 0."""
+        """`NoisePath.timesteps`: how many discrete timesteps there are; 0: any t."""
         return 0 if _flow_match(self.kind) else TIMESTEPS
 
     def policy(self, shift: float) -> dict[str, Any]:
-        """Fields of `TimestepPolicy`, for times moved by this shift."""
+        """The fields of `TimestepPolicy` that space times as this scheduler does."""
         spacing: dict[str, Any] = {}
         if _flow_match(self.kind):
-            # It shifts the end of the spacing, and then all of it.
+            # It shifts the end of the spacing twice: by itself, then with the rest.
             end = shift / (TIMESTEPS + shift - 1)
             spacing = {"grid": (1.0, end), "reach_end": True}
         elif self.kind == "DPMSolverMultistepScheduler":
@@ -98,11 +98,11 @@ class Scheduler:
 
 
 def scheduler_of(kind: str, config: SchedulerConfig) -> Scheduler:
-    """What a `scheduler_config.json` means.
+    """Translates a `scheduler_config.json`.
 
     Args:
-        kind: class of the scheduler, or "" where it isn't known.
-        config: what the file holds.
+        kind: the scheduler's class in diffusers, or "" if it isn't known.
+        config: the contents of the file.
 
     Raises:
         ValueError: it is the scheduler of a model that isn't one of Wan's.

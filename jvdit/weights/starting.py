@@ -1,4 +1,4 @@
-"""Finished networks, of our own runs or released, to begin a training with."""
+"""Initial weights of a training, from another run or from a released model."""
 
 import hashlib
 import os
@@ -19,7 +19,7 @@ from jvdit.weights.parameters import check_weights, weights_files, weights_hash
 from jvdit.weights.release import is_release, read_release
 from jvdit.weights.tensors import TensorFiles
 
-_BEGINNING = 1 << 20  # bytes of a file: its header, and the first weights
+_BEGINNING = 1 << 20  # bytes that are hashed of a file: header and first weights
 
 
 def finished_parameters(
@@ -28,17 +28,17 @@ def finished_parameters(
     mesh: Mesh,
     expert: str = "dit",
 ) -> dict[str, Any]:
-    """Reads parameters of finished networks.
+    """Reads the parameters that a training starts from, sharded over the mesh.
 
     Args:
         folder: the `model` folder of another run, or a released model.
-        wanted: shapes of the parameters of each network. Those of a released model take
-            the types from here too.
-        mesh: on which they are divided.
-        expert: which of a released model's networks "dit" is; "both": itself.
+        wanted: shapes and dtypes of the parameters to read, by network.
+        mesh: the device mesh.
+        expert: the expert of a released model to read as "dit", "dit" or "dit_low";
+            "both": read each as itself.
 
     Raises:
-        FileNotFoundError: a network is missing there.
+        FileNotFoundError: a network is missing in the folder.
         ValueError: its parameters have other names or shapes.
     """
     if not is_release(folder):
@@ -75,7 +75,7 @@ def finished_parameters(
 def _own_parameters(
     folder: str | os.PathLike[str], wanted: Mapping[str, Any], mesh: Mesh
 ) -> dict[str, Any]:
-    """Parameters of another run, each device being given its part of the files."""
+    """Reads the parameters of another run; each device gets its shard of the files."""
     params = {}
     for name in wanted:
         file, _ = weights_files(pathlib.Path(folder) / name)
@@ -98,18 +98,18 @@ def _own_parameters(
 
 
 def _divided(value: np.ndarray, place: NamedSharding, like: Any) -> jax.Array:
-    """An array on the mesh, in the type that is wanted: a file may have fewer bits."""
+    """Shards an array over the mesh, in the wanted dtype; files may hold fewer bits."""
     return jax.make_array_from_callback(
         value.shape, place, lambda part: value[part].astype(like.dtype)
     )
 
 
 def fingerprint(folder: str | os.PathLike[str], expert: str = "dit") -> str:
-    """Tells finished networks from others, by the sizes and beginnings of their files.
+    """A quick digest of weights, from the sizes and first megabytes of their files.
 
     Args:
-        folder: see `finished_parameters`.
-        expert: which of a released model's parts; see `Release`.
+        folder: the `model` folder of another run, or a released model.
+        expert: the part of a released model, such as "dit" or "dit_low".
     """
     place = pathlib.Path(folder)
     if is_release(folder):
@@ -123,7 +123,10 @@ def fingerprint(folder: str | os.PathLike[str], expert: str = "dit") -> str:
 
 
 def model_hash(model: Bundle) -> str:
-    """A digest of all weights of a model: `weights_hash`, without reading releases."""
+    """A digest of all weights of a model, quick for those of a released model.
+
+    Networks read from a release count by the `fingerprint` of their files.
+    """
 
     def known(model: Bundle) -> dict[str, Any]:
         release = model.text_release

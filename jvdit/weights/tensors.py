@@ -1,7 +1,7 @@
-"""Tensors of safetensors files, mapped into memory: nothing is read before it is used.
+"""Memory-maps the tensors of safetensors files: nothing is read before it is used.
 
-A safetensors file is 8 bytes of header length (little endian), a JSON header that says
-of each tensor its type, shape and byte range, and the bytes
+A safetensors file is 8 bytes of header length (little endian), a JSON header with the
+dtype, shape and byte range of each tensor, and the bytes
 (github.com/huggingface/safetensors). That library reads and checks the header.
 """
 
@@ -41,7 +41,7 @@ _PICKLED = (".pth", ".pt", ".bin", ".ckpt")
 
 
 class _Index(msgspec.Struct, frozen=True):
-    """In which of several files each tensor is."""
+    """A `*.safetensors.index.json`: the file that holds each tensor."""
 
     weight_map: dict[str, str]
 
@@ -50,18 +50,18 @@ class TensorFiles(Mapping[str, np.ndarray]):
     """The tensors of one or more safetensors files, by name.
 
     Args:
-        path: a file, or a folder of files: those of its index if it has one
-            (`*.safetensors.index.json`), else all.
+        path: a file, or a folder: the files in its index
+            (`*.safetensors.index.json`), or all if it has none.
 
     Attributes:
-        path: as given.
-        metadata: texts that the headers hold beside the tensors.
+        path: the path as given.
+        metadata: metadata of the file headers.
 
     Raises:
-        FileNotFoundError: there is no such file or folder, or a file that the index
-            names is missing.
-        ValueError: a file is cut off or no safetensors file, or the folder holds
-            pickled weights alone.
+        FileNotFoundError: there is no such file or folder, or a file in the index is
+            missing.
+        ValueError: a file is truncated or no safetensors file, or the folder holds
+            only pickled weights.
     """
 
     def __init__(self, path: PathLike):
@@ -75,11 +75,11 @@ class TensorFiles(Mapping[str, np.ndarray]):
                 self._tensors[name] = tensor
 
     def __getitem__(self, name: str) -> Shaped[np.ndarray, "..."]:
-        """A read-only view of the file."""
+        """The tensor, as a read-only view of its file."""
         return self._tensors[name]
 
     def __iter__(self) -> Iterator[str]:
-        """Names, in the order of the files."""
+        """Iterates over the tensors' names, in the order of the files."""
         return iter(self._tensors)
 
     def __len__(self) -> int:
@@ -88,7 +88,7 @@ class TensorFiles(Mapping[str, np.ndarray]):
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of each tensor."""
+        """The shape of each tensor, by name."""
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def _open(self, file: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
@@ -104,7 +104,7 @@ class TensorFiles(Mapping[str, np.ndarray]):
             ) from None
         data = np.asarray(np.memmap(file, np.uint8, "r"))
         start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-        # They lie one behind the other, without gaps.
+        # Tensors follow one another without gaps.
         for name, (kind, shape) in zip(names, forms, strict=True):
             if kind not in DTYPES:
                 raise ValueError(f"{file}: tensor {name} has the unknown type {kind}.")
@@ -141,7 +141,7 @@ def _files(path: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _unpickle(path: pathlib.Path) -> str:
-    """Why a pickle is refused, and how to convert it where torch is installed."""
+    """The message that refuses a pickle and says how to convert it with torch."""
     new = path.with_suffix(".safetensors").name
     return (
         f"{path} is a pickle, which may run any code when it is read. Convert it where "
@@ -152,6 +152,6 @@ def _unpickle(path: pathlib.Path) -> str:
 
 
 def write_tensors(file: PathLike, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes a safetensors file, as PyTorch's are marked, whole or not at all."""
+    """Writes a safetensors file atomically, marked as PyTorch's (`format: pt`)."""
     with replacing(pathlib.Path(file)) as scratch:
         save_file(dict(tensors), scratch, metadata={"format": "pt"})

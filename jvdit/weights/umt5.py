@@ -1,7 +1,7 @@
-"""UMT5 and T5 v1.1 encoders: where their parameters are, there and here.
+"""Rule table of UMT5 and T5 v1.1 encoders: from released tensor names to parameters.
 
-The names are those of transformers, or those of Wan's original release, which keeps
-UMT5 in a class of its own.
+The names are those of transformers, or those of Wan's original release, which has its
+own class for UMT5.
 """
 
 from jvdit.weights.rules import Rule
@@ -10,7 +10,7 @@ LAYOUTS = ("transformers", "original")
 
 _ATTENTION = "encoder.block.{i}.layer.0.SelfAttention."
 _MLP = "encoder.block.{i}.layer.1."
-# transformers' name, the original one, ours.
+# transformers' name, the original name, and ours.
 _LINEAR = (
     (_ATTENTION + "q", "blocks.{i}.attn.q", "block_{i}/query"),
     (_ATTENTION + "k", "blocks.{i}.attn.k", "block_{i}/key"),
@@ -28,11 +28,12 @@ _BIAS = (_ATTENTION + "relative_attention_bias", "blocks.{i}.pos_embedding.embed
 
 
 def rules(layout: str = "transformers", shared_bias: bool = False) -> list[Rule]:
-    """The table, for names of one of `LAYOUTS`.
+    """The rule table of a text encoder.
 
     Args:
-        layout: whose names.
-        shared_bias: the first block alone holds relative positions, for all (T5).
+        layout: whose tensor names the table reads, one of `LAYOUTS`.
+        shared_bias: all blocks share the relative position bias of the first (T5);
+            False: each block has its own (UMT5).
     """
     which = LAYOUTS.index(layout)
     found = [

@@ -1,6 +1,6 @@
-"""Wan 2.1 and 2.2: where the parameters of its networks are, there and here.
+"""Rule table of the Wan 2.1 and 2.2 DiTs: from released tensor names to parameters.
 
-Each table reads the names of diffusers, and those of the original release
+The names are those of diffusers, or those of the original release
 (github.com/Wan-Video/Wan2.1, Wan2.2).
 """
 
@@ -8,7 +8,8 @@ from jvdit.weights.rules import Rule, modules, norms
 
 LAYOUTS = ("diffusers", "original")
 
-# Layers of a block and of the ends: diffusers' name, the original one, and ours.
+# Layers of a block, and those before and after the blocks: diffusers' name, the
+# original name, and ours.
 _BLOCK_LINEAR = (
     ("attn1.to_q", "self_attn.q", "self_attention/query"),
     ("attn1.to_k", "self_attn.k", "self_attention/key"),
@@ -21,7 +22,7 @@ _BLOCK_LINEAR = (
     ("ffn.net.0.proj", "ffn.0", "mlp/fc_in"),
     ("ffn.net.2", "ffn.2", "mlp/fc_out"),
 )
-# Keys and values of a picture (2.1 I2V), and what control blocks have besides (VACE).
+# Keys and values of an image (2.1 I2V), and the extra layer of control blocks (VACE).
 _IMAGE_LINEAR = (
     ("attn2.add_k_proj", "cross_attn.k_img", "cross_attention/image_key"),
     ("attn2.add_v_proj", "cross_attn.v_img", "cross_attention/image_value"),
@@ -76,12 +77,13 @@ _PATCH, _CELLS = "o c t h w -> (t h w c) o", {"t": 1, "h": 2, "w": 2}
 def dit_rules(
     layout: str = "diffusers", channels: tuple[int, int] | None = None
 ) -> list[Rule]:
-    """The table of the DiT with all of its branches.
+    """The rule table of a DiT with all of its branches (I2V, VACE).
 
     Args:
-        layout: whose names, one of `LAYOUTS`.
-        channels: of noise and of what is known, which an I2V network takes together;
-            None: it takes noise alone.
+        layout: whose tensor names the table reads, one of `LAYOUTS`.
+        channels: latent channels of the noisy input and of the conditioning input,
+            which an I2V network's patch embedding takes together; None: the network
+            takes the noisy input alone.
     """
     which = LAYOUTS.index(layout)
     linear = {names[which]: names[2] for names in _ENDS}
@@ -125,6 +127,6 @@ def dit_rules(
         ),
         Rule(_IMAGE_POSITIONS[which], "image_embed/table", "1 i c -> i c"),
     ]
-    # diffusers' I2V releases hold a norm that its code doesn't have.
+    # diffusers' I2V releases hold a norm that its code doesn't use.
     unread = Rule("blocks.{i}.attn2.norm_added_q.weight", "")
     return [*modules(linear), *norms(norm), *patches, *tables, unread]

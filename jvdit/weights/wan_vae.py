@@ -1,7 +1,7 @@
-"""Wan's video autoencoders, 2.1 and 2.2: where their parameters are, there and here.
+"""Rule table of the Wan 2.1 and 2.2 autoencoders: from released names to parameters.
 
-Their names number layers in ways that depend on the sizes, so a table is made for a
-module: `rules(vae)`.
+The released names number layers in ways that depend on the sizes, so the table is built
+for a module: `rules(vae)`.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ LAYOUTS = ("diffusers", "original")
 
 _VIDEO = "o i t h w -> t h w i o"
 _IMAGE = "o i h w -> h w i o"
-# Parts of a residual block: diffusers' name, the original one, ours.
+# Parts of a residual block: diffusers' name, the original name, and ours.
 _RES_NORM = (("norm1", "residual.0", "norm_1"), ("norm2", "residual.3", "norm_2"))
 _RES_CONV = (
     ("conv1", "residual.2", "conv_1"),
@@ -23,7 +23,12 @@ _RES_CONV = (
 
 
 def rules(vae: VideoVAE, layout: str = "diffusers") -> list[Rule]:
-    """The table of an autoencoder, for names of one of `LAYOUTS`."""
+    """The rule table of an autoencoder.
+
+    Args:
+        vae: the autoencoder.
+        layout: whose tensor names the table reads, one of `LAYOUTS`.
+    """
     which = LAYOUTS.index(layout)
     found = _conv(("quant_conv", "conv1")[which], "quant_conv")
     found += _conv(("post_quant_conv", "conv2")[which], "post_quant_conv")
@@ -54,7 +59,7 @@ def _middle(half: str, which: int) -> Iterator[tuple[str, str]]:
 
 
 def _down(vae: VideoVAE, which: int) -> Iterator[tuple[str, str, str]]:
-    """Kind, their name and ours of each layer of the encoder's stages."""
+    """Kind, their name and our name of each layer in the encoder's stages."""
     stages, blocks = len(vae.multipliers), vae.num_res_blocks
     base = ("encoder.down_blocks", "encoder.downsamples")[which]
     for stage in range(stages):
@@ -76,7 +81,10 @@ def _down(vae: VideoVAE, which: int) -> Iterator[tuple[str, str, str]]:
 
 
 def _up(vae: VideoVAE, which: int) -> Iterator[tuple[str, str, str]]:
-    """The same of the decoder's, which they count from the coarsest."""
+    """Kind, their name and our name of each layer in the decoder's stages.
+
+    They number the decoder's stages from the coarsest on.
+    """
     stages, blocks = len(vae.multipliers), vae.num_res_blocks + 1
     base = ("decoder.up_blocks", "decoder.upsamples")[which]
     for stage in range(stages):
@@ -102,7 +110,7 @@ def _conv(theirs: str, ours: str, layout: str = _VIDEO) -> list[Rule]:
 
 
 def _gamma(theirs: str, ours: str, ones: int) -> Rule:
-    """A norm's scale, which they keep with as many axes as it is applied to."""
+    """The rule of a norm's scale, which they store with trailing axes of size 1."""
     layout = f"c {' '.join('1' * ones)} -> c"
     return Rule(f"{theirs}.gamma", f"{ours}/scale", layout)
 

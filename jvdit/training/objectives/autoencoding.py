@@ -1,4 +1,4 @@
-"""Training the video autoencoder."""
+"""The training objective of the video autoencoder."""
 
 import dataclasses
 from typing import Any
@@ -14,11 +14,15 @@ from jvdit.training.step import Batch, Metrics
 def random_features(
     frames: Float[Array, "n H W 3"], channels: tuple[int, ...] = (16, 32, 64)
 ) -> list[Float[Array, "n h w c"]]:
-    """Features of a fixed random convolution stack at several scales.
+    """Features of a fixed, random convolutional network at several scales.
 
-    Random filters, normalised over channels, already tell blur and ringing from sharp
-    edges (arXiv:1801.03924 finds random networks above pixel distances), need no
-    weights to be downloaded and are the same everywhere: seeded by a constant.
+    Random filters already tell blur and ringing from sharp edges (arXiv:1801.03924
+    finds random networks better than pixel distances), need no download, and are the
+    same everywhere, because their seed is a constant.
+
+    Args:
+        frames: images with pixels in [-1, 1].
+        channels: width of each scale; every scale but the first halves the resolution.
     """
     features, x = [], frames
     for i, width in enumerate(channels):
@@ -41,17 +45,17 @@ def random_features(
 
 @dataclasses.dataclass(frozen=True)
 class VAEObjective:
-    """Trains a video autoencoder to give back its input through small latents.
+    """Trains a video autoencoder to reconstruct its input.
 
-    Per video: L1 + squared error + perceptual distance on seeded random features + KL
-    of the posterior to a unit normal (arXiv:1312.6114, App. B; mean over latents) + L1
-    of the difference between frames, which is what shows as flicker.
+    The loss of a video is L1 + squared error + perceptual distance on random features +
+    KL divergence of the posterior from a unit normal (arXiv:1312.6114, App. B; mean
+    over latents) + L1 of the differences between frames, which penalises flicker.
 
     Attributes:
         vae: the autoencoder.
-        mse, perceptual, kl, temporal: weights of the terms; the L1 has weight 1. The
-            squared error matters early, when L1 alone is content with the median of a
-            flat background; later the L1 outweighs it.
+        mse, perceptual, kl, temporal: weights of the terms; L1 has weight 1. The
+            squared error matters early, when L1 alone would settle for the median of a
+            flat background; later L1 outweighs it.
     """
 
     vae: VideoVAE
@@ -61,7 +65,7 @@ class VAEObjective:
     temporal: float = 0.5
 
     def init(self, key: PRNGKeyArray, batch: Batch) -> Any:
-        """Fresh parameters: {"vae"}."""
+        """Initialises the parameters: {"vae": ...}."""
         video = jnp.zeros((1, *batch["video"].shape[1:]))
         params: Any = self.vae.init(key, video)["params"]
         # A narrow posterior lets the decoder learn from the means first.
@@ -70,17 +74,17 @@ class VAEObjective:
         return {"vae": params}
 
     def prepare(self, batch: Batch, key: PRNGKeyArray) -> Batch:
-        """Draws a key for each video."""
+        """Draws a random key for each video."""
         return {**batch, "key": jax.random.split(key, len(batch["video"]))}
 
     def weight(self, batch: Batch) -> Float[Array, ""]:
-        """Videos that could be read."""
+        """How many videos of the batch could be read."""
         return batch["valid"].sum().astype(jnp.float32)
 
     def loss(
         self, params: Any, batch: Batch, *, ema: Any = None, step: Any = 0
     ) -> tuple[Float[Array, ""], Metrics]:
-        """Sum over videos of the loss, and its terms."""
+        """The sum over videos of the loss, of its terms, and of the PSNR in dB."""
         variables = {"params": params["vae"]}
         video = to_float(batch["video"])
         mean, logvar = self._encode(variables, video)
@@ -113,7 +117,7 @@ class VAEObjective:
         return self.vae.apply(variables, latents, method="decode")
 
     def reconstruct(self, params: Any, video: Array) -> Array:
-        """What the autoencoder makes of the posterior's mean: uint8 to uint8."""
+        """Encodes videos and decodes the posterior's mean; uint8 to uint8."""
         variables = {"params": params["vae"]}
         mean, _ = self._encode(variables, to_float(video))
         return to_uint8(self._decode(variables, mean))

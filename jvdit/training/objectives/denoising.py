@@ -1,6 +1,6 @@
-"""What can be trained: the loss of a backbone on packed latents.
+"""The denoising objective: the loss of a backbone on packed latents.
 
-The video autoencoder's is in `autoencoding.py`; both follow `step.Objective`.
+That of the video autoencoder is in `autoencoding.py`; both follow `step.Objective`.
 """
 
 import dataclasses
@@ -19,11 +19,18 @@ from jvdit.models.text_encoder import TextEncoder
 from jvdit.shapes import Text, Tokens
 from jvdit.training.step import Batch, Metrics
 
-BUCKETS = 5  # of noise levels, for the loss by noise level
+BUCKETS = 5  # equal intervals of t in [0, 1], each with its own loss metric
 
 
 def text_of(text_encoder: TextEncoder | None, params: Any, batch: Batch) -> Text:
-    """The text states of a packed batch: encoded here, or as they were cached."""
+    """The text states of a packed batch: from a trained encoder, or cached.
+
+    Args:
+        text_encoder: the encoder that is trained along; None: the batch holds cached
+            `text_embeds`.
+        params: parameters by network.
+        batch: a packed batch.
+    """
     if text_encoder is None:
         embeds = batch["text_embeds"]
     else:
@@ -36,12 +43,17 @@ def text_of(text_encoder: TextEncoder | None, params: Any, batch: Batch) -> Text
 
 
 def generated(batch: Batch) -> Bool[Array, "b n"]:
-    """Which tokens are to be generated: neither padding nor given."""
+    """Which tokens are generated, so neither padding nor given."""
     return batch["level"] > 0
 
 
 def with_given(batch: Batch, chosen: Bool[Array, "b m"]) -> Batch:
-    """The batch with what may be given of the chosen clips given, at level 0."""
+    """Gives the first frames of the chosen clips: puts their `givable` tokens at t = 0.
+
+    Args:
+        batch: a packed batch.
+        chosen: which clips of each row.
+    """
     chosen = jnp.pad(chosen, ((0, 0), (1, 0)))
     of_chosen = jnp.take_along_axis(chosen, batch["segment"], axis=1)
     level = jnp.where(batch["givable"] & of_chosen, 0, batch["level"])
@@ -49,7 +61,7 @@ def with_given(batch: Batch, chosen: Bool[Array, "b m"]) -> Batch:
 
 
 def clip_sizes(batch: Batch) -> Float[Array, "b m"]:
-    """How many tokens each clip of each row has; 0 for an empty place."""
+    """How many tokens each clip of each row has; 0 for an empty slot."""
     clips = batch["valid"].shape[1]
     member = jax.nn.one_hot(batch["segment"], clips + 1)
     return member.sum(1)[:, 1:]
@@ -57,27 +69,28 @@ def clip_sizes(batch: Batch) -> Float[Array, "b m"]:
 
 @dataclasses.dataclass(frozen=True)
 class FlowObjective:
-    """Trains a backbone, and a text encoder with it, to denoise packed latents.
+    """Trains a backbone, and optionally a text encoder, to denoise packed latents.
 
-    The squared error of the velocity (Eq. 14 of arXiv:2210.02747 for the flow path),
-    weighted so that it is the squared error of the path's target, averaged over
-    tokens. Each clip has its own time; what is given of it is clean, and no part of
-    the loss.
+    The loss is the squared error of the velocity (Eq. 14 of arXiv:2210.02747 for the
+    flow path), weighted to equal the squared error of the path's target, and averaged
+    over tokens. Each clip has its own timestep; given tokens are clean and have no
+    loss.
 
     Attributes:
-        dit: the network.
-        text_encoder: trained along; None: batches carry cached `text_embeds`.
-        path: from latents to noise.
-        policy: the times.
-        one_clip: see `Tokens.of`.
-        pad_text: tokens see all text states of their clip, padding included.
-        boundary: with two experts, "dit" above this time and "dit_low" below, the first
-            half of a batch's rows trains the one and the second half the other. 0:
-            there is one network.
-        first_frame: share of the clips of which is given what may be (`givable`): their
-            first latent frame, as `image` gives it in sampling.
-        lora: adapters of it that are trained in the place of all else, which is
-            frozen then.
+        dit: the backbone.
+        text_encoder: a text encoder that is trained along; None: batches hold cached
+            `text_embeds`.
+        path: the noise path, and what the network predicts on it.
+        policy: the distribution of training timesteps.
+        one_clip: every row is exactly one clip without padding, so no mask is needed.
+        pad_text: tokens attend to all text states of their clip, padding included, as
+            Wan's do.
+        boundary: with two experts, "dit" is trained at t above this and "dit_low"
+            below, on the first and the second half of a batch's rows. 0: one network.
+        first_frame: share of clips that are trained with their first latent frame
+            given, as `image` gives it in sampling; 0 to 1.
+        lora: LoRA adapters of `dit` to train; everything else is then frozen. None: the
+            networks themselves are trained.
     """
 
     dit: Backbone
@@ -91,9 +104,9 @@ class FlowObjective:
     lora: LoRA | None = None
 
     def init(self, key: PRNGKeyArray, batch: Batch) -> Any:
-        """Fresh parameters by network: "dit", perhaps "text_encoder" and "dit_low".
+        """Initialises the parameters by network: "dit", "text_encoder", "dit_low".
 
-        With adapters they are all: {"lora"}.
+        With LoRA, those of the adapters alone: {"lora": ...}.
         """
         keys = jax.random.split(key, 3)
         batch = {name: value[:1] for name, value in batch.items()}
@@ -116,15 +129,20 @@ class FlowObjective:
 
     @property
     def conditions(self) -> tuple[str, ...]:
-        """What the network learns to be given, rows of `CONDITIONS`."""
+        """The conditions that the network is trained with, names in `CONDITIONS`."""
         return ("first_frame",) if self.first_frame else ()
 
     def flops(self, tokens: int, text: int) -> int:
-        """Of a row in a step of training; see `Backbone.flops`."""
+        """FLOPs of one row in a training step, forward and backward.
+
+        Args:
+            tokens: tokens of a row.
+            text: text states of a row.
+        """
         return self.dit.flops(tokens, text, "adapters" if self.lora else "weights")
 
     def prepare(self, batch: Batch, key: PRNGKeyArray) -> Batch:
-        """Draws a time for each clip, what is given of it, and a key for each row."""
+        """Draws a timestep and given first frames for the clips, a key for each row."""
         time_key, row_key = jax.random.split(key)
         if self.first_frame:
             given_key, shape = jax.random.fold_in(key, 2), batch["valid"].shape
@@ -147,13 +165,13 @@ class FlowObjective:
         return {**batch, "t": t, "key": rows}
 
     def weight(self, batch: Batch) -> Float[Array, ""]:
-        """Tokens that are generated."""
+        """How many tokens of the batch are generated."""
         return generated(batch).sum().astype(jnp.float32)
 
     def loss(
         self, params: Any, batch: Batch, *, ema: Any = None, step: Any = 0
     ) -> tuple[Float[Array, ""], Metrics]:
-        """Sum over tokens of the squared error, and the loss by noise level."""
+        """The sum over tokens of the squared error; as metrics, by noise level."""
         x0, noise = jax.vmap(_draw)(batch["key"], batch["latents"], batch["logvar"])
         rng = jax.random.fold_in(batch["key"][0], 1)
         error, t = self.error(params, batch, x0, noise, batch["t"], rng)
@@ -175,9 +193,19 @@ class FlowObjective:
         t: Float[Array, "b m"],
         rng: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "b n"], Float[Array, "b n"]]:
-        """Squared error of each generated token (0 elsewhere), and the token's time.
+        """The squared error of each token at given timesteps and noise.
 
-        `rng` is for dropout; None: there is none.
+        Args:
+            params: parameters by network.
+            batch: a packed batch.
+            x0: clean latents.
+            noise: normal noise to mix them with.
+            t: timestep of each clip, 0 (data) to 1 (noise).
+            rng: key of the adapters' dropout; None: no dropout.
+
+        Returns:
+            The error, averaged over channels, 0 for tokens that aren't generated; and
+            the timestep of each token.
         """
         if not self.boundary:
             return self._error(params, "dit", batch, x0, noise, t, rng)
@@ -219,13 +247,15 @@ class FlowObjective:
     def validate(
         self, params: Any, batch: Batch, keys: Any, times: Float[Array, " times"]
     ) -> Float[Array, " times"]:
-        """Mean squared error at fixed times with fixed noise: comparable for ever.
+        """The mean squared error at fixed timesteps with fixed noise.
+
+        Nothing is drawn anew, so values are comparable over a run and between runs.
 
         Args:
-            params: for example the average.
+            params: parameters by network, for example the average.
             batch: a packed batch.
-            keys: one for each row.
-            times: at which to measure.
+            keys: a random key for each row.
+            times: timesteps to measure at, 0 (data) to 1 (noise).
         """
         x0, noise = jax.vmap(_draw)(keys, batch["latents"], batch["logvar"])
         weight = jnp.maximum(self.weight(batch), 1)
@@ -250,7 +280,7 @@ class FlowObjective:
 def _draw(
     key: PRNGKeyArray, mean: Float[Array, "n c"], logvar: Float[Array, "n c"]
 ) -> tuple[Float[Array, "n c"], Float[Array, "n c"]]:
-    """A latent from the autoencoder's posterior, and the noise to mix it with."""
+    """Draws latents from the autoencoder's posterior, and noise to mix them with."""
     latent_key, noise_key = jax.random.split(key)
     spread = jnp.exp(0.5 * logvar.astype(jnp.float32))
     latent = mean + spread * jax.random.normal(latent_key, mean.shape)
