@@ -65,7 +65,7 @@ def test_tables_are_split_at_line_feeds_and_known_in_capitals(tmp_path):
         assert [(i.key, i.caption) for i in list_items([tmp_path / name])] == rows
     (tmp_path / "d.mp4").touch()
     (tmp_path / "d.json").write_text("{")
-    with pytest.raises(ValueError, match="d.json is not valid json"):
+    with pytest.raises(ValueError, match="d.json is damaged"):
         list_items([tmp_path / "d.mp4"])
 
 
@@ -78,7 +78,10 @@ def test_inputs_that_are_none_say_so(tmp_path):
     with pytest.raises(ValueError, match="no column of paths.*caption.*name"):
         list_items([tmp_path / "a.csv"])
     (tmp_path / "a.json").write_text("{")
-    with pytest.raises(ValueError, match="not valid json"):
+    with pytest.raises(ValueError, match="a.json is damaged"):
+        list_items([tmp_path / "a.json"])
+    (tmp_path / "a.json").write_text('["a.mp4"]')
+    with pytest.raises(ValueError, match="a.json.*'a.mp4'.*object"):
         list_items([tmp_path / "a.json"])
     (tmp_path / "readme.md").write_text("hello")
     with pytest.raises(ValueError, match="neither"):

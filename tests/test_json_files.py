@@ -24,6 +24,9 @@ from jvdit.training.restoring import _names_in
 from jvdit.weights.adapters import _Alphas
 from jvdit.weights.configs import ImageConfig, TextConfig, VAEConfig, dit_fields
 from jvdit.weights.folders import _dit_config
+from jvdit.weights.model_folder import _Settings
+from jvdit.weights.network import load_network
+from jvdit.weights.parameters import save_weights
 from jvdit.weights.release import read_release
 from jvdit.weights.tensors import TensorFiles
 
@@ -76,6 +79,18 @@ RUN = {
 LINE = {
     **{"prompt": "a cat", "negative_prompt": "", "frames": 17, "height": 64, "fps": 8},
     **{"width": 64, "seed": 3, "image": "a.png", "mask": None, "references": ["b.png"]},
+}
+MODEL = {
+    **{"path": {"schedule": "flow", "target": "velocity", "timesteps": 0}},
+    **{"policy": {"shift": 3, "shift_range": [1, 12.0], "shift_tokens": None}},
+    **{"patch_size": [1, 2, 2], "text_length": 48, "defaults": {"frames": 9}},
+}
+OLDER = MODEL | {"conventions": {"clean_frames": True, "pad_text": False}}
+MODEL |= {"conditions": ["first_frame"], "seconds": False, "backbone": "dit"}
+NETWORK = {
+    **{"width": 32, "depth": 2, "num_heads": 2, "ffn_width": 64, "in_channels": 4},
+    **{"out_channels": 4, "text_width": 8, "rope_dims": None, "dtype": "float32"},
+    **{"position_scale": [4.0, 1, 1], "control_layers": [], "remat": "none"},
 }
 
 
@@ -151,6 +166,17 @@ def history(folder):
     return lambda: read_history(folder)
 
 
+def model(folder):
+    file = folder / "generator.json"
+    return lambda: read_json(file, "copy it anew", _Settings).fields
+
+
+def own_network(folder):
+    fields = json.loads((folder / "config.json").read_text())
+    save_weights(folder, {"a": np.zeros(3, np.float32)}, fields)
+    return lambda: load_network(folder, DiT)
+
+
 # By name: the file, what it holds, and what makes its reader.
 FILES = {
     "index of a pipeline": ("model_index.json", INDEX, release),
@@ -200,6 +226,9 @@ FILES = {
         lambda folder: lambda: str(_parsed((folder / ".lock").read_bytes())),
     ),
     "prompts": ("lines", LINE, prompts),
+    "model of ours": ("generator.json", MODEL, model),
+    "older model of ours": ("generator.json", OLDER, model),
+    "network of ours": ("config.json", NETWORK, own_network),
 }
 VALUES = [None, True, False, -1, 0, 1.5, "x", "", "\ud800", [], {}, [[1]], {"a": 1}]
 VALUES += [10**30, -(10**400), float("nan"), float("inf"), ["x"], [None, None], 10**9]

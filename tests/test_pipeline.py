@@ -8,15 +8,10 @@ import time
 import numpy as np
 import pytest
 
+from jvdit.data.builders import StalledError
 from jvdit.data.clips import BadClip
 from jvdit.data.patches import patchify, positions
-from jvdit.data.pipeline import (
-    BadDataError,
-    Batches,
-    ClipBatches,
-    PackedBatches,
-    StalledError,
-)
+from jvdit.data.pipeline import BadDataError, Batches, ClipBatches, PackedBatches
 from jvdit.data.plan import BucketPlan, PackPlan
 from jvdit.data.sources import ArraySource, WorldSource
 from jvdit.data.tokenizer import Tokenizer, train_tokenizer

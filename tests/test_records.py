@@ -233,6 +233,12 @@ def test_missing_unfinished_and_damaged_data_sets_say_so(dataset, tmp_path):
     shard.unlink()
     with pytest.raises(FileNotFoundError, match="00002-of"):
         RecordDataset(bad)
+    manifest = json.loads((bad / "manifest.json").read_text())
+    manifest["splits"]["train"][0]["records"] = "2"
+    for text in (json.dumps(manifest), json.dumps(manifest)[:-9]):
+        (bad / "manifest.json").write_text(text)
+        with pytest.raises(ValueError, match="manifest.json.*copy the data set again"):
+            RecordDataset(bad)
 
 
 def test_an_empty_split_says_so(tmp_path):
@@ -259,7 +265,7 @@ def test_a_damaged_record_costs_only_itself(dataset, tmp_path):
 def test_another_data_set_is_not_continued(dataset, tmp_path):
     path = tmp_path / "clips"
     write(path, settings={"fps": 8})
-    with pytest.raises(ValueError, match="fps 8 -> 9"):
+    with pytest.raises(ValueError, match="`settings.fps` is 8 there but 9 here"):
         write(path, settings={"fps": 9})
     fresh = write(path, settings={"fps": 9}, overwrite=True)
     assert RecordDataset(fresh.finish()).settings == {"fps": 9}

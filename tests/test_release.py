@@ -18,8 +18,12 @@ from jvdit.data.conditions import (
     control_signal,
     first_frame_channels,
 )
-from jvdit.data.tokenizer import Tokenizer, cleaned, train_tokenizer
-from jvdit.data.tokenizer_json import sentencepiece_of
+from jvdit.data.tokenizer import (
+    Tokenizer,
+    cleaned,
+    sentencepiece_of,
+    train_tokenizer,
+)
 from jvdit.generation.request import Request, size_like
 from jvdit.generation.residence import Residence, fits_together
 from jvdit.models.dit import VARIANTS

@@ -11,6 +11,7 @@ data set's report.md lists what was skipped, and why.
 
 import argparse
 import sys
+from dataclasses import fields
 
 from jvdit.data.ingest.clip_file import Recipe
 from jvdit.data.ingest.ingest import ingest
@@ -49,6 +50,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--size",
+        dest="sizes",
         type=size,
         nargs="+",
         default=recipe.sizes,
@@ -126,7 +128,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "(default: %(default)s)",
     )
     add("--overwrite", action="store_true", help="start over, deleting earlier output")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    args.sizes = tuple(args.sizes)
+    return args
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -134,17 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     try:
         recipe = Recipe(
-            frames=args.frames,
-            fps=args.fps,
-            sizes=tuple(args.size),
-            windows=args.windows,
-            audio_rate=args.audio_rate,
-            crf=args.crf,
-            preset=args.preset,
-            max_upsample=args.max_upsample,
-            max_repeat=args.max_repeat,
-            max_pixels=args.max_pixels,
-            require_caption=args.require_caption,
+            **{field.name: getattr(args, field.name) for field in fields(Recipe)}
         )
         report = ingest(
             args.inputs,

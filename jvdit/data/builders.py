@@ -82,15 +82,14 @@ class Builder:
 
     def slots(self, step: int) -> list[Slot]:
         """Returns the clips of a step, in order."""
-        rows = self.plan.rows(step, self.host, self.hosts)
-        return [s for row in rows for s in (row if isinstance(row, list) else [row])]
+        rows: Any = self.plan.rows(step, self.host, self.hosts)
+        return sum(rows, []) if isinstance(rows[0], list) else rows
 
     def read(self, step: int, slots: Sequence[Slot]) -> list[Clip | BadClip]:
         """Returns the clips of a step, those of one source being read together.
 
         Raises:
-            StalledError: a source takes longer than `timeout`. What hangs is a thread
-                that the process does not wait for when it ends.
+            StalledError: a source takes longer than `timeout`.
         """
         clips: list[Clip | BadClip] = [BadClip("not read")] * len(slots)
         for number, source in enumerate(self.sources):
@@ -98,37 +97,45 @@ class Builder:
             if not mine:
                 continue
             ids = [slots[i].clip for i in mine]
-            what = f"clips {few(ids)} of source {number} ({type(source).__name__})"
-            try:
-                read = call_within(self.timeout, source.read, ids)
-            except queue.Empty:
-                raise StalledError(
-                    f"Reading step {step}: {what} has taken {self.timeout:g} s and has "
-                    "not ended. Is its storage reachable? If it is only slow, raise "
-                    "`timeout`."
-                ) from None
-            except BaseException as error:
-                error.add_note(f"While reading step {step}: {what}.")
-                raise
+            what = f"{few(ids)} of source {number} ({type(source).__name__})"
+            what = f"Reading step {step}: clips {what}"
+            read = call_within(self.timeout, lambda what=what: what, source.read, ids)
             if len(read) != len(ids):
-                raise ValueError(f"{len(ids)} {what} were asked for, {len(read)} came.")
+                raise ValueError(f"{what}: {len(ids)} asked for, {len(read)} came.")
             for i, clip in zip(mine, read, strict=True):
                 clips[i] = clip
         return clips
 
 
-def call_within(timeout: float, function: Any, argument: Any) -> Any:
-    """Calls a function in a thread; raises queue.Empty if it takes too many seconds."""
+def call_within(timeout: float, what: Any, function: Any, argument: Any) -> Any:
+    """Calls a function in a thread, which the process does not wait for when it ends.
+
+    Args:
+        timeout: seconds that the call may take.
+        what: function that says what is done, for errors.
+        function: what is called.
+        argument: what it is called with.
+
+    Raises:
+        StalledError: the call takes longer.
+    """
     outcome: queue.SimpleQueue = queue.SimpleQueue()
 
     def call() -> None:
         try:
             outcome.put((function(argument), None))
         except BaseException as error:
+            error.add_note(what())
             outcome.put((None, error))
 
     threading.Thread(target=call, daemon=True).start()
-    result, error = outcome.get(timeout=timeout)
+    try:
+        result, error = outcome.get(timeout=timeout)
+    except queue.Empty:
+        raise StalledError(
+            f"{what()} has taken {timeout:g} s and has not ended. Is the storage "
+            "reachable, was a worker stopped? If it is only slow, raise `timeout`."
+        ) from None
     if error is not None:
         raise error
     return result

@@ -15,7 +15,7 @@
 import re
 from typing import Any
 
-from jvdit.data.clips import Source
+from jvdit.data.clips import SIZE, Source
 from jvdit.data.records import RecordDataset
 from jvdit.data.sources import LatentSource, RecordSource, TfdsSource, WorldSource
 from jvdit.data.world import World
@@ -58,8 +58,7 @@ def open_source(
     split = match[1] or "train"
     options: dict[str, Any] = {"audio_rate": 16000 if audio else 0}
     if match[2]:
-        sizes = zip(("frames", "height", "width"), match.groups()[1:4], strict=True)
-        options |= {axis: int(size) for axis, size in sizes}
+        options |= zip(SIZE, map(int, match.groups()[1:4]), strict=True)
         options |= {"fps": float(match[5]), "windows": "all"}
     tfds = path.startswith("tfds:")
     path = path.removeprefix("tfds:") if tfds else str(local_path(path))
@@ -72,8 +71,8 @@ def open_source(
             f"source {name!r} holds latents, whose size is what it is; only the first "
             f"frames can be taken: {path}#{split}:{match[2]}."
         )
-    text = {"max_text": max_text, "pad_text": pad_text}
-    return LatentSource(path, split, frames=match[6] and int(match[6]), **text)
+    frames = int(match[6]) if match[6] else None
+    return LatentSource(path, split, max_text, pad_text, frames)
 
 
 def _world(name: str, audio: bool) -> WorldSource:
@@ -83,13 +82,6 @@ def _world(name: str, audio: bool) -> WorldSource:
             f"source {name!r} must read world:SPLIT:FRAMESxHEIGHTxWIDTH@FPS:CLIPS; "
             "for example world:train:17x64x64@8:100000."
         )
-    split, frames, height, width, fps, count, seed = match.groups()
-    world = World(
-        split=split,
-        seed=int(seed or 0),
-        frames=int(frames),
-        height=int(height),
-        width=int(width),
-        fps=float(fps),
-    )
+    split, *sizes, fps, count, seed = match.groups()
+    world = World(split, int(seed or 0), *map(int, sizes), fps=float(fps))
     return WorldSource(world, int(count), audio=audio)

@@ -10,6 +10,9 @@ from jvdit.data.media.file import MediaError
 
 Clip = dict[str, Any]
 Ids = Sequence[int | np.integer] | np.ndarray
+SIZE = ("frames", "height", "width")
+_TYPES = dict.fromkeys(SIZE, np.int32)
+_TYPES |= {"fps": np.float64, "has_audio": np.bool_, "text_length": np.int32}
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,8 @@ class Source(Protocol):
         ...
 
 
-class OneByOne:
-    """A source that reads its clips one at a time, by `_read_one`."""
+class Indexed:
+    """A source that knows its index, and reads one clip at a time by `_read_one`."""
 
     index: dict[str, np.ndarray]
 
@@ -76,21 +79,17 @@ class OneByOne:
         raise LookupError(i)
 
 
-def make_index(
-    count: int, *, text_length: Any = 0, has_audio: Any = False, **columns: Any
-) -> dict[str, np.ndarray]:
+def make_index(count: int, **columns: Any) -> dict[str, np.ndarray]:
     """Returns the index of `count` clips; every column may be one value for all."""
-    types = {"frames": np.int32, "height": np.int32, "width": np.int32}
-    types |= {"fps": np.float64, "has_audio": np.bool_, "text_length": np.int32}
-    columns |= {"text_length": text_length, "has_audio": has_audio}
-    if columns.keys() != types.keys():
+    columns = {"has_audio": False, "text_length": 0} | columns
+    if columns.keys() != _TYPES.keys():
         raise ValueError(
-            f"An index has the columns {sorted(types)}, and these differ: "
-            f"{sorted(columns.keys() ^ types.keys())}."
+            f"An index has the columns {sorted(_TYPES)}, and these differ: "
+            f"{sorted(columns.keys() ^ _TYPES.keys())}."
         )
     if count < 1:
         raise ValueError(f"A source must hold clips, and this one holds {count}.")
     return {
         name: np.broadcast_to(np.asarray(columns[name], dtype), (count,)).copy()
-        for name, dtype in types.items()
+        for name, dtype in _TYPES.items()
     }

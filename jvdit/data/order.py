@@ -83,19 +83,17 @@ class Streams:
         seed: int,
     ):
         self._seed = seed
-        sources, kinds, counts, members = [], [], [], []
+        found, members = [], []
         for source, key in enumerate(keys):
             order = np.lexsort(key.T[::-1])
             edges = np.flatnonzero((np.diff(key[order], axis=0) != 0).any(axis=1)) + 1
             starts = np.concatenate([[0], edges])
-            sources.append(np.full(len(starts), source))
-            kinds.append(key[order[starts]])
-            counts.append(np.diff(np.append(starts, len(key))))
+            count = np.diff(np.append(starts, len(key)))
+            found.append((np.full(len(starts), source), key[order[starts]], count))
             members.append(order.astype(np.uint32 if len(key) < 2**32 else np.uint64))
-        self.source = np.concatenate(sources)
-        self.key = np.concatenate(kinds)
-        self.clips = np.concatenate(counts)
-        self.places = np.concatenate(_places(counts, weights))
+        columns = list(zip(*found, strict=True))
+        self.source, self.key, self.clips = map(np.concatenate, columns)
+        self.places = np.concatenate(_places(columns[2], weights))
         self._start = np.concatenate([[0], np.cumsum(self.clips)[:-1]])
         self._members = np.concatenate(members)
 
@@ -129,9 +127,7 @@ def _places(
     slowest = int(np.argmin(share / totals))
     wanted = np.round(share * (totals[slowest] / share[slowest])).astype(np.int64)
     wanted[slowest] = totals[slowest]
-    return [
-        _apportion(n, count) for n, count in zip(wanted.tolist(), counts, strict=True)
-    ]
+    return list(map(_apportion, wanted.tolist(), counts))
 
 
 def _apportion(total: int, shares: np.ndarray) -> np.ndarray:

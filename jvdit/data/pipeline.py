@@ -5,21 +5,13 @@ with threads or processes. Its state is one integer.
 """
 
 import os
-import queue
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
 import grain
 
-from jvdit.data.builders import (
-    Arrays,
-    ClipBatches,
-    PackedBatches,
-    StalledError,
-    call_within,
-    few,
-)
+from jvdit.data.builders import Arrays, ClipBatches, PackedBatches, call_within, few
 
 _MOST_PREFETCHED = 64  # batches
 _KEPT_REPORTS = 1000
@@ -125,16 +117,7 @@ class Batches:
         if self._batches is None:
             self._batches = self._iterate()
         try:
-            batch, bad = call_within(self._timeout, next, self._batches)
-        except queue.Empty:
-            self.close()
-            ids = [self._builder.clip_id(x) for x in self._builder.slots(self._step)]
-            raise StalledError(
-                f"The batch of step {self._step} has not arrived for "
-                f"{self._timeout:g} s, made of clips {few(ids)} by "
-                f"{self._workers or 'no'} worker processes. Was a worker stopped, or "
-                "is a clip that slow? Then raise `timeout`."
-            ) from None
+            batch, bad = call_within(self._timeout, self._awaited, next, self._batches)
         except BaseException:
             self.close()
             raise
@@ -150,6 +133,12 @@ class Batches:
             )
         self._step += 1
         return batch
+
+    def _awaited(self) -> str:
+        """Says what the next batch is made of."""
+        ids = [self._builder.clip_id(x) for x in self._builder.slots(self._step)]
+        workers = f"{self._workers or 'no'} worker processes"
+        return f"The batch of step {self._step} of clips {few(ids)}, made by {workers},"
 
     def close(self) -> None:
         """Ends threads and processes. Iterating again starts them again."""

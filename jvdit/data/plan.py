@@ -13,7 +13,7 @@ every place of every row draws from, and which element of the stream it draws.
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Int
@@ -30,6 +30,7 @@ from jvdit.data.packing import best_fit
 from jvdit.data.patches import Size, token_grid
 
 Index = Mapping[str, np.ndarray]
+AnyPlan = TypeVar("AnyPlan", bound="StepPlan")
 
 TEXT_MULTIPLE = 16  # captions take places in steps of it, so that sizes repeat
 _SMALLEST_BLOCK = 1 << 15  # places; the last rows of a packing are ill filled
@@ -47,11 +48,50 @@ class Slot(NamedTuple):
 
     source: int
     clip: int
-    tokens: int
-    text: int
+    tokens: int = 0
+    text: int = 0
 
 
-class PackPlan:
+class StepPlan:
+    """Which clips every step is made of, by what they have in common.
+
+    Args:
+        indexes: the index of each source.
+        keys: what tells the streams of each source apart, one row a clip.
+        weights, seed, fingerprints: as of `PackPlan`.
+        shape: what else the order depends on.
+
+    Attributes:
+        sizes: clips of each source.
+        clips_per_epoch: places of an epoch, all sources together.
+        steps_per_epoch: steps of an epoch; not an integer, as steps run across its end.
+        fingerprint: equal for plans that give equal clips at every step.
+    """
+
+    steps_per_epoch: float
+
+    def __init__(self, indexes, keys, weights, seed: int, fingerprints, *shape: Any):
+        self.seed = seed
+        self.sizes = [len(index["frames"]) for index in indexes]
+        self._streams = Streams(keys, weights, seed)
+        self.clips_per_epoch = int(self._streams.places.sum())
+        self.fingerprint = fingerprint(*shape, weights, seed, self.sizes, fingerprints)
+
+    @classmethod
+    def of(cls: type[AnyPlan], sources: Sequence[Any], **kwargs: Any) -> AnyPlan:
+        """Makes the plan of sources; the rest is as for the class."""
+        prints = [source.fingerprint for source in sources]
+        return cls([x.index for x in sources], fingerprints=prints, **kwargs)
+
+    def rows(self, step: int, host: int = 0, hosts: int = 1) -> list[Any]:
+        """Returns what a host reads of a step."""
+        raise NotImplementedError
+
+    def __getitem__(self, step: int) -> list[Any]:
+        return self.rows(step)
+
+
+class PackPlan(StepPlan):
     """Which clips sit in which row of every step, in rows of one token budget.
 
     An epoch is packed once, from sizes alone, and every epoch draws other clips into
@@ -79,9 +119,7 @@ class PackPlan:
 
     Attributes:
         rows_per_epoch: rows of an epoch; steps run across its end.
-        clips_per_epoch: places of an epoch, all sources together.
         padding: fraction of the tokens of an epoch that are padding.
-        fingerprint: equal for plans that give equal rows at every step.
 
     Raises:
         ValueError: a clip exceeds a budget, a size does not fit the patch, or a weight
@@ -103,8 +141,7 @@ class PackPlan:
     ):
         self.token_budget, self.text_budget = token_budget, text_budget
         self.max_clips, self.rows_per_step = max_clips, rows_per_step
-        self.patch_size, self.seed = patch_size, seed
-        self.sizes = [len(index["frames"]) for index in indexes]
+        self.patch_size = patch_size
         keys = []
         for source, index in enumerate(indexes):
             tokens = _token_counts(source, _clip_sizes(index), patch_size)
@@ -113,24 +150,15 @@ class PackPlan:
             _check_budget(source, "token_budget", token_budget, tokens)
             _check_budget(source, "text_budget", text_budget, text)
             keys.append(np.stack([tokens, text], axis=1))
-        self._streams = Streams(keys, weights, seed)
-        self._pack()
         shape = (patch_size, token_budget, text_budget, max_clips, rows_per_step)
-        self.fingerprint = fingerprint(
-            "pack", shape, weights, seed, self.sizes, fingerprints
-        )
-
-    @classmethod
-    def of(cls, sources: Sequence[Any], **kwargs: Any) -> "PackPlan":
-        """Makes the plan of sources; the rest is as for `PackPlan`."""
-        prints = [source.fingerprint for source in sources]
-        return cls([x.index for x in sources], fingerprints=prints, **kwargs)
+        super().__init__(indexes, keys, weights, seed, fingerprints, "pack", shape)
+        self._pack()
 
     def _pack(self) -> None:
         """Packs one block and what remains, and lays both out in arrays."""
         streams = self._streams
         places = streams.places
-        self.clips_per_epoch = total = int(places.sum())
+        total = self.clips_per_epoch
         # The fastest source should not begin a second pass within a block.
         blocks = math.ceil((places / streams.clips).max())
         # Places to pack: total / blocks + sizes * blocks / 2, least at the square root.
@@ -162,13 +190,9 @@ class PackPlan:
         self._block_start = np.arange(self._blocks + 1) * self._block_rows + (
             np.arange(self._blocks + 1) * self._rest_rows // self._blocks
         )
-        used = int((places * streams.key[:, 0]).sum())
+        used = int(places @ streams.key[:, 0])
         self.padding = 1 - used / (self.rows_per_epoch * self.token_budget)
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """Steps of an epoch; not an integer, as steps run across its end."""
-        return self.rows_per_epoch / self.rows_per_step
+        self.steps_per_epoch = self.rows_per_epoch / self.rows_per_step
 
     def rows(self, step: int, host: int = 0, hosts: int = 1) -> list[list[Slot]]:
         """Returns the rows of a step that a host reads: the clips in each.
@@ -190,14 +214,9 @@ class PackPlan:
         element = self._rank[place] + block * self._per_block[stream]
         element += epoch[which] * self._streams.places[stream]
         clip = self._streams.take(stream, element)
-        tokens, text = self._streams.key[stream].T
-        source = self._streams.source[stream]
-        slots = map(
-            Slot, source.tolist(), clip.tolist(), tokens.tolist(), text.tolist()
-        )
+        columns = self._streams.source[stream], clip, *self._streams.key[stream].T
+        slots = map(Slot, *(column.tolist() for column in columns))
         return [list(itertools.islice(slots, size)) for size in sizes.tolist()]
-
-    __getitem__ = rows
 
     def _templates(
         self, epoch: np.ndarray, row: np.ndarray
@@ -220,7 +239,7 @@ class PackPlan:
         return template, np.where(rest, self._blocks, block)
 
 
-class BucketPlan:
+class BucketPlan(StepPlan):
     """Which clips make up every step, all clips of a step being of one size.
 
     For models that take pixels, such as the video VAE. Every size has its own endless
@@ -242,7 +261,6 @@ class BucketPlan:
         cycle: steps after which the sequence of sizes repeats.
         distortion: largest relative error of the share of clips that a size gets, which
             comes of the cycle having whole steps.
-        fingerprint: equal for plans that give equal clips at every step.
 
     Raises:
         ValueError: a clip exceeds the budget, or not exactly one of `batch_size` and
@@ -262,33 +280,22 @@ class BucketPlan:
     ):
         if (batch_size is None) == (pixel_budget is None):
             raise ValueError("Give exactly one of `batch_size` and `pixel_budget`.")
-        self.seed = seed
-        self.sizes = [len(index["frames"]) for index in indexes]
-        self._streams = streams = Streams(map(_clip_sizes, indexes), weights, seed)
-        found, self._size_of = np.unique(streams.key, axis=0, return_inverse=True)
+        keys, shape = map(_clip_sizes, indexes), (batch_size, pixel_budget, multiple)
+        super().__init__(indexes, keys, weights, seed, fingerprints, "bucket", shape)
+        found, self._size_of = np.unique(self._streams.key, axis=0, return_inverse=True)
         self._sizes: list[Size] = [(f, h, w) for f, h, w in found.tolist()]
         self._batch = np.array(
             [_batch_size(s, batch_size, pixel_budget, multiple) for s in self._sizes]
         )
         self.batches = dict(zip(self._sizes, self._batch.tolist(), strict=True))
         self._schedule_sizes()
-        shape = (batch_size, pixel_budget, multiple)
-        self.fingerprint = fingerprint(
-            "bucket", shape, weights, seed, self.sizes, fingerprints
-        )
-
-    @classmethod
-    def of(cls, sources: Sequence[Any], **kwargs: Any) -> "BucketPlan":
-        """Makes the plan of sources; the rest is as for `BucketPlan`."""
-        prints = [source.fingerprint for source in sources]
-        return cls([x.index for x in sources], fingerprints=prints, **kwargs)
 
     def _schedule_sizes(self) -> None:
         """Gives every step of the cycle its size, and its rank among those."""
         places = np.bincount(self._size_of, self._streams.places).astype(np.int64)
         self._places = places
-        self.clips_per_epoch = int(places.sum())
         steps = turns = places / self._batch
+        self.steps_per_epoch = float(steps.sum())
         if (steps % 1 != 0).any() or steps.sum() > _LONGEST_CYCLE:
             # At least 50 steps of each size: shares to within 1 %.
             length = min(_LONGEST_CYCLE, math.ceil(50 / (steps / steps.sum()).min()))
@@ -302,11 +309,6 @@ class BucketPlan:
         self._rank = rank_by_kind(self._schedule)
         self.cycle = len(self._schedule)
 
-    @property
-    def steps_per_epoch(self) -> float:
-        """Steps in which every clip is seen once (without weights), on average."""
-        return float((self._places / self._batch).sum())
-
     def size(self, step: int) -> Size:
         """Returns the frames, height and width of all clips of a step."""
         return self._sizes[self._schedule[step % self.cycle]]
@@ -318,19 +320,16 @@ class BucketPlan:
         mine = host_share("batch", int(self._batch[size]), step, host, hosts)
         turn = cycle * self._turns[size] + self._rank[at]
         turn, place = np.divmod(turn * self._batch[size] + mine, self._places[size])
-        place = permute(
-            place, self._places[size], stable_hash(self.seed, 4, size, turn)
-        )
+        key = stable_hash(self.seed, 4, size, turn)
+        place = permute(place, self._places[size], key)
         streams = np.flatnonzero(self._size_of == size)
         ends = np.cumsum(self._streams.places[streams])
         which = np.searchsorted(ends, place, side="right")
         stream = streams[which]
         count = self._streams.places[stream]
         clip = self._streams.take(stream, place - ends[which] + count * (turn + 1))
-        source = self._streams.source[stream].tolist()
-        return [Slot(s, c, 0, 0) for s, c in zip(source, clip.tolist(), strict=True)]
-
-    __getitem__ = rows
+        source = self._streams.source[stream]
+        return list(map(Slot, source.tolist(), clip.tolist()))
 
 
 def _clip_sizes(index: Index) -> Int[np.ndarray, "k 3"]:
@@ -362,19 +361,18 @@ def _check_budget(source: int, name: str, budget: int, needs: np.ndarray) -> Non
 def _batch_size(
     size: Size, batch_size: int | None, pixel_budget: int | None, multiple: int
 ) -> int:
-    if pixel_budget is not None:
-        pixels = math.prod(size)
-        count = pixel_budget // pixels // multiple * multiple
-        if count == 0:
+    if pixel_budget is None:
+        count = batch_size or 0
+        if count < 1 or count % multiple:
             raise ValueError(
-                f"{multiple} clips of {size} have {multiple * pixels} pixels, which "
-                f"exceeds `pixel_budget` (={pixel_budget}); raise it."
+                f"`batch_size` (={count}) must be a positive multiple of `multiple` "
+                f"(={multiple}); try {max(multiple, count // multiple * multiple)}."
             )
         return count
-    count = batch_size or 0
-    if count < 1 or count % multiple:
-        raise ValueError(
-            f"`batch_size` (={count}) must be a positive multiple of `multiple` "
-            f"(={multiple}); try {max(multiple, count // multiple * multiple)}."
-        )
-    return count
+    pixels = math.prod(size)
+    if count := pixel_budget // pixels // multiple * multiple:
+        return count
+    raise ValueError(
+        f"{multiple} clips of {size} have {multiple * pixels} pixels, which "
+        f"exceeds `pixel_budget` (={pixel_budget}); raise it."
+    )

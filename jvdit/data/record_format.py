@@ -1,31 +1,32 @@
 """What a record data set is made of: its features, its places, its files."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
+import msgspec
 import numpy as np
 import tensorflow_datasets as tfds
 
 from jvdit.machine.files import local_path
+from jvdit.machine.json_files import read_json
 
 FORMAT = "jvdit-records-1"
+COPY_AGAIN = "copy the data set again"
 SCALARS = {"int64": np.int64, "float32": np.float32, "bool": np.bool_}
 
-CLIP_FEATURES: dict[str, str] = {
-    "key": "text",
-    "video": "bytes",  # an mp4 file: H.264, and AAC if has_audio
-    "caption": "text",
-    "meta": "text",  # JSON: where the clip came from and what was done to it
-    "frames": "int64",
-    "height": "int64",  # pixels
-    "width": "int64",  # pixels
-    "fps": "float32",
-    "has_audio": "bool",
-}
+
+def _features(first: dict[str, str], *counts: str) -> dict[str, str]:
+    """Adds what every data set has to its first features, and further counts."""
+    described = {"caption": "text", "meta": "text"}  # meta: JSON, how it was made
+    described |= dict.fromkeys(("frames", "height", "width", *counts), "int64")
+    return {"key": "text"} | first | described | {"fps": "float32", "has_audio": "bool"}
+
+
+# `video` is an mp4 file: H.264, and AAC if has_audio; height and width are pixels.
+CLIP_FEATURES = _features({"video": "bytes"})
 
 
 def latent_features(
@@ -43,19 +44,11 @@ def latent_features(
         and the scalars; `frames`, `height` and `width` count latents, `text_length` the
         text tokens (0 without `text_embeds`).
     """
-    features = {"key": "text", "mean": f"{dtype}[f h w c]"}
-    if logvar:
-        features["logvar"] = f"{dtype}[f h w c]"
+    names: list[str] = ["mean", "logvar"] if logvar else ["mean"]
+    tensors = dict.fromkeys(names, f"{dtype}[f h w c]")
     if text:
-        features["text_embeds"] = f"{dtype}[s e]"
-    scalars = dict.fromkeys(("frames", "height", "width", "text_length"), "int64")
-    return features | {
-        "caption": "text",
-        "meta": "text",
-        **scalars,
-        "fps": "float32",
-        "has_audio": "bool",
-    }
+        tensors["text_embeds"] = f"{dtype}[s e]"
+    return _features(tensors, "text_length")
 
 
 def tensor_spec(kind: str) -> tuple[np.dtype, int]:
@@ -64,26 +57,26 @@ def tensor_spec(kind: str) -> tuple[np.dtype, int]:
     if match is None:
         known = ["text", "bytes", *SCALARS, "<dtype>[axes], e.g. bfloat16[f h w c]"]
         raise ValueError(f"Unknown feature kind {kind!r}; known: {', '.join(known)}.")
-    dtype = getattr(ml_dtypes, match[1], match[1])
-    return np.dtype(dtype), len(match[2].split())
+    return np.dtype(getattr(ml_dtypes, match[1], match[1])), len(match[2].split())
 
 
 def tfds_features(features: Mapping[str, str]) -> tfds.features.FeaturesDict:
     """Translates a table of features into what TFDS calls by that name."""
-    out: dict[str, Any] = {}
-    for name, kind in features.items():
+
+    def feature(kind: str) -> Any:
         if kind == "text":
-            out[name] = tfds.features.Text()
-        elif kind == "bytes":
-            out[name] = tfds.features.Tensor(shape=(), dtype=np.object_)
-        elif kind in SCALARS:
-            out[name] = tfds.features.Scalar(SCALARS[kind])
-        else:
-            dtype, rank = tensor_spec(kind)
-            out[name] = tfds.features.Tensor(
-                shape=(None,) * rank, dtype=dtype.type, encoding="bytes"
-            )
-    return tfds.features.FeaturesDict(out)
+            return tfds.features.Text()
+        if kind == "bytes":
+            return tfds.features.Tensor(shape=(), dtype=np.object_)
+        if kind in SCALARS:
+            return tfds.features.Scalar(SCALARS[kind])
+        dtype, rank = tensor_spec(kind)
+        shape = (None,) * rank
+        return tfds.features.Tensor(shape=shape, dtype=dtype.type, encoding="bytes")
+
+    return tfds.features.FeaturesDict(
+        {n: feature(kind) for n, kind in features.items()}
+    )
 
 
 def is_version(name: str) -> bool:
@@ -101,33 +94,62 @@ def dataset_directory(path: str | Path) -> Path:
     if is_version(root.name) or (root / "manifest.json").exists():
         return root
     versions = [d.name for d in root.glob("*.*.*") if is_version(d.name)]
-    newest = max(versions, key=lambda v: [int(x) for x in v.split(".")], default=None)
-    return root / (newest or "1.0.0")
+    return root / max(
+        versions, key=lambda v: [int(x) for x in v.split(".")], default="1.0.0"
+    )
 
 
-def difference(old: Any, new: Any) -> str:
-    """Says in a few words where two JSON values differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [k for k in old | new if old.get(k) != new.get(k)]
-        return ", ".join(f"{k} {old.get(k)!r} -> {new.get(k)!r}" for k in keys[:4])
-    return f"{old!r} -> {new!r}"
+class Shard(msgspec.Struct, omit_defaults=True):
+    """A shard of records that is complete.
+
+    Attributes:
+        file: its name.
+        file_bytes, bytes: length of the file, and of all of its records.
+        records: number of records.
+        digest: hash of the records.
+        rows: their rows of the index; only until the data set is finished.
+    """
+
+    file: str
+    file_bytes: int
+    records: int
+    bytes: int
+    digest: str
+    rows: list[dict[str, Any]] = []
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+class MadeOf(msgspec.Struct):
+    """What a data set was begun with; see `RecordWriter`."""
+
+    features: dict[str, str]
+    shards: dict[str, int]
+    settings: dict[str, Any]
+
+
+class Manifest(msgspec.Struct):
+    """What a finished data set holds: its shards by split."""
+
+    format: str
+    name: str
+    plan: MadeOf
+    splits: dict[str, list[Shard]]
+
+
+def read_manifest(path: Path) -> Manifest:
     """Returns a data set's manifest, or says why there is none."""
     file = path / "manifest.json"
-    if not file.exists():
-        if (path / "_work").exists():
-            done = len(list(path.glob("[!.]*.array_record-*")))
-            raise ValueError(
-                f"{path} is an unfinished data set ({done} shards done); run the "
-                "command that began it again to finish it."
-            )
-        what = "no data set" if path.exists() else "no such directory"
-        raise FileNotFoundError(f"{path}: {what} (manifest.json is missing).")
-    manifest = json.loads(file.read_text())
-    if manifest.get("format") != FORMAT:
+    if file.exists():
+        manifest = read_json(file, COPY_AGAIN, Manifest)
+        if manifest.format == FORMAT:
+            return manifest
         raise ValueError(
-            f"{file} is of format {manifest.get('format')!r}; this reads {FORMAT!r}."
+            f"{file} is of format {manifest.format!r}; this reads {FORMAT!r}."
         )
-    return manifest
+    if (path / "_work").exists():
+        done = len(list(path.glob("[!.]*.array_record-*")))
+        raise ValueError(
+            f"{path} is an unfinished data set ({done} shards done); run the "
+            "command that began it again to finish it."
+        )
+    what = "no data set" if path.exists() else "no such directory"
+    raise FileNotFoundError(f"{path}: {what} (manifest.json is missing).")

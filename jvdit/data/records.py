@@ -15,6 +15,7 @@ manifest is written last: a directory without one is unfinished and will not ope
 import collections
 import contextlib
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -22,6 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,22 +36,22 @@ from etils import epath
 from tensorflow_datasets.core import example_serializer
 
 from jvdit.data.record_format import (
+    COPY_AGAIN,
     FORMAT,
     SCALARS,
+    MadeOf,
+    Manifest,
+    Shard,
     dataset_directory,
-    difference,
     is_version,
     read_manifest,
     tensor_spec,
     tfds_features,
 )
-from jvdit.machine.files import (
-    locked,
-    replacing,
-    sweep_temporary,
-    write_atomically,
-)
+from jvdit.machine.files import locked, replacing, sweep_temporary, write_atomically
+from jvdit.machine.json_files import differences, read_json
 
+_REMAKE = "remove the data set and make it again"
 _OPTIONS = "group_size:1,uncompressed"  # larger groups make random reads slow
 MAX_RECORD_BYTES = 2**31 - 2**20  # protobuf refuses a message of 2 GiB
 
@@ -99,52 +101,39 @@ class RecordWriter:
         self._tfds = tfds_features(self.features)
         specs: Any = self._tfds.get_serialized_info()
         self._serializer = example_serializer.ExampleSerializer(specs)
-        plan = {"features": self.features, "shards": self.shards}
-        plan |= {"settings": dict(settings or {})}
-        self.plan = json.loads(json.dumps(plan))  # as it will be read back
-        if overwrite:
-            self._remove()
-        self._open_plan()
-
-    def _remove(self) -> None:
-        """Removes a data set of ours, and refuses to remove anything else."""
-        if not self.path.exists():
-            return
-        ours = self.finished or self.work.exists()
-        if not ours and any(self.path.iterdir()):
-            raise ValueError(
-                f"{self.path} holds no data set of this format; it is not overwritten."
-            )
-        with self.alone() if self.work.exists() else contextlib.nullcontext():
-            shutil.rmtree(self.path)
+        as_read_back = json.loads(json.dumps(dict(settings or {})))
+        self.plan = MadeOf(self.features, self.shards, as_read_back)
+        self._begin(overwrite)
 
     def alone(self) -> contextlib.AbstractContextManager[None]:
         """Keeps other processes from writing the same data set; see `locked`."""
         return locked(self.work / "lock", f"working on {self.path}")
 
-    def _open_plan(self) -> None:
+    def _begin(self, overwrite: bool) -> None:
         """Starts the data set, or checks that the one that is there is this one."""
         manifest, plan = self.path / "manifest.json", self.work / "plan.json"
+        if overwrite and (self.finished or self.work.exists()):
+            with self.alone() if self.work.exists() else contextlib.nullcontext():
+                shutil.rmtree(self.path)
         if manifest.exists():
-            found = json.loads(manifest.read_text())["plan"]
+            found = read_json(manifest, COPY_AGAIN, Manifest).plan
         elif plan.exists():
-            found = json.loads(plan.read_text())
+            found = read_json(plan, _REMAKE, MadeOf)
         elif self.path.exists() and any(
-            x.name != "_work" and not x.name.startswith(".")
-            for x in self.path.iterdir()
+            x != self.work and not x.name.startswith(".") for x in self.path.iterdir()
         ):
-            raise ValueError(f"{self.path} is not empty and holds no data set.")
+            raise ValueError(
+                f"{self.path} is not empty and holds no data set; name another one."
+            )
         else:
-            write_atomically(plan, json.dumps(self.plan, indent=1).encode())
+            write_atomically(plan, _json(self.plan, indent=1))
             return
         if found != self.plan:
-            differing = [k for k in self.plan if found.get(k) != self.plan[k]]
-            detail = "; ".join(
-                f"{k}: {difference(found.get(k), self.plan[k])}" for k in differing
-            )
+            both = map(msgspec.to_builtins, (found, self.plan))
             raise ValueError(
-                f"{self.path} holds a data set made differently ({detail}); name "
-                "another directory, or allow overwriting it."
+                f"{self.path} holds a data set made differently: "
+                f"{'; '.join(differences(*both)[:4])}. Name another directory, or "
+                "allow overwriting it."
             )
         if manifest.exists():  # finished, and perhaps killed while tidying up
             shutil.rmtree(self.work, ignore_errors=True)
@@ -183,7 +172,7 @@ class RecordWriter:
         """
         file, state = self._files(split, shard)
         if self.is_done(split, shard):
-            return 0 if self.finished else json.loads(state.read_text())["records"]
+            return 0 if self.finished else read_json(state, _REMAKE, Shard).records
         rows, size, digest = [], 0, hashlib.blake2b(digest_size=16)
         with (
             replacing(file) as temporary,
@@ -195,15 +184,9 @@ class RecordWriter:
                 digest.update(len(record).to_bytes(8, "little") + record)
                 size += len(record)
                 rows.append(self._index_row(example))
-        done = {
-            "file": file.name,
-            "file_bytes": file.stat().st_size,
-            "records": len(rows),
-            "bytes": size,
-            "digest": digest.hexdigest(),
-            "rows": rows,
-        }
-        write_atomically(state, json.dumps(done).encode())
+        length, hashed = file.stat().st_size, digest.hexdigest()
+        done = Shard(file.name, length, len(rows), size, hashed, rows)
+        write_atomically(state, _json(done))
         return len(rows)
 
     def serialize(self, example: Mapping[str, Any]) -> bytes:
@@ -249,62 +232,66 @@ class RecordWriter:
         """
         if self.finished:
             return self.path
-        splits: dict[str, list[dict]] = {}
-        missing = []
-        for split, count in self.shards.items():
-            states = [self._files(split, i)[1] for i in range(count)]
-            missing += [s.stem for s in states if not s.exists()]
-            splits[split] = [json.loads(s.read_text()) for s in states if s.exists()]
+        files = {
+            split: [self._files(split, shard)[1] for shard in range(count)]
+            for split, count in self.shards.items()
+        }
+        missing = [
+            f.stem for states in files.values() for f in states if not f.exists()
+        ]
         if missing:
             raise ValueError(f"Unfinished shards of {self.path}: {missing[:8]}.")
-        self._write_index(splits)
-        self._write_tfds(splits)
-        manifest = {"format": FORMAT, "name": self.name, "plan": self.plan}
-        manifest["splits"] = {
-            split: [{k: v for k, v in s.items() if k != "rows"} for s in states]
-            for split, states in splits.items()
+        splits = {
+            split: [read_json(file, _REMAKE, Shard) for file in states]
+            for split, states in files.items()
         }
+        self._write_index(splits)
+        for shard in itertools.chain(*splits.values()):
+            shard.rows = []
+        self._write_tfds(splits)
         for stale in self.path.glob(".tmp@*"):
             stale.unlink(missing_ok=True)
-        data = json.dumps(manifest, indent=1).encode()
-        write_atomically(self.path / "manifest.json", data)
+        manifest = Manifest(FORMAT, self.name, self.plan, splits)
+        write_atomically(self.path / "manifest.json", _json(manifest, indent=1))
         shutil.rmtree(self.work)
         return self.path
 
-    def _write_index(self, splits: Mapping[str, list[dict]]) -> None:
+    def _write_index(self, splits: Mapping[str, list[Shard]]) -> None:
         rows = [
             {"split": split, "shard": shard, "record": record} | row
-            for split, states in splits.items()
-            for shard, state in enumerate(states)
-            for record, row in enumerate(state["rows"])
+            for split, shards in splits.items()
+            for shard, state in enumerate(shards)
+            for record, row in enumerate(state.rows)
         ]
         for key, count in collections.Counter(r["key"] for r in rows).most_common(1):
             if count > 1:
                 raise ValueError(f"Keys must be unique; {key!r} is not.")
-        types = {"split": pa.string(), "shard": pa.int64(), "record": pa.int64()}
-        types["key"] = pa.string()
-        for name, dtype in self._scalars.items():
-            types[name] = pa.from_numpy_dtype(dtype)
+        types = {"split": str, "shard": np.int64, "record": np.int64, "key": str}
+        types |= self._scalars
         if "caption" in self.features:
-            types["caption_length"] = pa.int64()
-        table = pa.Table.from_pylist(rows, schema=pa.schema(list(types.items())))
+            types["caption_length"] = np.int64
+        fields = [
+            (name, pa.string() if kind is str else pa.from_numpy_dtype(kind))
+            for name, kind in types.items()
+        ]
+        table = pa.Table.from_pylist(rows, schema=pa.schema(fields))
         with replacing(self.path / "index.parquet") as temporary:
             pq.write_table(table, temporary)
 
-    def _write_tfds(self, splits: Mapping[str, list[dict]]) -> None:
+    def _write_tfds(self, splits: Mapping[str, list[Shard]]) -> None:
         template = tfds.core.ShardedFileTemplate(
-            data_dir=epath.Path(self.path),
+            epath.Path(self.path),
             dataset_name=self.name,
             filetype_suffix="array_record",
         )
         infos = [
             tfds.core.SplitInfo(
                 name=split,
-                shard_lengths=[s["records"] for s in states],
-                num_bytes=sum(s["bytes"] for s in states),
+                shard_lengths=[shard.records for shard in shards],
+                num_bytes=sum(shard.bytes for shard in shards),
                 filename_template=template,
             )
-            for split, states in splits.items()
+            for split, shards in splits.items()
         ]
         tfds.folder_dataset.write_metadata(
             data_dir=str(self.path),
@@ -314,6 +301,10 @@ class RecordWriter:
             description="Written by jvdit; see manifest.json.",
             check_data=False,
         )
+
+
+def _json(value: msgspec.Struct, indent: int | None = None) -> bytes:
+    return json.dumps(msgspec.to_builtins(value), indent=indent).encode()
 
 
 class RecordDataset:
@@ -340,31 +331,25 @@ class RecordDataset:
         self.path = dataset_directory(path)
         self.split = split
         manifest = read_manifest(self.path)
-        shards = manifest["splits"].get(split)
-        if shards is None:
-            known = ", ".join(manifest["splits"])
+        if (shards := manifest.splits.get(split)) is None:
+            known = ", ".join(manifest.splits)
             raise ValueError(f"{self.path} has no split {split!r}; it has: {known}.")
         for shard in shards:
-            file = self.path / shard["file"]
+            file = self.path / shard.file
             if not file.exists():
-                raise FileNotFoundError(
-                    f"{file} is missing; copy the data set again or rebuild it."
-                )
-            if file.stat().st_size != shard["file_bytes"]:
+                raise FileNotFoundError(f"{file} is missing; {COPY_AGAIN}.")
+            if (size := file.stat().st_size) != shard.file_bytes:
                 raise ValueError(
-                    f"{file} has {file.stat().st_size} bytes instead of "
-                    f"{shard['file_bytes']}; copy it again."
+                    f"{file} has {size} bytes, not {shard.file_bytes}; copy it again."
                 )
-        self.features: dict[str, str] = manifest["plan"]["features"]
-        self.settings: dict[str, Any] = manifest["plan"]["settings"]
+        self.features, self.settings = manifest.plan.features, manifest.plan.settings
         self._tfds = tfds_features(self.features)
-        identity = [sorted(self.features.items()), [s["digest"] for s in shards]]
-        self.fingerprint = hashlib.blake2b(
-            json.dumps(identity).encode(), digest_size=16
-        ).hexdigest()
-        self.index = self._read_index(sum(s["records"] for s in shards))
+        identity = [sorted(self.features.items()), [s.digest for s in shards]]
+        identity = json.dumps(identity).encode()
+        self.fingerprint = hashlib.blake2b(identity, digest_size=16).hexdigest()
+        self.index = self._read_index(sum(s.records for s in shards))
         self._records = array_record_data_source.ArrayRecordDataSource(
-            [str(self.path / s["file"]) for s in shards if s["records"]]
+            [str(self.path / s.file) for s in shards if s.records]
         )
 
     def _read_index(self, count: int) -> dict[str, np.ndarray]:
@@ -372,17 +357,17 @@ class RecordDataset:
             raise ValueError(f"Split {self.split!r} of {self.path} holds no record.")
         file = self.path / "index.parquet"
         if not file.exists():
-            raise FileNotFoundError(f"{file} is missing; copy the data set again.")
+            raise FileNotFoundError(f"{file} is missing; {COPY_AGAIN}.")
         table = pq.read_table(file, filters=[("split", "==", self.split)])
         if table.num_rows != count:
             raise ValueError(
                 f"{file} has {table.num_rows} rows of {self.split!r} and the shards "
-                f"{count} records; copy the data set again."
+                f"{count} records; {COPY_AGAIN}."
             )
+        table = table.drop_columns(["split", "shard", "record"])
         return {
-            name: table[name].to_numpy(zero_copy_only=False)
-            for name in table.column_names
-            if name not in ("split", "shard", "record")
+            name: column.to_numpy()
+            for name, column in zip(table.column_names, table.columns, strict=True)
         }
 
     def __len__(self) -> int:
@@ -390,15 +375,13 @@ class RecordDataset:
 
     def __getitem__(self, record: int) -> dict[str, Any]:
         """Returns one example: str, bytes, numbers, arrays by feature name."""
-        count = len(self)
-        if not 0 <= record < count:  # IndexError, so that iteration ends
-            raise IndexError(f"Record {record} of a data set of {count}.")
-        record_bytes = self._records[int(record)]
-        example: Any = self._tfds.deserialize_example_np(record_bytes)
-        for name, kind in self.features.items():
-            if kind == "text":
-                example[name] = example[name].decode()
-        return example
+        if not 0 <= record < len(self):  # IndexError, so that iteration ends
+            raise IndexError(f"Record {record} of a data set of {len(self)}.")
+        example: Any = self._tfds.deserialize_example_np(self._records[int(record)])
+        return {
+            name: value.decode() if self.features[name] == "text" else value
+            for name, value in example.items()
+        }
 
     def read(self, records: Sequence[int]) -> list[dict[str, Any]]:
         """Returns several examples, in the order asked for."""

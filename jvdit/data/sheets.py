@@ -69,12 +69,9 @@ def _frames(video: UInt8[np.ndarray, "T H W 3"], columns: int) -> list[Image.Ima
     """Returns evenly spaced frames of a clip at a size that can be seen."""
     count, height, width, _ = video.shape
     chosen = np.linspace(0, count - 1, min(columns, count)).round().astype(int)
-    size = (width, height)
-    method = Image.Resampling.NEAREST
-    if height < _LEAST:
-        factor = -(-_LEAST // height)
-        size = (width * factor, height * factor)
-    elif height > _MOST:
+    factor = -(-_LEAST // height)  # 1 from _LEAST on
+    size, method = (width * factor, height * factor), Image.Resampling.NEAREST
+    if height > _MOST:
         size = (max(1, round(width * _MOST / height)), _MOST)
         method = Image.Resampling.LANCZOS
     return [Image.fromarray(video[k]).resize(size, method) for k in chosen]

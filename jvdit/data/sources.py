@@ -5,22 +5,22 @@ needs. What cannot be read comes back as a `BadClip`, in its place: a step has t
 clips that its plan says, on every host, whatever the disks hold.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorflow_datasets as tfds
 
-from jvdit.data.clips import BadClip, Clip, Ids, OneByOne, make_index
-from jvdit.data.media.reader import MediaError, probe
+from jvdit.data.clips import SIZE, BadClip, Clip, Ids, Indexed, make_index
+from jvdit.data.media.reader import MediaError, decode_clip, probe
 from jvdit.data.order import fingerprint
 from jvdit.data.records import RecordDataset
-from jvdit.data.windows import VideoWindows
-from jvdit.data.world import World, captions
+from jvdit.data.world import World
 from jvdit.machine.files import local_path
 
 
-class ArraySource:
+class ArraySource(Indexed):
     """Clips that are in memory already, for what is small.
 
     Args:
@@ -44,9 +44,7 @@ class ArraySource:
             ]
         self.index = make_index(
             len(clips),
-            frames=sizes[:, 0],
-            height=sizes[:, 1],
-            width=sizes[:, 2],
+            **dict(zip(SIZE, sizes.T, strict=True)),
             fps=[clip["fps"] for clip in clips],
             has_audio=[clip.get("audio") is not None for clip in clips],
             text_length=text_length,
@@ -55,15 +53,11 @@ class ArraySource:
         told = [clip.get("caption", "") for clip in clips]
         self.fingerprint = fingerprint("arrays", sizes.tolist(), sums, told)
 
-    def __len__(self) -> int:
-        return len(self._clips)
-
-    def read(self, ids: Ids) -> list[Clip | BadClip]:
-        """Returns clips in the order asked for; see `Source.read`."""
-        return [dict(self._clips[int(i)]) for i in ids]
+    def _read_one(self, i: int) -> Clip:
+        return dict(self._clips[i])
 
 
-class WorldSource:
+class WorldSource(Indexed):
     """Clips of the procedural world, rendered when they are read.
 
     Args:
@@ -75,32 +69,103 @@ class WorldSource:
     def __init__(self, world: World, num_clips: int, *, audio: bool = True):
         self.world = world
         self._audio = audio
-        self.index = make_index(
-            num_clips,
-            frames=world.frames,
-            height=world.height,
-            width=world.width,
-            fps=world.fps,
-            has_audio=audio,
-        )
+        columns = {name: getattr(world, name) for name in (*SIZE, "fps")}
+        self.index = make_index(num_clips, has_audio=audio, **columns)
         self.fingerprint = fingerprint("world", repr(world), num_clips, audio)
-
-    def __len__(self) -> int:
-        return len(self.index["frames"])
 
     def read(self, ids: Ids) -> list[Clip | BadClip]:
         """Returns clips in the order asked for, rendered together."""
-        scenes = self.world.scenes(np.asarray(ids, np.int64))
-        motion = self.world.simulate(scenes)
-        video = self.world.render(scenes, motion)
-        rate, audio = 0, [None] * len(ids)
-        if self._audio:
-            rate, audio = self.world.audio_rate, self.world.synthesize(scenes, motion)
+        clips = self.world.clips(np.asarray(ids, np.int64), audio=self._audio)
+        rate = self.world.audio_rate if self._audio else 0
         same = {"fps": float(self.world.fps), "audio_rate": rate}
+        columns = (clips[name] for name in ("video", "caption", "audio"))
         return [
-            {"video": v, "caption": c, "audio": a, **same}
-            for v, c, a in zip(video, captions(scenes), audio, strict=True)
+            {"video": video, "caption": caption, "audio": audio, **same}
+            for video, caption, audio in zip(*columns, strict=True)
         ]
+
+
+class VideoWindows(Indexed):
+    """Windows of encoded videos, decoded when they are read.
+
+    Args:
+        videos: index of whole videos.
+        frames: of a clip. None: all that the video has.
+        height, width: pixels; the video is scaled to cover the size and cropped. None:
+            as is.
+        fps: frames per second of a clip. None: those of the video.
+        windows: "first": one clip a video, from its start; "all": as many clips, one
+            after another, as fit.
+        audio_rate: Hz of the sound; 0: none.
+        channels: of the sound.
+
+    Attributes:
+        left_out: number of videos that are shorter than a window.
+
+    Raises:
+        ValueError: no video is long enough, or `windows` is unknown.
+    """
+
+    def __init__(
+        self,
+        videos: Mapping[str, np.ndarray],
+        *,
+        frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        fps: float | None = None,
+        windows: str = "first",
+        audio_rate: int = 0,
+        channels: int = 2,
+    ):
+        if windows not in ("first", "all"):
+            raise ValueError(f"`windows` (={windows!r}) must be 'first' or 'all'.")
+        rate = videos["fps"] if fps is None else np.full(len(videos["fps"]), fps)
+        if frames is None and fps is None:
+            length = videos["frames"]
+        elif frames is None:
+            length = np.floor(videos["frames"] / videos["fps"] * rate + 1e-6)
+        else:
+            length = np.full(len(rate), frames)
+        # Half a frame of tolerance: the nearest frame is shown.
+        fitting = (videos["frames"] + 0.5) / videos["fps"] / (length / rate)
+        count = np.floor(fitting).astype(np.int64) * (length > 0)
+        if windows == "first":
+            count = np.minimum(count, 1)
+        self.left_out = int((count == 0).sum())
+        if not count.any():
+            raise ValueError(
+                f"None of {len(count)} videos lasts for `frames` (={frames}) at `fps` "
+                f"(={fps}); the longest has {videos['frames'].max()} frames."
+            )
+        self._video = video = np.repeat(np.arange(len(count)), count)
+        number = np.arange(len(video)) - np.repeat(np.cumsum(count) - count, count)
+        self._start = number * (length / rate)[video]
+        self._audio_rate, self._channels = audio_rate, channels
+        self.index = make_index(
+            len(video),
+            frames=length[video],
+            height=videos["height"][video] if height is None else height,
+            width=videos["width"][video] if width is None else width,
+            fps=rate[video],
+            has_audio=(videos["has_audio"][video] & (audio_rate > 0)),
+        )
+        self._settings = [frames, height, width, fps, windows, audio_rate, channels]
+
+    def _encoded(self, video: int) -> tuple[bytes, str]:
+        """Returns the file and the caption of a video."""
+        raise LookupError(video)
+
+    def _read_one(self, i: int) -> Clip:
+        data, caption = self._encoded(int(self._video[i]))
+        clip = decode_clip(
+            data,
+            **{name: self.index[name][i].item() for name in (*SIZE, "fps")},
+            start_seconds=float(self._start[i]),
+            audio_rate=self._audio_rate,
+            channels=self._channels,
+        )
+        return clip | {"caption": caption}
 
 
 class RecordSource(VideoWindows):
@@ -168,22 +233,19 @@ class TfdsSource(VideoWindows):
         self._features = (video, caption)
         self.rejects: list[tuple[int, str]] = []
         rows = []
+        names = (*SIZE, "fps", "has_audio")
         for i in range(len(self._examples)):
             try:
-                data, _ = self._example(i)
-                info = probe(data, scan=True)
+                info = probe(self._example(i)[0], scan=True)
+                rows.append((i, *(getattr(info, name) for name in names)))
             except MediaError as error:
                 self.rejects.append((i, str(error)))
-                continue
-            size = (info.frames, info.height, info.width, info.fps, info.has_audio)
-            rows.append((i, *size))
         if not rows:
             raise ValueError(
                 f"None of the {len(self._examples)} examples of {name} is a video; the "
                 f"first: {self.rejects[:1]}."
             )
         self._kept, *columns = map(np.array, zip(*rows, strict=True))
-        names = ("frames", "height", "width", "fps", "has_audio")
         super().__init__(dict(zip(names, columns, strict=True)), **window)
         self.fingerprint = fingerprint(
             "tfds", identity, rows, video, caption, *self._settings
@@ -210,20 +272,18 @@ def _open_tfds(
     name: str | Path, split: str, data_dir: str | Path | None
 ) -> tuple[Any, list[Any]]:
     """Returns a TFDS data source and what identifies it."""
-    import tensorflow_datasets as tfds  # slow to import, and used by few
-
     path = local_path(name)
     if path.is_dir():
         builder: Any = tfds.builder_from_directory(path)
     else:
-        place = None if data_dir is None else str(local_path(data_dir))
+        place = None if data_dir is None else local_path(data_dir)
         builder = tfds.builder(str(name), data_dir=place)
     info = builder.info.splits[split]
     identity = [builder.info.full_name, split, info.num_examples, info.num_bytes]
     return builder.as_data_source(split=split), identity
 
 
-class LatentSource(OneByOne):
+class LatentSource(Indexed):
     """Latents (and text states) of a record data set.
 
     Args:
@@ -245,7 +305,6 @@ class LatentSource(OneByOne):
         self,
         path: str | Path,
         split: str = "train",
-        *,
         max_text: int = 512,
         pad_text: bool = False,
         frames: int | None = None,
@@ -266,8 +325,7 @@ class LatentSource(OneByOne):
             text = np.where(text > 0, text, bound)
         if pad_text:
             text = np.full_like(text, max_text)
-        columns = ("frames", "height", "width", "fps", "has_audio")
-        taken = {name: index[name] for name in columns}
+        taken = {name: index[name] for name in (*SIZE, "fps", "has_audio")}
         if frames is not None:
             most = _latent_frames(frames, self.settings["vae"]["fields"])
             taken["frames"] = np.minimum(taken["frames"], most)
@@ -284,17 +342,14 @@ class LatentSource(OneByOne):
 
     def _read_one(self, i: int) -> Clip | BadClip:
         record = self._records[i]
+        size = tuple(int(self._records.index[name][i]) for name in SIZE)
+        if record["mean"].shape[:3] != size:
+            return BadClip(f"latents of {record['mean'].shape}, indexed as {size}")
         clip = {name: record[name] for name in ("caption", "fps", "has_audio")}
-        for name in ("mean", "logvar", "text_embeds"):
+        frames = self.index["frames"][i]
+        for name, most in (("mean", frames), ("logvar", frames), ("text_embeds", None)):
             if name in record:
-                clip[name] = np.asarray(record[name], np.float32)
-        index = self._records.index
-        size = tuple(int(index[name][i]) for name in ("frames", "height", "width"))
-        if clip["mean"].shape[:3] != size:
-            return BadClip(f"latents of {clip['mean'].shape}, indexed as {size}")
-        for name in ("mean", "logvar"):
-            if name in clip:
-                clip[name] = clip[name][: self.index["frames"][i]]
+                clip[name] = np.asarray(record[name][:most], np.float32)
         return clip
 
 

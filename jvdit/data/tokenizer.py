@@ -1,9 +1,11 @@
 """Captions to token ids and back: sentencepiece, with the conventions of T5."""
 
+import base64
 import hashlib
 import html
 import io
 import itertools
+import os
 import re
 import tempfile
 import unicodedata
@@ -13,15 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import ftfy
+import msgspec
 import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from jvdit.machine.files import write_atomically
+from jvdit.machine.json_files import read_json
 
 # T5 numbers its special pieces so; pad is 0, which is also how batches are filled.
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 BYTE_PIECES = 256
+_MESSAGES: Any = sentencepiece_model_pb2  # made when imported
 _LONGEST_PART = 16  # characters of a piece that is no whole word
 _TRAINING = {
     "model_type": "unigram",
@@ -104,13 +109,12 @@ class Tokenizer:
         self.byte_fallback = byte_fallback
         self._bytes = frozenset(i for i in range(self._pieces) if processor.IsByte(i))
         self._special: dict[str, int] = {}
-        self._pattern: re.Pattern | None = None
         if parse_special:
             last = self.vocab_size - 1
             self._special = {"</s>": EOS_ID, "<pad>": PAD_ID, "<unk>": UNK_ID}
             self._special |= {f"<extra_id_{i}>": last - i for i in range(extra_ids)}
-            names = sorted(self._special, key=len, reverse=True)
-            self._pattern = re.compile(f"({'|'.join(map(re.escape, names))})")
+        names = sorted(self._special, key=len, reverse=True)
+        self._pattern = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
         self._clean = clean
         choices = f"{byte_fallback} {parse_special} {extra_ids}".encode()
         choices += b" clean" if clean else b""
@@ -136,11 +140,9 @@ class Tokenizer:
             raise ValueError(f"`max_length` (={max_length}) must be at least 1.")
         ids = []
         text = cleaned(text) if self._clean else text
-        for part in self._pattern.split(text) if self._pattern else [text]:
-            if part in self._special:
-                ids.append(self._special[part])
-            else:
-                ids += self._encode_plain(part)
+        for part in self._pattern.split(text):
+            special = self._special.get(part)
+            ids += self._encode_plain(part) if special is None else [special]
         if max_length is not None:
             ids = ids[: max_length - 1]
         return [*ids, EOS_ID]
@@ -226,8 +228,7 @@ def train_tokenizer(
                 f"captions: {error}. If it is smaller than the number of characters, "
                 "raise it."
             ) from error
-    messages: Any = sentencepiece_model_pb2  # made when imported
-    proto = messages.ModelProto.FromString(model.getvalue())
+    proto = _MESSAGES.ModelProto.FromString(model.getvalue())
     # Its name is a chance; sentencepiece before 0.2.3 writes it but doesn't know it.
     proto.trainer_spec.DiscardUnknownFields()
     if "seed_sentencepieces_file" in proto.trainer_spec.DESCRIPTOR.fields_by_name:
@@ -263,3 +264,65 @@ def _seed_pieces(texts: list[str], room: int) -> list[tuple[str, int]]:
     alone = ((counts[p], p) for p in bare if kinds[p] == 1)
     ordered = sorted([*shared, *alone], key=lambda x: (-x[0], x[1]))
     return [(piece, count) for count, piece in ordered]
+
+
+class _Added(msgspec.Struct):
+    id: int
+
+
+class _Model(msgspec.Struct):
+    type: str = "nameless"
+    vocab: list[tuple[str, float]] | dict[str, int] = []
+    byte_fallback: bool | None = None
+
+
+class _Normalizer(msgspec.Struct):
+    precompiled_charsmap: str | None = None
+    normalizers: list["_Normalizer"] = []
+
+    def table(self) -> str | None:
+        """Returns the table that normalises characters, if there is one."""
+        inner = (normalizer.table() for normalizer in self.normalizers)
+        return self.precompiled_charsmap or next(filter(None, inner), None)
+
+
+class _TokenizerJson(msgspec.Struct):
+    model: _Model = msgspec.field(default_factory=_Model)
+    added_tokens: list[_Added] = []
+    normalizer: _Normalizer | None = None
+
+
+def sentencepiece_of(file: str | os.PathLike[str]) -> bytes:
+    """Returns the sentencepiece model in a `tokenizer.json`, as the bytes of its file.
+
+    transformers saves T5's tokenizer in this form alone; both hold the same pieces and
+    scores, and the same table that normalises characters.
+
+    Raises:
+        ValueError: the file holds no unigram model.
+    """
+    settings = read_json(file, "copy it anew", _TokenizerJson)
+    model = settings.model
+    if model.type != "Unigram":
+        raise ValueError(f"{file} holds a {model.type} model; that of T5 is Unigram.")
+    proto = _MESSAGES.ModelProto()
+    kinds = proto.SentencePiece
+    special = dict.fromkeys(
+        [token.id for token in settings.added_tokens], kinds.CONTROL
+    )
+    special |= {PAD_ID: kinds.CONTROL, EOS_ID: kinds.CONTROL, UNK_ID: kinds.UNKNOWN}
+    for number, (piece, score) in enumerate(model.vocab):
+        is_byte = model.byte_fallback and re.fullmatch(r"<0x[0-9A-F]{2}>", piece)
+        kind = special.get(number, kinds.BYTE if is_byte else kinds.NORMAL)
+        proto.pieces.add(piece=piece, score=score, type=kind)
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    trainer.model_type = trainer.UNIGRAM
+    trainer.pad_id, trainer.eos_id, trainer.unk_id = PAD_ID, EOS_ID, UNK_ID
+    trainer.bos_id = -1
+    trainer.byte_fallback = bool(model.byte_fallback)
+    normalizer.add_dummy_prefix = True
+    normalizer.remove_extra_whitespaces = True
+    normalizer.escape_whitespaces = True
+    if settings.normalizer and (table := settings.normalizer.table()):
+        normalizer.precompiled_charsmap = base64.b64decode(table)
+    return proto.SerializeToString()

@@ -6,7 +6,7 @@ import os
 import pathlib
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import GenericAlias
 from typing import Any, TypeVar
 
@@ -74,7 +74,7 @@ def parse_json(
     return fit_json(found, where, kind, remedy)
 
 
-def fit_json(found: Any, where: str, kind: type[T] | GenericAlias, remedy: str) -> T:
+def fit_json(found: Any, where: str, kind: Any, remedy: str) -> Any:
     """Converts JSON values that are already parsed to a type, as `parse_json` does."""
     try:
         return msgspec.convert(found, kind, str_keys=True)
@@ -87,7 +87,7 @@ def _explained(told: str, found: Any, kind: Any) -> str:
     """Rewords msgspec's error with the wrong value, or the nearest known field."""
     if unknown := re.fullmatch(r"Object contains unknown field `([^`]*)`", told):
         known = [field.encode_name for field in msgspec.structs.fields(kind)]
-        near = difflib.get_close_matches(unknown[1], known, 1, 0)[0]
+        near = nearest(unknown[1], known)
         return f"`{unknown[1]}` is unknown, the nearest field is `{near}`"
     rule, _, place = told.partition(" - at `$")
     if rule.startswith("`"):  # from the class itself, and names the field
@@ -100,6 +100,11 @@ def _explained(told: str, found: Any, kind: Any) -> str:
     rule = rule.replace("Object missing", "lacks the").replace("Object contains", "has")
     field = f"`{place.strip('`.')}`" if place else "it"
     return f"{field} (={reprlib.repr(found)}) {rule}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The name that was perhaps meant."""
+    return difflib.get_close_matches(name, list(known), 1, 0)[0]
 
 
 def differences(held: Any, asked: Any, name: str = "") -> list[str]:

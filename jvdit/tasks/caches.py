@@ -8,8 +8,8 @@ from jvdit.data.sources import LatentSource
 from jvdit.machine.json_files import differences
 from jvdit.models.video_vae import VideoVAE
 from jvdit.weights.caption_encoder import CaptionEncoder
-from jvdit.weights.network import Network
-from jvdit.weights.parameters import build, load_weights, weights_hash
+from jvdit.weights.network import Network, load_network
+from jvdit.weights.parameters import load_weights, weights_hash
 
 
 def cached_autoencoder(
@@ -37,10 +37,10 @@ def cached_autoencoder(
                 f"the latents of {config.data.sources[0]} and {name} come "
                 f"from two autoencoders: {'; '.join(differing)}. Encode one anew."
             )
-    params, fields = load_weights(folder)
+    network = load_network(folder, VideoVAE)
     held = sources[0].settings["vae"]
     if config.autoencoder:
-        ours, our_fields = load_weights(config.autoencoder)
+        ours, _ = load_weights(config.autoencoder)
         asked = {"hash": weights_hash(ours)}
         differing = differences({"hash": held["hash"]}, asked)
         if differing:
@@ -50,7 +50,7 @@ def cached_autoencoder(
                 f"({'; '.join(differing)}). Encode it anew with "
                 f"python -m jvdit.encode --vae {config.autoencoder}."
             )
-    return Network(build(VideoVAE, fields), params), held["hash"]
+    return network, held["hash"]
 
 
 def cached_captions(

@@ -12,18 +12,15 @@ import numpy as np
 from jaxtyping import Float
 
 from jvdit.data.plan import TEXT_MULTIPLE
-from jvdit.data.tokenizer import Tokenizer
-from jvdit.data.tokenizer_json import sentencepiece_of
+from jvdit.data.tokenizer import Tokenizer, sentencepiece_of
 from jvdit.machine.cluster import to_host
 from jvdit.machine.compilation import jit
 from jvdit.machine.files import write_atomically
 from jvdit.machine.json_files import read_json, write_json
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.weights.folders import load_text_encoder
-from jvdit.weights.network import Network
+from jvdit.weights.network import Network, load_network
 from jvdit.weights.parameters import (
-    build,
-    load_weights,
     model_folder,
     module_fields,
     save_weights,
@@ -62,7 +59,7 @@ class CaptionEncoder:
         """
         folder = model_folder(folder)
         if (folder / _REFERENCE).exists():
-            folder = pathlib.Path(read_json(folder / _REFERENCE, "copy it anew"))
+            folder = pathlib.Path(read_json(folder / _REFERENCE, "copy it anew", str))
         if is_release(folder):
             release = read_release(folder)
             network = load_text_encoder(release.parts["text_encoder"])
@@ -74,8 +71,8 @@ class CaptionEncoder:
                 f"{folder} holds no text encoder (tokenizer.model is missing); give "
                 "the workdir of a training that trained one."
             )
-        params, fields = load_weights(folder / "text_encoder")
-        return cls(Network(build(TextEncoder, fields), params), Tokenizer(model))
+        network = load_network(folder / "text_encoder", TextEncoder)
+        return cls(network, Tokenizer(model))
 
     def save(self, folder: pathlib.Path) -> None:
         """Saves the encoder, or for a released model only the path of the release."""

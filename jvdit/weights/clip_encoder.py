@@ -18,8 +18,8 @@ from jvdit.models.video_vae import VideoVAE, to_float
 from jvdit.models.video_vae_chunked import encode_stream, split
 from jvdit.sharding import batch_sharding, host_mesh, replicated
 from jvdit.weights.folders import load_vae
-from jvdit.weights.network import Network
-from jvdit.weights.parameters import build, load_weights, module_fields, weights_hash
+from jvdit.weights.network import Network, load_network
+from jvdit.weights.parameters import module_fields, weights_hash
 from jvdit.weights.release import is_release, read_release
 
 BATCH = 32  # most clips in a device's batch
@@ -49,8 +49,7 @@ class ClipEncoder:
         """
         if is_release(vae):
             return cls(load_vae(read_release(vae).parts["vae"]))
-        params, fields = load_weights(_weights_folder(vae))
-        return cls(Network(build(VideoVAE, fields), params))
+        return cls(load_network(_weights_folder(vae), VideoVAE))
 
     @property
     def module(self) -> VideoVAE:

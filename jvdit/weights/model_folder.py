@@ -6,17 +6,17 @@ import pathlib
 from typing import Any
 
 import jax
+import msgspec
 
+from jvdit.data.conditions import check_conditions
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
 from jvdit.machine.json_files import read_json, write_json
 from jvdit.models.backbones import MODELS, name_of_backbone
 from jvdit.models.video_vae import VideoVAE
 from jvdit.weights.bundle import Bundle
 from jvdit.weights.caption_encoder import CaptionEncoder
-from jvdit.weights.network import Network
+from jvdit.weights.network import Network, load_network
 from jvdit.weights.parameters import (
-    build,
-    load_weights,
     model_folder,
     module_fields,
     save_weights,
@@ -25,14 +25,54 @@ from jvdit.weights.parameters import (
 PICTURES = "pictures"  # subfolder with the model that generates the images of drafts
 _SETTINGS = "generator.json"
 _NETWORKS = ("dit", "vae")
-# Fields of a `Bundle` that are JSON values as they are.
-_PLAIN = ("patch_size", "text_length", "defaults", "conditions", "seconds", "pad_text")
 # What a training may write in the place of a whole model, and how to sample from it.
 _PARTS = {
     "pytorch_lora_weights.safetensors": "adapters; give their model, and --lora={0}",
     "transformer": "a network; give --pretrained=RELEASE --dit={0}/transformer",
     "transformer_2": "a network; give --pretrained=RELEASE --dit_low={0}/transformer_2",
 }
+
+
+class _Conventions(msgspec.Struct, frozen=True):
+    """What older trainings wrote of `seconds`, `pad_text` and `conditions`."""
+
+    seconds: bool = True
+    pad_text: bool = False
+    clean_frames: bool = False
+
+
+class _Settings(msgspec.Struct, frozen=True):
+    """What `generator.json` holds: fields of a `Bundle`."""
+
+    path: NoisePath
+    policy: TimestepPolicy
+    patch_size: tuple[int, int, int]
+    text_length: int
+    defaults: dict[str, Any]
+    backbone: str = "dit"
+    conditions: tuple[str, ...] = ()
+    seconds: bool = True
+    pad_text: bool = False
+    conventions: _Conventions | None = None
+
+    def __post_init__(self):
+        if self.backbone not in MODELS:
+            known = ", ".join(MODELS)
+            raise ValueError(f"`backbone` (={self.backbone!r}) must be one of: {known}")
+        check_conditions(self.conditions)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Those of a `Bundle`."""
+        names = ("path", "policy", "patch_size", "text_length", "defaults")
+        fields = {name: getattr(self, name) for name in names}
+        if (older := self.conventions) is not None:
+            fields["conditions"] = ("first_frame",) if older.clean_frames else ()
+            return fields | {"seconds": older.seconds, "pad_text": older.pad_text}
+        return fields | {name: getattr(self, name) for name in _CONVENTIONS}
+
+
+_CONVENTIONS = ("conditions", "seconds", "pad_text")
 
 
 def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
@@ -56,23 +96,19 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
             "give the workdir of a training with config.objective = 'flow'."
         )
     remedy = "copy it anew, or let the training save it"
-    settings = _migrated(read_json(folder / _SETTINGS, remedy))
+    settings = read_json(folder / _SETTINGS, remedy, _Settings)
     text = CaptionEncoder.load(folder)
     networks = {"text_encoder": text.network}
-    modules = {"dit": MODELS[settings["backbone"]].module, "vae": VideoVAE}
+    modules = {"dit": MODELS[settings.backbone].module, "vae": VideoVAE}
     for name in _NETWORKS:
-        params, fields = load_weights(folder / name)
-        networks[name] = Network(build(modules[name], fields), params)
+        networks[name] = load_network(folder / name, modules[name])
     pictures = folder / PICTURES
-    plain = {name: settings[name] for name in _PLAIN}
     return Bundle(
         networks={name: _full(network) for name, network in networks.items()},
         tokenizer=text.tokenizer,
-        path=NoisePath(**settings["path"]),
-        policy=TimestepPolicy.of(settings["policy"]),
         text_release=text.release,
         pictures=read_bundle(pictures) if pictures.is_dir() else None,
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()},
+        **settings.fields,
     )
 
 
@@ -84,22 +120,16 @@ def save_bundle(folder: str | os.PathLike[str], model: Bundle) -> None:
         save_weights(folder / name, network.params, module_fields(network.module))
     text = model.networks["text_encoder"], model.tokenizer, model.text_release
     CaptionEncoder(*text).save(folder)
-    parts = {"path": model.path, "policy": model.policy}
-    settings = {name: dataclasses.asdict(part) for name, part in parts.items()}
-    settings |= {name: getattr(model, name) for name in _PLAIN}
-    settings["backbone"] = name_of_backbone(model.dit)
+    written = ("patch_size", "text_length", "defaults", *_CONVENTIONS)
+    settings = {name: getattr(model, name) for name in written}
+    settings |= {
+        "path": dataclasses.asdict(model.path),
+        "policy": dataclasses.asdict(model.policy),
+        "backbone": name_of_backbone(model.dit),
+    }
     write_json(folder / _SETTINGS, settings)
     if model.pictures is not None:
         save_bundle(folder / PICTURES, model.pictures)
-
-
-def _migrated(settings: dict[str, Any]) -> dict[str, Any]:
-    """Converts settings that older trainings wrote to today's form."""
-    older = settings.pop("conventions", {})
-    conditions = ["first_frame"] if older.get("clean_frames") else []
-    before = {"conditions": conditions, "seconds": True, "pad_text": False}
-    before |= {name: older[name] for name in before if name in older}
-    return {"backbone": "dit"} | before | settings
 
 
 def _full(network: Network) -> Network:

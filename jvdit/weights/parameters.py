@@ -86,7 +86,7 @@ def load_weights(folder: PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
     except Exception as error:
         raise ValueError(f"{weights} can't be read ({error}); copy it anew.") from error
     check_weights(weights, params, metadata)
-    return params, read_json(config, "copy it anew")
+    return params, read_json(config, "copy it anew", dict[str, Any])
 
 
 def weights_files(folder: PathLike) -> tuple[pathlib.Path, pathlib.Path]:

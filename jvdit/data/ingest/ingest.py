@@ -21,12 +21,14 @@ from rich.console import Console
 
 from jvdit.data.ingest.clip_file import ClipFile, Job, Recipe, prepare_file
 from jvdit.data.ingest.listing import list_items
-from jvdit.data.ingest.summary import Report, describe_file
+from jvdit.data.ingest.summary import Entry, Report, describe_file
 from jvdit.data.ingest.supervisor import supervise
 from jvdit.data.record_format import CLIP_FEATURES
 from jvdit.data.records import RecordWriter
 from jvdit.machine.files import write_atomically
+from jvdit.machine.json_files import read_json
 
+_REMAKE = "remove the data set and make it again"
 _SAMPLE = 2**20  # bytes hashed at either end of a file
 
 
@@ -157,7 +159,7 @@ def ingest(
     return report
 
 
-def _fill(writer, plan, recipe, work, workers, timeout, advance) -> list[dict]:
+def _fill(writer, plan, recipe, work, workers, timeout, advance) -> list[Entry]:
     """Writes the shards that are missing; returns the entries of all files."""
     entries = [
         describe_file(item.key, None, [{"reason": reason, "detail": detail}])
@@ -177,12 +179,12 @@ def _fill(writer, plan, recipe, work, workers, timeout, advance) -> list[dict]:
         for (split, shard), files in plan.shards.items():
             record = writer.work / f"report-{split}-{shard:05d}.json"
             if writer.is_done(split, shard):
-                for entry in json.loads(record.read_text()):
+                for entry in read_json(record, _REMAKE, list[Entry]):
                     advance(entry)
             else:
                 examples = _examples(events, split, files, record, advance)
                 writer.write_shard(split, shard, examples)
-            entries += json.loads(record.read_text())
+            entries += read_json(record, _REMAKE, list[Entry])
     return entries
 
 
@@ -207,9 +209,8 @@ def _examples(events, split, files, record, advance) -> Iterator[Mapping[str, An
 
 
 @contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[dict], None]]:
+def _progress(total: int) -> Iterator[Callable[[Entry], None]]:
     """Shows how far the work is; yields what is to be called for every file."""
-    taken, skipped = 0, 0
     console = Console(stderr=True)
     bar = progress.Progress(
         "files",
@@ -222,10 +223,11 @@ def _progress(total: int) -> Iterator[Callable[[dict], None]]:
         console=console,
         disable=not console.is_terminal,
     )
+    taken = skipped = 0
     with bar:
         task = bar.add_task("", total=total, clips=0, skipped=0)
 
-        def advance(entry: dict) -> None:
+        def advance(entry: Entry) -> None:
             nonlocal taken, skipped
             taken += entry["clips"]
             skipped += not entry["clips"]

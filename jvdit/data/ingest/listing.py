@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pyarrow.parquet as pq
 
 from jvdit.data.ingest.clip_file import ClipFile
 from jvdit.machine.files import local_path
+from jvdit.machine.json_files import parse_json
 
 SUFFIXES = frozenset(
     ".3gp .avi .flv .gif .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm "
@@ -96,10 +96,8 @@ def sidecar(video: Path) -> str:
         return text.read_text(encoding="utf-8", errors="replace").strip()
     record = video.with_suffix(".json")
     if record.exists():
-        try:
-            row = json.loads(record.read_text(encoding="utf-8", errors="replace"))
-        except ValueError as e:
-            raise ValueError(f"{record} is not valid json: {e}.") from None
+        text = record.read_text(encoding="utf-8", errors="replace")
+        row = parse_json(text, str(record))
         return _value(row, CAPTION_COLUMNS) if isinstance(row, dict) else ""
     return ""
 
@@ -153,18 +151,20 @@ def _rows(table: Path) -> list[Mapping[str, Any]]:
     if kind in (".csv", ".tsv"):
         delimiter = "\t" if kind == ".tsv" else ","
         return list(csv.DictReader(_text_lines(text), delimiter=delimiter))
-    try:
-        if kind == ".jsonl":
-            return [json.loads(line) for line in _text_lines(text) if line.strip()]
-        rows = json.loads(text)
-    except ValueError as e:
-        raise ValueError(f"{table} is not valid {kind[1:]}: {e}.") from None
+    if kind == ".jsonl":
+        lines = enumerate(_text_lines(text), 1)
+        return [
+            parse_json(line, f"{table} line {number}", dict)
+            for number, line in lines
+            if line.strip()
+        ]
+    rows: Any = parse_json(text, str(table))
     if isinstance(rows, dict):  # {"a.mp4": "caption"} or {"a.mp4": {"caption": ..}}
         return [
             {"path": path} | (row if isinstance(row, dict) else {"caption": row})
             for path, row in rows.items()
         ]
-    return rows
+    return parse_json(text, str(table), list[dict])
 
 
 def _value(row: Mapping[str, Any], names: Iterable[str]) -> str:

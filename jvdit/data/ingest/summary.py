@@ -5,17 +5,30 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from jvdit.data.media.file import REASONS
 from jvdit.machine.files import write_atomically
+from jvdit.machine.json_files import read_json
 
 _ROWS = 500  # of a table in the readable report; report.json has all
 
 
+class Entry(TypedDict):
+    """What became of a file; see `describe_file`."""
+
+    file: str
+    split: str | None
+    clips: int
+    dropped: int
+    reason: str | None
+    detail: str | None
+    notes: list[str]
+
+
 def describe_file(
     key: str, split: str | None, outcomes: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
+) -> Entry:
     """Sums up what came of the windows of one file.
 
     Args:
@@ -51,7 +64,7 @@ class Report:
         recipe: how clips were cut.
     """
 
-    files: list[dict[str, Any]]
+    files: list[Entry]
     recipe: dict[str, Any]
 
     @property
@@ -60,7 +73,7 @@ class Report:
         return sum(entry["clips"] for entry in self.files)
 
     @property
-    def skipped(self) -> list[dict[str, Any]]:
+    def skipped(self) -> list[Entry]:
         """The files that gave no clip."""
         return [entry for entry in self.files if not entry["clips"]]
 
@@ -72,7 +85,7 @@ class Report:
     @property
     def reasons(self) -> dict[str, int]:
         """Number of skipped files by reason, the most frequent first."""
-        counted = collections.Counter(entry["reason"] for entry in self.skipped)
+        counted = collections.Counter(str(entry["reason"]) for entry in self.skipped)
         return dict(counted.most_common())
 
     def summary(self) -> str:
@@ -93,8 +106,7 @@ class Report:
     @classmethod
     def read(cls, directory: Path) -> "Report":
         """Reads the report of a data set."""
-        data = json.loads((directory / "report.json").read_text())
-        return cls(data["files"], data["recipe"])
+        return read_json(directory / "report.json", "make the data set anew", cls)
 
     def markdown(self) -> str:
         """Returns the report to be read."""
@@ -121,7 +133,7 @@ class Report:
         return "\n".join(lines) + "\n"
 
 
-def _dropped(entry: Mapping[str, Any]) -> str:
+def _dropped(entry: Entry) -> str:
     """Says how many windows of a file were not taken, and why the first was not."""
     if not entry["dropped"]:
         return ""

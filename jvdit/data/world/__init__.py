@@ -43,6 +43,10 @@ from jvdit.data.world.scene import (
 NUMBERS = ("one", "two", "three", "four")
 
 _HEADS = ("{} object: ", "{} objects: ")
+_WORDS = (  # of an object's attributes
+    *(("size", SIZES), ("color", COLORS), ("material", MATERIALS)),
+    *(("shape", SHAPES), ("speed", SPEEDS), ("direction", DIRECTIONS)),
+)
 _OBJECT = "a {size} {color} {material} {shape} moving {speed} {direction}"
 _BACKGROUND = " on a {tone} {texture} background"
 _GRAVITY = ", falling under gravity"
@@ -88,13 +92,9 @@ class World:
             raise ValueError(
                 f"`split` (={self.split!r}) must be one of {SPLITS}; try {near[0]!r}."
             )
-        for name, least, most in (
-            ("seed", 0, 2**64 - 1),
-            ("frames", 1, math.inf),
-            ("height", _SMALLEST, math.inf),
-            ("width", _SMALLEST, math.inf),
-            ("audio_rate", 8000, math.inf),
-        ):
+        limits = {"seed": (0, 2**64 - 1), "frames": (1, math.inf)}
+        limits |= dict.fromkeys(("height", "width"), (_SMALLEST, math.inf))
+        for name, (least, most) in (limits | {"audio_rate": (8000, math.inf)}).items():
             value = getattr(self, name)
             whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
             if not whole or not least <= value <= most:
@@ -108,7 +108,7 @@ class World:
             raise ValueError(
                 f"`width` (={self.width}) over `height` (={self.height}) must be from "
                 f"1/{_MOST_OBLONG:g} to {_MOST_OBLONG:g}; "
-                f"try {64 if aspect < 1 else 112}x{112 if aspect < 1 else 64}."
+                f"try {'64x112' if aspect < 1 else '112x64'}."
             )
         if not (isinstance(self.fps, numbers.Real) and 0 < self.fps < math.inf):
             raise ValueError(
@@ -127,18 +127,20 @@ class World:
         """Audio samples per clip."""
         return round(self.duration * self.audio_rate)
 
-    def clips(self, ids: Int[np.ndarray, " b"]) -> dict[str, np.ndarray | list[str]]:
-        """Whole clips.
+    def clips(
+        self, ids: Int[np.ndarray, " b"], *, audio: bool = True
+    ) -> dict[str, np.ndarray | list]:
+        """Whole clips, with or without their sound.
 
         Returns:
             "video": uint8 [b T H W 3], RGB in [0, 255]; "audio": float32 [b a 1] in
-            [-1, 1]; "caption": a list of b strings.
+            [-1, 1], or b times None; "caption": a list of b strings.
         """
         scenes = self.scenes(ids)
         motion = self.simulate(scenes)
         return {
             "video": self.render(scenes, motion),
-            "audio": self.synthesize(scenes, motion),
+            "audio": self.synthesize(scenes, motion) if audio else [None] * len(ids),
             "caption": captions(scenes),
         }
 
@@ -169,20 +171,12 @@ class World:
 
     def render(self, scenes: Scenes, motion: Motion) -> UInt8[np.ndarray, "b T H W 3"]:
         """Pictures of scenes that may have been tampered with: RGB in [0, 255]."""
-        return render(
-            scenes,
-            motion,
-            frames=self.frames,
-            height=self.height,
-            width=self.width,
-            fps=self.fps,
-        )
+        size = self.frames, self.height, self.width
+        return render(scenes, motion, *size, self.fps)
 
     def synthesize(self, scenes: Scenes, motion: Motion) -> Float[np.ndarray, "b a 1"]:
         """Sound of scenes that may have been tampered with, in [-1, 1]."""
-        return synthesize(
-            scenes, motion, samples=self.samples, audio_rate=self.audio_rate
-        )
+        return synthesize(scenes, motion, self.samples, self.audio_rate)
 
 
 def captions(scenes: Scenes) -> list[str]:
@@ -194,12 +188,7 @@ def _caption(scenes: Scenes, row: int) -> str:
     count = int(scenes.count[row])
     objects = [
         _OBJECT.format(
-            size=SIZES[scenes.size[row, slot]],
-            color=COLORS[scenes.color[row, slot]],
-            material=MATERIALS[scenes.material[row, slot]],
-            shape=SHAPES[scenes.shape[row, slot]],
-            speed=SPEEDS[scenes.speed[row, slot]],
-            direction=DIRECTIONS[scenes.direction[row, slot]],
+            **{name: words[getattr(scenes, name)[row, slot]] for name, words in _WORDS}
         )
         for slot in range(count)
     ]
@@ -221,6 +210,5 @@ def vocabulary() -> list[str]:
     frames = (*_HEADS, _OBJECT, _BACKGROUND, _GRAVITY, _BAR)
     lines = [re.sub(r"{\w*}", "", line) for line in frames]
     lines += [*_LIGHTS.values(), *_PANS.values()]
-    tables = (NUMBERS, SIZES, COLORS, MATERIALS, SHAPES, SPEEDS, DIRECTIONS)
-    words = {word for table in (*tables, TONES, TEXTURES) for word in table}
+    words = {*NUMBERS, *TONES, *TEXTURES}.union(*(table for _, table in _WORDS))
     return sorted(words.union(*(re.findall(r"[a-z-]+", line) for line in lines)))

@@ -63,7 +63,7 @@ _LOUD_IMPACT, _GLANCING_IMPACT = 2.0, 0.1  # short sides per second
 
 
 def render(
-    scenes: Scenes, motion: Motion, *, frames: int, height: int, width: int, fps: float
+    scenes: Scenes, motion: Motion, frames: int, height: int, width: int, fps: float
 ) -> UInt8[np.ndarray, "b T H W 3"]:
     """Draws each scene at times 0, 1 / fps, ... as RGB in [0, 255].
 
@@ -144,11 +144,7 @@ def _draw_backgrounds(
         level *= gain[row, shown, None, None]
         level += np.float32(0.5)
         grey = level.astype(np.uint8)
-        if changes[row]:
-            for channel in range(3):
-                video[row, ..., channel] = grey
-        else:
-            video[row] = np.repeat(grey[0, ..., None], 3, -1)
+        video[row] = np.repeat(grey[..., None], 3, -1)
 
 
 def signed_distance(
@@ -262,7 +258,7 @@ def loudness(impact: Float[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
 
 
 def synthesize(
-    scenes: Scenes, motion: Motion, *, samples: int, audio_rate: int
+    scenes: Scenes, motion: Motion, samples: int, audio_rate: int
 ) -> Float[np.ndarray, "b a 1"]:
     """Sounds of the scenes from time 0 on, mono in [-1, 1], at `audio_rate` Hz."""
     noise = _noise()
@@ -278,10 +274,12 @@ def synthesize(
     ]
     for row, bounce in zip(*np.nonzero(contact < samples), strict=True):
         start, volume = contact[row, bounce], peak[row, bounce]
-        pair = motion.first[row, bounce], motion.second[row, bounce]
-        if pair[1] >= 0:
+        slots = [motion.first[row, bounce], motion.second[row, bounce]]
+        if slots[1] < 0:
+            slots.pop()
+        else:
             volume *= np.float32(0.7)
-        for slot in pair if pair[1] >= 0 else pair[:1]:
+        for slot in slots:
             tone = tones[scenes.material[row, slot]][scenes.size[row, slot]]
             tone = tone[: samples - start]
             audio[row, start : start + len(tone)] += volume * tone
