@@ -103,7 +103,7 @@ def _explained(told: str, found: Any, kind: Any) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The name that was perhaps meant."""
+    """The known name that is spelled most like a given one, for error messages."""
     return difflib.get_close_matches(name, list(known), 1, 0)[0]
 
 

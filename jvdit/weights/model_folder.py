@@ -34,7 +34,7 @@ _PARTS = {
 
 
 class _Conventions(msgspec.Struct, frozen=True):
-    """What older trainings wrote of `seconds`, `pad_text` and `conditions`."""
+    """The fields in which older trainings stored a model's conventions."""
 
     seconds: bool = True
     pad_text: bool = False
@@ -42,7 +42,7 @@ class _Conventions(msgspec.Struct, frozen=True):
 
 
 class _Settings(msgspec.Struct, frozen=True):
-    """What `generator.json` holds: fields of a `Bundle`."""
+    """The contents of `generator.json`: fields of a `Bundle`."""
 
     path: NoisePath
     policy: TimestepPolicy
@@ -63,7 +63,7 @@ class _Settings(msgspec.Struct, frozen=True):
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Those of a `Bundle`."""
+        """The fields of a `Bundle`, converted from the form of older trainings."""
         names = ("path", "policy", "patch_size", "text_length", "defaults")
         fields = {name: getattr(self, name) for name in names}
         if (older := self.conventions) is not None:

@@ -42,15 +42,15 @@ class Network:
 
 
 def load_network(folder: str | os.PathLike[str], module: type) -> Network:
-    """A network that `save_weights` wrote.
+    """Loads a network that `save_weights` wrote.
 
     Args:
-        folder: with `weights.safetensors` and `config.json`.
-        module: the class of which the config holds the fields.
+        folder: the folder of `weights.safetensors` and `config.json`.
+        module: the Linen class whose fields the config holds.
 
     Raises:
         FileNotFoundError: there is no network in the folder.
-        ValueError: a file is damaged, or of another network.
+        ValueError: a file is damaged, or is that of another network.
     """
     params, fields = load_weights(folder)
     config = f"{os.fspath(folder)}/config.json"
@@ -58,7 +58,11 @@ def load_network(folder: str | os.PathLike[str], module: type) -> Network:
 
 
 def _fitted(fields: Mapping[str, Any], module: type, config: str) -> dict[str, Any]:
-    """Fields as a module takes them; ValueError if it has others, or of other types."""
+    """Converts the fields of a config to the types of a module's fields.
+
+    Raises:
+        ValueError: a field is unknown, missing, or of the wrong type.
+    """
     types = {field.name: field.type for field in dataclasses.fields(module)}
     fitted: dict[str, Any] = {}
     for name, value in fields.items():
