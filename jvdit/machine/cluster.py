@@ -84,13 +84,15 @@ def define_flags() -> Callable[[], None]:
         A function that calls `connect` with the flags' values.
     """
     coordinator = flags.DEFINE_string(
-        "coordinator", "", "HOST:PORT of process 0, where no cluster tells it."
+        "coordinator",
+        "",
+        "HOST:PORT of process 0, on machines that no cluster software connects.",
     )
     processes = flags.DEFINE_integer(
-        "processes", 0, "With --coordinator: how many there are."
+        "processes", 0, "Number of processes of the run, with --coordinator."
     )
     process = flags.DEFINE_integer(
-        "process", -1, "With --coordinator: which of them this is, from 0."
+        "process", -1, "Number of this process, from 0, with --coordinator."
     )
     return lambda: connect(coordinator.value, processes.value, process.value)
 
