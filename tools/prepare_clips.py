@@ -38,14 +38,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--root", help="what relative paths in tables are relative to")
     add("--frames", type=int, default=recipe.frames, help="frames of a clip")
     add("--fps", type=float, default=recipe.fps, help="frames per second")
-    add(
-        "--size",
-        dest="sizes",
-        type=size,
-        nargs="+",
-        default=recipe.sizes,
-        metavar="HxW",
-    )
+    add("--size", type=size, nargs="+", default=recipe.sizes, metavar="HxW")
     add("--windows", default=recipe.windows, help="first, all, or how many of a video")
     add("--audio-rate", type=int, default=recipe.audio_rate, help="Hz; 0: no sound")
     add("--crf", type=int, default=recipe.crf, help="quality; lower is better")
@@ -61,7 +54,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--max-reject-rate", type=float, default=0.5, help="else it exits with 1")
     add("--overwrite", action="store_true", help="start anew")
     args = parser.parse_args(arguments)
-    args.sizes = tuple(args.sizes)
+    args.sizes = tuple(args.size)
     return args
 
 
