@@ -55,7 +55,7 @@ def get_config():
     videos.first_frame, videos.sample.draft = 0.7, True
     # Shapes are decided at less noise than what moves where.
     videos.timesteps.update(shift_tokens=80, shift_range=(1.5, 12.0))
-    videos.steps = 9000
+    videos.steps = 6500
     return defaults.stages(
         vae_images=vae.images,
         vae_videos=vae.videos,

@@ -50,7 +50,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--size",
-        dest="sizes",
         type=size,
         nargs="+",
         default=recipe.sizes,
@@ -129,7 +128,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--overwrite", action="store_true", help="start over, deleting earlier output")
     args = parser.parse_args(arguments)
-    args.sizes = tuple(args.sizes)
+    args.sizes = tuple(args.size)
     return args
 
 
