@@ -333,7 +333,7 @@ def test_a_model_of_ones_own_is_divided_over_the_devices(tmp_path, monkeypatch):
     loop = object.__new__(loops._Loop)
     loop.given, loop.begin, loop.shardings = params, BEGIN, PLACES
     del params
-    copies, seen = watched(monkeypatch, train)
+    copies, seen = watched(monkeypatch, loops)
     state = loop._fresh()
     for part in (state.params, state.ema):
         agree(part["dit"], given)
