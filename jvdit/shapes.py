@@ -35,17 +35,18 @@ class Visible(NamedTuple):
     Attributes:
         id: of each key; never negative.
         low: the least id that each query sees.
-        high: the greatest; below `low` where a query sees nothing.
+        high: the greatest; below `low` where a query sees nothing. None: `low`, as for
+            packed clips, which takes one comparison in the place of two.
     """
 
     id: Int[Array, "b s"]
     low: Int[Array, "b n"]
-    high: Int[Array, "b n"]
+    high: Int[Array, "b n"] | None = None
 
     @classmethod
     def packed(cls, segment: Int[Array, "b n"]) -> "Visible":
         """Tokens of packed clips see those of their own clip."""
-        return cls(segment, segment, segment)
+        return cls(segment, segment)
 
     def among(self, id: Int[Array, "b s"]) -> "Visible":
         """What the same queries see of other keys, such as those of a text."""
@@ -53,8 +54,10 @@ class Visible(NamedTuple):
 
     def mask(self) -> Bool[Array, "*b n s"]:
         """Whether each query sees each key."""
-        id, low, high = self.id[..., None, :], self.low[..., None], self.high[..., None]
-        return (low <= id) & (id <= high)
+        id, low = self.id[..., None, :], self.low[..., None]
+        if self.high is None:
+            return id == low
+        return (low <= id) & (id <= self.high[..., None])
 
 
 @flax.struct.dataclass

@@ -8,7 +8,7 @@ from jvdit.shapes import Visible
 
 def clips(queries, keys):
     """Clip of each query and key [b n] -> the rule that says so, and a naive mask."""
-    visible = Visible(*(jnp.asarray(x, jnp.int32) for x in (keys, queries, queries)))
+    visible = Visible(*(jnp.asarray(x, jnp.int32) for x in (keys, queries)))
     return visible, queries[:, :, None] == keys[:, None, :]
 
 

@@ -53,14 +53,14 @@ def _hide(scores: jax.Array, ids: Any, part: Any, left: Any) -> jax.Array:
 
     Args:
         scores: of some keys.
-        ids: bounds of queries and ids of keys, or nothing.
+        ids: of keys; `low` and, unless it is the same, `high` of queries; or nothing.
         part: where in the block the keys lie.
         left: how many keys the block has. None: it is full.
     """
     if ids:
-        bounds, of_keys = ids
-        id = jnp.tile(of_keys[0, part], (1, bounds.shape[-1] // LANES))
-        seen = (bounds[0, :1] <= id) & (id <= bounds[0, 1:])
+        of_keys, low, *high = ids
+        id = jnp.tile(of_keys[0, part], (1, low.shape[-1] // LANES))
+        seen = (low[0] <= id) & (id <= high[0][0]) if high else id == low[0]
     elif left is not None:
         seen = _places(scores, part) < left
     else:
@@ -99,7 +99,7 @@ def forward(edges, q, k, v, *refs, compute, sizes, heads) -> None:
         q: queries [1 n k], scaled.
         k: keys [1 s k].
         v: values [1 s k].
-        *refs: bounds of queries [1 2 n] and ids of keys [1 s 128], if there are edges;
+        *refs: ids of keys [1 s 128] and bounds of queries [1 1 n], if there are edges;
             result [1 n k] and log-sum-exp [1 1 n]; and what is kept between blocks of
             keys: what was subtracted from scores [1 n], sums of weights [1 n] and of
             weighted values [k n].
@@ -193,7 +193,7 @@ def backward(edges, q, k, v, grad, lse, slope, *refs, compute, sizes, heads) -> 
         grad: of the result [1 n k].
         lse: log-sum-exp of the scores [1 1 n], of base 2.
         slope: see `pieces.slope_of` [1 1 n].
-        *refs: bounds and ids as in `forward`; gradients of all queries [1 1 k n], of
+        *refs: ids and bounds as in `forward`; gradients of all queries [1 1 k n], of
             keys and of values [1 s k]; and of the latter two, what is added up, [k s].
         compute: keys at once.
         sizes: how many queries and keys there are. None: whole blocks.

@@ -106,12 +106,12 @@ def _scaled(q: Array) -> Array:
 
 
 def _ids(visible: Visible | None, held: int) -> list[Array]:
-    """Bounds of queries, and ids of keys in whole blocks and all lanes."""
+    """Ids of keys in whole blocks and all lanes, and the bounds of queries."""
     if visible is None:
         return []
     id = pad(visible.id, 1, _whole(visible.id.shape[1], held), _PADDING)
-    bounds = jnp.stack([visible.low, visible.high], axis=1)
-    return [bounds, jnp.broadcast_to(id[..., None], (*id.shape, LANES))]
+    bounds = [x[:, None] for x in visible[1:] if x is not None]
+    return [jnp.broadcast_to(id[..., None], (*id.shape, LANES)), *bounds]
 
 
 def _edges(visible: Visible | None, block: int, held: int) -> list[Array]:
@@ -126,7 +126,7 @@ def _edges(visible: Visible | None, block: int, held: int) -> list[Array]:
     id, low, high = visible
     return [
         of_blocks(low, block, jnp.min),
-        of_blocks(high, block, jnp.max),
+        of_blocks(low if high is None else high, block, jnp.max),
         of_blocks(id, held, jnp.min),
         of_blocks(id, held, jnp.max),
     ]
@@ -201,7 +201,8 @@ def mosaic_forward(
     of_query = partial(_block, lambda h, i, j, *_: i)
     of_key = partial(_block, lambda h, i, j, *e: _if_seen(j, e, h // heads, i, j))
     column = of_key(1, held, channels)
-    shared = [of_query(2, 2, block, each=heads), of_key(1, held, LANES, each=heads)]
+    bounds = of_query(2, 1, block, each=heads)
+    shared = [of_key(1, held, LANES, each=heads), bounds, bounds]
     kernel = partial(
         kernels.forward,
         compute=_at_once(held, most[2]),
@@ -247,7 +248,7 @@ def mosaic_backward(
         here = slice(start, start + part)
         seen = visible
         if visible is not None:
-            seen = Visible(visible.id, visible.low[:, here], visible.high[:, here])
+            seen = jax.tree.map(lambda x, at=here: x[:, at], visible).among(visible.id)
         queries = q[:, here], grad[:, here], lse[..., here], slope[..., here]
         found.append(_backward(*queries, k, v, seen, heads))
     dq, dk, dv = zip(*found, strict=True)
@@ -278,7 +279,8 @@ def _backward(
     of_key = partial(_block, lambda h, core, j, i, *_: core * blocks + j)
     row, line = of_query(1, block, channels), of_query(2, 1, block)
     column = of_key(1, held, channels)
-    shared = [of_query(2, 2, block, each=heads), of_key(1, held, LANES, each=heads)]
+    bounds = of_query(2, 1, block, each=heads)
+    shared = [of_key(1, held, LANES, each=heads), bounds, bounds]
     kernel = partial(
         kernels.backward,
         compute=_at_once(held, most[2]),

@@ -86,7 +86,7 @@ def divided(
         return _trade(out, groups, 1, 2) if ulysses > 1 else out
 
     rows, columns = (PartitionSpec(*place[:2]) for place in (of_query, of_key))
-    seen = None if visible is None else Visible(columns, rows, rows)
+    seen = visible and jax.tree.map(lambda _: rows, visible)._replace(id=columns)
     return jax.shard_map(
         on_device,
         in_specs=(of_query, of_key, of_key, seen),
