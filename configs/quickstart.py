@@ -36,7 +36,8 @@ def get_config():
     dit.start_from = str(FOLDER)
     dit.steps = 250
     dit.data.sources, dit.data.weights = ("{workdir}/latents",), ()
-    dit.data.validation = "{workdir}/latents#val"
+    # Rows of one clip: no pictures beside it, and so no mask.
+    dit.data.update(max_clips=1, text_budget=48, validation="{workdir}/latents#val")
     dit.optim.lr, dit.optim.warmup = 1e-3, 20
     dit.evaluate_every = dit.checkpoint_every = 100
     dit.sample_every = 250
