@@ -29,7 +29,7 @@ from jvdit.data.world.scene import SPLITS
 from jvdit.diffusion.solvers import SOLVERS
 from jvdit.evaluation.measuring import Measured, chunks, real
 from jvdit.evaluation.vae_report import report_vae
-from jvdit.evaluation.world_report import Column, page, results_of
+from jvdit.evaluation.world_report import ReportColumn, page, results_of
 from jvdit.generation.generator import Generator
 from jvdit.generation.reconstructor import Reconstructor
 from jvdit.generation.request import Request, size_fields
@@ -174,7 +174,7 @@ def _folder(out: pathlib.Path, generator: Generator, column: Any) -> pathlib.Pat
     return folder / re.sub(r"[^a-z0-9.]+", "-", str(setting))
 
 
-def _columns(out: pathlib.Path) -> list[Column]:
+def _columns(out: pathlib.Path) -> list[ReportColumn]:
     """Generates and measures what the flags ask for."""
     generators = {label: Generator.load(label) for label in _WORKDIR.value or ()}
     jobs = [
@@ -198,7 +198,9 @@ def _columns(out: pathlib.Path) -> list[Column]:
                 _folder(out, generators[label], job),
                 lambda count, task=task: progress.advance(task, count),
             )
-            columns.append(Column(label, setting, world, Measured.of(world, clips)))
+            columns.append(
+                ReportColumn(label, setting, world, Measured.of(world, clips))
+            )
     return columns
 
 

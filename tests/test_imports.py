@@ -70,6 +70,16 @@ def test_no_two_files_have_one_name():
     assert not {name for name in names if names.count(name) > 1}
 
 
+def test_no_two_classes_have_one_name():
+    names = [
+        node.name
+        for _, path in modules()
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert not {name for name in names if names.count(name) > 1}
+
+
 def test_no_foreign_framework_at_run_time():
     for _, path in modules():
         found = {name.split(".")[0] for name in imports(path)} & FORBIDDEN

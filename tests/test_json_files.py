@@ -24,7 +24,7 @@ from jvdit.training.restoring import _names_in
 from jvdit.weights.adapters import _Alphas
 from jvdit.weights.configs import ImageConfig, TextConfig, VAEConfig, dit_fields
 from jvdit.weights.folders import _dit_config
-from jvdit.weights.model_folder import _Settings
+from jvdit.weights.model_folder import _ModelSettings
 from jvdit.weights.network import load_network
 from jvdit.weights.parameters import save_weights
 from jvdit.weights.release import read_release
@@ -168,7 +168,7 @@ def history(folder):
 
 def model(folder):
     file = folder / "generator.json"
-    return lambda: read_json(file, "copy it anew", _Settings).fields
+    return lambda: read_json(file, "copy it anew", _ModelSettings).fields
 
 
 def own_network(folder):

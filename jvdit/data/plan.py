@@ -12,6 +12,7 @@ every place of every row draws from, and which element of the stream it draws.
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -52,7 +53,7 @@ class Slot(NamedTuple):
     text: int = 0
 
 
-class StepPlan:
+class StepPlan(ABC):
     """Which clips every step is made of, by what they have in common.
 
     Args:
@@ -83,9 +84,9 @@ class StepPlan:
         prints = [source.fingerprint for source in sources]
         return cls([x.index for x in sources], fingerprints=prints, **kwargs)
 
+    @abstractmethod
     def rows(self, step: int, host: int = 0, hosts: int = 1) -> list[Any]:
         """Returns what a host reads of a step."""
-        raise NotImplementedError
 
     def __getitem__(self, step: int) -> list[Any]:
         return self.rows(step)

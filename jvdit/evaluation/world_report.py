@@ -21,7 +21,7 @@ History = Mapping[str, Sequence[tuple[int, float]]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Column:
+class ReportColumn:
     """One column of the report: clips of one model with one set of sampling settings.
 
     Attributes:
@@ -44,7 +44,7 @@ class Column:
 
 
 def results_of(
-    columns: Sequence[Column], bounds: Mapping[World, Measured]
+    columns: Sequence[ReportColumn], bounds: Mapping[World, Measured]
 ) -> list[dict[str, Any]]:
     """The contents of the report as JSON values, one dictionary for each column.
 
@@ -75,7 +75,7 @@ def results_of(
 def page(
     title: str,
     results: Sequence[Mapping[str, Any]],
-    columns: Sequence[Column],
+    columns: Sequence[ReportColumn],
     bounds: Mapping[World, Measured],
     histories: Mapping[str, History],
 ) -> str:

@@ -41,7 +41,7 @@ class _Conventions(msgspec.Struct, frozen=True):
     clean_frames: bool = False
 
 
-class _Settings(msgspec.Struct, frozen=True):
+class _ModelSettings(msgspec.Struct, frozen=True):
     """The contents of `generator.json`: fields of a `Bundle`."""
 
     path: NoisePath
@@ -96,7 +96,7 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
             "give the workdir of a training with config.objective = 'flow'."
         )
     remedy = "copy it anew, or let the training save it"
-    settings = read_json(folder / _SETTINGS, remedy, _Settings)
+    settings = read_json(folder / _SETTINGS, remedy, _ModelSettings)
     text = CaptionEncoder.load(folder)
     networks = {"text_encoder": text.network}
     modules = {"dit": MODELS[settings.backbone].module, "vae": VideoVAE}
