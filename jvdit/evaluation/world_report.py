@@ -8,12 +8,11 @@ import numpy as np
 
 from jvdit.data.world import World
 from jvdit.evaluation import distance, report
-from jvdit.evaluation.adherence import describe, read
+from jvdit.evaluation.adherence import describe
 from jvdit.evaluation.breakdown import breakdown
-from jvdit.evaluation.detection import detect
 from jvdit.evaluation.measuring import Measured, neighbours
+from jvdit.evaluation.oracle import observe
 from jvdit.evaluation.overlay import overlay
-from jvdit.evaluation.tracks import follow
 
 _SHOWN = tuple(f"oracle/{n}" for n in ("all", "color", "shape", "direction"))
 # The metrics of a training: (step, value) pairs by name.
@@ -155,16 +154,14 @@ def _examples(measured: Measured, world: World) -> list[str]:
     parts = []
     for title, ids in report.examples(quality).items():
         videos, scenes = measured.videos[ids], world.scenes(ids)
-        found = detect(videos)
-        tracks = follow(videos, found, scenes, world.fps)
-        reading = read(found, tracks, scenes, world.fps)
+        seen = observe(videos, scenes, world.fps)
         figures = [
             report.film(
-                overlay(video, found, i),
+                overlay(video, seen.found, i),
                 world.fps,
                 prompt,
                 [
-                    "saw " + describe(reading, tracks, i),
+                    "saw " + describe(seen.reading, seen.tracks, i),
                     ", ".join(f"{n} {measured.scores[n][ids[i]]:.2g}" for n in names),
                 ],
             )
