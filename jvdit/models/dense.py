@@ -97,7 +97,7 @@ class Layer(nn.Module, kw_only=True):
         names = {x.name for x in dataclasses.fields(block)} - {"parent", "name"}
         return {name: getattr(self, name) for name in names}
 
-    def constant(self, name: str, value: float, *shape: int) -> Array:
+    def constant(self, name: str, value: int, *shape: int) -> Array:
         """The parameter of this name, which begins with one value everywhere."""
         init = nn.initializers.constant(value)
         return self.param(name, init, shape, self.param_dtype)
