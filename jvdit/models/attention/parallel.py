@@ -19,7 +19,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float
 
-from jvdit.models.attention.pieces import RESIDUALS, Pieces, no_gradient, slope_of
+from jvdit.models.attention.pieces import (
+    RESIDUALS,
+    Keys,
+    Pieces,
+    Queries,
+    no_gradient,
+    slope_of,
+)
 from jvdit.shapes import Visible
 from jvdit.sharding import activation_spec, fit
 
@@ -45,12 +52,12 @@ def divide_context(size: int, heads: int) -> tuple[int, int]:
 def divided(
     local: Local,
     pieces: Pieces,
-    q: Float[Array, "b n q k"],
-    k: Float[Array, "b s q k"],
-    v: Float[Array, "b s q k"],
+    q: Queries,
+    k: Keys,
+    v: Keys,
     visible: Visible | None,
     keys: str,
-) -> Float[Array, "b n q k"]:
+) -> Queries:
     """Attention on the current mesh.
 
     An axis that the mesh doesn't divide stays whole, and is computed on each device.
@@ -111,14 +118,7 @@ def _trade(x: Array, groups: list[list[int]], split: int, concat: int) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _ring(
-    q: Array,
-    k: Array,
-    v: Array,
-    visible: Visible | None,
-    pieces: Pieces,
-    sizes: tuple[int, int],
-) -> Array:
+def _ring(q, k, v, visible, pieces: Pieces, sizes: tuple[int, int]) -> Array:
     return _ring_forward(q, k, v, visible, pieces, sizes)[0]
 
 
