@@ -32,6 +32,14 @@ SCORES_AT_ONCE = 2**26
 ACTIVATIONS_AT_ONCE = 2**27
 
 
+class ChannelNorm(RMSNorm):
+    """Divides each position by the root mean square of its channels, and scales."""
+
+    def squared(self, x: Array) -> Array:
+        """The square, with a gradient in another form than that of a product."""
+        return jnp.square(x)
+
+
 class ResBlock(Layer):
     """Two normalised causal convolutions beside a (projected) identity.
 
@@ -50,7 +58,7 @@ class ResBlock(Layer):
             shape = self.features, (1, 1, 1)
             shortcut = Convolution(*shape, **self.types, name="shortcut")(x)
         for i, init in enumerate((inflated, nn.initializers.zeros), start=1):
-            x = nn.silu(RMSNorm(self.eps, **self.types, name=f"norm_{i}")(x))
+            x = nn.silu(ChannelNorm(self.eps, **self.types, name=f"norm_{i}")(x))
             new = {"kernel_init": init, "name": f"conv_{i}", **self.types}
             x = Convolution(self.features, (self.taps, 3, 3), **new)(x)
         return x + shortcut
@@ -65,7 +73,7 @@ class FrameAttention(Layer):
     def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b f h w c"]:
         """Adds to each position what it attends to in its own frame."""
         batch, _, height, width, channels = x.shape
-        y = RMSNorm(self.eps, **self.types, name="norm")(x)
+        y = ChannelNorm(self.eps, **self.types, name="norm")(x)
         y = Convolution(3 * channels, (1, 1), **self.types, name="qkv")(y)
         # Positions of the side that devices divide come first: so each has a stretch.
         order = "(w h)" if frame_axes(y)[3] else "(h w)"
@@ -292,7 +300,7 @@ class _Half(Coder, kw_only=True):
         return block(x.shape[-1], name="mid_res_1")(x)
 
     def _head(self, x: Array, taps: int) -> Array:
-        x = nn.silu(RMSNorm(self.norm_eps, **self.types, name="norm_out")(x))
+        x = nn.silu(ChannelNorm(self.norm_eps, **self.types, name="norm_out")(x))
         return self._conv("conv_out", self.out_channels, taps, x)
 
 
