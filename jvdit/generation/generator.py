@@ -16,7 +16,6 @@ from jaxtyping import Float
 from jvdit.box import FOLDER
 from jvdit.data.patches import Size
 from jvdit.diffusion.denoise import Guidance
-from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
 from jvdit.diffusion.reuse import Reuse
 from jvdit.diffusion.solvers import check_solver
 from jvdit.generation.draft import drafted
@@ -26,8 +25,10 @@ from jvdit.generation.residence import Residence, fits_together
 from jvdit.generation.sampling import (
     Chunk,
     OnStep,
+    Start,
     Stepper,
     batches_of,
+    start_noise,
     texts_of,
     unpacked,
 )
@@ -320,10 +321,35 @@ class Generator:
             self.mesh.shape["context"],
             model.text_length,
         )
-        begin = model.path, model.policy, steps, solver, bool(noise)
+
+        def solved(batch: Chunk) -> np.ndarray:
+            """Denoises a batch to t = 0, one expert after the other."""
+            start = Start(model.path, model.policy, steps, solver, bool(noise))
+            start = start._replace(one_clip=batch.one_clip, given=batch.given)
+            places, running = rows_sharding(self.mesh, len(batch.seeds)), None
+            for name, span in self._spans(steps).items():
+                with jax.set_mesh(self.mesh):
+                    variables = self._variables(name)
+                    if running is None:
+                        arrays = jax.device_put((batch.arrays, batch.seeds), places)
+                        running = start_noise(start, *arrays)
+                    running = self.stepper(
+                        variables,
+                        running,
+                        texts_of(batch, model.pad_text, places),
+                        solver=solver,
+                        guidance=guidances[name],
+                        span=span,
+                        on_step=on_step,
+                        skips=reuse and reuse.skips(steps, span[0]),
+                    )
+                    # This also waits: the next network needs the memory of this one.
+                    latents = to_host(running.solution.tokens.latents)
+                    del variables
+            return latents
+
         for batch in batches:
-            latents = self._solved(batch, begin, guidances, reuse, on_step)
-            found = unpacked(batch, latents, sizes, model.patch_size)
+            found = unpacked(batch, solved(batch), sizes, model.patch_size)
             yield {i: x[given[i].lead :] for i, x in found.items()}
 
     def decode(
@@ -370,38 +396,13 @@ class Generator:
             videos = self.decode(stack, lambda *counts: watch("decoding", *counts))
             yield from zip(alike, videos, strict=True)
 
-    def _solved(
-        self,
-        batch: Chunk,
-        begin: tuple[NoisePath, TimestepPolicy, int, str, bool],
-        guidances: Mapping[str, Guidance],
-        reuse: Reuse | None,
-        on_step: OnStep | None,
-    ) -> np.ndarray:
-        """Denoises a batch to t = 0, one expert after the other."""
-        *_, steps, solver, _ = begin
-        places = rows_sharding(self.mesh, len(batch.seeds))
-        running = None
-        for name, span in self._spans(steps).items():
-            with jax.set_mesh(self.mesh):
-                variables = {"params": self.residence[name]}
-                if (lora := self.model.adapters.get(name)) is not None:
-                    homes = parameter_shardings(lora, self.mesh)
-                    variables["lora"] = jax.device_put(lora, homes)
-                running = self.stepper(
-                    variables,
-                    running or batch.begin(places, *begin),
-                    texts_of(batch, self.model.pad_text, places),
-                    solver=solver,
-                    guidance=guidances[name],
-                    span=span,
-                    on_step=on_step,
-                    skips=reuse and reuse.skips(steps, span[0]),
-                )
-                # This also waits: the next network needs the memory of this one.
-                latents = to_host(running.solution.tokens.latents)
-                del variables
-        return latents
+    def _variables(self, name: str) -> dict[str, Any]:
+        """The parameters of an expert, and its adapters if it has any."""
+        variables = {"params": self.residence[name]}
+        if (lora := self.model.adapters.get(name)) is not None:
+            places = parameter_shardings(lora, self.mesh)
+            variables["lora"] = jax.device_put(lora, places)
+        return variables
 
     def _spans(self, steps: int) -> dict[str, tuple[int, int]]:
         """The range of steps that each expert takes."""
