@@ -15,6 +15,7 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from jvdit.models.convolution import Convolution
+from jvdit.models.dense import along_last
 from jvdit.models.video_vae_layers import REMAT, Coder, Decoder, Encoder
 from jvdit.sharding import constrain, frame_axes
 
@@ -176,22 +177,21 @@ class VideoVAE(Coder):
 
     def normalize(self, latents: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
         """Gives each channel mean 0 and standard deviation 1 over the data."""
-        mean, std = self._statistics(latents.ndim)
+        mean, std = self._statistics(latents)
         return (latents - mean) / std
 
     def denormalize(self, latents: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
         """The inverse of `normalize`: what `decode` takes."""
-        mean, std = self._statistics(latents.ndim)
+        mean, std = self._statistics(latents)
         return latents * std + mean
 
-    def _statistics(self, ndim: int) -> tuple[Array, Array]:
+    def _statistics(self, latents: Array) -> tuple[Array, Array]:
         given = ((self.latents_mean, 0.0), (self.latents_std, 1.0))
         mean, std = (
             jnp.asarray((d,) * self.latent_channels if v is None else v, jnp.float32)
             for v, d in given
         )
-        axes = (1,) * (ndim - 1) + (-1,)
-        return mean.reshape(axes), std.reshape(axes)
+        return along_last(mean, latents), along_last(std, latents)
 
 
 def to_float(video: Array | np.ndarray) -> Float[Array, "b T H W 3"]:
