@@ -61,9 +61,7 @@ class Checkpoints:
 
     def __init__(self, workdir: PathLike, keep: int = 3):
         self._folder = pathlib.Path(workdir).absolute() / CHECKPOINTS
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, enable_async_checkpointing=True
-        )
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
         handlers = {"state": _state_handler(), "data": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(
             self._folder, options=options, item_handlers=handlers
@@ -87,12 +85,11 @@ class Checkpoints:
         if step == self.latest:
             return
         self._await_listing()
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(state), data=ocp.args.JsonSave(dict(data))
-            ),
-        )
+        parts = {
+            "state": ocp.args.PyTreeSave(state),
+            "data": ocp.args.JsonSave({**data}),
+        }
+        self._manager.save(step, args=ocp.args.Composite(**parts))
         # Killed before it is done, it leaves a whole checkpoint without digests.
         self._listing = threading.Thread(target=self._list, args=(step,), daemon=True)
         self._listing.start()
@@ -195,7 +192,7 @@ def claim_workdir(
         for name, module in (modules or {}).items():
             if isinstance(theirs.get(name), dict):
                 later = json.loads(json.dumps(_defaults(module)))
-                later = {key: later[key] for key in later.keys() & known[name].keys()}
+                later = {k: v for k, v in later.items() if k in known[name]}
                 theirs[name] = later | theirs[name]
         differing = differences(theirs, known)
         if differing:
@@ -204,7 +201,7 @@ def claim_workdir(
                 "Choose another --workdir, or restore those settings."
             )
         _check_optimizer(path.parent, held.config.optim.name, ours.config.optim.name)
-    if jax.process_index() == 0:
+    if cluster.is_lead():
         _check_renaming(path.parent)
         write_json(path, config)
 
@@ -217,7 +214,7 @@ def _check_optimizer(
     Raises:
         ValueError: they hold that of another.
     """
-    begun = any((folder / "checkpoints").glob("[0-9]*"))
+    begun = any((folder / CHECKPOINTS).glob("[0-9]*"))
     if begun and theirs != ours and None not in (theirs, ours):
         raise ValueError(
             f"workdir {folder} was begun with `optim.name` {theirs!r}, whose moments "
