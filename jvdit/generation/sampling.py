@@ -288,7 +288,7 @@ class Stepper:
         skips: tuple[bool, ...] | None,
     ) -> tuple[Running, Any]:
         solution, times, keys = running
-        memory = None if skips is None else Memory()
+        memory: Any = None if skips is None else Memory()
 
         def reusing(tokens: Tokens, t: Array, text: Text) -> Array:
             (residual, ratios), i = memory.value, memory.index

@@ -102,9 +102,8 @@ class LoRA:
 
 def scaled(adapters: Mapping[str, Any], factor: float) -> dict[str, Any]:
     """The same adapters, so many times as strong."""
-    return path_aware_map(
-        lambda path, x: x * factor if path[-1] == B else x, dict(adapters)
-    )
+    found = path_aware_map(lambda p, x: x * factor if p[-1] == B else x, {**adapters})
+    return dict(found)
 
 
 def stacked(several: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -241,13 +241,13 @@ class Coder(Layer):
     remat: str = "none"
 
     @property
-    def spatial(self) -> tuple[bool, ...]:
+    def spatial(self) -> Sequence[bool]:
         """Whether height and width are halved between each stage and the next."""
         always = (True,) * (len(self.multipliers) - 1)
         return always if self.spatial_downsample is None else self.spatial_downsample
 
     @property
-    def taps(self) -> tuple[int, ...]:
+    def taps(self) -> Sequence[int]:
         """Time taps of each stage's kernels."""
         return (
             (3,) * len(self.multipliers) if self.stage_taps is None else self.stage_taps

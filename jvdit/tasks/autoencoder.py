@@ -45,28 +45,16 @@ class VAETask(Task):
         self.objective = VAEObjective(self.vae, **config.loss)
         fields = module_fields(self.vae)
         self.identity = {"objective": "video_vae", "vae": fields, "seed": config.seed}
-        self.batch_builder = ClipBatches(
-            self.sources,
-            self.plan,
-            host=self.host,
-            hosts=self.hosts,
-            timeout=config.data.timeout,
-        )
+        self.batch_builder = ClipBatches(self.sources, self.plan, **self.share)
         self.example, _ = self.batch_builder[0]
         clips = sum(map(len, self.sources))
         self.summary = f"{clips} clips, batches {self.plan.batches}"
-        self._validation = self._validation_clips()
+        held, count = config.data.validation, config.data.validation_clips
+        self._validation = _held_out(self.open(held), count) if held else []
         self._reconstruct = jit(self.objective.reconstruct)
 
-    def _validation_clips(self):
-        data = self.config.data
-        if not data.validation:
-            return []
-        return _held_out(self.open(data.validation), data.validation_clips)
-
     def counts(self, batch):  # noqa: D102
-        videos = float(batch["valid"].sum()) * self.hosts
-        return {"clips": videos}
+        return {"clips": float(batch["valid"].sum()) * self.hosts}
 
     def _reconstructed(self, params):
         """Pairs of a held-out video and its reconstruction."""

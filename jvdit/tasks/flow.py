@@ -52,13 +52,22 @@ class FlowTask(Task):
         self.batch_builder = self._packed(self.sources, self.plan, data.caption_dropout)
         self.example, _ = self.batch_builder[0]
         one_clip = data.max_clips == 1 and self.plan.padding == 0
-        self.objective = self._objective(one_clip)
+        self.objective = flow_objective(
+            config,
+            mesh,
+            channels=self.example["latents"].shape[-1],
+            text_width=self.captions.module.width if self.captions else 0,
+            vocab_size=0 if self.captions else self.tokenizer.vocab_size,
+            one_clip=one_clip,
+        )
         if self.objective.lora:
             self.frozen = self._base()
         self.identity = self._identity()
         clips = sum(map(len, self.sources))
         self.summary = f"{clips} clips, {self.plan.padding:.1%} padding"
-        self.flops = self._flops()
+        rows, tokens = self.example["segment"].shape
+        text = self.example["text_segment"].shape[1]
+        self.flops = float(rows * self.hosts * self.objective.flops(tokens, text))
         drawn = config.sample.pictures
         self.model = FlowModel(
             config,
@@ -70,7 +79,10 @@ class FlowTask(Task):
             open_bundle(drawn) if drawn else None,
         )
         self.samples = Samples(self.model, mesh)
-        self._validation = self._validation_batch()
+        self._validation = None
+        if data.validation:
+            held = [self.open(data.validation)]
+            self._validation = self._packed(held, self._plan(held, 0), 0.0)
         self._measure = jit(self.objective.validate)
 
     # Building
@@ -105,10 +117,9 @@ class FlowTask(Task):
         if self.config.tokenizer:
             return Tokenizer(self.config.tokenizer)
         # A resumed run, and one that starts from another, keep the same token ids.
-        for folder in filter(
-            None, (str(self.workdir / "model"), self.config.start_from)
-        ):
-            if (kept := pathlib.Path(folder) / "tokenizer.model").exists():
+        for folder in (str(self.workdir / "model"), self.config.start_from):
+            kept = pathlib.Path(folder) / "tokenizer.model"
+            if folder and kept.exists():
                 return Tokenizer(kept)
         captions = []
         for source in self.sources:
@@ -131,21 +142,8 @@ class FlowTask(Task):
             caption_dropout=dropout,
             seconds=self.config.conventions.seconds,
             pad_text=self.config.conventions.pad_text,
-            host=self.host,
-            hosts=self.hosts,
-            timeout=self.config.data.timeout,
+            **self.share,
             **text,
-        )
-
-    def _objective(self, one_clip: bool) -> FlowObjective:
-        width = self.captions.module.width if self.captions else 0
-        return flow_objective(
-            self.config,
-            self.mesh,
-            channels=self.example["latents"].shape[-1],
-            text_width=width,
-            vocab_size=0 if self.captions else self.tokenizer.vocab_size,
-            one_clip=one_clip,
         )
 
     def _base(self) -> dict[str, Any]:
@@ -168,14 +166,7 @@ class FlowTask(Task):
             # The cache's settings identify the encoder, which needn't be read.
             text = dict(self.sources[0].settings["text"])
             text.pop("length")
-        adapters, expert, backbone = {}, self.config.expert, self.config.backbone
-        if objective.lora:
-            adapters = dataclasses.asdict(objective.lora)
-            adapters |= {"base": fingerprint(self.config.start_from, expert)}
-        return {
-            **({"lora": adapters} if adapters else {}),
-            **({"expert": expert} if expert != "dit" else {}),
-            **({"backbone": backbone} if backbone != "dit" else {}),
+        identity = {
             "objective": "flow",
             "seed": self.config.seed,
             "dit": module_fields(objective.dit),
@@ -185,27 +176,20 @@ class FlowTask(Task):
             "tokenizer": self.tokenizer.fingerprint,
             "autoencoder": self.vae_hash,
         }
-
-    def _flops(self) -> float:
-        rows, tokens = self.example["segment"].shape
-        text = self.example["text_segment"].shape[1]
-        return float(rows * self.hosts * self.objective.flops(tokens, text))
-
-    def _validation_batch(self):
-        data = self.config.data
-        if not data.validation:
-            return None
-        source = self.open(data.validation)
-        plan = self._plan([source], 0)
-        return self._packed([source], plan, 0.0)
+        # Settings that came later count where they aren't what they were before.
+        for name in ("expert", "backbone"):
+            if self.config[name] != "dit":
+                identity[name] = self.config[name]
+        if objective.lora:
+            base = fingerprint(self.config.start_from, self.config.expert)
+            identity["lora"] = dataclasses.asdict(objective.lora) | {"base": base}
+        return identity
 
     # What the training loop calls
 
     def counts(self, batch):  # noqa: D102
-        return {
-            "clips": float(batch["valid"].sum()) * self.hosts,
-            "tokens": float((batch["segment"] > 0).sum()) * self.hosts,
-        }
+        counted = {"clips": batch["valid"], "tokens": batch["segment"] > 0}
+        return {name: float(x.sum()) * self.hosts for name, x in counted.items()}
 
     def validate(self, params):
         """The squared error at fixed timesteps, on fixed held-out clips and noise."""
@@ -213,15 +197,14 @@ class FlowTask(Task):
             return {}
         times = jnp.asarray(self.config.validation_times, jnp.float32)
         batches = max(self.config.data.validation_clips // self.config.data.rows, 1)
-        total = np.zeros(len(times))
+        total, params = np.zeros(len(times)), {**self.frozen, **params}
         for i in range(batches):
             batch, _ = self._validation[i]
             rows = len(batch["segment"]) * self.hosts
             keys = jax.random.split(jax.random.key(i), rows)
-            params = {**self.frozen, **params}
             total += to_host(self._measure(params, self.place(batch), keys, times))
-        errors = dict(zip(self.config.validation_times, total / batches, strict=True))
-        found = {f"validation/t={t:g}": float(e) for t, e in errors.items()}
+        errors = zip(self.config.validation_times, total / batches, strict=True)
+        found = {f"validation/t={t:g}": float(e) for t, e in errors}
         return found | {"validation/loss": float(np.mean(total / batches))}
 
     def show(self, params, metrics, step, folder):  # noqa: D102

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from jvdit.data.clips import SIZE
 from jvdit.data.media.reader import decode_clip
 from jvdit.data.media.writer import encode_clip
 from jvdit.data.sheets import contact_sheet, write_png
@@ -82,47 +83,32 @@ class Samples:
             metrics.say(f"step {step}, {scored} clips scored: {', '.join(told)}")
 
     def _requests(self, prompts: Sequence[str]) -> list[Request]:
-        size = {name: self.sample[name] for name in ("frames", "height", "width")}
-        size["fps"] = self.sample.fps
+        size = {name: self.sample[name] for name in (*SIZE, "fps")}
         return [Request(prompt, seed=i, **size) for i, prompt in enumerate(prompts)]
 
     def _clips(self, prompts: Sequence[str]) -> list[np.ndarray]:
         """Generates clips of prompts as `config.sample` says, with seeds 0, 1, …."""
         assert self._generator is not None
-        return self._generator(
-            self._requests(prompts),
-            draft=self.sample.draft,
-            steps=self.sample.steps,
-            solver=self.sample.solver,
-            guidance_scale=self.sample.guidance_scale,
-            rows=self.model.config.data.rows,
-        )
+        names = ("draft", "steps", "solver", "guidance_scale")
+        settings = {name: self.sample[name] for name in names}
+        rows = self.model.config.data.rows
+        return self._generator(self._requests(prompts), rows=rows, **settings)
 
-    def _write(
-        self,
-        videos: Sequence[np.ndarray],
-        metrics: Metrics,
-        step: int,
-        folder: pathlib.Path,
-    ) -> None:
+    def _write(self, videos: Any, metrics: Metrics, step: int, folder: pathlib.Path):
         """Writes sample clips, and a contact sheet of them.
 
         If the run started from finished weights, the sheet shows the clip of those
         weights above each.
         """
         rows, captions, fps = [], [], self.sample.fps
-        for i, (video, prompt) in enumerate(
-            zip(videos, self.sample.prompts, strict=True)
-        ):
+        for i, prompt in enumerate(self.sample.prompts):
             before = folder / f"step_{0:07d}_{i}.mp4"
+            captions.append(prompt)
             if step and before.exists():
-                frames, height, width, _ = video.shape
-                size = {"frames": frames, "height": height, "width": width}
+                size = dict(zip(SIZE, videos[i].shape, strict=False))
                 rows.append(decode_clip(str(before), fps=fps, **size)["video"])
-                captions += [prompt, f"after {step} steps"]
-            else:
-                captions.append(prompt)
-            rows.append(video)
+                captions.append(f"after {step} steps")
+            rows.append(videos[i])
         sheet = contact_sheet(rows, captions)
         metrics.sheet(step, "samples", sheet)
         write_png(folder / f"step_{step:07d}.png", sheet)

@@ -1,6 +1,7 @@
 """The training objective of the video autoencoder."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -82,12 +83,12 @@ class VAEObjective:
         self, params: Any, batch: Batch, *, ema: Any = None, step: Any = 0
     ) -> tuple[Float[Array, ""], Metrics]:
         """The sum over videos of the loss, of its terms, and of the PSNR in dB."""
-        variables = {"params": params["vae"]}
+        apply: Any = partial(self.vae.apply, {"params": params["vae"]})
         video = to_float(batch["video"])
-        mean, logvar = self.vae.apply(variables, video, method="encode")
+        mean, logvar = apply(video, method="encode")
         draw = jax.vmap(lambda k, m: jax.random.normal(k, m.shape))
         latents = mean + jnp.exp(0.5 * logvar) * draw(batch["key"], mean)
-        decoded = self.vae.apply(variables, latents, method="decode")
+        decoded = apply(latents, method="decode")
         valid = batch["valid"].astype(jnp.float32)
         terms = {
             "l1": _per_video(jnp.abs(decoded - video)),
