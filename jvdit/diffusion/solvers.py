@@ -1,7 +1,7 @@
 """Solvers: from noise at t = 1 to data at t = 0 in a given number of steps.
 
 A solver is a function of one step, `step(denoiser, x, now, state) -> (x, state)`,
-listed in `SOLVERS`. `solve` runs it over all steps in one `lax.scan`. Each noise level
+listed in `SOLVERS`. `advance` runs it over steps in one `lax.scan`. Each noise level
 of a row has its own times, so clips of any size, each with its own shift, are denoised
 together; a level that stays at t = 0 (clean tokens, padding) is left untouched.
 """
@@ -327,33 +327,3 @@ def advance(
     if memory is not None:
         memory.value = carry[1]
     return carry[0]
-
-
-def solve(
-    denoiser: Denoiser,
-    tokens: Tokens,
-    times: Float[Array, "times b g"],
-    path: NoisePath,
-    keys: Key[Array, "b g"],
-    solver: str = "unipc",
-) -> Float[Array, "b n c"]:
-    """Denoises from t = 1 (noise) to t = 0 (data).
-
-    Args:
-        denoiser: predicts the velocity at (tokens, t); see `guided`.
-        tokens: `latents` is noise where tokens are generated and data where they are
-            given (level 0).
-        times: the `steps + 1` times of each noise level, from 1 down to 0; a given
-            level is 0 throughout.
-        path: the noise path that the network was trained on.
-        keys: a key for each noise level (each clip), for solvers that draw noise.
-        solver: a name in `SOLVERS`.
-
-    Returns:
-        The latents at t = 0.
-
-    Raises:
-        ValueError: the solver is unknown.
-    """
-    start = begin(tokens, times, solver)
-    return advance(denoiser, start, times, path, keys, solver).tokens.latents

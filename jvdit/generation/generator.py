@@ -32,7 +32,7 @@ from jvdit.generation.sampling import (
     texts_of,
     unpacked,
 )
-from jvdit.generation.settings import Settings
+from jvdit.generation.settings import NAMES, Settings
 from jvdit.machine.cluster import to_host
 from jvdit.machine.compilation import jit
 from jvdit.models.video_vae import to_uint8
@@ -138,9 +138,8 @@ class Generator:
         """
         one = isinstance(prompts, str | Request)
         several = [prompts] if one else [*prompts]
-        names = {field.name for field in dataclasses.fields(Settings)}
-        settings = Settings(**{k: v for k, v in fields.items() if k in names})
-        common = {k: v for k, v in fields.items() if k not in names}
+        common = {k: v for k, v in fields.items() if k not in NAMES}
+        settings = Settings(**{k: v for k, v in fields.items() if k in NAMES})
         if common and not any(isinstance(x, str) for x in several):
             raise TypeError(
                 f"{sorted(common)} must be given in the requests themselves."

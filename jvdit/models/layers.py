@@ -1,6 +1,6 @@
 """Small layers that models share: norms, modulation, MLP, sinusoids, layer stacks."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -269,34 +269,3 @@ def fusion_boundary(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jax.lax.cond(
         first == first, lambda x: x, lambda x: jnp.full_like(x, jnp.nan), x
     )
-
-
-def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Joins the subtrees `block_0`, `block_1`, ... into `blocks`, as `scan_layers`.
-
-    Raises:
-        ValueError: there is no `block_0`.
-    """
-    rest = {k: v for k, v in params.items() if not k.startswith("block_")}
-    depth = len(params) - len(rest)
-    if not depth:
-        raise ValueError(f"no `block_0` to stack among {sorted(params)}.")
-    layers = [params[f"block_{i}"] for i in range(depth)]
-    return rest | {"blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
-
-
-def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Splits the subtree `blocks` into `block_0`, ...: undoes `stack_layers`.
-
-    Raises:
-        ValueError: there are no `blocks`.
-    """
-    if "blocks" not in params:
-        raise ValueError(f"no `blocks` to unstack among {sorted(params)}.")
-    blocks = params["blocks"]
-    depth = jax.tree.leaves(blocks)[0].shape[0]
-    layers = {
-        f"block_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], blocks)
-        for i in range(depth)
-    }
-    return {k: v for k, v in params.items() if k != "blocks"} | layers

@@ -120,22 +120,6 @@ def stacked(several: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return unflatten_dict(joined, sep="/")
 
 
-def merged(params: Mapping[str, Any], adapters: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of a network without adapters that does the same.
-
-    Raises:
-        ValueError: the adapters are of another network; lists what doesn't fit.
-    """
-    check(params, adapters)
-    flat, low = _flat(params), _flat(adapters)
-    for path in [p for p in low if p.endswith(A)]:
-        layer = path.removesuffix(A)
-        change = low[path] @ low[layer + B]
-        kernel = flat[layer + "kernel"]
-        flat[layer + "kernel"] = (kernel + change).astype(kernel.dtype)
-    return unflatten_dict(flat, sep="/")
-
-
 def check(params: Mapping[str, Any], adapters: Mapping[str, Any]) -> None:
     """Raises ValueError if adapters don't fit the network with these parameters."""
     flat, low = _flat(params), _flat(adapters)

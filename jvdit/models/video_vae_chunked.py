@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Num
 
@@ -169,23 +168,3 @@ def decode_normalized(
     for video in decode_stream(vae, params, split(_filled(x, piece), piece)):
         yield video[:, :left]
         left -= video.shape[1]
-
-
-def decode_scan(
-    vae: VideoVAE, params: Any, latents: Float[Array, "b f h w c"]
-) -> Float[Array, "b T H W 3"]:
-    """Decodes a whole video as a loop over latent frames, to be called under jit.
-
-    Activations take the memory of one latent frame, whatever the length.
-    """
-    first, cache = decode_step(vae, params, latents[:, :1], {})
-    if latents.shape[1] == 1:
-        return first
-
-    def step(cache: Cache, latent: Array) -> tuple[Cache, Array]:
-        video, cache = decode_step(vae, params, latent[:, None], cache)
-        return cache, video
-
-    _, later = jax.lax.scan(step, cache, jnp.moveaxis(latents[:, 1:], 1, 0))
-    later = rearrange(later, "f b u h w c -> b (f u) h w c")
-    return jnp.concatenate([first, later], axis=1)
