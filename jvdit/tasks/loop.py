@@ -22,10 +22,15 @@ from jvdit.machine.lock import FolderLock
 from jvdit.machine.stop import StopRequest
 from jvdit.sharding import make_mesh, parameter_shardings
 from jvdit.tasks import TASKS, Task
-from jvdit.training.checkpoint import CHECKPOINTS, Checkpoints, claim_workdir
+from jvdit.training.checkpoint import (
+    CHECKPOINTS,
+    Checkpoints,
+    claim_workdir,
+    owned,
+    was_saved,
+)
 from jvdit.training.metrics import Metrics, Throughput, status_line
 from jvdit.training.optim import Optim
-from jvdit.training.restoring import owned, was_saved
 from jvdit.training.state import TrainState, new_state, state_shardings
 from jvdit.training.step import jit_train_step
 from jvdit.weights.starting import finished_parameters
