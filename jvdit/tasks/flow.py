@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -16,20 +17,29 @@ from jvdit.data.plan import PackPlan
 from jvdit.data.sources import LatentSource
 from jvdit.data.tokenizer import Tokenizer, train_tokenizer
 from jvdit.diffusion.noise_path import NoisePath
-from jvdit.machine.cluster import to_host
+from jvdit.machine.cluster import is_lead, to_host
 from jvdit.machine.compilation import jit
 from jvdit.models.backbones import MODELS
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.sharding import parameter_shardings
 from jvdit.tasks.caches import cached_autoencoder, cached_captions
-from jvdit.tasks.flow_model import FlowModel
 from jvdit.tasks.flow_objective import flow_objective
 from jvdit.tasks.samples import Samples
 from jvdit.tasks.task import Task
 from jvdit.training.objectives.denoising import FlowObjective
+from jvdit.weights import wan
+from jvdit.weights.adapters import write_lora
+from jvdit.weights.bundle import Bundle
+from jvdit.weights.folders import save_dit
+from jvdit.weights.model_folder import save_bundle
+from jvdit.weights.network import Network
 from jvdit.weights.opening import open_bundle
 from jvdit.weights.parameters import module_fields
+from jvdit.weights.release import is_release, read_release
 from jvdit.weights.starting import fingerprint, finished_parameters
+
+# Fields of the config's `sample` that aren't defaults of the finished model.
+_OF_TRAINING = ("prompts", "scored", "pictures")
 
 
 class FlowTask(Task):
@@ -69,16 +79,8 @@ class FlowTask(Task):
         text = self.example["text_segment"].shape[1]
         self.flops = float(rows * self.hosts * self.objective.flops(tokens, text))
         drawn = config.sample.pictures
-        self.model = FlowModel(
-            config,
-            self.objective,
-            self.vae,
-            self.captions,
-            self.tokenizer,
-            self.frozen,
-            open_bundle(drawn) if drawn else None,
-        )
-        self.samples = Samples(self.model, mesh)
+        self.pictures = open_bundle(drawn) if drawn else None
+        self.samples = Samples(config, self.bundle, mesh)
         self._validation = None
         if data.validation:
             held = [self.open(data.validation)]
@@ -185,6 +187,38 @@ class FlowTask(Task):
             identity["lora"] = dataclasses.asdict(objective.lora) | {"base": base}
         return identity
 
+    def bundle(self, params: Mapping[str, Any]) -> Bundle:
+        """The model with given parameters of the trained networks, by network name."""
+        objective, config = self.objective, self.config
+        trees = {**self.frozen, **params}
+        encoder = Network(objective.text_encoder, trees.get("text_encoder"))
+        networks = {
+            name: Network(objective.dit, trees.get(name))
+            for name in ("dit", "dit_low")[: 2 if objective.boundary else 1]
+        }
+        networks["text_encoder"] = self.captions.network if self.captions else encoder
+        return Bundle(
+            networks={**networks, "vae": self.vae},
+            tokenizer=self.tokenizer,
+            path=objective.path,
+            policy=objective.policy,
+            patch_size=tuple(config.patch_size),
+            text_length=config.data.text_length,
+            conditions=objective.conditions,
+            **config.conventions.to_dict(),
+            boundary=objective.boundary,
+            defaults={k: v for k, v in config.sample.items() if k not in _OF_TRAINING},
+            adapters=self._adapters(params),
+            text_release=self.captions.release if self.captions else "",
+            pictures=self.pictures,
+        )
+
+    def _adapters(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        lora = self.objective.lora
+        if lora is None or "lora" not in params:
+            return {}
+        return {"dit": lora.active(params["lora"], training=False)}
+
     # What the training loop calls
 
     def counts(self, batch):  # noqa: D102
@@ -210,5 +244,22 @@ class FlowTask(Task):
     def show(self, params, metrics, step, folder):  # noqa: D102
         self.samples.show(params, metrics, step, folder)
 
-    def save(self, params, folder):  # noqa: D102
-        self.model.save(params, folder)
+    def save(self, params, folder):
+        """Writes the finished model; only process 0 writes, but every one must call.
+
+        LoRA adapters, and a finetuned network of a released model, are written by
+        themselves in diffusers' format; otherwise the folder holds the whole model.
+        """
+        params, config = to_host(params), self.config
+        start, dit = config.start_from, self.objective.dit
+        if not is_lead():
+            return
+        if self.objective.lora:
+            write_lora(folder, self._adapters(params)["dit"], wan.dit_rules())
+        elif start and is_release(start):
+            expert, parts = config.expert, read_release(start).parts
+            for name in ("dit", "dit_low") if expert == "both" else ("dit",):
+                like = parts[name if expert == "both" else expert]
+                save_dit(folder / like.name, params[name], dit, like)
+        else:
+            save_bundle(folder, self.bundle(params))

@@ -2,12 +2,13 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
+from jvdit.config import Config
 from jvdit.data.clips import SIZE
 from jvdit.data.media.reader import decode_clip
 from jvdit.data.media.writer import encode_clip
@@ -18,8 +19,8 @@ from jvdit.evaluation import oracle
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request
 from jvdit.machine.cluster import is_lead
-from jvdit.tasks.flow_model import FlowModel
 from jvdit.training.metrics import Metrics
+from jvdit.weights.bundle import Bundle
 
 _TOLD = ("all", "count", "color", "shape", "size", "direction", "physics")
 
@@ -28,7 +29,8 @@ class Samples:
     """Generates clips of the config's prompts, and scores clips of the world's prompts.
 
     Args:
-        model: the model in training.
+        config: the training's config.
+        bundle: makes the model of the parameters of its trained networks, by name.
         mesh: the device mesh.
 
     Raises:
@@ -36,20 +38,20 @@ class Samples:
             be scored.
     """
 
-    def __init__(self, model: FlowModel, mesh: Mesh):
-        self.model, self.mesh, self.sample = model, mesh, model.config.sample
+    def __init__(self, config: Config, bundle: Callable[[Any], Bundle], mesh: Mesh):
+        self.bundle, self.mesh, self.sample = bundle, mesh, config.sample
+        self.rows = config.data.rows
         self._generator: Generator | None = None
         check_solver(self.sample.solver)
         if self.sample.scored:
             oracle.check_frames(self._world().frames)
-        generator = Generator(model.bundle({}), mesh)
+        generator = Generator(bundle({}), mesh)
         if self.sample.draft:
             generator.model.check_draft()
         for request in self._requests(self.sample.prompts or [""]):
             generator.check(request)
-            if model.pictures is not None:
-                picture = dataclasses.replace(request, frames=1)
-                generator.painter.check(picture)
+            if generator.model.pictures is not None:
+                generator.painter.check(dataclasses.replace(request, frames=1))
 
     def show(
         self, params: Any, metrics: Metrics, step: int, folder: pathlib.Path
@@ -65,7 +67,7 @@ class Samples:
         prompts, scored = self.sample.prompts, self.sample.scored
         if not prompts and not scored:
             return
-        bundle = self.model.bundle(params)
+        bundle = self.bundle(params)
         if self._generator is None:
             self._generator = Generator(bundle, self.mesh, together=False)
         elif bundle.adapters:
@@ -91,8 +93,7 @@ class Samples:
         assert self._generator is not None
         names = ("draft", "steps", "solver", "guidance_scale")
         settings = {name: self.sample[name] for name in names}
-        rows = self.model.config.data.rows
-        return self._generator(self._requests(prompts), rows=rows, **settings)
+        return self._generator(self._requests(prompts), rows=self.rows, **settings)
 
     def _write(self, videos: Any, metrics: Metrics, step: int, folder: pathlib.Path):
         """Writes sample clips, and a contact sheet of them.

@@ -24,7 +24,6 @@ from jvdit.models.attention.pieces import (
     Keys,
     Pieces,
     Queries,
-    no_gradient,
     slope_of,
 )
 from jvdit.shapes import Visible
@@ -77,7 +76,7 @@ def divided(
     size = mesh.shape[AXIS] if of_query[1] and of_key[1] else 1
     if size == 1:
         of_key = PartitionSpec(of_key[0], None, *of_key[2:])
-    heads = q.shape[2] // _ways(of_query[2], mesh)
+    heads = q.shape[2] // math.prod(mesh.shape[name] for name in of_query[2] or ())
     ulysses, ring = divide_context(size, heads)
 
     def on_device(q: Array, k: Array, v: Array, visible: Visible | None) -> Array:
@@ -104,11 +103,6 @@ def divided(
 
 def _spec(x: Array, tokens: str, mesh: AbstractMesh) -> PartitionSpec:
     return fit(activation_spec("batch", tokens, "heads", None), x.shape, mesh.shape)
-
-
-def _ways(names: str | tuple[str, ...] | None, mesh: AbstractMesh) -> int:
-    names = (names,) if isinstance(names, str) else (names or ())
-    return math.prod(mesh.shape[name] for name in names)
 
 
 def _trade(x: Array, groups: list[list[int]], split: int, concat: int) -> Array:
@@ -147,7 +141,7 @@ def _ring_backward(pieces, sizes, saved, grad):
         # Gradients of keys travel with them, and are home after the last turn.
         sums = dq, *_pass_on((dk, dv), sizes)
     grads = (d.astype(x.dtype) for d, x in zip(sums, (q, k, v), strict=True))
-    return *grads, no_gradient(visible)
+    return *grads, None
 
 
 _ring.defvjp(_ring_forward, _ring_backward)

@@ -7,7 +7,7 @@ scores. Here are the two passes in plain products; those of a kernel fit the sam
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +70,7 @@ def _flash_backward(pieces, keep, saved, grad):
     q, k, v, visible, out, lse = saved
     grads = pieces.backward(q, k, v, visible, lse, slope_of(out, grad), grad)
     grads = (d.astype(x.dtype) for d, x in zip(grads, (q, k, v), strict=True))
-    return *grads, no_gradient(visible)
+    return *grads, None
 
 
 flash.defvjp(_flash_forward, _flash_backward)
@@ -81,11 +81,6 @@ def pad(x: Array, axis: int, length: int, value: int = 0) -> Array:
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, length - x.shape[axis])
     return jnp.pad(x, widths, constant_values=value)
-
-
-def no_gradient(visible: Visible | None) -> Any:
-    """What stands for the gradients of integers."""
-    return jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), visible)
 
 
 def slope_of(out: Queries, grad: Queries) -> Sums:
