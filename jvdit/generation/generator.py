@@ -186,16 +186,13 @@ class Generator:
             self.check(request)
         if not requests:
             return
-        watch = watch or _unwatched
+        watch = watch or (lambda doing, done, total: None)
         options: dict[str, Any] = {"rows": rows, "reuse": reuse}
         if settings.draft:
             self.model.check_draft()
             options["settings"] = dataclasses.replace(settings, draft=False)
-
-            def drafting(_: str, done: int, total: int) -> None:
-                watch("drafting", done, total)
-
-            paint = partial(self.painter.clips, watch=drafting, **options)
+            drafting = partial(self.painter.clips, **options)
+            paint = partial(drafting, watch=lambda _, *done: watch("drafting", *done))
             animate = partial(self.clips, watch=watch, **options)
             yield from drafted(requests, rows, paint, animate)
             return
@@ -439,7 +436,3 @@ class Generator:
 
 
 _bytes = jit(to_uint8)
-
-
-def _unwatched(doing: str, done: int, total: int) -> None:
-    """Does nothing: the progress callback where none is given."""
