@@ -10,7 +10,6 @@ from jvdit.config import Config
 from jvdit.data.clips import BadClip, Source
 from jvdit.data.pipeline import ClipBatches
 from jvdit.data.plan import BucketPlan
-from jvdit.data.sheets import contact_sheet, write_png
 from jvdit.evaluation.reconstruction import psnr, ssim
 from jvdit.machine.cluster import is_lead, to_host
 from jvdit.machine.compilation import jit
@@ -82,10 +81,7 @@ class VAETask(Task):
             for a, b in pairs
             for text in ("original", f"{psnr(b, a):.1f} dB, SSIM {ssim(b, a):.3f}")
         ]
-        sheet = contact_sheet(videos, captions)
-        metrics.sheet(step, "reconstructions", sheet)
-        if is_lead():
-            write_png(folder / f"step_{step:07d}.png", sheet)
+        metrics.sheet(step, "reconstructions", folder, videos, captions)
 
     def save(self, params, folder):  # noqa: D102
         params = to_host(params["vae"])

@@ -12,7 +12,6 @@ from jvdit.config import Config
 from jvdit.data.clips import SIZE
 from jvdit.data.media.reader import decode_clip
 from jvdit.data.media.writer import encode_clip
-from jvdit.data.sheets import contact_sheet, write_png
 from jvdit.data.world import World
 from jvdit.diffusion.solvers import check_solver
 from jvdit.evaluation import oracle
@@ -110,9 +109,7 @@ class Samples:
                 rows.append(decode_clip(str(before), fps=fps, **size)["video"])
                 captions.append(f"after {step} steps")
             rows.append(videos[i])
-        sheet = contact_sheet(rows, captions)
-        metrics.sheet(step, "samples", sheet)
-        write_png(folder / f"step_{step:07d}.png", sheet)
+        metrics.sheet(step, "samples", folder, rows, captions)
         for i, video in enumerate(videos):
             encode_clip(folder / f"step_{step:07d}_{i}.mp4", video, fps)
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -23,6 +22,7 @@ from rich.progress import (
 )
 from rich.table import Column
 
+from jvdit.data.sheets import contact_sheet, write_png
 from jvdit.machine.chips import this_chip
 from jvdit.machine.json_files import parse_json
 
@@ -114,10 +114,14 @@ class Metrics:
             with self._history.open("a") as file:
                 file.write("\n")
 
-    def sheet(self, step: int, name: str, image: np.ndarray) -> None:
-        """Writes an image `[H W 3]`, uint8, to TensorBoard."""
+    def sheet(
+        self, step: int, name: str, folder: pathlib.Path, videos: Any, captions: Any
+    ) -> None:
+        """Writes a contact sheet to TensorBoard, and to a file of the step's name."""
         if self._events:
-            self._events.write(step, "image", name, image, dataformats="HWC")
+            sheet = contact_sheet(videos, captions)
+            self._events.write(step, "image", name, sheet, dataformats="HWC")
+            write_png(folder / f"step_{step:07d}.png", sheet)
 
     def show(self, step: int, status: str) -> None:
         """Advances the progress bar to a step, with a status beside it.

@@ -117,13 +117,11 @@ def _ring(q, k, v, visible, pieces: Pieces, sizes: tuple[int, int]) -> Array:
 
 
 def _ring_forward(q, k, v, visible, pieces, sizes):
-    out: Any = None
-    lse: Any = None
-    for here in _turns(q, k, v, visible, sizes):
+    turns = _turns(q, k, v, visible, sizes)
+    out, lse = pieces.forward(*next(turns))
+    out = out.astype(jnp.float32)
+    for here in turns:
         part, part_lse = pieces.forward(*here)
-        if lse is None:
-            out, lse = part.astype(jnp.float32), part_lse
-            continue
         total = jnp.logaddexp(lse, part_lse)
         out = out * _by_query(lse - total) + part * _by_query(part_lse - total)
         lse = total
