@@ -76,7 +76,7 @@ def divided(
     size = mesh.shape[AXIS] if of_query[1] and of_key[1] else 1
     if size == 1:
         of_key = PartitionSpec(of_key[0], None, *of_key[2:])
-    heads = q.shape[2] // math.prod(mesh.shape[name] for name in of_query[2] or ())
+    heads = q.shape[2] // _ways(of_query[2], mesh)
     ulysses, ring = divide_context(size, heads)
 
     def on_device(q: Array, k: Array, v: Array, visible: Visible | None) -> Array:
@@ -103,6 +103,11 @@ def divided(
 
 def _spec(x: Array, tokens: str, mesh: AbstractMesh) -> PartitionSpec:
     return fit(activation_spec("batch", tokens, "heads", None), x.shape, mesh.shape)
+
+
+def _ways(names: str | tuple[str, ...] | None, mesh: AbstractMesh) -> int:
+    names = (names,) if isinstance(names, str) else (names or ())
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def _trade(x: Array, groups: list[list[int]], split: int, concat: int) -> Array:
