@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jvdit.config import Config
 from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
-from jvdit.generation.sampling import Stepper, start_noise
+from jvdit.generation.sampling import Start, Stepper, start_noise
 from jvdit.machine.chips import several
 from jvdit.models.backbones import Backbone
 from jvdit.models.video_vae import VideoVAE
@@ -199,7 +199,7 @@ def sample_program(
     # Padded as by `batches_of`; padding is a segment of its own.
     padding = -tokens % mesh.shape["context"]
     arrays = _row_shapes(module, rows, tokens + padding)
-    settings: dict[str, Any] = {"steps": SAMPLED, "solver": "unipc"}
+    start = Start(NoisePath(), TimestepPolicy(), SAMPLED, "unipc", one_clip=not padding)
     image = None
     if module.image_width:
         image = _shape(rows, module.image_length or 257, module.image_width)
@@ -209,15 +209,7 @@ def sample_program(
             lambda key: module.init(key, *module.example_inputs())["params"], _key()
         )
         running = jax.eval_shape(
-            lambda *x: start_noise(
-                *x,
-                path=NoisePath(),
-                policy=TimestepPolicy(),
-                one_clip=not padding,
-                given=False,
-                noisy=False,
-                **settings,
-            ),
+            lambda *x: start_noise(start, *x),
             arrays,
             _shape(rows, 2, dtype=jnp.uint32),
         )
