@@ -20,6 +20,8 @@ from jvdit.data.world.scene import (
     SHAPES,
     SIZES,
     SPEEDS,
+    TEXTURES,
+    TONES,
     Scenes,
 )
 from jvdit.evaluation.detection import Detections
@@ -186,12 +188,12 @@ def describe(reading: Reading, tracks: Tracks, clip: int) -> str:
 
 def confusions(
     reading: Reading, tracks: Tracks, scenes: Scenes
-) -> dict[str, Int[np.ndarray, "told seen"]]:
+) -> dict[str, tuple[tuple[str, ...], Int[np.ndarray, "told seen"]]]:
     """How often each attribute that captions tell is seen as each other one.
 
     Returns:
-        A matrix of counts for each attribute. Its last column counts what is none of
-        the world's attributes, or isn't found.
+        The words of each attribute, and a matrix of counts by what is told and what is
+        seen. Its last column counts what is none of them, or isn't found.
     """
     clip, slot, found = tracks.clip, tracks.slot, reading.found
     seen = reading.scenery
@@ -204,14 +206,15 @@ def confusions(
             np.where(found, reading.octant, -1),
         ),
         "speed": (SPEEDS, scenes.speed[clip, slot], np.where(found, reading.fast, -1)),
-        "tone": (range(3), scenes.tone, seen.tone),
-        "texture": (range(3), scenes.texture, seen.texture),
+        "tone": (TONES, scenes.tone, seen.tone),
+        "texture": (TEXTURES, scenes.texture, seen.texture),
     }
-    counts = {}
-    for name, (words, told, read_as) in pairs.items():
-        counts[name] = np.zeros((len(words), len(words) + 1), int)
-        np.add.at(counts[name], (told, read_as), 1)
-    return counts
+    found = {}
+    for name, (words, told, seen_as) in pairs.items():
+        counts = np.zeros((len(words), len(words) + 1), int)
+        np.add.at(counts, (told, seen_as), 1)
+        found[name] = tuple(words), counts
+    return found
 
 
 def _binding(reading, compared, tracks, scenes) -> Float[np.ndarray, " b"]:

@@ -129,7 +129,9 @@ def score(
     for start in range(0, len(video), _AT_ONCE):
         some = slice(start, start + _AT_ONCE)
         sound = None if audio is None else audio[some]
-        parts.append(_score(video[some], scenes.choose(some), fps, sound, audio_rate))
+        clips, those = video[some], scenes.choose(some)
+        seen = observe(clips, those, fps)
+        parts.append(judge(seen, clips, those, fps, sound, audio_rate))
     return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 
 
@@ -159,8 +161,15 @@ def observe(
     return Observed(found, tracks, gravity, bounces, reading)
 
 
-def _score(video, scenes, fps, audio, rate) -> Scores:
-    seen = observe(video, scenes, fps)
+def judge(
+    seen: Observed,
+    video: UInt8[np.ndarray, "b T H W 3"],
+    scenes: Scenes,
+    fps: float,
+    audio: Float[np.ndarray, "b a"] | None = None,
+    rate: int = 16_000,
+) -> Scores:
+    """Scores clips of which all that counts has been measured; see `score`."""
     tracks, bounces = seen.tracks, seen.bounces
     scores = adherence(seen.reading, tracks, scenes)
     side = seen.found.side

@@ -22,7 +22,7 @@ import numpy as np
 from absl import logging
 from rich.progress import Progress
 
-from jvdit.data.catalog import open_source
+from jvdit.data.catalog import open_source, origin
 from jvdit.data.clips import SIZE, BadClip, Clip, Source
 from jvdit.data.record_format import latent_features
 from jvdit.data.records import RecordDataset, RecordWriter
@@ -81,6 +81,7 @@ def encode(
     settings: dict[str, Any] = {
         "vae": encoder.settings,
         "sources": {name: each.fingerprint for name, each in splits.items()},
+        "origins": {name: origin(named[name]) for name in splits},
     }
     states = None
     if text_encoder:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jvdit.config import Config
-from jvdit.data.catalog import open_source
+from jvdit.data.catalog import open_source, origin
 from jvdit.data.pipeline import PackedBatches
 from jvdit.data.plan import PackPlan
 from jvdit.data.sources import LatentSource
@@ -210,6 +210,7 @@ class FlowTask(Task):
             defaults={k: v for k, v in config.sample.items() if k not in _OF_TRAINING},
             adapters=self._adapters(params),
             text_release=self.captions.release if self.captions else "",
+            sources=tuple(dict.fromkeys(map(origin, config.data.sources))),
             pictures=self.pictures,
         )
 

@@ -53,6 +53,7 @@ class _ModelSettings(msgspec.Struct, frozen=True):
     conditions: tuple[str, ...] = ()
     seconds: bool = True
     pad_text: bool = False
+    sources: tuple[str, ...] = ()
     conventions: _Conventions | None = None
 
     def __post_init__(self):
@@ -64,15 +65,16 @@ class _ModelSettings(msgspec.Struct, frozen=True):
     @property
     def fields(self) -> dict[str, Any]:
         """The fields of a `Bundle`, converted from the form of older trainings."""
-        names = ("path", "policy", "patch_size", "text_length", "defaults")
+        names = ("path", "policy", *_WRITTEN)
         fields = {name: getattr(self, name) for name in names}
         if (older := self.conventions) is not None:
             fields["conditions"] = ("first_frame",) if older.clean_frames else ()
-            return fields | {"seconds": older.seconds, "pad_text": older.pad_text}
-        return fields | {name: getattr(self, name) for name in _CONVENTIONS}
+            fields |= {"seconds": older.seconds, "pad_text": older.pad_text}
+        return fields
 
 
-_CONVENTIONS = ("conditions", "seconds", "pad_text")
+_WRITTEN = ("patch_size", "text_length", "defaults", "conditions")
+_WRITTEN += ("seconds", "pad_text", "sources")
 
 
 def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
@@ -120,8 +122,7 @@ def save_bundle(folder: str | os.PathLike[str], model: Bundle) -> None:
         save_weights(folder / name, network.params, module_fields(network.module))
     text = model.networks["text_encoder"], model.tokenizer, model.text_release
     CaptionEncoder(*text).save(folder)
-    written = ("patch_size", "text_length", "defaults", *_CONVENTIONS)
-    settings = {name: getattr(model, name) for name in written}
+    settings = {name: getattr(model, name) for name in _WRITTEN}
     settings |= {
         "path": dataclasses.asdict(model.path),
         "policy": dataclasses.asdict(model.policy),
