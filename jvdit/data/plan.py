@@ -250,7 +250,6 @@ class BucketPlan(StepPlan):
 
     Args:
         indexes: the index of each source: `frames`, `height`, `width` in pixels.
-        batch_size: clips of a step, whatever their size. Give this or `pixel_budget`.
         pixel_budget: most pixels (frames * height * width, summed over clips) of a
             step.
         multiple: the clips of a step are a multiple of it; the number of devices of all
@@ -264,30 +263,25 @@ class BucketPlan(StepPlan):
             comes of the cycle having whole steps.
 
     Raises:
-        ValueError: a clip exceeds the budget, or not exactly one of `batch_size` and
-            `pixel_budget` is given.
+        ValueError: a clip exceeds the budget.
     """
 
     def __init__(
         self,
         indexes: Sequence[Index],
         *,
-        batch_size: int | None = None,
-        pixel_budget: int | None = None,
+        pixel_budget: int,
         multiple: int = 1,
         weights: Sequence[float | int] | None = None,
         seed: int = 0,
         fingerprints: Sequence[str] = (),
     ):
-        if (batch_size is None) == (pixel_budget is None):
-            raise ValueError("Give exactly one of `batch_size` and `pixel_budget`.")
-        keys, shape = map(_clip_sizes, indexes), (batch_size, pixel_budget, multiple)
+        keys, shape = map(_clip_sizes, indexes), (None, pixel_budget, multiple)
         super().__init__(indexes, keys, weights, seed, fingerprints, "bucket", shape)
         found, self._size_of = np.unique(self._streams.key, axis=0, return_inverse=True)
         self._sizes: list[Size] = [(f, h, w) for f, h, w in found.tolist()]
-        self._batch = np.array(
-            [_batch_size(s, batch_size, pixel_budget, multiple) for s in self._sizes]
-        )
+        batches = [_batch_size(size, pixel_budget, multiple) for size in self._sizes]
+        self._batch = np.array(batches)
         self.batches = dict(zip(self._sizes, self._batch.tolist(), strict=True))
         self._schedule_sizes()
 
@@ -359,17 +353,7 @@ def _check_budget(source: int, name: str, budget: int, needs: np.ndarray) -> Non
         )
 
 
-def _batch_size(
-    size: Size, batch_size: int | None, pixel_budget: int | None, multiple: int
-) -> int:
-    if pixel_budget is None:
-        count = batch_size or 0
-        if count < 1 or count % multiple:
-            raise ValueError(
-                f"`batch_size` (={count}) must be a positive multiple of `multiple` "
-                f"(={multiple}); try {max(multiple, count // multiple * multiple)}."
-            )
-        return count
+def _batch_size(size: Size, pixel_budget: int, multiple: int) -> int:
     pixels = math.prod(size)
     if count := pixel_budget // pixels // multiple * multiple:
         return count

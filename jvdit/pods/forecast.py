@@ -14,6 +14,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +33,10 @@ COLLECTIVES = (
 _SLICE = 100_000  # difference of device ids from slice to slice
 
 
+def _sums() -> Any:
+    return dataclasses.field(default_factory=lambda: collections.defaultdict(float))
+
+
 @dataclasses.dataclass
 class Forecast:
     """The forecast of one program on each chip.
@@ -45,15 +50,9 @@ class Forecast:
     """
 
     seconds: float = 0.0
-    parts: dict[str, float] = dataclasses.field(
-        default_factory=lambda: collections.defaultdict(float)
-    )
-    sources: dict[str, float] = dataclasses.field(
-        default_factory=lambda: collections.defaultdict(float)
-    )
-    sent: dict[tuple[str, str], float] = dataclasses.field(
-        default_factory=lambda: collections.defaultdict(float)
-    )
+    parts: dict[str, float] = _sums()
+    sources: dict[str, float] = _sums()
+    sent: dict[tuple[str, str], float] = _sums()
 
 
 def forecast(program: Program, chip: Chip, axes: Mapping[str, int]) -> Forecast:

@@ -56,12 +56,7 @@ class Instruction:
     @cached_property
     def operands(self) -> list[str]:
         """Names of the instructions whose results are its operands."""
-        depth, end = 0, len(self.text)
-        for i, letter in enumerate(self.text):
-            depth += (letter == "(") - (letter == ")")
-            if letter == ")" and not depth:
-                end = i
-                break
+        end = _outside(self.text, "(", ")", ")")
         return re.findall(r"%([\w.\-<>]+)", self.text[:end])
 
     @property
@@ -153,16 +148,23 @@ def read(text: str) -> Program:
 def _instruction(line: str) -> Instruction | None:
     begin = _BEGIN.match(line)
     assert begin is not None
-    rest, depth, end = line[begin.end() :], 0, 0
-    for end, letter in enumerate(rest):  # noqa: B007
-        depth += (letter in "({") - (letter in ")}")
-        if letter == " " and not depth:
-            break
+    rest = line[begin.end() :]
+    end = _outside(rest, "({", ")}", " ")
     shape, rest = rest[:end], rest[end:]
     op = re.match(r"\s*([\w\-]+)(?=\()", rest)
     if not op:
         return None
     return Instruction(begin[2], shape, op[1], rest[op.end() :])
+
+
+def _outside(text: str, opening: str, closing: str, wanted: str) -> int:
+    """The place of the first wanted letter that is in no bracket, or the length."""
+    depth = 0
+    for i, letter in enumerate(text):
+        depth += (letter in opening) - (letter in closing)
+        if letter == wanted and not depth:
+            return i
+    return len(text)
 
 
 def group(text: str, devices: int) -> np.ndarray:

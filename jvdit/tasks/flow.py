@@ -10,10 +10,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jvdit.config import Config
-from jvdit.data.catalog import open_source
 from jvdit.data.pipeline import PackedBatches
 from jvdit.data.plan import PackPlan
-from jvdit.data.sources import LatentSource
+from jvdit.data.sources import LatentSource, open_source
 from jvdit.data.tokenizer import Tokenizer, train_tokenizer
 from jvdit.diffusion.noise_path import NoisePath
 from jvdit.machine.cluster import to_host

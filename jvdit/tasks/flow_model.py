@@ -11,11 +11,10 @@ from jvdit.machine.cluster import is_lead, to_host
 from jvdit.training.objectives.denoising import FlowObjective
 from jvdit.weights import wan
 from jvdit.weights.adapters import write_lora
-from jvdit.weights.bundle import Bundle
-from jvdit.weights.caption_encoder import CaptionEncoder
+from jvdit.weights.bundle import Bundle, save_bundle
+from jvdit.weights.encoders import CaptionEncoder
 from jvdit.weights.folders import save_dit
-from jvdit.weights.model_folder import save_bundle
-from jvdit.weights.network import Network
+from jvdit.weights.parameters import Network
 from jvdit.weights.release import is_release, read_release
 
 # Fields of the config's `sample` that aren't defaults of the finished model.

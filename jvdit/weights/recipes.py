@@ -49,10 +49,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "shift": 3.0,
         "negative_prompt": f"镜头晃动，{NEGATIVE_PROMPT}",
     },
-    "wan2.1-flf2v-14b": {
-        **_VACE,
-        "negative_prompt": f"镜头切换，{NEGATIVE_PROMPT}",
-    },
+    "wan2.1-flf2v-14b": {**_VACE, "negative_prompt": f"镜头切换，{NEGATIVE_PROMPT}"},
     "wan2.1-vace-1.3b": _VACE | _480P,
     "wan2.1-vace-14b": _VACE,
     "wan2.2-t2v-a14b": {
@@ -70,12 +67,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "guidance_scale_2": 3.5,
         "boundary": 0.9,
     },
-    "wan2.2-ti2v-5b": {
-        **_WAN,
-        "frames": 121,
-        "fps": 24.0,
-        "height": 704,
-    },
+    "wan2.2-ti2v-5b": {**_WAN, "frames": 121, "fps": 24.0, "height": 704},
 }
 
 

@@ -3,22 +3,32 @@
 Each rule gives the name of a released tensor ("theirs"), the path of our parameter
 ("ours"), and how their layouts relate. `{i}` and `{j}` stand for numbers, the same on
 both sides. A table must account for every tensor on either side: whatever one side has
-and the other lacks is an error that lists the names.
+and the other lacks is an error that lists the names. What a table names is loaded
+straight onto the devices.
 """
 
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import einops
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
 from jvdit.models.layers import STACKS
 
 Shape = tuple[int, ...]
+
+# Whose names a table reads: diffusers' and transformers', or those of Wan's authors.
+LAYOUTS = ("diffusers", "original")
 
 LISTED = 5  # most names that a message lists; it counts the rest
 
@@ -90,25 +100,12 @@ class Piece(NamedTuple):
     layer: int | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Assignment:
-    """The released tensors that fill each of our parameters, by its path.
-
-    Attributes:
-        pieces: the pieces of each parameter, in the order of the layers.
-        shapes: the shape of each whole parameter.
-    """
-
-    pieces: dict[str, list[Piece]]
-    shapes: dict[str, Shape]
-
-
 def assign(
     rules: Sequence[Rule],
     theirs: Mapping[str, Shape],
     ours: Mapping[str, Shape],
     what: str = "the checkpoint",
-) -> Assignment:
+) -> dict[str, list[Piece]]:
     """Finds the released tensors that fill each of our parameters.
 
     Args:
@@ -117,6 +114,9 @@ def assign(
         ours: shape of each of our parameters, by path. Where layers are stacked
             ("blocks/…", see `layers.stack_layers`), `block_{i}/…` of a rule is layer i.
         what: name of the checkpoint in error messages.
+
+    Returns:
+        The pieces of each parameter, in the order of the layers.
 
     Raises:
         ValueError: a tensor has no place, a parameter no tensor, or two shapes differ;
@@ -158,7 +158,7 @@ def assign(
         raise ValueError(f"{what} is not of this model: {'; '.join(problems)}.")
     for found in pieces.values():
         found.sort(key=lambda piece: piece.layer or 0)
-    return Assignment(pieces, dict(ours))
+    return pieces
 
 
 def _whole(pieces: Sequence[Piece], shape: Shape) -> bool:
@@ -207,30 +207,39 @@ def places_of(rules: Iterable[Rule], name: str) -> list[tuple[str, Rule]]:
     ]
 
 
-def modules(
-    pairs: Mapping[str, str], layout: str = "o i -> i o", **sizes: int
+def layers(
+    rows: Iterable[tuple[str, ...]],
+    which: int,
+    theirs: str = "",
+    ours: str = "",
+    layout: str = "o i -> i o",
+    **sizes: int,
 ) -> list[Rule]:
-    """Rules for layers with a weight matrix and an optional bias.
+    """Rules for layers with a weight and an optional bias.
 
     Args:
-        pairs: their name of each layer, and ours.
-        layout: einops pattern of the weight, from their layout to ours.
+        rows: names of each layer: theirs, in the order of `LAYOUTS`, and ours, which
+            says whether it is a norm.
+        which: index of the layout that is read.
+        theirs: what their names begin with.
+        ours: what our names begin with.
+        layout: einops pattern of a kernel, from their layout to ours.
         **sizes: sizes of the axes that the pattern merges.
     """
     found = []
-    for theirs, ours in pairs.items():
-        found.append(Rule(f"{theirs}.weight", f"{ours}/kernel", layout, sizes))
-        found.append(Rule(f"{theirs}.bias", f"{ours}/bias"))
+    for row in rows:
+        name, own = f"{theirs}{row[which]}", f"{ours}{row[-1]}"
+        weight = Rule(f"{name}.weight", f"{own}/kernel", layout, sizes)
+        if "norm" in own.rpartition("/")[2]:
+            weight = Rule(f"{name}.weight", f"{own}/scale")
+        found += [weight, Rule(f"{name}.bias", f"{own}/bias")]
     return found
 
 
-def norms(pairs: Mapping[str, str]) -> list[Rule]:
-    """Rules for norms with a weight and an optional bias, by their and our names."""
-    found = []
-    for theirs, ours in pairs.items():
-        found.append(Rule(f"{theirs}.weight", f"{ours}/scale"))
-        found.append(Rule(f"{theirs}.bias", f"{ours}/bias"))
-    return found
+def unread(*names: str) -> list[Rule]:
+    """Rules that ignore tensors of these names, and the layers that are called so."""
+    ends = ("", ".weight", ".bias")
+    return [Rule(name + end, "") for name in names for end in ends]
 
 
 @functools.cache
@@ -277,3 +286,108 @@ def _shape(rule: Rule, theirs: Shape) -> Shape | None:
 def _listed(names: Sequence[str]) -> str:
     more = f", and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + more
+
+
+def paths_of(tree: Any) -> dict[str, Any]:
+    """The leaves of a nested dict, by path joined with "/"."""
+    return flatten_dict(tree, sep="/")
+
+
+def loader(
+    rules: Sequence[Rule],
+    tensors: Mapping[str, np.ndarray],
+    shapes: Any,
+    shardings: Any | None = None,
+    dtype: DTypeLike | None = None,
+    what: str = "the checkpoint",
+) -> Callable[[], dict[str, Any]]:
+    """Returns a function that loads a module's parameters from released tensors.
+
+    Tensors go to the devices one after another, each device getting its own shard; the
+    host never holds more than one tensor beside the memory-mapped files.
+
+    Args:
+        rules: rule table of the network.
+        tensors: tensors of the checkpoint, by name; views of files will do.
+        shapes: shapes of the parameters, from `jax.eval_shape` of the module's `init`.
+        shardings: sharding of each parameter; None: all on the default device.
+        dtype: dtype of the parameters; None: those of `shapes`.
+        what: name of the checkpoint in error messages.
+
+    Raises:
+        ValueError: the checkpoint is not of this model; lists what differs.
+    """
+    wanted = paths_of(shapes)
+    places = paths_of(shardings) if shardings is not None else {}
+    ours = {path: tuple(leaf.shape) for path, leaf in wanted.items()}
+    theirs = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    pieces = assign(rules, theirs, ours, what)
+
+    def load() -> dict[str, Any]:
+        leaves = {}
+        for path, leaf in wanted.items():
+            kind, place = jnp.dtype(dtype or leaf.dtype), places.get(path)
+            name, rule, layer = pieces[path][0]
+            if layer is None:
+                leaves[path] = _placed(rule.to_ours(tensors[name]), kind, place)
+                continue
+            # Layer after layer is written into a stack that is already sharded.
+            zeros, write = _stacking(leaf.shape, kind, place)
+            leaves[path] = zeros()
+            inner = place and NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))
+            for name, rule, layer in pieces[path]:
+                placed = _placed(rule.to_ours(tensors[name]), kind, inner)
+                leaves[path] = write(leaves[path], placed, layer)
+        return unflatten_dict(leaves, sep="/")
+
+    return load
+
+
+@lru_cache
+def _stacking(shape: tuple[int, ...], dtype: np.dtype, place: NamedSharding | None):
+    """Compiled functions that allocate a stack, and that write a layer into it."""
+    zeros = jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=place)
+    return zeros, jax.jit(_write, donate_argnums=0, out_shardings=place)
+
+
+def _write(stack: jax.Array, layer: jax.Array, i: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)
+
+
+def _placed(
+    value: np.ndarray, dtype: np.dtype, place: NamedSharding | None
+) -> jax.Array:
+    if place is None:
+        return jnp.asarray(np.ascontiguousarray(value).astype(dtype, copy=False))
+    return jax.make_array_from_callback(
+        value.shape,
+        place,
+        lambda index: np.ascontiguousarray(value[index]).astype(dtype, copy=False),
+    )
+
+
+def export(rules: Sequence[Rule], params: Any) -> dict[str, np.ndarray]:
+    """Converts our parameters to released tensors: the inverse of `load`, bit for bit.
+
+    Args:
+        rules: rule table of the network.
+        params: parameters of the network.
+
+    Raises:
+        ValueError: no rule names the tensor of a parameter.
+    """
+    parts: dict[str, dict[int, np.ndarray]] = {}
+    axes: dict[str, int] = {}
+    for path, leaf in paths_of(params).items():
+        value = np.asarray(leaf)
+        layers = len(value) if path.partition("/")[0] in STACKS else 0
+        for name, rule, layer in names_of(rules, path, layers):
+            turned = rule.to_theirs(value if layer is None else value[layer])
+            parts.setdefault(name, {})[rule.part[0]] = np.ascontiguousarray(turned)
+            axes[name] = rule.axis
+    return {
+        name: found[0]
+        if len(found) == 1
+        else np.concatenate([found[i] for i in sorted(found)], axes[name])
+        for name, found in parts.items()
+    }
