@@ -9,6 +9,7 @@ watchdog. Its state is one integer.
 """
 
 import concurrent.futures
+import dataclasses
 import math
 import operator
 import os
@@ -40,6 +41,7 @@ class StalledError(TimeoutError):
     """A batch, or the reading of clips for it, that does not arrive."""
 
 
+@dataclasses.dataclass(eq=False)
 class Builder:
     """What makes batches of a plan.
 
@@ -54,25 +56,21 @@ class Builder:
         nbytes: bytes of the largest batch of a host.
     """
 
-    nbytes: int
+    sources: Sequence[Source]
+    plan: PackPlan | BucketPlan
+    _: dataclasses.KW_ONLY
+    host: int = 0
+    hosts: int = 1
+    timeout: float = 300.0
+    nbytes: int = dataclasses.field(init=False)
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        plan: PackPlan | BucketPlan,
-        *,
-        host: int = 0,
-        hosts: int = 1,
-        timeout: float = 300.0,
-    ):
-        found = [len(source) for source in sources]
-        if found != plan.sizes:
+    def __post_init__(self):
+        found = [len(source) for source in self.sources]
+        if found != self.plan.sizes:
             raise ValueError(
-                f"The plan is of sources with {plan.sizes} clips, and these have "
+                f"The plan is of sources with {self.plan.sizes} clips, and these have "
                 f"{found}; make the plan of the same sources."
             )
-        self.sources, self.plan = list(sources), plan
-        self.host, self.hosts, self.timeout = host, hosts, timeout
         self._first_id = np.cumsum([0, *found])
 
     def __len__(self) -> int:
@@ -150,6 +148,7 @@ def few(ids: Sequence[int]) -> str:
     return f"[{', '.join(map(str, ids[:_NAMED]))}{more}]"
 
 
+@dataclasses.dataclass(eq=False)
 class PackedBatches(Builder):
     """Packed latents for the diffusion transformer: the batch of every step.
 
@@ -170,48 +169,42 @@ class PackedBatches(Builder):
         pad_text: whether text states are filled up to their room with zeros that
             tokens see, as imported models do.
         conditions: what training may give, names of `CONDITIONS`.
-        **share: `host`, `hosts` and `timeout`, as for `Builder`.
+        host: which host this is.
+        hosts: how many there are.
+        timeout: seconds that one reading of clips may take.
 
     Raises:
         ValueError: the hosts cannot share a step, or the text has no form.
     """
 
     plan: PackPlan
+    _: dataclasses.KW_ONLY
+    latent_mean: Float[np.ndarray, "c"]
+    latent_std: Float[np.ndarray, "c"]
+    temporal_compression: int
+    tokenizer: Tokenizer | None = None
+    null_embeds: Float[np.ndarray, "s e"] | None = None
+    caption_dropout: float = 0.0
+    seconds: bool = True
+    pad_text: bool = False
+    conditions: Sequence[str] = ()
 
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        plan: PackPlan,
-        *,
-        latent_mean: Float[np.ndarray, "c"],
-        latent_std: Float[np.ndarray, "c"],
-        temporal_compression: int,
-        tokenizer: Tokenizer | None = None,
-        null_embeds: Float[np.ndarray, "s e"] | None = None,
-        caption_dropout: float = 0.0,
-        seconds: bool = True,
-        pad_text: bool = False,
-        conditions: Sequence[str] = (),
-        **share: Any,
-    ):
-        super().__init__(sources, plan, **share)
-        if (tokenizer is None) == (null_embeds is None):
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.tokenizer is None) == (self.null_embeds is None):
             raise ValueError("Give exactly one of `tokenizer` and `null_embeds`.")
-        if not (np.asarray(latent_std) > 0).all():
-            raise ValueError(f"`latent_std` (={latent_std}) must be positive.")
-        if not 0 <= caption_dropout <= 1:
+        self.latent_mean = np.asarray(self.latent_mean, np.float32)
+        self.latent_std = np.asarray(self.latent_std, np.float32)
+        if not (self.latent_std > 0).all():
+            raise ValueError(f"`latent_std` (={self.latent_std}) must be positive.")
+        if not 0 <= self.caption_dropout <= 1:
             raise ValueError(
-                f"`caption_dropout` (={caption_dropout}) must be from 0 to 1."
+                f"`caption_dropout` (={self.caption_dropout}) must be from 0 to 1."
             )
-        self._mean = np.asarray(latent_mean, np.float32)
-        self._std = np.asarray(latent_std, np.float32)
-        self._temporal = temporal_compression
-        self._tokenizer, self._null = tokenizer, null_embeds
-        self._dropout, self._seconds = caption_dropout, seconds
-        self._pad_text, self._conditions = pad_text, conditions
+        plan = self.plan
         plan.rows(0, self.host, self.hosts)  # raises if the hosts cannot share a step
-        self._channels = len(self._mean) * math.prod(plan.patch_size)
-        text = 4 if null_embeds is None else 4 * null_embeds.shape[1]
+        self._channels = len(self.latent_mean) * math.prod(plan.patch_size)
+        text = 4 if self.null_embeds is None else 4 * self.null_embeds.shape[1]
         row = plan.token_budget * (8 * self._channels + 25)
         row += plan.text_budget * (text + 4) + 9 * plan.max_clips
         self.nbytes = row * plan.rows_per_step // self.hosts
@@ -226,7 +219,7 @@ class PackedBatches(Builder):
             places = np.arange(len(row))
             drawn = stable_uniform(self.plan.seed, _DROPOUT, step, r, places)
             packed.append([])
-            for slot, dropped in zip(row, drawn < self._dropout, strict=True):
+            for slot, dropped in zip(row, drawn < self.caption_dropout, strict=True):
                 clip: Any = next(clips)
                 if reason := self._fault(slot, clip):
                     bad.append((self.clip_id(slot), reason))
@@ -243,10 +236,10 @@ class PackedBatches(Builder):
             return clip.reason
         mean = clip["mean"]
         pieces = map(operator.floordiv, mean.shape, self.plan.patch_size)
-        if math.prod(pieces) != slot.tokens or mean.shape[3] != len(self._mean):
+        if math.prod(pieces) != slot.tokens or mean.shape[3] != len(self.latent_mean):
             return (
                 f"latents of {mean.shape}, planned as {slot.tokens} tokens of "
-                f"{len(self._mean)} channels"
+                f"{len(self.latent_mean)} channels"
             )
         if not np.isfinite(mean).all():
             return "latents that are not finite"
@@ -255,41 +248,42 @@ class PackedBatches(Builder):
         return None
 
     def _item(self, slot: Slot, clip: Clip, dropped: bool) -> Item:
-        mean = (np.asarray(clip["mean"], np.float32) - self._mean) / self._std
+        std = self.latent_std
+        mean = (np.asarray(clip["mean"], np.float32) - self.latent_mean) / std
         logvar = clip.get("logvar")
         if logvar is not None:
-            logvar = np.asarray(logvar, np.float32) - 2 * np.log(self._std)
+            logvar = np.asarray(logvar, np.float32) - 2 * np.log(std)
         return item_of(
             mean,
             patch_size=self.plan.patch_size,
-            fps=float(clip["fps"]) if self._seconds else None,
-            temporal_compression=self._temporal,
-            conditions=self._conditions,
+            fps=float(clip["fps"]) if self.seconds else None,
+            temporal_compression=self.temporal_compression,
+            conditions=self.conditions,
             logvar=logvar,
             clip_id=self.clip_id(slot),
             **self._text(slot, clip, dropped),
         )
 
     def _text(self, slot: Slot, clip: Clip, dropped: bool) -> dict[str, Any]:
-        if self._tokenizer is not None:
+        if self.tokenizer is not None:
             caption = "" if dropped else clip["caption"]
-            ids = self._tokenizer.encode(caption, slot.text)
+            ids = self.tokenizer.encode(caption, slot.text)
             return {"text_ids": np.array(ids, np.int32)}
         if clip.get("text_embeds") is None:
             raise ValueError(
                 f"Clip {slot.clip} of source {slot.source} has no `text_embeds`; give "
                 "a `tokenizer`, or encode the captions into the data set."
             )
-        embeds: Any = self._null if dropped else clip["text_embeds"][: slot.text]
-        if self._pad_text:
+        embeds: Any = self.null_embeds if dropped else clip["text_embeds"][: slot.text]
+        if self.pad_text:
             embeds = np.pad(embeds, ((0, slot.text - len(embeds)), (0, 0)))
         return {"text_embeds": np.asarray(embeds, np.float32)}
 
     def _empty_item(self, slot: Slot) -> Item:
         """Returns what takes the place of a bad clip: padding of its size."""
         text: dict[str, Any] = {"text_ids": np.zeros(0, np.int32)}
-        if self._null is not None:
-            text = {"text_embeds": np.zeros((0, self._null.shape[1]), np.float32)}
+        if self.null_embeds is not None:
+            text = {"text_embeds": np.zeros((0, self.null_embeds.shape[1]), np.float32)}
         return Item(
             np.zeros((slot.tokens, self._channels), np.float32),
             np.zeros((slot.tokens, 3), np.float32),
@@ -300,6 +294,7 @@ class PackedBatches(Builder):
         )
 
 
+@dataclasses.dataclass(eq=False)
 class ClipBatches(Builder):
     """Clips of pixels, all of one size within a step: the batch of every step.
 
@@ -309,7 +304,9 @@ class ClipBatches(Builder):
     Args:
         sources: sources of pixels.
         plan: of the same sources.
-        **share: `host`, `hosts` and `timeout`, as for `Builder`.
+        host: which host this is.
+        hosts: how many there are.
+        timeout: seconds that one reading of clips may take.
 
     Raises:
         ValueError: the hosts cannot share the clips of some size.
@@ -317,16 +314,17 @@ class ClipBatches(Builder):
 
     plan: BucketPlan
 
-    def __init__(self, sources: Sequence[Source], plan: BucketPlan, **share: Any):
-        super().__init__(sources, plan, **share)
-        for size, count in plan.batches.items():
+    def __post_init__(self):
+        super().__post_init__()
+        batches = self.plan.batches.items()
+        for size, count in batches:
             if count % self.hosts:
                 raise ValueError(
                     f"The {count} clips of size {size} of a step must be divisible by "
                     f"`hosts` (={self.hosts}); make the plan with "
                     f"`multiple={self.hosts}`."
                 )
-        largest = max(math.prod(size) * n for size, n in plan.batches.items())
+        largest = max(math.prod(size) * count for size, count in batches)
         self.nbytes = 3 * largest // self.hosts
 
     def __getitem__(self, step: int) -> tuple[Arrays, Bad]:
@@ -360,6 +358,7 @@ class BadDataError(ValueError):
     """A data set of which too much cannot be read."""
 
 
+@dataclasses.dataclass(eq=False)
 class Batches:
     """The batches of a builder in the order of steps, made ahead of time.
 
@@ -386,26 +385,21 @@ class Batches:
         fingerprint: of the plan; a step means nothing without it.
     """
 
-    def __init__(
-        self,
-        builder: PackedBatches | ClipBatches,
-        *,
-        start: int = 0,
-        num_threads: int | None = None,
-        buffer_bytes: int = 1 << 30,
-        num_workers: int = 0,
-        timeout: float | None = None,
-        max_bad: float = 1.0,
-    ):
-        self._builder = builder
-        self._threads = num_threads or min(16, os.cpu_count() or 1)
-        self._workers = num_workers
-        self.prefetched = max(2, min(_MOST_PREFETCHED, buffer_bytes // builder.nbytes))
-        self._timeout = 2 * builder.timeout if timeout is None else timeout
-        self._max_bad = max_bad
+    builder: PackedBatches | ClipBatches
+    _: dataclasses.KW_ONLY
+    start: dataclasses.InitVar[int] = 0
+    num_threads: int | None = None
+    buffer_bytes: int = 1 << 30
+    num_workers: int = 0
+    timeout: float | None = None
+    max_bad: float = 1.0
+
+    def __post_init__(self, start: int):
+        most = self.buffer_bytes // self.builder.nbytes
+        self.prefetched = max(2, min(_MOST_PREFETCHED, most))
         self.clips = self.bad = 0
         self.reports: deque[tuple[int, int, str]] = deque(maxlen=_KEPT_REPORTS)
-        self.fingerprint = builder.plan.fingerprint
+        self.fingerprint = self.builder.plan.fingerprint
         self._batches: Any = None
         self._step = start
 
@@ -422,22 +416,21 @@ class Batches:
         self._step = step
 
     def _iterate(self) -> Any:
-        source: Any = self._builder
+        source: Any = self.builder
         dataset = grain.MapDataset.source(source)[self._step :]
         # The default would keep 500 batches, whatever their size.
-        each = max(1, self.prefetched // max(1, self._workers))
-        options = grain.ReadOptions(
-            num_threads=self._threads, prefetch_buffer_size=each
-        )
+        each = max(1, self.prefetched // max(1, self.num_workers))
+        threads = self.num_threads or min(16, os.cpu_count() or 1)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=each)
         iterator = dataset.to_iter_dataset(options)
-        if self._workers:
+        if self.num_workers:
             from absl import flags
 
             if not flags.FLAGS.is_parsed():  # grain reads flags of its own
                 flags.FLAGS.mark_as_parsed()
             iterator = iterator.mp_prefetch(
                 grain.MultiprocessingOptions(
-                    num_workers=self._workers, per_worker_buffer_size=1
+                    num_workers=self.num_workers, per_worker_buffer_size=1
                 )
             )
         return iter(iterator)
@@ -455,18 +448,19 @@ class Batches:
         if self._batches is None:
             self._batches = self._iterate()
         try:
-            batch, bad = call_within(self._timeout, self._awaited, next, self._batches)
+            timeout = self.timeout or 2 * self.builder.timeout
+            batch, bad = call_within(timeout, self._awaited, next, self._batches)
         except BaseException:
             self.close()
             raise
         self.bad += len(bad)
         self.clips += int((batch["clip_id"] >= 0).sum())
         self.reports.extend((self._step, clip, reason) for clip, reason in bad)
-        if self.clips >= _TOO_FEW and self.bad > self._max_bad * self.clips:
+        if self.clips >= _TOO_FEW and self.bad > self.max_bad * self.clips:
             latest = [f"{clip}: {reason}" for _, clip, reason in self.reports]
             raise BadDataError(
                 f"{self.bad} of {self.clips} clips could not be read, more than the "
-                f"share of {self._max_bad:g} that `max_bad` allows; the latest: "
+                f"share of {self.max_bad:g} that `max_bad` allows; the latest: "
                 f"{'; '.join(latest[-3:])}. Mend the data set, or raise `max_bad`."
             )
         self._step += 1
@@ -474,8 +468,8 @@ class Batches:
 
     def _awaited(self) -> str:
         """Says what the next batch is made of."""
-        ids = [self._builder.clip_id(x) for x in self._builder.slots(self._step)]
-        workers = f"{self._workers or 'no'} worker processes"
+        ids = [self.builder.clip_id(x) for x in self.builder.slots(self._step)]
+        workers = f"{self.num_workers or 'no'} worker processes"
         return f"The batch of step {self._step} of clips {few(ids)}, made by {workers},"
 
     def close(self) -> None:

@@ -10,10 +10,11 @@ pass over the clips is a new permutation of them. What a plan fixes is which str
 every place of every row draws from, and which element of the stream it draws.
 """
 
+import dataclasses
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -53,14 +54,13 @@ class Slot(NamedTuple):
     text: int = 0
 
 
+@dataclasses.dataclass(eq=False)
 class StepPlan(ABC):
     """Which clips every step is made of, by what they have in common.
 
     Args:
         indexes: the index of each source.
-        keys: what tells the streams of each source apart, one row a clip.
         weights, seed, fingerprints: as of `PackPlan`.
-        shape: what else the order depends on.
 
     Attributes:
         sizes: clips of each source.
@@ -69,14 +69,26 @@ class StepPlan(ABC):
         fingerprint: equal for plans that give equal clips at every step.
     """
 
-    steps_per_epoch: float
+    indexes: dataclasses.InitVar[Sequence[Index]]
+    _: dataclasses.KW_ONLY
+    weights: Sequence[float | int] | None = None
+    seed: int = 0
+    fingerprints: Sequence[str] = ()
+    steps_per_epoch: float = dataclasses.field(init=False)
 
-    def __init__(self, indexes, keys, weights, seed: int, fingerprints, *shape: Any):
-        self.seed = seed
+    def _stream(self, indexes, keys: Iterable[np.ndarray], *shape: Any) -> None:
+        """Sorts the clips into streams.
+
+        Args:
+            indexes: the index of each source.
+            keys: what tells the streams of each source apart, one row a clip.
+            *shape: what else the order depends on.
+        """
         self.sizes = [len(index["frames"]) for index in indexes]
-        self._streams = Streams(keys, weights, seed)
+        self._streams = Streams(keys, self.weights, self.seed)
         self.clips_per_epoch = int(self._streams.places.sum())
-        self.fingerprint = fingerprint(*shape, weights, seed, self.sizes, fingerprints)
+        chosen = self.weights, self.seed, self.sizes, self.fingerprints
+        self.fingerprint = fingerprint(*shape, *chosen)
 
     @classmethod
     def of(cls: type[AnyPlan], sources: Sequence[Any], **kwargs: Any) -> AnyPlan:
@@ -92,6 +104,7 @@ class StepPlan(ABC):
         return self.rows(step)
 
 
+@dataclasses.dataclass(eq=False)
 class PackPlan(StepPlan):
     """Which clips sit in which row of every step, in rows of one token budget.
 
@@ -127,32 +140,25 @@ class PackPlan(StepPlan):
             is not positive.
     """
 
-    def __init__(
-        self,
-        indexes: Sequence[Index],
-        *,
-        token_budget: int,
-        text_budget: int,
-        max_clips: int,
-        rows_per_step: int,
-        patch_size: Size = (1, 2, 2),
-        weights: Sequence[float | int] | None = None,
-        seed: int = 0,
-        fingerprints: Sequence[str] = (),
-    ):
-        self.token_budget, self.text_budget = token_budget, text_budget
-        self.max_clips, self.rows_per_step = max_clips, rows_per_step
-        self.patch_size = patch_size
+    _: dataclasses.KW_ONLY
+    token_budget: int
+    text_budget: int
+    max_clips: int
+    rows_per_step: int
+    patch_size: Size = (1, 2, 2)
+
+    def __post_init__(self, indexes: Sequence[Index]):
+        budgets = self.token_budget, self.text_budget
         keys = []
         for source, index in enumerate(indexes):
-            tokens = _token_counts(source, _clip_sizes(index), patch_size)
+            tokens = _token_counts(source, _clip_sizes(index), self.patch_size)
             text = np.maximum(np.asarray(index["text_length"], np.int64), 1)
             text = -(-text // TEXT_MULTIPLE) * TEXT_MULTIPLE
-            _check_budget(source, "token_budget", token_budget, tokens)
-            _check_budget(source, "text_budget", text_budget, text)
+            _check_budget(source, "token_budget", budgets[0], tokens)
+            _check_budget(source, "text_budget", budgets[1], text)
             keys.append(np.stack([tokens, text], axis=1))
-        shape = (patch_size, token_budget, text_budget, max_clips, rows_per_step)
-        super().__init__(indexes, keys, weights, seed, fingerprints, "pack", shape)
+        shape = (self.patch_size, *budgets, self.max_clips, self.rows_per_step)
+        self._stream(indexes, keys, "pack", shape)
         self._pack()
 
     def _pack(self) -> None:
@@ -240,6 +246,7 @@ class PackPlan(StepPlan):
         return template, np.where(rest, self._blocks, block)
 
 
+@dataclasses.dataclass(eq=False)
 class BucketPlan(StepPlan):
     """Which clips make up every step, all clips of a step being of one size.
 
@@ -266,22 +273,17 @@ class BucketPlan(StepPlan):
         ValueError: a clip exceeds the budget.
     """
 
-    def __init__(
-        self,
-        indexes: Sequence[Index],
-        *,
-        pixel_budget: int,
-        multiple: int = 1,
-        weights: Sequence[float | int] | None = None,
-        seed: int = 0,
-        fingerprints: Sequence[str] = (),
-    ):
-        keys, shape = map(_clip_sizes, indexes), (None, pixel_budget, multiple)
-        super().__init__(indexes, keys, weights, seed, fingerprints, "bucket", shape)
+    _: dataclasses.KW_ONLY
+    pixel_budget: int
+    multiple: int = 1
+
+    def __post_init__(self, indexes: Sequence[Index]):
+        pixels, multiple = self.pixel_budget, self.multiple
+        shape = (None, pixels, multiple)
+        self._stream(indexes, map(_clip_sizes, indexes), "bucket", shape)
         found, self._size_of = np.unique(self._streams.key, axis=0, return_inverse=True)
         self._sizes: list[Size] = [(f, h, w) for f, h, w in found.tolist()]
-        batches = [_batch_size(size, pixel_budget, multiple) for size in self._sizes]
-        self._batch = np.array(batches)
+        self._batch = np.array([_batch_size(x, pixels, multiple) for x in self._sizes])
         self.batches = dict(zip(self._sizes, self._batch.tolist(), strict=True))
         self._schedule_sizes()
 

@@ -81,7 +81,8 @@ class _Walk:
         network = _Network(self.chip.network)
         for each in self.program.computations[name]:
             base = each.op.removesuffix("-start").removesuffix("-done")
-            inner = self._collective_of(each)
+            inside = self.program.inside(each) if each.op == "fusion" else []
+            inner = next((x for x in inside if x.op in COLLECTIVES), None)
             if each.op.endswith("-start") and base in COLLECTIVES:
                 wire = max(wire, now) + self._transfer(each, base, times)
                 arrivals[each.name] = wire
@@ -100,24 +101,21 @@ class _Walk:
             elif base in COLLECTIVES:
                 now += self._wait(self._transfer(each, base, times), times)
             elif inner is not None and each.cycles is None:
-                kind = _scattered(self.program.inside(each)) or inner.op
+                # An all-reduce and a slice make a reduce-scatter.
+                both = {"all-reduce", "dynamic-slice"} <= {x.op for x in inside}
+                kind = "scattered" if both else inner.op
                 now += self._wait(self._transfer(inner, kind, times), times)
             else:
-                now += self._work(each, times)
+                now += self._work(each, inside or [each], times)
         return now
 
-    def _collective_of(self, each: Instruction) -> Instruction | None:
-        if each.op != "fusion":
-            return None
-        return next((x for x in self.program.inside(each) if x.op in COLLECTIVES), None)
+    def _work(
+        self, each: Instruction, inside: Sequence[Instruction], times: int
+    ) -> float:
+        """Seconds of an instruction that the core computes.
 
-    def _kernel_of(self, each: Instruction) -> Instruction | None:
-        """The flash kernel in an instruction, or in a fusion that slices its inputs."""
-        among = self.program.inside(each) if each.op == "fusion" else [each]
-        return next((x for x in among if '"tpu_custom_call"' in x.text), None)
-
-    def _work(self, each: Instruction, times: int) -> float:
-        """Seconds of an instruction that the core computes."""
+        A flash kernel is one of those inside, as of a fusion that slices its inputs.
+        """
         if each.op == "while":
             trips = self.program.trips(each)
             return trips * self.run(each.attribute("body"), times * trips)
@@ -126,7 +124,7 @@ class _Walk:
         if each.op == "conditional":
             branches = (self.run(name, times) for name in self.program.branches(each))
             return max(branches, default=0.0)
-        kernel = self._kernel_of(each)
+        kernel = next((x for x in inside if '"tpu_custom_call"' in x.text), None)
         if kernel is not None:
             return self._add("attention", kernel, self._flash(kernel), times)
         if each.cycles is None or each.op.endswith("-start"):
@@ -234,12 +232,6 @@ def _slices(target: str) -> int:
         return last - first + 1
     names = map(int, listed.split(","))
     return len({name // _SLICE if name >= _SLICE else name for name in names})
-
-
-def _scattered(inside: Sequence[Instruction]) -> str:
-    """Returns "scattered" if an all-reduce and a slice make a reduce-scatter, or ""."""
-    ops = {each.op for each in inside}
-    return "scattered" if {"all-reduce", "dynamic-slice"} <= ops else ""
 
 
 _PARTS = (

@@ -18,7 +18,6 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jvdit.machine.json_files import fit_json, parse_json, read_json
-from jvdit.models.layers import STACKS
 from jvdit.models.lora import A, B
 from jvdit.weights.rules import Rule, names_of, paths_of, places_of
 from jvdit.weights.tensors import PathLike, TensorFiles, write_tensors
@@ -97,8 +96,7 @@ def write_lora(
     for path, leaf in flatten_dict(dict(adapters), sep="/").items():
         layer, _, factor = path.rpartition("/")
         value = np.asarray(leaf, np.float32)
-        layers = value.shape[0] if path.partition("/")[0] in STACKS else 0
-        for name, rule, number in names_of(rules, f"{layer}/kernel", layers):
+        for name, rule, number in names_of(rules, f"{layer}/kernel", value.shape):
             own = value if number is None else value[number]
             if factor == A:
                 turned = rule.to_theirs(own)

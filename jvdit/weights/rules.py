@@ -10,7 +10,7 @@ straight onto the devices.
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -77,13 +77,13 @@ class Rule:
         left, right = self.layout.split("->")
         return einops.rearrange(leaf, f"{right} -> {left}", **self.sizes)
 
-    def shape_of(self, theirs: Shape) -> Shape:
-        """The shape of our parameter; ValueError if theirs doesn't fit the pattern."""
+    def shape_of(self, theirs: Shape) -> Shape | None:
+        """The shape of our parameter; None if theirs doesn't fit the pattern."""
         blank = np.broadcast_to(np.int8(0), theirs)  # takes no memory
         try:
             return tuple(self.to_ours(blank).shape)
-        except einops.EinopsError as error:
-            raise ValueError(str(error).strip().splitlines()[0]) from None
+        except (einops.EinopsError, ValueError):
+            return None
 
 
 class Piece(NamedTuple):
@@ -122,29 +122,21 @@ def assign(
         ValueError: a tensor has no place, a parameter no tensor, or two shapes differ;
             lists which.
     """
-    stacked = {path.partition("/")[0] for path in ours}
-    patterns = [(_regex(rule.theirs), rule) for rule in rules]
-    pieces: dict[str, list[Piece]] = {}
-    unknown, unlike = [], []
-    known = {
-        name: [(m, r) for p, r in patterns if (m := p.fullmatch(name))]
-        for name in theirs
+    pieces = {
+        path: names_of(rules, path, shape, theirs) for path, shape in ours.items()
     }
-    # Tied names come last, when it is known whether the first names are there.
-    for name in sorted(theirs, key=lambda name: any(r.tied for _, r in known[name])):
-        if not known[name]:
-            unknown.append(name)
-        for match, rule in known[name]:
-            path, layer = _place(rule.ours, match.groupdict(), stacked)
-            if not path or rule.tied and pieces.get(path):
-                continue
-            pieces.setdefault(path, []).append(Piece(name, rule, layer))
-            wanted = ours.get(path, ())[0 if layer is None else 1 :]
-            if path not in ours:
-                unknown.append(f"{name} (for {path})")
-            elif (found := _shape(rule, theirs[name])) != wanted:
-                unlike.append(f"{name} {theirs[name]} is {found} here, not {wanted}")
-    missing = [path for path in ours if not _whole(pieces.get(path, []), ours[path])]
+    used, unlike, unknown = set(), [], []
+    for path, found in pieces.items():
+        for name, rule, layer in found:
+            used.add(name)
+            wanted = ours[path][0 if layer is None else 1 :]
+            if (shape := rule.shape_of(theirs[name])) != wanted:
+                unlike.append(f"{name} {theirs[name]} is {shape} here, not {wanted}")
+    for name in [x for x in theirs if x not in used]:
+        places = places_of(rules, name)
+        if not any(rule.tied or not path for path, rule in places):
+            unknown.append(name + "".join(f" (for {path})" for path, _ in places))
+    missing = [x for x in ours if len(pieces[x]) < len(_layers(x, ours[x]))]
     problems = [
         f"{len(names)} {kind}: {_listed(names)}"
         for kind, names in (
@@ -156,55 +148,50 @@ def assign(
     ]
     if problems:
         raise ValueError(f"{what} is not of this model: {'; '.join(problems)}.")
-    for found in pieces.values():
-        found.sort(key=lambda piece: piece.layer or 0)
     return pieces
 
 
-def _whole(pieces: Sequence[Piece], shape: Shape) -> bool:
-    """Whether the pieces fill each layer of a parameter exactly once."""
-    layers = [piece.layer for piece in pieces]
-    if None in layers or not layers:
-        return layers == [None]
-    return sorted(layers) == list(range(shape[0]))
-
-
-def names_of(rules: Iterable[Rule], path: str, layers: int) -> list[Piece]:
-    """The released tensors that hold one of our parameters: the inverse of `assign`.
+def names_of(
+    rules: Iterable[Rule], path: str, shape: Shape, among: Container[str] | None = None
+) -> list[Piece]:
+    """The released tensors that hold one of our parameters, in the order of its layers.
 
     Args:
-        rules: the rule table.
+        rules: the rule table; the first that names a tensor counts.
         path: path of our parameter.
-        layers: how many layers a stacked parameter ("blocks/…") has; 0: not stacked.
+        shape: its shape.
+        among: names of the tensors that there are; those without one are left out.
+            None: all that the rules name.
 
     Raises:
         ValueError: no rule has such a path.
     """
-    candidates = [path]
-    if layers:
-        stack, _, rest = path.partition("/")
-        candidates = [f"{stack[:-1]}_{i}/{rest}" for i in range(layers)]
     found = []
     patterns = [(_regex(rule.ours), rule) for rule in rules]
-    for layer, candidate in enumerate(candidates):
-        for pattern, rule in patterns:
-            if match := pattern.fullmatch(candidate):
-                name = rule.theirs.format(**match.groupdict())
-                found.append(Piece(name, rule, layer if layers else None))
-                break
-        else:
-            raise ValueError(f"no rule says what parameter `{candidate}` is called.")
+    for layer, place in _layers(path, shape):
+        matches = ((pattern.fullmatch(place), rule) for pattern, rule in patterns)
+        named = [
+            (rule.theirs.format(**m.groupdict()), rule) for m, rule in matches if m
+        ]
+        if among is None and not named:
+            raise ValueError(f"no rule says what parameter `{place}` is called.")
+        there = [x for x in named if among is None or x[0] in among]
+        found += [Piece(*x, layer) for x in there[:1]]
     return found
+
+
+def _layers(path: str, shape: Shape) -> list[tuple[int | None, str]]:
+    """The number and the path of each layer that is stacked in a parameter, if any."""
+    stack, _, rest = path.partition("/")
+    if stack not in STACKS:
+        return [(None, path)]
+    return [(i, f"{stack[:-1]}_{i}/{rest}") for i in range(shape[0])]
 
 
 def places_of(rules: Iterable[Rule], name: str) -> list[tuple[str, Rule]]:
     """The paths that a released tensor fills, each with its rule; layers unstacked."""
     found = [(_regex(rule.theirs).fullmatch(name), rule) for rule in rules]
-    return [
-        (rule.ours.format(**match.groupdict()), rule)
-        for match, rule in found
-        if match and rule.ours
-    ]
+    return [(rule.ours.format(**m.groupdict()), rule) for m, rule in found if m]
 
 
 def layers(
@@ -263,24 +250,6 @@ def _regex(pattern: str) -> re.Pattern[str]:
             for part in parts
         )
     )
-
-
-def _place(
-    path: str, numbers: Mapping[str, str], stacked: set[str]
-) -> tuple[str, int | None]:
-    """The path of a parameter, and the index of its layer if it is stacked."""
-    first, _, rest = path.partition("/")
-    stack = first.replace("_{i}", "s")
-    if stack in STACKS and stack in stacked:
-        return f"{stack}/{rest}".format(**numbers), int(numbers["i"])
-    return path.format(**numbers), None
-
-
-def _shape(rule: Rule, theirs: Shape) -> Shape | None:
-    try:
-        return rule.shape_of(theirs)
-    except ValueError:
-        return None
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -380,8 +349,7 @@ def export(rules: Sequence[Rule], params: Any) -> dict[str, np.ndarray]:
     axes: dict[str, int] = {}
     for path, leaf in paths_of(params).items():
         value = np.asarray(leaf)
-        layers = len(value) if path.partition("/")[0] in STACKS else 0
-        for name, rule, layer in names_of(rules, path, layers):
+        for name, rule, layer in names_of(rules, path, value.shape):
             turned = rule.to_theirs(value if layer is None else value[layer])
             parts.setdefault(name, {})[rule.part[0]] = np.ascontiguousarray(turned)
             axes[name] = rule.axis

@@ -55,8 +55,8 @@ def finished_parameters(
     params = {}
     for name, shapes in wanted.items():
         dtype = jax.tree.leaves(shapes)[0].dtype
-        loaded = load_dit(parts[name], mesh, dtype, scan_layers="blocks" in shapes)
-        params[name] = loaded.params
+        scan = "blocks" in shapes
+        params[name] = load_dit(parts[name], mesh, dtype, scan_layers=scan).params
         _check_alike(
             params[name],
             shapes,

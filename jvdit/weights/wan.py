@@ -46,16 +46,8 @@ _ENDS = (
     ("proj_out", "head.head", "head"),
     ("vace_blocks.0.proj_in", "vace_blocks.0.before_proj", "control_in"),
 )
-_TABLES = (
-    ("blocks.{i}.scale_shift_table", "blocks.{i}.modulation", "block_{i}/modulation"),
-    (
-        "vace_blocks.{i}.scale_shift_table",
-        "vace_blocks.{i}.modulation",
-        "control_{i}/modulation",
-    ),
-    ("scale_shift_table", "head.modulation", "head_modulation"),
-    ("condition_embedder.image_embedder.pos_embed", "img_emb.emb_pos", "image_embed"),
-)
+_BLOCKS = (("blocks.{i}.", "block_{i}/"), ("vace_blocks.{i}.", "control_{i}/"))
+_POSITIONS = ("condition_embedder.image_embedder.pos_embed", "img_emb.emb_pos")
 _PATCH, _CELLS = "o c t h w -> (t h w c) o", {"t": 1, "h": 2, "w": 2}
 
 
@@ -94,9 +86,14 @@ def dit_rules(
     )
     found += layers(_EMBEDDERS, which, ("condition_embedder.", "")[which])
     found += layers(_ENDS, which)
-    found += layers(_BLOCK, which, "blocks.{i}.", "block_{i}/")
-    found += layers(_BLOCK, which, "vace_blocks.{i}.", "control_{i}/")
-    for row in _TABLES:
-        found.append(Rule(row[which], f"{row[-1]}/table", "1 r d -> r d"))
+    tables = [
+        (("scale_shift_table", "head.modulation")[which], "head_modulation"),
+        (_POSITIONS[which], "image_embed"),
+    ]
+    for theirs, ours in _BLOCKS:
+        found += layers(_BLOCK, which, theirs, ours)
+        table = theirs + ("scale_shift_table", "modulation")[which]
+        tables.append((table, f"{ours}modulation"))
+    found += [Rule(name, f"{own}/table", "1 r d -> r d") for name, own in tables]
     # diffusers' I2V releases hold a norm that its code doesn't use.
     return [*found, *unread("blocks.{i}.attn2.norm_added_q")]
