@@ -131,18 +131,13 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int | np.integer]) -> str:
         """Returns the text of ids up to the first `EOS_ID`; padding says nothing."""
-        kept = []
-        for i in map(int, ids):
-            if i == EOS_ID:
-                break
-            if not 0 <= i < self.vocab_size:
-                raise ValueError(
-                    f"Id {i} is not in the vocabulary (`vocab_size` = "
-                    f"{self.vocab_size}); was it made by another tokenizer?"
-                )
-            if i != PAD_ID:
-                kept.append(i)
-        return self._processor.DecodeIds(kept)
+        said = [*itertools.takewhile(lambda i: i != EOS_ID, map(int, ids))]
+        if wrong := [i for i in said if not 0 <= i < self.vocab_size]:
+            raise ValueError(
+                f"Id {wrong[0]} is not in the vocabulary (`vocab_size` = "
+                f"{self.vocab_size}); was it made by another tokenizer?"
+            )
+        return self._processor.DecodeIds([i for i in said if i != PAD_ID])
 
 
 def cleaned(text: str) -> str:

@@ -197,7 +197,9 @@ class ClipEncoder:
         """
         if is_release(vae):
             return cls(load_vae(read_release(vae).parts["vae"]))
-        return cls(load_network(_weights_folder(vae), VideoVAE))
+        within = (pathlib.Path(vae) / inside for inside in ("model/vae", "vae"))
+        folder = next((x for x in within if (x / "config.json").exists()), vae)
+        return cls(load_network(folder, VideoVAE))
 
     @property
     def module(self) -> VideoVAE:
@@ -263,11 +265,3 @@ class ClipEncoder:
 @partial(jit, static_argnames="vae")
 def _whole(vae: VideoVAE, params: Any, video: jax.Array):
     return vae.apply({"params": params}, to_float(video), method="encode")
-
-
-def _weights_folder(vae: str | os.PathLike[str]) -> pathlib.Path:
-    folder = pathlib.Path(vae)
-    for inside in ("model/vae", "vae"):
-        if (folder / inside / "config.json").exists():
-            return folder / inside
-    return folder

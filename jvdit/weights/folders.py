@@ -245,13 +245,9 @@ def _expect(name: str, found: Any, *wanted: Any) -> None:
         raise ValueError(f"`{name}` (={found!r}) must be {wants}")
 
 
-# Tensor names that only the original release has, to tell the two layouts apart.
-_ORIGINAL = {
-    "dit": "head.head.weight",
-    "vae": "conv1.weight",
-    "text": "norm.weight",
-    "image": "visual.cls_embedding",
-}
+# Tensors that only the original release has, to tell the two layouts apart.
+_DIT, _VAE = "head.head.weight", "conv1.weight"
+_TEXT, _IMAGE = "norm.weight", "visual.cls_embedding"
 _REMEDY = "download it again, or give the folder of this part of one of Wan's releases"
 _ATTENDS = "img_emb.proj.0.weight"
 
@@ -282,7 +278,7 @@ def load_dit(
     sizes = dit_fields(config, attends)
     module = MODELS["dit"].module(**sizes, **_types(dtype), **fields)
     rules = partial(wan.dit_rules, channels=patch_channels(module))
-    return _load("dit", module, module.example_inputs(), folder, rules, mesh, dtype)
+    return _load(_DIT, module, module.example_inputs(), folder, rules, mesh, dtype)
 
 
 def save_dit(folder: PathLike, params: Any, module: Backbone, like: PathLike) -> None:
@@ -321,7 +317,7 @@ def load_vae(
     """
     folder, file = _part(folder, "vae")
     if file is None:
-        moments = TensorFiles(folder).shapes.get(_ORIGINAL["vae"], (0,))[0]
+        moments = TensorFiles(folder).shapes.get(_VAE, (0,))[0]
         sizes = video_vae.VARIANTS["wan2.2" if moments == 96 else "wan2.1"]
     else:
         sizes = read_json(file, _REMEDY, VAEConfig).fields
@@ -329,7 +325,7 @@ def load_vae(
     side = module.spatial_compression
     video = jnp.zeros((1, 1, side, side, 3))
     rules = partial(wan_vae.rules, module)
-    return _load("vae", module, (video,), folder, rules, mesh, dtype)
+    return _load(_VAE, module, (video,), folder, rules, mesh, dtype)
 
 
 def load_text_encoder(
@@ -360,7 +356,7 @@ def load_text_encoder(
     module = TextEncoder(**sizes, **_types(dtype), **fields)
     blank = jnp.zeros((1, 1), jnp.int32)
     rules = partial(umt5.rules, shared_bias=module.shared_bias)
-    return _load("text", module, (blank, blank), folder, rules, mesh, dtype)
+    return _load(_TEXT, module, (blank, blank), folder, rules, mesh, dtype)
 
 
 def load_image_encoder(
@@ -388,7 +384,7 @@ def load_image_encoder(
     module = ImageEncoder(**sizes, **_types(dtype))
     images = jnp.zeros((1, module.image_size, module.image_size, 3))
     rules = partial(clip.rules, module)
-    return _load("image", module, (images,), folder, rules, mesh, dtype)
+    return _load(_IMAGE, module, (images,), folder, rules, mesh, dtype)
 
 
 def _part(folder: PathLike, name: str) -> tuple[pathlib.Path, pathlib.Path | None]:
@@ -422,7 +418,7 @@ def _dit_config(file: pathlib.Path) -> DiffusersDiT | OriginalDiT:
 
 
 def _load(
-    kind: str,
+    original: str,
     module: nn.Module,
     inputs: tuple[Any, ...],
     folder: pathlib.Path,
@@ -431,7 +427,7 @@ def _load(
     dtype: DTypeLike,
 ) -> Network:
     tensors = TensorFiles(folder)
-    table = rules(layout=LAYOUTS[_ORIGINAL[kind] in tensors])
+    table = rules(layout=LAYOUTS[original in tensors])
     shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
     places = None if mesh is None else parameter_shardings(shapes, mesh)
     bring = loader(table, tensors, shapes, places, dtype, os.fspath(folder))

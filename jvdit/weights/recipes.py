@@ -83,7 +83,7 @@ def name_of(fields: Mapping[str, Any], experts: bool) -> str | None:
         experts: whether the model has two experts.
     """
     for name, recipe in RECIPES.items():
-        row = dict.fromkeys(_BRANCHES, 0) | MODELS["dit"].variants[name]
+        row = {**dict.fromkeys(_BRANCHES, 0), **MODELS["dit"].variants[name]}
         alike = all(_plain(fields.get(key)) == _plain(row[key]) for key in row)
         if alike and experts == (recipe["boundary"] > 0):
             return name
