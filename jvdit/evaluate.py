@@ -27,9 +27,14 @@ from rich.progress import MofNCompleteColumn, Progress
 from jvdit.data.world import World
 from jvdit.data.world.scene import SPLITS
 from jvdit.diffusion.solvers import SOLVERS
-from jvdit.evaluation.measuring import Measured, chunks, real
+from jvdit.evaluation.measuring import Measured, chunks, real, trained_on
 from jvdit.evaluation.vae_report import report_vae
-from jvdit.evaluation.world_report import ReportColumn, page, results_of
+from jvdit.evaluation.world_report import (
+    ReportColumn,
+    compositions,
+    page,
+    results_of,
+)
 from jvdit.generation.generator import Generator
 from jvdit.generation.reconstructor import Reconstructor
 from jvdit.generation.request import Request, size_fields
@@ -59,9 +64,18 @@ _DATA = flags.DEFINE_string(
 _OUT = flags.DEFINE_string(
     "out", None, "Folder of the report (default: evaluation/ in the workdir)."
 )
-_SPLIT = flags.DEFINE_enum("split", "test", SPLITS, "Split of the procedural world.")
+_SPLIT = flags.DEFINE_multi_enum(
+    "split",
+    ["test"],
+    SPLITS,
+    "Split of the procedural world; test and comp together also tell what new "
+    "combinations cost.",
+)
 _SEED = flags.DEFINE_integer(
-    "seed", 0, "Seed of the world: another seed has other scenes.", lower_bound=0
+    "seed",
+    1,
+    "Seed of the world: another seed has other scenes. Trainings draw those of 0.",
+    lower_bound=0,
 )
 _N = flags.DEFINE_integer("n", 512, "Number of clips to score.", lower_bound=2)
 _STEPS = flags.DEFINE_list(
@@ -125,11 +139,11 @@ def settings_of(generator: Generator) -> list[Setting]:
     ]
 
 
-def world_of(generator: Generator) -> World:
-    """The world at the size that the flags ask for, else the model's own."""
+def world_of(generator: Generator, split: str) -> World:
+    """A split of the world at the size of the flags, else the model's own."""
     defaults = dict(generator.model.defaults)
     fields = size_fields(defaults, _SIZE.value, _FRAMES.value, _FPS.value)
-    world = World(_SPLIT.value, seed=_SEED.value, **fields)
+    world = World(split, seed=_SEED.value, **fields)
     generator.check(_request(world, ""))
     return world
 
@@ -178,8 +192,9 @@ def _columns(out: pathlib.Path) -> list[ReportColumn]:
     """Generates and measures what the flags ask for."""
     generators = {label: Generator.load(label) for label in _WORKDIR.value or ()}
     jobs = [
-        (label, world_of(generator), setting)
+        (label, world_of(generator, split), setting)
         for label, generator in generators.items()
+        for split in _SPLIT.value
         for setting in settings_of(generator)
     ]
     columns = []
@@ -198,9 +213,9 @@ def _columns(out: pathlib.Path) -> list[ReportColumn]:
                 _folder(out, generators[label], job),
                 lambda count, task=task: progress.advance(task, count),
             )
-            columns.append(
-                ReportColumn(label, setting, world, Measured.of(world, clips))
-            )
+            trained = tuple(trained_on(generators[label].model.sources))
+            measured = Measured.of(world, clips)
+            columns.append(ReportColumn(label, setting, world, measured, trained))
     return columns
 
 
@@ -208,7 +223,7 @@ def _columns(out: pathlib.Path) -> list[ReportColumn]:
 def evaluate() -> list[pathlib.Path]:
     """Generates, scores and reports as the flags say; returns the files."""
     if _VAE.value is not None:
-        data = f"world:{_SPLIT.value}:17x64x64@8:{_N.value}:{_SEED.value}"
+        data = f"world:{_SPLIT.value[0]}:17x64x64@8:{_N.value}:{_SEED.value}"
         out = pathlib.Path(_OUT.value or pathlib.Path(_VAE.value) / "evaluation")
         reconstruct, data = Reconstructor(_VAE.value), _DATA.value or data
         return report_vae(_VAE.value, reconstruct, data, _N.value, out)
@@ -219,10 +234,11 @@ def evaluate() -> list[pathlib.Path]:
     worlds = dict.fromkeys(column.world for column in columns)
     bounds = {world: Measured.of(world, real(world, _N.value)) for world in worlds}
     results = results_of(columns, bounds)
-    told = {"split": _SPLIT.value, "clips": _N.value, "columns": results}
+    told = {"splits": _SPLIT.value, "clips": _N.value, "columns": results}
+    told["compositions"] = compositions(columns)
     write_json(out / "report.json", told)
     histories = {label: read_history(label) for label in _WORKDIR.value or ()}
-    title = f"{_N.value} clips of split {_SPLIT.value}"
+    title = f"{_N.value} clips of {', '.join(_SPLIT.value)}"
     text = page(title, results, columns, bounds, histories)
     write_atomically(out / "report.html", text.encode())
     return [out / "report.json", out / "report.html"]

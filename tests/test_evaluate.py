@@ -1,5 +1,6 @@
 """The evaluation from the command line: what it writes, and that it goes on."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -13,7 +14,8 @@ from doors import command
 from jvdit.data.world import World
 from jvdit.data.world.scene import SHAPES
 from jvdit.evaluation import distance, report
-from jvdit.evaluation.breakdown import NAMES, breakdown
+from jvdit.evaluation.breakdown import NAMES, breakdown, composition
+from jvdit.evaluation.measuring import met_in_training, neighbours, trained_on
 from jvdit.evaluation.oracle import COLUMNS
 from jvdit.evaluation.reconstruction import temporal_error
 from jvdit.training.metrics import read_history
@@ -34,10 +36,18 @@ def test_the_report_compares_with_real_clips(evaluated):
     _, out = evaluated
     text = (out / "report.json").read_text()
     found = json.loads(text, parse_constant=pytest.fail)
+    size = {k: found["columns"][0]["world"][k] for k in ("frames", "height", "width")}
+    prompts = World("test", 1, **size).captions(np.arange(6))
     assert [c["steps"] for c in found["columns"]] == [2, 3] and found["clips"] == 6
     for column in found["columns"]:
         assert column["real"]["color"][0] > 0.5 > column["scores"]["all"][0]
-        assert column["frechet"] > 0 and set(column["scores"]) <= set(COLUMNS)
+        assert column["sets"]["clips"]["frechet"] > 0
+        assert set(column["scores"]) <= set(COLUMNS)
+        assert column["met_in_training"] is not None, "the model says what it learned"
+        assert [clip["prompt"] for clip in column["clips"]] == prompts
+        assert {"all", "speed", "light"} <= set(column["clips"][0])
+        right = column["confusions"]["shape"]
+        assert len(right["told_seen"]) == len(right["words"]) == len(SHAPES)
     page = (out / "report.html").read_text()
     assert page.count("<video") == 9 and page.count("<svg") >= 2
     assert not re.search(r"""(src|href)=['"](?!data:|#)""", page), "one file, whole"
@@ -112,12 +122,66 @@ def test_a_step_done_again_counts_once(tmp_path):
 def test_copies_are_found_and_new_clips_are_not():
     rng = np.random.default_rng(0)
     train, other, val = (rng.normal(size=(n, 40)) for n in (300, 80, 200))
-    new = distance.memorisation(other, train, val)
+    new = distance.memorisation(other[:, None], train, val[:, None])
     assert new["copies"] < 0.1 and new["authentic"] > 0.5
-    assert distance.memorisation(train[:50], train, val) == {
+    assert distance.memorisation(train[:50, None], train, val[:, None]) == {
         "copies": 1.0,
         "authentic": 0.0,
     }
+
+
+@pytest.mark.parametrize(
+    "hide",
+    [
+        lambda x: x,
+        lambda x: x[:, :, :, ::-1],
+        lambda x: np.roll(x, 2, 3),
+        lambda x: (0.6 * x).astype(np.uint8),
+        lambda x: np.concatenate([x[:, 1:], x[:, -1:]], 1),
+    ],
+    ids=["as it is", "mirrored", "moved", "dimmed", "a frame later"],
+)
+def test_copies_are_found_however_they_are_hidden(hide):
+    world = World("single", 0, 9, 32, 32)
+    own, new = world.videos(np.arange(64)), World("single", 5, 9, 32, 32)
+    known, held_out = neighbours(dataclasses.replace(world, seed=5), [(world, 512)])
+    copies = distance.memorisation(distance.variants(hide(own)), known, held_out)
+    assert copies["copies"] > 0.9
+    videos = distance.variants(new.videos(np.arange(64)))
+    assert distance.memorisation(videos, known, held_out)["copies"] < 0.1
+
+
+def test_the_distance_sees_the_order_of_frames():
+    world = World("val", 0, 9, 32, 32)
+    features = distance.random_features(world.videos(np.arange(256)))
+    other = world.videos(np.arange(256, 512))
+    order = np.random.RandomState(0).permutation(9)
+    near, far = (
+        distance.frechet_distance(features, distance.random_features(x))
+        for x in (other, other[:, order])
+    )
+    assert far > 3 * near
+
+
+def test_prompts_of_the_training_are_known():
+    world = World("single", 0, 9, 32, 32)
+    prompts = world.captions(np.arange(8)) + ["a cat"]
+    met = met_in_training(prompts, [(world, 4)])
+    assert met[:4].all() and not met[-1]
+    assert trained_on(["world:single:9x32x32@8:4", "clips", ""]) == [(world, 4)]
+
+
+def test_composition_compares_like_with_like():
+    known, new = (World(s).scenes(np.arange(200)) for s in ("test", "comp"))
+    of_shape = {
+        name: np.where(x.shape[:, 0] == 2, 0.2, 0.8)
+        for name, x in (("test", known), ("comp", new))
+    }
+    assert composition(of_shape["comp"], new, of_shape["test"], known) == pytest.approx(
+        0
+    )
+    worse = of_shape["comp"] - 0.1
+    assert composition(worse, new, of_shape["test"], known) == pytest.approx(-0.1)
 
 
 def test_the_distance_of_distributions_is_that_of_their_moments():

@@ -18,9 +18,8 @@ from jvdit.models.text_encoder import TextEncoder
 from jvdit.models.video_vae import VideoVAE
 from jvdit.tasks.loop import _Looked
 from jvdit.training import digests
-from jvdit.training.checkpoint import claim_workdir
+from jvdit.training.checkpoint import _names_in, claim_workdir
 from jvdit.training.metrics import read_history
-from jvdit.training.restoring import _names_in
 from jvdit.weights.adapters import _Alphas
 from jvdit.weights.bundle import _ModelSettings
 from jvdit.weights.folders import (

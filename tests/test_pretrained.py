@@ -11,9 +11,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from stacks import stack_layers
 
 from jvdit.models.dit import VARIANTS, DiT
-from jvdit.models.layers import stack_layers
 from jvdit.shapes import Text, Tokens
 from jvdit.sharding import make_mesh, parameter_shardings
 from jvdit.weights import umt5, wan

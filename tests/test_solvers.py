@@ -13,7 +13,6 @@ from jvdit.diffusion.solvers import (
     begin,
     check_solver,
     clip_noise,
-    solve,
 )
 from jvdit.shapes import Text, Tokens
 
@@ -22,6 +21,12 @@ MEAN, STD = 0.7, 0.4  # of the data
 
 def keys(rows, levels, seed=0):
     return jax.random.split(jax.random.key(seed), (rows, levels))
+
+
+def solve(denoiser, tokens, times, path, keys, solver="unipc"):
+    """All steps: from noise at t = 1 to data at t = 0."""
+    start = begin(tokens, times, solver)
+    return advance(denoiser, start, times, path, keys, solver).tokens.latents
 
 
 def gaussian_denoiser(path):

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from closeness import assert_close
+from stacks import stack_layers
 
-from jvdit.models.layers import stack_layers
 from jvdit.models.text_encoder import VARIANTS, TextEncoder, relative_buckets
 
 SIZES = {**VARIANTS["tiny"], "vocab_size": 50, "num_buckets": 8, "max_distance": 6}

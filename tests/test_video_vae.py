@@ -15,7 +15,6 @@ from jvdit.models import video_vae_layers
 from jvdit.models.video_vae import VARIANTS, VideoVAE
 from jvdit.models.video_vae_chunked import (
     decode_normalized,
-    decode_scan,
     decode_step,
     decode_stream,
     encode_normalized,
@@ -104,13 +103,6 @@ def test_decoding_in_pieces_is_decoding_whole(row, frames):
     assert_close(jnp.concatenate(pieces, axis=1), reconstruction)
 
 
-def test_decoding_in_a_loop_is_decoding_whole():
-    vae, params, _ = build("tiny")
-    reconstruction, mean, _ = whole("tiny")
-    run = jax.jit(decode_scan, static_argnums=0)
-    assert_close(run(vae, params, mean), reconstruction)
-
-
 @pytest.mark.parametrize("row", ROWS)
 def test_large_frames_in_turns_are_the_same(row, monkeypatch):
     """Every stage takes a frame at a time, and what it keeps goes on."""
@@ -163,34 +155,6 @@ def test_latents_and_frames_depend_on_no_later_ones(row):
         assert gradient[last] > 0 and (gradient[last + 1 :] == 0).all()
     for latent, gradient in zip((0, 1, 2), decoded, strict=True):
         assert gradient[latent] > 0 and (gradient[latent + 1 :] == 0).all()
-
-
-def test_decoding_in_a_loop_takes_constant_memory():
-    vae = VideoVAE(**SMALL, decoder_width=16)
-    image = jnp.zeros((1, 1, 8, 8, 3))
-    params = jax.eval_shape(vae.init, jax.random.key(0), image)["params"]
-
-    def whole(params, z):
-        return vae.apply({"params": params}, z, method="decode")
-
-    def loop(params, z):
-        return decode_scan(vae, params, z)
-
-    def growth(run):
-        """Bytes of activations for each byte of video."""
-        short, long = (
-            jax.jit(run)
-            .lower(params, jnp.zeros((1, frames, 4, 4, 4)))
-            .compile()
-            .memory_analysis()
-            for frames in (4, 8)
-        )
-        more = long.output_size_in_bytes - short.output_size_in_bytes
-        return (long.temp_size_in_bytes - short.temp_size_in_bytes) / more
-
-    assert growth(whole) > 5
-    # The loop stacks its results once.
-    assert growth(loop) < 1.5
 
 
 def test_one_compilation_serves_every_later_piece():

@@ -422,6 +422,28 @@ def open_source(
     return LatentSource(path, split, max_text, pad_text, frames)
 
 
+def origin(name: str) -> str:
+    """The name of the source that a source's latents were encoded from, else its own.
+
+    Args:
+        name: the name of a source that can be opened.
+    """
+    path, _, part = name.partition("#")
+    if name.startswith(("world", "tfds:")):
+        return name
+    split = part.partition(":")[0] or "train"
+    settings = RecordDataset(str(local_path(path)), split).settings
+    return settings.get("origins", {}).get(split, name)
+
+
+def world_of(name: str) -> tuple[World, int] | None:
+    """The world, and the number of clips, that a source names; None: another source."""
+    if not name.startswith("world"):
+        return None
+    source = _world(name, audio=False)
+    return source.world, len(source)
+
+
 def _world(name: str, audio: bool) -> WorldSource:
     match = _WORLD.fullmatch(name)
     if match is None:

@@ -22,6 +22,9 @@ SCHEDULES = ("flow", "linear", "cosine")
 TARGETS = ("velocity", "noise", "x0")
 DISTRIBUTIONS = ("uniform", "logit_normal")
 
+Values = Float[Array, "..."]  # latents; times that broadcast against them
+Times = Float[Array, "*shape"]
+
 _SMALLEST = 1e-4  # least alpha or sigma to divide by
 
 
@@ -56,9 +59,7 @@ class NoisePath:
         _check("schedule", self.schedule, SCHEDULES)
         _check("target", self.target, TARGETS)
 
-    def alpha_sigma(
-        self, t: Float[Array, "*shape"]
-    ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+    def alpha_sigma(self, t: Times) -> tuple[Times, Times]:
         """The weights alpha of the data and sigma of the noise at time t."""
         if self.schedule == "flow":
             return 1.0 - t, t
@@ -82,7 +83,7 @@ class NoisePath:
             return t
         return t * self.timesteps // 1 / self.timesteps
 
-    def clock(self, t: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    def clock(self, t: Times) -> Times:
         """The variable in which `velocity` is the derivative of x_t."""
         if self.schedule == "flow":
             return t
@@ -94,32 +95,17 @@ class NoisePath:
             return -jnp.ones_like(alpha), jnp.ones_like(sigma)
         return -sigma, alpha
 
-    def mix(
-        self,
-        x0: Float[Array, "..."],
-        noise: Float[Array, "..."],
-        t: Float[Array, "..."],
-    ) -> Float[Array, "..."]:
+    def mix(self, x0: Values, noise: Values, t: Values) -> Values:
         """Adds noise: x_t = alpha(t) x0 + sigma(t) noise; t broadcasts against x0."""
         alpha, sigma = self.alpha_sigma(t)
         return alpha * x0 + sigma * noise
 
-    def true_velocity(
-        self,
-        x0: Float[Array, "..."],
-        noise: Float[Array, "..."],
-        t: Float[Array, "..."],
-    ) -> Float[Array, "..."]:
+    def true_velocity(self, x0: Values, noise: Values, t: Values) -> Values:
         """The velocity of the conditional path through x0 and noise: the target."""
         alpha_slope, sigma_slope = self._slopes(*self.alpha_sigma(t))
         return alpha_slope * x0 + sigma_slope * noise
 
-    def velocity(
-        self,
-        output: Float[Array, "..."],
-        x: Float[Array, "..."],
-        t: Float[Array, "..."],
-    ) -> Float[Array, "..."]:
+    def velocity(self, output: Values, x: Values, t: Values) -> Values:
         """Converts the network's prediction at x_t (velocity, noise or x0) to velocity.
 
         Args:
@@ -135,25 +121,18 @@ class NoisePath:
             return (output + alpha_slope * x) / jnp.maximum(alpha, _SMALLEST)
         return (sigma_slope * x - output) / jnp.maximum(sigma, _SMALLEST)
 
-    def x0_noise(
-        self,
-        velocity: Float[Array, "..."],
-        x: Float[Array, "..."],
-        t: Float[Array, "..."],
-    ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    def x0_noise(self, velocity: Values, x: Values, t: Values) -> tuple[Values, Values]:
         """Converts a velocity at x_t to the predicted (x0, noise)."""
         alpha, sigma = self.alpha_sigma(t)
         alpha_slope, sigma_slope = self._slopes(alpha, sigma)
         return sigma_slope * x - sigma * velocity, alpha * velocity - alpha_slope * x
 
-    def loss_weight(self, t: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    def loss_weight(self, t: Times) -> Times:
         """Factor from the squared error of the velocity to that of the target."""
         alpha, sigma = self.alpha_sigma(t)
-        return {
-            "velocity": jnp.ones_like(t),
-            "noise": alpha**2,
-            "x0": sigma**2,
-        }[self.target]
+        return {"velocity": jnp.ones_like(t), "noise": alpha**2, "x0": sigma**2}[
+            self.target
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,22 +194,18 @@ class TimestepPolicy:
         given = {k: tuple(settings[k]) for k in pairs if k in settings}
         return cls(**{**settings, **given})
 
-    def shift_for(self, num_tokens: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    def shift_for(self, num_tokens: Times) -> Times:
         """The shift s of clips with this many tokens."""
         if self.shift_tokens is None:
             return jnp.full_like(num_tokens, self.shift)
         s = self.shift * jnp.sqrt(num_tokens / self.shift_tokens)
         return jnp.clip(s, *self.shift_range)
 
-    def shifted(
-        self, t: Float[Array, "*shape"], num_tokens: Float[Array, "*shape"]
-    ) -> Float[Array, "*shape"]:
+    def shifted(self, t: Times, num_tokens: Times) -> Times:
         """Shifts times of clips of `num_tokens` tokens towards 1."""
         return _shifted(t, self.shift_for(num_tokens))
 
-    def quantile(
-        self, u: Float[Array, "*shape"], num_tokens: Float[Array, "*shape"]
-    ) -> Float[Array, "*shape"]:
+    def quantile(self, u: Times, num_tokens: Times) -> Times:
         """The quantile function of training timesteps: u in [0, 1] to t."""
         if self.span != (0.0, 1.0):
             low, high = (self._share_below(t, num_tokens) for t in self.span)
@@ -240,9 +215,7 @@ class TimestepPolicy:
             u = jax.nn.sigmoid(self.mean + self.std * jax.scipy.special.ndtri(u))
         return self.shifted(u, num_tokens)
 
-    def _share_below(
-        self, t: float, num_tokens: Float[Array, "*shape"]
-    ) -> Float[Array, "*shape"]:
+    def _share_below(self, t: float, num_tokens: Times) -> Times:
         """The cumulative distribution at t, before timesteps are limited to `span`."""
         s = self.shift_for(num_tokens)
         plain = jnp.clip(t / (s - (s - 1) * t), 1e-6, 1 - 1e-6)
@@ -251,9 +224,7 @@ class TimestepPolicy:
         logit = jnp.log(plain / (1 - plain))
         return jax.scipy.special.ndtr((logit - self.mean) / self.std)
 
-    def sample(
-        self, key: PRNGKeyArray, num_tokens: Float[Array, "*shape"]
-    ) -> Float[Array, "*shape"]:
+    def sample(self, key: PRNGKeyArray, num_tokens: Times) -> Times:
         """Draws one training timestep for each clip.
 
         The draws are stratified: n clips take one time from each n-th of the
@@ -266,7 +237,7 @@ class TimestepPolicy:
         return self.quantile(u.reshape(num_tokens.shape), num_tokens)
 
     def times(
-        self, steps: int, num_tokens: Float[Array, "*shape"], timesteps: int = 0
+        self, steps: int, num_tokens: Times, timesteps: int = 0
     ) -> Float[Array, "times *shape"]:
         """The `steps + 1` times of a solver, from 1 down to 0.
 
@@ -285,15 +256,13 @@ class TimestepPolicy:
         first, end = self.grid
         even = np.linspace(self.start, end, steps + (not self.reach_end))
         even = np.append(even[:steps], 0.0)
-        if self.shift_tokens is None:
+        alike = self.shift_tokens is None
+        if alike:
             even = np.minimum(_shifted(even, self.shift), first)
             even = _rounded(even, timesteps)
         t = jnp.asarray(even, jnp.float32).reshape(-1, *(1 for _ in shape[1:]))
-        t = jnp.broadcast_to(t, shape)
-        if self.shift_tokens is None:
-            return t
-        tokens = jnp.broadcast_to(num_tokens[None], shape)
-        return jnp.minimum(self.shifted(t, tokens), first)
+        t, tokens = (jnp.broadcast_to(x, shape) for x in (t, num_tokens[None]))
+        return t if alike else jnp.minimum(self.shifted(t, tokens), first)
 
 
 def _shifted(t: Any, s: Any) -> Any:

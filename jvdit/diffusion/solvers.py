@@ -1,12 +1,12 @@
 """Solvers: from noise at t = 1 to data at t = 0 in a given number of steps.
 
 A solver is a function of one step, `step(denoiser, x, now, state) -> (x, state)`,
-listed in `SOLVERS`. `solve` runs it over all steps in one `lax.scan`. Each noise level
+listed in `SOLVERS`. `advance` runs it over steps in one `lax.scan`. Each noise level
 of a row has its own times, so clips of any size, each with its own shift, are denoised
 together; a level that stays at t = 0 (clean tokens, padding) is left untouched.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -71,10 +71,6 @@ def clip_noise(keys: Key[Array, "b g"], tokens: Tokens) -> Float[Array, "b n c"]
     return jax.vmap(jax.vmap(draw, (None, 0, 0)))(keys, level, rank)
 
 
-def _zeros(x: Tokens):
-    return jnp.zeros_like(x.latents)
-
-
 def _half_log_snr(path: NoisePath, t):
     """Half the log signal-to-noise ratio, finite at both ends."""
     alpha, sigma = path.alpha_sigma(t)
@@ -86,11 +82,13 @@ def _predict(denoiser, x: Tokens, now: Now):
     return now.path.x0_noise(velocity, x.latents, x.per_token(now.t))
 
 
+def _stride(x: Tokens, now: Now):
+    return x.per_token(now.path.clock(now.t_next) - now.path.clock(now.t))
+
+
 def euler(denoiser, x, now, state):
     """Euler: one step along the velocity; order 1."""
-    clock = now.path.clock
-    stride = x.per_token(clock(now.t_next) - clock(now.t))
-    return x.latents + stride * denoiser(x, now.t), state
+    return x.latents + _stride(x, now) * denoiser(x, now.t), state
 
 
 def heun(denoiser, x, now, state):
@@ -98,9 +96,7 @@ def heun(denoiser, x, now, state):
 
     Two evaluations a step, one in the last (Algorithm 1, arXiv:2206.00364).
     """
-    clock = now.path.clock
-    stride = x.per_token(clock(now.t_next) - clock(now.t))
-    velocity = denoiser(x, now.t)
+    stride, velocity = _stride(x, now), denoiser(x, now.t)
     ahead = x.latents + stride * velocity
 
     def correct(ahead):
@@ -143,14 +139,14 @@ def dpmpp_2m(denoiser, x, now, state):
     Algorithm 2 of arXiv:2211.01095; the first and last steps are of order 1.
     """
     x0, _ = _predict(denoiser, x, now)
-    previous_x0, previous_lambda = state
     lambda_now = _half_log_snr(now.path, now.t)
     h = _half_log_snr(now.path, now.t_next) - lambda_now
-    ratio = _divide(lambda_now - previous_lambda, h)
+    ratio = _divide(lambda_now - state["t_lambda"], h)
     weight = jnp.where(now.first | now.last, 0.0, _divide(0.5, ratio))
     weight = x.per_token(weight)
-    data = (1 + weight) * x0 - weight * previous_x0
-    return _exponential_step(x, data, now.t, now.t_next, now.path), (x0, lambda_now)
+    data = (1 + weight) * x0 - weight * state["x0"]
+    state = {"x0": x0, "t_lambda": lambda_now}
+    return _exponential_step(x, data, now.t, now.t_next, now.path), state
 
 
 def unipc(denoiser, x, now, state):
@@ -221,30 +217,16 @@ def _fold(keys, index):
     return jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys, index)
 
 
-def _no_state(x, t):
-    return ()
+_UNIPC = ("x", "x0", "earlier_x0"), ("t", "t_lambda", "earlier_lambda")
 
-
-def _dpmpp_state(x, t):
-    return _zeros(x), jnp.zeros_like(t)
-
-
-def _unipc_state(x, t):
-    names = ("x", "x0", "earlier_x0")
-    levels = ("t", "t_lambda", "earlier_lambda")
-    return {name: _zeros(x) for name in names} | {
-        name: jnp.zeros_like(t) for name in levels
-    }
-
-
-# name -> (step, initial state of the solver)
-SOLVERS: dict[str, tuple[Step, Callable[[Tokens, Array], Any]]] = {
-    "euler": (euler, _no_state),
-    "heun": (heun, _no_state),
-    "ddim": (ddim, _no_state),
-    "dpmpp_2m": (dpmpp_2m, _dpmpp_state),
-    "unipc": (unipc, _unipc_state),
-    "ancestral": (ancestral, _no_state),
+# name -> (step, what it keeps of each token, what it keeps of each noise level)
+SOLVERS: dict[str, tuple[Step, Sequence[str], Sequence[str]]] = {
+    "euler": (euler, (), ()),
+    "heun": (heun, (), ()),
+    "ddim": (ddim, (), ()),
+    "dpmpp_2m": (dpmpp_2m, ("x0",), ("t_lambda",)),
+    "unipc": (unipc, *_UNIPC),
+    "ancestral": (ancestral, (), ()),
 }
 
 
@@ -280,9 +262,14 @@ def begin(
     Raises:
         ValueError: the solver is unknown.
     """
-    _, first_state = SOLVERS[check_solver(solver)]
+    _, *kept = SOLVERS[check_solver(solver)]
     tokens = tokens.with_latents(tokens.latents.astype(jnp.float32))
-    return Solution(tokens, first_state(tokens, times[0]))
+    state = {
+        name: jnp.zeros_like(like)
+        for names, like in zip(kept, (tokens.latents, times[0]), strict=True)
+        for name in names
+    }
+    return Solution(tokens, state)
 
 
 def advance(
@@ -316,7 +303,7 @@ def advance(
     Raises:
         ValueError: the solver is unknown.
     """
-    step, _ = SOLVERS[check_solver(solver)]
+    step, *_ = SOLVERS[check_solver(solver)]
     steps = times.shape[0] - 1
 
     def body(carry, now_at):
@@ -340,33 +327,3 @@ def advance(
     if memory is not None:
         memory.value = carry[1]
     return carry[0]
-
-
-def solve(
-    denoiser: Denoiser,
-    tokens: Tokens,
-    times: Float[Array, "times b g"],
-    path: NoisePath,
-    keys: Key[Array, "b g"],
-    solver: str = "unipc",
-) -> Float[Array, "b n c"]:
-    """Denoises from t = 1 (noise) to t = 0 (data).
-
-    Args:
-        denoiser: predicts the velocity at (tokens, t); see `guided`.
-        tokens: `latents` is noise where tokens are generated and data where they are
-            given (level 0).
-        times: the `steps + 1` times of each noise level, from 1 down to 0; a given
-            level is 0 throughout.
-        path: the noise path that the network was trained on.
-        keys: a key for each noise level (each clip), for solvers that draw noise.
-        solver: a name in `SOLVERS`.
-
-    Returns:
-        The latents at t = 0.
-
-    Raises:
-        ValueError: the solver is unknown.
-    """
-    start = begin(tokens, times, solver)
-    return advance(denoiser, start, times, path, keys, solver).tokens.latents

@@ -1,71 +1,114 @@
 """Prompt adherence: whether a clip of the procedural world shows what its caption says.
 
-Each captioned object is compared in color, shape, size and initial direction. Units are
+Every word that can be seen is compared: of each object its color, shape, size, speed
+and direction, of the scene its background, light, camera, bar and gravity. Units are
 those of `world.scene`, dimension names those of `tracks`.
 """
 
 import dataclasses
-import math
+from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from jvdit.data.world.render import signed_distance
 from jvdit.data.world.scene import (
     COLORS,
     DIRECTIONS,
     GRAVITY,
     RADII,
+    RATES,
     SHAPES,
     SIZES,
+    SPEEDS,
+    TEXTURES,
+    TONES,
     Scenes,
 )
 from jvdit.evaluation.detection import Detections
-from jvdit.evaluation.tracks import Tracks, enough_frames, quantile
+from jvdit.evaluation.outlines import shapes_of
+from jvdit.evaluation.scenery import Scenery
+from jvdit.evaluation.tracks import Bounces, Tracks, enough_frames
 
-_SHAPE_FRAMES = 5  # frames in which the shape is measured
-_LEAST_IOU = 0.70
 _MOST_TURN = 30.0  # most degrees between the captioned and the measured direction
-_FLIGHT = 0.25  # seconds from the start in which the direction is measured
+_FLIGHT = 0.25  # seconds from the start in which the first velocity is measured
 _LEAST_STEP = 0.5 / 64  # an object that moves less in that time stands still
+_LASTING = 0.9  # least share of frames that show just the captioned objects
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """The measured attributes of each captioned object.
+    """What clips show of what captions tell.
 
     Attributes:
-        found: whether the object's color is found.
-        shape: measured shape, index in `SHAPES`; -1: none fits.
-        large: whether its radius is nearer to the world's large one than the small one.
-        angle: initial direction in degrees, clockwise from right; NaN: it stands still.
-        objects: how many objects each clip shows.
+        found: whether each captioned object's color is found.
+        shape: its shape, index in `SHAPES`; -1: none of them.
+        size: 1 if its radius is nearer to the world's large one than to the small one.
+        direction: its first direction in degrees, clockwise from right; NaN: it stands.
+        speed: its first speed, in short sides per second; NaN: it is never seen.
+        count: how many objects each clip shows.
+        lasting: share of the frames that show the captioned objects and no others.
+        falling: whether its objects are pulled down.
+        scenery: everything else.
     """
 
     found: Bool[np.ndarray, " n"]
     shape: Int[np.ndarray, " n"]
-    large: Bool[np.ndarray, " n"]
-    angle: Float[np.ndarray, " n"]
-    objects: Int[np.ndarray, " b"]
+    size: Int[np.ndarray, " n"]
+    direction: Float[np.ndarray, " n"]
+    speed: Float[np.ndarray, " n"]
+    count: Int[np.ndarray, " b"]
+    lasting: Float[np.ndarray, " b"]
+    falling: Bool[np.ndarray, " b"]
+    scenery: Scenery
+
+    @property
+    def fast(self) -> Int[np.ndarray, " n"]:
+        """1 if an object's speed is nearer to the world's fast one than to slow."""
+        return (self.speed > np.sqrt(np.prod(RATES))).astype(int)
+
+    @property
+    def octant(self) -> Int[np.ndarray, " n"]:
+        """The direction's index in `DIRECTIONS`; -1: the object stands still."""
+        index = np.rint(np.nan_to_num(self.direction) / 45).astype(int)
+        return np.where(np.isnan(self.direction), -1, index % len(DIRECTIONS))
 
 
-def read(found: Detections, tracks: Tracks, scenes: Scenes, fps: float) -> Reading:
-    """Measures the attributes of the captioned objects in the clips.
+def read(
+    found: Detections,
+    tracks: Tracks,
+    bounces: Bounces,
+    pull: Float[np.ndarray, " n"],
+    scenery: Scenery,
+    scenes: Scenes,
+    fps: float,
+) -> Reading:
+    """Measures what the captions tell.
 
     Args:
         found: the detections in the clips.
         tracks: the tracks of the captioned objects.
+        bounces: their bounces.
+        pull: downward acceleration of each object, from `falling`.
+        scenery: what is to be seen beside the objects.
         scenes: the scenes that the captions describe; their positions and velocities
             are not used.
         fps: frames per second.
     """
     there = found.present.mean(1) >= enough_frames(scenes)
+    velocity = _first_velocity(tracks, bounces, scenes, fps)
+    speed = np.linalg.norm(velocity, axis=-1)
+    angle = np.degrees(np.arctan2(velocity[:, 1], velocity[:, 0]))
+    pulls = np.bincount(tracks.clip, np.nan_to_num(pull), len(scenes.ids))
     return Reading(
         found=tracks.found,
-        shape=_shapes(found, tracks),
-        large=tracks.radius > np.mean(RADII),
-        angle=_first_direction(tracks, scenes.gravity[tracks.clip] * GRAVITY, fps),
-        objects=(there * _typical(found.pieces, found.present)).sum(1),
+        shape=shapes_of(found, tracks),
+        size=(tracks.radius > np.mean(RADII)).astype(int),
+        direction=np.where(speed * _FLIGHT > _LEAST_STEP, angle, np.nan),
+        speed=speed,
+        count=(there * _typical(found.pieces, found.present)).sum(1),
+        lasting=_lasting(found, scenes),
+        falling=pulls / scenes.count > GRAVITY / 2,
+        scenery=scenery,
     )
 
 
@@ -74,12 +117,14 @@ def compare(
 ) -> dict[str, Bool[np.ndarray, " n"]]:
     """Whether each attribute of each captioned object is as the caption says."""
     clip, slot = tracks.clip, tracks.slot
-    turn = (reading.angle - 45.0 * scenes.direction[clip, slot] + 180) % 360 - 180
+    told = 45.0 * scenes.direction[clip, slot]
+    turn = (reading.direction - told + 180) % 360 - 180
     return {
         "color": reading.found,
         "shape": reading.found & (reading.shape == scenes.shape[clip, slot]),
-        "size": reading.found & (reading.large == (scenes.size[clip, slot] == 1)),
+        "size": reading.found & (reading.size == scenes.size[clip, slot]),
         "direction": reading.found & (np.abs(turn) <= _MOST_TURN),
+        "speed": reading.found & (reading.fast == scenes.speed[clip, slot]),
     }
 
 
@@ -90,16 +135,39 @@ def adherence(
 
     Returns:
         For each clip, in [0, 1]: "count", whether the number of objects is right;
-        "color", "shape", "size" and "direction", the share of the captioned objects
-        that are found, and found with the right attribute; "all", whether everything
-        is right.
+        "lasting", whether just the captioned objects are there all the time; "color",
+        "shape", "size", "direction" and "speed", the share of the captioned objects
+        that are found, and found with the right attribute; "background", "light",
+        "camera", "bar" and "falling", whether these are right, "bar" NaN where the
+        caption has none; "binding", the share of the objects that have an attribute of
+        another one instead of their own, NaN where there is one; "all", whether
+        everything is right.
     """
-    scores = {"count": (reading.objects == scenes.count).astype(float)}
-    for name, right in compare(reading, tracks, scenes).items():
+    seen, compared = reading.scenery, compare(reading, tracks, scenes)
+    scores = {
+        "count": reading.count == scenes.count,
+        "lasting": reading.lasting >= _LASTING,
+    }
+    for name, right in compared.items():
         hits = np.bincount(tracks.clip, right, len(scenes.ids))
         scores[name] = hits / scenes.count
-    scores["all"] = np.floor(np.min(list(scores.values()), axis=0))
+    scores |= {
+        "background": (seen.tone == scenes.tone) & (seen.texture == scenes.texture),
+        "light": seen.light == scenes.light,
+        "camera": seen.pan == scenes.pan,
+        "bar": np.where(scenes.bar, seen.bar, np.nan),
+        "falling": reading.falling == scenes.gravity,
+    }
+    scores = {name: value.astype(float) for name, value in scores.items()}
+    scores["all"] = all_right(scores)
+    scores["binding"] = _binding(reading, compared, tracks, scenes)
     return scores
+
+
+def all_right(scores: Mapping[str, np.ndarray]) -> Float[np.ndarray, " b"]:
+    """1 for each clip of which every score is 1, or NaN, and 0 for the others."""
+    values = np.nan_to_num(np.stack(list(scores.values())), nan=1.0)
+    return np.floor(values.min(0))
 
 
 def describe(reading: Reading, tracks: Tracks, clip: int) -> str:
@@ -111,12 +179,78 @@ def describe(reading: Reading, tracks: Tracks, clip: int) -> str:
             seen.append(f"no {name}")
             continue
         shape = SHAPES[reading.shape[i]] if reading.shape[i] >= 0 else "blob"
-        angle = reading.angle[i]
         way = "standing"
-        if np.isfinite(angle):
-            way = DIRECTIONS[round(angle / 45) % len(DIRECTIONS)]
-        seen.append(f"{SIZES[int(reading.large[i])]} {name} {shape} {way}")
-    return f"{reading.objects[clip]} objects: {', '.join(seen)}"
+        if reading.octant[i] >= 0:
+            way = f"{SPEEDS[reading.fast[i]]} {DIRECTIONS[reading.octant[i]]}"
+        seen.append(f"{SIZES[reading.size[i]]} {name} {shape} {way}")
+    return f"{reading.count[clip]} objects: {', '.join(seen)}"
+
+
+def confusions(
+    reading: Reading, tracks: Tracks, scenes: Scenes
+) -> dict[str, tuple[tuple[str, ...], Int[np.ndarray, "told seen"]]]:
+    """How often each attribute that captions tell is seen as each other one.
+
+    Returns:
+        The words of each attribute, and a matrix of counts by what is told and what is
+        seen. Its last column counts what is none of them, or isn't found.
+    """
+    clip, slot, found = tracks.clip, tracks.slot, reading.found
+    seen = reading.scenery
+    pairs = {
+        "shape": (SHAPES, scenes.shape[clip, slot], np.where(found, reading.shape, -1)),
+        "size": (SIZES, scenes.size[clip, slot], np.where(found, reading.size, -1)),
+        "direction": (
+            DIRECTIONS,
+            scenes.direction[clip, slot],
+            np.where(found, reading.octant, -1),
+        ),
+        "speed": (SPEEDS, scenes.speed[clip, slot], np.where(found, reading.fast, -1)),
+        "tone": (TONES, scenes.tone, seen.tone),
+        "texture": (TEXTURES, scenes.texture, seen.texture),
+    }
+    found = {}
+    for name, (words, told, seen_as) in pairs.items():
+        counts = np.zeros((len(words), len(words) + 1), int)
+        np.add.at(counts, (told, seen_as), 1)
+        found[name] = tuple(words), counts
+    return found
+
+
+def _binding(reading, compared, tracks, scenes) -> Float[np.ndarray, " b"]:
+    """The share of objects with an attribute of another one in the place of theirs."""
+    clip, slot = tracks.clip, tracks.slot
+    swapped = np.zeros(len(clip), bool)
+    for name, value in (
+        ("shape", reading.shape),
+        ("size", reading.size),
+        ("direction", reading.octant),
+        ("speed", reading.fast),
+    ):
+        told = np.where(scenes.present, getattr(scenes, name), -2)[clip]
+        wrong = (
+            reading.found
+            & ~compared[name]
+            & (value != told[np.arange(len(clip)), slot])
+        )
+        swapped |= wrong & (told == value[:, None]).any(1)
+    share = np.bincount(clip, swapped, len(scenes.ids)) / scenes.count
+    return np.where(scenes.count > 1, share, np.nan)
+
+
+def _lasting(found: Detections, scenes: Scenes) -> Float[np.ndarray, " b"]:
+    """The share of frames that show just the captioned objects, one of each color.
+
+    Behind a bar an object may be hidden.
+    """
+    told = np.zeros((len(scenes.ids), len(COLORS)), bool)
+    clip, slot = np.nonzero(scenes.present)
+    told[clip, scenes.color[clip, slot]] = True
+    shown = found.present & (found.pieces == 1)
+    missing = (told[:, None] & ~found.present & ~scenes.bar[:, None, None]).any(-1)
+    extra = (found.present & ~told[:, None]).any(-1)
+    double = (found.present & ~shown & ~scenes.bar[:, None, None]).any(-1)
+    return 1 - (missing | extra | double).mean(1)
 
 
 def _typical(pieces: Int[np.ndarray, "b T k"], present: np.ndarray) -> np.ndarray:
@@ -126,60 +260,23 @@ def _typical(pieces: Int[np.ndarray, "b T k"], present: np.ndarray) -> np.ndarra
     return np.where(many, most, 1)
 
 
-def _first_direction(
-    tracks: Tracks, gravity: Float[np.ndarray, " n"], fps: float
-) -> Float[np.ndarray, " n"]:
-    """The initial direction of each object in degrees, clockwise from right.
+def _first_velocity(
+    tracks: Tracks, bounces: Bounces, scenes: Scenes, fps: float
+) -> Float[np.ndarray, "n 2"]:
+    """The velocity (x, y) with which each object sets out; NaN if it is never seen.
 
-    It is that of a line fitted to the first positions; NaN if the object stands still.
+    It is that of a line fitted to the positions up to the first bounce.
     """
-    flight = max(2, min(tracks.area.shape[1], math.floor(_FLIGHT * fps) + 1))
-    times = np.arange(flight) / fps
-    path = tracks.centre[:, :flight].copy()
+    frames = tracks.area.shape[1]
+    last = np.full(len(tracks.clip), max(2, round(_FLIGHT * fps) + 1) - 1)
+    np.minimum.at(last, bounces.track, np.maximum(bounces.interval, 1))
+    times = np.arange(frames) / fps
+    path = tracks.centre.copy()
+    gravity = scenes.gravity[tracks.clip] * GRAVITY
     path[..., 1] -= 0.5 * gravity[:, None] * times**2
-    seen = np.isfinite(path[..., 0])
+    seen = np.isfinite(path[..., 0]) & (np.arange(frames) <= last[:, None])
     count = np.maximum(seen.sum(1, keepdims=True), 1)
     t = np.where(seen, times - (seen * times).sum(1, keepdims=True) / count, 0.0)
     moments = (t[..., None] * np.nan_to_num(path)).sum(1)
     velocity = moments / np.maximum((t**2).sum(1, keepdims=True), 1e-9)
-    moved = np.linalg.norm(velocity, axis=-1) * times[-1] > _LEAST_STEP
-    angle = np.degrees(np.arctan2(velocity[:, 1], velocity[:, 0]))
-    return np.where(moved & (seen.sum(1) > 1), angle, np.nan)
-
-
-def _shapes(found: Detections, tracks: Tracks) -> Int[np.ndarray, " n"]:
-    """The shape whose template each object overlaps best; -1 if none fits.
-
-    Templates of the object's area are centered on it, in frames of typical area.
-    """
-    clip, color, side = tracks.clip, tracks.color, found.side
-    height, width = found.coverage.shape[2:]
-    typical = np.nan_to_num(quantile(tracks.area, 0.75))
-    unlike = np.abs(np.nan_to_num(tracks.area, nan=-9.0) - typical[:, None])
-    largest = math.sqrt(max(typical.max(initial=0.0), 0.01) / math.pi) * side
-    window = np.arange(-math.ceil(1.65 * largest) - 1, math.ceil(1.65 * largest) + 2)
-    overlap = np.zeros((len(clip), len(SHAPES)))
-    frames = np.argsort(unlike, axis=1)[:, :_SHAPE_FRAMES].T
-    for frame in frames:
-        x, y = np.moveaxis(found.centre[clip, frame, color], -1, 0)
-        columns = np.floor(x)[:, None].astype(int) + window
-        rows = np.floor(y)[:, None].astype(int) + window
-        inside = ((rows >= 0) & (rows < height))[:, :, None]
-        inside = inside & ((columns >= 0) & (columns < width))[:, None]
-        at = (
-            clip[:, None, None],
-            frame[:, None, None],
-            rows.clip(0, height - 1)[:, :, None],
-            columns.clip(0, width - 1)[:, None],
-        )
-        own = inside & (found.color[at] == color[:, None, None])
-        covered = found.coverage[at] * own
-        right = (columns + 0.5 - x[:, None])[:, None]
-        down = (rows + 0.5 - y[:, None])[:, :, None]
-        radius = np.sqrt(found.area[clip, frame, color] / np.pi)[:, None, None]
-        for shape in range(len(SHAPES)):
-            template = np.clip(0.5 - signed_distance(shape, right, down, radius), 0, 1)
-            both = np.minimum(covered, template).sum((1, 2))
-            either = np.maximum(covered, template).sum((1, 2))
-            overlap[:, shape] += both / np.maximum(either, 1e-6) / len(frames)
-    return np.where(overlap.max(1) > _LEAST_IOU, overlap.argmax(1), -1)
+    return np.where(seen.sum(1, keepdims=True) > 1, velocity, np.nan)

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from jvdit.data.world.scene import MAX_OBJECTS, SHAPES, Scenes
 
 # The scores that are reported for each part.
-NAMES = ("all", "shape", "size", "direction", "physics")
+NAMES = ("all", "shape", "size", "direction", "speed", "physics")
 
 Parts = dict[str, dict[str, float]]
 
@@ -43,3 +43,34 @@ def breakdown(scores: Mapping[str, Float[np.ndarray, " b"]], scenes: Scenes) -> 
         }
         for part, chosen in parts_of(scenes).items()
     }
+
+
+def composition(
+    scores: Float[np.ndarray, " b"],
+    scenes: Scenes,
+    known: Float[np.ndarray, " c"],
+    known_scenes: Scenes,
+) -> float:
+    """What new combinations of known attributes cost: their mean score minus the known.
+
+    Clips are compared with those of as many objects, with the same shape first, under
+    gravity or not, behind a bar or not.
+
+    Args:
+        scores: a score of each clip of split "comp".
+        scenes: their scenes.
+        known: the same score of clips of split "test".
+        known_scenes: their scenes.
+    """
+    groups = [
+        np.stack([x.count, x.shape[:, 0], x.gravity, x.bar], 1)
+        for x in (scenes, known_scenes)
+    ]
+    total, weight = 0.0, 0
+    for group in np.unique(groups[0], axis=0):
+        one, two = ((x == group).all(1) for x in groups)
+        if two.any():
+            count = int(one.sum())
+            total += count * (np.nanmean(scores[one]) - np.nanmean(known[two]))
+            weight += count
+    return float(total / weight) if weight else float("nan")

@@ -9,16 +9,19 @@ pixel values in [0, 255]; lengths are in short sides of the frame, as in `world.
 import dataclasses
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Complex, Float, Int, UInt8
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from jvdit.data.world.scene import COLORS, HUES
 
 _LEAST_CHROMA = 26  # of an object's pixel, which also needs 0.3 of its largest channel
+_EDGE_CHROMA = 10  # of a pixel beside those, which the object covers in part
 _LEAST_AREA = 0.005  # least area of an object, in squared short sides
+ORDERS = (2, 3, 4, 5, 6)  # of the moments that tell an outline
 # Mean squared distance from the centre over area: 0.16 of a disc, 0.23 of a cross.
 _MOST_SPREAD, _SURELY_ONE = 0.40, 0.24
+_REACH = 1.0  # of an object from its centre, squared, over area; a triangle's is 0.77
 # Index of the nearest color at each degree of hue.
 _NEAREST = np.abs((np.arange(360)[:, None] - np.array(HUES) + 180) % 360 - 180).argmin(
     1
@@ -34,21 +37,24 @@ class Detections:
         area: covered area in pixels, partly covered ones counted in part.
         present: whether the color forms a compact object, or several.
         pieces: number of objects of the color that don't touch one another.
-        coverage: share of each pixel that an object covers, in [0, 1].
-        color: color of each pixel, index in `COLORS`; -1 where there is no object.
+        moments: harmonic moments of each order p in `ORDERS`: the mean of (x + iy)^p
+            over the object, centred, in units of the square root of its area.
+        spread: mean squared distance from the centre, over the area.
+        objects: which pixels belong to an object.
     """
 
     centre: Float[np.ndarray, "b T k 2"]
     area: Float[np.ndarray, "b T k"]
     present: Bool[np.ndarray, "b T k"]
     pieces: Int[np.ndarray, "b T k"]
-    coverage: Float[np.ndarray, "b T H W"]
-    color: Int[np.ndarray, "b T H W"]
+    moments: Complex[np.ndarray, "b T k p"]
+    spread: Float[np.ndarray, "b T k"]
+    objects: Bool[np.ndarray, "b T H W"]
 
     @property
     def side(self) -> int:
         """Short side of the frame in pixels."""
-        return min(self.coverage.shape[2:])
+        return min(self.objects.shape[2:])
 
 
 def detect(video: UInt8[np.ndarray, "b T H W 3"]) -> Detections:
@@ -67,22 +73,22 @@ def detect(video: UInt8[np.ndarray, "b T H W 3"]) -> Detections:
         return np.bincount(key, weights, groups)
 
     weight = chroma / _peak(chroma, key, groups)[key]
-    weight = np.minimum(weight, 1.0)
     x, y = chosen % width + 0.5, chosen // width % height + 0.5
     area = total(weight)
     safe = np.maximum(area, 1e-9)
     centre = np.stack([total(weight * x), total(weight * y)], -1) / safe[:, None]
-    offset = (x - centre[key, 0]) ** 2 + (y - centre[key, 1]) ** 2
-    spread = total(weight * offset) / safe**2
+    place = (x - centre[key, 0] + 1j * (y - centre[key, 1])) / np.sqrt(safe)[key]
+    squared = place.real**2 + place.imag**2
+    spread = total(weight * squared) / safe
+    near = weight * (squared < _REACH)
+    moments = _moments(place, near, key, groups) / safe[:, None]
     pieces = (area > least).astype(int)
     split = (area > least) & (spread > _SURELY_ONE)
     some = np.flatnonzero(split[key])
     found = _pieces(chosen[some], weight[some], key[some], groups, video.shape, least)
     pieces = np.where(split, found, pieces)
-    coverage = np.zeros(video.shape[:-1], np.float32)
-    coverage.reshape(-1)[chosen] = weight
-    colors = np.full(video.shape[:-1], -1, np.int8)
-    colors.reshape(-1)[chosen] = color
+    objects = np.zeros(video.shape[:-1], bool)
+    objects.reshape(-1)[chosen] = True
     shape = (clips, frames, len(COLORS))
     present = (area > least) & (spread < _MOST_SPREAD)
     return Detections(
@@ -91,9 +97,20 @@ def detect(video: UInt8[np.ndarray, "b T H W 3"]) -> Detections:
         # Two objects of one color aren't compact together, but are present.
         present=(present | (pieces > 1)).reshape(shape),
         pieces=pieces.reshape(shape),
-        coverage=coverage,
-        color=colors,
+        moments=moments.reshape(*shape, len(ORDERS)),
+        spread=(total(near * squared) / safe).reshape(shape),
+        objects=objects,
     )
+
+
+def _moments(place, weight, key, groups) -> np.ndarray:
+    """The sums of the weighted powers of the places, for each order."""
+    power, sums = weight * place, np.empty((groups, len(ORDERS)), complex)
+    for i in range(len(ORDERS)):
+        power = power * place
+        sums[:, i].real = np.bincount(key, power.real, groups)
+        sums[:, i].imag = np.bincount(key, power.imag, groups)
+    return sums
 
 
 def _colored_pixels(video: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -105,10 +122,10 @@ def _colored_pixels(video: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarr
         10 * chroma.astype(np.uint16) > np.uint16(3) * high
     )
     # A pixel on its own, or with a few others, is noise.
-    rows = np.pad(mask.view(np.uint8), ((0, 0), (0, 0), (1, 1), (1, 1)))
-    rows = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]
-    around = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
-    chosen = np.flatnonzero(mask & (around >= 4))
+    mask &= _around(mask) >= 4
+    noise = chroma.mean((1, 2, 3), where=~mask)[:, None, None, None]
+    edge = (chroma > np.maximum(_EDGE_CHROMA, 2.5 * noise)) & (_around(mask) > 0)
+    chosen = np.flatnonzero(mask | edge)
     value = chroma.reshape(-1)[chosen].astype(np.float32)
     rgb = video.reshape(-1, 3)[chosen]
     red, green, blue = rgb.astype(np.float32).T
@@ -120,15 +137,18 @@ def _colored_pixels(video: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarr
     return chosen, value, _NEAREST[np.rint(60 * sixths).astype(int) % 360]
 
 
+def _around(mask: Bool[np.ndarray, "b T H W"]) -> UInt8[np.ndarray, "b T H W"]:
+    """How many of each pixel and its eight neighbours are set."""
+    rows = np.pad(mask.view(np.uint8), ((0, 0), (0, 0), (1, 1), (1, 1)))
+    rows = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]
+    return rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
+
+
 def _peak(chroma: np.ndarray, key: np.ndarray, groups: int) -> np.ndarray:
-    """The chroma of fully covered pixels: the mean of those above the mean."""
-
-    def mean(kept: np.ndarray) -> np.ndarray:
-        count = np.bincount(key[kept], minlength=groups)
-        return np.bincount(key[kept], chroma[kept], groups) / np.maximum(count, 1)
-
-    upper = chroma >= mean(np.ones(len(key), bool))[key]
-    return np.maximum(mean(upper), 1.0)
+    """The chroma of fully covered pixels: a mean that all but takes the largest."""
+    high = (chroma / 255) ** 8
+    total = np.bincount(key, high, groups)
+    return np.bincount(key, high * chroma, groups) / np.maximum(total, 1e-30)
 
 
 def _pieces(chosen, weight, key, groups, shape, least) -> np.ndarray:

@@ -6,32 +6,57 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 _FRAMES, _CELLS = 5, 8  # frames of a thumbnail, and cells along its height and width
 _KERNEL, _STRIDE, _FILTERS = (5, 7, 7), (2, 4, 4), 96
+_CHANGE = 4.0  # factor on the responses to change
 
 Clips = UInt8[np.ndarray, "b T H W 3"]
 Features = Float[np.ndarray, "b f"]
 
 
 def thumbnails(clips: Clips) -> Features:
-    """Thumbnails of clips: five frames of 8 x 8 cells, minus the clip's mean color."""
-    frames = np.linspace(0, clips.shape[1] - 1, _FRAMES).round().astype(int)
+    """Thumbnails of clips: five frames of 8 x 8 cells.
+
+    Their mean color is taken out, and their contrast is made the same, so that a change
+    of light changes little.
+    """
+    # Not the first and the last, which a clip played earlier or later doesn't have.
+    ends = (1, clips.shape[1] - 2) if clips.shape[1] > 2 else (0, clips.shape[1] - 1)
+    frames = np.linspace(*ends, _FRAMES).round().astype(int)
     rows = [np.array_split(np.arange(size), _CELLS) for size in clips.shape[2:4]]
     small = clips[:, frames].astype(np.float32) / 255
     for axis, cells in enumerate(rows, start=2):
         small = np.stack([small.take(c, axis).mean(axis) for c in cells], axis)
-    return (small - small.mean((1, 2, 3), keepdims=True)).reshape(len(clips), -1)
+    small -= small.mean((1, 2, 3), keepdims=True)
+    small = small.reshape(len(clips), -1)
+    return small / np.maximum(np.linalg.norm(small, axis=1, keepdims=True), 1e-6)
+
+
+def variants(clips: Clips) -> Float[np.ndarray, "b v f"]:
+    """Thumbnails of clips, and of what one could change in them to hide a copy.
+
+    They are mirrored, moved by up to a sixteenth of the short side, and played a frame
+    earlier or later.
+    """
+    step = max(min(clips.shape[2:4]) // 32, 1)
+    frames = np.arange(clips.shape[1])
+    changed = []
+    for side in (clips, clips[:, :, :, ::-1]):
+        changed += [np.roll(side, n * step, 2) for n in (-2, -1, 0, 1, 2)]
+        changed += [np.roll(side, n * step, 3) for n in (-2, -1, 1, 2)]
+        changed += [side[:, np.clip(frames + n, 0, frames[-1])] for n in (-1, 1)]
+    return np.stack([thumbnails(x) for x in changed], 1)
 
 
 def memorisation(
-    generated: Float[np.ndarray, "g f"],
+    generated: Float[np.ndarray, "g v f"],
     train: Float[np.ndarray, "t f"],
-    held_out: Float[np.ndarray, "h f"],
+    held_out: Float[np.ndarray, "h v f"],
 ) -> dict[str, float]:
-    """Measures how many clips are copies of training clips, by their `thumbnails`.
+    """Measures how many clips are copies of training clips.
 
     Args:
-        generated: thumbnails of the clips.
+        generated: `variants` of the clips, of which the nearest to training counts.
         train: thumbnails of training clips.
-        held_out: thumbnails of real clips that were not trained on.
+        held_out: `variants` of real clips that were not trained on.
 
     Returns:
         "copies", the share of clips that are nearer to a training clip than 99 % of the
@@ -39,24 +64,37 @@ def memorisation(
         training clip than that one is from its own nearest neighbour (Alaa et al.,
         arXiv:2102.08921, section 4). Real clips have about 0.01 and 0.9.
     """
-    usual = _nearest(held_out, train)[0]
-    distance, nearest = _nearest(generated, train)
-    own = _nearest(train, train, apart=True)[0]
+    usual, _ = _nearest_variant(held_out, train)
+    distance, nearest = _nearest_variant(generated, train)
+    near, places = np.unique(nearest, return_inverse=True)
+    own = _nearest(train[near], train, apart=near)[0]
     return {
         "copies": float((distance < np.quantile(usual, 0.01)).mean()),
-        "authentic": float((distance >= own[nearest]).mean()),
+        "authentic": float((distance >= own[places]).mean()),
     }
 
 
-def _nearest(a: np.ndarray, b: np.ndarray, apart: bool = False):
-    """Distance to, and index of, the nearest row of b for each row of a."""
+def _nearest_variant(clips: np.ndarray, train: np.ndarray):
+    """Distance to, and index of, the nearest training clip of any variant."""
+    distance, index = _nearest(clips.reshape(-1, clips.shape[-1]), train)
+    distance, index = (x.reshape(clips.shape[:2]) for x in (distance, index))
+    best = distance.argmin(1)
+    row = np.arange(len(clips))
+    return distance[row, best], index[row, best]
+
+
+def _nearest(a: np.ndarray, b: np.ndarray, apart: np.ndarray | None = None):
+    """Distance to, and index of, the nearest row of b for each row of a.
+
+    `apart` is the index of the row of b that each row of a is, and isn't compared with.
+    """
     distances, indices = [], []
     norms = np.square(b).sum(1)
     for start in range(0, len(a), 512):
         part = a[start : start + 512]
         squared = np.square(part).sum(1)[:, None] + norms - 2 * part @ b.T
-        if apart:
-            np.fill_diagonal(squared[:, start:], np.inf)
+        if apart is not None:
+            squared[np.arange(len(part)), apart[start : start + 512]] = np.inf
         indices.append(squared.argmin(1))
         distances.append(np.sqrt(np.maximum(squared.min(1), 0)))
     return np.concatenate(distances), np.concatenate(indices)
@@ -77,7 +115,11 @@ def random_features(clips: Clips, seed: int = 3) -> Features:
         (taps, _FILTERS), np.float32
     )
     filters -= filters.mean(0)
+    # Half of them see nothing but change, which is a small part of most clips.
+    moving = filters.reshape(_KERNEL[0], -1, _FILTERS)[..., ::2]
+    moving -= moving.mean(0)
     filters /= np.linalg.norm(filters, axis=0)
+    filters[:, ::2] *= _CHANGE
     rows = []
     for clip in clips:
         pixels = clip.astype(np.float32) / 127.5 - 1

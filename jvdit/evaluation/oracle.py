@@ -12,12 +12,13 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from jvdit.data.world.scene import Scenes
-from jvdit.evaluation.adherence import adherence, read
-from jvdit.evaluation.detection import detect
+from jvdit.evaluation.adherence import Reading, adherence, read
+from jvdit.evaluation.detection import Detections, detect
 from jvdit.evaluation.physics import physics
+from jvdit.evaluation.scenery import camera_shift, look
 from jvdit.evaluation.sound import synchrony
 from jvdit.evaluation.stability import flicker, permanence
-from jvdit.evaluation.tracks import falling, find_bounces, follow
+from jvdit.evaluation.tracks import Bounces, Tracks, falling, find_bounces, follow
 
 _AT_ONCE = 64  # clips that are scored at once, to bound memory
 
@@ -46,11 +47,18 @@ COLUMNS = {
     "shape": Column("prompt", "and of the right shape"),
     "size": Column("prompt", "and of the right size"),
     "direction": Column("prompt", "and setting out as told"),
+    "speed": Column("prompt", "and as fast as told"),
+    "lasting": Column("prompt", "the same objects all the time"),
+    "background": Column("prompt", "tone and texture"),
+    "light": Column("prompt", "steady, or changing as told"),
+    "camera": Column("prompt", "standing, or panning as told"),
+    "bar": Column("prompt", "a bar where one is told"),
+    "falling": Column("prompt", "gravity where it is told"),
+    "binding": Column("prompt", "objects with another's attribute", 0.0),
     "physics": Column("physics", "all of the physics is right"),
-    "residual": Column("physics", "acceleration away from bounces", 0.0),
-    "explained": Column("physics", "bounces off something"),
+    "foretold": Column("physics", "positions that the laws foretell"),
+    "pace": Column("physics", "speed at the end over the beginning's", 1.0),
     "restitution": Column("physics", "speed after over before a wall", 1.0),
-    "reflection": Column("physics", "degrees between angles in and out", 0.0),
     "gravity": Column("physics", "acceleration over the world's", 1.0),
     "teleport": Column("physics", "objects suddenly elsewhere", 0.0),
     "moving": Column("physics", "objects that move"),
@@ -61,8 +69,30 @@ COLUMNS = {
     "sync_frame": Column("sound", "bounces and sounds within a frame"),
     "delay": Column("sound", "seconds from a bounce to a sound", 0.0),
     "lag": Column("sound", "seconds that all sounds are shifted", 0.0),
+    "stray": Column("sound", "sounds or bounces alone, in a second", 0.0),
     "material": Column("sound", "sounds like what bounces"),
+    "pitch": Column("sound", "cents off the pitch of that", 0.0),
+    "loudness": Column("sound", "harder bounces are louder"),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Observed:
+    """What is measured of clips, before it is judged.
+
+    Attributes:
+        found: the detections in each frame.
+        tracks: the tracks of the captioned objects.
+        gravity: downward acceleration of each, 0 where the caption has no gravity.
+        bounces: their bounces.
+        reading: what the captions tell, as the clips show it.
+    """
+
+    found: Detections
+    tracks: Tracks
+    gravity: Float[np.ndarray, " n"]
+    bounces: Bounces
+    reading: Reading
 
 
 def score(
@@ -99,7 +129,9 @@ def score(
     for start in range(0, len(video), _AT_ONCE):
         some = slice(start, start + _AT_ONCE)
         sound = None if audio is None else audio[some]
-        parts.append(_score(video[some], choose(scenes, some), fps, sound, audio_rate))
+        clips, those = video[some], scenes.choose(some)
+        seen = observe(clips, those, fps)
+        parts.append(judge(seen, clips, those, fps, sound, audio_rate))
     return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 
 
@@ -112,30 +144,41 @@ def check_frames(frames: int) -> None:
         )
 
 
-def _score(video, scenes, fps, audio, rate) -> Scores:
+def observe(
+    video: UInt8[np.ndarray, "b T H W 3"], scenes: Scenes, fps: float
+) -> Observed:
+    """Measures what clips show of the scenes that their captions describe."""
     found = detect(video)
-    tracks = follow(video, found, scenes, fps)
-    gravity = falling(tracks, scenes, fps)
-    bounces, residual = find_bounces(tracks, gravity, fps)
-    scores = adherence(read(found, tracks, scenes, fps), tracks, scenes)
-    scores |= physics(tracks, bounces, residual, gravity, scenes, fps)
-    scores["permanence"] = permanence(tracks, scenes)
-    scores["flicker"] = flicker(video, scenes)
+    shift = camera_shift(video, found, scenes, fps)
+    tracks = follow(found, shift, scenes)
+    told = scenes.gravity[tracks.clip]
+    bounces = find_bounces(tracks, told * falling(tracks, fps), fps)
+    pull = falling(tracks, fps, bounces)
+    gravity = told * pull
+    bounces = find_bounces(tracks, gravity, fps)
+    scenery = look(video, found, shift, scenes, fps)
+    reading = read(found, tracks, bounces, pull, scenery, scenes, fps)
+    return Observed(found, tracks, gravity, bounces, reading)
+
+
+def judge(
+    seen: Observed,
+    video: UInt8[np.ndarray, "b T H W 3"],
+    scenes: Scenes,
+    fps: float,
+    audio: Float[np.ndarray, "b a"] | None = None,
+    rate: int = 16_000,
+) -> Scores:
+    """Scores clips of which all that counts has been measured; see `score`."""
+    tracks, bounces = seen.tracks, seen.bounces
+    scores = adherence(seen.reading, tracks, scenes)
+    side = seen.found.side
+    scores |= physics(tracks, bounces, seen.gravity, scenes, fps, side)
+    scores["permanence"] = permanence(tracks, scenes, fps)
+    scores["flicker"] = flicker(video, seen.found, scenes)
     if audio is not None:
         scores |= synchrony(audio, rate, tracks, bounces, scenes, fps)
     return {name: scores[name] for name in COLUMNS if name in scores}
-
-
-def choose(scenes: Scenes, rows: slice | np.ndarray) -> Scenes:
-    """Selects some of the scenes, by a slice or by indices."""
-    count = len(scenes.ids)
-    fields = {f.name: getattr(scenes, f.name) for f in dataclasses.fields(scenes)}
-    return Scenes(
-        **{
-            name: value[rows] if np.shape(value)[:1] == (count,) else value
-            for name, value in fields.items()
-        }
-    )
 
 
 def mean_and_interval(

@@ -28,6 +28,7 @@ body { font: 15px/1.45 system-ui, sans-serif; max-width: 1100px; margin: 2rem au
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #e4e4e4 }
 th:first-child, td:first-child { text-align: left }
+@media (max-width: 700px) { table { display: block; overflow-x: auto } }
 td small { color: #777 }
 .bar { display: inline-block; height: .6em; background: #4878a8; margin-right: .5em;
   vertical-align: middle }
@@ -63,12 +64,19 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table><tr>{top}</tr>{''.join(lines)}</table>"
 
 
-def score_table(real: Mapping[str, Interval], scores: Mapping[str, Any]) -> str:
+def score_table(
+    real: Mapping[str, Interval],
+    scores: Mapping[str, Any],
+    counts: Mapping[str, int] | None = None,
+) -> str:
     """Builds a table of the scores of several models beside those of real clips.
+
+    An arrow says which way is better: up, or towards a number.
 
     Args:
         real: scores of real clips, by name.
         scores: scores of each model, by model and then by name.
+        counts: how many real clips each score is measured of, by its name.
     """
     rows, last = [], ""
     for name, column in COLUMNS.items():
@@ -77,7 +85,11 @@ def score_table(real: Mapping[str, Interval], scores: Mapping[str, Any]) -> str:
         if column.section != last:
             rows.append([f"<b>{column.section}</b>"] + [""] * (1 + len(scores)))
             last = column.section
-        label = f"{name} <small>{html.escape(column.meaning)}</small>"
+        better = "↑" if column.best is None else f"→ {column.best:g}"
+        told = f"{html.escape(column.meaning)} {better}"
+        if counts is not None:
+            told += f", n={counts.get(name, 0)}"
+        label = f"{name} <small>{told}</small>"
         bound = real.get(name, (math.nan,) * 3)
         cells = [number(bound)]
         for found in scores.values():
@@ -107,6 +119,25 @@ def parts_table(real: Parts, scores: Parts) -> str:
         for part, found in scores.items()
     ]
     return table(["", *NAMES], rows) + "<p>Small: real clips.</p>"
+
+
+def confusion_table(counts: Int[np.ndarray, "told seen"], words: Sequence[str]) -> str:
+    """Builds a table of how often what is told is seen as what; the diagonal is right.
+
+    Args:
+        counts: clips or objects by what is told, and by what is seen; the last column
+            is none of the words.
+        words: names of the rows, and of the columns but the last.
+    """
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    rows = [
+        [
+            html.escape(word),
+            *(f"<b>{x:.2f}</b>" if i == j else f"{x:.2f}" for j, x in enumerate(row)),
+        ]
+        for i, (word, row) in enumerate(zip(words, share, strict=True))
+    ]
+    return table(["told \\ seen", *words, "none"], rows)
 
 
 def _share(value: Interval, bound: Interval, best: float | None) -> str:

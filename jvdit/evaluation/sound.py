@@ -4,12 +4,14 @@ Times are in seconds. Dimension names: a audio samples, m bounces (see `tracks`)
 """
 
 import functools
+import itertools
 
 import numpy as np
 from jaxtyping import Float
 from numpy.lib.stride_tricks import sliding_window_view
+from scipy.fft import rfft
 
-from jvdit.data.world.render import bounce_tone
+from jvdit.data.world.render import bounce_tone, loudness
 from jvdit.data.world.scene import MATERIALS, SIZES, Scenes
 from jvdit.evaluation.tracks import Bounces, Tracks
 
@@ -18,6 +20,9 @@ _RISE = 0.003  # time over which the attack of a sound is measured
 _APART = 0.040  # closer sounds count as one; also the strict tolerance
 _IN_STEP = 0.75  # least F1 of a clip whose sound is in sync with its video
 _SPECTRUM = 0.064  # length of the part of a sound that tells materials apart
+_PEAK = 0.012  # time in which a sound is at its loudest
+_LOUDER = 1.15  # ratio of the peaks of two bounces that are compared
+_CENTS = np.arange(-300, 301, 25)
 _LAGS = np.arange(-0.5, 0.505, 0.01)
 
 
@@ -34,7 +39,7 @@ def onsets(audio: Float[np.ndarray, "b a"], rate: int) -> list[Float[np.ndarray,
     window, hop = round(_WINDOW * rate), round(_HOP * rate)
     padded = np.pad(audio.astype(np.float32), ((0, 0), (window, window)))
     pieces = sliding_window_view(padded, window, axis=1)[:, ::hop]
-    spectrum = np.abs(np.fft.rfft(pieces * np.hanning(window).astype(np.float32)))
+    spectrum = np.abs(rfft(pieces * np.hanning(window).astype(np.float32)))
     level = np.log1p(50 * spectrum)
     flux = np.maximum(level[:, 3:] - level[:, :-3], 0).mean(-1)
     least = np.median(flux, 1) + 0.12 * flux.max(1)
@@ -99,6 +104,9 @@ def synchrony(
 ) -> dict[str, Float[np.ndarray, " b"]]:
     """Scores the synchrony of sounds with bounces.
 
+    Of sound that was made for a given video it tells how the sound obeys, and of video
+    that was made for a given sound how the video does.
+
     Args:
         audio: mono sound in [-1, 1].
         rate: audio samples per second.
@@ -110,52 +118,82 @@ def synchrony(
     Returns:
         For each clip: "sync_40ms" and "sync_frame", the F1 score of matching sounds
         with bounces within 40 ms and within a frame; "sync", whether the former is at
-        least 0.75; "delay", the median seconds from a bounce to the nearest sound;
-        "lag", the seconds by which all sounds are shifted; "material", the share of
-        matched sounds that fit the material and size of what bounced. All are NaN if a
-        bar may hide bounces; the last three also if there are no bounces.
+        least 0.75; "stray", sounds without a bounce and bounces without a sound, in a
+        second; "delay", the median seconds from a bounce to the nearest sound; "lag",
+        the seconds by which all sounds are shifted; "material", the share of matched
+        sounds that fit the material and size of what bounced; "pitch", the median
+        difference from the pitch of that, in cents; "loudness", the share of pairs of
+        bounces of which the harder is heard louder. They are NaN if a bar may hide
+        bounces, and where there is nothing to measure: no bounce is seen, and for the
+        first four none is heard either.
     """
-    names = ("sync_40ms", "sync_frame", "sync", "delay", "lag", "material")
+    names = ("sync_40ms", "sync_frame", "sync", "stray", "delay", "lag")
+    names += ("material", "pitch", "loudness")
     scores = {name: np.full(len(audio), np.nan) for name in names}
-    last = (tracks.area.shape[1] - 2.25) / fps
+    first, last = 1.25 / fps, (tracks.area.shape[1] - 2.25) / fps
     for clip, heard in enumerate(onsets(audio, rate)):
         if scenes.bar[clip]:
             continue
-        seen, by = _events(bounces, tracks.clip[bounces.track] == clip)
-        inside = [(1.25 / fps <= t) & (t <= last) for t in (heard, seen)]
+        seen, by, loud = _events(bounces, tracks.clip[bounces.track] == clip)
+        inside = [(first <= t) & (t <= last) for t in (heard, seen)]
+        events = int(inside[0].sum() + inside[1].sum())
+        if not events:
+            continue
         pairs = match(heard, seen)
         for name, most in (("sync_40ms", _APART), ("sync_frame", 1 / fps)):
             good = [(i, j) for i, j, delay in pairs if abs(delay) <= most]
             hits = sum(int(inside[0][i]) + int(inside[1][j]) for i, j in good)
-            scores[name][clip] = hits / max(inside[0].sum() + inside[1].sum(), 1)
+            scores[name][clip] = hits / events
         scores["sync"][clip] = scores["sync_40ms"][clip] >= _IN_STEP
+        scores["stray"][clip] = (events - hits) / (last - first)
         if not inside[1].any():
             continue
         scores["delay"][clip], scores["lag"][clip] = _delays(heard, seen[inside[1]])
-        close = [
-            _sounds_like(audio[clip], rate, heard[i], tracks, by[j], scenes)
-            for i, j, delay in pairs
-            if inside[1][j] and abs(delay) <= 1 / fps
-        ]
-        scores["material"][clip] = np.mean(close) if close else 0.0
+        close = [(i, j) for i, j in good if inside[1][j]]
+        fits, cents, peaks = [0.0], [], []
+        for i, j in close:
+            objects = [(tracks.clip[k], tracks.slot[k]) for k in by[j]]
+            kinds = {int(_KINDS[scenes.material[o], scenes.size[o]]) for o in objects}
+            fit, off = _sounds_like(audio[clip], rate, heard[i], kinds)
+            fits.append(fit)
+            cents.append(off)
+            start = round(heard[i] * rate)
+            peaks.append(
+                float(np.abs(audio[clip, start : start + round(_PEAK * rate)]).max())
+            )
+        scores["material"][clip] = np.mean(fits[1:] or fits)
+        if close:
+            scores["pitch"][clip] = np.median(cents)
+            scores["loudness"][clip] = _concordance(loud[[j for _, j in close]], peaks)
     return scores
 
 
-def _events(bounces: Bounces, chosen: np.ndarray) -> tuple[np.ndarray, list[set[int]]]:
-    """The times of a clip's bounces, and which objects bounce at each.
+_KINDS = np.arange(len(MATERIALS) * len(SIZES)).reshape(len(MATERIALS), len(SIZES))
+
+
+def _events(
+    bounces: Bounces, chosen: np.ndarray
+) -> tuple[np.ndarray, list[set[int]], np.ndarray]:
+    """The times of a clip's bounces, what bounces at each, and how loud each should be.
 
     Two objects that bounce off each other are one event.
     """
     times: list[float] = []
     tracks: list[set[int]] = []
+    impacts: list[float] = []
     order = np.flatnonzero(chosen)
+    hard = np.linalg.norm(bounces.after - bounces.before, axis=-1)
     for i in order[np.argsort(bounces.time[order])]:
-        if times and bounces.time[i] - times[-1] < _APART:
-            tracks[-1].add(int(bounces.track[i]))
-        else:
+        track = int(bounces.track[i])
+        if not times or bounces.time[i] - times[-1] >= _APART:
             times.append(float(bounces.time[i]))
-            tracks.append({int(bounces.track[i])})
-    return np.array(times), tracks
+            tracks.append(set())
+            impacts.append(0.0)
+        impacts[-1] += hard[i] * (track not in tracks[-1])
+        tracks[-1].add(track)
+    # A collision sounds twice, each time more softly.
+    share = np.array([0.9 if len(x) > 1 else 1.0 for x in tracks])
+    return np.array(times), tracks, share * loudness(np.array(impacts))
 
 
 def _delays(heard: np.ndarray, seen: np.ndarray) -> tuple[float, float]:
@@ -168,34 +206,50 @@ def _delays(heard: np.ndarray, seen: np.ndarray) -> tuple[float, float]:
     return delay, float(abs(_LAGS[np.argmax(fit - 1e-3 * np.abs(_LAGS))]))
 
 
-def _sounds_like(audio, rate, time, tracks, by, scenes) -> bool:
-    """Whether the tone nearest to a sound is that of an object that bounces."""
+def _concordance(loud: np.ndarray, peaks: list[float]) -> float:
+    """The share of pairs of bounces of which the louder has the higher peak."""
+    right = [
+        (peaks[i] > peaks[j]) == (loud[i] > loud[j])
+        for i, j in itertools.combinations(range(len(peaks)), 2)
+        if max(loud[i], loud[j]) > _LOUDER * min(loud[i], loud[j])
+    ]
+    return float(np.mean(right)) if right else np.nan
+
+
+def _sounds_like(
+    audio: np.ndarray, rate: int, time: float, kinds: set[int]
+) -> tuple[float, float]:
+    """Whether the tone nearest to a sound is of one of the kinds, and its cents off."""
     samples, start = round(_SPECTRUM * rate), round(time * rate)
-    fade = np.hanning(2 * samples)[samples:]
+    fade = _fade(samples)
 
     def spectrum(piece: np.ndarray) -> np.ndarray:
-        return np.abs(np.fft.rfft(np.pad(piece, (0, samples - len(piece))) * fade))
+        return np.abs(rfft(np.pad(piece, (0, samples - len(piece))) * fade))
 
     before = audio[max(start - samples, 0) : start][::-1]
     new = spectrum(audio[start : start + samples]) - spectrum(before)
-    best = int(np.argmax(_tones(rate, samples) @ np.maximum(new, 0)))
-    return any(
-        best
-        == scenes.material[tracks.clip[i], tracks.slot[i]] * len(SIZES)
-        + scenes.size[tracks.clip[i], tracks.slot[i]]
-        for i in by
-    )
+    likeness = _tones(rate, samples) @ np.maximum(new, 0)
+    fit = float(likeness[:, len(_CENTS) // 2].argmax() in kinds)
+    cents = [abs(_CENTS[likeness[kind].argmax()]) for kind in kinds]
+    return fit, float(min(cents))
 
 
 @functools.cache
-def _tones(rate: int, samples: int) -> np.ndarray:
-    """Normalised spectra of the world's tones, by material and then by size."""
-    fade = np.hanning(2 * samples)[samples:]
-    rows = []
-    for material in range(len(MATERIALS)):
-        for size in range(len(SIZES)):
-            tone = bounce_tone(material, size, rate)[:samples]
+def _fade(samples: int) -> np.ndarray:
+    return np.hanning(2 * samples)[samples:].astype(np.float32)
+
+
+@functools.cache
+def _tones(rate: int, samples: int) -> Float[np.ndarray, "kinds cents n"]:
+    """Normalised spectra of the world's tones, by kind, higher or lower by cents."""
+    spectra = []
+    for material, size in np.ndindex(_KINDS.shape):
+        for cents in _CENTS:
+            # Played at the rate, it is as much higher as it was written at a lower one.
+            written = round(rate * 2 ** (-cents / 1200))
+            tone = bounce_tone(material, size, written)[:samples]
             tone = np.pad(tone, (0, samples - len(tone)))
-            rows.append(np.abs(np.fft.rfft(tone * fade)))
-    spectra = np.stack(rows)
-    return spectra / np.linalg.norm(spectra, axis=1, keepdims=True)
+            spectra.append(np.abs(rfft(tone * _fade(samples))))
+    spectra = np.stack(spectra)
+    spectra /= np.linalg.norm(spectra, axis=1, keepdims=True)
+    return spectra.reshape(_KINDS.size, len(_CENTS), -1)

@@ -6,19 +6,16 @@ names: n captioned objects of all clips, m bounces.
 """
 
 import dataclasses
-import warnings
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int
 
 from jvdit.data.world.scene import PAN_REACH, Scenes
 from jvdit.evaluation.detection import Detections
 
+_FLIGHT = 2  # beats before and after a bounce in which its speeds are measured
 _SEEN, _SEEN_BEHIND_BAR = 0.60, 0.40  # least share of frames that show a found object
 _WHOLE = 0.93  # least share of its area that is visible of an object not behind a bar
-_PAN_SHARE = 0.25  # largest camera shift, as a share of the short side
-_PAN_SECONDS = 0.6  # time over which the camera's movement is smooth
-_LEAST_GAIN = 0.02  # least gain in error by which a shift must beat no shift
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +66,12 @@ class Bounces:
 
 def quantile(x: Float[np.ndarray, "n *rest"], q: float) -> Float[np.ndarray, " n"]:
     """The q-quantile of each row's numbers that aren't NaN; NaN if there are none."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        return np.nanquantile(x.reshape(len(x), -1), q, axis=1)
+    ordered = np.sort(x.reshape(len(x), -1), axis=1)  # NaN come last
+    last = np.maximum(np.isfinite(ordered).sum(1) - 1, 0)
+    low = np.floor(q * last).astype(int)
+    row = np.arange(len(x))
+    one, two = ordered[row, low], ordered[row, np.minimum(low + 1, last)]
+    return one + (two - one) * (q * last - low)
 
 
 def enough_frames(scenes: Scenes) -> Float[np.ndarray, "b 1"]:
@@ -80,29 +80,24 @@ def enough_frames(scenes: Scenes) -> Float[np.ndarray, "b 1"]:
 
 
 def follow(
-    video: UInt8[np.ndarray, "b T H W 3"],
-    found: Detections,
-    scenes: Scenes,
-    fps: float,
+    found: Detections, shift: Float[np.ndarray, "b T"], scenes: Scenes
 ) -> Tracks:
     """Tracks each captioned object by its color, which is unique in its scene.
 
     Args:
-        video: the clips, RGB in [0, 255].
         found: the detections in the clips, from `detect`.
+        shift: the camera's shift of each frame in pixels, from `camera_shift`; used
+            where the caption tells of a pan.
         scenes: the scenes that the captions describe.
-        fps: frames per second.
     """
     clip, slot = np.nonzero(scenes.present)
     color = scenes.color[clip, slot]
     seen = found.present[clip, :, color]
     area = np.where(seen, found.area[clip, :, color] / found.side**2, np.nan)
-    shift = np.zeros(video.shape[:2])
-    panned = np.flatnonzero(scenes.pan)
-    start = PAN_REACH * scenes.pan[panned, None]
-    shift[panned] = camera_shift(video[panned], fps) / found.side - start
+    pan = scenes.pan[:, None]
+    offset = np.where(pan != 0, shift / found.side - PAN_REACH * pan, 0.0)
     centre = found.centre[clip, :, color] / found.side
-    centre[..., 0] -= shift[clip]
+    centre[..., 0] -= offset[clip]
     centre = np.where(seen[..., None], centre, np.nan)
     radius = np.sqrt(quantile(area, 0.6) / np.pi)
     hidden = scenes.bar[clip, None] & ~(area > _WHOLE * np.pi * radius[:, None] ** 2)
@@ -118,55 +113,6 @@ def follow(
     )
 
 
-def camera_shift(
-    video: UInt8[np.ndarray, "b T H W 3"], fps: float
-) -> Float[np.ndarray, "b T"]:
-    """Pixels by which the grey scenery of each frame has moved right since the first.
-
-    The mean brightness of each column, without objects, is compared with that of the
-    first frame at every half pixel; a parabola through the best three refines the
-    shift, and lines fitted to neighbouring frames smooth it.
-    """
-    height, width = video.shape[2:4]
-    high = np.maximum(np.maximum(video[..., 0], video[..., 1]), video[..., 2])
-    low = np.minimum(np.minimum(video[..., 0], video[..., 1]), video[..., 2])
-    grey = high - low < 24
-    profile = np.where(grey, high, 0).sum(2) / np.maximum(grey.sum(2), 1)
-    profile -= profile.mean(-1, keepdims=True)
-    profile /= profile.std(-1, keepdims=True) + 1e-3
-    reach = round(2 * _PAN_SHARE * min(height, width))
-    shifts = np.arange(-reach, reach + 1) / 2
-    errors = np.stack([_mismatch(profile, shift) for shift in shifts], -1)
-    best = errors.argmin(-1).clip(1, len(shifts) - 2)
-    left, middle, right = (
-        np.take_along_axis(errors, best[..., None] + i, -1)[..., 0] for i in (-1, 0, 1)
-    )
-    bend = np.maximum(left - 2 * middle + right, 1e-6)
-    refined = shifts[best] + 0.5 * np.clip(0.5 * (left - right) / bend, -0.5, 0.5)
-    moved = errors[..., reach] - errors.min(-1, initial=np.inf) > _LEAST_GAIN
-    window = min(round(_PAN_SECONDS * fps), video.shape[1]) // 2 * 2 - 1
-    refined = np.where(moved, refined, 0.0)
-    if window < 3 or not len(video):
-        return refined
-    # The import takes half a second, which every start of a training would wait for.
-    from scipy.signal import savgol_filter
-
-    return np.asarray(savgol_filter(refined, window, 1))
-
-
-def _mismatch(profile: np.ndarray, shift: float) -> np.ndarray:
-    """Mean squared difference from the first frame's profile, shifted right."""
-    width = profile.shape[-1]
-    x = np.arange(width) - shift
-    inside = (x >= 0) & (x <= width - 1)
-    x = x[inside]
-    whole = np.minimum(x.astype(int), width - 2)
-    part = x - whole
-    first = profile[:, :1]
-    moved = first[..., whole] * (1 - part) + first[..., whole + 1] * part
-    return np.square(profile[..., inside] - moved).mean(-1)
-
-
 def beat(fps: float) -> int:
     """Frames over which speeds and accelerations are measured: an eighth of a second.
 
@@ -176,21 +122,39 @@ def beat(fps: float) -> int:
     return max(1, round(fps / 8))
 
 
-def falling(tracks: Tracks, scenes: Scenes, fps: float) -> Float[np.ndarray, " n"]:
+def falling(
+    tracks: Tracks, fps: float, bounces: Bounces | None = None
+) -> Float[np.ndarray, " n"]:
     """Measures each object's downward acceleration, in short sides per second squared.
 
-    It is 0 for objects whose caption doesn't mention gravity.
+    It is 0 for objects that are never seen.
+
+    Args:
+        tracks: the tracks of the objects.
+        fps: frames per second.
+        bounces: their bounces, over which nothing is measured. None: they aren't known
+            yet, and the median is taken, which a few of them don't change.
     """
     h, y = beat(fps), tracks.whole[..., 1]
     bend = y[:, 2 * h :] - 2 * y[:, h:-h] + y[:, : -2 * h]
-    measured = np.nan_to_num(quantile(bend, 0.5)) * (fps / h) ** 2
-    return np.where(scenes.gravity[tracks.clip], measured, 0.0)
+    if bounces is None:
+        return np.nan_to_num(quantile(bend, 0.5)) * (fps / h) ** 2
+    total, weight = np.zeros(len(y)), np.zeros(len(y))
+    hit = np.zeros((len(y), y.shape[1] - 1), int)
+    hit[bounces.track, bounces.interval] = 1
+    hits = np.pad(np.cumsum(hit, 1), ((0, 0), (1, 0)))
+    for span in (h, 2 * h):
+        bend = y[:, 2 * span :] - 2 * y[:, span:-span] + y[:, : -2 * span]
+        free = np.isfinite(bend) & (hits[:, 2 * span :] == hits[:, : -2 * span])
+        total += span**2 * np.where(free, bend, 0).sum(1)
+        weight += span**4 * free.sum(1)
+    return total / np.maximum(weight, 1) * fps**2
 
 
 def find_bounces(
     tracks: Tracks, gravity: Float[np.ndarray, " n"], fps: float
-) -> tuple[Bounces, Float[np.ndarray, " n"]]:
-    """Finds sudden changes of velocity, and the residual acceleration apart from them.
+) -> Bounces:
+    """Finds sudden changes of velocity.
 
     Between two frames an object follows its old line up to the bounce and its new line
     after it, so the time of the bounce is where the two lines meet.
@@ -199,10 +163,6 @@ def find_bounces(
         tracks: the tracks of the objects.
         gravity: downward acceleration of each, from `falling`.
         fps: frames per second.
-
-    Returns:
-        The bounces; and for each object the upper quartile of its acceleration apart
-        from them, in 1/64 short sides per squared `beat`, NaN if it is never seen.
     """
     frames = tracks.whole.shape[1]
     fallen = 0.5 * gravity[:, None] * (np.arange(frames) / fps) ** 2
@@ -216,10 +176,7 @@ def find_bounces(
     track, first, axis = np.nonzero(peak)
     k = first + 1  # the bounce is between frames k and k + 1
     row, h = np.arange(len(track)), beat(fps)
-    # The mean step per frame before the bounce, and after it.
-    start, end = np.maximum(k - h, 0), np.minimum(k + 1 + h, frames - 1)
-    before = (path[track, k] - path[track, start]) / (k - start)[:, None]
-    after = (path[track, end] - path[track, k + 1]) / (end - k - 1)[:, None]
+    before, after = _steps(path, track, k, axis, h)
     change = before[row, axis] - after[row, axis]
     rest = path[track, k + 1] - path[track, k] - after
     part = np.clip(rest[row, axis] / change, -0.3, 1.3)
@@ -228,12 +185,42 @@ def find_bounces(
     time = (k + part) / fps
     place[:, 1] += 0.5 * gravity[track] * time**2
     pull = np.stack([np.zeros_like(time), gravity[track] * time], -1)
-    bend = path[:, 2 * h :] - 2 * path[:, h:-h] + path[:, : -2 * h]
-    for offset in range(-2 * h, h + 1):
-        at = k + offset
-        kept = (at >= 0) & (at < frames - 2 * h)
-        bend[track[kept], at[kept], axis[kept]] = np.nan
-    bounces = Bounces(
-        track, k, axis, time, place, before * fps + pull, after * fps + pull
-    )
-    return bounces, 64 * quantile(np.abs(bend), 0.75)
+    return Bounces(track, k, axis, time, place, before * fps + pull, after * fps + pull)
+
+
+def _steps(
+    path: Float[np.ndarray, "n T 2"],
+    track: Int[np.ndarray, " m"],
+    k: Int[np.ndarray, " m"],
+    axis: Int[np.ndarray, " m"],
+    h: int,
+) -> tuple[Float[np.ndarray, "m 2"], Float[np.ndarray, "m 2"]]:
+    """The mean step per frame before each bounce, and after it.
+
+    Along the bounce's own axis it is that of up to `_FLIGHT` beats, as far as there is
+    no other bounce; along the other axis that of one beat.
+    """
+    frames, row = path.shape[1], np.arange(len(track))
+    order = np.lexsort((k, track))
+    same = np.diff(track[order]) == 0
+    least, most = np.zeros(len(k), int), np.full(len(k), frames - 1)
+    least[order[1:]] = np.where(same, np.minimum(k[order[:-1]] + 1, k[order[1:]]), 0)
+    after = np.maximum(k[order[1:]], k[order[:-1]] + 1)
+    most[order[:-1]] = np.where(same, after, frames - 1)
+    both = []
+    for at, short, long in (
+        (k, np.maximum(k - h, 0), np.maximum(k - _FLIGHT * h, least)),
+        (
+            k + 1,
+            np.minimum(k + 1 + h, frames - 1),
+            np.minimum(k + 1 + _FLIGHT * h, most),
+        ),
+    ):
+        step = (path[track, short] - path[track, at]) / (short - at)[:, None]
+        far = path[track, long, axis] - path[track, at, axis]
+        reached = np.isfinite(far) & (long != at)
+        step[row, axis] = np.where(
+            reached, far / np.where(long != at, long - at, 1), step[row, axis]
+        )
+        both.append(step)
+    return both[0], both[1]

@@ -8,13 +8,18 @@ import numpy as np
 
 from jvdit.data.world import World
 from jvdit.evaluation import distance, report
-from jvdit.evaluation.adherence import describe, read
-from jvdit.evaluation.breakdown import breakdown
-from jvdit.evaluation.detection import detect
-from jvdit.evaluation.measuring import Measured, neighbours
+from jvdit.evaluation.adherence import describe
+from jvdit.evaluation.breakdown import NAMES, breakdown, composition
+from jvdit.evaluation.measuring import (
+    Measured,
+    chunks,
+    met_in_training,
+    neighbours,
+)
+from jvdit.evaluation.oracle import observe
 from jvdit.evaluation.overlay import overlay
-from jvdit.evaluation.tracks import follow
 
+_ASIDE, _REAL = 1_000_000, 512  # first and number of the other real clips
 _SHOWN = tuple(f"oracle/{n}" for n in ("all", "color", "shape", "direction"))
 # The metrics of a training: (step, value) pairs by name.
 History = Mapping[str, Sequence[tuple[int, float]]]
@@ -30,12 +35,14 @@ class ReportColumn:
             `str` into the column's name.
         world: the world whose prompts the clips were generated from.
         measured: the clips and their scores.
+        trained: the worlds that the model was trained on, from `trained_on`.
     """
 
     label: str
     how: Any
     world: World
     measured: Measured
+    trained: tuple[tuple[World, int], ...] = ()
 
     @property
     def name(self) -> str:
@@ -52,24 +59,88 @@ def results_of(
         columns: the columns of the report.
         bounds: the measured real clips of each world, to compare with.
     """
-    known = {world: neighbours(world) for world in bounds}
-    return [
-        {
-            "workdir": column.label,
-            "world": dataclasses.asdict(column.world),
-            **dataclasses.asdict(column.how),
-            "scores": column.measured.summary,
-            "real": (bound := bounds[column.world]).summary,
-            "parts": breakdown(column.measured.scores, scenes),
-            "real_parts": breakdown(bound.scores, scenes),
-            **distance.memorisation(column.measured.thumbnails, *known[column.world]),
-            "frechet": distance.frechet_distance(
-                column.measured.features, bound.features
-            ),
-        }
-        for column in columns
-        for scenes in [column.world.scenes(np.arange(len(column.measured.videos)))]
-    ]
+    results = []
+    for column in columns:
+        world, measured, bound = column.world, column.measured, bounds[column.world]
+        ids = np.arange(len(measured.videos))
+        scenes, captions = world.scenes(ids), world.captions(ids)
+        met = met_in_training(captions, column.trained)
+        known = neighbours(world, column.trained)
+        results.append(
+            {
+                "workdir": column.label,
+                "world": dataclasses.asdict(world),
+                **dataclasses.asdict(column.how),
+                "met_in_training": int(met.sum()) if column.trained else None,
+                "scores": measured.summary,
+                "real": bound.summary,
+                "parts": breakdown(measured.scores, scenes),
+                "real_parts": breakdown(bound.scores, scenes),
+                "confusions": {
+                    name: {"words": words, "told_seen": counts.tolist()}
+                    for name, (words, counts) in measured.confusions.items()
+                },
+                "sets": _as_sets(column, bound, known),
+                "clips": [
+                    {"prompt": caption, "met_in_training": bool(each)}
+                    | {k: _json(v[i]) for k, v in measured.scores.items()}
+                    for i, (caption, each) in enumerate(zip(captions, met, strict=True))
+                ],
+            }
+        )
+    return results
+
+
+def _as_sets(
+    column: ReportColumn, bound: Measured, known: tuple[np.ndarray, np.ndarray]
+) -> dict[str, dict[str, float]]:
+    """Measures of the clips as a set ("clips"), and of other real clips ("real").
+
+    The latter have scenes that nobody was trained on and that nothing is compared with.
+    """
+    count, world = len(bound.videos), column.world
+    other = np.concatenate(
+        [world.videos(ids + _ASIDE) for ids in chunks(min(count, _REAL))]
+    )
+    sets = {
+        "clips": (column.measured.thumbnails, column.measured.features),
+        "real": (distance.variants(other), distance.random_features(other)),
+    }
+    return {
+        name: distance.memorisation(thumbnails, *known)
+        | {"frechet": distance.frechet_distance(features, bound.features)}
+        for name, (thumbnails, features) in sets.items()
+    }
+
+
+def compositions(
+    columns: Sequence[ReportColumn],
+) -> dict[str, dict[str, float | None]]:
+    """What "comp" costs over "test", of each model that was evaluated on both."""
+    found: dict[str, dict[str, float | None]] = {}
+    for new in columns:
+        for old in columns:
+            same = (new.label, new.how) == (old.label, old.how)
+            if not same or (new.world.split, old.world.split) != ("comp", "test"):
+                continue
+            ids = np.arange(len(new.measured.videos))
+            scenes = new.world.scenes(ids), old.world.scenes(ids)
+            found[new.name] = {
+                name: _json(
+                    composition(
+                        new.measured.scores[name],
+                        scenes[0],
+                        old.measured.scores[name],
+                        scenes[1],
+                    )
+                )
+                for name in NAMES
+            }
+    return found
+
+
+def _json(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
 
 
 def page(
@@ -92,15 +163,33 @@ def page(
     for world, bound in bounds.items():
         scores = {x.name: x.measured.summary for x in columns if x.world == world}
         size = f"{world.frames} x {world.height} x {world.width} at {world.fps:g} fps"
-        parts.append(report.section(size, report.score_table(bound.summary, scores)))
+        table = report.score_table(bound.summary, scores, bound.counts)
+        parts.append(report.section(f"{world.split}, {size}", table))
+    if found := compositions(columns):
+        rows = [
+            [k, *("–" if v[x] is None else f"{v[x]:+.2f}" for x in NAMES)]
+            for k, v in found.items()
+        ]
+        table = report.table(["comp minus test", *NAMES], rows)
+        parts.append(report.section("New combinations", table))
     rows = []
     for column, found in zip(columns, results, strict=True):
         table = report.parts_table(found["real_parts"], found["parts"])
-        name = f"By what is in the clips, {column.name}"
+        name = f"By content: {column.name}"
         parts.append(report.section(name, table))
-        numbers = (found[name] for name in ("copies", "authentic", "frechet"))
-        rows.append([column.name, *(f"{number:.4f}" for number in numbers)])
-    head = ["", "copies of training clips", "authentic", "Fréchet distance to real"]
+        tables = [
+            report.confusion_table(np.array(each["told_seen"]), each["words"])
+            for each in found["confusions"].values()
+        ]
+        folded = f"<details><summary>Confusions</summary>{''.join(tables)}</details>"
+        parts.append(folded)
+        met = found["met_in_training"]
+        for who, measures in found["sets"].items():
+            numbers = [measures[name] for name in ("copies", "authentic", "frechet")]
+            label = column.name if who == "clips" else "other real clips"
+            told = "" if who == "real" else "–" if met is None else str(met)
+            rows.append([label, told, *(f"{number:.4f}" for number in numbers)])
+    head = ["", "prompts met in training", "copies", "authentic", "Fréchet"]
     parts.append(report.section("As a set", report.table(head, rows)))
     plots = "".join(_plots(results) + _histories(histories))
     parts.append(report.section("Plots", f"<div class=plots>{plots}</div>"))
@@ -155,16 +244,14 @@ def _examples(measured: Measured, world: World) -> list[str]:
     parts = []
     for title, ids in report.examples(quality).items():
         videos, scenes = measured.videos[ids], world.scenes(ids)
-        found = detect(videos)
-        tracks = follow(videos, found, scenes, world.fps)
-        reading = read(found, tracks, scenes, world.fps)
+        seen = observe(videos, scenes, world.fps)
         figures = [
             report.film(
-                overlay(video, found, i),
+                overlay(video, seen.found, i),
                 world.fps,
                 prompt,
                 [
-                    "saw " + describe(reading, tracks, i),
+                    "saw " + describe(seen.reading, seen.tracks, i),
                     ", ".join(f"{n} {measured.scores[n][ids[i]]:.2g}" for n in names),
                 ],
             )

@@ -16,7 +16,6 @@ from jaxtyping import Float
 from jvdit.box import FOLDER
 from jvdit.data.patches import Size
 from jvdit.diffusion.denoise import Guidance
-from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
 from jvdit.diffusion.reuse import Reuse
 from jvdit.diffusion.solvers import check_solver
 from jvdit.generation.draft import drafted
@@ -26,12 +25,14 @@ from jvdit.generation.residence import Residence, fits_together
 from jvdit.generation.sampling import (
     Chunk,
     OnStep,
+    Start,
     Stepper,
     batches_of,
+    start_noise,
     texts_of,
     unpacked,
 )
-from jvdit.generation.settings import Settings
+from jvdit.generation.settings import NAMES, Settings
 from jvdit.machine.cluster import to_host
 from jvdit.machine.compilation import jit
 from jvdit.models.video_vae import to_uint8
@@ -136,9 +137,8 @@ class Generator:
         """
         one = isinstance(prompts, str | Request)
         several = [prompts] if one else [*prompts]
-        names = {field.name for field in dataclasses.fields(Settings)}
-        settings = Settings(**{k: v for k, v in fields.items() if k in names})
-        common = {k: v for k, v in fields.items() if k not in names}
+        common = {k: v for k, v in fields.items() if k not in NAMES}
+        settings = Settings(**{k: v for k, v in fields.items() if k in NAMES})
         if common and not any(isinstance(x, str) for x in several):
             raise TypeError(
                 f"{sorted(common)} must be given in the requests themselves."
@@ -185,16 +185,13 @@ class Generator:
             self.check(request)
         if not requests:
             return
-        watch = watch or _unwatched
+        watch = watch or (lambda doing, done, total: None)
         options: dict[str, Any] = {"rows": rows, "reuse": reuse}
         if settings.draft:
             self.model.check_draft()
             options["settings"] = dataclasses.replace(settings, draft=False)
-
-            def drafting(_: str, done: int, total: int) -> None:
-                watch("drafting", done, total)
-
-            paint = partial(self.painter.clips, watch=drafting, **options)
+            drafting = partial(self.painter.clips, **options)
+            paint = partial(drafting, watch=lambda _, *done: watch("drafting", *done))
             animate = partial(self.clips, watch=watch, **options)
             yield from drafted(requests, rows, paint, animate)
             return
@@ -319,10 +316,35 @@ class Generator:
             self.mesh.shape["context"],
             model.text_length,
         )
-        begin = model.path, model.policy, steps, solver, bool(noise)
+
+        def solved(batch: Chunk) -> np.ndarray:
+            """Denoises a batch to t = 0, one expert after the other."""
+            start = Start(model.path, model.policy, steps, solver, bool(noise))
+            start = start._replace(one_clip=batch.one_clip, given=batch.given)
+            places, running = rows_sharding(self.mesh, len(batch.seeds)), None
+            for name, span in self._spans(steps).items():
+                with jax.set_mesh(self.mesh):
+                    variables = self._variables(name)
+                    if running is None:
+                        arrays = jax.device_put((batch.arrays, batch.seeds), places)
+                        running = start_noise(start, *arrays)
+                    running = self.stepper(
+                        variables,
+                        running,
+                        texts_of(batch, model.pad_text, places),
+                        solver=solver,
+                        guidance=guidances[name],
+                        span=span,
+                        on_step=on_step,
+                        skips=reuse and reuse.skips(steps, span[0]),
+                    )
+                    # This also waits: the next network needs the memory of this one.
+                    latents = to_host(running.solution.tokens.latents)
+                    del variables
+            return latents
+
         for batch in batches:
-            latents = self._solved(batch, begin, guidances, reuse, on_step)
-            found = unpacked(batch, latents, sizes, model.patch_size)
+            found = unpacked(batch, solved(batch), sizes, model.patch_size)
             yield {i: x[given[i].lead :] for i, x in found.items()}
 
     def decode(
@@ -369,38 +391,13 @@ class Generator:
             videos = self.decode(stack, lambda *counts: watch("decoding", *counts))
             yield from zip(alike, videos, strict=True)
 
-    def _solved(
-        self,
-        batch: Chunk,
-        begin: tuple[NoisePath, TimestepPolicy, int, str, bool],
-        guidances: Mapping[str, Guidance],
-        reuse: Reuse | None,
-        on_step: OnStep | None,
-    ) -> np.ndarray:
-        """Denoises a batch to t = 0, one expert after the other."""
-        *_, steps, solver, _ = begin
-        places = rows_sharding(self.mesh, len(batch.seeds))
-        running = None
-        for name, span in self._spans(steps).items():
-            with jax.set_mesh(self.mesh):
-                variables = {"params": self.residence[name]}
-                if (lora := self.model.adapters.get(name)) is not None:
-                    homes = parameter_shardings(lora, self.mesh)
-                    variables["lora"] = jax.device_put(lora, homes)
-                running = self.stepper(
-                    variables,
-                    running or batch.begin(places, *begin),
-                    texts_of(batch, self.model.pad_text, places),
-                    solver=solver,
-                    guidance=guidances[name],
-                    span=span,
-                    on_step=on_step,
-                    skips=reuse and reuse.skips(steps, span[0]),
-                )
-                # This also waits: the next network needs the memory of this one.
-                latents = to_host(running.solution.tokens.latents)
-                del variables
-        return latents
+    def _variables(self, name: str) -> dict[str, Any]:
+        """The parameters of an expert, and its adapters if it has any."""
+        variables = {"params": self.residence[name]}
+        if (lora := self.model.adapters.get(name)) is not None:
+            places = parameter_shardings(lora, self.mesh)
+            variables["lora"] = jax.device_put(lora, places)
+        return variables
 
     def _spans(self, steps: int) -> dict[str, tuple[int, int]]:
         """The range of steps that each expert takes."""
@@ -438,7 +435,3 @@ class Generator:
 
 
 _bytes = jit(to_uint8)
-
-
-def _unwatched(doing: str, done: int, total: int) -> None:
-    """Does nothing: the progress callback where none is given."""

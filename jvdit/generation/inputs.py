@@ -1,7 +1,7 @@
 """Network inputs of requests: text states, conditions, and latent tokens."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from jvdit.data.conditions import Encode, Known, Place, known
 from jvdit.data.items import Item, item_of
 from jvdit.data.patches import Size
 from jvdit.generation.request import Request, for_encoder
+from jvdit.generation.residence import Residence
 from jvdit.machine.cluster import to_host
 from jvdit.machine.compilation import jit
 from jvdit.models.image_encoder import ImageEncoder
@@ -35,7 +36,7 @@ class Inputs:
     """
 
     model: Bundle
-    params: Mapping[str, Any]
+    params: Residence
     mesh: Mesh
     encode: Encode
 

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from jvdit.data.clips import SIZE
 from jvdit.data.media.reader import decode_clip
 
 # A file path, or pixels: uint8 [H W 3], or [T H W 3] for a video.
@@ -100,11 +101,8 @@ class Request:
 
     def fitted(self, picture: np.ndarray) -> np.ndarray:
         """Resizes an image to cover the clip's size, and center-crops it."""
-        _, height, width = self.size
-        if picture.shape[:2] == (height, width):
-            return picture
-        size = width, height
-        return np.asarray(ImageOps.fit(Image.fromarray(picture), size, _SMOOTH))
+        fits = picture.shape[:2] == self.size[1:]
+        return picture if fits else self._resized(picture, ImageOps.fit)
 
     def clip(self, name: str) -> np.ndarray | None:
         """Reads `video` or `mask` as uint8 `[T H W 3]`, at the size of the clip.
@@ -122,7 +120,7 @@ class Request:
         source = getattr(self, name)
         if source is None:
             return None
-        frames, height, width = self.size
+        frames = self.size[0]
         if isinstance(source, np.ndarray):
             _check(source, 4, name)
             if len(source) < frames:
@@ -133,15 +131,20 @@ class Request:
             return np.stack([self.fitted(x) for x in source[:frames]])
         if not pathlib.Path(source).exists():
             raise FileNotFoundError(f"`{name}` (={source}) doesn't exist.")
-        size = {"frames": frames, "height": height, "width": width}
+        size = dict(zip(SIZE, self.size, strict=True))
         return decode_clip(os.fspath(source), fps=self.fps, **size)["video"]
 
     def reference_pictures(self) -> list[np.ndarray]:
         """The reference images as uint8 `[H W 3]`, padded with white to the clip."""
-        _, height, width = self.size
         return [
-            _on_white(_picture(x, "references"), height, width) for x in self.references
+            self._resized(_picture(x, "references"), ImageOps.pad, color="white")
+            for x in self.references
         ]
+
+    def _resized(self, picture: np.ndarray, way: Any, **options: Any) -> np.ndarray:
+        _, height, width = self.size
+        image = Image.fromarray(picture)
+        return np.asarray(way(image, (width, height), _SMOOTH, **options))
 
 
 def complete(request: Request, defaults: Mapping[str, Any], unit: int) -> Request:
@@ -175,16 +178,16 @@ def size_fields(
     Raises:
         ValueError: `size` isn't of the form HEIGHTxWIDTH.
     """
-    names = ("frames", "height", "width", "fps")
-    fields = {name: defaults[name] for name in names if name in defaults}
+    names = (*SIZE, "fps")
+    given: dict[str, Any] = {"frames": frames, "fps": fps}
     if size is not None:
         match = re.fullmatch(r"(\d+)x(\d+)", size)
         if match is None:
             raise ValueError(
                 f"`size` (={size!r}) must read HEIGHTxWIDTH, such as 64x96."
             )
-        fields |= {"height": int(match[1]), "width": int(match[2])}
-    given = {"frames": frames, "fps": fps}
+        given |= {"height": int(match[1]), "width": int(match[2])}
+    fields = {name: defaults[name] for name in names if name in defaults}
     return fields | {name: value for name, value in given.items() if value is not None}
 
 
@@ -212,8 +215,7 @@ def for_encoder(
     into the square instead.)
     """
     height, width = picture.shape[:2]
-    short = min(height, width)
-    size = side * width // short, side * height // short
+    size = [side * n // min(height, width) for n in (width, height)]
     image = Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)
     left, top = ((x - side) // 2 for x in size)
     square = np.asarray(image, np.float32)[top : top + side, left : left + side] / 255
@@ -245,12 +247,6 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
             )
         image = Image.fromarray(np.rint(values * (255 / most)).astype(np.uint8))
     return image.convert("RGB")
-
-
-def _on_white(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    size = width, height
-    whole = ImageOps.pad(Image.fromarray(picture), size, _SMOOTH, color="white")
-    return np.asarray(whole)
 
 
 def _check(pixels: np.ndarray, ndim: int, name: str) -> None:

@@ -14,7 +14,7 @@ from jvdit.weights.parameters import Parameters
 _SHARE = 0.8  # share of memory that parameters may take; activations need the rest
 
 
-class Residence(Mapping[str, Any]):
+class Residence:
     """Maps network names to parameters, placed on the mesh when they are looked up.
 
     Args:
@@ -34,7 +34,9 @@ class Residence(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         if not self._together:
-            self._leave(name)
+            for other, source in self._sources.items():
+                if callable(source) and other != name:
+                    self._placed.pop(other, None)
         if name not in self._placed:
             source = self._sources[name]
             if callable(source):
@@ -44,20 +46,9 @@ class Residence(Mapping[str, Any]):
                 self._placed[name] = jax.device_put(source, places)
         return self._placed[name]
 
-    def __iter__(self):
-        return iter(self._sources)
-
-    def __len__(self):
-        return len(self._sources)
-
     def update(self, params: Mapping[str, Any]) -> None:
         """Replaces the parameters of some networks by others already on the mesh."""
         self._placed.update(params)
-
-    def _leave(self, but: str) -> None:
-        for name, source in self._sources.items():
-            if callable(source) and name != but:
-                self._placed.pop(name, None)
 
 
 def fits_together(num_bytes: int, mesh: Mesh) -> bool:
@@ -69,9 +60,7 @@ def fits_together(num_bytes: int, mesh: Mesh) -> bool:
         num_bytes: size of all parameters together.
         mesh: the device mesh over which they are sharded.
     """
-    device = mesh.devices.flat[0]
-    stats = device.memory_stats() or {}
-    limit = stats.get("bytes_limit")
+    limit = (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
     if limit is None:
         limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         limit //= mesh.devices.size

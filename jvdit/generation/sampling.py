@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import jax
@@ -49,38 +50,6 @@ class Chunk(NamedTuple):
     def one_clip(self) -> bool:
         """Whether every row is exactly one clip without padding."""
         return bool((self.arrays["segment"] == 1).all())
-
-    def begin(
-        self,
-        places: NamedSharding,
-        path: NoisePath,
-        policy: TimestepPolicy,
-        steps: int,
-        solver: str,
-        noisy: bool,
-    ) -> "Running":
-        """Places the batch on the devices and draws its initial noise.
-
-        Args:
-            places: sharding of the rows.
-            path: the noise path that the network was trained on.
-            policy: spaces the timesteps.
-            steps: how many steps the solver takes.
-            solver: a name in `SOLVERS`.
-            noisy: the batch's latents already are the initial noise.
-        """
-        arrays, seeds = jax.device_put((self.arrays, self.seeds), places)
-        return start_noise(
-            arrays,
-            seeds,
-            path=path,
-            policy=policy,
-            steps=steps,
-            solver=solver,
-            one_clip=self.one_clip,
-            given=self.given,
-            noisy=noisy,
-        )
 
 
 class Running(NamedTuple):
@@ -130,13 +99,9 @@ def batches_of(
         for start in range(0, len(packing), size):
             chunk = packing[start : start + size]
             filled = chunk + [chunk[0]] * (size - len(chunk))
+            sizes = budget, clips * text_length, clips
             arrays, null = (
-                pack_rows(
-                    [[which[i] for i in row] for row in filled],
-                    budget,
-                    clips * text_length,
-                    clips,
-                )
+                pack_rows([[which[i] for i in row] for row in filled], *sizes)
                 for which in (items, nulls)
             )
             places = np.zeros((size, clips + 1), np.uint32)
@@ -167,45 +132,40 @@ def _rows(counts: Sequence[int]) -> list[list[int]]:
     return best_fit(counts, [0] * len(counts), max(counts), 0, len(counts))
 
 
-@partial(
-    jit,
-    static_argnames=(
-        "path",
-        "policy",
-        "steps",
-        "solver",
-        "one_clip",
-        "given",
-        "noisy",
-    ),
-)
-def start_noise(
-    arrays: dict[str, Array],
-    seeds: Array,
-    *,
-    path: NoisePath,
-    policy: TimestepPolicy,
-    steps: int,
-    solver: str,
-    one_clip: bool,
-    given: bool,
-    noisy: bool,
-) -> Running:
+class Start(NamedTuple):
+    """What decides how a batch begins.
+
+    Attributes:
+        path: the noise path that the network was trained on.
+        policy: spaces the timesteps; larger clips may have a larger shift.
+        steps: how many steps the solver takes.
+        solver: a name in `SOLVERS`.
+        noisy: the batch's latents already are the initial noise.
+        one_clip: every row is exactly one clip without padding, so no mask is needed.
+        given: some tokens may be given (clean).
+    """
+
+    path: NoisePath
+    policy: TimestepPolicy
+    steps: int
+    solver: str
+    noisy: bool = False
+    one_clip: bool = False
+    given: bool = False
+
+
+@partial(jit, static_argnames="start")
+def start_noise(start: Start, arrays: dict[str, Array], seeds: Array) -> Running:
     """Draws the initial noise of a batch, and computes its timesteps.
 
     Given tokens keep their clean latents.
 
     Args:
+        start: settings.
         arrays: the packed batch, `Chunk.arrays`.
         seeds: noise seed for each noise level, `Chunk.seeds`.
-        path: the noise path that the network was trained on.
-        policy: spaces the timesteps; larger clips may have a larger shift.
-        steps: how many steps the solver takes.
-        solver: a name in `SOLVERS`.
-        one_clip: every row is exactly one clip without padding, so no mask is needed.
-        given: some tokens may be given (clean).
-        noisy: the batch's latents already are the initial noise.
     """
+    path, policy, steps, solver, noisy, one_clip, given = start
     segment = arrays["segment"]
     keys = jax.vmap(jax.vmap(jax.random.key))(seeds)
     counts = jax.nn.one_hot(segment, keys.shape[1]).sum(1)
@@ -234,32 +194,12 @@ def texts_of(batch: Chunk, padded: bool, places: NamedSharding) -> tuple[Text, T
     """
 
     def text(arrays):
-        segment = arrays["text_segment"]
-        if padded and batch.one_clip:
-            segment = None
+        unmasked = padded and batch.one_clip
+        segment = None if unmasked else arrays["text_segment"]
         parts = arrays["text_embeds"], segment, arrays.get("image")
         return Text(*jax.device_put(parts, places))
 
     return text(batch.arrays), text(batch.null)
-
-
-class _Reusing:
-    """A network that keeps its blocks' residual for the next step (MagCache)."""
-
-    def __init__(
-        self, dit: Backbone, variables: PyTree, skips: tuple[bool, ...], memory: Memory
-    ):
-        self.dit, self.variables, self.memory = dit, variables, memory
-        self.skips = jnp.asarray(skips)
-
-    def __call__(self, tokens: Tokens, t: Array, text: Text) -> Array:
-        (residual, ratios), i = self.memory.value, self.memory.index
-        kept = {"residual": residual, "skip": self.skips[i], "ratio": ratios[i]}
-        variables = {**self.variables, COLLECTION: kept}
-        out, state = self.dit.apply(variables, tokens, t, text, mutable=[COLLECTION])
-        kept = state[COLLECTION]
-        self.memory.value = kept["residual"], ratios.at[i].set(kept["ratio"])
-        return out
 
 
 class Stepper:
@@ -293,7 +233,7 @@ class Stepper:
 
         Args:
             variables: the network's variables: parameters, and adapters if any.
-            running: the batch, from `Chunk.begin` or from an earlier call.
+            running: the batch, from `start_noise` or from an earlier call.
             texts: the text and the null text, from `texts_of`.
             span: the first step, and the one after the last.
             on_step: called after each step with the steps done, the steps in all, and
@@ -348,11 +288,21 @@ class Stepper:
         skips: tuple[bool, ...] | None,
     ) -> tuple[Running, Any]:
         solution, times, keys = running
-        model, memory = partial(self.dit.apply, variables), None
-        if skips is not None:
-            memory = Memory()
-            memory.value = kept
-            model = _Reusing(self.dit, variables, skips, memory)
+        memory: Any = None if skips is None else Memory()
+
+        def reusing(tokens: Tokens, t: Array, text: Text) -> Array:
+            (residual, ratios), i = memory.value, memory.index
+            skip = jnp.asarray(skips)[i]
+            kept = {"residual": residual, "skip": skip, "ratio": ratios[i]}
+            told = {**variables, COLLECTION: kept}
+            out, state = self.dit.apply(told, tokens, t, text, mutable=[COLLECTION])
+            kept = state[COLLECTION]
+            memory.value = kept["residual"], ratios.at[i].set(kept["ratio"])
+            return out
+
+        model = partial(self.dit.apply, variables)
+        if memory is not None:
+            memory.value, model = kept, reusing
         denoiser = guided(model, *texts, path, guidance)
         solution = advance(
             denoiser, solution, times, path, keys, solver, first, count, memory
@@ -366,8 +316,4 @@ def unpacked(
     """Unpacks a batch's latents: `[f h w c]` for each request, by its index."""
     row_sizes = [[sizes[i] for i in row] for row in batch.rows]
     rows = unpack_rows(latents[: len(batch.rows)], row_sizes, patch_size)
-    return {
-        i: clip
-        for row, clips in zip(batch.rows, rows, strict=True)
-        for i, clip in zip(row, clips, strict=True)
-    }
+    return dict(zip(chain(*batch.rows), chain(*rows), strict=True))

@@ -58,7 +58,7 @@ class Settings:
             defaults: the model's own defaults. Its `guidance_scale_2` belongs with its
                 `guidance_scale`, so it is ignored if a scale was given.
         """
-        suits = {**_SUITS, **{k: v for k, v in defaults.items() if k in _NAMES}}
+        suits = {**_SUITS, **{k: v for k, v in defaults.items() if k in NAMES}}
         if self.guidance_scale is not None:
             suits.pop("guidance_scale_2", None)
         fields = {k: v for k, v in suits.items() if getattr(self, k) is None}
@@ -82,4 +82,4 @@ class Settings:
         return Guidance(scale, self.guidance_interval, self.guidance_rescale)
 
 
-_NAMES = tuple(field.name for field in dataclasses.fields(Settings))
+NAMES = tuple(field.name for field in dataclasses.fields(Settings))

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
 
+from jvdit.models.dense import Layer
 from jvdit.sharding import FRAMES, constrain, frame_axes, frames_divided, platform
 
 IMPLEMENTATIONS = ("auto", "taps", "native")
@@ -106,8 +107,7 @@ def causal_conv3d(
     taps = kernel.shape[0]
     missing = taps - 1 if past is None else 0
     x = x if past is None else jnp.concatenate([past, x], axis=1)
-    form = choose_implementation(implementation)
-    if form == "taps" or kernel.shape[:3] == (1, 1, 1) or taps == 1:
+    if choose_implementation(implementation) == "taps" or taps == 1:
         return _taps_as_channels(x, kernel, bias, missing, strides, padding)
     padding = tuple(padding or _same(kernel.shape[1:3]))
     y = jax.lax.conv_general_dilated(
@@ -133,28 +133,19 @@ def upsample_conv2d(
     for every input pixel in place of 36, and no enlarged copy of the input.
     """
     height, width = x.shape[1:3]
-    rows = jnp.stack([_meet(kernel, even) for even in (True, False)])
-    phases = jnp.stack(
-        [
-            _meet(rows.swapaxes(1, 2)[i], even)
-            for i in range(2)
-            for even in (True, False)
-        ]
-    )
+    rows = jnp.stack([_meet(kernel, even) for even in (True, False)]).swapaxes(1, 2)
+    phases = jnp.stack([_meet(rows[i], even) for i in (0, 1) for even in (True, False)])
     phases = rearrange(phases, "p kw kh c d -> kh kw c (p d)")
     # Padded beforehand: with padding of its own, the weight gradient of this
     # convolution is 30 times slower on CPU (jax 0.10).
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     y = conv2d(x, phases, padding=((0, 0), (0, 0)))
     y = rearrange(y, "b h w (r q d) -> r q b h w d", r=2, q=2)
-    y = jnp.stack(
-        [
-            jnp.stack([y[r, q, :, r : r + height, q : q + width] for q in range(2)], 3)
-            for r in range(2)
-        ],
-        axis=2,
-    )
-    y = rearrange(y, "b h r w q d -> b (h r) (w q) d")
+    y = [
+        jnp.stack([y[r, q, :, r : r + height, q : q + width] for q in range(2)], 3)
+        for r in range(2)
+    ]
+    y = rearrange(jnp.stack(y, axis=2), "b h r w q d -> b (h r) (w q) d")
     return y if bias is None else y + bias[None, None, None]
 
 
@@ -205,13 +196,13 @@ def copies(key: Any, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
     return jnp.zeros(shape, dtype).at[-1, 0, 0].set(eye[:, :features])
 
 
-class Convolution(nn.Module):
+class Convolution(Layer):
     """Convolution over frames (two kernel sizes) or, causally, over video (three).
 
     Attributes:
         features: channels out.
         kernel_size: (height, width) or (time, height, width).
-        strides: steps, as many as kernel sizes.
+        strides: steps along time, height and width.
         padding: zeros before and after height and width; None keeps the size.
         upsample: double height and width by repetition first.
         kernel_init: of the kernel.
@@ -219,12 +210,10 @@ class Convolution(nn.Module):
 
     features: int
     kernel_size: Sequence[int] = (3, 3, 3)
-    strides: Sequence[int] | None = None
-    padding: Sequence[tuple[int, int]] | None = None
+    strides: Sequence[int] = (1, 1, 1)
+    padding: Padding | None = None
     upsample: bool = False
     kernel_init: nn.initializers.Initializer = inflated
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(
@@ -237,31 +226,20 @@ class Convolution(nn.Module):
         Devices divide the result along its longer side, whichever axis of the kernel
         they divide: edges are sent, and kernels gathered.
         """
-        y = self._convolved(x, past)
-        return constrain(y, *frame_axes(y))
-
-    def _convolved(self, x: Array, past: Array | None) -> Array:
         shape = (*self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
-        zeros = nn.initializers.zeros_init()
-        bias = self.param("bias", zeros, (self.features,), self.param_dtype)
+        bias = self.constant("bias", 0, self.features)
         x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
         if self.upsample:
             y = upsample_conv2d(rearrange(x, "b f h w c -> (b f) h w c"), kernel, bias)
-            return rearrange(y, "(b f) h w d -> b f h w d", b=x.shape[0])
-        if len(self.kernel_size) == 2:
-            kernel = kernel[None]
-        if past is None:
-            past = recall(self, x, kernel.shape[0] - 1)
-        strides = tuple(self.strides or (1,) * len(self.kernel_size))
-        return causal_conv3d(
-            x,
-            kernel,
-            bias,
-            past=past,
-            strides=strides if len(strides) == 3 else (1, *strides),
-            padding=self.padding,
-        )
+            y = rearrange(y, "(b f) h w d -> b f h w d", b=x.shape[0])
+        else:
+            kernel = kernel[None] if len(self.kernel_size) == 2 else kernel
+            if past is None:
+                past = recall(self, x, kernel.shape[0] - 1)
+            form = {"strides": self.strides, "padding": self.padding}
+            y = causal_conv3d(x, kernel, bias, past=past, **form)
+        return constrain(y, *frame_axes(y))
 
 
 def recall(

@@ -6,10 +6,12 @@ ignores the setting, although a processor with matrix units (Intel AMX) is sever
 faster at it. Activations, gradients and weights remain float32 in either case.
 """
 
+import dataclasses
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.dtypes import promote_dtype
 from flax.typing import Initializer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -69,7 +71,39 @@ def turned(x: Float[Array, "i o"]) -> Float[Array, "o i"]:
 _rounded_product.defvjp(_forward, _backward)
 
 
-class Dense(nn.Module):
+def along_last(vector: Float[Any, " d"], x: Array) -> Any:
+    """A vector as an array that broadcasts along the last axis of `x`."""
+    return vector.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class Layer(nn.Module, kw_only=True):
+    """A Linen module with the two types that all of ours have.
+
+    Attributes:
+        dtype: type of the computation and of the result.
+        param_dtype: type of the parameters.
+    """
+
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @property
+    def types(self) -> dict[str, Any]:
+        """The two types, for the layers inside."""
+        return {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+    def fields_of(self, block: type) -> dict[str, Any]:
+        """The values here of the fields that a class of blocks has as well."""
+        names = [x.name for x in dataclasses.fields(block)]
+        return {x: getattr(self, x) for x in names if x not in ("parent", "name")}
+
+    def constant(self, name: str, value: int, *shape: int) -> Array:
+        """The parameter of this name, which begins with one value everywhere."""
+        init = nn.initializers.constant(value)
+        return self.param(name, init, shape, self.param_dtype)
+
+
+class Dense(Layer):
     """A linear layer over the last axis, with an adapter where it is given one.
 
     The adapter is in the collection "lora", see `lora.py`.
@@ -78,29 +112,22 @@ class Dense(nn.Module):
         features: channels of the result.
         use_bias: whether to add a bias, which starts at zero.
         kernel_init: initialiser of the kernel.
-        dtype: type of the computation; None: that of input and parameters.
-        param_dtype: type of the parameters.
     """
 
     features: int
     use_bias: bool = True
     kernel_init: Initializer = nn.initializers.lecun_normal()
-    dtype: DTypeLike | None = None
-    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
         """Maps the last axis to `features` channels."""
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
-        bias = None
+        x = x.astype(self.dtype)
+        y = product(x, kernel.astype(self.dtype))
         if self.use_bias:
-            zeros = nn.initializers.zeros_init()
-            bias = self.param("bias", zeros, shape[1:], self.param_dtype)
-        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        y = product(x, kernel)
-        if bias is not None:
-            y += bias.reshape((1,) * (y.ndim - 1) + (-1,))
+            bias = self.constant("bias", 0, self.features)
+            y += along_last(bias.astype(self.dtype), y)
         if self.has_variable("lora", A):
             y += self._adapted(x)
         return y

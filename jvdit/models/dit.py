@@ -10,12 +10,11 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 from einops import rearrange
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jvdit.models.attention.dispatch import rope_tables, wan_axes_dims
 from jvdit.models.attention.mosaic import warn_of_heads
-from jvdit.models.dense import Dense
+from jvdit.models.dense import Dense, Layer
 from jvdit.models.dit_blocks import (
     Block,
     Context,
@@ -24,13 +23,13 @@ from jvdit.models.dit_blocks import (
     ScanBlock,
 )
 from jvdit.models.layers import (
-    REMAT_POLICIES,
     Mlp,
     Modulation,
     fusion_boundary,
     modulate,
     rematerialise,
     reused,
+    scanned,
     timestep_embedding,
 )
 from jvdit.shapes import Text, Tokens
@@ -62,15 +61,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "wan2.1-vace-14b": _WAN_14B | _CONTROL | {"control_layers": (*range(0, 40, 5),)},
     "wan2.2-t2v-a14b": _WAN_14B,
     "wan2.2-i2v-a14b": _WAN_14B | _FIRST_FRAME,
-    "wan2.2-ti2v-5b": {
-        **_WAN_14B,
-        "width": 3072,
-        "depth": 30,
-        "num_heads": 24,
-        "ffn_width": 14336,
-        "in_channels": 192,
-        "out_channels": 192,
-    },
+    "wan2.2-ti2v-5b": _WAN_14B
+    | {"width": 3072, "depth": 30, "num_heads": 24, "ffn_width": 14336}
+    | {"in_channels": 192, "out_channels": 192},
     "world-s": {"width": 192, "depth": 6, "num_heads": 4, "ffn_width": 768},
     "world-m": {"width": 256, "depth": 8, "num_heads": 4, "ffn_width": 1024},
     "tiny": {"width": 32, "depth": 2, "num_heads": 2, "ffn_width": 64},
@@ -82,7 +75,7 @@ _PASSES = {"nothing": (1, 1), "adapters": (2, 3), "weights": (3, 3)}
 _init = nn.initializers.normal(0.02)
 
 
-class DiT(nn.Module):
+class DiT(Layer):
     """Predicts the velocity of noisy latent tokens, given text.
 
     A new network predicts zero: the last layer starts at zero.
@@ -114,7 +107,6 @@ class DiT(nn.Module):
             own turn into hints for others (VACE, arXiv:2503.07598); 0: there are none.
         control_layers: the blocks that get a hint, in order.
         dtype: type of the computation; norms, softmax and modulation stay float32.
-        param_dtype: type of the parameters.
         remat: what the backward pass recomputes: "none", "full" (whole blocks), "dots"
             (all but matrix products), "attention" (all but flash attention), or
             "offload" (the same, with what goes into each block in the host's memory).
@@ -143,8 +135,6 @@ class DiT(nn.Module):
     image_length: int = 0
     control_channels: int = 0
     control_layers: Sequence[int] = ()
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
     remat: str = "none"
     scan_layers: bool = False
     attention_implementation: str = "auto"
@@ -188,31 +178,23 @@ class DiT(nn.Module):
         text = Text(jnp.zeros((1, 1, self.text_width)), image=image)
         return tokens, jnp.zeros((1, 1)), text
 
-    @property
-    def _types(self) -> dict[str, Any]:
-        return {"dtype": self.dtype, "param_dtype": self.param_dtype}
-
     def _embed(self, tokens: Tokens) -> Float[Array, "b n d"]:
         """Projects patches, and what is known of them, to the width of the network."""
         init = nn.initializers.xavier_uniform()
-        patches = Dense(self.width, kernel_init=init, name="patch_embed", **self._types)
-        x = patches(tokens.latents.astype(self.dtype))
+        patches = Dense(self.width, kernel_init=init, name="patch_embed", **self.types)
+        x = patches(tokens.latents)
         if tokens.cond is not None:
-            x += Dense(
-                self.width,
-                use_bias=False,
-                kernel_init=nn.initializers.zeros,
-                name="cond_embed",
-                **self._types,
-            )(tokens.cond.astype(self.dtype))
+            new = {"use_bias": False, "kernel_init": nn.initializers.zeros}
+            known = Dense(self.width, name="cond_embed", **new, **self.types)
+            x += known(tokens.cond)
         return constrain(x, "batch", "tokens", None)
 
     def _context(self, tokens: Tokens, t: Array, text: Text) -> Context:
         """Embeds noise levels, positions, text and picture, once for all blocks."""
-        embed = Mlp(
-            self.width, self.width, nn.gelu, _init, name="text_embed", **self._types
-        )
+        width = self.width
+        embed = Mlp(width, width, nn.gelu, _init, name="text_embed", **self.types)
         time, rows = self._time_embedding(t)
+        image = ImageEmbed(width, self.image_length, name="image_embed", **self.types)
         return Context(
             time=time,
             rows=rows,
@@ -221,96 +203,61 @@ class DiT(nn.Module):
                 tokens.position, self._rope_dims, self.rope_theta, self.position_scale
             ),
             visible=tokens.sees,
-            text=embed(text.embeds.astype(self.dtype)),
+            text=embed(text.embeds),
             text_visible=text.seen_by(tokens),
-            image=self._image(text),
+            image=None if text.image is None else image(text.image),
         )
 
     def _head(self, x: Array, context: Context) -> Float[Array, "b n o"]:
         """Projects tokens to their velocity."""
-        modulation = Modulation(2, self.param_dtype, name="head_modulation")
+        types = {"param_dtype": self.param_dtype}
+        modulation = Modulation(2, name="head_modulation", **types)
         shift, scale = modulation(context.time[:, :, None], context.level)
-        x = modulate(x, shift, scale, self.eps).astype(self.dtype)
+        x = modulate(x, shift, scale, self.eps)
         zeros = nn.initializers.zeros
-        x = Dense(self.out_channels, kernel_init=zeros, name="head", **self._types)(x)
+        x = Dense(self.out_channels, kernel_init=zeros, name="head", **self.types)(x)
         return constrain(x.astype(jnp.float32), "batch", "tokens", None)
 
     def _time_embedding(self, t: Array) -> tuple[Array, Array]:
         """Embeds the noise levels: one vector each, and six rows for the blocks."""
-        types = {"dtype": jnp.float32, "param_dtype": self.param_dtype}
+        types = {"param_dtype": self.param_dtype}
         x = timestep_embedding(t * self.time_scale, self.freq_dim)
         x = Mlp(self.width, self.width, nn.silu, _init, name="time_embed", **types)(x)
         init = nn.initializers.xavier_uniform()
         rows = Dense(6 * self.width, kernel_init=init, name="time_proj", **types)
         return x, rearrange(rows(nn.silu(x)), "b g (r d) -> b g r d", r=6)
 
-    def _image(self, text: Text) -> Array | None:
-        if not self.image_width or text.image is None:
-            return None
-        embed = ImageEmbed(
-            self.width, self.image_length, name="image_embed", **self._types
-        )
-        return embed(text.image)
-
-    @property
-    def _block_fields(self) -> dict[str, Any]:
-        return {
-            "num_heads": self.num_heads,
-            "ffn_width": self.ffn_width,
-            "qk_norm": self.qk_norm,
-            "cross_norm": self.cross_norm,
-            "eps": self.eps,
-            "attention_implementation": self.attention_implementation,
-            **self._types,
-        }
-
     def _hints(self, x: Array, tokens: Tokens, context: Context) -> Array | None:
         """What the control blocks say to each of `control_layers`, stacked."""
-        if not self.control_channels or tokens.control is None:
+        if tokens.control is None:
             return None
-        embed, join = (
-            Dense(self.width, name=f"control_{name}", **self._types)
-            for name in ("embed", "in")
-        )
-        y = join(embed(tokens.control.astype(self.dtype))) + x
-        block = rematerialise(ControlBlock, self.remat)
+        y = Dense(self.width, name="control_embed", **self.types)(tokens.control)
+        y = Dense(self.width, name="control_in", **self.types)(y) + x
+        block, fields = rematerialise(ControlBlock, self.remat), self.fields_of(Block)
+        count, hints = len(self.control_layers), []
         if self.scan_layers:
-            stack = self._scanned(block, len(self.control_layers), nn.broadcast)
-            return stack(name="controls", **self._block_fields)(y, context)[1]
-        hints = []
-        for i in range(len(self.control_layers)):
-            y, hint = block(name=f"control_{i}", **self._block_fields)(y, context)
+            stack = scanned(block, count, nn.broadcast)(name="controls", **fields)
+            return stack(y, context)[1]
+        for i in range(count):
+            y, hint = block(name=f"control_{i}", **fields)(y, context)
             hints.append(hint)
         return jnp.stack(hints)
 
     def _blocks(self, x: Array, tokens: Tokens, context: Context) -> Array:
-        hints = self._hints(x, tokens, context)
+        hints, fields = self._hints(x, tokens, context), self.fields_of(Block)
         layers = list(self.control_layers)
+        slots = [layers.index(i) if i in layers else -1 for i in range(self.depth)]
         if self.scan_layers:
-            slots = [layers.index(i) if i in layers else -1 for i in range(self.depth)]
-            axes = (0, nn.broadcast, nn.broadcast)
             block = rematerialise(ScanBlock, self.remat)
-            stack = self._scanned(block, self.depth, axes)(
-                name="blocks", **self._block_fields
-            )
+            axes = (0, nn.broadcast, nn.broadcast)
+            stack = scanned(block, self.depth, axes)(name="blocks", **fields)
             return stack(x, jnp.array(slots), hints, context)[0]
         block = rematerialise(Block, self.remat)
-        for i in range(self.depth):
-            made = block(name=f"block_{i}", **self._block_fields)
-            x = fusion_boundary(made(x, context))
-            if hints is not None and i in layers:
-                x = x + hints[layers.index(i)]
+        for i, slot in enumerate(slots):
+            x = fusion_boundary(block(name=f"block_{i}", **fields)(x, context))
+            if hints is not None and slot >= 0:
+                x = x + hints[slot]
         return x
-
-    def _scanned(self, block: Any, length: int, in_axes: Any) -> Any:
-        return nn.scan(
-            block,
-            variable_axes={"params": 0, "lora": 0},
-            split_rngs={"params": True, "lora": True},
-            in_axes=in_axes,
-            length=length,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
 
     @property
     def _rope_dims(self) -> tuple[int, ...]:
@@ -332,9 +279,6 @@ class DiT(nn.Module):
             )
         if self.attention_implementation == "auto":
             warn_of_heads(self.width, self.num_heads, tokens.latents.shape[1])
-        if self.remat not in ("none", *REMAT_POLICIES):
-            known = ", ".join(["none", *REMAT_POLICIES])
-            raise ValueError(f"`remat` (={self.remat!r}) must be one of: {known}.")
         channels = tokens.latents.shape[-1]
         if channels != self.in_channels:
             raise ValueError(

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jvdit.models.attention.dispatch import attention, rotate
-from jvdit.models.dense import Dense
+from jvdit.models.dense import Dense, Layer
 from jvdit.models.layers import (
     BLOCK_INPUT,
     LayerNorm,
@@ -23,6 +22,9 @@ from jvdit.models.layers import (
 )
 from jvdit.shapes import Visible
 from jvdit.sharding import constrain
+
+# Tables of `rope_tables`.
+Rotation = tuple[Float[Array, "b n k"], Float[Array, "b n k"]]
 
 
 @flax.struct.dataclass
@@ -43,14 +45,14 @@ class Context:
     time: Float[Array, "b g d"]
     rows: Float[Array, "b g 6 d"]
     level: Int[Array, "b n"] | None
-    rotation: tuple[Float[Array, "b n k"], Float[Array, "b n k"]]
+    rotation: Rotation
     visible: Visible | None
     text: Float[Array, "b s d"]
     text_visible: Visible | None
     image: Float[Array, "b i d"] | None
 
 
-class Attention(nn.Module):
+class Attention(Layer):
     """Multi-head attention with RMS-normalised queries and keys.
 
     Attributes:
@@ -65,8 +67,6 @@ class Attention(nn.Module):
     eps: float = 1e-6
     implementation: str = "auto"
     keys: str = "tokens"
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -74,7 +74,7 @@ class Attention(nn.Module):
         x: Float[Array, "b n d"],
         context: Float[Array, "b s d"],
         visible: Visible | None = None,
-        rotation: tuple[Array, Array] | None = None,
+        rotation: Rotation | None = None,
         image: Float[Array, "b i d"] | None = None,
     ) -> Float[Array, "b n d"]:
         """Lets the tokens of `x` attend to those of `context`.
@@ -87,36 +87,31 @@ class Attention(nn.Module):
             image: states of a picture, which have keys and values of their own and a
                 softmax of their own; every token sees them. None: there are none.
         """
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
         def linear(name: str) -> Dense:
             kernel_init = nn.initializers.xavier_uniform()
-            return Dense(x.shape[-1], kernel_init=kernel_init, name=name, **kinds)
+            return Dense(x.shape[-1], kernel_init=kernel_init, name=name, **self.types)
 
+        def heads(y: Array, norm: str = "") -> Array:
+            if norm:
+                y = RMSNorm(self.eps, name=norm, **self.types)(y)
+            return rearrange(y, "b n (q k) -> b n q k", q=self.num_heads)
+
+        norms = ("query_norm", "key_norm") if self.qk_norm else ("", "")
         q, k, v = linear("query")(x), linear("key")(context), linear("value")(context)
-        if self.qk_norm:
-            q = RMSNorm(self.eps, name="query_norm", **kinds)(q)
-            k = RMSNorm(self.eps, name="key_norm", **kinds)(k)
-        q, k, v = (
-            rearrange(y, "b n (q k) -> b n q k", q=self.num_heads) for y in (q, k, v)
-        )
+        q, k, v = heads(q, norms[0]), heads(k, norms[1]), heads(v)
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         attend = partial(attention, implementation=self.implementation)
         out = attend(q, k, v, visible, keys=self.keys)
         if image is not None:
-            k = RMSNorm(self.eps, name="image_key_norm", **kinds)(
-                linear("image_key")(image)
-            )
-            k, v = (
-                rearrange(y, "b n (q k) -> b n q k", q=self.num_heads)
-                for y in (k, linear("image_value")(image))
-            )
+            k = heads(linear("image_key")(image), "image_key_norm")
+            v = heads(linear("image_value")(image))
             out = out + attend(q, k, v, keys="text")
         return linear("out")(rearrange(out, "b n q k -> b n (q k)"))
 
 
-class Block(nn.Module):
+class Block(Layer):
     """Self-attention, cross-attention to the text, and an MLP, each a residual.
 
     Attributes: as in `DiT`.
@@ -127,8 +122,6 @@ class Block(nn.Module):
     qk_norm: bool = True
     cross_norm: bool = True
     eps: float = 1e-6
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
     attention_implementation: str = "auto"
 
     @nn.compact
@@ -136,10 +129,10 @@ class Block(nn.Module):
         self, x: Float[Array, "b n d"], context: Context
     ) -> Float[Array, "b n d"]:
         """Updates the tokens; norms, modulation and residual sums are float32."""
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        kinds = self.types
         x = checkpoint_name(x, BLOCK_INPUT)
         heads = (self.num_heads, self.qk_norm, self.eps, self.attention_implementation)
-        modulation = Modulation(6, self.param_dtype, name="modulation")
+        modulation = Modulation(6, param_dtype=self.param_dtype, name="modulation")
         rows = modulation(context.rows, context.level)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = rows
 
@@ -149,12 +142,10 @@ class Block(nn.Module):
         )
         x = (x + y * gate).astype(self.dtype)
 
-        y = LayerNorm(self.eps, name="cross_norm")(x) if self.cross_norm else x
+        norm = LayerNorm(self.eps, dtype=self.dtype, name="cross_norm")
+        y = norm(x) if self.cross_norm else x
         y = Attention(*heads, keys="text", name="cross_attention", **kinds)(
-            y.astype(self.dtype),
-            context.text,
-            context.text_visible,
-            image=context.image,
+            y, context.text, context.text_visible, image=context.image
         )
         x = x + y
 
@@ -187,12 +178,11 @@ class ControlBlock(Block):
     def __call__(self, x, context):
         """Updates the control tokens; returns (tokens, hint)."""
         x = super().__call__(x, context)
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        zeros = nn.initializers.zeros_init()
-        return x, Dense(x.shape[-1], kernel_init=zeros, name="hint", **kinds)(x)
+        zeros = nn.initializers.zeros
+        return x, Dense(x.shape[-1], kernel_init=zeros, name="hint", **self.types)(x)
 
 
-class ImageEmbed(nn.Module):
+class ImageEmbed(Layer):
     """States of an image encoder to the width of the tokens (Wan 2.1 I2V).
 
     Attributes:
@@ -202,8 +192,6 @@ class ImageEmbed(nn.Module):
 
     width: int
     length: int = 0
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, states: Float[Array, "b i e"]) -> Float[Array, "b i d"]:
@@ -211,13 +199,9 @@ class ImageEmbed(nn.Module):
         width = states.shape[-1]
         x = states.astype(jnp.float32)
         if self.length:
-            zeros = nn.initializers.zeros_init()
-            shape = (self.length, width)
-            position = self.param("table", zeros, shape, self.param_dtype)
+            position = self.constant("table", 0, self.length, width)
             x = x + position.astype(jnp.float32)[None]
-        x = LayerNorm(1e-5, self.param_dtype, name="norm_in")(x).astype(self.dtype)
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = LayerNorm(1e-5, name="norm_in", **self.types)(x)
         gelu = partial(nn.gelu, approximate=False)
-        x = Mlp(width, self.width, gelu, name="mlp", **kinds)(x)
-        x = LayerNorm(1e-5, self.param_dtype, name="norm_out")(x)
-        return x.astype(self.dtype)
+        x = Mlp(width, self.width, gelu, name="mlp", **self.types)(x)
+        return LayerNorm(1e-5, name="norm_out", **self.types)(x)

@@ -11,10 +11,9 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 from einops import rearrange
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jvdit.models.dense import Dense
+from jvdit.models.dense import Dense, Layer
 from jvdit.models.dit_blocks import Attention
 from jvdit.models.layers import LayerNorm, Mlp
 from jvdit.sharding import constrain
@@ -54,7 +53,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-class TokenEmbed(nn.Module):
+class TokenEmbed(Layer):
     """A class token and the patches of a picture, each with a learned position.
 
     Attributes: as in `ImageEncoder`.
@@ -62,16 +61,13 @@ class TokenEmbed(nn.Module):
 
     width: int
     patch_size: int
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b i d"]:
         """Embeds patches row by row, behind the class token."""
         side = self.patch_size
         x = rearrange(images, "b (h y) (w x) c -> b (h w) (y x c)", y=side, x=side)
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        x = Dense(self.width, use_bias=False, name="patch", **kinds)(x)
+        x = Dense(self.width, use_bias=False, name="patch", **self.types)(x)
         init = nn.initializers.normal(self.width**-0.5)
         first = self.param("embedding", init, (self.width,), self.param_dtype)
         shape = (1 + x.shape[1], self.width)
@@ -81,7 +77,7 @@ class TokenEmbed(nn.Module):
         return x + table.astype(self.dtype)[None]
 
 
-class ImageBlock(nn.Module):
+class ImageBlock(Layer):
     """Self-attention and an MLP, both residual with the norm before.
 
     Attributes: as in `ImageEncoder`.
@@ -91,24 +87,21 @@ class ImageBlock(nn.Module):
     ffn_width: int
     activation: str
     eps: float = 1e-5
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b i d"]) -> Float[Array, "b i d"]:
         """Updates the states; every one sees every other."""
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        norm = partial(LayerNorm, self.eps, self.param_dtype)
-        y = norm(name="attention_norm")(x).astype(self.dtype)
+        kinds = self.types
+        y = LayerNorm(self.eps, name="attention_norm", **kinds)(x)
         attention = Attention(self.num_heads, qk_norm=False, name="attention", **kinds)
         x = x + attention(y, y)
-        y = norm(name="mlp_norm")(x).astype(self.dtype)
+        y = LayerNorm(self.eps, name="mlp_norm", **kinds)(x)
         activation = ACTIVATIONS[self.activation]
         x = x + Mlp(self.ffn_width, x.shape[-1], activation, name="mlp", **kinds)(y)
         return constrain(x, "batch", None, None)
 
 
-class ImageEncoder(nn.Module):
+class ImageEncoder(Layer):
     """Encodes a picture to the states of a class token and of its patches.
 
     Attributes:
@@ -121,7 +114,6 @@ class ImageEncoder(nn.Module):
         activation: of the MLP, a row of `ACTIVATIONS`.
         eps: of every norm.
         dtype: type of the computation; norms and softmax stay float32.
-        param_dtype: type of the parameters.
     """
 
     width: int
@@ -132,8 +124,6 @@ class ImageEncoder(nn.Module):
     image_size: int
     activation: str
     eps: float = 1e-5
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, images: Float[Array, "b H W 3"]) -> Float[Array, "b i d"]:
@@ -156,11 +146,9 @@ class ImageEncoder(nn.Module):
                 f"pictures of {images.shape[1]}x{images.shape[2]} pixels must have "
                 f"{self.image_size}x{self.image_size}; `preprocess` makes them so."
             )
-        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        x = TokenEmbed(self.width, self.patch_size, name="embed", **kinds)(images)
-        x = LayerNorm(self.eps, self.param_dtype, name="norm")(x).astype(self.dtype)
+        x = TokenEmbed(name="embed", **self.fields_of(TokenEmbed))(images)
+        x = LayerNorm(self.eps, name="norm", **self.types)(x)
         x = constrain(x, "batch", None, None)
-        fields = (self.num_heads, self.ffn_width, self.activation, self.eps)
         for i in range(self.depth):
-            x = ImageBlock(*fields, name=f"block_{i}", **kinds)(x)
+            x = ImageBlock(name=f"block_{i}", **self.fields_of(ImageBlock))(x)
         return x

@@ -1,17 +1,16 @@
 """Small layers that models share: norms, modulation, MLP, sinusoids, layer stacks."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jvdit.models.attention.pieces import RESIDUALS
-from jvdit.models.dense import Dense
+from jvdit.models.dense import Dense, Layer, along_last
 from jvdit.sharding import alone, platform
 
 Initializer = Callable[..., Array]
@@ -33,27 +32,27 @@ REMAT_POLICIES: dict[str, Callable[..., bool]] = {
 }
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(Layer):
     """Divides by the root mean square of the last axis, computed in float32.
 
     Attributes:
         eps: added to the mean square.
-        dtype: type of the result.
     """
 
     eps: float = 1e-6
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         """Normalises; a learned `scale` follows (arXiv:1910.07467, eq. 4)."""
-        shape = x.shape[-1:]
-        scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
+        scale = self.constant("scale", 1, x.shape[-1]).astype(jnp.float32)
         x = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        gain = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + shape)
-        return (x * inverse * gain).astype(self.dtype)
+        power = jnp.mean(self.squared(x), axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(power + self.eps) * along_last(scale, x)
+        return x.astype(self.dtype)
+
+    def squared(self, x: Array) -> Array:
+        """The square, whose form decides how a gradient is rounded."""
+        return x * x
 
 
 def layer_norm(
@@ -65,20 +64,19 @@ def layer_norm(
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
-class LayerNorm(nn.Module):
-    """`layer_norm` with a learned `scale` and `bias`; the result is float32."""
+class LayerNorm(Layer):
+    """`layer_norm` with a learned `scale` and `bias`, computed in float32."""
 
     eps: float = 1e-6
-    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         """Normalises, scales and shifts."""
-        shape, last = x.shape[-1:], (1,) * (x.ndim - 1) + x.shape[-1:]
-        scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
-        x = layer_norm(x, self.eps) * scale.astype(jnp.float32).reshape(last)
-        return x + bias.astype(jnp.float32).reshape(last)
+        scale, bias = (
+            along_last(self.constant(*start, x.shape[-1]).astype(jnp.float32), x)
+            for start in (("scale", 1), ("bias", 0))
+        )
+        return (layer_norm(x, self.eps) * scale + bias).astype(self.dtype)
 
 
 def modulate(
@@ -91,7 +89,7 @@ def modulate(
     return layer_norm(x, eps) * (1 + scale) + shift
 
 
-class Modulation(nn.Module):
+class Modulation(Layer):
     """Shift, scale and gate rows for the tokens: AdaLN with a table (arXiv:2212.09748).
 
     A learned table, one row for each use, is added to an embedding of the noise level.
@@ -102,7 +100,6 @@ class Modulation(nn.Module):
     """
 
     rows: int
-    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -117,16 +114,11 @@ class Modulation(nn.Module):
             level: index of each token's level. None: there is one level.
         """
         width = embedding.shape[-1]
-        table = self.param(
-            "table",
-            nn.initializers.normal(width**-0.5),
-            (self.rows, width),
-            self.param_dtype,
-        )
+        init, shape = nn.initializers.normal(width**-0.5), (self.rows, width)
+        table = self.param("table", init, shape, self.param_dtype)
         rows = embedding + table.astype(jnp.float32)[None, None]
-        if level is None:
-            return [rows[:, :, i] for i in range(self.rows)]
-        return [_pick(rows[:, :, i], level) for i in range(self.rows)]
+        rows = [rows[:, :, i] for i in range(self.rows)]
+        return rows if level is None else [_pick(row, level) for row in rows]
 
 
 @jax.custom_jvp
@@ -149,7 +141,7 @@ def _pick_tangent(primals, tangents):
     return _pick(row, level), tangent
 
 
-class Mlp(nn.Module):
+class Mlp(Layer):
     """Two linear layers, `fc_in` and `fc_out`, with an activation between.
 
     Attributes:
@@ -157,31 +149,19 @@ class Mlp(nn.Module):
         out_width: channels of the result.
         activation: applied between the layers.
         kernel_init: initialiser of both kernels.
-        dtype: type of the computation.
     """
 
     width: int
     out_width: int
     activation: Callable[[Array], Array] = nn.gelu
     kernel_init: Initializer = nn.initializers.xavier_uniform()
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
         """Maps the last axis to `out_width` channels."""
-
-        def linear(features: int, name: str) -> Dense:
-            return Dense(
-                features,
-                kernel_init=self.kernel_init,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                name=name,
-            )
-
-        x = self.activation(linear(self.width, "fc_in")(x))
-        return linear(self.out_width, "fc_out")(x)
+        shared = {"kernel_init": self.kernel_init, **self.types}
+        x = self.activation(Dense(self.width, name="fc_in", **shared)(x))
+        return Dense(self.out_width, name="fc_out", **shared)(x)
 
 
 def timestep_embedding(
@@ -198,10 +178,9 @@ def timestep_embedding(
     if width % 2:
         raise ValueError(f"`width` (={width}) must be even; try {width + 1}.")
     half = width // 2
-    frequency = max_period ** (-np.arange(half) / half)
-    angle = t[..., None].astype(jnp.float32) * frequency.astype(np.float32).reshape(
-        (1,) * t.ndim + (half,)
-    )
+    frequency = (max_period ** (-np.arange(half) / half)).astype(np.float32)
+    t = t[..., None].astype(jnp.float32)
+    angle = t * along_last(frequency, t)
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
@@ -221,6 +200,24 @@ def rematerialise(block: type[nn.Module], policy: str) -> type[nn.Module]:
         known = ", ".join(["none", *REMAT_POLICIES])
         raise ValueError(f"`remat` (={policy!r}) must be one of: {known}.")
     return nn.remat(block, policy=REMAT_POLICIES[policy], prevent_cse=False)
+
+
+def scanned(block: type[nn.Module], length: int, in_axes: Any) -> type[nn.Module]:
+    """Makes a block a stack of so many: a loop, their parameters on a leading axis.
+
+    Args:
+        block: a module class; its first argument and first result are the carry.
+        length: how many blocks.
+        in_axes: axis of the loop in each further argument, or `nn.broadcast`.
+    """
+    return nn.scan(
+        block,
+        variable_axes={"params": 0, "lora": 0},
+        split_rngs={"params": True, "lora": True},
+        in_axes=in_axes,
+        length=length,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
 
 
 def reused(
@@ -272,34 +269,3 @@ def fusion_boundary(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jax.lax.cond(
         first == first, lambda x: x, lambda x: jnp.full_like(x, jnp.nan), x
     )
-
-
-def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Joins the subtrees `block_0`, `block_1`, ... into `blocks`, as `scan_layers`.
-
-    Raises:
-        ValueError: there is no `block_0`.
-    """
-    rest = {k: v for k, v in params.items() if not k.startswith("block_")}
-    depth = len(params) - len(rest)
-    if not depth:
-        raise ValueError(f"no `block_0` to stack among {sorted(params)}.")
-    layers = [params[f"block_{i}"] for i in range(depth)]
-    return rest | {"blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
-
-
-def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Splits the subtree `blocks` into `block_0`, ...: undoes `stack_layers`.
-
-    Raises:
-        ValueError: there are no `blocks`.
-    """
-    if "blocks" not in params:
-        raise ValueError(f"no `blocks` to unstack among {sorted(params)}.")
-    blocks = params["blocks"]
-    depth = jax.tree.leaves(blocks)[0].shape[0]
-    layers = {
-        f"block_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], blocks)
-        for i in range(depth)
-    }
-    return {k: v for k, v in params.items() if k != "blocks"} | layers

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict, path_aware_map, unflatten_dict
 from jaxtyping import Array, PRNGKeyArray
 
 A, B, RATE = "lora_a", "lora_b", "lora_rate"
@@ -78,11 +78,10 @@ class LoRA:
                     f"`lora.targets` find `{path}`, which is no linear layer; name "
                     "others."
                 )
-            bound = i**-0.5
-            a = jax.random.uniform(
-                each, (*stack, i, self.rank), minval=-bound, maxval=bound
+            bound, shape = i**-0.5, (*stack, i, self.rank)
+            adapters[f"{path}/{A}"] = jax.random.uniform(
+                each, shape, float, -bound, bound
             )
-            adapters[f"{path}/{A}"] = a
             adapters[f"{path}/{B}"] = jnp.zeros((*stack, self.rank, o))
         return unflatten_dict(adapters, sep="/")
 
@@ -103,11 +102,8 @@ class LoRA:
 
 def scaled(adapters: Mapping[str, Any], factor: float) -> dict[str, Any]:
     """The same adapters, so many times as strong."""
-    flat = _flat(adapters)
-    return unflatten_dict(
-        {path: x * factor if path.endswith(B) else x for path, x in flat.items()},
-        sep="/",
-    )
+    found = path_aware_map(lambda p, x: x * factor if p[-1] == B else x, {**adapters})
+    return dict(found)
 
 
 def stacked(several: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -124,27 +120,9 @@ def stacked(several: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return unflatten_dict(joined, sep="/")
 
 
-def merged(params: Mapping[str, Any], adapters: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of a network without adapters that does the same.
-
-    Raises:
-        ValueError: the adapters are of another network; lists what doesn't fit.
-    """
-    check(params, adapters)
-    flat = _flat(params)
-    low = _flat(adapters)
-    for path in [p for p in low if p.endswith(A)]:
-        layer = path.removesuffix(A)
-        change = low[path] @ low[layer + B]
-        kernel = flat[layer + "kernel"]
-        flat[layer + "kernel"] = (kernel + change).astype(kernel.dtype)
-    return unflatten_dict(flat, sep="/")
-
-
 def check(params: Mapping[str, Any], adapters: Mapping[str, Any]) -> None:
     """Raises ValueError if adapters don't fit the network with these parameters."""
-    flat = _flat(params)
-    low = _flat(adapters)
+    flat, low = _flat(params), _flat(adapters)
     wrong = []
     for layer in dict.fromkeys(path.rpartition("/")[0] + "/" for path in low):
         kernel = flat.get(layer + "kernel")

@@ -7,35 +7,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from jvdit.models.dense import Dense
-from jvdit.models.layers import RMSNorm
+from jvdit.models.dense import Dense, Layer
+from jvdit.models.layers import RMSNorm, scanned
 from jvdit.shapes import Visible
 from jvdit.sharding import constrain
+
+_XXL = {
+    "width": 4096,
+    "depth": 24,
+    "num_heads": 64,
+    "head_dim": 64,
+    "ffn_width": 10240,
+}
 
 # Sizes by name: `TextEncoder(**VARIANTS[name])`. Rows without a vocabulary belong to
 # our own models, where the tokenizer decides it.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "umt5-xxl": {
-        "vocab_size": 256384,
-        "width": 4096,
-        "depth": 24,
-        "num_heads": 64,
-        "head_dim": 64,
-        "ffn_width": 10240,
-        "shared_bias": False,
-    },
-    "t5-v1.1-xxl": {
-        "vocab_size": 32128,
-        "width": 4096,
-        "depth": 24,
-        "num_heads": 64,
-        "head_dim": 64,
-        "ffn_width": 10240,
-        "shared_bias": True,
-    },
+    "umt5-xxl": _XXL | {"vocab_size": 256384, "shared_bias": False},
+    "t5-v1.1-xxl": _XXL | {"vocab_size": 32128, "shared_bias": True},
     "world": {
         "width": 128,
         "depth": 2,
@@ -74,13 +65,12 @@ def relative_buckets(
     return (bucket + side * (offset > 0)).astype(np.int32)
 
 
-class RelativeBias(nn.Module):
+class RelativeBias(Layer):
     """A learned score for each head and bucket of relative position."""
 
     num_heads: int
     num_buckets: int
     max_distance: int
-    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, length: int, width: int) -> Float[Array, "q s s"]:
@@ -99,7 +89,7 @@ class RelativeBias(nn.Module):
         )
 
 
-class EncoderBlock(nn.Module):
+class EncoderBlock(Layer):
     """Self-attention and a gated MLP, both residual with the norm before.
 
     Attributes: as in `TextEncoder`.
@@ -112,8 +102,6 @@ class EncoderBlock(nn.Module):
     max_distance: int
     shared_bias: bool
     eps: float = 1e-6
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(
@@ -124,17 +112,10 @@ class EncoderBlock(nn.Module):
     ) -> Float[Array, "b s d"]:
         """Updates the states; `bias` is None where every block has its own table."""
         if not self.shared_bias:
-            bias = RelativeBias(
-                self.num_heads,
-                self.num_buckets,
-                self.max_distance,
-                self.param_dtype,
-                name="relative_bias",
-            )(x.shape[1], x.shape[2])
-        norm = {"eps": self.eps, "dtype": self.dtype, "param_dtype": self.param_dtype}
-        y = RMSNorm(name="attention_norm", **norm)(x)
+            bias = _relative_bias(self)(*x.shape[1:])
+        y = RMSNorm(self.eps, name="attention_norm", **self.types)(x)
         x = x + self._attention(y, visible, bias)
-        y = RMSNorm(name="mlp_norm", **norm)(x)
+        y = RMSNorm(self.eps, name="mlp_norm", **self.types)(x)
         width = x.shape[-1]
         gate = nn.gelu(self._linear("gate", self.ffn_width, width)(y))
         y = gate * self._linear("fc_in", self.ffn_width, width)(y)
@@ -159,14 +140,13 @@ class EncoderBlock(nn.Module):
         return self._linear("out", width, inner)(out)
 
     def _linear(self, name: str, features: int, fan_in: int) -> Dense:
-        return Dense(
-            features,
-            use_bias=False,
-            kernel_init=nn.initializers.normal(fan_in**-0.5),
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            name=name,
-        )
+        init = nn.initializers.normal(fan_in**-0.5)
+        return Dense(features, False, init, name=name, **self.types)
+
+
+def _relative_bias(module: "EncoderBlock | TextEncoder") -> RelativeBias:
+    fields = module.fields_of(RelativeBias)
+    return RelativeBias(name="relative_bias", **fields)
 
 
 class _ScanBlock(EncoderBlock):
@@ -177,7 +157,7 @@ class _ScanBlock(EncoderBlock):
         return super().__call__(x, *context), None
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(Layer):
     """Encodes token ids of captions to one state each.
 
     Positions enter only as differences, so several captions may share a row.
@@ -195,7 +175,6 @@ class TextEncoder(nn.Module):
             one in each (UMT5).
         eps: of every norm.
         dtype: type of the computation; norms and softmax stay float32.
-        param_dtype: type of the parameters.
         scan_layers: stack the parameters of the blocks and loop over them.
     """
 
@@ -209,8 +188,6 @@ class TextEncoder(nn.Module):
     max_distance: int = 128
     shared_bias: bool = True
     eps: float = 1e-6
-    dtype: DTypeLike = jnp.float32
-    param_dtype: DTypeLike = jnp.float32
     scan_layers: bool = False
 
     @nn.compact
@@ -230,47 +207,20 @@ class TextEncoder(nn.Module):
             self.vocab_size,
             self.width,
             embedding_init=nn.initializers.normal(1.0),
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
             name="token_embed",
+            **self.types,
         )(ids)
         x = constrain(x, "batch", "text", None)
-        bias = None
-        if self.shared_bias:
-            bias = RelativeBias(
-                self.num_heads,
-                self.num_buckets,
-                self.max_distance,
-                self.param_dtype,
-                name="relative_bias",
-            )(ids.shape[1], self.width)
+        bias = _relative_bias(self)(*x.shape[1:]) if self.shared_bias else None
         x = self._blocks(x, Visible.packed(segment).mask(), bias)
-        x = RMSNorm(self.eps, self.dtype, self.param_dtype, name="final_norm")(x)
+        x = RMSNorm(self.eps, name="final_norm", **self.types)(x)
         return x * (segment > 0)[..., None].astype(x.dtype)
 
     def _blocks(self, x: Array, *context) -> Array:
-        fields = {
-            "num_heads": self.num_heads,
-            "head_dim": self.head_dim,
-            "ffn_width": self.ffn_width,
-            "num_buckets": self.num_buckets,
-            "max_distance": self.max_distance,
-            "shared_bias": self.shared_bias,
-            "eps": self.eps,
-            "dtype": self.dtype,
-            "param_dtype": self.param_dtype,
-        }
-        if not self.scan_layers:
-            for i in range(self.depth):
-                x = EncoderBlock(name=f"block_{i}", **fields)(x, *context)
-            return x
-        stack = nn.scan(
-            _ScanBlock,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=self.depth,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        x, _ = stack(name="blocks", **fields)(x, *context)
+        fields = self.fields_of(EncoderBlock)
+        if self.scan_layers:
+            stack = scanned(_ScanBlock, self.depth, nn.broadcast)
+            return stack(name="blocks", **fields)(x, *context)[0]
+        for i in range(self.depth):
+            x = EncoderBlock(name=f"block_{i}", **fields)(x, *context)
         return x

@@ -9,21 +9,21 @@ and our own are rows of one table, `VARIANTS`.
 from collections.abc import Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
 
 from jvdit.models.convolution import Convolution
-from jvdit.models.video_vae_layers import REMAT, Decoder, Encoder
+from jvdit.models.dense import along_last
+from jvdit.models.video_vae_layers import REMAT, Coder, Decoder, Encoder
 from jvdit.sharding import constrain, frame_axes
 
 # Bounds of the log variance: its exponential stays finite and positive in float32.
 LOGVAR_RANGE = (-30.0, 20.0)
 
 
-class VideoVAE(nn.Module):
+class VideoVAE(Coder):
     """Variational autoencoder of videos and images.
 
     Attributes:
@@ -45,26 +45,14 @@ class VideoVAE(nn.Module):
         remat: what the backward pass recomputes: "none", "full" (residual blocks) or
             "dots" (residual blocks, but for products and convolutions).
         dtype: type of the computation; norms and softmax are float32 always.
-        param_dtype: type of the parameters.
     """
 
     encoder_width: int = 96
     decoder_width: int = 96
-    multipliers: Sequence[int] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
-    spatial_downsample: Sequence[bool] | None = None
-    temporal_downsample: Sequence[bool] = (False, True, True)
-    stage_taps: Sequence[int] | None = None
     latent_channels: int = 16
     patch_size: int = 1
-    residual_shortcuts: bool = False
-    middle_attention: bool = True
-    norm_eps: float = 1e-12
     latents_mean: Sequence[float] | None = None
     latents_std: Sequence[float] | None = None
-    remat: str = "none"
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
 
     @property
     def temporal_compression(self) -> int:
@@ -74,13 +62,7 @@ class VideoVAE(nn.Module):
     @property
     def spatial_compression(self) -> int:
         """Pixels of height, or of width, for each latent."""
-        return self.patch_size * 2 ** sum(map(bool, self._spatial))
-
-    @property
-    def _spatial(self) -> tuple[bool, ...]:
-        if self.spatial_downsample is None:
-            return (True,) * (len(self.multipliers) - 1)
-        return tuple(self.spatial_downsample)
+        return self.patch_size * 2 ** sum(map(bool, self.spatial))
 
     def latent_shape(self, T: int, H: int, W: int) -> tuple[int, int, int]:
         """Latent frames, height and width of a video of T x H x W pixels.
@@ -116,51 +98,29 @@ class VideoVAE(nn.Module):
             ValueError: fields contradict one another.
         """
         stages = len(self.multipliers)
-        halvings = {
-            "spatial_downsample": self._spatial,
-            "temporal_downsample": self.temporal_downsample,
-        }
-        for name, halved in halvings.items():
-            if len(halved) != stages - 1:
+        for name, given, entries in (
+            ("spatial_downsample", self.spatial, stages - 1),
+            ("temporal_downsample", self.temporal_downsample, stages - 1),
+            ("stage_taps", self.taps, stages),
+        ):
+            if len(given) != entries:
+                each = "" if entries == stages else f"{entries} halvings of "
                 raise ValueError(
-                    f"`{name}` (={halved}) must have one entry for each of the "
-                    f"{stages - 1} halvings of {stages} `multipliers`."
+                    f"`{name}` (={given}) must have one entry for each of the "
+                    f"{each}{stages} `multipliers`."
                 )
-        taps = (3,) * stages if self.stage_taps is None else self.stage_taps
-        if len(taps) != stages:
-            raise ValueError(
-                f"`stage_taps` (={taps}) must have one entry for each of the "
-                f"{stages} `multipliers`."
-            )
         if self.remat not in REMAT:
             raise ValueError(
                 f"`remat` (={self.remat!r}) must be one of {tuple(REMAT)}."
             )
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        shared = {
-            "taps": tuple(taps),
-            "spatial": self._spatial,
-            "temporal": tuple(self.temporal_downsample),
-            "num_res_blocks": self.num_res_blocks,
-            "residual": self.residual_shortcuts,
-            "attention": self.middle_attention,
-            "eps": self.norm_eps,
-            "remat": self.remat,
-            **types,
-        }
-        moments = 2 * self.latent_channels
-        self.encoder = Encoder(
-            tuple(self.encoder_width * m for m in self.multipliers),
-            out_channels=moments,
-            **shared,
+        shared, moments = self.fields_of(Coder), 2 * self.latent_channels
+        pixels = 3 * self.patch_size**2
+        self.encoder = Encoder(width=self.encoder_width, out_channels=moments, **shared)
+        self.decoder = Decoder(width=self.decoder_width, out_channels=pixels, **shared)
+        self.quant_conv = Convolution(moments, (1, 1, 1), **self.types)
+        self.post_quant_conv = Convolution(
+            self.latent_channels, (1, 1, 1), **self.types
         )
-        self.decoder = Decoder(
-            tuple(self.decoder_width * m for m in self.multipliers),
-            out_channels=3 * self.patch_size**2,
-            **shared,
-        )
-        self.quant_conv = Convolution(moments, (1, 1, 1), **types)
-        self.post_quant_conv = Convolution(self.latent_channels, (1, 1, 1), **types)
 
     def encode(
         self, video: Float[Array, "b T H W 3"]
@@ -217,22 +177,21 @@ class VideoVAE(nn.Module):
 
     def normalize(self, latents: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
         """Gives each channel mean 0 and standard deviation 1 over the data."""
-        mean, std = self._statistics(latents.ndim)
+        mean, std = self._statistics(latents)
         return (latents - mean) / std
 
     def denormalize(self, latents: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
         """The inverse of `normalize`: what `decode` takes."""
-        mean, std = self._statistics(latents.ndim)
+        mean, std = self._statistics(latents)
         return latents * std + mean
 
-    def _statistics(self, ndim: int) -> tuple[Array, Array]:
+    def _statistics(self, latents: Array) -> tuple[Array, Array]:
         given = ((self.latents_mean, 0.0), (self.latents_std, 1.0))
         mean, std = (
             jnp.asarray((d,) * self.latent_channels if v is None else v, jnp.float32)
             for v, d in given
         )
-        axes = (1,) * (ndim - 1) + (-1,)
-        return mean.reshape(axes), std.reshape(axes)
+        return along_last(mean, latents), along_last(std, latents)
 
 
 def to_float(video: Array | np.ndarray) -> Float[Array, "b T H W 3"]:

@@ -47,7 +47,7 @@ def encode_step(
         (mean, logvar) of the latents of these frames, and the cache.
     """
     frames = video.shape[1] // vae.temporal_compression
-    return _advance(vae, "encode", frames)(params, cache, video)
+    return _advance(vae, "encode", frames, params, cache, video)
 
 
 @functools.partial(jit, static_argnames="vae", donate_argnames="cache")
@@ -66,50 +66,50 @@ def decode_step(
         `temporal_compression` frames for each latent frame, one for the first of the
         video, and the cache.
     """
-    return _advance(vae, "decode", latents.shape[1])(params, cache, latents)
+    return _advance(vae, "decode", latents.shape[1], params, cache, latents)
 
 
-def _advance(vae: VideoVAE, method: str, frames: int) -> Any:
-    """Makes a step for a piece of so many latent frames, on as many devices as can."""
+def _advance(
+    vae: VideoVAE, method: str, frames: int, params: Any, cache: Cache, x: Any
+) -> Any:
+    """Takes a piece of so many latent frames, on as many devices as can."""
 
     def advance(params: Any, cache: Cache, x: Any) -> tuple[Any, Cache]:
         variables = {"params": params, "cache": cache} if cache else {"params": params}
         y, state = vae.apply(variables, x, method=method, mutable=["cache"])
         return y, dict(state["cache"])
 
-    def divided(params: Any, cache: Cache, x: Any) -> tuple[Any, Cache]:
-        each, rest = divmod(frames, frame_ways())
-        if not cache or rest or each < LOOKS_BACK:
-            return advance(params, cache, x)
-        places = PartitionSpec(None, FRAMES)
-        return jax.shard_map(
-            advance,
-            in_specs=(PartitionSpec(), PartitionSpec(), places),
-            out_specs=(places, PartitionSpec()),
-            axis_names={FRAMES},
-        )(params, cache, x)
-
-    return divided if frame_ways() > 1 else advance
+    each, rest = divmod(frames, frame_ways())
+    if frame_ways() == 1 or not cache or rest or each < LOOKS_BACK:
+        return advance(params, cache, x)
+    whole, places = PartitionSpec(), PartitionSpec(None, FRAMES)
+    return jax.shard_map(
+        advance,
+        in_specs=(whole, whole, places),
+        out_specs=(places, whole),
+        axis_names={FRAMES},
+    )(params, cache, x)
 
 
 def encode_stream(
     vae: VideoVAE, params: Any, pieces: Iterable[Float[Array, "b _T H W 3"]]
 ) -> Iterator[tuple[Float[Array, "b _f h w c"], Float[Array, "b _f h w c"]]]:
     """Encodes a video piece by piece; see `encode_step`, and `split` for pieces."""
-    cache: Cache = {}
-    for piece in pieces:
-        moments, cache = encode_step(vae, params, piece, cache)
-        yield moments
+    return _stream(encode_step, vae, params, pieces)
 
 
 def decode_stream(
     vae: VideoVAE, params: Any, pieces: Iterable[Float[Array, "b _f h w c"]]
 ) -> Iterator[Float[Array, "b _T H W 3"]]:
     """Decodes latents piece by piece, giving frames as soon as they are known."""
+    return _stream(decode_step, vae, params, pieces)
+
+
+def _stream(step: Any, vae: VideoVAE, params: Any, pieces: Iterable[Array]) -> Any:
     cache: Cache = {}
     for piece in pieces:
-        video, cache = decode_step(vae, params, piece, cache)
-        yield video
+        made, cache = step(vae, params, piece, cache)
+        yield made
 
 
 def split(
@@ -168,24 +168,3 @@ def decode_normalized(
     for video in decode_stream(vae, params, split(_filled(x, piece), piece)):
         yield video[:, :left]
         left -= video.shape[1]
-
-
-def decode_scan(
-    vae: VideoVAE, params: Any, latents: Float[Array, "b f h w c"]
-) -> Float[Array, "b T H W 3"]:
-    """Decodes a whole video as a loop over latent frames, to be called under jit.
-
-    Activations take the memory of one latent frame, whatever the length.
-    """
-    first, cache = decode_step(vae, params, latents[:, :1], {})
-    if latents.shape[1] == 1:
-        return first
-
-    def step(cache: Cache, latent: Array) -> tuple[Cache, Array]:
-        video, cache = decode_step(vae, params, latent[:, None], cache)
-        return cache, video
-
-    _, later = jax.lax.scan(step, cache, jnp.moveaxis(latents[:, 1:], 1, 0))
-    later = jnp.moveaxis(later, 0, 1)
-    later = later.reshape(later.shape[0], -1, *later.shape[3:])
-    return jnp.concatenate([first, later], axis=1)

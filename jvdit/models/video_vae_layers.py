@@ -17,11 +17,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from einops import rearrange
+from einops import rearrange, reduce
 from jaxtyping import Array, Float
 
 from jvdit.models.convolution import Convolution, copies, inflated, recall
-from jvdit.models.video_vae_shortcuts import average_down, duplicate_up
+from jvdit.models.dense import Layer
+from jvdit.models.layers import RMSNorm
 from jvdit.sharding import constrain, frame_axes, frames_divided
 
 # Largest number of attention scores held at once; more frames than fit go in turns.
@@ -30,24 +31,15 @@ SCORES_AT_ONCE = 2**26
 ACTIVATIONS_AT_ONCE = 2**27
 
 
-class ChannelNorm(nn.Module):
+class ChannelNorm(RMSNorm):
     """Divides each position by the root mean square of its channels, and scales."""
 
-    eps: float = 1e-12
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
-        """Normalises in float32 and returns the type of `x`."""
-        ones = nn.initializers.ones_init()
-        scale = self.param("scale", ones, (x.shape[-1],), self.param_dtype)
-        wide = x.astype(jnp.float32)
-        power = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
-        return (wide * jax.lax.rsqrt(power + self.eps) * scale).astype(x.dtype)
+    def squared(self, x: Array) -> Array:
+        """The square, with a gradient in another form than that of a product."""
+        return jnp.square(x)
 
 
-class ResBlock(nn.Module):
+class ResBlock(Layer):
     """Two normalised causal convolutions beside a (projected) identity.
 
     A new block changes nothing: the last kernel starts at zero (arXiv:1901.09321).
@@ -56,42 +48,32 @@ class ResBlock(nn.Module):
     features: int
     taps: int = 3
     eps: float = 1e-12
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b f h w d"]:
         """Transforms frames; the size stays, the channels become `features`."""
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         shortcut = x
         if x.shape[-1] != self.features:
-            project = Convolution(self.features, (1, 1, 1), **types, name="shortcut")
-            shortcut = project(x)
-        inits = (inflated, nn.initializers.zeros_init())
-        for i, init in enumerate(inits, start=1):
-            norm = ChannelNorm(self.eps, self.param_dtype, name=f"norm_{i}")
-            kernel_size = (self.taps, 3, 3)
-            conv = Convolution(
-                self.features, kernel_size, kernel_init=init, **types, name=f"conv_{i}"
-            )
-            x = conv(nn.silu(norm(x)))
+            shape = self.features, (1, 1, 1)
+            shortcut = Convolution(*shape, **self.types, name="shortcut")(x)
+        for i, init in enumerate((inflated, nn.initializers.zeros), start=1):
+            x = nn.silu(ChannelNorm(self.eps, **self.types, name=f"norm_{i}")(x))
+            new = {"kernel_init": init, "name": f"conv_{i}", **self.types}
+            x = Convolution(self.features, (self.taps, 3, 3), **new)(x)
         return x + shortcut
 
 
-class FrameAttention(nn.Module):
+class FrameAttention(Layer):
     """Self-attention with one head among the positions of each frame."""
 
     eps: float = 1e-12
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b f h w c"]:
         """Adds to each position what it attends to in its own frame."""
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         batch, _, height, width, channels = x.shape
-        y = ChannelNorm(self.eps, self.param_dtype, name="norm")(x)
-        y = Convolution(3 * channels, (1, 1), **types, name="qkv")(y)
+        y = ChannelNorm(self.eps, **self.types, name="norm")(x)
+        y = Convolution(3 * channels, (1, 1), **self.types, name="qkv")(y)
         # Positions of the side that devices divide come first: so each has a stretch.
         order = "(w h)" if frame_axes(y)[3] else "(h w)"
         y = rearrange(y, f"b f h w c -> (b f) {order} c")
@@ -103,7 +85,7 @@ class FrameAttention(nn.Module):
             y = jax.vmap(_attend)(y)
         sizes = {"b": batch, "h": height, "w": width}
         y = rearrange(y, f"(b f) {order} c -> b f h w c", **sizes)
-        return x + Convolution(channels, (1, 1), **types, name="proj")(y)
+        return x + Convolution(channels, (1, 1), **self.types, name="proj")(y)
 
 
 def _attend(qkv: Array) -> Array:
@@ -113,47 +95,40 @@ def _attend(qkv: Array) -> Array:
     return jnp.einsum("nm,mc->nc", weights.astype(value.dtype), value)
 
 
-class Downsample(nn.Module):
+class Downsample(Layer):
     """With `spatial` halves height and width, with `temporal` the later frames."""
 
     spatial: bool
     temporal: bool
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b g i j c"]:
         """Pads below and to the right only, so that an even size halves exactly."""
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        right = ((0, 1), (0, 1))
         channels = x.shape[-1]
         if self.spatial:
-            conv = Convolution(channels, (3, 3), (2, 2), right, **types, name="conv")
-            x = conv(x)
+            shape = channels, (3, 3), (1, 2, 2), ((0, 1), (0, 1))
+            x = Convolution(*shape, **self.types, name="conv")(x)
         if not self.temporal:
             return x
         past = recall(self, x, 1)
-        shape = {"kernel_size": (3, 1, 1), "strides": (2, 1, 1), "kernel_init": copies}
-        time_conv = Convolution(channels, **shape, **types, name="time_conv")
+        new = {"kernel_init": copies, "name": "time_conv", **self.types}
+        time_conv = Convolution(channels, (3, 1, 1), (2, 1, 1), **new)
         if past is not None:
             return time_conv(x, past)
         # The first frame stays as it is; it is also the first that a window sees.
         return jnp.concatenate([x[:, :1], time_conv(x, x[:, :0])], axis=1)
 
 
-class Upsample(nn.Module):
+class Upsample(Layer):
     """With `spatial` doubles height and width, with `temporal` the later frames."""
 
     features: int
     spatial: bool
     temporal: bool
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b g i j d"]:
         """Makes two frames of each one, but one of the first frame of a video."""
-        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         if self.temporal:
             # The first frame stays as it is, and no window ever sees it.
             first = 0 if self.has_variable("cache", "frames") else 1
@@ -161,27 +136,69 @@ class Upsample(nn.Module):
             past = recall(self, later, 2)
             if past is None:
                 past = jnp.zeros_like(x, shape=(x.shape[0], 2, *x.shape[2:]))
-            features, shape = 2 * x.shape[-1], {"kernel_size": (3, 1, 1)}
-            time_conv = Convolution(
-                features, **shape, kernel_init=copies, **types, name="time_conv"
-            )
-            later = time_conv(later, past)
+            new = {"kernel_init": copies, "name": "time_conv", **self.types}
+            later = Convolution(2 * x.shape[-1], (3, 1, 1), **new)(later, past)
             later = rearrange(later, "b f h w (r c) -> b (f r) h w c", r=2)
             x = jnp.concatenate([x[:, :first], later], axis=1)
-        shape = {"kernel_size": (3, 3), "upsample": self.spatial}
-        return Convolution(self.features, **shape, **types, name="conv")(x)
+        new = {"upsample": self.spatial, "name": "conv", **self.types}
+        return Convolution(self.features, (3, 3), **new)(x)
 
 
-class DownStage(nn.Module):
-    """Residual blocks at one resolution, then what is halved of it.
+# Shortcuts around stages, without parameters, are what the Wan 2.2 autoencoder adds to
+# that of Wan 2.1; the idea is that of DC-AE (arXiv:2410.10733).
+
+
+def average_down(
+    x: Float[Array, "b f h w c"], features: int, time: int, space: int
+) -> Float[Array, "b g i j d"]:
+    """Moves cells of time x space x space to the channels, and averages groups.
+
+    Zeros before the first frame complete its cell.
+
+    Raises:
+        ValueError: the channels don't form equal groups.
+    """
+    x = jnp.pad(x, ((0, 0), (-x.shape[1] % time, 0), (0, 0), (0, 0), (0, 0)))
+    cell = {"u": time, "r": space, "q": space}
+    x = rearrange(x, "b (f u) (h r) (w q) c -> b f h w (c u r q)", **cell)
+    if features % x.shape[-1] == 0:
+        return jnp.repeat(x, features // x.shape[-1], axis=-1)
+    if x.shape[-1] % features:
+        raise ValueError(
+            f"a residual shortcut averages {x.shape[-1]} channels to {features}, which "
+            "must divide them; choose multipliers that are powers of two."
+        )
+    return reduce(x, "b f h w (d g) -> b f h w d", "mean", d=features)
+
+
+def duplicate_up(
+    x: Float[Array, "b f h w c"], features: int, time: int, space: int
+) -> Float[Array, "b g i j d"]:
+    """Repeats channels, and moves them to cells of time x space x space.
+
+    Raises:
+        ValueError: the channels can't be repeated equally.
+    """
+    wanted = features * time * space**2
+    if wanted % x.shape[-1]:
+        raise ValueError(
+            f"a residual shortcut repeats {x.shape[-1]} channels to {wanted}, which "
+            "they must divide; choose multipliers that are powers of two."
+        )
+    x = jnp.repeat(x, wanted // x.shape[-1], axis=-1)
+    cell = {"u": time, "r": space, "q": space}
+    return rearrange(x, "b f h w (d u r q) -> b (f u) (h r) (w q) d", **cell)
+
+
+class _Stage(Layer):
+    """Residual blocks at one resolution.
 
     Attributes:
         features: channels.
         blocks: how many residual blocks.
-        taps: time taps of their kernels.
-        spatial: halve height and width at the end.
-        temporal: halve the frames at the end.
-        residual: add to the result the input, averaged down to its shape.
+        spatial: halve, or double, height and width behind them.
+        temporal: halve, or double, the frames.
+        residual: add to the result the input, averaged or repeated to its shape.
         block: makes a residual block.
     """
 
@@ -191,54 +208,50 @@ class DownStage(nn.Module):
     temporal: bool
     residual: bool
     block: Callable[..., nn.Module]
-    types: Any
+
+    def _transformed(self, x: Array) -> Array:
+        for i in range(self.blocks):
+            x = self.block(self.features, name=f"res_{i}")(x)
+        return x
+
+    @property
+    def _factors(self) -> tuple[int, int]:
+        return 1 + self.temporal, 1 + self.spatial
+
+
+class DownStage(_Stage):
+    """Residual blocks at one resolution, then what is halved of it."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b g i j d"]:
         """Codes the input at the next coarser resolution."""
-        y = x
-        for i in range(self.blocks):
-            y = self.block(self.features, name=f"res_{i}")(y)
+        y = self._transformed(x)
         if self.spatial or self.temporal:
-            resample = Downsample(
-                self.spatial, self.temporal, **self.types, name="resample"
-            )
-            y = resample(y)
+            y = Downsample(name="resample", **self.fields_of(Downsample))(y)
         if self.residual:
-            factors = (1 + self.temporal, 1 + self.spatial)
-            y = y + average_down(x, self.features, *factors)
+            y = y + average_down(x, self.features, *self._factors)
         return y
 
 
-class UpStage(nn.Module):
-    """Residual blocks at one resolution, then doubling: the inverse of a DownStage."""
+class UpStage(_Stage, kw_only=True):
+    """Residual blocks at one resolution, then doubling: the inverse of a DownStage.
 
-    features: int
+    Attributes:
+        out_features: channels of the result, where anything is doubled.
+    """
+
     out_features: int
-    blocks: int
-    spatial: bool
-    temporal: bool
-    residual: bool
-    block: Callable[..., nn.Module]
-    types: Any
 
     @nn.compact
     def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b g i j d"]:
         """Decodes the input at the next finer resolution."""
-        y = x
-        for i in range(self.blocks):
-            y = self.block(self.features, name=f"res_{i}")(y)
+        y = self._transformed(x)
         if not (self.spatial or self.temporal):
             return y
-        y = Upsample(
-            self.out_features,
-            self.spatial,
-            self.temporal,
-            **self.types,
-            name="resample",
-        )(y)
+        fields = self.fields_of(Upsample) | {"features": self.out_features}
+        y = Upsample(name="resample", **fields)(y)
         if self.residual:
-            copies = duplicate_up(x, y.shape[-1], 1 + self.temporal, 1 + self.spatial)
+            copies = duplicate_up(x, y.shape[-1], *self._factors)
             # At the start of a video the first frame is one frame, not two.
             y = y + copies[:, copies.shape[1] - y.shape[1] :]
         return y
@@ -256,99 +269,120 @@ REMAT: dict[str, Any] = {
 }
 
 
-class _Coder(nn.Module):
-    """What both halves share: the fields of `VideoVAE`; widths are fine to coarse."""
+class Coder(Layer):
+    """What an autoencoder and both of its halves have in common.
 
-    widths: Sequence[int]
-    taps: Sequence[int]
-    spatial: Sequence[bool]
-    temporal: Sequence[bool]
-    out_channels: int
-    num_res_blocks: int
-    residual: bool
-    attention: bool
-    eps: float
-    remat: str
-    dtype: Any
-    param_dtype: Any
+    Attributes: as in `VideoVAE`.
+    """
+
+    multipliers: Sequence[int] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    spatial_downsample: Sequence[bool] | None = None
+    temporal_downsample: Sequence[bool] = (False, True, True)
+    stage_taps: Sequence[int] | None = None
+    residual_shortcuts: bool = False
+    middle_attention: bool = True
+    norm_eps: float = 1e-12
+    remat: str = "none"
 
     @property
-    def _types(self) -> dict[str, Any]:
-        return {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    def spatial(self) -> Sequence[bool]:
+        """Whether height and width are halved between each stage and the next."""
+        always = (True,) * (len(self.multipliers) - 1)
+        return always if self.spatial_downsample is None else self.spatial_downsample
+
+    @property
+    def taps(self) -> Sequence[int]:
+        """Time taps of each stage's kernels."""
+        return (
+            (3,) * len(self.multipliers) if self.stage_taps is None else self.stage_taps
+        )
+
+
+class _Half(Coder, kw_only=True):
+    """An encoder or a decoder.
+
+    Attributes:
+        width: channels of the finest stage.
+        out_channels: channels of the result.
+    """
+
+    width: int
+    out_channels: int
+
+    @property
+    def _widths(self) -> list[int]:
+        return [self.width * multiplier for multiplier in self.multipliers]
 
     def _res_block(self, taps: int) -> Any:
         """A maker of residual blocks under the policy of rematerialisation."""
         policy = REMAT[self.remat]
         block = ResBlock if policy is None else nn.remat(ResBlock, policy=policy)
-        return functools.partial(block, taps=taps, eps=self.eps, **self._types)
+        return functools.partial(block, taps=taps, eps=self.norm_eps, **self.types)
+
+    def _stage(self, i: int, halving: int, blocks: int) -> dict[str, Any]:
+        """The fields of stage i, of which this halving, if there is one, is a part."""
+        halves = 0 <= halving < len(self.spatial)
+        return {
+            "features": self._widths[i],
+            "blocks": blocks,
+            "spatial": halves and self.spatial[halving],
+            "temporal": halves and self.temporal_downsample[halving],
+            "residual": self.residual_shortcuts,
+            "block": self._res_block(self.taps[i]),
+            **self.types,
+        }
 
     def _conv(self, name: str, features: int, taps: int, x: Array) -> Array:
-        return Convolution(features, (taps, 3, 3), **self._types, name=name)(x)
+        return Convolution(features, (taps, 3, 3), **self.types, name=name)(x)
 
     def _middle(self, x: Array) -> Array:
         """Two residual blocks at the coarsest resolution around attention."""
         block = self._res_block(self.taps[-1])
         x = block(x.shape[-1], name="mid_res_0")(x)
-        if self.attention:
-            x = FrameAttention(self.eps, **self._types, name="mid_attention")(x)
+        if self.middle_attention:
+            x = FrameAttention(self.norm_eps, **self.types, name="mid_attention")(x)
         return block(x.shape[-1], name="mid_res_1")(x)
 
     def _head(self, x: Array, taps: int) -> Array:
-        x = nn.silu(ChannelNorm(self.eps, self.param_dtype, name="norm_out")(x))
+        x = nn.silu(ChannelNorm(self.norm_eps, **self.types, name="norm_out")(x))
         return self._conv("conv_out", self.out_channels, taps, x)
 
 
-class Encoder(_Coder):
+class Encoder(_Half):
     """Stages from fine to coarse, then the middle."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "b F i j c"]) -> Float[Array, "b f h w d"]:
         """Codes patches of pixels as moments of latents."""
-        x = self._conv("conv_in", self.widths[0], self.taps[0], x)
-        for i, width in enumerate(self.widths):
-            last = i == len(self.widths) - 1
-            x = DownStage(
-                width,
-                self.num_res_blocks,
-                spatial=not last and self.spatial[i],
-                temporal=not last and self.temporal[i],
-                residual=self.residual,
-                block=self._res_block(self.taps[i]),
-                types=self._types,
-                name=f"down_{i}",
-            )(x)
+        x = self._conv("conv_in", self._widths[0], self.taps[0], x)
+        for i in range(len(self.multipliers)):
+            stage = self._stage(i, i, self.num_res_blocks)
+            x = DownStage(name=f"down_{i}", **stage)(x)
         return self._head(self._middle(x), self.taps[-1])
 
 
-class Decoder(_Coder):
+class Decoder(_Half):
     """The middle, then stages from coarse to fine."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "b f h w c"]) -> Float[Array, "b F i j d"]:
         """Decodes latents to patches of pixels."""
-        x = self._middle(self._conv("conv_in", self.widths[-1], self.taps[-1], x))
-        for i, width in reversed(list(enumerate(self.widths))):
-            fields = {
-                "features": width,
-                # Wan 2.1 narrows while it upsamples, 2.2 in the next stage.
-                "out_features": width if self.residual else width // 2,
-                "blocks": self.num_res_blocks + 1,
-                "spatial": i > 0 and self.spatial[i - 1],
-                "temporal": i > 0 and self.temporal[i - 1],
-                "residual": self.residual,
-                "block": self._res_block(self.taps[i]),
-                "types": self._types,
-                "name": f"up_{i}",
-            }
-            stage = UpStage(**fields)
-            x = _in_turns(stage, x) if self._is_large(x, fields) else stage(x)
+        x = self._middle(self._conv("conv_in", self._widths[-1], self.taps[-1], x))
+        for i in reversed(range(len(self.multipliers))):
+            fields = self._stage(i, i - 1, self.num_res_blocks + 1)
+            # Wan 2.1 narrows while it upsamples, 2.2 in the next stage.
+            width = self._widths[i]
+            width = width if self.residual_shortcuts else width // 2
+            stage = UpStage(name=f"up_{i}", out_features=width, **fields)
+            x = _in_turns(stage, x) if self._is_large(x, stage) else stage(x)
         return self._head(x, self.taps[0])
 
-    def _is_large(self, x: Array, stage: dict[str, Any]) -> bool:
+    def _is_large(self, x: Array, stage: UpStage) -> bool:
         """Whether a stage of a video that goes on is to take a frame at a time."""
-        cells = (1 + stage["spatial"]) ** 2 * (1 + stage["temporal"])
-        largest = max(x.size, x[..., 0].size * cells * stage["out_features"])
-        goes_on = stage["name"] in self.variables.get("cache", {})
+        cells = (1 + stage.spatial) ** 2 * (1 + stage.temporal)
+        largest = max(x.size, x[..., 0].size * cells * stage.out_features)
+        goes_on = stage.name in self.variables.get("cache", {})
         # What one device looks back at is the end of another's frames: no turns there.
         in_order = x.shape[1] > 1 and not frames_divided()
         return goes_on and in_order and largest > ACTIVATIONS_AT_ONCE

@@ -22,7 +22,7 @@ from jvdit.data.items import Item
 from jvdit.data.packing import pack_rows
 from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
-from jvdit.generation.sampling import Stepper, start_noise
+from jvdit.generation.sampling import Start, Stepper, start_noise
 from jvdit.machine.chips import several
 from jvdit.models import video_vae_chunked as chunked
 from jvdit.models.backbones import Backbone
@@ -173,6 +173,7 @@ def sample_program(
     row = rows, tokens + padding
     arrays = {name: _shape(*row, width) for name, width in widths.items() if width}
     arrays |= {name: _shape(*row, dtype=jnp.int32) for name in ("segment", "level")}
+    start = Start(NoisePath(), TimestepPolicy(), SAMPLED, "unipc", one_clip=not padding)
     image = None
     if module.image_width:
         image = _shape(rows, module.image_length or 257, module.image_width)
@@ -182,16 +183,7 @@ def sample_program(
             lambda key: module.init(key, *module.example_inputs())["params"], _key()
         )
         running = jax.eval_shape(
-            lambda *x: start_noise(
-                *x,
-                path=NoisePath(),
-                policy=TimestepPolicy(),
-                one_clip=not padding,
-                given=False,
-                noisy=False,
-                steps=SAMPLED,
-                solver="unipc",
-            ),
+            lambda *x: start_noise(start, *x),
             arrays,
             _shape(rows, 2, dtype=jnp.uint32),
         )

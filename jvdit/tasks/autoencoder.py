@@ -10,7 +10,6 @@ from jvdit.config import Config
 from jvdit.data.clips import BadClip, Source
 from jvdit.data.pipeline import ClipBatches
 from jvdit.data.plan import BucketPlan
-from jvdit.data.sheets import contact_sheet, write_png
 from jvdit.evaluation.reconstruction import psnr, ssim
 from jvdit.machine.cluster import is_lead, to_host
 from jvdit.machine.compilation import jit
@@ -45,28 +44,16 @@ class VAETask(Task):
         self.objective = VAEObjective(self.vae, **config.loss)
         fields = module_fields(self.vae)
         self.identity = {"objective": "video_vae", "vae": fields, "seed": config.seed}
-        self.batch_builder = ClipBatches(
-            self.sources,
-            self.plan,
-            host=self.host,
-            hosts=self.hosts,
-            timeout=config.data.timeout,
-        )
+        self.batch_builder = ClipBatches(self.sources, self.plan, **self.share)
         self.example, _ = self.batch_builder[0]
         clips = sum(map(len, self.sources))
         self.summary = f"{clips} clips, batches {self.plan.batches}"
-        self._validation = self._validation_clips()
+        held, count = config.data.validation, config.data.validation_clips
+        self._validation = _held_out(self.open(held), count) if held else []
         self._reconstruct = jit(self.objective.reconstruct)
 
-    def _validation_clips(self):
-        data = self.config.data
-        if not data.validation:
-            return []
-        return _held_out(self.open(data.validation), data.validation_clips)
-
     def counts(self, batch):  # noqa: D102
-        videos = float(batch["valid"].sum()) * self.hosts
-        return {"clips": videos}
+        return {"clips": float(batch["valid"].sum()) * self.hosts}
 
     def _reconstructed(self, params):
         """Pairs of a held-out video and its reconstruction."""
@@ -94,10 +81,7 @@ class VAETask(Task):
             for a, b in pairs
             for text in ("original", f"{psnr(b, a):.1f} dB, SSIM {ssim(b, a):.3f}")
         ]
-        sheet = contact_sheet(videos, captions)
-        metrics.sheet(step, "reconstructions", sheet)
-        if is_lead():
-            write_png(folder / f"step_{step:07d}.png", sheet)
+        metrics.sheet(step, "reconstructions", folder, videos, captions)
 
     def save(self, params, folder):  # noqa: D102
         params = to_host(params["vae"])

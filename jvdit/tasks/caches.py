@@ -27,24 +27,20 @@ def cached_autoencoder(
         ValueError: the sources were encoded by different autoencoders, or by another
             than `config.autoencoder`.
     """
-    cache = config.data.sources[0].partition("#")[0]
-    folder = pathlib.Path(cache) / "vae"
+    first, held = config.data.sources[0], sources[0].settings["vae"]
     for name, source in zip(config.data.sources, sources, strict=True):
-        differing = differences(sources[0].settings["vae"], source.settings["vae"])
-        if differing:
+        if differing := differences(held, source.settings["vae"]):
             raise ValueError(
-                f"the latents of {config.data.sources[0]} and {name} come "
+                f"the latents of {first} and {name} come "
                 f"from two autoencoders: {'; '.join(differing)}. Encode one anew."
             )
-    network = load_network(folder, VideoVAE)
-    held = sources[0].settings["vae"]
+    network = load_network(pathlib.Path(first.partition("#")[0]) / "vae", VideoVAE)
     if config.autoencoder:
         ours, _ = load_weights(config.autoencoder)
         asked = {"hash": weights_hash(ours)}
-        differing = differences({"hash": held["hash"]}, asked)
-        if differing:
+        if differing := differences({"hash": held["hash"]}, asked):
             raise ValueError(
-                f"the latent cache {config.data.sources[0]} is stale: it was "
+                f"the latent cache {first} is stale: it was "
                 f"encoded by another autoencoder than {config.autoencoder} "
                 f"({'; '.join(differing)}). Encode it anew with "
                 f"python -m jvdit.encode --vae {config.autoencoder}."
@@ -69,8 +65,7 @@ def cached_captions(
     """
     if config.text_encoder:
         return None
-    names = config.data.sources
-    found = [source.settings.get("text") for source in sources]
+    names, found = config.data.sources, [x.settings.get("text") for x in sources]
     for name, settings in zip(names, found, strict=True):
         if settings is None:
             raise ValueError(

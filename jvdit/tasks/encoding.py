@@ -10,7 +10,7 @@ the shards; for one from a released model, only the path of the release.
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
@@ -22,12 +22,11 @@ import numpy as np
 from absl import logging
 from rich.progress import Progress
 
-from jvdit.data.clips import BadClip, Clip, Source
+from jvdit.data.clips import SIZE, BadClip, Clip, Source
 from jvdit.data.records import RecordDataset, RecordWriter, latent_features
-from jvdit.data.sources import open_source
+from jvdit.data.sources import open_source, origin
 from jvdit.machine import cluster
 from jvdit.machine.files import said_if_full
-from jvdit.models.video_vae import VideoVAE
 from jvdit.weights.encoders import CaptionEncoder, ClipEncoder
 from jvdit.weights.parameters import module_fields, save_weights
 
@@ -71,13 +70,16 @@ def encode(
     if shard < 1:
         raise ValueError(f"`shard` (={shard}) must be at least 1 clip.")
     encoder = ClipEncoder.load(vae)
-    named = {"train": source} | ({"val": validation} if validation else {})
-    splits = {split: open_source(name) for split, name in named.items()}
-    _check_sizes(encoder.module, splits.values())
+    named = {"train": source, "val": validation}
+    splits = {split: open_source(name) for split, name in named.items() if name}
+    for each in splits.values():
+        for size in np.unique(_sizes(each.index), axis=0):
+            encoder.module.latent_shape(*map(int, size))
     folder = pathlib.Path(out).absolute()
     settings: dict[str, Any] = {
         "vae": encoder.settings,
         "sources": {name: each.fingerprint for name, each in splits.items()},
+        "origins": {name: origin(named[name]) for name in splits},
     }
     states = None
     if text_encoder:
@@ -95,7 +97,7 @@ def encode(
             _write(writer, splits, shard, _Maker(encoder, states, threads))
         cluster.wait_for_others(f"encoded {folder}")
         if cluster.is_lead():
-            cluster.await_seen(partial(_all_done, writer), f"all shards of {folder}")
+            cluster.await_seen(lambda: all(_shards(writer)), f"all shards of {folder}")
             writer.finish()
             if states is not None:
                 captions.save(folder)
@@ -103,17 +105,15 @@ def encode(
         cluster.check_seen(folder / "vae" / "config.json")
 
 
-def _check_sizes(module: VideoVAE, sources: Iterable[Source]) -> None:
-    for source in sources:
-        index = source.index
-        sizes = np.stack([index["frames"], index["height"], index["width"]], 1)
-        for size in np.unique(sizes, axis=0):
-            module.latent_shape(*map(int, size))
+def _sizes(index, ids: Any = slice(None)) -> np.ndarray:
+    """Frames, height and width of clips."""
+    return np.stack([index[name][ids] for name in SIZE], 1)
 
 
-def _all_done(writer: RecordWriter) -> bool:
-    shards = writer.shards.items()
-    return all(writer.is_done(split, i) for split, n in shards for i in range(n))
+def _shards(writer: RecordWriter) -> Iterator[bool]:
+    """Whether each shard is done."""
+    for split, shards in writer.shards.items():
+        yield from (writer.is_done(split, i) for i in range(shards))
 
 
 def _write(
@@ -191,24 +191,21 @@ class _Maker:
         texts: list[Any] = [None] * len(clips)
         if self.states is not None:
             texts = self.states([clip["caption"] for clip in clips.values()])
-        mean, logvar = map(np.asarray, moments)
-        for (i, clip), *found in zip(clips.items(), mean, logvar, texts, strict=False):
+        made = *map(np.asarray, moments), texts
+        for (i, clip), *found in zip(clips.items(), *made, strict=False):
             yield _record(f"{split}-{i:09d}", clip, *found)
 
 
 def _record(
     key: str, clip: Clip, mean: np.ndarray, logvar: np.ndarray, text: np.ndarray | None
 ) -> Clip:
-    frames, height, width = mean.shape[:3]
     record = {
         "key": key,
         "mean": mean.astype(jnp.bfloat16),
         "logvar": logvar.astype(jnp.bfloat16),
         "caption": clip["caption"],
         "meta": "{}",
-        "frames": frames,
-        "height": height,
-        "width": width,
+        **dict(zip(SIZE, mean.shape, strict=False)),
         "text_length": 0 if text is None else len(text),
         "fps": float(clip["fps"]),
         "has_audio": clip.get("audio") is not None,
@@ -220,9 +217,8 @@ def _record(
 
 def _by_size(index, ids: Sequence[int]) -> dict[tuple[int, ...], list[int]]:
     groups: dict[tuple[int, ...], list[int]] = {}
-    for i in ids:
-        size = tuple(int(index[name][i]) for name in ("frames", "height", "width"))
-        groups.setdefault(size, []).append(i)
+    for i, size in zip(ids, _sizes(index, ids).tolist(), strict=True):
+        groups.setdefault(tuple(size), []).append(i)
     return groups
 
 
@@ -242,8 +238,7 @@ def _statistics(folder: pathlib.Path) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each latent channel, over a sample of records."""
     records = RecordDataset(folder, "train")
     stride = max(len(records) // 4096, 1)
-    total = square = 0.0
-    count = 0
+    total = square = count = 0
     for i in range(0, len(records), stride):
         record = records[i]
         mean = np.asarray(record["mean"], np.float64)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -12,23 +13,30 @@ from jax.sharding import Mesh
 from jvdit.config import Config
 from jvdit.data.pipeline import PackedBatches
 from jvdit.data.plan import PackPlan
-from jvdit.data.sources import LatentSource, open_source
+from jvdit.data.sources import LatentSource, open_source, origin
 from jvdit.data.tokenizer import Tokenizer, train_tokenizer
 from jvdit.diffusion.noise_path import NoisePath
-from jvdit.machine.cluster import to_host
+from jvdit.machine.cluster import is_lead, to_host
 from jvdit.machine.compilation import jit
 from jvdit.models.backbones import MODELS
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.sharding import parameter_shardings
 from jvdit.tasks.caches import cached_autoencoder, cached_captions
-from jvdit.tasks.flow_model import FlowModel
 from jvdit.tasks.flow_objective import flow_objective
 from jvdit.tasks.samples import Samples
 from jvdit.tasks.task import Task
 from jvdit.training.objectives.denoising import FlowObjective
+from jvdit.weights import wan
+from jvdit.weights.adapters import write_lora
+from jvdit.weights.bundle import Bundle, save_bundle
+from jvdit.weights.folders import save_dit
 from jvdit.weights.opening import open_bundle
-from jvdit.weights.parameters import module_fields
+from jvdit.weights.parameters import Network, module_fields
+from jvdit.weights.release import is_release, read_release
 from jvdit.weights.starting import fingerprint, finished_parameters
+
+# Fields of the config's `sample` that aren't defaults of the finished model.
+_OF_TRAINING = ("prompts", "scored", "pictures")
 
 
 class FlowTask(Task):
@@ -51,25 +59,29 @@ class FlowTask(Task):
         self.batch_builder = self._packed(self.sources, self.plan, data.caption_dropout)
         self.example, _ = self.batch_builder[0]
         one_clip = data.max_clips == 1 and self.plan.padding == 0
-        self.objective = self._objective(one_clip)
+        self.objective = flow_objective(
+            config,
+            mesh,
+            channels=self.example["latents"].shape[-1],
+            text_width=self.captions.module.width if self.captions else 0,
+            vocab_size=0 if self.captions else self.tokenizer.vocab_size,
+            one_clip=one_clip,
+        )
         if self.objective.lora:
             self.frozen = self._base()
         self.identity = self._identity()
         clips = sum(map(len, self.sources))
         self.summary = f"{clips} clips, {self.plan.padding:.1%} padding"
-        self.flops = self._flops()
+        rows, tokens = self.example["segment"].shape
+        text = self.example["text_segment"].shape[1]
+        self.flops = float(rows * self.hosts * self.objective.flops(tokens, text))
         drawn = config.sample.pictures
-        self.model = FlowModel(
-            config,
-            self.objective,
-            self.vae,
-            self.captions,
-            self.tokenizer,
-            self.frozen,
-            open_bundle(drawn) if drawn else None,
-        )
-        self.samples = Samples(self.model, mesh)
-        self._validation = self._validation_batch()
+        self.pictures = open_bundle(drawn) if drawn else None
+        self.samples = Samples(config, self.bundle, mesh)
+        self._validation = None
+        if data.validation:
+            held = [self.open(data.validation)]
+            self._validation = self._packed(held, self._plan(held, 0), 0.0)
         self._measure = jit(self.objective.validate)
 
     # Building
@@ -104,10 +116,9 @@ class FlowTask(Task):
         if self.config.tokenizer:
             return Tokenizer(self.config.tokenizer)
         # A resumed run, and one that starts from another, keep the same token ids.
-        for folder in filter(
-            None, (str(self.workdir / "model"), self.config.start_from)
-        ):
-            if (kept := pathlib.Path(folder) / "tokenizer.model").exists():
+        for folder in (str(self.workdir / "model"), self.config.start_from):
+            kept = pathlib.Path(folder) / "tokenizer.model"
+            if folder and kept.exists():
                 return Tokenizer(kept)
         captions = []
         for source in self.sources:
@@ -130,21 +141,8 @@ class FlowTask(Task):
             caption_dropout=dropout,
             seconds=self.config.conventions.seconds,
             pad_text=self.config.conventions.pad_text,
-            host=self.host,
-            hosts=self.hosts,
-            timeout=self.config.data.timeout,
+            **self.share,
             **text,
-        )
-
-    def _objective(self, one_clip: bool) -> FlowObjective:
-        width = self.captions.module.width if self.captions else 0
-        return flow_objective(
-            self.config,
-            self.mesh,
-            channels=self.example["latents"].shape[-1],
-            text_width=width,
-            vocab_size=0 if self.captions else self.tokenizer.vocab_size,
-            one_clip=one_clip,
         )
 
     def _base(self) -> dict[str, Any]:
@@ -167,14 +165,7 @@ class FlowTask(Task):
             # The cache's settings identify the encoder, which needn't be read.
             text = dict(self.sources[0].settings["text"])
             text.pop("length")
-        adapters, expert, backbone = {}, self.config.expert, self.config.backbone
-        if objective.lora:
-            adapters = dataclasses.asdict(objective.lora)
-            adapters |= {"base": fingerprint(self.config.start_from, expert)}
-        return {
-            **({"lora": adapters} if adapters else {}),
-            **({"expert": expert} if expert != "dit" else {}),
-            **({"backbone": backbone} if backbone != "dit" else {}),
+        identity = {
             "objective": "flow",
             "seed": self.config.seed,
             "dit": module_fields(objective.dit),
@@ -184,27 +175,53 @@ class FlowTask(Task):
             "tokenizer": self.tokenizer.fingerprint,
             "autoencoder": self.vae_hash,
         }
+        # Settings that came later count where they aren't what they were before.
+        for name in ("expert", "backbone"):
+            if self.config[name] != "dit":
+                identity[name] = self.config[name]
+        if objective.lora:
+            base = fingerprint(self.config.start_from, self.config.expert)
+            identity["lora"] = dataclasses.asdict(objective.lora) | {"base": base}
+        return identity
 
-    def _flops(self) -> float:
-        rows, tokens = self.example["segment"].shape
-        text = self.example["text_segment"].shape[1]
-        return float(rows * self.hosts * self.objective.flops(tokens, text))
+    def bundle(self, params: Mapping[str, Any]) -> Bundle:
+        """The model with given parameters of the trained networks, by network name."""
+        objective, config = self.objective, self.config
+        trees = {**self.frozen, **params}
+        encoder = Network(objective.text_encoder, trees.get("text_encoder"))
+        networks = {
+            name: Network(objective.dit, trees.get(name))
+            for name in ("dit", "dit_low")[: 2 if objective.boundary else 1]
+        }
+        networks["text_encoder"] = self.captions.network if self.captions else encoder
+        return Bundle(
+            networks={**networks, "vae": self.vae},
+            tokenizer=self.tokenizer,
+            path=objective.path,
+            policy=objective.policy,
+            patch_size=tuple(config.patch_size),
+            text_length=config.data.text_length,
+            conditions=objective.conditions,
+            **config.conventions.to_dict(),
+            boundary=objective.boundary,
+            defaults={k: v for k, v in config.sample.items() if k not in _OF_TRAINING},
+            adapters=self._adapters(params),
+            text_release=self.captions.release if self.captions else "",
+            sources=tuple(dict.fromkeys(map(origin, config.data.sources))),
+            pictures=self.pictures,
+        )
 
-    def _validation_batch(self):
-        data = self.config.data
-        if not data.validation:
-            return None
-        source = self.open(data.validation)
-        plan = self._plan([source], 0)
-        return self._packed([source], plan, 0.0)
+    def _adapters(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        lora = self.objective.lora
+        if lora is None or "lora" not in params:
+            return {}
+        return {"dit": lora.active(params["lora"], training=False)}
 
     # What the training loop calls
 
     def counts(self, batch):  # noqa: D102
-        return {
-            "clips": float(batch["valid"].sum()) * self.hosts,
-            "tokens": float((batch["segment"] > 0).sum()) * self.hosts,
-        }
+        counted = {"clips": batch["valid"], "tokens": batch["segment"] > 0}
+        return {name: float(x.sum()) * self.hosts for name, x in counted.items()}
 
     def validate(self, params):
         """The squared error at fixed timesteps, on fixed held-out clips and noise."""
@@ -212,19 +229,35 @@ class FlowTask(Task):
             return {}
         times = jnp.asarray(self.config.validation_times, jnp.float32)
         batches = max(self.config.data.validation_clips // self.config.data.rows, 1)
-        total = np.zeros(len(times))
+        total, params = np.zeros(len(times)), {**self.frozen, **params}
         for i in range(batches):
             batch, _ = self._validation[i]
             rows = len(batch["segment"]) * self.hosts
             keys = jax.random.split(jax.random.key(i), rows)
-            params = {**self.frozen, **params}
             total += to_host(self._measure(params, self.place(batch), keys, times))
-        errors = dict(zip(self.config.validation_times, total / batches, strict=True))
-        found = {f"validation/t={t:g}": float(e) for t, e in errors.items()}
+        errors = zip(self.config.validation_times, total / batches, strict=True)
+        found = {f"validation/t={t:g}": float(e) for t, e in errors}
         return found | {"validation/loss": float(np.mean(total / batches))}
 
     def show(self, params, metrics, step, folder):  # noqa: D102
         self.samples.show(params, metrics, step, folder)
 
-    def save(self, params, folder):  # noqa: D102
-        self.model.save(params, folder)
+    def save(self, params, folder):
+        """Writes the finished model; only process 0 writes, but every one must call.
+
+        LoRA adapters, and a finetuned network of a released model, are written by
+        themselves in diffusers' format; otherwise the folder holds the whole model.
+        """
+        params, config = to_host(params), self.config
+        start, dit = config.start_from, self.objective.dit
+        if not is_lead():
+            return
+        if self.objective.lora:
+            write_lora(folder, self._adapters(params)["dit"], wan.dit_rules())
+        elif start and is_release(start):
+            expert, parts = config.expert, read_release(start).parts
+            for name in ("dit", "dit_low") if expert == "both" else ("dit",):
+                like = parts[name if expert == "both" else expert]
+                save_dit(folder / like.name, params[name], dit, like)
+        else:
+            save_bundle(folder, self.bundle(params))

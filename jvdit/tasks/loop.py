@@ -8,7 +8,6 @@ import collections
 import pathlib
 import time
 from functools import partial
-from typing import Any
 
 import jax
 import msgspec
@@ -23,10 +22,15 @@ from jvdit.machine.lock import FolderLock
 from jvdit.machine.stop import StopRequest
 from jvdit.sharding import make_mesh, parameter_shardings
 from jvdit.tasks import TASKS, Task
-from jvdit.training.checkpoint import CHECKPOINTS, Checkpoints, claim_workdir
+from jvdit.training.checkpoint import (
+    CHECKPOINTS,
+    Checkpoints,
+    claim_workdir,
+    owned,
+    was_saved,
+)
 from jvdit.training.metrics import Metrics, Throughput, status_line
 from jvdit.training.optim import Optim
-from jvdit.training.restoring import owned, was_saved
 from jvdit.training.state import TrainState, new_state, state_shardings
 from jvdit.training.step import jit_train_step
 from jvdit.weights.starting import finished_parameters
@@ -91,25 +95,18 @@ class _Loop:
         self, config, workdir, mesh: Mesh, task: Task, optim: Optim, stop: StopRequest
     ):
         self.config, self.workdir, self.mesh, self.task = config, workdir, mesh, task
-        self.stop = stop
-        self.recent: collections.deque[Any] = collections.deque(
-            maxlen=config.max_skipped
-        )
-        begin = partial(new_state, optimizer=optim.optimizer(config.steps))
-
-        def init(key, batch):
-            return begin(task.objective.init(key, batch))
-
+        self.stop, self.key = stop, jax.random.key(config.seed)
+        self.recent = collections.deque(maxlen=config.max_skipped)
+        self.begin = partial(new_state, optimizer=optim.optimizer(config.steps))
         # Evaluating shapes already raises if the sizes of the network don't fit.
-        self.init, self.begin, self.key = init, begin, jax.random.key(config.seed)
-        self.shapes = jax.eval_shape(init, self.key, task.example)
+        self.shapes = jax.eval_shape(self._init, self.key, task.example)
         self.shardings = state_shardings(self.shapes, mesh)
         # A resumed run has its own weights; the task has read frozen ones.
         self.given, folder = None, config.start_from
         if folder and not task.frozen and not was_saved(workdir / CHECKPOINTS):
-            expert = config.get("expert", "dit")
-            networks = self.shapes.params
-            self.given = finished_parameters(folder, networks, mesh, expert)
+            self.given = finished_parameters(
+                folder, self.shapes.params, mesh, config.get("expert", "dit")
+            )
         places = parameter_shardings(task.frozen, mesh)
         self.frozen = jax.device_put(task.frozen, places)
         self.step = jit_train_step(
@@ -122,6 +119,9 @@ class _Loop:
             frozen=places,
             options=config.compiler_options,
         )
+
+    def _init(self, key, batch) -> TrainState:
+        return self.begin(self.task.objective.init(key, batch))
 
     def run(self, lock: FolderLock) -> int:
         """Trains from the newest checkpoint or from step 0; returns the steps done."""
@@ -139,7 +139,7 @@ class _Loop:
     def _fresh(self) -> TrainState:
         """The state at step 0: random weights, or those of `start_from`."""
         if self.given is None:
-            make = jax.jit(self.init, out_shardings=self.shardings)
+            make = jax.jit(self._init, out_shardings=self.shardings)
             # Only shapes matter, and example rows differ from host to host.
             blank = jax.tree.map(np.zeros_like, dict(self.task.example))
             return make(self.key, blank)
@@ -183,10 +183,9 @@ class _Loop:
             self._save(done)
             self.checkpoints.wait()
             task.save(self.state.ema, self.workdir / "model")
-            if self.stop.asked:
-                metrics.say(f"stopped at step {done}, saved; the same command goes on")
-            else:
-                metrics.say(f"finished: {self.workdir}/model")
+            stopped = f"stopped at step {done}, saved; the same command goes on"
+            finished = f"finished: {self.workdir}/model"
+            metrics.say(stopped if self.stop.asked else finished)
         return done
 
     def _compile_together(self):
@@ -215,10 +214,8 @@ class _Loop:
         )
         if self.start:
             metrics.say(f"going on from step {self.start}")
-        for line in self.checkpoints.damaged:
+        for line in filter(None, [*self.checkpoints.damaged, self.data_note]):
             metrics.say(f"WARNING: {line}")
-        if self.data_note:
-            metrics.say(f"WARNING: {self.data_note}")
 
     def _save(self, done):
         self.lock.check()
@@ -239,15 +236,14 @@ class _Loop:
             raise FloatingPointError(
                 f"{skipped} steps in a row up to {number} had a loss, gradient or "
                 f"update that isn't finite. Their clips are listed in {listed}, the "
-                f"last of them "
-                f"{self.recent[-1][:8]}; lower `optim.lr`, or remove the clips."
+                f"last of them {self.recent[-1][:8]}; lower `optim.lr`, or remove the "
+                "clips."
             )
         if _due(number + 1, self.config.log_every):
             found = {name: float(value) for name, value in values.items()}
-            speed = rates.rates()
-            metrics.scalars(number + 1, found)
-            metrics.scalars(number + 1, {f"speed/{k}": v for k, v in speed.items()})
-            metrics.scalars(number + 1, {"bad_clips": batches.bad})
+            speed, told = rates.rates(), {"bad_clips": batches.bad}
+            for named in found, {f"speed/{k}": v for k, v in speed.items()}, told:
+                metrics.scalars(number + 1, named)
             metrics.show(number + 1, status_line(found, speed, batches.bad))
         while batches.reports:
             step, clip, reason = batches.reports.popleft()
@@ -256,9 +252,8 @@ class _Loop:
 
     def _looks(self, done):
         """Whether validation is due, and whether samples are."""
-        every, last = self.config, done == self.config.steps
-        validate = last or _due(done, every.evaluate_every)
-        return validate, last or _due(done, every.sample_every)
+        every = self.config.evaluate_every, self.config.sample_every
+        return [done == self.config.steps or _due(done, n) for n in every]
 
     def _missed_look(self):
         """Whether validation or samples of the starting weights are still missing."""

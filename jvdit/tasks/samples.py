@@ -2,23 +2,24 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
+from jvdit.config import Config
+from jvdit.data.clips import SIZE
 from jvdit.data.media.reader import decode_clip
 from jvdit.data.media.writer import encode_clip
-from jvdit.data.sheets import contact_sheet, write_png
 from jvdit.data.world import World
 from jvdit.diffusion.solvers import check_solver
 from jvdit.evaluation import oracle
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request
 from jvdit.machine.cluster import is_lead
-from jvdit.tasks.flow_model import FlowModel
 from jvdit.training.metrics import Metrics
+from jvdit.weights.bundle import Bundle
 
 _TOLD = ("all", "count", "color", "shape", "size", "direction", "physics")
 
@@ -27,7 +28,8 @@ class Samples:
     """Generates clips of the config's prompts, and scores clips of the world's prompts.
 
     Args:
-        model: the model in training.
+        config: the training's config.
+        bundle: makes the model of the parameters of its trained networks, by name.
         mesh: the device mesh.
 
     Raises:
@@ -35,20 +37,20 @@ class Samples:
             be scored.
     """
 
-    def __init__(self, model: FlowModel, mesh: Mesh):
-        self.model, self.mesh, self.sample = model, mesh, model.config.sample
+    def __init__(self, config: Config, bundle: Callable[[Any], Bundle], mesh: Mesh):
+        self.bundle, self.mesh, self.sample = bundle, mesh, config.sample
+        self.rows = config.data.rows
         self._generator: Generator | None = None
         check_solver(self.sample.solver)
         if self.sample.scored:
             oracle.check_frames(self._world().frames)
-        generator = Generator(model.bundle({}), mesh)
+        generator = Generator(bundle({}), mesh)
         if self.sample.draft:
             generator.model.check_draft()
         for request in self._requests(self.sample.prompts or [""]):
             generator.check(request)
-            if model.pictures is not None:
-                picture = dataclasses.replace(request, frames=1)
-                generator.painter.check(picture)
+            if generator.model.pictures is not None:
+                generator.painter.check(dataclasses.replace(request, frames=1))
 
     def show(
         self, params: Any, metrics: Metrics, step: int, folder: pathlib.Path
@@ -64,7 +66,7 @@ class Samples:
         prompts, scored = self.sample.prompts, self.sample.scored
         if not prompts and not scored:
             return
-        bundle = self.model.bundle(params)
+        bundle = self.bundle(params)
         if self._generator is None:
             self._generator = Generator(bundle, self.mesh, together=False)
         elif bundle.adapters:
@@ -82,50 +84,32 @@ class Samples:
             metrics.say(f"step {step}, {scored} clips scored: {', '.join(told)}")
 
     def _requests(self, prompts: Sequence[str]) -> list[Request]:
-        size = {name: self.sample[name] for name in ("frames", "height", "width")}
-        size["fps"] = self.sample.fps
+        size = {name: self.sample[name] for name in (*SIZE, "fps")}
         return [Request(prompt, seed=i, **size) for i, prompt in enumerate(prompts)]
 
     def _clips(self, prompts: Sequence[str]) -> list[np.ndarray]:
         """Generates clips of prompts as `config.sample` says, with seeds 0, 1, …."""
         assert self._generator is not None
-        return self._generator(
-            self._requests(prompts),
-            draft=self.sample.draft,
-            steps=self.sample.steps,
-            solver=self.sample.solver,
-            guidance_scale=self.sample.guidance_scale,
-            rows=self.model.config.data.rows,
-        )
+        names = ("draft", "steps", "solver", "guidance_scale")
+        settings = {name: self.sample[name] for name in names}
+        return self._generator(self._requests(prompts), rows=self.rows, **settings)
 
-    def _write(
-        self,
-        videos: Sequence[np.ndarray],
-        metrics: Metrics,
-        step: int,
-        folder: pathlib.Path,
-    ) -> None:
+    def _write(self, videos: Any, metrics: Metrics, step: int, folder: pathlib.Path):
         """Writes sample clips, and a contact sheet of them.
 
         If the run started from finished weights, the sheet shows the clip of those
         weights above each.
         """
         rows, captions, fps = [], [], self.sample.fps
-        for i, (video, prompt) in enumerate(
-            zip(videos, self.sample.prompts, strict=True)
-        ):
+        for i, prompt in enumerate(self.sample.prompts):
             before = folder / f"step_{0:07d}_{i}.mp4"
+            captions.append(prompt)
             if step and before.exists():
-                frames, height, width, _ = video.shape
-                size = {"frames": frames, "height": height, "width": width}
+                size = dict(zip(SIZE, videos[i].shape, strict=False))
                 rows.append(decode_clip(str(before), fps=fps, **size)["video"])
-                captions += [prompt, f"after {step} steps"]
-            else:
-                captions.append(prompt)
-            rows.append(video)
-        sheet = contact_sheet(rows, captions)
-        metrics.sheet(step, "samples", sheet)
-        write_png(folder / f"step_{step:07d}.png", sheet)
+                captions.append(f"after {step} steps")
+            rows.append(videos[i])
+        metrics.sheet(step, "samples", folder, rows, captions)
         for i, video in enumerate(videos):
             encode_clip(folder / f"step_{step:07d}_{i}.mp4", video, fps)
 

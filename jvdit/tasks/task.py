@@ -29,8 +29,8 @@ class Task(ABC):
         frozen: parameters that aren't trained, by network.
         fingerprint: digest of the data and their order.
         example: a batch, for its shapes.
-        host, hosts: index of the part of each batch that this process reads, and how
-            many parts there are.
+        hosts: into how many parts a batch is divided, of which each process reads one.
+        share: which part this process reads, and how long it waits, for batch builders.
         flops: FLOPs of a training step, forward and backward; 0 if not known.
         summary: a line about data and batches.
         batch_builder: builds batch number i of this process.
@@ -48,7 +48,9 @@ class Task(ABC):
 
     def __init__(self, config: Config, mesh: Mesh, workdir: pathlib.Path):
         self.config, self.mesh, self.workdir = config, mesh, workdir
-        self.host, self.hosts = share_of_rows(mesh)
+        host, self.hosts = share_of_rows(mesh)
+        timeout = config.data.timeout
+        self.share = {"host": host, "hosts": self.hosts, "timeout": timeout}
         self.frozen: Mapping[str, Any] = {}
         data = config.data
         self.sources = [self.open(name) for name in data.sources]
@@ -101,9 +103,8 @@ class Task(ABC):
 
     def names(self, batch: Arrays) -> list[str]:
         """The clips of a batch, each as "source:index"."""
-        located = [
-            self.batch_builder.locate(int(i)) for i in batch["clip_id"].flat if i >= 0
-        ]
+        ids = [int(i) for i in batch["clip_id"].flat if i >= 0]
+        located = map(self.batch_builder.locate, ids)
         return [f"{self.config.data.sources[s]}:{i}" for s, i in located]
 
     def compare_data(self, saved: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ and, for inference, `model/` with the averaged weights.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -20,13 +21,20 @@ import orbax.checkpoint as ocp
 
 from jvdit.machine import cluster
 from jvdit.machine.json_files import differences, parse_json, read_json, write_json
-from jvdit.training.digests import write_digests
-from jvdit.training.restoring import owned, restore_newest
+from jvdit.training.digests import find_damage, is_listed, write_digests
 from jvdit.weights.parameters import json_field
 
 _LARGE_PART = 1 << 20  # least bytes of an array that each of several devices writes
 CHECKPOINTS = "checkpoints"  # folder in a workdir
+DAMAGED = ".damaged"  # suffix of the folder of a damaged checkpoint, after the step
+_TOLD = 300  # most characters to quote of another library's message
 PathLike = str | os.PathLike[str]
+
+
+class _Arrays(msgspec.Struct, frozen=True):
+    """Orbax's metadata of the arrays in a checkpoint, by name."""
+
+    tree_metadata: dict[str, Any]
 
 
 class _Optim(msgspec.Struct, frozen=True):
@@ -61,9 +69,7 @@ class Checkpoints:
 
     def __init__(self, workdir: PathLike, keep: int = 3):
         self._folder = pathlib.Path(workdir).absolute() / CHECKPOINTS
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, enable_async_checkpointing=True
-        )
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
         handlers = {"state": _state_handler(), "data": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(
             self._folder, options=options, item_handlers=handlers
@@ -87,12 +93,11 @@ class Checkpoints:
         if step == self.latest:
             return
         self._await_listing()
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(state), data=ocp.args.JsonSave(dict(data))
-            ),
-        )
+        parts = {
+            "state": ocp.args.PyTreeSave(state),
+            "data": ocp.args.JsonSave({**data}),
+        }
+        self._manager.save(step, args=ocp.args.Composite(**parts))
         # Killed before it is done, it leaves a whole checkpoint without digests.
         self._listing = threading.Thread(target=self._list, args=(step,), daemon=True)
         self._listing.start()
@@ -132,7 +137,8 @@ class Checkpoints:
             shapes,
             shardings,
         )
-        found, self.damaged = restore_newest(self._manager, self._folder, abstract)
+        self.damaged = []
+        found = self._newest(abstract)
         if found is None:
             return None
         data = dict(found["data"])
@@ -142,6 +148,71 @@ class Checkpoints:
         for i in range(len(leaves)):
             leaves[i] = owned(leaves[i])
         return jax.tree.unflatten(tree, leaves), data
+
+    def _newest(self, abstract: Any) -> Any:
+        """Restores the newest undamaged checkpoint, and renames newer, damaged ones."""
+        ours = jax.process_index(), jax.process_count()
+        while step := self._told():
+            restored, damage = None, _first(find_damage(self._folder / step, *ours))
+            if not damage:
+                restored, damage = self._try(step, abstract)
+                damage = _first(damage)
+            if not damage:
+                return restored
+            del restored
+            aside = _keep_aside(self._folder, step)
+            told = f"checkpoint {step} is damaged, kept as {aside} ({damage})"
+            self.damaged.append(told)
+            self._manager.reload()
+        if was_saved(self._folder):
+            aside = sorted(path.name for path in self._folder.glob(f"*{DAMAGED}*"))
+            told = "; ".join(self.damaged) or ", ".join(aside)
+            raise ValueError(
+                f"{self._folder} has no whole checkpoint: {told}. Copy a whole one "
+                "there from elsewhere, or begin anew in another --workdir."
+            )
+        return None
+
+    def _told(self) -> str:
+        """The newest step that process 0 sees; "": none."""
+        return cluster.tell_all("" if self.latest is None else str(self.latest))[0]
+
+    def _try(self, step: str, abstract: Any) -> tuple[Any, str]:
+        """Restores a checkpoint, or says why it is damaged; raises any other error."""
+        places = ocp.checkpoint_utils.construct_restore_args(abstract)
+        args = ocp.args.Composite(
+            state=ocp.args.PyTreeRestore(abstract, restore_args=places),
+            data=ocp.args.JsonRestore(),
+        )
+        try:
+            return self._manager.restore(int(step), args=args), ""
+        except Exception as error:
+            self._check_arrays(step, abstract, error)
+            # Not damage: the machine is at fault, or the files are as they were.
+            machine = isinstance(error, MemoryError | PermissionError)
+            machine = machine or "RESOURCE_EXHAUSTED" in str(error)
+            if machine or is_listed(self._folder / step):
+                raise
+            return None, str(error).strip().partition("\n")[0][:_TOLD] or repr(error)
+
+    def _check_arrays(self, step: str, abstract: Any, error: Exception) -> None:
+        """Tells an undamaged checkpoint of another training from a damaged one of this.
+
+        Raises:
+            ValueError: the checkpoint's metadata can be read, and no checkpoint in the
+                folder has the arrays of this run.
+        """
+        asked = {_name(path) for path, _ in jax.tree.leaves_with_path(abstract)}
+        held, *others = (
+            _names_in(self._folder / str(x)) for x in (step, *self._manager.all_steps())
+        )
+        if held and not any(asked <= other for other in others):
+            raise ValueError(
+                f"checkpoint {step} in {self._folder} lacks arrays that this run asks "
+                f"for, such as {min(asked - held)}: it was begun with another "
+                "optimizer or other networks. Restore those settings, or choose "
+                "another --workdir."
+            ) from error
 
     def wait(self) -> None:
         """Waits until everything is on disk; raises any error from saving."""
@@ -164,6 +235,53 @@ def _state_handler() -> ocp.PyTreeCheckpointHandler:
     )
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+
+
+def was_saved(folder: pathlib.Path) -> bool:
+    """Whether a `checkpoints` folder holds a finished checkpoint, damaged or not."""
+    return any(x.name.partition(DAMAGED)[0].isdigit() for x in folder.glob("*"))
+
+
+def owned(leaf: jax.Array) -> jax.Array:
+    """Copies an array if its memory may be borrowed, so that it can be donated.
+
+    On a CPU, memory may be borrowed from numpy or from a file; elsewhere it never is.
+    """
+    borrowed = any(device.platform == "cpu" for device in leaf.sharding.device_set)
+    return leaf.copy() if borrowed else leaf
+
+
+def _first(told: str) -> str:
+    """The first non-empty text among those of all processes."""
+    return next(filter(None, cluster.tell_all(told)), "")
+
+
+def _name(path: Any) -> str:
+    """The name of an array as orbax writes it."""
+    return str(tuple(jax.tree_util.keystr((key,), simple=True) for key in path))
+
+
+def _names_in(folder: pathlib.Path) -> set[str]:
+    """The names of the arrays in a checkpoint; none if they can't be read."""
+    try:
+        held = read_json(folder / "state/_METADATA", "copy it anew", _Arrays)
+        return {*held.tree_metadata}
+    except (OSError, ValueError):
+        return set()
+
+
+def _keep_aside(folder: pathlib.Path, step: str) -> str:
+    """Renames a checkpoint, so that it is no longer restored; returns the new name."""
+    names = (f"{step}{DAMAGED}{number or ''}" for number in itertools.count())
+    name = next(name for name in names if not (folder / name).exists())
+    name = cluster.tell_all(name)[0]
+    if cluster.is_lead():
+        (folder / step).rename(folder / name)
+    cluster.wait_for_others(f"renamed {name}")
+    cluster.await_seen(
+        lambda: not (folder / step).exists(), f"{folder / name}, renamed,"
+    )
+    return name
 
 
 def claim_workdir(
@@ -195,7 +313,7 @@ def claim_workdir(
         for name, module in (modules or {}).items():
             if isinstance(theirs.get(name), dict):
                 later = json.loads(json.dumps(_defaults(module)))
-                later = {key: later[key] for key in later.keys() & known[name].keys()}
+                later = {k: v for k, v in later.items() if k in known[name]}
                 theirs[name] = later | theirs[name]
         differing = differences(theirs, known)
         if differing:
@@ -204,7 +322,7 @@ def claim_workdir(
                 "Choose another --workdir, or restore those settings."
             )
         _check_optimizer(path.parent, held.config.optim.name, ours.config.optim.name)
-    if jax.process_index() == 0:
+    if cluster.is_lead():
         _check_renaming(path.parent)
         write_json(path, config)
 
@@ -217,7 +335,7 @@ def _check_optimizer(
     Raises:
         ValueError: they hold that of another.
     """
-    begun = any((folder / "checkpoints").glob("[0-9]*"))
+    begun = any((folder / CHECKPOINTS).glob("[0-9]*"))
     if begun and theirs != ours and None not in (theirs, ours):
         raise ValueError(
             f"workdir {folder} was begun with `optim.name` {theirs!r}, whose moments "

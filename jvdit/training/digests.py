@@ -13,14 +13,13 @@ background and mostly from the page cache, and a second read of 14 GB when resto
 
 import hashlib
 import json
-import os
 import pathlib
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
+from jvdit.machine.files import write_atomically
 from jvdit.machine.json_files import read_json
 
 _NAME = "digests.{}.json"
@@ -43,19 +42,21 @@ def write_digests(folder: pathlib.Path, process: int, processes: int) -> None:
         process: index of this process. Process 0 also lists the shared files.
         processes: how many processes there are.
     """
-    files = [file for file in _files(folder) if _writer(file, folder) == process]
+    files = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+        and not file.match(f"*{_NAME.format('*')}*")
+        and _writer(file, folder) == process
+    ]
     with ThreadPoolExecutor(_THREADS) as pool:
         found = zip(files, pool.map(_digest, files), strict=True)
     listed = {
         file.relative_to(folder).as_posix(): [file.stat().st_size, digest]
         for file, digest in found
     }
-    scratch = folder / f"{_NAME.format(process)}.tmp"
-    with scratch.open("w") as opened:
-        json.dump({"processes": processes, "files": listed}, opened)
-        opened.flush()
-        os.fsync(opened.fileno())
-    scratch.replace(folder / _NAME.format(process))
+    listing = json.dumps({"processes": processes, "files": listed}).encode()
+    write_atomically(folder / _NAME.format(process), listing)
 
 
 def find_damage(folder: pathlib.Path, process: int = 0, processes: int = 1) -> str:
@@ -107,12 +108,6 @@ def _damage(folder: pathlib.Path, name: str, size: int, digest: str) -> str:
     except OSError as error:
         return f"{name} can't be read: {error}"
     return "" if same else f"{name} has changed since it was written"
-
-
-def _files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    for file in sorted(folder.rglob("*")):
-        if file.is_file() and not file.match(f"{_NAME.format('*')}*"):
-            yield file
 
 
 def _writer(file: pathlib.Path, folder: pathlib.Path) -> int:

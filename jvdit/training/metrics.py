@@ -5,12 +5,12 @@ import math
 import os
 import pathlib
 import time
+import timeit
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -22,6 +22,7 @@ from rich.progress import (
 )
 from rich.table import Column
 
+from jvdit.data.sheets import contact_sheet, write_png
 from jvdit.machine.chips import this_chip
 from jvdit.machine.json_files import parse_json
 
@@ -36,12 +37,12 @@ def peak_flops() -> float:
     size, tries = 1024, 5
     x = jnp.ones((size, size))
     product = jax.jit(lambda x: x @ x)
-    product(x).block_until_ready()
-    best = math.inf
-    for _ in range(tries):
-        start = time.perf_counter()
+
+    def measure() -> None:
         product(x).block_until_ready()
-        best = min(best, time.perf_counter() - start)
+
+    measure()  # compiles it
+    best = min(timeit.repeat(measure, number=1, repeat=tries))
     # Simulated CPU devices share the cores that this product used.
     return 2 * size**3 / best / jax.local_device_count()
 
@@ -63,12 +64,12 @@ class Metrics:
     def __init__(
         self, workdir: str | os.PathLike[str], steps: int, start: int, title: str
     ):
-        self._lead = jax.process_index() == 0
-        self._console, self._steps = Console(quiet=not self._lead), steps
+        lead = jax.process_index() == 0
+        self._console, self._steps = Console(quiet=not lead), steps
         self._history = pathlib.Path(workdir) / _HISTORY
-        self._events = _Events(os.path.join(workdir, "tensorboard"))
-        if self._lead:
-            self._events.open()
+        self._events = None
+        if lead:
+            self._events = _Events(os.path.join(workdir, "tensorboard"))
             self._end_line()
         status = Column(ratio=1, no_wrap=True, overflow="ellipsis")
         self._progress = Progress(
@@ -94,11 +95,12 @@ class Metrics:
 
     def __exit__(self, *_):
         self._progress.stop()
-        self._events.close()
+        if self._events:
+            self._events.close()
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes scalars under their names; those that are NaN are left out."""
-        if not self._lead:
+        if not self._events:
             return
         finite = {k: float(v) for k, v in values.items() if not math.isnan(float(v))}
         for name, value in finite.items():
@@ -112,9 +114,14 @@ class Metrics:
             with self._history.open("a") as file:
                 file.write("\n")
 
-    def sheet(self, step: int, name: str, image: np.ndarray) -> None:
-        """Writes an image `[H W 3]`, uint8, to TensorBoard."""
-        self._events.write(step, "image", name, image, dataformats="HWC")
+    def sheet(
+        self, step: int, name: str, folder: pathlib.Path, videos: Any, captions: Any
+    ) -> None:
+        """Writes a contact sheet to TensorBoard, and to a file of the step's name."""
+        if self._events:
+            sheet = contact_sheet(videos, captions)
+            self._events.write(step, "image", name, sheet, dataformats="HWC")
+            write_png(folder / f"step_{step:07d}.png", sheet)
 
     def show(self, step: int, status: str) -> None:
         """Advances the progress bar to a step, with a status beside it.
@@ -136,12 +143,13 @@ class Metrics:
         console = self._console
         if everywhere and jax.process_count() > 1:
             message = f"process {jax.process_index()}: {message}"
-            console = console if self._lead else Console()
+            console = console if self._events else Console()
         console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def flush(self) -> None:
         """Makes what was written visible to TensorBoard."""
-        self._events.flush()
+        if self._events:
+            self._events.flush()
 
 
 class _Events:
@@ -152,25 +160,19 @@ class _Events:
     """
 
     def __init__(self, folder: str):
-        self._folder, self._writer = folder, None
-        self._flushed = time.monotonic()
-
-    def open(self) -> None:
-        """Opens the file; before this, everything written is dropped."""
         # The import takes longer than JAX's where torch is installed.
         from tensorboardX import summary
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2
 
-        os.makedirs(self._folder, exist_ok=True)
-        self._writer = EventsWriter(os.path.join(self._folder, "events"))
+        os.makedirs(folder, exist_ok=True)
+        self._writer = EventsWriter(os.path.join(folder, "events"))
         messages: Any = event_pb2  # made when imported
         self._summary, self._event = summary, messages.Event
+        self.close, self._flushed = self._writer.close, time.monotonic()
 
     def write(self, step: int, kind: str, *value: Any, **form: Any) -> None:
         """Writes a value of kind "scalar" or "image"."""
-        if self._writer is None:
-            return
         made = getattr(self._summary, kind)(*value, **form)
         self._writer.write_event(
             self._event(wall_time=time.time(), step=step, summary=made)
@@ -180,14 +182,8 @@ class _Events:
 
     def flush(self) -> None:
         """Makes what was written visible."""
-        if self._writer is not None:
-            self._writer.flush()
-            self._flushed = time.monotonic()
-
-    def close(self) -> None:
-        """Closes the file."""
-        if self._writer is not None:
-            self._writer.close()
+        self._writer.flush()
+        self._flushed = time.monotonic()
 
 
 def read_history(workdir: str | os.PathLike[str]) -> dict[str, list[tuple[int, float]]]:

@@ -40,16 +40,13 @@ def scale_by_muon(momentum: float = 0.95) -> optax.GradientTransformation:
 
 
 def _step(path: tuple, kernel: Array) -> Array:
-    stack = kernel.shape[:1] if _in_stack(path) else ()
+    stacked = any(getattr(key, "key", key) in STACKS for key in path)
+    stack = kernel.shape[:1] if stacked else ()
     rows = math.prod(kernel.shape[len(stack) : -1])
     matrix = kernel.reshape(*stack, rows, kernel.shape[-1])
     made = jax.vmap(orthogonal)(matrix) if stack else orthogonal(matrix)
     # The root mean square of AdamW's steps is 0.2 or so (arXiv:2502.16982, Eq. 4).
     return 0.2 * max(matrix.shape[-2:]) ** 0.5 * made.reshape(kernel.shape)
-
-
-def _in_stack(path: tuple) -> bool:
-    return any(getattr(key, "key", key) in STACKS for key in path)
 
 
 def orthogonal(x: Float[Array, "i o"]) -> Float[Array, "i o"]:

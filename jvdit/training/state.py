@@ -1,5 +1,6 @@
 """The training state: everything that one step passes to the next."""
 
+from itertools import takewhile
 from typing import Any
 
 import flax.struct
@@ -52,31 +53,17 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
         state: a `TrainState`, or its shapes from `jax.eval_shape`.
         mesh: the device mesh, from `make_mesh`.
     """
-    params = parameter_shardings(state.params, mesh)
-    whole = replicated(mesh)
-    by_path = {
-        _names(path): p for path, p in jax.tree_util.tree_leaves_with_path(params)
-    }
+    whole, params = replicated(mesh), parameter_shardings(state.params, mesh)
+    by_name = {_names(path): p for path, p in jax.tree.leaves_with_path(params)}
 
     def place(path, leaf):
-        # The path of a moment ends with that of its parameter.
-        return by_path.get(_names(path), whole) if leaf.ndim else whole
+        # The path of an average or a moment ends with that of its parameter.
+        return by_name.get(_names(path), whole) if leaf.ndim else whole
 
-    return TrainState(
-        step=whole,
-        params=params,
-        ema=params,
-        opt_state=jax.tree_util.tree_map_with_path(place, state.opt_state),
-        skipped=whole,
-        skipped_in_a_row=whole,
-    )
+    return jax.tree_util.tree_map_with_path(place, state)
 
 
 def _names(path: Any) -> tuple[str, ...]:
     """The dictionary keys at the end of a path: which parameter it leads to."""
-    names = []
-    for key in reversed(path):
-        if not isinstance(key, jax.tree_util.DictKey):
-            break
-        names.append(str(key.key))
-    return tuple(reversed(names))
+    keys = takewhile(lambda x: isinstance(x, jax.tree_util.DictKey), reversed(path))
+    return tuple(str(key.key) for key in keys)

@@ -110,22 +110,17 @@ def make_train_step(
             old,
         )
         bad = 1 - sound.astype(jnp.int32)
+        skipped, in_a_row = state.skipped + bad, bad * (state.skipped_in_a_row + 1)
         metrics = {name: _mean(value, weight) for name, value in metrics.items()}
         metrics |= {
             "loss": loss,
             "gradient_norm": norm,
             "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
-            "skipped": state.skipped + bad,
-            "skipped_in_a_row": bad * (state.skipped_in_a_row + 1),
+            "skipped": skipped,
+            "skipped_in_a_row": in_a_row,
         }
-        return TrainState(
-            step=state.step + 1,
-            params=params,
-            ema=ema,
-            opt_state=opt_state,
-            skipped=state.skipped + bad,
-            skipped_in_a_row=bad * (state.skipped_in_a_row + 1),
-        ), metrics
+        step = state.step + 1
+        return TrainState(step, params, ema, opt_state, skipped, in_a_row), metrics
 
     return train_step
 
@@ -183,21 +178,14 @@ def _accumulated(compute: Callable[[Batch], Any], batch: Batch, parts: int) -> A
     if parts == 1:
         return compute(batch)
     rows = len(next(iter(batch.values())))
-    if rows % parts:
-        raise ValueError(
-            f"rows of a batch (={rows}) must be divisible by `optim.accumulate` "
-            f"(={parts}); try {-(-rows // parts) * parts} rows."
-        )
 
     # Rows i, i + parts, ...: each part keeps rows of every device.
     def split(x):
         return jnp.moveaxis(x.reshape(rows // parts, parts, *x.shape[1:]), 1, 0)
 
     split_batch = jax.tree.map(split, dict(batch))
-    zeros = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-        jax.eval_shape(compute, jax.tree.map(lambda x: x[0], split_batch)),
-    )
+    first = jax.tree.map(lambda x: x[0], split_batch)
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(compute, first))
 
     def add(total, part):
         return jax.tree.map(jnp.add, total, compute(part)), None

@@ -45,6 +45,7 @@ class Bundle:
         defaults: the model's defaults for fields of `Request` and `Settings`.
         adapters: LoRA adapters of "dit" and "dit_low", with their scale multiplied in.
         text_release: folder of the released model whose text encoder this is, or "".
+        sources: names of what the model was trained on, as far as it is known.
         pictures: a model that generates the images of drafts; None: this one does.
 
     Raises:
@@ -64,6 +65,7 @@ class Bundle:
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     adapters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     text_release: str = ""
+    sources: tuple[str, ...] = ()
     pictures: "Bundle | None" = None
 
     def __post_init__(self):
@@ -147,6 +149,7 @@ class _ModelSettings(msgspec.Struct, frozen=True):
     conditions: tuple[str, ...] = ()
     seconds: bool = True
     pad_text: bool = False
+    sources: tuple[str, ...] = ()
     conventions: _Conventions | None = None
 
     def __post_init__(self):

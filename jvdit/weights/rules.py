@@ -112,7 +112,7 @@ def assign(
         rules: the rule table; each rule reads the tensors whose names match it.
         theirs: shape of each released tensor, by name.
         ours: shape of each of our parameters, by path. Where layers are stacked
-            ("blocks/…", see `layers.stack_layers`), `block_{i}/…` of a rule is layer i.
+            ("blocks/…", see `layers.scanned`), `block_{i}/…` of a rule is layer i.
         what: name of the checkpoint in error messages.
 
     Returns:

@@ -110,7 +110,7 @@ def test_the_loss_with_a_first_frame_is_that_of_diffusers_network(tmp_path):
     config.first_frame = 1.0
     config.sample.width = 64
     task = FlowTask(config, make_mesh(), tmp_path / "run")
-    assert task.model.bundle({}).conditions == ("first_frame",)
+    assert task.bundle({}).conditions == ("first_frame",)
     batch = jax.tree.map(jnp.asarray, task.batch_builder[0][0])
     shapes = jax.eval_shape(task.objective.init, jax.random.key(0), batch)
     params = finished_parameters(release, shapes, make_mesh(), "dit")

@@ -113,6 +113,36 @@ def _stripes(edges: np.ndarray) -> np.ndarray:
     return np.diff(area) / np.diff(period)
 
 
+def background_parts(
+    arena: Float[np.ndarray, "2 2"],
+    offset: Float[np.ndarray, " T"],
+    height: int,
+    width: int,
+    scale: int,
+) -> Float[np.ndarray, "4 T H W"]:
+    """What a background is a sum of: all, the arena, its stripes, its checkerboard.
+
+    Args:
+        arena: (left, top) and (right, bottom) of the walls.
+        offset: shift of the scenery to the right in each frame.
+        height: of the frame in pixels.
+        width: of the frame in pixels.
+        scale: the frame's short side in pixels.
+
+    Returns:
+        The share of each pixel that each part covers.
+    """
+    across = np.arange(width + 1) / scale - offset[:, None]
+    down = np.arange(height + 1) / scale
+    low, high = arena
+    inside = _coverage(across, low[:1], high[:1])[:, None]
+    inside = inside * _coverage(down, low[1:], high[1:])[:, None]
+    odd_x, odd_y = _stripes(across)[:, None], _stripes(down)[:, None]
+    odd = odd_x + odd_y * (1 - 2 * odd_x)
+    parts = np.ones_like(inside), inside, inside * odd_x, inside * odd
+    return np.stack(parts).astype(np.float32)
+
+
 def _draw_backgrounds(
     video: np.ndarray, scenes: Scenes, offset: np.ndarray, gain: np.ndarray, scale: int
 ) -> None:

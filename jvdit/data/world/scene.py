@@ -164,6 +164,12 @@ class Scenes:
     position: Float[np.ndarray, "b o 2"]
     velocity: Float[np.ndarray, "b o 2"]
 
+    def choose(self, rows: slice | np.ndarray) -> "Scenes":
+        """Selects some of the scenes, by a slice or by indices."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        shared = {"width", "height"}
+        return Scenes(**{k: v if k in shared else v[rows] for k, v in fields.items()})
+
     @property
     def present(self) -> Bool[np.ndarray, "b o"]:
         """Which slots are filled."""
@@ -186,10 +192,16 @@ class Scenes:
 
     def light_gain(self, times: Float[np.ndarray, " t"]) -> Float[np.ndarray, "b t"]:
         """Factor on all pixel values at each time, in [0.45, 1]."""
-        ramp = np.minimum(times / RAMP_SECONDS, 1)
-        light = self.light[:, None]
-        brightness = np.where(light > 0, ramp, np.where(light < 0, 1 - ramp, 1.0))
-        return DARKEST + (1 - DARKEST) * brightness
+        return light_course(self.light, times)
+
+
+def light_course(
+    light: Int[np.ndarray, " b"], times: Float[np.ndarray, " t"]
+) -> Float[np.ndarray, "b t"]:
+    """Factor on all pixel values under each light: 1, -1 or 0, as in `Scenes`."""
+    ramp, light = np.minimum(times / RAMP_SECONDS, 1), light[:, None]
+    brightness = np.where(light > 0, ramp, np.where(light < 0, 1 - ramp, 1.0))
+    return DARKEST + (1 - DARKEST) * brightness
 
 
 def sample_scenes(

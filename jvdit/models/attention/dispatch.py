@@ -5,7 +5,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from jvdit.models.attention.mosaic import MOSAIC, suits_mosaic
 from jvdit.models.attention.parallel import divided
-from jvdit.models.attention.pieces import DENSE, flash
+from jvdit.models.attention.pieces import DENSE, Keys, Queries, flash, pad
 from jvdit.shapes import Visible
 from jvdit.sharding import alone, platform
 
@@ -29,14 +29,14 @@ FLASH_SCORES = 512**2  # from which a flash kernel pays on a GPU
 
 
 def attention(
-    q: Float[Array, "b n q k"],
-    k: Float[Array, "b s q k"],
-    v: Float[Array, "b s q k"],
+    q: Queries,
+    k: Keys,
+    v: Keys,
     visible: Visible | None = None,
     *,
     keys: str = "tokens",
     implementation: str = "auto",
-) -> Float[Array, "b n q k"]:
+) -> Queries:
     """Softmax attention of each query to the keys that it sees.
 
     Scores are divided by the root of the head's channels; the softmax is float32. A
@@ -58,13 +58,13 @@ def attention(
     Raises:
         ValueError: the form, or the name of the keys' axis, is unknown.
     """
-    if implementation not in IMPLEMENTATIONS:
-        known = ", ".join(IMPLEMENTATIONS)
-        raise ValueError(f"`implementation` (={implementation!r}) must be in: {known}.")
-    if keys not in KEYS:
-        known = ", ".join(KEYS)
-        raise ValueError(f"`keys` (={keys!r}) must be in: {known}.")
-    local = partial(_local, implementation=implementation, keep=keys == "tokens")
+    for name, value, known in (
+        ("implementation", implementation, IMPLEMENTATIONS),
+        ("keys", keys, KEYS),
+    ):
+        if value not in known:
+            raise ValueError(f"`{name}` (={value!r}) must be in: {', '.join(known)}.")
+    local = partial(_local, implementation, keys == "tokens")
     if alone():
         return local(q, k, v, visible)
     fast = platform() == "tpu" and suits_mosaic(q, k)
@@ -73,55 +73,28 @@ def attention(
 
 
 def _local(
-    q: Array,
-    k: Array,
-    v: Array,
-    visible: Visible | None,
-    *,
-    implementation: str,
-    keep: bool,
+    form: Any, keep: bool, q: Array, k: Array, v: Array, visible: Visible | None
 ) -> Array:
     """Attention on one device."""
-    if implementation == "auto":
-        implementation = _best_implementation(q, k)
-    if implementation in PIECES:
-        return flash(q, k, v, visible, PIECES[implementation], keep)
-    plain = _even if implementation == "cudnn" else _plain
-    out = plain(q, k, v, visible)
-    if visible is not None:
-        seen = visible.mask().any(axis=-1)
-        out = jnp.where(seen[:, :, None, None], out, 0)
-    return out
-
-
-def _plain(
-    q: Array,
-    k: Array,
-    v: Array,
-    visible: Visible | None,
-    implementation: Literal["xla", "cudnn"] = "xla",
-    **lengths: Array,
-) -> Array:
-    mask = None if visible is None else visible.mask()[:, None]
-    return jax.nn.dot_product_attention(
-        q, k, v, mask=mask, implementation=implementation, **lengths
-    )
-
-
-def _even(q: Array, k: Array, v: Array, visible: Visible | None) -> Array:
-    """Attention by cuDNN, which takes even lengths: others get one more of padding."""
-    n, s = q.shape[1], k.shape[1]
+    form = _best_implementation(q, k) if form == "auto" else form
+    if form in PIECES:
+        return flash(q, k, v, visible, PIECES[form], keep)
+    n, s, seen = q.shape[1], k.shape[1], visible
     lengths: dict[str, Array] = {}
-    if n % 2 or s % 2:
-        q, k, v, visible = jax.tree.map(
-            lambda x: jnp.pad(
-                x, [(0, 0), (0, x.shape[1] % 2)] + [(0, 0)] * (x.ndim - 2)
-            ),
-            (q, k, v, visible),
+    if form == "cudnn" and (n % 2 or s % 2):
+        # cuDNN takes even lengths: others get one more of padding.
+        q, k, v, seen = jax.tree.map(
+            lambda x: pad(x, 1, x.shape[1] + x.shape[1] % 2), (q, k, v, visible)
         )
         lengths["query_seq_lengths"] = jnp.full(len(q), n, jnp.int32)
         lengths["key_value_seq_lengths"] = jnp.full(len(k), s, jnp.int32)
-    return _plain(q, k, v, visible, "cudnn", **lengths)[:, :n]
+    mask = None if seen is None else seen.mask()[:, None]
+    out = jax.nn.dot_product_attention(
+        q, k, v, mask=mask, implementation=form, **lengths
+    )[:, :n]
+    if visible is not None:
+        out = jnp.where(visible.mask().any(axis=-1)[:, :, None, None], out, 0)
+    return out
 
 
 def _best_implementation(q: Array, k: Array) -> str:
@@ -256,22 +229,3 @@ def _swapped(x: Float[Array, "b n q k"]) -> Float[Array, "b n q k"]:
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
-
-
-def rope(
-    x: Float[Array, "b n q k"],
-    position: Float[Array, "b n a"],
-    axes_dims: Sequence[int],
-    theta: float = 1e4,
-) -> Float[Array, "b n q k"]:
-    """Rotary position embedding of queries or keys: `rotate` by `rope_tables`.
-
-    Raises:
-        ValueError: `axes_dims` don't sum to the head's channels.
-    """
-    if sum(axes_dims) != x.shape[-1]:
-        raise ValueError(
-            f"`axes_dims` (={tuple(axes_dims)}) must sum to the head's channels "
-            f"(={x.shape[-1]}); try {wan_axes_dims(x.shape[-1])}."
-        )
-    return rotate(x, *rope_tables(position, axes_dims, theta))

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from jvdit.machine.chips import Blocks, this_chip
 from jvdit.models.attention import kernels
 from jvdit.models.attention.kernels import LANES
-from jvdit.models.attention.pieces import Pieces, pad
+from jvdit.models.attention.pieces import Keys, Pieces, Queries, Sums, pad
 from jvdit.shapes import Visible
 from jvdit.sharding import platform
 
@@ -44,7 +44,7 @@ def obstacle(channels: int, tokens: int) -> str:
     return f"{tokens} tokens, fewer than {LANES}" if tokens < LANES else ""
 
 
-def suits_mosaic(q: Float[Array, "b n q k"], k: Float[Array, "b s q k"]) -> bool:
+def suits_mosaic(q: Queries, k: Keys) -> bool:
     """Whether the kernels can be used for these heads and tokens."""
     return not obstacle(q.shape[-1], min(q.shape[1], k.shape[1]))
 
@@ -90,13 +90,13 @@ def _ragged(tokens: int, block: int) -> int | None:
     return tokens if tokens % block else None
 
 
-def _lines(x: Float[Array, "b n q k"]) -> Float[Array, "r n k"]:
+def _lines(x: Queries) -> Float[Array, "r n k"]:
     """Heads of all rows, one after another."""
     x = x.swapaxes(1, 2)
     return x.reshape(-1, *x.shape[2:])
 
 
-def _rows(x: Float[Array, "r n k"], rows: int) -> Float[Array, "b n q k"]:
+def _rows(x: Float[Array, "r n k"], rows: int) -> Queries:
     return x.reshape(rows, -1, *x.shape[1:]).swapaxes(1, 2)
 
 
@@ -187,11 +187,8 @@ def _settings(products: int, q: Array, k: Array, axes: int) -> dict[str, Any]:
 
 
 def mosaic_forward(
-    q: Float[Array, "b n q k"],
-    k: Float[Array, "b s q k"],
-    v: Float[Array, "b s q k"],
-    visible: Visible | None,
-) -> tuple[Float[Array, "b n q k"], Float[Array, "b q n"]]:
+    q: Queries, k: Keys, v: Keys, visible: Visible | None
+) -> tuple[Queries, Sums]:
     """Attention to some of the keys; see `pieces.Pieces.forward`."""
     rows, tokens, heads, channels = q.shape
     keys, most = k.shape[1], _blocks().ahead
@@ -227,14 +224,14 @@ def mosaic_forward(
 
 
 def mosaic_backward(
-    q: Float[Array, "b n q k"],
-    k: Float[Array, "b s q k"],
-    v: Float[Array, "b s q k"],
+    q: Queries,
+    k: Keys,
+    v: Keys,
     visible: Visible | None,
-    lse: Float[Array, "b q n"],
-    slope: Float[Array, "b q n"],
-    grad: Float[Array, "b n q k"],
-) -> tuple[Array, Array, Array]:
+    lse: Sums,
+    slope: Sums,
+    grad: Queries,
+) -> tuple[Queries, Keys, Keys]:
     """Gradients of q, k, v; see `pieces.Pieces.backward`."""
     rows, tokens, heads, channels = q.shape
     chip = _blocks()

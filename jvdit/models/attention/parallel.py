@@ -19,7 +19,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float
 
-from jvdit.models.attention.pieces import RESIDUALS, Pieces, no_gradient, slope_of
+from jvdit.models.attention.pieces import (
+    RESIDUALS,
+    Keys,
+    Pieces,
+    Queries,
+    slope_of,
+)
 from jvdit.shapes import Visible
 from jvdit.sharding import activation_spec, fit
 
@@ -45,12 +51,12 @@ def divide_context(size: int, heads: int) -> tuple[int, int]:
 def divided(
     local: Local,
     pieces: Pieces,
-    q: Float[Array, "b n q k"],
-    k: Float[Array, "b s q k"],
-    v: Float[Array, "b s q k"],
+    q: Queries,
+    k: Keys,
+    v: Keys,
     visible: Visible | None,
     keys: str,
-) -> Float[Array, "b n q k"]:
+) -> Queries:
     """Attention on the current mesh.
 
     An axis that the mesh doesn't divide stays whole, and is computed on each device.
@@ -111,25 +117,16 @@ def _trade(x: Array, groups: list[list[int]], split: int, concat: int) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _ring(
-    q: Array,
-    k: Array,
-    v: Array,
-    visible: Visible | None,
-    pieces: Pieces,
-    sizes: tuple[int, int],
-) -> Array:
+def _ring(q, k, v, visible, pieces: Pieces, sizes: tuple[int, int]) -> Array:
     return _ring_forward(q, k, v, visible, pieces, sizes)[0]
 
 
 def _ring_forward(q, k, v, visible, pieces, sizes):
-    out: Any = None
-    lse: Any = None
-    for here in _turns(q, k, v, visible, sizes):
+    turns = _turns(q, k, v, visible, sizes)
+    out, lse = pieces.forward(*next(turns))
+    out = out.astype(jnp.float32)
+    for here in turns:
         part, part_lse = pieces.forward(*here)
-        if lse is None:
-            out, lse = part.astype(jnp.float32), part_lse
-            continue
         total = jnp.logaddexp(lse, part_lse)
         out = out * _by_query(lse - total) + part * _by_query(part_lse - total)
         lse = total
@@ -147,7 +144,7 @@ def _ring_backward(pieces, sizes, saved, grad):
         # Gradients of keys travel with them, and are home after the last turn.
         sums = dq, *_pass_on((dk, dv), sizes)
     grads = (d.astype(x.dtype) for d, x in zip(sums, (q, k, v), strict=True))
-    return *grads, no_gradient(visible)
+    return *grads, None
 
 
 _ring.defvjp(_ring_forward, _ring_backward)

@@ -7,7 +7,7 @@ scores. Here are the two passes in plain products; those of a kernel fit the sam
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,10 @@ SMALL_SCORES = 0.6
 # The name under which remat finds a result of flash attention and its log-sum-exp.
 RESIDUALS = "attention_residuals"
 
+Queries = Float[Array, "b n q k"]
+Keys = Float[Array, "b s q k"]
+Sums = Float[Array, "b q n"]  # a number for each query
+
 
 class Pieces(NamedTuple):
     """Attention to some of the keys, and its gradient given what all of them make.
@@ -43,13 +47,8 @@ class Pieces(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def flash(
-    q: Float[Array, "b n q k"],
-    k: Float[Array, "b s q k"],
-    v: Float[Array, "b s q k"],
-    visible: Visible | None,
-    pieces: Pieces,
-    keep: bool,
-) -> Float[Array, "b n q k"]:
+    q: Queries, k: Keys, v: Keys, visible: Visible | None, pieces: Pieces, keep: bool
+) -> Queries:
     """Attention of each query to the keys that it sees, on one device.
 
     The backward pass computes scores again. With `keep`, result and log-sum-exp are
@@ -71,7 +70,7 @@ def _flash_backward(pieces, keep, saved, grad):
     q, k, v, visible, out, lse = saved
     grads = pieces.backward(q, k, v, visible, lse, slope_of(out, grad), grad)
     grads = (d.astype(x.dtype) for d, x in zip(grads, (q, k, v), strict=True))
-    return *grads, no_gradient(visible)
+    return *grads, None
 
 
 flash.defvjp(_flash_forward, _flash_backward)
@@ -84,14 +83,7 @@ def pad(x: Array, axis: int, length: int, value: int = 0) -> Array:
     return jnp.pad(x, widths, constant_values=value)
 
 
-def no_gradient(visible: Visible | None) -> Any:
-    """What stands for the gradients of integers."""
-    return jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), visible)
-
-
-def slope_of(
-    out: Float[Array, "b n q k"], grad: Float[Array, "b n q k"]
-) -> Float[Array, "b q n"]:
+def slope_of(out: Queries, grad: Queries) -> Sums:
     """What the gradient of each query's weights is taken against: `out` times `grad`.
 
     It is the D of arXiv:2205.14135, Algorithm 4.
@@ -135,11 +127,8 @@ def _each_head(function, arrays, visible):
 
 
 def dense_forward(
-    q: Float[Array, "b n q k"],
-    k: Float[Array, "b s q k"],
-    v: Float[Array, "b s q k"],
-    visible: Visible | None,
-) -> tuple[Float[Array, "b n q k"], Float[Array, "b q n"]]:
+    q: Queries, k: Keys, v: Keys, visible: Visible | None
+) -> tuple[Queries, Sums]:
     """Attention to some of the keys in plain products; see `Pieces.forward`.
 
     Scores are at most the product of the lengths of query and key. Where that is small
@@ -171,14 +160,14 @@ def dense_forward(
 
 
 def dense_backward(
-    q: Float[Array, "b n q k"],
-    k: Float[Array, "b s q k"],
-    v: Float[Array, "b s q k"],
+    q: Queries,
+    k: Keys,
+    v: Keys,
     visible: Visible | None,
-    lse: Float[Array, "b q n"],
-    slope: Float[Array, "b q n"],
-    grad: Float[Array, "b n q k"],
-) -> tuple[Array, Array, Array]:
+    lse: Sums,
+    slope: Sums,
+    grad: Queries,
+) -> tuple[Queries, Keys, Keys]:
     """Gradients of q, k, v in plain products (arXiv:2205.14135, Algorithm 4).
 
     Scores have a row for each key: two of three products then take them as they lie.

@@ -1,6 +1,7 @@
 """The training objective of the video autoencoder."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -30,13 +31,10 @@ def random_features(
         kernel = jax.random.normal(key, (3, 3, x.shape[-1], width))
         kernel = kernel - kernel.mean((0, 1), keepdims=True) * 0.5
         kernel = kernel / jnp.sqrt(9 * x.shape[-1])
-        stride = 1 if i == 0 else 2
+        strides = (1, 1) if i == 0 else (2, 2)
+        form = ("NHWC", "HWIO", "NHWC")
         x = jax.lax.conv_general_dilated(
-            x,
-            kernel.astype(x.dtype),
-            (stride, stride),
-            "SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            x, kernel.astype(x.dtype), strides, "SAME", dimension_numbers=form
         )
         x = jax.nn.leaky_relu(x, 0.2) * 1.4
         features.append(x)
@@ -85,12 +83,12 @@ class VAEObjective:
         self, params: Any, batch: Batch, *, ema: Any = None, step: Any = 0
     ) -> tuple[Float[Array, ""], Metrics]:
         """The sum over videos of the loss, of its terms, and of the PSNR in dB."""
-        variables = {"params": params["vae"]}
+        apply: Any = partial(self.vae.apply, {"params": params["vae"]})
         video = to_float(batch["video"])
-        mean, logvar = self._encode(variables, video)
+        mean, logvar = apply(video, method="encode")
         draw = jax.vmap(lambda k, m: jax.random.normal(k, m.shape))
         latents = mean + jnp.exp(0.5 * logvar) * draw(batch["key"], mean)
-        decoded = self._decode(variables, latents)
+        decoded = apply(latents, method="decode")
         valid = batch["valid"].astype(jnp.float32)
         terms = {
             "l1": _per_video(jnp.abs(decoded - video)),
@@ -99,28 +97,16 @@ class VAEObjective:
             "kl": 0.5 * _per_video(mean**2 + jnp.exp(logvar) - 1 - logvar),
             "temporal": _temporal(decoded, video),
         }
-        total = (
-            terms["l1"]
-            + self.mse * terms["mse"]
-            + self.perceptual * terms["perceptual"]
-            + self.kl * terms["kl"]
-            + self.temporal * terms["temporal"]
-        )
+        total = terms["l1"]
+        for name in ("mse", "perceptual", "kl", "temporal"):
+            total = total + getattr(self, name) * terms[name]
         metrics: Metrics = {k: (valid * v).sum() for k, v in terms.items()}
         metrics["psnr"] = (valid * psnr(decoded, video)).sum()
         return (valid * total).sum(), metrics
 
-    def _encode(self, variables: Any, video: Array) -> Any:
-        return self.vae.apply(variables, video, method="encode")
-
-    def _decode(self, variables: Any, latents: Array) -> Any:
-        return self.vae.apply(variables, latents, method="decode")
-
     def reconstruct(self, params: Any, video: Array) -> Array:
         """Encodes videos and decodes the posterior's mean; uint8 to uint8."""
-        variables = {"params": params["vae"]}
-        mean, _ = self._encode(variables, to_float(video))
-        return to_uint8(self._decode(variables, mean))
+        return to_uint8(self.vae.apply({"params": params["vae"]}, to_float(video))[0])
 
 
 def psnr(a: Float[Array, "b T H W 3"], b: Float[Array, "b T H W 3"]) -> Array:

@@ -34,11 +34,8 @@ def text_of(text_encoder: TextEncoder | None, params: Any, batch: Batch) -> Text
     if text_encoder is None:
         embeds = batch["text_embeds"]
     else:
-        embeds = text_encoder.apply(
-            {"params": params["text_encoder"]},
-            batch["text_ids"],
-            batch["text_segment"],
-        )
+        ids = batch["text_ids"], batch["text_segment"]
+        embeds = text_encoder.apply({"params": params["text_encoder"]}, *ids)
     return Text(embeds, batch["text_segment"])
 
 
@@ -113,9 +110,8 @@ class FlowObjective:
         params = {}
         if self.text_encoder is not None:
             ids, segment = batch["text_ids"], batch["text_segment"]
-            params["text_encoder"] = self.text_encoder.init(keys[0], ids, segment)[
-                "params"
-            ]
+            made = self.text_encoder.init(keys[0], ids, segment)
+            params["text_encoder"] = made["params"]
         text = self._text(params, batch)
         tokens = self._tokens(batch, batch["latents"])
         levels = 1 if tokens.level is None else batch["valid"].shape[1] + 1
@@ -152,15 +148,14 @@ class FlowObjective:
         t = self.policy.sample(time_key, sizes)
         if self.boundary:
             spans = (self.boundary, 1.0), (0.0, self.boundary)
-            time_keys = jax.random.split(time_key)
-            t = jnp.concatenate(
-                [
-                    dataclasses.replace(self.policy, span=span).sample(each, half)
-                    for span, each, half in zip(
-                        spans, time_keys, jnp.split(sizes, 2), strict=True
-                    )
-                ]
+            parts = zip(
+                spans, jax.random.split(time_key), jnp.split(sizes, 2), strict=True
             )
+            halves = [
+                dataclasses.replace(self.policy, span=span).sample(each, half)
+                for span, each, half in parts
+            ]
+            t = jnp.concatenate(halves)
         rows = jax.random.split(row_key, len(batch["segment"]))
         return {**batch, "t": t, "key": rows}
 
@@ -241,8 +236,7 @@ class FlowObjective:
 
     def _text(self, params: Any, batch: Batch) -> Text:
         text = text_of(self.text_encoder, params, batch)
-        unmasked = self.pad_text and self.one_clip
-        return Text(text.embeds) if unmasked else text
+        return Text(text.embeds) if self.pad_text and self.one_clip else text
 
     def validate(
         self, params: Any, batch: Batch, keys: Any, times: Float[Array, " times"]
@@ -261,18 +255,14 @@ class FlowObjective:
         weight = jnp.maximum(self.weight(batch), 1)
 
         def at(t):
-            everywhere = jnp.full(batch["valid"].shape, t)
+            inputs = batch, x0, noise, jnp.full(batch["valid"].shape, t)
             networks = ("dit_low", "dit") if self.boundary else ("dit",)
-            error = jax.lax.switch(
-                (t >= self.boundary).astype(int) * (len(networks) - 1),
-                [
-                    lambda name=name: self._error(
-                        params, name, batch, x0, noise, everywhere
-                    )[0]
-                    for name in networks
-                ],
-            )
-            return error.sum() / weight
+            ways = [
+                lambda name=name: self._error(params, name, *inputs)[0]
+                for name in networks
+            ]
+            index = (t >= self.boundary).astype(int) * (len(networks) - 1)
+            return jax.lax.switch(index, ways).sum() / weight
 
         return jax.lax.map(at, times)
 
