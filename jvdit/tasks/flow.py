@@ -28,7 +28,7 @@ from jvdit.tasks.task import Task
 from jvdit.training.objectives.denoising import FlowObjective
 from jvdit.weights import wan
 from jvdit.weights.adapters import write_lora
-from jvdit.weights.bundle import Bundle, save_bundle
+from jvdit.weights.bundle import Bundle, save_bundle, sources_of
 from jvdit.weights.folders import save_dit
 from jvdit.weights.opening import open_bundle
 from jvdit.weights.parameters import Network, module_fields
@@ -207,9 +207,14 @@ class FlowTask(Task):
             defaults={k: v for k, v in config.sample.items() if k not in _OF_TRAINING},
             adapters=self._adapters(params),
             text_release=self.captions.release if self.captions else "",
-            sources=tuple(dict.fromkeys(map(origin, config.data.sources))),
+            sources=self._trained_on(),
             pictures=self.pictures,
         )
+
+    def _trained_on(self) -> tuple[str, ...]:
+        start = self.config.start_from
+        before = sources_of(start) if start and not is_release(start) else ()
+        return tuple(dict.fromkeys((*before, *map(origin, self.config.data.sources))))
 
     def _adapters(self, params: Mapping[str, Any]) -> dict[str, Any]:
         lora = self.objective.lora

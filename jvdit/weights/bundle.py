@@ -206,6 +206,14 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
     )
 
 
+def sources_of(folder: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Names of what the model of a training was trained on; none of other models."""
+    settings = model_folder(folder) / _SETTINGS
+    if not settings.exists():
+        return ()
+    return read_json(settings, "copy it anew", _ModelSettings).sources
+
+
 def save_bundle(folder: str | os.PathLike[str], model: Bundle) -> None:
     """Saves a whole model in one folder, for `read_bundle`."""
     folder = pathlib.Path(folder)
