@@ -22,7 +22,7 @@ _BLURS = (0.0, 0.4, 0.6, 0.8, 1.0, 1.2, 1.5)  # standard deviations in pixels
 _PLACES = 4  # of the centre inside a pixel, along each axis
 _FAINTEST = 0.05  # share of a pixel that is covered but isn't detected
 # Largest errors of the moments of an outline: of each order, as a share of a template's
-# moment, and the area in pixels from which on they hold; they grow for smaller objects.
+# largest moment, and the area in pixels up to which they grow for smaller objects.
 _ERRORS = np.array([0.012, 0.012, 0.005, 0.0015, 0.0006])
 _ERROR_SHARE = 0.06
 _ENOUGH_PIXELS = np.array([30.0, 30.0, 30.0, 60.0, 90.0])
@@ -70,7 +70,9 @@ def _mismatch(
     """How far each object is from the nearest template of a shape; below 1 is one."""
     templates, spreads, areas = _templates(shape)
     small = 1 + _ENOUGH_PIXELS / area[:, None]
-    most = (_ERRORS + _ERROR_SHARE * np.abs(templates)) * small[:, None]
+    # An outline that is slightly stretched changes all orders by its largest moment.
+    largest = np.abs(templates).max(-1, keepdims=True)
+    most = (_ERRORS + _ERROR_SHARE * largest) * small[:, None]
     error = np.square(np.abs(moments[:, None] - templates) / most).max(-1)
     more = spread[:, None] - spreads
     less = _LESS_SPREAD * small[:, :1]
