@@ -107,10 +107,7 @@ def vae(variant: str = "world") -> Config:
     """Training a video autoencoder of a row of `video_vae.VARIANTS`."""
     config = run("video_vae")
     config.vae = fields_of(
-        video_vae.VideoVAE,
-        video_vae.VARIANTS[variant],
-        "latents_mean",
-        "latents_std",
+        video_vae.VideoVAE, video_vae.VARIANTS[variant], "latents_mean", "latents_std"
     )
     config.loss = {"mse": 5.0, "perceptual": 0.5, "kl": 3e-4, "temporal": 0.5}
     # Pixels of a batch, frames x height x width over its clips: a batch holds clips of
@@ -147,9 +144,7 @@ def flow(variant: str = "world-s", text_variant: str = "world") -> Config:
     config.text_encoder = ConfigDict()
     if text_variant:
         config.text_encoder = fields_of(
-            text_encoder.TextEncoder,
-            text_encoder.VARIANTS[text_variant],
-            "vocab_size",
+            text_encoder.TextEncoder, text_encoder.VARIANTS[text_variant], "vocab_size"
         )
     # A sentencepiece model; "": one of this many pieces is trained on the captions.
     config.tokenizer = ""
@@ -219,16 +214,7 @@ def encode(
         text_encoder: folder of the text encoder for the captions. "": none.
         text_length: tokens of a caption at the most.
     """
-    return ConfigDict(
-        {
-            "objective": "encode",
-            "source": source,
-            "vae": vae,
-            "validation": validation,
-            "text_encoder": text_encoder,
-            "text_length": text_length,
-        }
-    )
+    return ConfigDict({"objective": "encode", **locals()})
 
 
 def stages(**configs: Config) -> Config:

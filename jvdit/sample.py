@@ -16,7 +16,7 @@ import dataclasses
 import itertools
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -37,7 +37,7 @@ from jvdit.generation.request import Request, size_fields
 from jvdit.generation.settings import Settings
 from jvdit.machine.command import told_in_a_line
 from jvdit.machine.compilation import keep_compilations
-from jvdit.machine.files import replacing
+from jvdit.machine.files import write_atomically
 from jvdit.sharding import make_mesh, parse_mesh, sampling_sizes
 from jvdit.weights.opening import EXPERTS, open_bundle, with_adapters
 
@@ -58,19 +58,21 @@ _PROMPTS = flags.DEFINE_string(
     "File with a prompt a line, or with JSON lines that hold fields of a Request.",
 )
 _OUT = flags.DEFINE_string("out", "samples", "Folder that the clips are written to.")
-_NEGATIVE = flags.DEFINE_string(
-    "negative_prompt", None, "What guidance turns away from (default: the model's)."
+
+
+def _left(define: Callable[..., Any], name: str, text: str, **more: Any) -> Any:
+    """Defines a flag of a setting that is left to the model by default."""
+    return define(name, None, f"{text} (default: the model's).", **more)
+
+
+_NEGATIVE = _left(
+    flags.DEFINE_string, "negative_prompt", "What guidance turns away from"
 )
-_SIZE = flags.DEFINE_string(
-    "size", None, "HEIGHTxWIDTH of the clips in pixels (default: the model's)."
+_SIZE = _left(flags.DEFINE_string, "size", "HEIGHTxWIDTH of the clips in pixels")
+_FRAMES = _left(
+    flags.DEFINE_integer, "frames", "Frames of a clip; 1 is a picture", lower_bound=1
 )
-_FRAMES = flags.DEFINE_integer(
-    "frames",
-    None,
-    "Frames of a clip; 1 is a picture (default: the model's).",
-    lower_bound=1,
-)
-_FPS = flags.DEFINE_float("fps", None, "Frames per second (default: the model's).")
+_FPS = _left(flags.DEFINE_float, "fps", "Frames per second")
 _SEED = flags.DEFINE_integer(
     "seed", 0, "Seed of the first prompt's noise; those of the others follow."
 )
@@ -85,17 +87,12 @@ _MASK = flags.DEFINE_string(
 _REFERENCES = flags.DEFINE_list(
     "references", [], "Pictures of what is to appear, with commas between (VACE)."
 )
-_STEPS = flags.DEFINE_integer(
-    "steps", None, "Solver steps; fewer are faster (default: the model's)."
-)
-_SOLVER = flags.DEFINE_string(
-    "solver", None, f"Solver, one of {', '.join(SOLVERS)} (default: the model's)."
-)
-_SCALE = flags.DEFINE_float(
+_STEPS = _left(flags.DEFINE_integer, "steps", "Solver steps; fewer are faster")
+_SOLVER = _left(flags.DEFINE_string, "solver", f"Solver, one of {', '.join(SOLVERS)}")
+_SCALE = _left(
+    flags.DEFINE_float,
     "guidance_scale",
-    None,
-    "How strongly to follow the prompt; 1 is without guidance, and twice as fast "
-    "(default: the model's).",
+    "How strongly to follow the prompt; 1 is without guidance, and twice as fast",
 )
 _SCALE_2 = flags.DEFINE_float(
     "guidance_scale_2",
@@ -110,11 +107,10 @@ _RESCALE = flags.DEFINE_float(
     0.0,
     "How far guided clips are brought back to the contrast of unguided ones, 0 to 1.",
 )
-_DRAFT = flags.DEFINE_boolean(
+_DRAFT = _left(
+    flags.DEFINE_boolean,
     "draft",
-    None,
-    "Draw a picture first, and then the clip that begins with it (default: the "
-    "model's).",
+    "Draw a picture first, and then the clip that begins with it",
 )
 _SHIFT = flags.DEFINE_float(
     "shift",
@@ -174,11 +170,9 @@ def clip_name(request: Request) -> str:
 
 def free_path(folder: pathlib.Path, name: str, suffix: str) -> pathlib.Path:
     """A path in the folder at which nothing lies: the name, or it with a number."""
-    for number in itertools.count(1):
-        path = folder / (name + (f"-{number}" if number > 1 else "") + suffix)
-        if not path.exists():
-            return path
-    raise AssertionError  # pragma: no cover
+    numbered = (f"{name}-{number}{suffix}" for number in itertools.count(2))
+    paths = (folder / each for each in itertools.chain([name + suffix], numbered))
+    return next(path for path in paths if not path.exists())
 
 
 def _common_fields() -> dict[str, Any]:
@@ -213,21 +207,16 @@ def _load(mesh: Mesh) -> Generator:
                 raise ValueError(f"--{flag.name} goes with --pretrained.")
         model = open_bundle(_WORKDIR.value or FOLDER, mesh)
     else:
-        networks = {"dit": _DIT.value, "dit_low": _DIT_LOW.value}
         model = open_bundle(
             _PRETRAINED.value,
             mesh,
             dtype=_DTYPE.value,
             shift=_SHIFT.value,
-            parts={name: path for name, path in networks.items() if path},
+            parts={x.name: x.value for x in (_DIT, _DIT_LOW) if x.value},
         )
-    for flag, networks in (
-        (_LORA, EXPERTS),
-        (_LORA_HIGH, EXPERTS[:1]),
-        (_LORA_LOW, EXPERTS[1:]),
-    ):
-        files = [_strength(text) for text in flag.value]
-        model = with_adapters(model, files, networks)
+    adapters = (_LORA, EXPERTS), (_LORA_HIGH, EXPERTS[:1]), (_LORA_LOW, EXPERTS[1:])
+    for flag, networks in adapters:
+        model = with_adapters(model, [_strength(x) for x in flag.value], networks)
     if _SCALE_2.value is not None and not model.boundary:
         raise ValueError("--guidance_scale_2 is for models of two experts.")
     return Generator(model, mesh)
@@ -239,38 +228,6 @@ def _strength(text: str) -> tuple[str, float]:
     return (match[1], float(match[2])) if match else (text, 1.0)
 
 
-def _settings() -> Settings:
-    low, high = (float(x) for x in _INTERVAL.value)
-    return Settings(
-        steps=_STEPS.value,
-        solver=_SOLVER.value,
-        guidance_scale=_SCALE.value,
-        guidance_scale_2=_SCALE_2.value,
-        guidance_interval=(low, high),
-        guidance_rescale=_RESCALE.value,
-        draft=_DRAFT.value,
-    )
-
-
-def _told(generator: Generator, settings: Settings) -> dict[str, Any]:
-    """What a clip's file says of how it was made, besides its request."""
-    told = dataclasses.asdict(settings)
-    if not generator.model.boundary:
-        told.pop("guidance_scale_2")
-    files = (
-        _WORKDIR,
-        _PRETRAINED,
-        _DIT,
-        _DIT_LOW,
-        _LORA,
-        _LORA_HIGH,
-        _LORA_LOW,
-        _REUSE,
-    )
-    told |= {flag.name: flag.value for flag in files if flag.value}
-    return told | {"shift": generator.model.policy.shift}
-
-
 def sample(prompts: list[str]) -> Iterator[pathlib.Path]:
     """Generates what the flags and prompts ask for; yields each file once it is there.
 
@@ -278,10 +235,17 @@ def sample(prompts: list[str]) -> Iterator[pathlib.Path]:
     """
     if not prompts:
         raise ValueError('give a prompt, "…", or --prompts=FILE.')
-    requests, settings = read_requests(prompts, _common_fields()), _settings()
+    requests = read_requests(prompts, _common_fields())
+    named = _STEPS, _SOLVER, _SCALE, _SCALE_2, _RESCALE, _DRAFT
+    low, high = map(float, _INTERVAL.value)
+    settings = Settings(
+        guidance_interval=(low, high), **{flag.name: flag.value for flag in named}
+    )
     folder = pathlib.Path(_OUT.value)
     if not _CALIBRATE.value:
-        _try_folder(folder)
+        # Raises an OSError, before anything is computed, if no file can be written.
+        write_atomically(folder / "empty", b"")
+        (folder / "empty").unlink()
     generator = _load(_mesh(len(prompts)))
     requests = [generator.complete(request) for request in requests]
     settings = settings.complete(generator.model.defaults)
@@ -291,17 +255,21 @@ def sample(prompts: list[str]) -> Iterator[pathlib.Path]:
         yield pathlib.Path(_CALIBRATE.value)
         return
     reuse = Reuse.load(_REUSE.value, _THRESHOLD.value) if _REUSE.value else None
-    told, shown = _told(generator, settings), {}
+    told = dataclasses.asdict(settings) | {"shift": generator.model.policy.shift}
+    if not generator.model.boundary:
+        told.pop("guidance_scale_2")
+    files = _WORKDIR, _PRETRAINED, _DIT, _DIT_LOW, _LORA, _LORA_HIGH, _LORA_LOW, _REUSE
+    told |= {flag.name: flag.value for flag in files if flag.value}
+    shown = {}
     try:
         with _Shown(len(requests)) as watch:
             made = generator.clips(
                 requests, settings, rows=_ROWS.value, watch=watch, reuse=reuse
             )
             for i, video in made:
-                request = requests[i]
-                path = free_path(folder, clip_name(request), ".mp4")
-                metadata = {"jvdit": request.settings | told}
-                encode_clip(path, video, request.fps or 8.0, metadata=metadata)
+                path = free_path(folder, clip_name(requests[i]), ".mp4")
+                metadata = {"jvdit": requests[i].settings | told}
+                encode_clip(path, video, requests[i].fps or 8.0, metadata=metadata)
                 shown[i] = video
                 watch.clips(len(shown))
                 yield path
@@ -309,17 +277,8 @@ def sample(prompts: list[str]) -> Iterator[pathlib.Path]:
         if shown:
             captions = [requests[i].prompt for i in sorted(shown)]
             sheet = contact_sheet([shown[i] for i in sorted(shown)], captions)
-            path = free_path(folder, "sheet", ".png")
-            write_png(path, sheet)
+            write_png(path := free_path(folder, "sheet", ".png"), sheet)
     yield path
-
-
-def _try_folder(folder: pathlib.Path) -> None:
-    """Raises OSError, before anything is computed, if no file can be written there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "empty") as scratch:
-        scratch.touch()
-    (folder / "empty").unlink()
 
 
 class _Shown(Progress):

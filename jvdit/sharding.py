@@ -73,9 +73,8 @@ def make_mesh(
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = dict({"data": -1} if sizes is None else sizes)
-    for name in sizes:
-        if name not in AXES:
-            raise ValueError(f"mesh axis `{name}` is unknown; the axes are {AXES}.")
+    if unknown := [name for name in sizes if name not in AXES]:
+        raise ValueError(f"mesh axis `{unknown[0]}` is unknown; the axes are {AXES}.")
     shape = [int(sizes.get(axis, 1)) for axis in AXES]
     if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
         raise ValueError(
@@ -200,10 +199,9 @@ def activation_spec(*axes: str | None) -> PartitionSpec:
     Raises:
         ValueError: a name is not in the table.
     """
-    for axis in axes:
-        if axis is not None and axis not in ACTIVATIONS:
-            known = ", ".join(ACTIVATIONS)
-            raise ValueError(f"activation axis `{axis}` is unknown; known are {known}.")
+    if unknown := [axis for axis in axes if axis not in (None, *ACTIVATIONS)]:
+        known = f"unknown; known are {', '.join(ACTIVATIONS)}"
+        raise ValueError(f"activation axis `{unknown[0]}` is {known}.")
     return PartitionSpec(*(ACTIVATIONS[a] or None if a else None for a in axes))
 
 
@@ -277,25 +275,18 @@ def parameter_spec(
         raise ValueError(f"no rule in sharding.PARAMETERS places parameter `{path}`.")
     if rules[0] == "replicate" or len(shape) < 2:
         return PartitionSpec()
-    places: list[Any] = [None] * len(shape)
+    places: list[tuple[str, ...]] = [()] * len(shape)
     turned = {"columns": len(shape) - 1, "rows": len(shape) - 2}.get(rules[0])
     if turned is not None and shape[turned] % sizes["tensor"] == 0:
-        places[turned] = "tensor"
+        places[turned] = ("tensor",)
     for axes in (tuple(names), tuple(names[:1])):
         ways = math.prod(sizes[name] for name in axes)
-        free = [a for a, n in enumerate(shape) if places[a] is None and n % ways == 0]
+        free = [a for a, n in enumerate(shape) if not places[a] and n % ways == 0]
         if ways > 1 and free:
             places[max(free, key=lambda a: shape[a])] = axes
             break
-    places = [_used(place, sizes) for place in places]
-    return PartitionSpec(*places) if any(places) else PartitionSpec()
-
-
-def _used(place: Any, sizes: Mapping[str, int]) -> Any:
-    """A place without the axes of one device."""
-    names = (place,) if isinstance(place, str) else (place or ())
-    names = tuple(name for name in names if sizes[name] > 1)
-    return names[0] if len(names) == 1 else names or None
+    used = [tuple(name for name in place if sizes[name] > 1) for place in places]
+    return PartitionSpec(*used) if any(used) else PartitionSpec()
 
 
 def parameter_shardings(params: Any, mesh: Mesh) -> Any:

@@ -7,16 +7,16 @@ import time
 from jvdit.data.ingest.clip_file import prepare_file
 
 
-def slow(job):
+def slow(item, recipe):
     """Prepares a file, but takes its time."""
     time.sleep(0.15)
-    yield from prepare_file(job)
+    yield from prepare_file(item, recipe)
 
 
-def nasty(job):
+def nasty(item, recipe):
     """Dies, hangs or raises if the name of the file says so."""
-    misbehave(job.item.key)
-    yield from prepare_file(job)
+    misbehave(item.key)
+    yield from prepare_file(item, recipe)
 
 
 def count(number):

@@ -106,7 +106,7 @@ def test_folder_becomes_a_data_set(folder, tmp_path):
     assert len(source) == len(data)
     # Finished is finished: the report is read, no file is.
     again = ingest(
-        [folder], tmp_path / "clips", RECIPE, shard_size=3, work=lambda job: []
+        [folder], tmp_path / "clips", RECIPE, shard_size=3, work=lambda item, recipe: []
     )
     assert again.files == report.files
 

@@ -89,7 +89,7 @@ def test_inputs_that_are_none_say_so(tmp_path):
 
 
 def info(height, width, duration=10.0, fps=24.0):
-    return MediaInfo(duration, fps, 0, height, width, "h264", False, 0)
+    return MediaInfo(duration, fps, 0, height, width, False)
 
 
 def test_buckets_follow_the_shape_and_never_enlarge_too_much():

@@ -21,11 +21,15 @@ from jvdit.training import digests
 from jvdit.training.checkpoint import _names_in, claim_workdir
 from jvdit.training.metrics import read_history
 from jvdit.weights.adapters import _Alphas
-from jvdit.weights.configs import ImageConfig, TextConfig, VAEConfig, dit_fields
-from jvdit.weights.folders import _dit_config
-from jvdit.weights.model_folder import _ModelSettings
-from jvdit.weights.network import load_network
-from jvdit.weights.parameters import save_weights
+from jvdit.weights.bundle import _ModelSettings
+from jvdit.weights.folders import (
+    ImageConfig,
+    TextConfig,
+    VAEConfig,
+    _dit_config,
+    dit_fields,
+)
+from jvdit.weights.parameters import load_network, save_weights
 from jvdit.weights.release import read_release
 from jvdit.weights.tensors import TensorFiles
 

@@ -18,8 +18,8 @@ from jvdit.machine import cluster
 from jvdit.models.video_vae import VARIANTS, VideoVAE
 from jvdit.sharding import AXES
 from jvdit.tasks.encoding import encode
-from jvdit.weights import clip_encoder
-from jvdit.weights.clip_encoder import ClipEncoder
+from jvdit.weights import encoders
+from jvdit.weights.encoders import ClipEncoder
 from jvdit.weights.parameters import module_fields, save_weights
 
 SIZE = (5, 16, 16)
@@ -43,7 +43,7 @@ def vae(tmp_path_factory):
 def test_devices_share_a_batch(vae, monkeypatch, pieces):
     """Of clips that are encoded whole, and of those that are piece by piece."""
     if pieces:
-        monkeypatch.setattr(clip_encoder, "PIXELS", 5 * 16 * 16 - 1)
+        monkeypatch.setattr(encoders, "PIXELS", 5 * 16 * 16 - 1)
     many = ClipEncoder.load(vae)
     rows = many.rows(11, SIZE)
     assert rows == (8 if pieces else 16)
@@ -54,7 +54,7 @@ def test_devices_share_a_batch(vae, monkeypatch, pieces):
         assert parts == {rows // 8} and len(moment.sharding.device_set) == 8
 
     alone = Mesh(np.reshape(jax.devices()[:1], (1, 1, 1, 1)), AXES)
-    monkeypatch.setattr(clip_encoder, "host_mesh", lambda: alone)
+    monkeypatch.setattr(encoders, "host_mesh", lambda: alone)
     one = ClipEncoder.load(vae)
     assert one.rows(11, SIZE) == (1 if pieces else 16)
     whole = one(video)

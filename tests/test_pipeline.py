@@ -8,10 +8,15 @@ import time
 import numpy as np
 import pytest
 
-from jvdit.data.builders import StalledError
 from jvdit.data.clips import BadClip
 from jvdit.data.patches import patchify, positions
-from jvdit.data.pipeline import BadDataError, Batches, ClipBatches, PackedBatches
+from jvdit.data.pipeline import (
+    BadDataError,
+    Batches,
+    ClipBatches,
+    PackedBatches,
+    StalledError,
+)
 from jvdit.data.plan import BucketPlan, PackPlan
 from jvdit.data.sources import ArraySource, WorldSource
 from jvdit.data.tokenizer import Tokenizer, train_tokenizer
@@ -290,12 +295,14 @@ def test_what_is_made_ahead_is_bounded_by_bytes(source, tokenizer):
 
 def test_clip_batches_are_of_one_size():
     small, large = World(frames=1, height=16, width=16), World(frames=5, height=16)
-    sources = [WorldSource(small, 7, audio=False), WorldSource(large, 5, audio=False)]
-    plan = BucketPlan.of(sources, batch_size=4)
+    sources = [WorldSource(small, 140, audio=False), WorldSource(large, 5, audio=False)]
+    budget = {"pixel_budget": 4 * large.frames * large.height * large.width}
+    plan = BucketPlan.of(sources, **budget, multiple=4)
     builder = ClipBatches(sources, plan)
     whole = take(builder, 8)
     for step, batch in enumerate(whole):
-        assert batch["video"].shape == (4, *plan.size(step), 3)
+        size = plan.size(step)
+        assert batch["video"].shape == (plan.batches[size], *size, 3)
         assert batch["valid"].all() and (batch["fps"] == 8).all()
         for video, clip in zip(batch["video"], batch["clip_id"], strict=True):
             source, number = builder.locate(int(clip))
@@ -309,7 +316,7 @@ def test_clip_batches_are_of_one_size():
     ]
     assert_equal(joined, whole)
     with pytest.raises(ValueError, match="multiple=3"):
-        ClipBatches(sources, BucketPlan.of(sources, batch_size=4), host=0, hosts=3)
+        ClipBatches(sources, BucketPlan.of(sources, **budget), host=0, hosts=3)
     with pytest.raises(ValueError, match="same sources"):
         ClipBatches(sources[:1], plan)
 
@@ -318,7 +325,7 @@ def test_bad_clips_of_pixels_are_masked():
     world = World(frames=1, height=16, width=16)
     clips = WorldSource(world, 10).read(range(10))
     faulty = Faulty(clips)
-    plan = BucketPlan.of([faulty], batch_size=5)
+    plan = BucketPlan.of([faulty], pixel_budget=5 * 16 * 16)
     with Batches(ClipBatches([faulty], plan)) as batches:
         got = [next(batches), next(batches)]
         assert sorted(clip for _, clip, _ in batches.reports) == [0, 5]
@@ -336,7 +343,7 @@ from jvdit.data.world import World
 
 if __name__ == "__main__":
     source = WorldSource(World(frames=1, height=16, width=16), 12, audio=False)
-    builder = ClipBatches([source], BucketPlan.of([source], batch_size=4))
+    builder = ClipBatches([source], BucketPlan.of([source], pixel_budget=4 * 16 * 16))
     with Batches(builder) as batches:
         expected = [next(batches) for _ in range(9)]
     with Batches(builder, start=2, num_workers=2) as batches:
@@ -377,7 +384,7 @@ class Stuck(ArraySource):
         threading.Event().wait()
 
 source = Stuck([{"video": np.zeros((1, 4, 4, 3), np.uint8), "fps": 8.0}] * 4)
-plan = BucketPlan.of([source], batch_size=2)
+plan = BucketPlan.of([source], pixel_budget=2 * 4 * 4)
 with Batches(ClipBatches([source], plan, timeout=0.5)) as batches:
     next(batches)
 """

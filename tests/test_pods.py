@@ -16,9 +16,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jvdit.machine.chips import CHIPS, topology
 from jvdit.machine.compilation import jit
 from jvdit.models.video_vae import VARIANTS, VideoVAE
-from jvdit.pods.forecast import forecast
+from jvdit.pods.forecast import arrays, forecast, group, read
 from jvdit.pods.programs import pod_mesh, train_program, vae_program
-from jvdit.pods.schedule import arrays, group, read
 from jvdit.sharding import autoencoder_mesh, make_mesh
 
 HERE = pathlib.Path(__file__).parent

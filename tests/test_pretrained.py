@@ -17,8 +17,7 @@ from jvdit.models.dit import VARIANTS, DiT
 from jvdit.shapes import Text, Tokens
 from jvdit.sharding import make_mesh, parameter_shardings
 from jvdit.weights import umt5, wan
-from jvdit.weights.loading import export, load, paths_of
-from jvdit.weights.rules import Rule, assign
+from jvdit.weights.rules import Rule, assign, export, loader, paths_of
 from jvdit.weights.tensors import TensorFiles
 
 FIELDS = VARIANTS["tiny"] | {"in_channels": 16, "out_channels": 16, "text_width": 12}
@@ -29,6 +28,10 @@ def dit(**fields):
     tokens = Tokens(jnp.zeros((1, 1, 16)), jnp.zeros((1, 1, 3)))
     inputs = tokens, jnp.zeros((1, 1)), Text(jnp.zeros((1, 1, 12)))
     return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+
+
+def load(*args, **named):
+    return loader(*args, **named)()
 
 
 def drawn(shapes):
@@ -121,7 +124,7 @@ def test_a_second_name_of_a_tensor_is_read_only_in_place_of_the_first():
     first, second = "shared.weight", "encoder.embed_tokens.weight"
     for names in ((first,), (second,), (second, first)):
         found = assign(rules, dict.fromkeys(names, (5, 4)), ours)
-        (piece,) = found.pieces["token_embed/embedding"]
+        (piece,) = found["token_embed/embedding"]
         assert piece.name == (first if first in names else second)
 
 
@@ -186,7 +189,7 @@ def test_bad_files_are_named_with_the_remedy(tmp_path):
 
 _MEASURE = """
 import sys, threading, jax, jax.numpy as jnp
-from jvdit.weights.loading import load
+from jvdit.weights.rules import loader
 from jvdit.weights.rules import Rule
 from jvdit.weights.tensors import TensorFiles
 from jvdit.sharding import make_mesh, parameter_shardings
@@ -211,7 +214,7 @@ def watch():
 
 thread = threading.Thread(target=watch)
 thread.start()
-jax.block_until_ready(load(rules, tensors, shapes, places, jnp.bfloat16))
+jax.block_until_ready(loader(rules, tensors, shapes, places, jnp.bfloat16)())
 stop.set()
 thread.join()
 print(peak - before)

@@ -13,12 +13,13 @@ import pytest
 import tensorflow_datasets as tfds
 
 from jvdit.data import records
-from jvdit.data.record_format import (
+from jvdit.data.records import (
     CLIP_FEATURES,
+    RecordDataset,
+    RecordWriter,
     dataset_directory,
     latent_features,
 )
-from jvdit.data.records import RecordDataset, RecordWriter
 from jvdit.machine.files import local_path, sweep_temporary, temporary_path
 
 
@@ -72,7 +73,6 @@ def dataset(tmp_path_factory):
 def test_what_is_written_is_read(dataset):
     data = RecordDataset(dataset)
     assert len(data) == 5 and [data[i] for i in range(5)] == [clip(i) for i in range(5)]
-    assert data.read([4, 0]) == [clip(4), clip(0)]
     assert [e["key"] for e in data] == [f"clip{i}" for i in range(5)]
     assert data.settings == {"fps": 8}
     assert RecordDataset(dataset, "val")[0] == clip(5)
@@ -289,9 +289,9 @@ def test_examples_must_be_what_the_features_say(tmp_path):
     writer = RecordWriter(tmp_path / "a", latent_features(), shards={"train": 1})
     with pytest.raises(ValueError, match="caption"):
         writer.serialize({k: v for k, v in latent(0).items() if k != "caption"})
-    with pytest.raises(ValueError, match="float32 of rank 4.*bfloat16"):
+    with pytest.raises(ValueError, match="(?s)clip0.*mean.*float32.*bfloat16"):
         writer.serialize(latent(0) | {"mean": np.zeros((1, 1, 1, 1), np.float32)})
-    with pytest.raises(ValueError, match="rank 3"):
+    with pytest.raises(ValueError, match="(?s)clip0.*mean.*rank"):
         writer.serialize(latent(0) | {"mean": latent(0)["mean"][0]})
     with pytest.raises(ValueError, match="empty"):
         writer.serialize(latent(0) | {"text_embeds": latent(0)["text_embeds"][:0]})

@@ -11,13 +11,7 @@ import pytest
 from PIL import Image
 
 import jvdit
-from jvdit.data.conditions import (
-    check_conditions,
-    check_given,
-    clean_first_frame,
-    control_signal,
-    first_frame_channels,
-)
+from jvdit.data.conditions import Place, check_conditions, check_given, known
 from jvdit.data.tokenizer import (
     Tokenizer,
     cleaned,
@@ -29,13 +23,11 @@ from jvdit.generation.residence import Residence, fits_together
 from jvdit.models.dit import VARIANTS
 from jvdit.sharding import make_mesh
 from jvdit.weights.bundle import Bundle
-from jvdit.weights.configs import OriginalDiT, dit_fields
-from jvdit.weights.network import Network
+from jvdit.weights.folders import OriginalDiT, dit_fields
 from jvdit.weights.opening import _tell
-from jvdit.weights.parameters import weights_hash
+from jvdit.weights.parameters import Network, weights_hash
 from jvdit.weights.recipes import RECIPES, name_of
-from jvdit.weights.release import read_release
-from jvdit.weights.schedulers import SchedulerConfig, scheduler_of
+from jvdit.weights.release import SchedulerConfig, read_release, scheduler_of
 from jvdit.weights.starting import fingerprint, model_hash
 
 
@@ -223,21 +215,26 @@ def encode(video):
     return frames.mean(1)[:, ::2, ::2]
 
 
+def given(condition, encode=encode, spatial=2, **fields):
+    request = Request("", frames=9, height=4, width=6, **fields)
+    return known([condition], request, Place(3, encode, 4, spatial))
+
+
 def test_a_first_and_a_last_frame_as_channels():
     first, last = np.full((4, 6, 3), 255, np.uint8), np.zeros((4, 6, 3), np.uint8)
-    cond = first_frame_channels([first, last], 9, encode, 4).cond
+    cond = given("end_channels", image=first, last_image=last).cond
     assert cond.shape == (3, 2, 3, 4 + 3)
     assert (cond[0, ..., :4] == 1).all() and (cond[1, ..., :4] == 0).all()
     assert (cond[2, 0, 0, :4] == [0, 0, 0, 1]).all()
     assert (cond[0, ..., 4:] == 1).all() and (cond[2, ..., 4:] == -0.25).all()
-    alone = first_frame_channels([first], 9, encode, 4).cond
+    alone = given("end_channels", image=first).cond
     assert (alone[2] == 0).all()
 
 
 def test_a_clean_first_frame():
-    given = clean_first_frame(np.full((4, 6, 3), 255, np.uint8), 3, encode)
-    assert given.clean[0].all() and not given.clean[1:].any()
-    assert (given.latents[0] == 1).all() and (given.latents[1:] == 0).all()
+    found = given("first_frame", image=np.full((4, 6, 3), 255, np.uint8))
+    assert found.clean[0].all() and not found.clean[1:].any()
+    assert (found.latents[0] == 1).all() and (found.latents[1:] == 0).all()
 
 
 def test_a_mask_parts_footage_into_what_stays_and_what_changes():
@@ -245,9 +242,9 @@ def test_a_mask_parts_footage_into_what_stays_and_what_changes():
     mask = np.zeros_like(video)
     mask[5:, :2] = 255
     reference = np.zeros((4, 6, 3), np.uint8)
-    given = control_signal(video, mask, [reference], (9, 4, 6), encode, 2)
-    control = given.control
-    assert given.lead == 1 and control.shape == (4, 2, 3, 3 + 3 + 4)
+    found = given("control", video=video, mask=mask, references=(reference,))
+    control = found.control
+    assert found.lead == 1 and control.shape == (4, 2, 3, 3 + 3 + 4)
     assert (control[0, ..., :3] == -1).all() and (control[0, ..., 3:] == 0).all()
     keep, new, cells = np.split(control[1:], [3, 6], axis=-1)
     assert (keep[2, 0] == 0).all() and (new[2, 0] == 1).all()
@@ -259,7 +256,7 @@ def test_greys_of_a_mask_are_shown_and_part_footage_at_half():
     video = np.full((9, 4, 6, 3), 255, np.uint8)
     mask = np.zeros_like(video)
     mask[:, 0, 0], mask[:, 0, 1] = 127, 128
-    control = control_signal(video, mask, [], (9, 4, 6), lambda x: x[::4], 1).control
+    control = given("control", lambda x: x[::4], 1, video=video, mask=mask).control
     keep, new, cells = control[..., :3], control[..., 3:6], control[..., 6:]
     assert (keep[:, 0, 0] == 1).all() and (new[:, 0, 0] == 0).all()
     assert (keep[:, 0, 1] == 0).all() and (new[:, 0, 1] == 1).all()

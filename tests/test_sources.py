@@ -6,17 +6,16 @@ import pickle
 import numpy as np
 import pytest
 
-from jvdit.data.catalog import open_source
 from jvdit.data.clips import BadClip, Source, make_index
 from jvdit.data.media.writer import encode_clip
-from jvdit.data.record_format import CLIP_FEATURES, latent_features
-from jvdit.data.records import RecordWriter
+from jvdit.data.records import CLIP_FEATURES, RecordWriter, latent_features
 from jvdit.data.sources import (
     ArraySource,
     LatentSource,
     RecordSource,
     TfdsSource,
     WorldSource,
+    open_source,
 )
 from jvdit.data.world import World
 

@@ -85,12 +85,9 @@ def test_unknown_characters_are_bytes_or_one_unknown(model):
     assert (UNK_ID in Tokenizer(model, "bytes").encode("🦊")) == (not has_bytes(model))
 
 
-def test_special_tokens_in_text_are_text_unless_asked_for(model):
+def test_special_tokens_in_text_are_text(model):
     for text in SPECIAL:
         assert Tokenizer(model).encode(text).index(EOS_ID) > 1, text
-    parsed = Tokenizer(model, parse_special=True, extra_ids=100)
-    assert parsed.encode("</s>") == [EOS_ID, EOS_ID]
-    assert parsed.encode("<extra_id_0>")[0] == parsed.vocab_size - 1
 
 
 def test_training_is_deterministic(model, captions):
@@ -157,10 +154,8 @@ def test_ids_are_those_of_transformers(tmp_path, model, captions):
     (tmp_path / "spiece.model").write_bytes(model)
     # The constructor would ignore the file that it is given; `from_pretrained` reads.
     theirs = transformers.T5Tokenizer.from_pretrained(str(tmp_path), extra_ids=100)
-    plain = Tokenizer(model, "unk", extra_ids=100)
-    parsed = Tokenizer(model, "unk", extra_ids=100, parse_special=True)
-    for ours, texts in ((plain, WEIRD + captions), (parsed, WEIRD + SPECIAL)):
-        for text in texts:
-            for length in (6, 64):
-                expected = theirs(text, max_length=length, truncation=True)
-                assert ours.encode(text, length) == expected["input_ids"], text
+    ours = Tokenizer(model, "unk")
+    for text in WEIRD + captions:
+        for length in (6, 64):
+            expected = theirs(text, max_length=length, truncation=True)
+            assert ours.encode(text, length) == expected["input_ids"], text

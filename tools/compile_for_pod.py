@@ -35,7 +35,7 @@ from rich.table import Table
 from jvdit.machine.chips import CHIPS, Chip, several, topology
 from jvdit.models import video_vae
 from jvdit.models.dit import DiT
-from jvdit.pods.forecast import Forecast, forecast
+from jvdit.pods.forecast import Forecast, forecast, read
 from jvdit.pods.programs import (
     SAMPLED,
     pod_mesh,
@@ -43,7 +43,6 @@ from jvdit.pods.programs import (
     train_program,
     vae_program,
 )
-from jvdit.pods.schedule import read
 from jvdit.sharding import (
     autoencoder_mesh,
     parameter_shardings,

@@ -17,7 +17,7 @@ from jvdit.box import FOLDER
 from jvdit.data.sheets import contact_sheet, write_png
 from jvdit.generation.generator import Generator
 from jvdit.machine.json_files import read_json
-from jvdit.weights.model_folder import save_bundle
+from jvdit.weights.bundle import save_bundle
 from jvdit.weights.opening import open_bundle
 
 

@@ -27,7 +27,7 @@ from jvdit.generation.request import size_fields
 from jvdit.models import dit, text_encoder, video_vae
 from jvdit.pods.programs import pod_mesh, sample_program, vae_program
 from jvdit.sharding import make_mesh, replicated
-from jvdit.weights.configs import PATCH_SIZE
+from jvdit.weights.folders import PATCH_SIZE
 from jvdit.weights.recipes import RECIPES, TEXT_LENGTH
 
 GB = 1e9

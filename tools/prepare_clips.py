@@ -15,7 +15,7 @@ from dataclasses import fields
 
 from jvdit.data.ingest.clip_file import Recipe
 from jvdit.data.ingest.ingest import ingest
-from jvdit.data.record_format import dataset_directory
+from jvdit.data.records import dataset_directory
 
 
 def size(text: str) -> tuple[int, int]:

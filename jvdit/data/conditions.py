@@ -155,96 +155,62 @@ def to_pixels(pictures: UInt8[np.ndarray, "*n 3"]) -> Float[np.ndarray, "*n 3"]:
     return pictures.astype(np.float32) / 127.5 - 1
 
 
-def first_frame_channels(
-    ends: Sequence[UInt8[np.ndarray, "H W 3"]],
-    frames: int,
-    encode: Encode,
-    temporal_compression: int,
-) -> Known:
-    """A clip's first, and perhaps last, frame as channels beside the noise (Wan I2V).
-
-    They are, for each latent frame, which of its pixel frames are given, and the
-    latents of the clip that is grey where none is.
-    """
-    video = np.zeros((frames, *ends[0].shape), np.float32)
-    known = np.zeros(frames, np.float32)
-    for place, picture in zip((0, -1), ends, strict=False):
-        video[place], known[place] = to_pixels(picture), 1
-    latents = encode(video)
-    f, h, w, _ = latents.shape
-    known = np.concatenate([np.repeat(known[:1], temporal_compression), known[1:]])
-    mask = repeat(known.reshape(f, -1), "f r -> f h w r", h=h, w=w)
-    return Known(cond=np.concatenate([mask, latents], axis=-1))
-
-
-def clean_first_frame(
-    first: UInt8[np.ndarray, "H W 3"], frames: int, encode: Encode
-) -> Known:
-    """A given first frame as clean tokens; `frames` counts latent ones."""
-    latent = encode(to_pixels(first)[None])
-    latents = np.zeros((frames, *latent.shape[1:]), np.float32)
+def _first_frame(request: Asked, place: Place) -> Known:
+    """A given first frame as clean tokens."""
+    if not (ends := request.ends):
+        return Known()
+    latent = place.encode(to_pixels(ends[0])[None])
+    latents = np.zeros((place.frames, *latent.shape[1:]), np.float32)
     clean = np.zeros(latents.shape[:3], bool)
     latents[0], clean[0] = latent[0], True
     return Known(latents=latents, clean=clean)
 
 
-def control_signal(
-    video: UInt8[np.ndarray, "T H W 3"] | None,
-    mask: UInt8[np.ndarray, "T H W 3"] | None,
-    references: Sequence[UInt8[np.ndarray, "H W 3"]],
-    size: tuple[int, int, int],
-    encode: Encode,
-    spatial_compression: int,
-) -> Known:
+def _channels(request: Asked, place: Place) -> Known:
+    """A clip's first, and perhaps last, frame as channels beside the noise (Wan I2V).
+
+    They are, for each latent frame, which of its pixel frames are given, and the
+    latents of the clip that is grey where none is.
+    """
+    video = np.zeros((*request.size, 3), np.float32)
+    known = np.zeros(len(video), np.float32)
+    for number, picture in zip((0, -1), request.ends, strict=False):
+        video[number], known[number] = to_pixels(picture), 1
+    latents = place.encode(video)
+    f, h, w, _ = latents.shape
+    first = np.repeat(known[:1], place.temporal_compression)
+    known = np.concatenate([first, known[1:]]).reshape(f, -1)
+    mask = repeat(known, "f r -> f h w r", h=h, w=w)
+    return Known(cond=np.concatenate([mask, latents], axis=-1))
+
+
+def _control(request: Asked, place: Place) -> Known:
     """Footage, what to change of it, and pictures to show, for control blocks (VACE).
 
-    Args:
-        video: None: there is none, and everything is generated.
-        mask: white where to generate; None: everywhere. A pixel of footage stays or
-            goes whole, at half white; the network is shown the greys themselves.
-        references: pictures at the clip's size; each is a latent frame before the clip.
-        size: frames, height and width of the clip in pixels.
-        encode: to latents.
-        spatial_compression: pixels of a latent, along a side.
+    Without a video everything is generated. The mask is white where to generate; none:
+    everywhere. A pixel of footage stays or goes whole, at half white; the network is
+    shown the greys themselves. Each reference is a latent frame before the clip.
     """
-    pixels = np.zeros((*size, 3), np.float32) if video is None else to_pixels(video)
-    grey = np.ones(size, np.float32)
+    video, mask = request.clip("video"), request.clip("mask")
+    references = request.reference_pictures()
+    shape = *request.size, 3
+    pixels = np.zeros(shape, np.float32) if video is None else to_pixels(video)
+    grey = np.ones(request.size, np.float32)
     if mask is not None:
         grey = mask[..., 0].astype(np.float32) / 255
     change = (grey > 0.5)[..., None]
-    keep, new = encode(pixels * ~change), encode(pixels * change)
-    side = {"p": spatial_compression, "q": spatial_compression}
+    keep, new = place.encode(pixels * ~change), place.encode(pixels * change)
+    side = dict.fromkeys(("p", "q"), place.spatial_compression)
     cells = rearrange(grey, "T (h p) (w q) -> T h w (p q)", **side)
     # The pixel frame in the middle of each latent one, as if they were evenly spread.
     middle = (np.arange(len(new)) + 0.5) * len(cells) / len(new)
     control = np.concatenate([keep, new, cells[middle.astype(int)]], axis=-1)
     for picture in references:
-        latent = encode(to_pixels(picture)[None])
+        latent = place.encode(to_pixels(picture)[None])
         blank = np.zeros((*latent.shape[:3], control.shape[-1] - latent.shape[-1]))
         lead = np.concatenate([latent, blank], axis=-1)
         control = np.concatenate([lead, control]).astype(np.float32)
     return Known(control=control, lead=len(references))
-
-
-def _first_frame(request: Asked, place: Place) -> Known:
-    ends = request.ends
-    return clean_first_frame(ends[0], place.frames, place.encode) if ends else Known()
-
-
-def _channels(request: Asked, place: Place) -> Known:
-    frames, time = request.size[0], place.temporal_compression
-    return first_frame_channels(request.ends, frames, place.encode, time)
-
-
-def _control(request: Asked, place: Place) -> Known:
-    return control_signal(
-        request.clip("video"),
-        request.clip("mask"),
-        request.reference_pictures(),
-        request.size,
-        place.encode,
-        place.spatial_compression,
-    )
 
 
 _BOTH = ("image", "last_image")

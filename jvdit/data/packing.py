@@ -80,9 +80,18 @@ def pack_rows(
     items = [item for row in rows for item in row]
     if not items:
         raise ValueError("`rows` holds no item, so the width of a token is unknown.")
-    for row in rows:
-        _check_row(row, token_budget, text_budget, max_clips)
     b, n, s, m = len(rows), token_budget, text_budget, max_clips
+    for row in rows:
+        for name, size, budget in (
+            ("token_budget", sum(len(item.latents) for item in row), n),
+            ("text_budget", sum(len(item.text) for item in row), s),
+            ("max_clips", len(row), m),
+        ):
+            if size > budget:
+                raise ValueError(
+                    f"A row needs {size} of `{name}` (={budget}); raise it, or put "
+                    f"fewer or smaller clips in it than {[x.clip_id for x in row]}."
+                )
     c, text = items[0].latents.shape[1], items[0].text
     name, kind = (
         ("text_ids", np.int32) if text.ndim == 1 else ("text_embeds", np.float32)
@@ -135,30 +144,6 @@ def _blank_extras(items: Sequence[Item], b: int, n: int) -> dict[str, np.ndarray
     }
 
 
-def _check_row(
-    row: Sequence[Item], token_budget: int, text_budget: int, max_clips: int
-) -> None:
-    if len(row) > max_clips:
-        raise ValueError(
-            f"A row of {len(row)} clips exceeds `max_clips` (={max_clips})."
-        )
-    for name, budget, sizes in (
-        ("token_budget", token_budget, [len(item.latents) for item in row]),
-        ("text_budget", text_budget, [len(item.text) for item in row]),
-    ):
-        for item, size in zip(row, sizes, strict=True):
-            if size > budget:
-                raise ValueError(
-                    f"Clip {item.clip_id} needs {size} of `{name}` (={budget}); raise "
-                    "the budget or use a smaller clip."
-                )
-        if sum(sizes) > budget:
-            raise ValueError(
-                f"A row needs {sum(sizes)} of `{name}` (={budget}): {sizes}; put fewer "
-                "clips in it."
-            )
-
-
 def unpack_rows(
     tokens: Shaped[Any, "b n p"],
     latent_sizes: Sequence[Sequence[Size]],
@@ -169,13 +154,8 @@ def unpack_rows(
     `tokens` are such as the `latents` of a batch after denoising, and `latent_sizes`
     those of each item of each row.
     """
-    tokens = np.asarray(tokens)
-    if len(tokens) != len(latent_sizes):
-        raise ValueError(
-            f"`tokens` has {len(tokens)} rows and `latent_sizes` {len(latent_sizes)}."
-        )
     rows = []
-    for row, sizes in zip(tokens, latent_sizes, strict=True):
+    for row, sizes in zip(np.asarray(tokens), latent_sizes, strict=True):
         start, items = 0, []
         for size in sizes:
             count = int(np.prod(token_grid(size, patch_size)))

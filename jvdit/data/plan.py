@@ -1,34 +1,187 @@
 """The order of training, as a function of (seed, step).
 
 A plan knows the sizes of all clips and says which of them every step is made of. It
-has no state: a step is computed from its number, in a time that depends neither on
-the step nor on the size of the data set. So a run can be resumed at any step, on any
-number of hosts, processes or threads, and sees what it would have seen.
+has no state: a step is computed from its number alone, by hashes and permutations of
+integers, in a time that depends neither on the step nor on the size of the data set.
+So a run can be resumed at any step, on any number of hosts, processes or threads, and
+sees what it would have seen.
 
 Clips of one source and one size form a *stream*: an endless sequence in which every
 pass over the clips is a new permutation of them. What a plan fixes is which stream
 every place of every row draws from, and which element of the stream it draws.
 """
 
+import dataclasses
+import hashlib
 import itertools
+import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Int
 
-from jvdit.data.order import (
-    Streams,
-    fingerprint,
-    host_share,
-    permute,
-    rank_by_kind,
-    stable_hash,
-)
 from jvdit.data.packing import best_fit
 from jvdit.data.patches import Size, token_grid
+
+_VERSION = 1  # of the order; part of every fingerprint
+
+
+def stable_hash(*parts: Any) -> np.ndarray:
+    """Hashes integers (or integer arrays, elementwise) to uint64; never changes."""
+    mixed = np.zeros((), np.uint64)
+    with np.errstate(over="ignore"):
+        for part in parts:
+            part = np.asarray(part).astype(np.uint64)
+            mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + part
+            mixed = mixed + np.uint64(0x9E3779B97F4A7C15)
+            for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+                mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+            mixed = mixed ^ (mixed >> np.uint64(31))
+    return np.asarray(mixed)
+
+
+def stable_uniform(*parts: Any) -> np.ndarray:
+    """Hashes integers to float64, uniform in [0, 1)."""
+    return np.asarray((stable_hash(*parts) >> np.uint64(11)) * 2.0**-53)
+
+
+def permute(index: Any, size: Any, key: Any) -> np.ndarray:
+    """Returns where a keyed permutation of `range(size)` sends `index`.
+
+    A Feistel network on two digits of about sqrt(size), walked until it lands below
+    `size`: nothing is stored, however large `size` is. All arguments broadcast.
+    """
+    index, size, key = np.broadcast_arrays(
+        np.asarray(index, np.int64), np.asarray(size, np.int64), np.asarray(key)
+    )
+    high_size = np.ceil(np.sqrt(size)).astype(np.int64)
+    low_size = -(-size // high_size)
+    result = index.copy()
+    walking = np.ones(index.shape, bool)
+    while walking.any():
+        m, n, k = high_size[walking], low_size[walking], key[walking]
+        high, low = np.divmod(result[walking], n)
+        for turn in range(0, 8, 2):
+            high = (high + _round(k, turn, low, m)) % m
+            low = (low + _round(k, turn + 1, high, n)) % n
+        result[walking] = high * n + low
+        walking &= result >= size
+    return result
+
+
+def _round(
+    key: np.ndarray, turn: int, digit: np.ndarray, modulus: np.ndarray
+) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        turned = key + np.uint64(turn * 0x632BE59BD9B4E019 % 2**64)
+    mixed = stable_hash(turned ^ digit.astype(np.uint64))
+    return (mixed >> np.uint64(1)).astype(np.int64) % modulus
+
+
+class Streams:
+    """Every (source, size) as an endless sequence of clips.
+
+    Attributes:
+        source: source of each stream.
+        key: what its clips have in common, [k ...].
+        clips: number of its clips.
+        places: how many clips an epoch takes from it.
+    """
+
+    def __init__(
+        self,
+        keys: Iterable[np.ndarray],
+        weights: Sequence[float | int] | None,
+        seed: int,
+    ):
+        self._seed = seed
+        found, members = [], []
+        for source, key in enumerate(keys):
+            order = np.lexsort(key.T[::-1])
+            edges = np.flatnonzero((np.diff(key[order], axis=0) != 0).any(axis=1)) + 1
+            starts = np.concatenate([[0], edges])
+            count = np.diff(np.append(starts, len(key)))
+            found.append((np.full(len(starts), source), key[order[starts]], count))
+            members.append(order.astype(np.uint32 if len(key) < 2**32 else np.uint64))
+        columns = list(zip(*found, strict=True))
+        self.source, self.key, self.clips = map(np.concatenate, columns)
+        self.places = np.concatenate(_places(columns[2], weights))
+        self._start = np.concatenate([[0], np.cumsum(self.clips)[:-1]])
+        self._members = np.concatenate(members)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def take(self, stream: np.ndarray, element: np.ndarray) -> np.ndarray:
+        """Returns which clip of its source an element of a stream is."""
+        count = self.clips[stream]
+        turn, place = np.divmod(element, count)
+        place = permute(place, count, stable_hash(self._seed, 1, stream, turn))
+        return self._members[self._start[stream] + place].astype(np.int64)
+
+
+def _places(
+    counts: Sequence[np.ndarray], weights: Sequence[float | int] | None
+) -> list[np.ndarray]:
+    """Returns how many places of an epoch each size of each source gets.
+
+    The epoch is as long as it takes to see the source that is seen least often once.
+    """
+    totals = np.array([count.sum() for count in counts])
+    if weights is None:
+        return list(counts)
+    share = np.asarray(weights, np.float64)
+    if share.shape != totals.shape or not (share > 0).all():
+        raise ValueError(
+            f"`weights` (={list(weights)}) must hold a positive number for each of the "
+            f"{len(totals)} sources; leave a source out rather than weigh it 0."
+        )
+    slowest = int(np.argmin(share / totals))
+    wanted = np.round(share * (totals[slowest] / share[slowest])).astype(np.int64)
+    wanted[slowest] = totals[slowest]
+    return list(map(_apportion, wanted.tolist(), counts))
+
+
+def _apportion(total: int, shares: np.ndarray) -> np.ndarray:
+    """Splits `total` in proportion to integers, by largest remainder."""
+    turns, over = divmod(total, int(shares.sum()))  # apart, so that nothing overflows
+    whole, rest = np.divmod(shares * over, shares.sum())
+    whole[np.argsort(-rest, kind="stable")[: over - whole.sum()]] += 1
+    return whole + shares * turns
+
+
+def host_share(name: str, total: int, step: int, host: int, hosts: int) -> np.ndarray:
+    """Returns which rows of a step a host has."""
+    if step < 0:
+        raise ValueError(f"`step` (={step}) must not be negative.")
+    if total % hosts or not 0 <= host < hosts:
+        near = max(1, round(total / hosts)) * hosts
+        raise ValueError(
+            f"`{name}` (={total}) must be divisible by `hosts` (={hosts}); try {near}. "
+            f"`host` (={host}) must be below `hosts`."
+        )
+    each = total // hosts
+    return np.arange(host * each, (host + 1) * each)
+
+
+def rank_by_kind(kinds: np.ndarray) -> np.ndarray:
+    """Returns how many entries of the same kind precede each entry."""
+    order = np.argsort(kinds, kind="stable")
+    count = np.bincount(kinds)
+    first = np.repeat(np.cumsum(count) - count, count)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(kinds)) - first
+    return rank
+
+
+def fingerprint(*parts: Any) -> str:
+    """Hashes whatever JSON (and sequences of numbers) can say."""
+    text = json.dumps([_VERSION, *parts], default=lambda x: list(map(float, x)))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
 
 Index = Mapping[str, np.ndarray]
 AnyPlan = TypeVar("AnyPlan", bound="StepPlan")
@@ -53,14 +206,13 @@ class Slot(NamedTuple):
     text: int = 0
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class StepPlan(ABC):
     """Which clips every step is made of, by what they have in common.
 
     Args:
         indexes: the index of each source.
-        keys: what tells the streams of each source apart, one row a clip.
         weights, seed, fingerprints: as of `PackPlan`.
-        shape: what else the order depends on.
 
     Attributes:
         sizes: clips of each source.
@@ -69,14 +221,26 @@ class StepPlan(ABC):
         fingerprint: equal for plans that give equal clips at every step.
     """
 
-    steps_per_epoch: float
+    indexes: dataclasses.InitVar[Sequence[Index]]
+    _: dataclasses.KW_ONLY
+    weights: Sequence[float | int] | None = None
+    seed: int = 0
+    fingerprints: Sequence[str] = ()
+    steps_per_epoch: float = dataclasses.field(init=False)
 
-    def __init__(self, indexes, keys, weights, seed: int, fingerprints, *shape: Any):
-        self.seed = seed
+    def _sort(self, indexes, keys: Iterable[np.ndarray], *shape: Any) -> None:
+        """Sorts the clips into streams.
+
+        Args:
+            indexes: the index of each source.
+            keys: what tells the streams of each source apart, one row a clip.
+            *shape: what else the order depends on.
+        """
         self.sizes = [len(index["frames"]) for index in indexes]
-        self._streams = Streams(keys, weights, seed)
+        self._streams = Streams(keys, self.weights, self.seed)
         self.clips_per_epoch = int(self._streams.places.sum())
-        self.fingerprint = fingerprint(*shape, weights, seed, self.sizes, fingerprints)
+        chosen = self.weights, self.seed, self.sizes, self.fingerprints
+        self.fingerprint = fingerprint(*shape, *chosen)
 
     @classmethod
     def of(cls: type[AnyPlan], sources: Sequence[Any], **kwargs: Any) -> AnyPlan:
@@ -92,6 +256,7 @@ class StepPlan(ABC):
         return self.rows(step)
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class PackPlan(StepPlan):
     """Which clips sit in which row of every step, in rows of one token budget.
 
@@ -127,32 +292,25 @@ class PackPlan(StepPlan):
             is not positive.
     """
 
-    def __init__(
-        self,
-        indexes: Sequence[Index],
-        *,
-        token_budget: int,
-        text_budget: int,
-        max_clips: int,
-        rows_per_step: int,
-        patch_size: Size = (1, 2, 2),
-        weights: Sequence[float | int] | None = None,
-        seed: int = 0,
-        fingerprints: Sequence[str] = (),
-    ):
-        self.token_budget, self.text_budget = token_budget, text_budget
-        self.max_clips, self.rows_per_step = max_clips, rows_per_step
-        self.patch_size = patch_size
+    _: dataclasses.KW_ONLY
+    token_budget: int
+    text_budget: int
+    max_clips: int
+    rows_per_step: int
+    patch_size: Size = (1, 2, 2)
+
+    def __post_init__(self, indexes: Sequence[Index]):
+        budgets = self.token_budget, self.text_budget
         keys = []
         for source, index in enumerate(indexes):
-            tokens = _token_counts(source, _clip_sizes(index), patch_size)
+            tokens = _token_counts(source, _clip_sizes(index), self.patch_size)
             text = np.maximum(np.asarray(index["text_length"], np.int64), 1)
             text = -(-text // TEXT_MULTIPLE) * TEXT_MULTIPLE
-            _check_budget(source, "token_budget", token_budget, tokens)
-            _check_budget(source, "text_budget", text_budget, text)
+            _check_budget(source, "token_budget", budgets[0], tokens)
+            _check_budget(source, "text_budget", budgets[1], text)
             keys.append(np.stack([tokens, text], axis=1))
-        shape = (patch_size, token_budget, text_budget, max_clips, rows_per_step)
-        super().__init__(indexes, keys, weights, seed, fingerprints, "pack", shape)
+        shape = (self.patch_size, *budgets, self.max_clips, self.rows_per_step)
+        self._sort(indexes, keys, "pack", shape)
         self._pack()
 
     def _pack(self) -> None:
@@ -240,6 +398,7 @@ class PackPlan(StepPlan):
         return template, np.where(rest, self._blocks, block)
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class BucketPlan(StepPlan):
     """Which clips make up every step, all clips of a step being of one size.
 
@@ -250,7 +409,6 @@ class BucketPlan(StepPlan):
 
     Args:
         indexes: the index of each source: `frames`, `height`, `width` in pixels.
-        batch_size: clips of a step, whatever their size. Give this or `pixel_budget`.
         pixel_budget: most pixels (frames * height * width, summed over clips) of a
             step.
         multiple: the clips of a step are a multiple of it; the number of devices of all
@@ -264,30 +422,20 @@ class BucketPlan(StepPlan):
             comes of the cycle having whole steps.
 
     Raises:
-        ValueError: a clip exceeds the budget, or not exactly one of `batch_size` and
-            `pixel_budget` is given.
+        ValueError: a clip exceeds the budget.
     """
 
-    def __init__(
-        self,
-        indexes: Sequence[Index],
-        *,
-        batch_size: int | None = None,
-        pixel_budget: int | None = None,
-        multiple: int = 1,
-        weights: Sequence[float | int] | None = None,
-        seed: int = 0,
-        fingerprints: Sequence[str] = (),
-    ):
-        if (batch_size is None) == (pixel_budget is None):
-            raise ValueError("Give exactly one of `batch_size` and `pixel_budget`.")
-        keys, shape = map(_clip_sizes, indexes), (batch_size, pixel_budget, multiple)
-        super().__init__(indexes, keys, weights, seed, fingerprints, "bucket", shape)
+    _: dataclasses.KW_ONLY
+    pixel_budget: int
+    multiple: int = 1
+
+    def __post_init__(self, indexes: Sequence[Index]):
+        pixels, multiple = self.pixel_budget, self.multiple
+        shape = (None, pixels, multiple)
+        self._sort(indexes, map(_clip_sizes, indexes), "bucket", shape)
         found, self._size_of = np.unique(self._streams.key, axis=0, return_inverse=True)
         self._sizes: list[Size] = [(f, h, w) for f, h, w in found.tolist()]
-        self._batch = np.array(
-            [_batch_size(s, batch_size, pixel_budget, multiple) for s in self._sizes]
-        )
+        self._batch = np.array([_batch_size(x, pixels, multiple) for x in self._sizes])
         self.batches = dict(zip(self._sizes, self._batch.tolist(), strict=True))
         self._schedule_sizes()
 
@@ -359,17 +507,7 @@ def _check_budget(source: int, name: str, budget: int, needs: np.ndarray) -> Non
         )
 
 
-def _batch_size(
-    size: Size, batch_size: int | None, pixel_budget: int | None, multiple: int
-) -> int:
-    if pixel_budget is None:
-        count = batch_size or 0
-        if count < 1 or count % multiple:
-            raise ValueError(
-                f"`batch_size` (={count}) must be a positive multiple of `multiple` "
-                f"(={multiple}); try {max(multiple, count // multiple * multiple)}."
-            )
-        return count
+def _batch_size(size: Size, pixel_budget: int, multiple: int) -> int:
     pixels = math.prod(size)
     if count := pixel_budget // pixels // multiple * multiple:
         return count

@@ -14,15 +14,17 @@ manifest is written last: a directory without one is unfinished and will not ope
 
 import collections
 import contextlib
+import fcntl
 import hashlib
 import itertools
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import msgspec
 import numpy as np
 import pyarrow as pa
@@ -35,25 +37,154 @@ from array_record.python.array_record_module import (
 from etils import epath
 from tensorflow_datasets.core import example_serializer
 
-from jvdit.data.record_format import (
-    COPY_AGAIN,
-    FORMAT,
-    SCALARS,
-    MadeOf,
-    Manifest,
-    Shard,
-    dataset_directory,
-    is_version,
-    read_manifest,
-    tensor_spec,
-    tfds_features,
-)
-from jvdit.machine.files import locked, replacing, sweep_temporary, write_atomically
+from jvdit.machine import files
 from jvdit.machine.json_files import differences, read_json
+
+FORMAT = "jvdit-records-1"
+COPY_AGAIN = "copy the data set again"
+SCALARS = {"int64": np.int64, "float32": np.float32, "bool": np.bool_}
+
 
 _REMAKE = "remove the data set and make it again"
 _OPTIONS = "group_size:1,uncompressed"  # larger groups make random reads slow
 MAX_RECORD_BYTES = 2**31 - 2**20  # protobuf refuses a message of 2 GiB
+
+
+def _features(first: dict[str, str], *counts: str) -> dict[str, str]:
+    """Adds what every data set has to its first features, and further counts."""
+    described = {"caption": "text", "meta": "text"}  # meta: JSON, how it was made
+    described |= dict.fromkeys(("frames", "height", "width", *counts), "int64")
+    return {"key": "text"} | first | described | {"fps": "float32", "has_audio": "bool"}
+
+
+# `video` is an mp4 file: H.264, and AAC if has_audio; height and width are pixels.
+CLIP_FEATURES = _features({"video": "bytes"})
+
+
+def latent_features(
+    dtype: str = "bfloat16", *, logvar: bool = True, text: bool = True
+) -> dict[str, str]:
+    """Returns the features of a data set of video latents.
+
+    Args:
+        dtype: how the tensors are stored: "bfloat16", "float16" or "float32".
+        logvar: whether the posterior's log variance is kept beside its mean.
+        text: whether text encoder states, trimmed to their length, are stored.
+
+    Returns:
+        Features of `mean` (and `logvar`) [f h w c], `text_embeds` [s e], the caption
+        and the scalars; `frames`, `height` and `width` count latents, `text_length` the
+        text tokens (0 without `text_embeds`).
+    """
+    names: list[str] = ["mean", "logvar"] if logvar else ["mean"]
+    tensors = dict.fromkeys(names, f"{dtype}[f h w c]")
+    if text:
+        tensors["text_embeds"] = f"{dtype}[s e]"
+    return _features(tensors, "text_length")
+
+
+def tensor_spec(kind: str) -> tuple[np.dtype, int]:
+    """Returns the (dtype, rank) of a feature such as "bfloat16[f h w c]"."""
+    match = re.fullmatch(r"(\w+)\[([\w ]*)\]", kind)
+    if match is None:
+        known = ["text", "bytes", *SCALARS, "<dtype>[axes], e.g. bfloat16[f h w c]"]
+        raise ValueError(f"Unknown feature kind {kind!r}; known: {', '.join(known)}.")
+    return np.dtype(getattr(ml_dtypes, match[1], match[1])), len(match[2].split())
+
+
+def tfds_features(features: Mapping[str, str]) -> tfds.features.FeaturesDict:
+    """Translates a table of features into what TFDS calls by that name."""
+
+    def feature(kind: str) -> Any:
+        if kind == "text":
+            return tfds.features.Text()
+        if kind == "bytes":
+            return tfds.features.Tensor(shape=(), dtype=np.object_)
+        if kind in SCALARS:
+            return tfds.features.Scalar(SCALARS[kind])
+        dtype, rank = tensor_spec(kind)
+        shape = (None,) * rank
+        return tfds.features.Tensor(shape=shape, dtype=dtype.type, encoding="bytes")
+
+    return tfds.features.FeaturesDict(
+        {n: feature(kind) for n, kind in features.items()}
+    )
+
+
+def is_version(name: str) -> bool:
+    """Whether a directory name is a TFDS version, e.g. 1.0.0."""
+    return re.fullmatch(r"\d+\.\d+\.\d+", name) is not None
+
+
+def dataset_directory(path: str | Path) -> Path:
+    """Returns the directory that holds the shards of the data set at `path`.
+
+    `path` names either `<name>/<version>` or `<name>`: then the newest version in
+    it, or 1.0.0 if there is none yet.
+    """
+    root = files.local_path(path)
+    if is_version(root.name) or (root / "manifest.json").exists():
+        return root
+    versions = [d.name for d in root.glob("*.*.*") if is_version(d.name)]
+    return root / max(
+        versions, key=lambda v: [int(x) for x in v.split(".")], default="1.0.0"
+    )
+
+
+class Shard(msgspec.Struct, omit_defaults=True):
+    """A shard of records that is complete.
+
+    Attributes:
+        file: its name.
+        file_bytes, bytes: length of the file, and of all of its records.
+        records: number of records.
+        digest: hash of the records.
+        rows: their rows of the index; only until the data set is finished.
+    """
+
+    file: str
+    file_bytes: int
+    records: int
+    bytes: int
+    digest: str
+    rows: list[dict[str, Any]] = []
+
+
+class MadeOf(msgspec.Struct):
+    """What a data set was begun with; see `RecordWriter`."""
+
+    features: dict[str, str]
+    shards: dict[str, int]
+    settings: dict[str, Any]
+
+
+class Manifest(msgspec.Struct):
+    """What a finished data set holds: its shards by split."""
+
+    format: str
+    name: str
+    plan: MadeOf
+    splits: dict[str, list[Shard]]
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Returns a data set's manifest, or says why there is none."""
+    file = path / "manifest.json"
+    if file.exists():
+        manifest = read_json(file, COPY_AGAIN, Manifest)
+        if manifest.format == FORMAT:
+            return manifest
+        raise ValueError(
+            f"{file} is of format {manifest.format!r}; this reads {FORMAT!r}."
+        )
+    if (path / "_work").exists():
+        done = len(list(path.glob("[!.]*.array_record-*")))
+        raise ValueError(
+            f"{path} is an unfinished data set ({done} shards done); run the "
+            "command that began it again to finish it."
+        )
+    what = "no data set" if path.exists() else "no such directory"
+    raise FileNotFoundError(f"{path}: {what} (manifest.json is missing).")
 
 
 class RecordWriter:
@@ -105,9 +236,21 @@ class RecordWriter:
         self.plan = MadeOf(self.features, self.shards, as_read_back)
         self._begin(overwrite)
 
-    def alone(self) -> contextlib.AbstractContextManager[None]:
-        """Keeps other processes from writing the same data set; see `locked`."""
-        return locked(self.work / "lock", f"working on {self.path}")
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps other processes from writing the same data set, until this one ends.
+
+        Raises:
+            ValueError: another process writes it.
+        """
+        with open(self.work / "lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"Another process is working on {self.path}; wait for it or end it."
+                ) from None
+            yield
 
     def _begin(self, overwrite: bool) -> None:
         """Starts the data set, or checks that the one that is there is this one."""
@@ -126,7 +269,7 @@ class RecordWriter:
                 f"{self.path} is not empty and holds no data set; name another one."
             )
         else:
-            write_atomically(plan, _json(self.plan, indent=1))
+            files.write_atomically(plan, _json(self.plan, indent=1))
             return
         if found != self.plan:
             both = map(msgspec.to_builtins, (found, self.plan))
@@ -137,7 +280,7 @@ class RecordWriter:
             )
         if manifest.exists():  # finished, and perhaps killed while tidying up
             shutil.rmtree(self.work, ignore_errors=True)
-        sweep_temporary(self.path)
+        files.sweep_temporary(self.path)
 
     @property
     def finished(self) -> bool:
@@ -149,11 +292,8 @@ class RecordWriter:
         count = self.shards[split]
         if not 0 <= shard < count:
             raise ValueError(f"`shard` (={shard}) must be below `shards` (={count}).")
-        suffix = f"array_record-{shard:05d}-of-{count:05d}"
-        return (
-            self.path / f"{self.name}-{split}.{suffix}",
-            self.work / f"{split}-{shard:05d}.json",
-        )
+        name = f"{self.name}-{split}.array_record-{shard:05d}-of-{count:05d}"
+        return self.path / name, self.work / f"{split}-{shard:05d}.json"
 
     def is_done(self, split: str, shard: int) -> bool:
         """Whether a shard is complete."""
@@ -175,7 +315,7 @@ class RecordWriter:
             return 0 if self.finished else read_json(state, _REMAKE, Shard).records
         rows, size, digest = [], 0, hashlib.blake2b(digest_size=16)
         with (
-            replacing(file) as temporary,
+            files.replacing(file) as temporary,
             contextlib.closing(ArrayRecordWriter(str(temporary), _OPTIONS)) as out,
         ):
             for example in examples:
@@ -183,31 +323,27 @@ class RecordWriter:
                 out.write(record)
                 digest.update(len(record).to_bytes(8, "little") + record)
                 size += len(record)
-                rows.append(self._index_row(example))
+                row = {n: kind(example[n]).item() for n, kind in self._scalars.items()}
+                if "caption" in self.features:
+                    row["caption_length"] = len(example["caption"])
+                rows.append({"key": example["key"], **row})
         length, hashed = file.stat().st_size, digest.hexdigest()
         done = Shard(file.name, length, len(rows), size, hashed, rows)
-        write_atomically(state, _json(done))
+        files.write_atomically(state, _json(done))
         return len(rows)
 
     def serialize(self, example: Mapping[str, Any]) -> bytes:
         """Returns the tf.Example bytes of one example; the same in every process."""
-        if set(example) != set(self.features):
-            wrong = sorted(set(example) ^ set(self.features))
+        # TFDS writes empty arrays, and fails to read them.
+        if empty := [name for name, value in example.items() if not np.size(value)]:
+            raise ValueError(f"{empty[0]} of {example.get('key')!r} is empty.")
+        try:
+            encoded = self._tfds.encode_example(example)
+        except (KeyError, ValueError) as error:
             raise ValueError(
-                f"Example {example.get('key')!r} and the features differ in {wrong}."
-            )
-        for name, kind in self.features.items():
-            if kind not in ("text", "bytes", *SCALARS):
-                dtype, rank = tensor_spec(kind)
-                value = np.asarray(example[name])
-                if value.dtype != dtype or value.ndim != rank:
-                    raise ValueError(
-                        f"{name} of {example['key']!r} is {value.dtype} of rank "
-                        f"{value.ndim}; the feature is {kind}."
-                    )
-                if not value.size:  # TFDS writes it, and fails to read it
-                    raise ValueError(f"{name} of {example['key']!r} is empty.")
-        proto = self._serializer.get_tf_example(self._tfds.encode_example(example))
+                f"Example {example.get('key')!r} isn't as the features say: {error}."
+            ) from error
+        proto = self._serializer.get_tf_example(encoded)
         record = proto.SerializeToString(deterministic=True)
         if len(record) > MAX_RECORD_BYTES:
             raise ValueError(
@@ -215,14 +351,6 @@ class RecordWriter:
                 f"at most {MAX_RECORD_BYTES}. Cut it into shorter clips."
             )
         return record
-
-    def _index_row(self, example: Mapping[str, Any]) -> dict[str, Any]:
-        row = {"key": example["key"]}
-        for name, dtype in self._scalars.items():
-            row[name] = dtype(example[name]).item()
-        if "caption" in self.features:
-            row["caption_length"] = len(example["caption"])
-        return row
 
     def finish(self) -> Path:
         """Writes index, TFDS metadata and, last, the manifest; returns the directory.
@@ -232,18 +360,16 @@ class RecordWriter:
         """
         if self.finished:
             return self.path
-        files = {
+        states = {
             split: [self._files(split, shard)[1] for shard in range(count)]
             for split, count in self.shards.items()
         }
-        missing = [
-            f.stem for states in files.values() for f in states if not f.exists()
-        ]
-        if missing:
+        every = itertools.chain(*states.values())
+        if missing := [file.stem for file in every if not file.exists()]:
             raise ValueError(f"Unfinished shards of {self.path}: {missing[:8]}.")
         splits = {
-            split: [read_json(file, _REMAKE, Shard) for file in states]
-            for split, states in files.items()
+            split: [read_json(file, _REMAKE, Shard) for file in found]
+            for split, found in states.items()
         }
         self._write_index(splits)
         for shard in itertools.chain(*splits.values()):
@@ -252,7 +378,7 @@ class RecordWriter:
         for stale in self.path.glob(".tmp@*"):
             stale.unlink(missing_ok=True)
         manifest = Manifest(FORMAT, self.name, self.plan, splits)
-        write_atomically(self.path / "manifest.json", _json(manifest, indent=1))
+        files.write_atomically(self.path / "manifest.json", _json(manifest, indent=1))
         shutil.rmtree(self.work)
         return self.path
 
@@ -263,19 +389,15 @@ class RecordWriter:
             for shard, state in enumerate(shards)
             for record, row in enumerate(state.rows)
         ]
-        for key, count in collections.Counter(r["key"] for r in rows).most_common(1):
-            if count > 1:
-                raise ValueError(f"Keys must be unique; {key!r} is not.")
-        types = {"split": str, "shard": np.int64, "record": np.int64, "key": str}
-        types |= self._scalars
-        if "caption" in self.features:
-            types["caption_length"] = np.int64
-        fields = [
-            (name, pa.string() if kind is str else pa.from_numpy_dtype(kind))
-            for name, kind in types.items()
-        ]
-        table = pa.Table.from_pylist(rows, schema=pa.schema(fields))
-        with replacing(self.path / "index.parquet") as temporary:
+        counts = collections.Counter(row["key"] for row in rows).most_common(1)
+        if counts and counts[0][1] > 1:
+            raise ValueError(f"Keys must be unique; {counts[0][0]!r} is not.")
+        first = [("split", pa.string()), ("shard", pa.int64()), ("record", pa.int64())]
+        scalars = [(n, pa.from_numpy_dtype(x)) for n, x in self._scalars.items()]
+        last = [("caption_length", pa.int64())] * ("caption" in self.features)
+        schema = pa.schema([*first, ("key", pa.string()), *scalars, *last])
+        table = pa.Table.from_pylist(rows, schema=schema)
+        with files.replacing(self.path / "index.parquet") as temporary:
             pq.write_table(table, temporary)
 
     def _write_tfds(self, splits: Mapping[str, list[Shard]]) -> None:
@@ -365,10 +487,7 @@ class RecordDataset:
                 f"{count} records; {COPY_AGAIN}."
             )
         table = table.drop_columns(["split", "shard", "record"])
-        return {
-            name: column.to_numpy()
-            for name, column in zip(table.column_names, table.columns, strict=True)
-        }
+        return {name: table[name].to_numpy() for name in table.column_names}
 
     def __len__(self) -> int:
         return len(self._records)
@@ -382,7 +501,3 @@ class RecordDataset:
             name: value.decode() if self.features[name] == "text" else value
             for name, value in example.items()
         }
-
-    def read(self, records: Sequence[int]) -> list[dict[str, Any]]:
-        """Returns several examples, in the order asked for."""
-        return [self[int(i)] for i in records]

@@ -3,8 +3,22 @@
 A source knows the size of every clip before it reads one, which is all that a plan
 needs. What cannot be read comes back as a `BadClip`, in its place: a step has the
 clips that its plan says, on every host, whatever the disks hold.
+
+Configs and command lines name a source by a line of text, see `open_source`:
+
+=============================  ==================================================
+`world:train:17x64x64@8:5000`  procedural world: split, frames x height x width,
+                               frames per second, clips
+`world:val:17x64x64@8:64:7`    the same, of another seed (default 0)
+`FOLDER`, `FOLDER#val`         prepared data set of clips or latents, and split
+`FOLDER#train:5x64x96@8`       all windows of that size, of a data set of clips
+`FOLDER#train:5`               at most the first 5 frames of each, of one of latents;
+                               1: they are pictures
+`tfds:NAME`, `tfds:NAME#test`  a TFDS data set with encoded videos
+=============================  ==================================================
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +26,9 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from jvdit.data.clips import SIZE, BadClip, Clip, Ids, Indexed, make_index
+from jvdit.data.clips import SIZE, BadClip, Clip, Ids, Indexed, Source, make_index
 from jvdit.data.media.reader import MediaError, decode_clip, probe
-from jvdit.data.order import fingerprint
+from jvdit.data.plan import fingerprint
 from jvdit.data.records import RecordDataset
 from jvdit.data.world import World
 from jvdit.machine.files import local_path
@@ -97,7 +111,6 @@ class VideoWindows(Indexed):
         windows: "first": one clip a video, from its start; "all": as many clips, one
             after another, as fit.
         audio_rate: Hz of the sound; 0: none.
-        channels: of the sound.
 
     Attributes:
         left_out: number of videos that are shorter than a window.
@@ -116,16 +129,12 @@ class VideoWindows(Indexed):
         fps: float | None = None,
         windows: str = "first",
         audio_rate: int = 0,
-        channels: int = 2,
     ):
         if windows not in ("first", "all"):
             raise ValueError(f"`windows` (={windows!r}) must be 'first' or 'all'.")
         rate = videos["fps"] if fps is None else np.full(len(videos["fps"]), fps)
-        if frames is None and fps is None:
-            length = videos["frames"]
-        elif frames is None:
-            length = np.floor(videos["frames"] / videos["fps"] * rate + 1e-6)
-        else:
+        length = np.floor(videos["frames"] / videos["fps"] * rate + 1e-6)
+        if frames is not None:
             length = np.full(len(rate), frames)
         # Half a frame of tolerance: the nearest frame is shown.
         fitting = (videos["frames"] + 0.5) / videos["fps"] / (length / rate)
@@ -141,7 +150,7 @@ class VideoWindows(Indexed):
         self._video = video = np.repeat(np.arange(len(count)), count)
         number = np.arange(len(video)) - np.repeat(np.cumsum(count) - count, count)
         self._start = number * (length / rate)[video]
-        self._audio_rate, self._channels = audio_rate, channels
+        self._audio_rate = audio_rate
         self.index = make_index(
             len(video),
             frames=length[video],
@@ -150,7 +159,8 @@ class VideoWindows(Indexed):
             fps=rate[video],
             has_audio=(videos["has_audio"][video] & (audio_rate > 0)),
         )
-        self._settings = [frames, height, width, fps, windows, audio_rate, channels]
+        # The last: channels of the sound.
+        self._settings = [frames, height, width, fps, windows, audio_rate, 2]
 
     def _encoded(self, video: int) -> tuple[bytes, str]:
         """Returns the file and the caption of a video."""
@@ -163,7 +173,6 @@ class VideoWindows(Indexed):
             **{name: self.index[name][i].item() for name in (*SIZE, "fps")},
             start_seconds=float(self._start[i]),
             audio_rate=self._audio_rate,
-            channels=self._channels,
         )
         return clip | {"caption": caption}
 
@@ -174,8 +183,8 @@ class RecordSource(VideoWindows):
     Args:
         path: the data set directory.
         split: which split.
-        **window: `frames`, `height`, `width`, `fps`, `windows`, `audio_rate` and
-            `channels`, as for `VideoWindows`.
+        **window: `frames`, `height`, `width`, `fps`, `windows` and
+            `audio_rate`, as for `VideoWindows`.
 
     Raises:
         ValueError: the data set holds no videos, or none is long enough.
@@ -229,15 +238,23 @@ class TfdsSource(VideoWindows):
         caption: str | None = "caption",
         **window: Any,
     ):
-        self._examples, identity = _open_tfds(name, split, data_dir)
+        path = local_path(name)
+        if path.is_dir():
+            builder: Any = tfds.builder_from_directory(path)
+        else:
+            place = None if data_dir is None else local_path(data_dir)
+            builder = tfds.builder(str(name), data_dir=place)
+        self._examples = builder.as_data_source(split=split)
+        info = builder.info.splits[split]
+        identity = [builder.info.full_name, split, info.num_examples, info.num_bytes]
         self._features = (video, caption)
         self.rejects: list[tuple[int, str]] = []
         rows = []
         names = (*SIZE, "fps", "has_audio")
         for i in range(len(self._examples)):
             try:
-                info = probe(self._example(i)[0], scan=True)
-                rows.append((i, *(getattr(info, name) for name in names)))
+                found = probe(self._example(i)[0], scan=True)
+                rows.append((i, *(getattr(found, name) for name in names)))
             except MediaError as error:
                 self.rejects.append((i, str(error)))
         if not rows:
@@ -266,21 +283,6 @@ class TfdsSource(VideoWindows):
 
     def _encoded(self, video: int) -> tuple[bytes, str]:
         return self._example(int(self._kept[video]))
-
-
-def _open_tfds(
-    name: str | Path, split: str, data_dir: str | Path | None
-) -> tuple[Any, list[Any]]:
-    """Returns a TFDS data source and what identifies it."""
-    path = local_path(name)
-    if path.is_dir():
-        builder: Any = tfds.builder_from_directory(path)
-    else:
-        place = None if data_dir is None else local_path(data_dir)
-        builder = tfds.builder(str(name), data_dir=place)
-    info = builder.info.splits[split]
-    identity = [builder.info.full_name, split, info.num_examples, info.num_bytes]
-    return builder.as_data_source(split=split), identity
 
 
 class LatentSource(Indexed):
@@ -364,3 +366,91 @@ def _latent_frames(frames: int, vae: dict[str, Any]) -> int:
             f" try {near} or {near + each}."
         )
     return 1 + whole
+
+
+_SIZE = r"(\d+)x(\d+)x(\d+)@([\d.]+)"
+_WORLD = re.compile(rf"world:(\w+):{_SIZE}:(\d+)(?::(\d+))?")
+_SPLIT = re.compile(rf"(\w*)(?::{_SIZE})?(?::(\d+))?")
+
+
+def open_source(
+    name: str, *, audio: bool = False, max_text: int = 64, pad_text: bool = False
+) -> Source:
+    """Opens a source by its name.
+
+    Args:
+        name: see above.
+        audio: whether clips have their sound.
+        max_text: text tokens kept of a caption of a latent source.
+        pad_text: whether each of its captions has room for as many.
+
+    Raises:
+        ValueError: the name can't be understood, or what it names is damaged.
+        FileNotFoundError: there is no such data set.
+    """
+    if name.startswith("world"):
+        return _world(name, audio)
+    if not name:
+        raise ValueError(
+            "a source is empty; name one, such as world:train:17x64x64@8:100000, the "
+            "folder of a prepared data set, or tfds:NAME."
+        )
+    path, _, part = name.partition("#")
+    match = _SPLIT.fullmatch(part)
+    if match is None:
+        raise ValueError(
+            f"source {name!r} must read FOLDER, FOLDER#SPLIT, FOLDER#SPLIT:FRAMES or "
+            "FOLDER#SPLIT:FRAMESxHEIGHTxWIDTH@FPS; for example clips#train:5x64x96@8."
+        )
+    split = match[1] or "train"
+    options: dict[str, Any] = {"audio_rate": 16000 if audio else 0}
+    if match[2]:
+        options |= zip(SIZE, map(int, match.groups()[1:4]), strict=True)
+        options |= {"fps": float(match[5]), "windows": "all"}
+    foreign = path.startswith("tfds:")
+    path = path.removeprefix("tfds:") if foreign else str(local_path(path))
+    if foreign or "mean" not in RecordDataset(path, split).features:
+        if match[6]:
+            raise ValueError(f"source {name!r} holds no latents; give FRAMESxHxW@FPS.")
+        return (TfdsSource if foreign else RecordSource)(path, split, **options)
+    if match[2]:
+        raise ValueError(
+            f"source {name!r} holds latents, whose size is what it is; only the first "
+            f"frames can be taken: {path}#{split}:{match[2]}."
+        )
+    frames = int(match[6]) if match[6] else None
+    return LatentSource(path, split, max_text, pad_text, frames)
+
+
+def origin(name: str) -> str:
+    """The name of the source that a source's latents were encoded from, else its own.
+
+    Args:
+        name: the name of a source that can be opened.
+    """
+    path, _, part = name.partition("#")
+    if name.startswith(("world", "tfds:")):
+        return name
+    split = part.partition(":")[0] or "train"
+    settings = RecordDataset(str(local_path(path)), split).settings
+    return settings.get("origins", {}).get(split, name)
+
+
+def world_of(name: str) -> tuple[World, int] | None:
+    """The world, and the number of clips, that a source names; None: another source."""
+    if not name.startswith("world"):
+        return None
+    source = _world(name, audio=False)
+    return source.world, len(source)
+
+
+def _world(name: str, audio: bool) -> WorldSource:
+    match = _WORLD.fullmatch(name)
+    if match is None:
+        raise ValueError(
+            f"source {name!r} must read world:SPLIT:FRAMESxHEIGHTxWIDTH@FPS:CLIPS; "
+            "for example world:train:17x64x64@8:100000."
+        )
+    split, *sizes, fps, count, seed = match.groups()
+    world = World(split, int(seed or 0), *map(int, sizes), fps=float(fps))
+    return WorldSource(world, int(count), audio=audio)

@@ -49,8 +49,8 @@ _TRAINING = {
 class Tokenizer:
     """A sentencepiece model read as T5 reads it.
 
-    Ids are those of transformers' `T5Tokenizer` on the same model file. The two
-    disagree in two places, and the arguments choose a side in each.
+    Ids are those of transformers' `T5Tokenizer` on the same model file, but that a
+    literal "</s>" or "<pad>" in a caption, which is foreign data, is plain text.
 
     Args:
         model: path of a sentencepiece model file, or its bytes.
@@ -58,12 +58,6 @@ class Tokenizer:
             model that has byte pieces: "bytes" (the pieces, lossless; sentencepiece) or
             "unk" (one unknown id for the whole run; transformers). Without byte pieces
             it is always one unknown id.
-        parse_special: whether a literal "</s>", "<pad>", "<unk>" or "<extra_id_3>" in a
-            caption is that special token (transformers) or plain text. A caption is
-            foreign data, so it is plain text unless asked for otherwise.
-        extra_ids: number of `<extra_id_…>` tokens which T5 appends to the vocabulary of
-            the file, counted down from its end. Only text that is parsed can reach
-            them.
         clean: whether captions are cleaned first, see `cleaned`.
 
     Attributes:
@@ -80,8 +74,6 @@ class Tokenizer:
         model: str | Path | bytes,
         byte_fallback: str = "bytes",
         *,
-        parse_special: bool = False,
-        extra_ids: int = 0,
         clean: bool = False,
     ):
         if byte_fallback not in ("bytes", "unk"):
@@ -104,19 +96,11 @@ class Tokenizer:
                 f"The model ({where}) has (pad, eos, unk) ids {found} and T5 has "
                 f"{(PAD_ID, EOS_ID, UNK_ID)}; train it with `train_tokenizer`."
             )
-        self._pieces = processor.vocab_size()
-        self.vocab_size = self._pieces + extra_ids
+        self.vocab_size = processor.vocab_size()
         self.byte_fallback = byte_fallback
-        self._bytes = frozenset(i for i in range(self._pieces) if processor.IsByte(i))
-        self._special: dict[str, int] = {}
-        if parse_special:
-            last = self.vocab_size - 1
-            self._special = {"</s>": EOS_ID, "<pad>": PAD_ID, "<unk>": UNK_ID}
-            self._special |= {f"<extra_id_{i}>": last - i for i in range(extra_ids)}
-        names = sorted(self._special, key=len, reverse=True)
-        self._pattern = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
+        self._bytes = frozenset(filter(processor.IsByte, range(self.vocab_size)))
         self._clean = clean
-        choices = f"{byte_fallback} {parse_special} {extra_ids}".encode()
+        choices = f"{byte_fallback} False 0".encode()  # as it was written once
         choices += b" clean" if clean else b""
         self.fingerprint = hashlib.blake2b(data + choices, digest_size=16).hexdigest()
 
@@ -138,38 +122,22 @@ class Tokenizer:
         """
         if max_length is not None and max_length < 1:
             raise ValueError(f"`max_length` (={max_length}) must be at least 1.")
-        ids = []
-        text = cleaned(text) if self._clean else text
-        for part in self._pattern.split(text):
-            special = self._special.get(part)
-            ids += self._encode_plain(part) if special is None else [special]
-        if max_length is not None:
-            ids = ids[: max_length - 1]
-        return [*ids, EOS_ID]
-
-    def _encode_plain(self, text: str) -> list[int]:
-        ids = self._processor.EncodeAsIds(text)
-        if self.byte_fallback == "bytes" or not self._bytes:
-            return ids
-        fused: list[int] = []
-        for are_bytes, run in itertools.groupby(ids, self._bytes.__contains__):
-            fused += [UNK_ID] if are_bytes else run
-        return fused
+        ids = self._processor.EncodeAsIds(cleaned(text) if self._clean else text)
+        if self.byte_fallback == "unk" and self._bytes:
+            runs = itertools.groupby(ids, self._bytes.__contains__)
+            fused = ([UNK_ID] if are_bytes else run for are_bytes, run in runs)
+            ids = [*itertools.chain.from_iterable(fused)]
+        return [*ids[: None if max_length is None else max_length - 1], EOS_ID]
 
     def decode(self, ids: Iterable[int | np.integer]) -> str:
         """Returns the text of ids up to the first `EOS_ID`; padding says nothing."""
-        kept = []
-        for i in map(int, ids):
-            if i == EOS_ID:
-                break
-            if not 0 <= i < self.vocab_size:
-                raise ValueError(
-                    f"Id {i} is not in the vocabulary (`vocab_size` = "
-                    f"{self.vocab_size}); was it made by another tokenizer?"
-                )
-            if i != PAD_ID and i < self._pieces:
-                kept.append(i)
-        return self._processor.DecodeIds(kept)
+        said = [*itertools.takewhile(lambda i: i != EOS_ID, map(int, ids))]
+        if wrong := [i for i in said if not 0 <= i < self.vocab_size]:
+            raise ValueError(
+                f"Id {wrong[0]} is not in the vocabulary (`vocab_size` = "
+                f"{self.vocab_size}); was it made by another tokenizer?"
+            )
+        return self._processor.DecodeIds([i for i in said if i != PAD_ID])
 
 
 def cleaned(text: str) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jvdit.data.catalog import world_of
+from jvdit.data.sources import world_of
 from jvdit.data.world import World
 from jvdit.evaluation import distance, oracle
 from jvdit.evaluation.adherence import confusions

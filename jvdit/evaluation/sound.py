@@ -36,26 +36,25 @@ def onsets(audio: Float[np.ndarray, "b a"], rate: int) -> list[Float[np.ndarray,
     Returns:
         The times of the onsets in each clip, in seconds.
     """
+    return [_onsets(clip.astype(np.float32), rate) for clip in audio]
+
+
+def _onsets(audio: Float[np.ndarray, " a"], rate: int) -> Float[np.ndarray, " n"]:
     window, hop = round(_WINDOW * rate), round(_HOP * rate)
-    padded = np.pad(audio.astype(np.float32), ((0, 0), (window, window)))
-    pieces = sliding_window_view(padded, window, axis=1)[:, ::hop]
-    spectrum = np.abs(rfft(pieces * np.hanning(window).astype(np.float32)))
-    level = np.log1p(50 * spectrum)
-    flux = np.maximum(level[:, 3:] - level[:, :-3], 0).mean(-1)
-    least = np.median(flux, 1) + 0.12 * flux.max(1)
-    inner = flux[:, 1:-1]
-    peak = inner > np.maximum(least, 0.10)[:, None]
-    peak &= (inner >= flux[:, :-2]) & (inner > flux[:, 2:])
-    found = []
-    for row in range(len(audio)):
-        places = np.flatnonzero(peak[row]) + 1
-        kept: list[int] = []
-        for place in places[np.argsort(-flux[row, places], kind="stable")]:
-            if all(abs(place - other) * hop > _APART * rate for other in kept):
-                kept.append(int(place))
-        around = (np.sort(np.array(kept, int)) + 1) * hop - window // 2
-        found.append(_attacks(np.abs(audio[row]), around, rate))
-    return found
+    pieces = sliding_window_view(np.pad(audio, window), window)[::hop]
+    level = np.abs(rfft(pieces * np.hanning(window).astype(np.float32)))
+    np.log1p(50 * level, out=level)
+    flux = np.maximum(level[3:] - level[:-3], 0).mean(-1)
+    least = max(np.median(flux) + 0.12 * flux.max(), 0.10)
+    inner = flux[1:-1]
+    peak = (inner > least) & (inner >= flux[:-2]) & (inner > flux[2:])
+    places = np.flatnonzero(peak) + 1
+    kept: list[int] = []
+    for place in places[np.argsort(-flux[places], kind="stable")]:
+        if all(abs(place - other) * hop > _APART * rate for other in kept):
+            kept.append(int(place))
+    around = (np.sort(np.array(kept, int)) + 1) * hop - window // 2
+    return _attacks(np.abs(audio), around, rate)
 
 
 def _attacks(loudness: np.ndarray, around: np.ndarray, rate: int) -> np.ndarray:

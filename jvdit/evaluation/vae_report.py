@@ -12,9 +12,8 @@ from jaxtyping import UInt8
 from rich.console import Console
 from rich.progress import Progress
 
-from jvdit.data.catalog import open_source
 from jvdit.data.clips import BadClip
-from jvdit.data.sources import WorldSource
+from jvdit.data.sources import WorldSource, open_source
 from jvdit.evaluation import oracle, report
 from jvdit.evaluation.reconstruction import psnr, ssim, temporal_error
 from jvdit.machine.files import write_atomically

@@ -43,8 +43,7 @@ from jvdit.sharding import (
     parameter_shardings,
     rows_sharding,
 )
-from jvdit.weights.bundle import Bundle
-from jvdit.weights.model_folder import save_bundle
+from jvdit.weights.bundle import Bundle, save_bundle
 from jvdit.weights.opening import open_bundle
 
 ROWS = 8  # rows of a batch that are denoised together

@@ -19,7 +19,7 @@ from jvdit.machine.cluster import to_host
 from jvdit.machine.compilation import jit
 from jvdit.models.image_encoder import ImageEncoder
 from jvdit.weights.bundle import Bundle
-from jvdit.weights.caption_encoder import encode_captions
+from jvdit.weights.encoders import encode_captions
 
 _PROMPTS = 8  # prompts in a batch of the text encoder
 

@@ -8,7 +8,7 @@ from jaxtyping import UInt8
 
 from jvdit.machine.compilation import jit
 from jvdit.models.video_vae import to_float, to_uint8
-from jvdit.weights.clip_encoder import ClipEncoder
+from jvdit.weights.encoders import ClipEncoder
 
 Video = UInt8[np.ndarray, "T H W 3"]
 Fitted = UInt8[np.ndarray, "t h w 3"]

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from jvdit.sharding import parameter_shardings, shard_axes
-from jvdit.weights.network import Parameters
+from jvdit.weights.parameters import Parameters
 
 _SHARE = 0.8  # share of memory that parameters may take; activations need the rest
 

@@ -19,7 +19,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jvdit.machine.json_files import differences, parse_json
+from jvdit.machine.json_files import differences
 from jvdit.machine.lock import FolderLock, sweep
 
 _PATIENCE = 24 * 3600  # seconds that one process waits for another at most
@@ -29,7 +29,6 @@ _HEARTBEAT = 30  # seconds of silence after which a process counts as lost
 _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance"
 _NOTICES = {"maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE", "preempted": "TRUE"}
 _PIECE = 64 << 20  # bytes of an array that are gathered on every device at once
-_LONGEST = 4096  # bytes of a text that `tell_all` exchanges
 _NO_CLUSTER = "coordinator_address should be defined"
 # Counts of exchanges so far, which are the same on all processes.
 _told, _asked = itertools.count(), itertools.count(1)
@@ -61,10 +60,7 @@ def connect(coordinator: str = "", processes: int = 0, process: int = -1) -> Non
     try:
         if all(told):
             jax.distributed.initialize(
-                coordinator,
-                processes,
-                process,
-                heartbeat_timeout_seconds=_HEARTBEAT,
+                coordinator, processes, process, heartbeat_timeout_seconds=_HEARTBEAT
             )
         else:
             jax.distributed.initialize()
@@ -172,21 +168,20 @@ def wait_for_others(where: str) -> None:
 def tell_all(text: str) -> list[str]:
     """Exchanges a text between all processes; every process must call this.
 
-    Args:
-        text: the text of this process; at most 4096 bytes of it are sent.
-
     Returns:
         The texts of all processes, in order.
     """
     if jax.process_count() == 1:
         return [text]
-    # CPU processes drop their connections after waiting half a minute in a collective.
-    wait_for_others("something to tell")
-    ours = np.zeros(_LONGEST, np.uint8)
-    told = np.frombuffer(text.encode()[:_LONGEST], np.uint8)
-    ours[: len(told)] = told
-    found = np.asarray(multihost_utils.process_allgather(ours))
-    return [bytes(x).rstrip(b"\0").decode(errors="ignore") for x in found]
+    import orbax.checkpoint as ocp
+
+    # JAX's key-value store, which the processes share.
+    store, key = ocp.multihost.get_jax_distributed_client(), f"jvdit/{next(_told)}"
+    store.key_value_set(f"{key}/{jax.process_index():06}", json.dumps(text))
+    wait_for_others(f"told {key}")
+    found = sorted(store.key_value_dir_get(key))
+    wait_for_others(f"read {key}")  # else process 0, and the store, might end before
+    return [json.loads(told) for _, told in found]
 
 
 def check_seen(path: pathlib.Path) -> None:
@@ -221,13 +216,6 @@ def await_seen(seen: Callable[[], bool], what: str) -> None:
         time.sleep(1)
 
 
-def _client() -> Any:
-    """JAX's key-value store, which the processes share."""
-    import orbax.checkpoint as ocp
-
-    return ocp.multihost.get_jax_distributed_client()
-
-
 def from_lead(make: Callable[[], Any]) -> Any:
     """Runs a function on process 0, and returns its result on every process.
 
@@ -241,18 +229,13 @@ def from_lead(make: Callable[[], Any]) -> Any:
     """
     if jax.process_count() == 1:
         return make()
-    client, key = _client(), f"jvdit/{next(_told)}"
-    made = error = None
+    told = ""
     if is_lead():
         try:
-            made = make()
+            told = json.dumps([make(), None])
         except (ValueError, OSError) as raised:
-            error = str(raised)
-        client.key_value_set(key, json.dumps([made, error]))
-    else:
-        told = client.blocking_key_value_get(key, _PATIENCE * 1000)
-        made, error = parse_json(told, key, tuple[Any, str | None])
-    wait_for_others(f"told {key}")  # else process 0, and the store, might end before
+            told = json.dumps([None, str(raised)])
+    made, error = json.loads(tell_all(told)[0])
     if error is not None:
         raise ValueError(error)
     return made
@@ -269,14 +252,9 @@ def check_alike(settings: Mapping[str, Any]) -> None:
     if jax.process_count() == 1:
         return
     ours = json.loads(json.dumps(settings, default=str))
-    client, key = _client(), f"jvdit/{next(_told)}"
-    if differing := differences(from_lead(lambda: ours), ours):
-        told = f"process {jax.process_index()}: {'; '.join(differing)}"
-        client.key_value_set(f"{key}/{jax.process_index()}", told)
-    wait_for_others(f"compared {key}")
-    found = [text for _, text in client.key_value_dir_get(key)]
-    wait_for_others(f"read {key}")
-    if found:
+    differing = "; ".join(differences(from_lead(lambda: ours), ours))
+    told = f"process {jax.process_index()}: {differing}" if differing else ""
+    if found := list(filter(None, tell_all(told))):
         raise ValueError(
             "the processes of this run were told other settings than process 0 "
             f"(`there`): {' | '.join(found)}. Start all with the same command."

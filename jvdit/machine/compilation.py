@@ -32,8 +32,11 @@ def compiler_options(given: Sequence[str] = ()) -> dict[str, str] | None:
     """
     chip = this_chip()
     options = dict(chip.options)
-    if chip.kind == "cpu" and not _suits_processor(tuple(options.items())):
-        options = {}
+    if chip.kind == "cpu":
+        precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+        # In bfloat16, YNNPACK is faster than what the options choose.
+        if precision == "bfloat16" or not _known(tuple(options.items())):
+            options = {}
     for text in given:
         name, equals, value = text.partition("=")
         if not (name.startswith("xla") and equals and value):
@@ -43,15 +46,6 @@ def compiler_options(given: Sequence[str] = ()) -> dict[str, str] | None:
             )
         options[name] = value
     return options or None
-
-
-def _suits_processor(options: tuple[tuple[str, str], ...]) -> bool:
-    """Whether the CPU's options help at the current matmul precision.
-
-    They don't in bfloat16, where YNNPACK is faster.
-    """
-    asked = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-    return asked != "bfloat16" and _known(options)
 
 
 @functools.cache

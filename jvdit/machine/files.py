@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import os
 import re
 import socket
@@ -127,29 +126,6 @@ def _is_running(pid: int) -> bool:
     """Whether a process with this id is running on this host."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
+    except OSError as error:  # PermissionError: it is somebody else's
+        return not isinstance(error, ProcessLookupError)
     return True
-
-
-@contextlib.contextmanager
-def locked(path: Path, doing: str) -> Iterator[None]:
-    """Holds a lock file, which the system releases when the process ends.
-
-    Args:
-        path: the lock file, created if needed.
-        doing: what the holder does, for the error message.
-
-    Raises:
-        ValueError: another process holds the lock.
-    """
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"Another process is {doing}; wait for it or end it."
-            ) from None
-        yield

@@ -28,6 +28,7 @@ _SILENCE = 60.0  # seconds without a heartbeat after which a holder counts as de
 _SETTLING = 2.0  # seconds in which two successors of a dead holder see each other
 _PAUSE = 1.0  # seconds between two looks at the file
 _UNKNOWN = "a process that has just begun"
+_Seen = tuple[bytes | None, int, int]
 _BOOT = pathlib.Path("/proc/sys/kernel/random/boot_id")
 # Temporary files and folders, of this and of earlier versions.
 _SCRATCH = re.compile(r"\.tmp@[^@]*@\d+@.*|.+\.\d+(\.\d)?\.tmp")
@@ -73,7 +74,7 @@ class FolderLock:
                 undo.callback(file.close)
                 alone, seen = _flock(file), self._seen()
                 holder = _parsed(seen[0])
-                if seen[0] is None or not self._is_at_path(file):
+                if seen[0] is None or seen[2] != os.fstat(file.fileno()).st_ino:
                     continue  # it was released meanwhile
                 near = not seen[0] or (holder is not None and holder.place == place)
                 if alone is False and near and holder:
@@ -98,7 +99,7 @@ class FolderLock:
 
     def check(self) -> None:
         """Raises a ValueError if another run has taken the lock, believing us dead."""
-        content, _ = self._seen()
+        content = self._seen()[0]
         if self._token and content and content != self._token:
             raise ValueError(self._refusal(_parsed(content)))
 
@@ -111,21 +112,16 @@ class FolderLock:
             self._file.close()
             self._file = None
 
-    def _seen(self) -> tuple[bytes | None, int]:
-        """The file's contents (None if it is gone) and its modification time."""
+    def _seen(self) -> _Seen:
+        """The file's contents (None if it is gone), modification time and inode."""
         try:  # opened anew: so NFS asks its server
             with self.path.open("rb") as file:
-                return file.read(), os.fstat(file.fileno()).st_mtime_ns
+                state = os.fstat(file.fileno())
+                return file.read(), state.st_mtime_ns, state.st_ino
         except FileNotFoundError:
-            return None, 0
+            return None, 0, 0
 
-    def _is_at_path(self, file: IO[bytes]) -> bool:
-        try:
-            return os.path.samestat(os.fstat(file.fileno()), self.path.stat())
-        except FileNotFoundError:
-            return False
-
-    def _silent(self, holder: _Holder | None, seen: tuple[bytes | None, int]) -> bool:
+    def _silent(self, holder: _Holder | None, seen: _Seen) -> bool:
         """Whether the holder shows no heartbeat; False if it has released the lock."""
         print(
             f"{self.path.parent} was held by {holder or _UNKNOWN}: waiting up to "

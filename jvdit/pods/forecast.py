@@ -1,6 +1,7 @@
 """Forecasts the time of a compiled TPU program, without a TPU.
 
-The compiler writes the cycles that it expects beside almost every instruction. Flash
+The text of the program, which XLA has compiled and scheduled, is parsed first. The
+compiler writes the cycles that it expects beside almost every instruction. Flash
 attention, which it can't see into, is timed as its FLOPs over the speed of its kernels'
 schedules, and collectives as their bytes over the bandwidth of the links, overlapped
 with whatever computes meanwhile. Counted in this way, a training step of Wan 2.1 14B on
@@ -14,11 +15,198 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from jvdit.machine.chips import Chip
-from jvdit.pods.schedule import Instruction, Program, arrays, byte_sizes, group
+
+_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2}
+_BYTES |= {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "s64": 8, "u64": 8}
+_BYTES |= {"f64": 8, "f8e4m3fn": 1, "f8e5m2": 1}
+_ARRAY = re.compile(rf"\b({'|'.join(_BYTES)})\[([\d,]*)\]")
+_BEGIN = re.compile(r"\s+(ROOT )?%?([\w.\-<>]+) = ")
+# Attributes may span several lines, and some of those also begin with a brace.
+_END = re.compile(r"\}(, execution_thread=.*)?\s*$")
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-<>]+) \(.*\{\s*$")
+
+
+def arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
+    """The dtype and dimensions of each array in a shape, which may be a tuple."""
+    return [
+        (kind, tuple(int(n) for n in sizes.split(",") if n))
+        for kind, sizes in _ARRAY.findall(shape)
+    ]
+
+
+def byte_sizes(shape: str) -> list[float]:
+    """The bytes of each array in a shape, which may be a tuple."""
+    return [float(_BYTES[kind]) * math.prod(sizes) for kind, sizes in arrays(shape)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One instruction of a computation.
+
+    Attributes:
+        name: its name, unique in the program.
+        shape: shape of the result.
+        op: operation, such as "fusion".
+        text: the rest of the line: operands and attributes.
+    """
+
+    name: str
+    shape: str
+    op: str
+    text: str
+
+    @cached_property
+    def cycles(self) -> int | None:
+        """The cycles that the compiler expects it to take, or None."""
+        found = re.search(r'"estimated_cycles":"(\d+)"', self.text)
+        return int(found[1]) if found else None
+
+    @cached_property
+    def operands(self) -> list[str]:
+        """Names of the instructions whose results are its operands."""
+        end = _outside(self.text, "(", ")", ")")
+        return re.findall(r"%([\w.\-<>]+)", self.text[:end])
+
+    @property
+    def source(self) -> str:
+        """The path in the model that it was traced from, such as "DiT/blocks/…"."""
+        found = re.search(r'op_name="([^"]*)"', self.text)
+        return found[1] if found else ""
+
+    def attribute(self, *names: str) -> str:
+        """The computation that an attribute such as `body` names, or ""."""
+        found = re.search(rf"\b(?:{'|'.join(names)})=%?([\w.\-<>]+)", self.text)
+        return found[1] if found else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled and scheduled program.
+
+    Attributes:
+        computations: instructions of each computation, in the order of execution.
+        entry: name of the computation that the program starts with.
+    """
+
+    computations: Mapping[str, Sequence[Instruction]]
+    entry: str
+
+    def trips(self, loop: Instruction) -> int:
+        """The trip count of a while loop; 1 if the program doesn't tell."""
+        known = re.search(r'known_trip_count[^}]*"n":"(\d+)"', loop.text)
+        if known:
+            return int(known[1])
+        condition = self.computations.get(loop.attribute("condition"), ())
+        bounds = [
+            int(n)
+            for each in condition
+            if each.op == "constant"
+            for n in re.findall(r"^\((\d+)\)", each.text)
+        ]
+        return max(bounds, default=1)
+
+    def branches(self, conditional: Instruction) -> list[str]:
+        """Names of the computations that a conditional chooses from."""
+        listed = re.search(r"branch_computations=\{([^}]*)\}", conditional.text)
+        if listed:
+            return re.findall(r"%([\w.\-<>]+)", listed[1])
+        names = ("true_computation", "false_computation")
+        found = [conditional.attribute(name) for name in names]
+        return [name for name in found if name]
+
+    def inside(self, fusion: Instruction) -> list[Instruction]:
+        """The instructions of a fusion, and of the computations that it calls."""
+        found: list[Instruction] = []
+        for each in self.computations.get(fusion.attribute("calls", "to_apply"), ()):
+            found.append(each)
+            if each.op in ("fusion", "call", "async-start"):
+                found += self.inside(each)
+        return found
+
+
+def read(text: str) -> Program:
+    """Parses a compiled program's text, from `compiled.as_text()`."""
+    computations: dict[str, list[Instruction]] = {}
+    entry, current, line = "", None, ""
+
+    def finish() -> None:
+        if line and current is not None:
+            made = _instruction(line)
+            if made:
+                computations[current].append(made)
+
+    for raw in text.split("\n"):
+        header = _COMPUTATION.match(raw)
+        if header:
+            finish()
+            line, current = "", header[2]
+            computations[current] = []
+            entry = current if header[1] else entry
+        elif _END.match(raw):
+            finish()
+            line, current = "", None
+        elif _BEGIN.match(raw):
+            finish()
+            line = raw
+        elif line:
+            line += raw
+    return Program(computations, entry)
+
+
+def _instruction(line: str) -> Instruction | None:
+    begin = _BEGIN.match(line)
+    assert begin is not None
+    rest = line[begin.end() :]
+    end = _outside(rest, "({", ")}", " ")
+    shape, rest = rest[:end], rest[end:]
+    op = re.match(r"\s*([\w\-]+)(?=\()", rest)
+    if not op:
+        return None
+    return Instruction(begin[2], shape, op[1], rest[op.end() :])
+
+
+def _outside(text: str, opening: str, closing: str, wanted: str) -> int:
+    """The place of the first wanted letter that is in no bracket, or the length."""
+    depth = 0
+    for i, letter in enumerate(text):
+        depth += (letter in opening) - (letter in closing)
+        if letter == wanted and not depth:
+            return i
+    return len(text)
+
+
+def group(text: str, devices: int) -> np.ndarray:
+    """The ids of the devices in the first group of a collective.
+
+    Args:
+        text: the collective's attributes.
+        devices: how many devices there are; all form one group by default.
+    """
+    pairs = re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", text)
+    if pairs:
+        ends = re.findall(r"\{(\d+),(\d+)\}", pairs[1])
+        moved = [pair for pair in ends if pair[0] != pair[1]]
+        return np.array((moved or ends)[0], int)
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", text)
+    if listed:
+        return np.array([int(n) for n in listed[1].split(",")])
+    strided = re.search(
+        r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text
+    )
+    if strided:
+        sizes = [int(n) for n in strided[3].split(",")]
+        ids = np.arange(math.prod(sizes)).reshape(sizes)
+        if strided[4]:
+            ids = ids.transpose([int(n) for n in strided[4].split(",")])
+        return ids.reshape(int(strided[1]), int(strided[2]))[0]
+    return np.arange(devices)
+
 
 COLLECTIVES = (
     "all-gather",
@@ -30,6 +218,10 @@ COLLECTIVES = (
 
 
 _SLICE = 100_000  # difference of device ids from slice to slice
+
+
+def _sums() -> Any:
+    return dataclasses.field(default_factory=lambda: collections.defaultdict(float))
 
 
 @dataclasses.dataclass
@@ -45,22 +237,16 @@ class Forecast:
     """
 
     seconds: float = 0.0
-    parts: dict[str, float] = dataclasses.field(
-        default_factory=lambda: collections.defaultdict(float)
-    )
-    sources: dict[str, float] = dataclasses.field(
-        default_factory=lambda: collections.defaultdict(float)
-    )
-    sent: dict[tuple[str, str], float] = dataclasses.field(
-        default_factory=lambda: collections.defaultdict(float)
-    )
+    parts: dict[str, float] = _sums()
+    sources: dict[str, float] = _sums()
+    sent: dict[tuple[str, str], float] = _sums()
 
 
 def forecast(program: Program, chip: Chip, axes: Mapping[str, int]) -> Forecast:
     """Adds up the time of a program's instructions.
 
     Args:
-        program: the compiled program, from `schedule.read`.
+        program: the compiled program, from `read`.
         chip: the chip that it was compiled for.
         axes: sizes of the mesh axes by name, in the order of the devices.
     """
@@ -82,7 +268,8 @@ class _Walk:
         network = _Network(self.chip.network)
         for each in self.program.computations[name]:
             base = each.op.removesuffix("-start").removesuffix("-done")
-            inner = self._collective_of(each)
+            inside = self.program.inside(each) if each.op == "fusion" else []
+            inner = next((x for x in inside if x.op in COLLECTIVES), None)
             if each.op.endswith("-start") and base in COLLECTIVES:
                 wire = max(wire, now) + self._transfer(each, base, times)
                 arrivals[each.name] = wire
@@ -101,24 +288,21 @@ class _Walk:
             elif base in COLLECTIVES:
                 now += self._wait(self._transfer(each, base, times), times)
             elif inner is not None and each.cycles is None:
-                kind = _scattered(self.program.inside(each)) or inner.op
+                # An all-reduce and a slice make a reduce-scatter.
+                both = {"all-reduce", "dynamic-slice"} <= {x.op for x in inside}
+                kind = "scattered" if both else inner.op
                 now += self._wait(self._transfer(inner, kind, times), times)
             else:
-                now += self._work(each, times)
+                now += self._work(each, inside or [each], times)
         return now
 
-    def _collective_of(self, each: Instruction) -> Instruction | None:
-        if each.op != "fusion":
-            return None
-        return next((x for x in self.program.inside(each) if x.op in COLLECTIVES), None)
+    def _work(
+        self, each: Instruction, inside: Sequence[Instruction], times: int
+    ) -> float:
+        """Seconds of an instruction that the core computes.
 
-    def _kernel_of(self, each: Instruction) -> Instruction | None:
-        """The flash kernel in an instruction, or in a fusion that slices its inputs."""
-        among = self.program.inside(each) if each.op == "fusion" else [each]
-        return next((x for x in among if '"tpu_custom_call"' in x.text), None)
-
-    def _work(self, each: Instruction, times: int) -> float:
-        """Seconds of an instruction that the core computes."""
+        A flash kernel is one of those inside, as of a fusion that slices its inputs.
+        """
         if each.op == "while":
             trips = self.program.trips(each)
             return trips * self.run(each.attribute("body"), times * trips)
@@ -127,7 +311,7 @@ class _Walk:
         if each.op == "conditional":
             branches = (self.run(name, times) for name in self.program.branches(each))
             return max(branches, default=0.0)
-        kernel = self._kernel_of(each)
+        kernel = next((x for x in inside if '"tpu_custom_call"' in x.text), None)
         if kernel is not None:
             return self._add("attention", kernel, self._flash(kernel), times)
         if each.cycles is None or each.op.endswith("-start"):
@@ -235,12 +419,6 @@ def _slices(target: str) -> int:
         return last - first + 1
     names = map(int, listed.split(","))
     return len({name // _SLICE if name >= _SLICE else name for name in names})
-
-
-def _scattered(inside: Sequence[Instruction]) -> str:
-    """Returns "scattered" if an all-reduce and a slice make a reduce-scatter, or ""."""
-    ops = {each.op for each in inside}
-    return "scattered" if {"all-reduce", "dynamic-slice"} <= ops else ""
 
 
 _PARTS = (

@@ -12,32 +12,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
+from jvdit import sharding
 from jvdit.config import Config
+from jvdit.data.items import Item
+from jvdit.data.packing import pack_rows
 from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
 from jvdit.generation.sampling import Start, Stepper, start_noise
 from jvdit.machine.chips import several
+from jvdit.models import video_vae_chunked as chunked
 from jvdit.models.backbones import Backbone
 from jvdit.models.video_vae import VideoVAE
-from jvdit.models.video_vae_chunked import (
-    at_once,
-    decode_step,
-    decoded_at_once,
-    encode_step,
-)
 from jvdit.shapes import Text
-from jvdit.sharding import (
-    activation_spec,
-    fit,
-    frame_axes,
-    make_mesh,
-    parameter_shardings,
-    replicated,
-    rows_sharding,
-)
 from jvdit.tasks.flow_objective import flow_objective
 from jvdit.training.optim import Optim
 from jvdit.training.state import TrainState, new_state, state_shardings
@@ -74,7 +64,7 @@ def pod_mesh(topology: str, sizes: dict[str, int], devices: int | None = None) -
     described = topologies.get_topology_desc(
         platform="tpu", topology_name=name, num_slices=slices
     )
-    return make_mesh(sizes, described.devices[:devices])
+    return sharding.make_mesh(sizes, described.devices[:devices])
 
 
 def _shape(*sizes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
@@ -98,19 +88,14 @@ def packed_shapes(
         text_width: width of cached text states; 0: the batch holds token ids.
     """
     data = config.data
-    n, s = data.token_budget, data.text_budget
-    text = {"text_ids": _shape(rows, s, dtype=jnp.int32)}
+    text: dict[str, Any] = {"text_ids": np.zeros(0, np.int32)}
     if text_width:
-        text = {"text_embeds": _shape(rows, s, text_width)}
-    return text | {
-        "latents": _shape(rows, n, channels),
-        "logvar": _shape(rows, n, channels),
-        "position": _shape(rows, n, 3),
-        **{x: _shape(rows, n, dtype=jnp.int32) for x in ("kind", "segment", "level")},
-        "givable": _shape(rows, n, dtype=jnp.bool_),
-        "text_segment": _shape(rows, s, dtype=jnp.int32),
-        "valid": _shape(rows, data.max_clips, dtype=jnp.bool_),
-    }
+        text = {"text_embeds": np.zeros((0, text_width), np.float32)}
+    blank, position = (np.zeros((1, c), np.float32) for c in (channels, 3))
+    item = Item(blank, position, givable=np.zeros(1, bool), **text)
+    batch = pack_rows([[item]], data.token_budget, data.text_budget, data.max_clips)
+    batch.pop("clip_id")
+    return {k: _shape(rows, *x.shape[1:], dtype=x.dtype) for k, x in batch.items()}
 
 
 def train_program(
@@ -146,7 +131,7 @@ def train_program(
         if objective.lora:
             adapted = dataclasses.replace(objective, lora=None)
             frozen = jax.eval_shape(adapted.init, _key(), batch)
-        places = parameter_shardings(frozen, mesh)
+        places = sharding.parameter_shardings(frozen, mesh)
         state = jax.eval_shape(
             lambda key, batch: new_state(objective.init(key, batch), optimizer),
             _key(),
@@ -166,21 +151,6 @@ def train_program(
         return step.lower(state, batch, frozen), state, shardings
 
 
-def _row_shapes(
-    module: Backbone, rows: int, tokens: int
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of a packed batch that is to be denoised."""
-    arrays = {
-        "latents": _shape(rows, tokens, module.in_channels),
-        "position": _shape(rows, tokens, 3),
-        **{x: _shape(rows, tokens, dtype=jnp.int32) for x in ("segment", "level")},
-    }
-    for key in ("cond", "control"):
-        if channels := getattr(module, f"{key}_channels"):
-            arrays[key] = _shape(rows, tokens, channels)
-    return arrays
-
-
 def sample_program(
     module: Backbone, mesh: Mesh, rows: int, tokens: int, text_length: int
 ) -> Any:
@@ -198,7 +168,11 @@ def sample_program(
     """
     # Padded as by `batches_of`; padding is a segment of its own.
     padding = -tokens % mesh.shape["context"]
-    arrays = _row_shapes(module, rows, tokens + padding)
+    widths = {"latents": module.in_channels, "position": 3}
+    widths |= {"cond": module.cond_channels, "control": module.control_channels}
+    row = rows, tokens + padding
+    arrays = {name: _shape(*row, width) for name, width in widths.items() if width}
+    arrays |= {name: _shape(*row, dtype=jnp.int32) for name in ("segment", "level")}
     start = Start(NoisePath(), TimestepPolicy(), SAMPLED, "unipc", one_clip=not padding)
     image = None
     if module.image_width:
@@ -215,17 +189,13 @@ def sample_program(
         )
         clips = _shape(rows, text_length, dtype=jnp.int32) if padding else None
         text = jax.eval_shape(Text, states, clips, image)
-        divided, whole = rows_sharding(mesh, rows), replicated(mesh)
+        places = sharding.replicated(mesh), sharding.rows_sharding(mesh, rows)
 
         def by_row(shape: Any) -> Any:
-            place = divided if shape.shape[:1] == (rows,) else whole
-            return _placed(shape, place)
+            return _placed(shape, places[shape.shape[:1] == (rows,)])
 
-        variables = {
-            "params": jax.tree.map(_placed, params, parameter_shardings(params, mesh))
-        }
         return Stepper(module, NoisePath()).lower(
-            variables,
+            {"params": _divided(params, mesh)},
             jax.tree.map(by_row, running),
             jax.tree.map(by_row, (text, text)),
             solver="unipc",
@@ -252,10 +222,11 @@ def vae_program(vae: VideoVAE, mesh: Mesh, clip: Sequence[int], step: str) -> An
     """
     frames, *latent = vae.latent_shape(*clip)
     with jax.set_mesh(mesh):
-        program, at_a_time = encode_step, at_once(1, frames - 1)
+        program, at_a_time = chunked.encode_step, chunked.at_once(1, frames - 1)
         shape = at_a_time * vae.temporal_compression, *clip[1:], 3
         if step == "decode":
-            program, at_a_time = decode_step, decoded_at_once(vae, frames, *latent)
+            program = chunked.decode_step
+            at_a_time = chunked.decoded_at_once(vae, frames, *latent)
             shape = at_a_time, *latent, vae.latent_channels
         small = _shape(1, 1, *(vae.spatial_compression,) * 2, 3)
         params = jax.eval_shape(lambda *x: vae.init(*x)["params"], _key(), small)
@@ -264,13 +235,18 @@ def vae_program(vae: VideoVAE, mesh: Mesh, clip: Sequence[int], step: str) -> An
         )
 
         def divided(x: Any) -> Any:
-            spec = fit(activation_spec(*frame_axes(x)), x.shape, mesh.shape)
+            spec = sharding.activation_spec(*sharding.frame_axes(x))
+            spec = sharding.fit(spec, x.shape, mesh.shape)
             return _placed(x, NamedSharding(mesh, spec))
 
-        params = jax.tree.map(_placed, params, parameter_shardings(params, mesh))
-        piece = _placed(_shape(1, *shape), replicated(mesh))
+        params = _divided(params, mesh)
+        piece = _placed(_shape(1, *shape), sharding.replicated(mesh))
         lowered = program.lower(vae, params, piece, jax.tree.map(divided, cache))
     return lowered, -(-(frames - 1) // at_a_time)
+
+
+def _divided(params: Any, mesh: Mesh) -> Any:
+    return jax.tree.map(_placed, params, sharding.parameter_shardings(params, mesh))
 
 
 def _placed(shape: Any, place: NamedSharding) -> jax.ShapeDtypeStruct:

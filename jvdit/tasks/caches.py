@@ -7,9 +7,8 @@ from jvdit.config import Config
 from jvdit.data.sources import LatentSource
 from jvdit.machine.json_files import differences
 from jvdit.models.video_vae import VideoVAE
-from jvdit.weights.caption_encoder import CaptionEncoder
-from jvdit.weights.network import Network, load_network
-from jvdit.weights.parameters import load_weights, weights_hash
+from jvdit.weights.encoders import CaptionEncoder
+from jvdit.weights.parameters import Network, load_network, load_weights, weights_hash
 
 
 def cached_autoencoder(

@@ -22,14 +22,12 @@ import numpy as np
 from absl import logging
 from rich.progress import Progress
 
-from jvdit.data.catalog import open_source, origin
 from jvdit.data.clips import SIZE, BadClip, Clip, Source
-from jvdit.data.record_format import latent_features
-from jvdit.data.records import RecordDataset, RecordWriter
+from jvdit.data.records import RecordDataset, RecordWriter, latent_features
+from jvdit.data.sources import open_source, origin
 from jvdit.machine import cluster
 from jvdit.machine.files import said_if_full
-from jvdit.weights.caption_encoder import CaptionEncoder
-from jvdit.weights.clip_encoder import ClipEncoder
+from jvdit.weights.encoders import CaptionEncoder, ClipEncoder
 from jvdit.weights.parameters import module_fields, save_weights
 
 SHARD = 2048  # clips in a shard

@@ -11,10 +11,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jvdit.config import Config
-from jvdit.data.catalog import open_source, origin
 from jvdit.data.pipeline import PackedBatches
 from jvdit.data.plan import PackPlan
-from jvdit.data.sources import LatentSource
+from jvdit.data.sources import LatentSource, open_source, origin
 from jvdit.data.tokenizer import Tokenizer, train_tokenizer
 from jvdit.diffusion.noise_path import NoisePath
 from jvdit.machine.cluster import is_lead, to_host
@@ -29,12 +28,10 @@ from jvdit.tasks.task import Task
 from jvdit.training.objectives.denoising import FlowObjective
 from jvdit.weights import wan
 from jvdit.weights.adapters import write_lora
-from jvdit.weights.bundle import Bundle
+from jvdit.weights.bundle import Bundle, save_bundle
 from jvdit.weights.folders import save_dit
-from jvdit.weights.model_folder import save_bundle
-from jvdit.weights.network import Network
 from jvdit.weights.opening import open_bundle
-from jvdit.weights.parameters import module_fields
+from jvdit.weights.parameters import Network, module_fields
 from jvdit.weights.release import is_release, read_release
 from jvdit.weights.starting import fingerprint, finished_parameters
 

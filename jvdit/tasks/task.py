@@ -10,9 +10,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jvdit.config import Config
-from jvdit.data.catalog import open_source
 from jvdit.data.clips import Source
 from jvdit.data.pipeline import Arrays, Batches, ClipBatches, PackedBatches
+from jvdit.data.sources import open_source
 from jvdit.machine.cluster import share_of_rows
 from jvdit.sharding import batch_sharding
 from jvdit.training.metrics import Metrics

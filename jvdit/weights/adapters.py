@@ -18,10 +18,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jvdit.machine.json_files import fit_json, parse_json, read_json
-from jvdit.models.layers import STACKS
 from jvdit.models.lora import A, B
-from jvdit.weights.loading import paths_of
-from jvdit.weights.rules import Rule, names_of, places_of
+from jvdit.weights.rules import Rule, names_of, paths_of, places_of
 from jvdit.weights.tensors import PathLike, TensorFiles, write_tensors
 
 # Prefixes of layer names. `write_lora` writes the first.
@@ -67,17 +65,14 @@ def read_lora(
             continue
         layer, rule = place
         tensor = np.asarray(tensors[name], np.float32)
-        if match["a"]:
-            try:
-                factor = rule.to_ours(tensor)
-            except einops.EinopsError:
-                unknown.append(name)
-                continue
-            found[f"{layer}/{A}"] = factor
-        else:
+        if not match["a"]:
             strength = alphas.of(match["layer"], rank := tensor.shape[1]) / rank
-            factor = tensor.reshape(tensor.shape[:2]).T * strength
-            found[f"{layer}/{B}"] = factor
+            found[f"{layer}/{B}"] = tensor.reshape(tensor.shape[:2]).T * strength
+            continue
+        try:
+            found[f"{layer}/{A}"] = rule.to_ours(tensor)
+        except einops.EinopsError:
+            unknown.append(name)
     if unknown or not found:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise ValueError(
@@ -101,16 +96,15 @@ def write_lora(
     for path, leaf in flatten_dict(dict(adapters), sep="/").items():
         layer, _, factor = path.rpartition("/")
         value = np.asarray(leaf, np.float32)
-        layers = value.shape[0] if path.partition("/")[0] in STACKS else 0
-        for piece in names_of(rules, f"{layer}/kernel", layers):
-            own = value if piece.layer is None else value[piece.layer]
-            name = PREFIXES[0] + piece.name.removesuffix(".weight")
+        for name, rule, number in names_of(rules, f"{layer}/kernel", value.shape):
+            own = value if number is None else value[number]
             if factor == A:
-                turned, name = piece.rule.to_theirs(own), f"{name}.lora_A.weight"
+                turned = rule.to_theirs(own)
             else:
-                ones = (1,) * (len(piece.rule.layout.split("->")[0].split()) - 2)
+                ones = (1,) * (len(rule.layout.split("->")[0].split()) - 2)
                 turned = own.T.reshape(*own.T.shape, *ones)
-                name = f"{name}.lora_B.weight"
+            ending = f"lora_{'A' if factor == A else 'B'}.weight"
+            name = f"{PREFIXES[0]}{name.removesuffix('weight')}{ending}"
             tensors[name] = np.ascontiguousarray(turned)
     file = pathlib.Path(folder) / FILE
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -178,18 +172,19 @@ def _stacked(flat: Mapping[str, np.ndarray], params: Mapping[str, Any]) -> dict:
     Layers that the file leaves out get adapters of zeros.
     """
     shapes = {path: leaf.shape for path, leaf in paths_of(params).items()}
+    stacks = {path.partition("/")[0] for path in shapes}
     joined: dict[str, Any] = {}
     layers: dict[tuple[str, int], dict[int, np.ndarray]] = {}
     for path, value in flat.items():
-        stack = _stack_of(path)
-        if stack is None or stack[0] not in {p.partition("/")[0] for p in shapes}:
+        match = re.fullmatch(r"(block|control)_(\d+)/((.+)/\w+)", path)
+        name = match and f"{match[1]}s"
+        if not match or name not in stacks:
             joined[path] = value
             continue
-        name, number, rest = stack
-        kernel = shapes.get(f"{name}/{rest.rpartition('/')[0]}/kernel", (0,))
-        if number >= kernel[0]:
-            raise ValueError(f"there is no layer {path}; {name} are {kernel[0]}.")
-        layers.setdefault((f"{name}/{rest}", kernel[0]), {})[number] = value
+        number, depth = int(match[2]), shapes.get(f"{name}/{match[4]}/kernel", (0,))[0]
+        if number >= depth:
+            raise ValueError(f"there is no layer {path}; {name} are {depth}.")
+        layers.setdefault((f"{name}/{match[3]}", depth), {})[number] = value
     for (path, depth), values in layers.items():
         # Layers may differ in rank: smaller ones are padded with zeros.
         shape = np.max([value.shape for value in values.values()], axis=0)
@@ -197,8 +192,3 @@ def _stacked(flat: Mapping[str, np.ndarray], params: Mapping[str, Any]) -> dict:
         for number, value in values.items():
             joined[path][number, : value.shape[0], : value.shape[1]] = value
     return unflatten_dict(joined, sep="/")
-
-
-def _stack_of(path: str) -> tuple[str, int, str] | None:
-    match = re.fullmatch(r"(block|control)_(\d+)/(.+)", path)
-    return match and (f"{match[1]}s", int(match[2]), match[3])

@@ -5,65 +5,48 @@ holds CLIP together with an XLM-Roberta. Releases hold more than Wan uses: the l
 layer, the final norm, projections, and a text encoder.
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 from jvdit.models.image_encoder import ImageEncoder
-from jvdit.weights.rules import Rule, modules, norms
-
-LAYOUTS = ("transformers", "original")
+from jvdit.weights.rules import LAYOUTS, Rule, layers, unread
 
 _PATCH = "o c h w -> (h w c) o"
 # Layers of a block: transformers' name, the original name, and ours.
-_LINEAR = (
+_BLOCK = (
     ("self_attn.out_proj", "attn.proj", "attention/out"),
     ("mlp.fc1", "mlp.0", "mlp/fc_in"),
     ("mlp.fc2", "mlp.2", "mlp/fc_out"),
-)
-_NORM = (
     ("layer_norm1", "norm1", "attention_norm"),
     ("layer_norm2", "norm2", "mlp_norm"),
 )
-# The original keeps queries, keys and values in one matrix, in this order.
+# The original keeps them in one matrix, in this order.
 _QKV = (
-    ("self_attn.q_proj", "attention/query"),
-    ("self_attn.k_proj", "attention/key"),
-    ("self_attn.v_proj", "attention/value"),
+    ("self_attn.q_proj", "attn.to_qkv", "attention/query"),
+    ("self_attn.k_proj", "attn.to_qkv", "attention/key"),
+    ("self_attn.v_proj", "attn.to_qkv", "attention/value"),
 )
-_FUSED = "attn.to_qkv"
-_ENDS = (("pre_layrnorm", "pre_norm"), ("post_layernorm", "post_norm"))
+_FIRST, _LAST = ("pre_layrnorm", "pre_norm"), ("post_layernorm", "post_norm")
+_LAYERS = ("encoder.layers.{i}.", "transformer.{i}.")
 
-# Unused tensors of a release; a layer among them has a weight and a bias.
+# Unused tensors of a release.
+_TEXT = "text_model."
 _UNREAD = (
-    "logit_scale",
-    "text_projection.weight",
-    "visual_projection.weight",
-    "text_model.embeddings.position_ids",
-    "text_model.embeddings.position_embedding.weight",
-    "text_model.embeddings.token_embedding.weight",
+    *("logit_scale", "text_projection", "visual_projection"),
+    f"{_TEXT}embeddings.position_ids",
+    f"{_TEXT}embeddings.position_embedding",
+    f"{_TEXT}embeddings.token_embedding",
+    f"{_TEXT}final_layer_norm",
+    *(f"{_TEXT}{_LAYERS[0]}{row[0]}" for row in (*_BLOCK, *_QKV)),
 )
+_ROBERTA = ("attn.q", "attn.k", "attn.v", "attn.o", "norm1", "norm2", "ffn.0", "ffn.2")
 _UNREAD_ORIGINAL = (
-    "log_scale",
-    "visual.head",
-    "textual.head.0.weight",
-    "textual.head.2.weight",
-    "textual.pos_embedding.weight",
-    "textual.token_embedding.weight",
-    "textual.type_embedding.weight",
-)
-_UNREAD_ORIGINAL_LAYERS = (
-    "textual.norm",
-    *(
-        f"textual.blocks.{{i}}.{name}"
-        for name in (
-            *("attn.q", "attn.k", "attn.v", "attn.o"),
-            *("norm1", "norm2", "ffn.0", "ffn.2"),
-        )
-    ),
+    *("log_scale", "visual.head", "textual.head.0", "textual.head.2", "textual.norm"),
+    *(f"textual.{kind}_embedding" for kind in ("pos", "token", "type")),
+    *(f"textual.blocks.{{i}}.{name}" for name in _ROBERTA),
 )
 
 
-def rules(encoder: ImageEncoder, layout: str = "transformers") -> list[Rule]:
+def rules(encoder: ImageEncoder, layout: str = LAYOUTS[0]) -> list[Rule]:
     """The rule table of an image encoder.
 
     Args:
@@ -71,61 +54,33 @@ def rules(encoder: ImageEncoder, layout: str = "transformers") -> list[Rule]:
         layout: whose tensor names the table reads, one of `LAYOUTS`.
     """
     if LAYOUTS.index(layout):
-        unread = modules(dict.fromkeys(_UNREAD_ORIGINAL_LAYERS, ""))
-        return [
-            *_image(encoder, "visual.", 1),
-            *(Rule(name, "") for name in _UNREAD_ORIGINAL),
-            *_unread(unread),
-        ]
+        return [*_image(encoder, "visual.", 1), *unread(*_UNREAD_ORIGINAL)]
     # transformers 5 drops the prefix when it saves the image encoder alone.
     shorter = [replace(rule, tied=True) for rule in _image(encoder, "", 0)]
-    text = [*_layer("text_model.encoder.layers.{i}", "", 0)]
-    text += norms({"text_model.final_layer_norm": ""})
-    return [
-        *_image(encoder, "vision_model.", 0),
-        *shorter,
-        *(Rule(name, "") for name in _UNREAD),
-        *_unread(text),
-    ]
+    return [*_image(encoder, "vision_model.", 0), *shorter, *unread(*_UNREAD)]
 
 
 def _image(encoder: ImageEncoder, prefix: str, which: int) -> list[Rule]:
     """Rules of the image encoder, whose names begin with `prefix`."""
     base = prefix + ("embeddings.", "")[which]
     side = {"h": encoder.patch_size, "w": encoder.patch_size}
-    token, position, layout = (
-        ("class_embedding", "position_embedding.weight", ""),
-        ("cls_embedding", "pos_embedding", "1 i d -> i d"),
+    token, position, layouts = (
+        ("class_embedding", "position_embedding.weight", ("", "")),
+        ("cls_embedding", "pos_embedding", ("1 1 d -> d", "1 i d -> i d")),
     )[which]
     found = [
         Rule(f"{base}patch_embedding.weight", "embed/patch/kernel", _PATCH, side),
-        Rule(f"{base}{token}", "embed/embedding", "1 1 d -> d" if which else ""),
-        Rule(f"{base}{position}", "embed/table", layout),
+        Rule(f"{base}{token}", "embed/embedding", layouts[0]),
+        Rule(f"{base}{position}", "embed/table", layouts[1]),
+        *layers([(f"{prefix}{_FIRST[which]}", "norm")], 0),
     ]
-    first, last = (f"{prefix}{names[which]}" for names in _ENDS)
-    found += norms({first: "norm"})
-    layer = prefix + ("encoder.layers", "transformer")[which]
     for i in range(encoder.depth):
-        found += _layer(f"{layer}.{i}", f"block_{i}", which)
-    found += _unread(_layer(f"{layer}.{encoder.depth}", "", which))
-    found += _unread(norms({last: ""}))
-    # Older versions of transformers saved this buffer.
-    return found if which else [*found, Rule(f"{base}position_ids", "")]
-
-
-def _layer(theirs: str, ours: str, which: int) -> list[Rule]:
-    """Rules of one layer."""
-    found = modules({f"{theirs}.{n[which]}": f"{ours}/{n[2]}" for n in _LINEAR})
-    found += norms({f"{theirs}.{n[which]}": f"{ours}/{n[2]}" for n in _NORM})
-    for i, (name, place) in enumerate(_QKV):
-        if not which:
-            found += modules({f"{theirs}.{name}": f"{ours}/{place}"})
-            continue
-        fused = modules({f"{theirs}.{_FUSED}": f"{ours}/{place}"})
-        found += [replace(rule, part=(i, len(_QKV))) for rule in fused]
-    return found
-
-
-def _unread(found: Iterable[Rule]) -> list[Rule]:
-    """Rules for the same tensors that ignore them."""
-    return [Rule(rule.theirs, "") for rule in found]
+        names = f"{prefix}{_LAYERS[which].format(i=i)}", f"block_{i}/"
+        found += layers(_BLOCK, which, *names)
+        for part, row in enumerate(_QKV):
+            parts = (part, len(_QKV)) if which else (0, 1)
+            found += [replace(x, part=parts) for x in layers([row], which, *names)]
+    after = f"{prefix}{_LAYERS[which].format(i=encoder.depth)}"
+    found += unread(*(f"{after}{row[which]}" for row in (*_BLOCK, *_QKV)))
+    # Older versions of transformers saved the position ids.
+    return [*found, *unread(f"{prefix}{_LAST[which]}", f"{base}position_ids")]

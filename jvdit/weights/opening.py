@@ -16,19 +16,12 @@ from jax.typing import DTypeLike
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
 from jvdit.models.lora import check, scaled, stacked
 from jvdit.sharding import make_mesh, platform
+from jvdit.weights import folders
 from jvdit.weights.adapters import read_lora
-from jvdit.weights.bundle import Bundle
-from jvdit.weights.caption_encoder import release_tokenizer
-from jvdit.weights.configs import PATCH_SIZE, conditions_of, patch_channels
-from jvdit.weights.folders import (
-    load_dit,
-    load_image_encoder,
-    load_text_encoder,
-    load_vae,
-)
-from jvdit.weights.model_folder import read_bundle
-from jvdit.weights.network import Network
-from jvdit.weights.parameters import module_fields
+from jvdit.weights.bundle import Bundle, read_bundle
+from jvdit.weights.encoders import release_tokenizer
+from jvdit.weights.folders import PATCH_SIZE, conditions_of, patch_channels
+from jvdit.weights.parameters import Network, module_fields
 from jvdit.weights.recipes import RECIPES, TEXT_LENGTH
 from jvdit.weights.release import Release, is_release, read_release
 from jvdit.weights.wan import LAYOUTS, dit_rules
@@ -68,27 +61,20 @@ def open_bundle(
         ValueError: the folder holds another model, or damaged files; or an argument
             that needs a released model was given for one of our own.
     """
-    if is_release(folder):
-        mesh = make_mesh() if mesh is None else mesh
-        types = jnp.bfloat16 if dtype is None else dtype
-        return _released(read_release(folder), mesh, types, shift, parts or {}, fields)
-    options = {"dtype": dtype, "shift": shift, "parts": parts, **fields}
-    if given := [name for name, value in options.items() if value]:
-        raise ValueError(
-            f"{' and '.join(given)} go with a released model, and {folder} is none."
-        )
-    return read_bundle(folder)
-
-
-def _released(
-    release: Release,
-    mesh: Mesh,
-    dtype: DTypeLike,
-    shift: float | None,
-    parts: Mapping[str, str | os.PathLike[str]],
-    fields: Mapping[str, Any],
-) -> Bundle:
-    networks = _networks(release, parts, mesh, dtype, fields)
+    if not is_release(folder):
+        options = {"dtype": dtype, "shift": shift, "parts": parts, **fields}
+        if given := [name for name, value in options.items() if value]:
+            told = " and ".join(given)
+            raise ValueError(f"{told} go with a released model, and {folder} is none.")
+        return read_bundle(folder)
+    release = read_release(folder)
+    networks = _networks(
+        release,
+        parts or {},
+        make_mesh() if mesh is None else mesh,
+        jnp.bfloat16 if dtype is None else dtype,
+        fields,
+    )
     dit = networks["dit"].module
     recipe, scheduler = release.recipe(module_fields(dit)), release.scheduler
     _tell(release, recipe, shift)
@@ -139,11 +125,11 @@ def _networks(
         raise ValueError(f"{release.folder} has no {', '.join(unknown)} to replace.")
     fields = {"scan_layers": platform() != "cpu"} | dict(fields)
     loaders = {
-        "dit": partial(load_dit, mesh=mesh, dtype=dtype, **fields),
-        "dit_low": partial(load_dit, mesh=mesh, dtype=dtype, **fields),
-        "text_encoder": partial(load_text_encoder, mesh=mesh, dtype=dtype),
-        "vae": partial(load_vae, mesh=mesh),
-        "image_encoder": partial(load_image_encoder, mesh=mesh),
+        "dit": partial(folders.load_dit, mesh=mesh, dtype=dtype, **fields),
+        "dit_low": partial(folders.load_dit, mesh=mesh, dtype=dtype, **fields),
+        "text_encoder": partial(folders.load_text_encoder, mesh=mesh, dtype=dtype),
+        "vae": partial(folders.load_vae, mesh=mesh),
+        "image_encoder": partial(folders.load_image_encoder, mesh=mesh),
     }
     paths = release.parts | {name: pathlib.Path(path) for name, path in parts.items()}
     found = {name: loaders[name](path) for name, path in paths.items()}

@@ -1,4 +1,4 @@
-"""Saves and loads finished weights: a safetensors file, and the module's fields.
+"""Saves and loads networks: their weights in a safetensors file, and their fields.
 
 Each folder is self-contained, and a digest in it tells whether the weights have changed
 since they were written.
@@ -6,23 +6,23 @@ since they were written.
 
 import dataclasses
 import hashlib
-import os
 import pathlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from jvdit.machine.files import replacing
-from jvdit.machine.json_files import read_json, write_json
+from jvdit.machine.json_files import fit_json, read_json, write_json
+from jvdit.weights.tensors import PathLike, TensorFiles
 
 _DIGEST = "digest"  # key of the weights' digest in the metadata of their file
-PathLike = str | os.PathLike[str]
 
 
 def module_fields(module: Any) -> dict[str, Any]:
@@ -71,29 +71,12 @@ def save_weights(folder: PathLike, params: Any, config: Mapping[str, Any]) -> No
 
 
 def load_weights(folder: PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads what `save_weights` wrote: (params, config).
+    """Reads what `save_weights` wrote: (params, config); params are views of the file.
 
     Raises:
         FileNotFoundError: there is no model in the folder.
         ValueError: the weights can't be read, for example because they were cut off,
             or they have changed since they were written.
-    """
-    weights, config = weights_files(folder)
-    try:
-        with safe_open(weights, "numpy") as opened:
-            metadata = opened.metadata() or {}
-        params = unflatten_dict(load_file(weights), sep="/")
-    except Exception as error:
-        raise ValueError(f"{weights} can't be read ({error}); copy it anew.") from error
-    check_weights(weights, params, metadata)
-    return params, read_json(config, "copy it anew", dict[str, Any])
-
-
-def weights_files(folder: PathLike) -> tuple[pathlib.Path, pathlib.Path]:
-    """The paths of the weights and the config that `save_weights` wrote to a folder.
-
-    Raises:
-        FileNotFoundError: there is no model in the folder.
     """
     folder = pathlib.Path(folder)
     weights, config = folder / "weights.safetensors", folder / "config.json"
@@ -102,27 +85,20 @@ def weights_files(folder: PathLike) -> tuple[pathlib.Path, pathlib.Path]:
             f"{folder} holds no model (weights.safetensors and config.json); give the "
             "`model` folder of a workdir that has saved a checkpoint."
         )
-    return weights, config
-
-
-def check_weights(file: pathlib.Path, params: Any, metadata: Mapping[str, str]) -> None:
-    """Checks that weights haven't changed since `save_weights` wrote them.
-
-    Args:
-        file: the safetensors file, for the error message.
-        params: the weights read from it.
-        metadata: the file's metadata. Without a digest, as in a file written by another
-            program, nothing is compared.
-
-    Raises:
-        ValueError: the weights have changed.
-    """
-    if metadata.get(_DIGEST, held := weights_hash(params)) != held:
+    try:
+        tensors = TensorFiles(weights)
+        params = unflatten_dict(dict(tensors), sep="/")
+    except Exception as error:
+        raise ValueError(f"{weights} can't be read ({error}); copy it anew.") from error
+    # Files of other programs have no digest.
+    written = tensors.metadata.get(_DIGEST)
+    if written not in (None, held := weights_hash(params)):
         raise ValueError(
-            f"{file} has changed since it was written (its digest is {held}, not "
-            f"{metadata[_DIGEST]}): copy it anew. If the change was meant, write the "
+            f"{weights} has changed since it was written (its digest is {held}, not "
+            f"{written}): copy it anew. If the change was meant, write the "
             "weights with `save_weights`, or without the metadata of the old file."
         )
+    return params, read_json(config, "copy it anew", dict[str, Any])
 
 
 def weights_hash(params: Any) -> str:
@@ -141,3 +117,69 @@ def weights_hash(params: Any) -> str:
         )
         digest.update(np.ascontiguousarray(value).tobytes())
     return digest.hexdigest()[:16]
+
+
+# A tree of parameters, or a function that loads one onto the devices at every call.
+Parameters = Any | Callable[[], Any]
+
+
+_DTYPE = Annotated[str, msgspec.Meta(pattern="^(float32|bfloat16|float16|float64)$")]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Network:
+    """A module and its parameters.
+
+    Attributes:
+        module: the Linen module.
+        source: a parameter tree, or a function that loads one onto the devices.
+        num_bytes: size of the parameters that a function loads; 0 for a tree.
+    """
+
+    module: Any
+    source: Parameters
+    num_bytes: int = 0
+
+    def load(self) -> Any:
+        """Returns the parameters; a function loads them again at every call."""
+        return self.source() if callable(self.source) else self.source
+
+    def save(self, folder: PathLike) -> None:
+        """Writes the network to a folder, for `load_network`."""
+        save_weights(folder, self.params, module_fields(self.module))
+
+    @cached_property
+    def params(self) -> Any:
+        """The parameters, loaded once and kept."""
+        return self.load()
+
+
+def load_network(folder: PathLike, module: type) -> Network:
+    """Loads a network that `save_weights` wrote.
+
+    Args:
+        folder: the folder of `weights.safetensors` and `config.json`.
+        module: the Linen class whose fields the config holds.
+
+    Raises:
+        FileNotFoundError: there is no network in the folder.
+        ValueError: a file is damaged, or is that of another network.
+    """
+    params, fields = load_weights(folder)
+    config = f"{folder}/config.json"
+    held = fit_json(fields, config, _config_of(module), "copy the folder anew")
+    fitted = {name: getattr(held, name) for name in fields}
+    return Network(build(module, fitted), params)
+
+
+def _config_of(module: type) -> type[msgspec.Struct]:
+    """The type of a `config.json` with the fields of a module."""
+    fields: list[Any] = []
+    for field in dataclasses.fields(module):
+        kind = _DTYPE if field.name.endswith("dtype") else field.type
+        required = (field.default, field.default_factory).count(dataclasses.MISSING) > 1
+        if field.name not in ("parent", "name"):
+            fields.append((field.name, kind, *(() if required else (None,))))
+    return msgspec.defstruct(
+        module.__name__, fields, kw_only=True, forbid_unknown_fields=True
+    )

@@ -49,10 +49,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "shift": 3.0,
         "negative_prompt": f"镜头晃动，{NEGATIVE_PROMPT}",
     },
-    "wan2.1-flf2v-14b": {
-        **_VACE,
-        "negative_prompt": f"镜头切换，{NEGATIVE_PROMPT}",
-    },
+    "wan2.1-flf2v-14b": {**_VACE, "negative_prompt": f"镜头切换，{NEGATIVE_PROMPT}"},
     "wan2.1-vace-1.3b": _VACE | _480P,
     "wan2.1-vace-14b": _VACE,
     "wan2.2-t2v-a14b": {
@@ -70,13 +67,12 @@ RECIPES: dict[str, dict[str, Any]] = {
         "guidance_scale_2": 3.5,
         "boundary": 0.9,
     },
-    "wan2.2-ti2v-5b": {
-        **_WAN,
-        "frames": 121,
-        "fps": 24.0,
-        "height": 704,
-    },
+    "wan2.2-ti2v-5b": {**_WAN, "frames": 121, "fps": 24.0, "height": 704},
 }
+
+
+# Fields of the branches that only some networks have.
+_BRANCHES = ("cond_channels", "control_channels", "image_width", "image_length")
 
 
 def name_of(fields: Mapping[str, Any], experts: bool) -> str | None:
@@ -86,15 +82,14 @@ def name_of(fields: Mapping[str, Any], experts: bool) -> str | None:
         fields: the fields of its `DiT`.
         experts: whether the model has two experts.
     """
-    for name, row in MODELS["dit"].variants.items():
-        two = name.startswith("wan2.2") and "a14b" in name
-        alike = all(_same(fields.get(key), value) for key, value in row.items())
-        extras = ("cond_channels", "control_channels", "image_width", "image_length")
-        more = any(fields.get(key) and key not in row for key in extras)
-        if name in RECIPES and two == experts and alike and not more:
+    for name, recipe in RECIPES.items():
+        row = {**dict.fromkeys(_BRANCHES, 0), **MODELS["dit"].variants[name]}
+        alike = all(_plain(fields.get(key)) == _plain(row[key]) for key in row)
+        if alike and experts == (recipe["boundary"] > 0):
             return name
     return None
 
 
-def _same(a: Any, b: Any) -> bool:
-    return tuple(a) == tuple(b) if isinstance(b, tuple) else a == b
+def _plain(value: Any) -> Any:
+    """A field, as it is compared: JSON has lists, and None stands for 0."""
+    return tuple(value) if isinstance(value, list) else value or 0

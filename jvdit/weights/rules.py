@@ -3,22 +3,32 @@
 Each rule gives the name of a released tensor ("theirs"), the path of our parameter
 ("ours"), and how their layouts relate. `{i}` and `{j}` stand for numbers, the same on
 both sides. A table must account for every tensor on either side: whatever one side has
-and the other lacks is an error that lists the names.
+and the other lacks is an error that lists the names. What a table names is loaded
+straight onto the devices.
 """
 
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import einops
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
 from jvdit.models.layers import STACKS
 
 Shape = tuple[int, ...]
+
+# Whose names a table reads: diffusers' and transformers', or those of Wan's authors.
+LAYOUTS = ("diffusers", "original")
 
 LISTED = 5  # most names that a message lists; it counts the rest
 
@@ -67,13 +77,13 @@ class Rule:
         left, right = self.layout.split("->")
         return einops.rearrange(leaf, f"{right} -> {left}", **self.sizes)
 
-    def shape_of(self, theirs: Shape) -> Shape:
-        """The shape of our parameter; ValueError if theirs doesn't fit the pattern."""
+    def shape_of(self, theirs: Shape) -> Shape | None:
+        """The shape of our parameter; None if theirs doesn't fit the pattern."""
         blank = np.broadcast_to(np.int8(0), theirs)  # takes no memory
         try:
             return tuple(self.to_ours(blank).shape)
-        except einops.EinopsError as error:
-            raise ValueError(str(error).strip().splitlines()[0]) from None
+        except (einops.EinopsError, ValueError):
+            return None
 
 
 class Piece(NamedTuple):
@@ -90,25 +100,12 @@ class Piece(NamedTuple):
     layer: int | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Assignment:
-    """The released tensors that fill each of our parameters, by its path.
-
-    Attributes:
-        pieces: the pieces of each parameter, in the order of the layers.
-        shapes: the shape of each whole parameter.
-    """
-
-    pieces: dict[str, list[Piece]]
-    shapes: dict[str, Shape]
-
-
 def assign(
     rules: Sequence[Rule],
     theirs: Mapping[str, Shape],
     ours: Mapping[str, Shape],
     what: str = "the checkpoint",
-) -> Assignment:
+) -> dict[str, list[Piece]]:
     """Finds the released tensors that fill each of our parameters.
 
     Args:
@@ -118,33 +115,28 @@ def assign(
             ("blocks/…", see `layers.scanned`), `block_{i}/…` of a rule is layer i.
         what: name of the checkpoint in error messages.
 
+    Returns:
+        The pieces of each parameter, in the order of the layers.
+
     Raises:
         ValueError: a tensor has no place, a parameter no tensor, or two shapes differ;
             lists which.
     """
-    stacked = {path.partition("/")[0] for path in ours}
-    patterns = [(_regex(rule.theirs), rule) for rule in rules]
-    pieces: dict[str, list[Piece]] = {}
-    unknown, unlike = [], []
-    known = {
-        name: [(m, r) for p, r in patterns if (m := p.fullmatch(name))]
-        for name in theirs
+    pieces = {
+        path: names_of(rules, path, shape, theirs) for path, shape in ours.items()
     }
-    # Tied names come last, when it is known whether the first names are there.
-    for name in sorted(theirs, key=lambda name: any(r.tied for _, r in known[name])):
-        if not known[name]:
-            unknown.append(name)
-        for match, rule in known[name]:
-            path, layer = _place(rule.ours, match.groupdict(), stacked)
-            if not path or rule.tied and pieces.get(path):
-                continue
-            pieces.setdefault(path, []).append(Piece(name, rule, layer))
-            wanted = ours.get(path, ())[0 if layer is None else 1 :]
-            if path not in ours:
-                unknown.append(f"{name} (for {path})")
-            elif (found := _shape(rule, theirs[name])) != wanted:
-                unlike.append(f"{name} {theirs[name]} is {found} here, not {wanted}")
-    missing = [path for path in ours if not _whole(pieces.get(path, []), ours[path])]
+    used, unlike, unknown = set(), [], []
+    for path, found in pieces.items():
+        for name, rule, layer in found:
+            used.add(name)
+            wanted = ours[path][0 if layer is None else 1 :]
+            if (shape := rule.shape_of(theirs[name])) != wanted:
+                unlike.append(f"{name} {theirs[name]} is {shape} here, not {wanted}")
+    for name in [x for x in theirs if x not in used]:
+        places = places_of(rules, name)
+        if not any(rule.tied or not path for path, rule in places):
+            unknown.append(name + "".join(f" (for {path})" for path, _ in places))
+    missing = [x for x in ours if len(pieces[x]) < len(_layers(x, ours[x]))]
     problems = [
         f"{len(names)} {kind}: {_listed(names)}"
         for kind, names in (
@@ -156,81 +148,85 @@ def assign(
     ]
     if problems:
         raise ValueError(f"{what} is not of this model: {'; '.join(problems)}.")
-    for found in pieces.values():
-        found.sort(key=lambda piece: piece.layer or 0)
-    return Assignment(pieces, dict(ours))
+    return pieces
 
 
-def _whole(pieces: Sequence[Piece], shape: Shape) -> bool:
-    """Whether the pieces fill each layer of a parameter exactly once."""
-    layers = [piece.layer for piece in pieces]
-    if None in layers or not layers:
-        return layers == [None]
-    return sorted(layers) == list(range(shape[0]))
-
-
-def names_of(rules: Iterable[Rule], path: str, layers: int) -> list[Piece]:
-    """The released tensors that hold one of our parameters: the inverse of `assign`.
+def names_of(
+    rules: Iterable[Rule], path: str, shape: Shape, among: Container[str] | None = None
+) -> list[Piece]:
+    """The released tensors that hold one of our parameters, in the order of its layers.
 
     Args:
-        rules: the rule table.
+        rules: the rule table; the first that names a tensor counts.
         path: path of our parameter.
-        layers: how many layers a stacked parameter ("blocks/…") has; 0: not stacked.
+        shape: its shape.
+        among: names of the tensors that there are; those without one are left out.
+            None: all that the rules name.
 
     Raises:
         ValueError: no rule has such a path.
     """
-    candidates = [path]
-    if layers:
-        stack, _, rest = path.partition("/")
-        candidates = [f"{stack[:-1]}_{i}/{rest}" for i in range(layers)]
     found = []
     patterns = [(_regex(rule.ours), rule) for rule in rules]
-    for layer, candidate in enumerate(candidates):
-        for pattern, rule in patterns:
-            if match := pattern.fullmatch(candidate):
-                name = rule.theirs.format(**match.groupdict())
-                found.append(Piece(name, rule, layer if layers else None))
-                break
-        else:
-            raise ValueError(f"no rule says what parameter `{candidate}` is called.")
+    for layer, place in _layers(path, shape):
+        matches = ((pattern.fullmatch(place), rule) for pattern, rule in patterns)
+        named = [
+            (rule.theirs.format(**m.groupdict()), rule) for m, rule in matches if m
+        ]
+        if among is None and not named:
+            raise ValueError(f"no rule says what parameter `{place}` is called.")
+        there = [x for x in named if among is None or x[0] in among]
+        found += [Piece(*x, layer) for x in there[:1]]
     return found
+
+
+def _layers(path: str, shape: Shape) -> list[tuple[int | None, str]]:
+    """The number and the path of each layer that is stacked in a parameter, if any."""
+    stack, _, rest = path.partition("/")
+    if stack not in STACKS:
+        return [(None, path)]
+    return [(i, f"{stack[:-1]}_{i}/{rest}") for i in range(shape[0])]
 
 
 def places_of(rules: Iterable[Rule], name: str) -> list[tuple[str, Rule]]:
     """The paths that a released tensor fills, each with its rule; layers unstacked."""
     found = [(_regex(rule.theirs).fullmatch(name), rule) for rule in rules]
-    return [
-        (rule.ours.format(**match.groupdict()), rule)
-        for match, rule in found
-        if match and rule.ours
-    ]
+    return [(rule.ours.format(**m.groupdict()), rule) for m, rule in found if m]
 
 
-def modules(
-    pairs: Mapping[str, str], layout: str = "o i -> i o", **sizes: int
+def layers(
+    rows: Iterable[tuple[str, ...]],
+    which: int,
+    theirs: str = "",
+    ours: str = "",
+    layout: str = "o i -> i o",
+    **sizes: int,
 ) -> list[Rule]:
-    """Rules for layers with a weight matrix and an optional bias.
+    """Rules for layers with a weight and an optional bias.
 
     Args:
-        pairs: their name of each layer, and ours.
-        layout: einops pattern of the weight, from their layout to ours.
+        rows: names of each layer: theirs, in the order of `LAYOUTS`, and ours, which
+            says whether it is a norm.
+        which: index of the layout that is read.
+        theirs: what their names begin with.
+        ours: what our names begin with.
+        layout: einops pattern of a kernel, from their layout to ours.
         **sizes: sizes of the axes that the pattern merges.
     """
     found = []
-    for theirs, ours in pairs.items():
-        found.append(Rule(f"{theirs}.weight", f"{ours}/kernel", layout, sizes))
-        found.append(Rule(f"{theirs}.bias", f"{ours}/bias"))
+    for row in rows:
+        name, own = f"{theirs}{row[which]}", f"{ours}{row[-1]}"
+        weight = Rule(f"{name}.weight", f"{own}/kernel", layout, sizes)
+        if "norm" in own.rpartition("/")[2]:
+            weight = Rule(f"{name}.weight", f"{own}/scale")
+        found += [weight, Rule(f"{name}.bias", f"{own}/bias")]
     return found
 
 
-def norms(pairs: Mapping[str, str]) -> list[Rule]:
-    """Rules for norms with a weight and an optional bias, by their and our names."""
-    found = []
-    for theirs, ours in pairs.items():
-        found.append(Rule(f"{theirs}.weight", f"{ours}/scale"))
-        found.append(Rule(f"{theirs}.bias", f"{ours}/bias"))
-    return found
+def unread(*names: str) -> list[Rule]:
+    """Rules that ignore tensors of these names, and the layers that are called so."""
+    ends = ("", ".weight", ".bias")
+    return [Rule(name + end, "") for name in names for end in ends]
 
 
 @functools.cache
@@ -256,24 +252,110 @@ def _regex(pattern: str) -> re.Pattern[str]:
     )
 
 
-def _place(
-    path: str, numbers: Mapping[str, str], stacked: set[str]
-) -> tuple[str, int | None]:
-    """The path of a parameter, and the index of its layer if it is stacked."""
-    first, _, rest = path.partition("/")
-    stack = first.replace("_{i}", "s")
-    if stack in STACKS and stack in stacked:
-        return f"{stack}/{rest}".format(**numbers), int(numbers["i"])
-    return path.format(**numbers), None
-
-
-def _shape(rule: Rule, theirs: Shape) -> Shape | None:
-    try:
-        return rule.shape_of(theirs)
-    except ValueError:
-        return None
-
-
 def _listed(names: Sequence[str]) -> str:
     more = f", and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + more
+
+
+def paths_of(tree: Any) -> dict[str, Any]:
+    """The leaves of a nested dict, by path joined with "/"."""
+    return flatten_dict(tree, sep="/")
+
+
+def loader(
+    rules: Sequence[Rule],
+    tensors: Mapping[str, np.ndarray],
+    shapes: Any,
+    shardings: Any | None = None,
+    dtype: DTypeLike | None = None,
+    what: str = "the checkpoint",
+) -> Callable[[], dict[str, Any]]:
+    """Returns a function that loads a module's parameters from released tensors.
+
+    Tensors go to the devices one after another, each device getting its own shard; the
+    host never holds more than one tensor beside the memory-mapped files.
+
+    Args:
+        rules: rule table of the network.
+        tensors: tensors of the checkpoint, by name; views of files will do.
+        shapes: shapes of the parameters, from `jax.eval_shape` of the module's `init`.
+        shardings: sharding of each parameter; None: all on the default device.
+        dtype: dtype of the parameters; None: those of `shapes`.
+        what: name of the checkpoint in error messages.
+
+    Raises:
+        ValueError: the checkpoint is not of this model; lists what differs.
+    """
+    wanted = paths_of(shapes)
+    places = paths_of(shardings) if shardings is not None else {}
+    ours = {path: tuple(leaf.shape) for path, leaf in wanted.items()}
+    theirs = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    pieces = assign(rules, theirs, ours, what)
+
+    def load() -> dict[str, Any]:
+        leaves = {}
+        for path, leaf in wanted.items():
+            kind, place = jnp.dtype(dtype or leaf.dtype), places.get(path)
+            name, rule, layer = pieces[path][0]
+            if layer is None:
+                leaves[path] = _placed(rule.to_ours(tensors[name]), kind, place)
+                continue
+            # Layer after layer is written into a stack that is already sharded.
+            zeros, write = _stacking(leaf.shape, kind, place)
+            leaves[path] = zeros()
+            inner = place and NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))
+            for name, rule, layer in pieces[path]:
+                placed = _placed(rule.to_ours(tensors[name]), kind, inner)
+                leaves[path] = write(leaves[path], placed, layer)
+        return unflatten_dict(leaves, sep="/")
+
+    return load
+
+
+@lru_cache
+def _stacking(shape: tuple[int, ...], dtype: np.dtype, place: NamedSharding | None):
+    """Compiled functions that allocate a stack, and that write a layer into it."""
+    zeros = jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=place)
+    return zeros, jax.jit(_write, donate_argnums=0, out_shardings=place)
+
+
+def _write(stack: jax.Array, layer: jax.Array, i: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)
+
+
+def _placed(
+    value: np.ndarray, dtype: np.dtype, place: NamedSharding | None
+) -> jax.Array:
+    if place is None:
+        return jnp.asarray(np.ascontiguousarray(value).astype(dtype, copy=False))
+    return jax.make_array_from_callback(
+        value.shape,
+        place,
+        lambda index: np.ascontiguousarray(value[index]).astype(dtype, copy=False),
+    )
+
+
+def export(rules: Sequence[Rule], params: Any) -> dict[str, np.ndarray]:
+    """Converts our parameters to released tensors: the inverse of `load`, bit for bit.
+
+    Args:
+        rules: rule table of the network.
+        params: parameters of the network.
+
+    Raises:
+        ValueError: no rule names the tensor of a parameter.
+    """
+    parts: dict[str, dict[int, np.ndarray]] = {}
+    axes: dict[str, int] = {}
+    for path, leaf in paths_of(params).items():
+        value = np.asarray(leaf)
+        for name, rule, layer in names_of(rules, path, value.shape):
+            turned = rule.to_theirs(value if layer is None else value[layer])
+            parts.setdefault(name, {})[rule.part[0]] = np.ascontiguousarray(turned)
+            axes[name] = rule.axis
+    return {
+        name: found[0]
+        if len(found) == 1
+        else np.concatenate([found[i] for i in sorted(found)], axes[name])
+        for name, found in parts.items()
+    }

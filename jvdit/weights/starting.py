@@ -8,16 +8,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 
 from jvdit.machine.json_files import differences
 from jvdit.sharding import parameter_shardings
 from jvdit.weights.bundle import Bundle
 from jvdit.weights.folders import load_dit
-from jvdit.weights.parameters import check_weights, weights_files, weights_hash
+from jvdit.weights.parameters import load_weights, weights_hash
 from jvdit.weights.release import is_release, read_release
-from jvdit.weights.tensors import TensorFiles
 
 _BEGINNING = 1 << 20  # bytes that are hashed of a file: header and first weights
 
@@ -57,18 +55,14 @@ def finished_parameters(
     params = {}
     for name, shapes in wanted.items():
         dtype = jax.tree.leaves(shapes)[0].dtype
-        loaded = load_dit(parts[name], mesh, dtype, scan_layers="blocks" in shapes)
-        params[name] = loaded.params
-        held, asked = (
-            {jax.tree_util.keystr(k): x.shape for k, x in jax.tree.leaves_with_path(t)}
-            for t in (params[name], shapes)
+        scan = "blocks" in shapes
+        params[name] = load_dit(parts[name], mesh, dtype, scan_layers=scan).params
+        _check_alike(
+            params[name],
+            shapes,
+            f"{parts[name]} is another network than this config's",
+            "take the sizes of its row of `dit.VARIANTS`",
         )
-        if differing := differences(held, asked):
-            raise ValueError(
-                f"{parts[name]} is another network than this config's: {differing[0]} "
-                f"({len(differing)} parameters differ in all); take the sizes of its "
-                "row of `dit.VARIANTS`."
-            )
     return params
 
 
@@ -76,25 +70,26 @@ def _own_parameters(
     folder: str | os.PathLike[str], wanted: Mapping[str, Any], mesh: Mesh
 ) -> dict[str, Any]:
     """Reads the parameters of another run; each device gets its shard of the files."""
-    params = {}
-    for name in wanted:
-        file, _ = weights_files(pathlib.Path(folder) / name)
-        tensors = TensorFiles(file)
-        params[name] = unflatten_dict(dict(tensors), sep="/")
-        check_weights(file, params[name], tensors.metadata)
-    held, asked = (
-        {jax.tree_util.keystr(k): v.shape for k, v in jax.tree.leaves_with_path(tree)}
-        for tree in (params, dict(wanted))
+    params = {name: load_weights(pathlib.Path(folder) / name)[0] for name in wanted}
+    _check_alike(
+        params,
+        dict(wanted),
+        f"{folder} holds other networks than this config's",
+        "change `start_from` or the sizes of the networks",
     )
-    differing = differences(held, asked)
-    if differing:
-        raise ValueError(
-            f"{folder} holds other networks than this config's: {differing[0]}"
-            f" ({len(differing)} parameters differ in all); change `start_from` or the "
-            "sizes of the networks."
-        )
     places = parameter_shardings(params, mesh)
     return jax.tree.map(_divided, params, places, dict(wanted))
+
+
+def _check_alike(held: Any, asked: Any, other: str, remedy: str) -> None:
+    """Raises a ValueError if two trees of parameters differ in paths or shapes."""
+    shapes = (
+        {jax.tree_util.keystr(k): x.shape for k, x in jax.tree.leaves_with_path(tree)}
+        for tree in (held, asked)
+    )
+    if differing := differences(*shapes):
+        count = f"{len(differing)} parameters differ in all"
+        raise ValueError(f"{other}: {differing[0]} ({count}); {remedy}.")
 
 
 def _divided(value: np.ndarray, place: NamedSharding, like: Any) -> jax.Array:

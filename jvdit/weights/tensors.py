@@ -14,7 +14,6 @@ from typing import Any
 import ml_dtypes
 import msgspec
 import numpy as np
-from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -46,8 +45,8 @@ class _Index(msgspec.Struct, frozen=True):
     weight_map: dict[str, str]
 
 
-class TensorFiles(Mapping[str, np.ndarray]):
-    """The tensors of one or more safetensors files, by name.
+class TensorFiles(dict[str, np.ndarray]):
+    """The tensors of one or more safetensors files, by name: read-only views of them.
 
     Args:
         path: a file, or a folder: the files in its index
@@ -65,31 +64,19 @@ class TensorFiles(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, path: PathLike):
+        super().__init__()
         self.path = pathlib.Path(path)
         self.metadata: dict[str, str] = {}
-        self._tensors: dict[str, np.ndarray] = {}
         for file in _files(self.path):
             for name, tensor in self._open(file):
-                if name in self._tensors:
+                if name in self:
                     raise ValueError(f"{self.path} holds tensor {name} twice.")
-                self._tensors[name] = tensor
-
-    def __getitem__(self, name: str) -> Shaped[np.ndarray, "..."]:
-        """The tensor, as a read-only view of its file."""
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterates over the tensors' names, in the order of the files."""
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        """How many tensors there are."""
-        return len(self._tensors)
+                self[name] = tensor
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor, by name."""
-        return {name: tensor.shape for name, tensor in self._tensors.items()}
+        return {name: tensor.shape for name, tensor in self.items()}
 
     def _open(self, file: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
         try:

@@ -4,25 +4,39 @@ The released names number layers in ways that depend on the sizes, so the table 
 for a module: `rules(vae)`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from jvdit.models.video_vae import VideoVAE
-from jvdit.weights.rules import Rule
-
-LAYOUTS = ("diffusers", "original")
+from jvdit.weights.rules import LAYOUTS, Rule
 
 _VIDEO = "o i t h w -> t h w i o"
 _IMAGE = "o i h w -> h w i o"
-# Parts of a residual block: diffusers' name, the original name, and ours.
-_RES_NORM = (("norm1", "residual.0", "norm_1"), ("norm2", "residual.3", "norm_2"))
-_RES_CONV = (
+# Layers, before, in and after the stages: diffusers' name, the original name, and ours.
+_QUANT = (
+    ("quant_conv", "conv1", "quant_conv"),
+    ("post_quant_conv", "conv2", "post_quant_conv"),
+)
+_ENDS = (
+    ("conv_in", "conv1", "conv_in"),
+    ("norm_out", "head.0", "norm_out"),
+    ("conv_out", "head.2", "conv_out"),
+)
+_MIDDLE = (
+    ("mid_block.resnets.0", "middle.0", "mid_res_0"),
+    ("mid_block.resnets.1", "middle.2", "mid_res_1"),
+    ("mid_block.attentions.0", "middle.1", "mid_attention"),
+)
+_RES_BLOCK = (
+    ("norm1", "residual.0", "norm_1"),
     ("conv1", "residual.2", "conv_1"),
+    ("norm2", "residual.3", "norm_2"),
     ("conv2", "residual.6", "conv_2"),
     ("conv_shortcut", "shortcut", "shortcut"),
 )
+_ATTENTION = (("norm", "norm"), ("to_qkv", "qkv"), ("proj", "proj"))
 
 
-def rules(vae: VideoVAE, layout: str = "diffusers") -> list[Rule]:
+def rules(vae: VideoVAE, layout: str = LAYOUTS[0]) -> list[Rule]:
     """The rule table of an autoencoder.
 
     Args:
@@ -30,104 +44,59 @@ def rules(vae: VideoVAE, layout: str = "diffusers") -> list[Rule]:
         layout: whose tensor names the table reads, one of `LAYOUTS`.
     """
     which = LAYOUTS.index(layout)
-    found = _conv(("quant_conv", "conv1")[which], "quant_conv")
-    found += _conv(("post_quant_conv", "conv2")[which], "post_quant_conv")
+    found = [*_layers(_QUANT, which)]
     for half in ("encoder", "decoder"):
-        found += _conv(f"{half}.{('conv_in', 'conv1')[which]}", f"{half}/conv_in")
-        found += _conv(f"{half}.{('conv_out', 'head.2')[which]}", f"{half}/conv_out")
-        norm = ("norm_out", "head.0")[which]
-        found.append(_gamma(f"{half}.{norm}", f"{half}/norm_out", 3))
-        for theirs, ours in _middle(half, which):
-            if ours.endswith("attention"):
-                found += _attention(theirs, ours, which)
-            else:
-                found += _res_block(theirs, ours, which)
-    for kind, theirs, ours in (*_down(vae, which), *_up(vae, which)):
-        make = _res_block if kind == "block" else _resample
-        found += make(theirs, ours, which)
+        found += _layers(_ENDS, which, f"{half}.", f"{half}/")
+    for theirs, ours in _blocks(vae, which):
+        if ours.endswith("attention/"):
+            found += _layers(_ATTENTION, 0, theirs, ours, _IMAGE)
+        elif ours.endswith("resample/"):
+            found += _layers([("resample.1", "conv")], 0, theirs, ours, _IMAGE)
+            found += _layers([("time_conv", "time_conv")], 0, theirs, ours)
+        else:
+            found += _layers(_RES_BLOCK, which, theirs, ours)
     return found
 
 
-def _middle(half: str, which: int) -> Iterator[tuple[str, str]]:
-    names = (
-        ("mid_block.resnets.0", "middle.0", "mid_res_0"),
-        ("mid_block.attentions.0", "middle.1", "mid_attention"),
-        ("mid_block.resnets.1", "middle.2", "mid_res_1"),
-    )
-    for row in names:
-        yield f"{half}.{row[which]}", f"{half}/{row[2]}"
-
-
-def _down(vae: VideoVAE, which: int) -> Iterator[tuple[str, str, str]]:
-    """Kind, their name and our name of each layer in the encoder's stages."""
-    stages, blocks = len(vae.multipliers), vae.num_res_blocks
-    base = ("encoder.down_blocks", "encoder.downsamples")[which]
-    for stage in range(stages):
-        for block in range(blocks + (stage < stages - 1)):
-            last = block == blocks
-            if not vae.residual_shortcuts:
-                theirs = f"{base}.{stage * (blocks + 1) + block}"
-            elif which:
-                theirs = f"{base}.{stage}.downsamples.{block}"
-            else:
-                inner = "downsampler" if last else f"resnets.{block}"
-                theirs = f"{base}.{stage}.{inner}"
-            ours = "resample" if last else f"res_{block}"
-            yield (
-                "resample" if last else "block",
-                theirs,
-                f"encoder/down_{stage}/{ours}",
-            )
-
-
-def _up(vae: VideoVAE, which: int) -> Iterator[tuple[str, str, str]]:
-    """Kind, their name and our name of each layer in the decoder's stages.
+def _blocks(vae: VideoVAE, which: int) -> Iterator[tuple[str, str]]:
+    """What their and our names of the layers in each block begin with.
 
     They number the decoder's stages from the coarsest on.
     """
-    stages, blocks = len(vae.multipliers), vae.num_res_blocks + 1
-    base = ("decoder.up_blocks", "decoder.upsamples")[which]
-    for stage in range(stages):
-        for block in range(blocks + (stage < stages - 1)):
-            last = block == blocks
-            if which and not vae.residual_shortcuts:
-                theirs = f"{base}.{stage * (blocks + 1) + block}"
-            elif which:
-                theirs = f"{base}.{stage}.upsamples.{block}"
-            else:
-                up = "upsampler" if vae.residual_shortcuts else "upsamplers.0"
-                theirs = f"{base}.{stage}.{up if last else f'resnets.{block}'}"
-            ours = "resample" if last else f"res_{block}"
-            place = f"decoder/up_{stages - 1 - stage}/{ours}"
-            yield "resample" if last else "block", theirs, place
+    last = len(vae.multipliers) - 1
+    for half, way in (("encoder", "down"), ("decoder", "up")):
+        for row in _MIDDLE:
+            yield f"{half}.{row[which]}.", f"{half}/{row[-1]}/"
+        blocks = vae.num_res_blocks + (way == "up")
+        sampler = f"{way}sampler" if vae.residual_shortcuts else f"{way}samplers.0"
+        base = f"{half}.{way}{('_blocks', 'samples')[which]}"
+        for stage in range(last + 1):
+            place = f"{half}/{way}_{stage if way == 'down' else last - stage}"
+            for block in range(blocks + (stage < last)):
+                if not vae.residual_shortcuts and (which or way == "down"):
+                    inner = f"{stage * (blocks + 1) + block}"
+                elif which:
+                    inner = f"{stage}.{way}samples.{block}"
+                else:
+                    name = sampler if block == blocks else f"resnets.{block}"
+                    inner = f"{stage}.{name}"
+                ours = "resample" if block == blocks else f"res_{block}"
+                yield f"{base}.{inner}.", f"{place}/{ours}/"
 
 
-def _conv(theirs: str, ours: str, layout: str = _VIDEO) -> list[Rule]:
-    return [
-        Rule(f"{theirs}.weight", f"{ours}/kernel", layout),
-        Rule(f"{theirs}.bias", f"{ours}/bias"),
-    ]
-
-
-def _gamma(theirs: str, ours: str, ones: int) -> Rule:
-    """The rule of a norm's scale, which they store with trailing axes of size 1."""
-    layout = f"c {' '.join('1' * ones)} -> c"
-    return Rule(f"{theirs}.gamma", f"{ours}/scale", layout)
-
-
-def _res_block(theirs: str, ours: str, which: int) -> list[Rule]:
-    found = [_gamma(f"{theirs}.{n[which]}", f"{ours}/{n[2]}", 3) for n in _RES_NORM]
-    for names in _RES_CONV:
-        found += _conv(f"{theirs}.{names[which]}", f"{ours}/{names[2]}")
-    return found
-
-
-def _attention(theirs: str, ours: str, which: int) -> list[Rule]:
-    found = [_gamma(f"{theirs}.norm", f"{ours}/norm", 2)]
-    found += _conv(f"{theirs}.to_qkv", f"{ours}/qkv", _IMAGE)
-    return found + _conv(f"{theirs}.proj", f"{ours}/proj", _IMAGE)
-
-
-def _resample(theirs: str, ours: str, which: int) -> list[Rule]:
-    found = _conv(f"{theirs}.resample.1", f"{ours}/conv", _IMAGE)
-    return found + _conv(f"{theirs}.time_conv", f"{ours}/time_conv")
+def _layers(
+    rows: Iterable[tuple[str, ...]],
+    which: int,
+    theirs: str = "",
+    ours: str = "",
+    layout: str = _VIDEO,
+) -> Iterator[Rule]:
+    """Rules of norms, whose scales they store with axes of size 1, and convolutions."""
+    for row in rows:
+        name, own = f"{theirs}{row[which]}", f"{ours}{row[-1]}"
+        if row[-1].startswith("norm"):
+            ones = "1 1 1" if layout == _VIDEO else "1 1"
+            yield Rule(f"{name}.gamma", f"{own}/scale", f"c {ones} -> c")
+        else:
+            yield Rule(f"{name}.weight", f"{own}/kernel", layout)
+            yield Rule(f"{name}.bias", f"{own}/bias")

@@ -9,9 +9,8 @@ from einops import rearrange
 from jvdit.models.dit import VARIANTS, DiT
 from jvdit.shapes import Text, Tokens
 from jvdit.weights import wan
-from jvdit.weights.configs import patch_channels
-from jvdit.weights.loading import export, load, paths_of
-from jvdit.weights.rules import assign
+from jvdit.weights.folders import patch_channels
+from jvdit.weights.rules import assign, export, loader, paths_of
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -117,7 +116,7 @@ def compare(channels, t, level=None, *, states=12, control=0, image=None, scan=F
     shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
     tensors = {name: value.numpy() for name, value in theirs.state_dict().items()}
     rules = wan.dit_rules(channels=patch_channels(model))
-    params = load(rules, tensors, shapes)
+    params = loader(rules, tensors, shapes)()
     back = export(rules, params)
     assert back.keys() == tensors.keys()
     assert all((back[name] == tensors[name]).all() for name in back)
@@ -204,4 +203,4 @@ def test_rows_of_the_size_table_have_the_parameters_of_the_releases(name):
     ours = {path: tuple(leaf.shape) for path, leaf in paths_of(params).items()}
     names = {name: tuple(x.shape) for name, x in theirs.state_dict().items()}
     rules = wan.dit_rules(channels=patch_channels(model))
-    assert assign(rules, names, ours).pieces.keys() == ours.keys()
+    assert assign(rules, names, ours).keys() == ours.keys()

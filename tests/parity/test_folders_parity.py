@@ -11,9 +11,8 @@ from tiny_models import text_config
 
 from jvdit.sharding import make_mesh
 from jvdit.weights import umt5, wan, wan_vae
-from jvdit.weights.configs import patch_channels
-from jvdit.weights.folders import load_dit, load_text_encoder, load_vae
-from jvdit.weights.loading import export, paths_of
+from jvdit.weights.folders import load_dit, load_text_encoder, load_vae, patch_channels
+from jvdit.weights.rules import export, paths_of
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

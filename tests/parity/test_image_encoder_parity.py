@@ -12,10 +12,8 @@ from jvdit.generation.request import for_encoder
 from jvdit.models.image_encoder import VARIANTS, ImageEncoder
 from jvdit.sharding import make_mesh
 from jvdit.weights import clip
-from jvdit.weights.configs import ImageConfig
-from jvdit.weights.folders import load_image_encoder
-from jvdit.weights.loading import export, paths_of
-from jvdit.weights.rules import assign
+from jvdit.weights.folders import ImageConfig, load_image_encoder
+from jvdit.weights.rules import assign, export, paths_of
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -196,7 +194,7 @@ def test_the_official_encoder_maps_whole():
     for prefix in ("", "vision_model."):
         named = {prefix + name: shape for name, shape in theirs.items()}
         found = assign(clip.rules(module), named, ours)
-        read = [pieces[0].name for pieces in found.pieces.values()]
+        read = [pieces[0].name for pieces in found.values()]
         assert len(set(read)) == len(ours) == 31 * 16 + 5
         left = {name.removeprefix(prefix) for name in named.keys() - set(read)}
         assert all(n.startswith(("post_layernorm", "encoder.layers.31.")) for n in left)
@@ -235,6 +233,6 @@ def test_the_original_release_maps_whole():
     found = assign(
         clip.rules(module, "original"), original_shapes(), parameters(module)
     )
-    (piece,) = found.pieces["block_30/attention/value/kernel"]
+    (piece,) = found["block_30/attention/value/kernel"]
     assert piece.name == "visual.transformer.30.attn.to_qkv.weight"
     assert piece.rule.part == (2, 3)

@@ -34,9 +34,9 @@ from jvdit.models.text_encoder import VARIANTS as text_encoder_sizes
 from jvdit.sharding import make_mesh
 from jvdit.weights import umt5, wan, wan_vae
 from jvdit.weights.folders import load_dit, load_text_encoder, load_vae
-from jvdit.weights.loading import export
 from jvdit.weights.opening import open_bundle
-from jvdit.weights.schedulers import SchedulerConfig, scheduler_of
+from jvdit.weights.release import SchedulerConfig, scheduler_of
+from jvdit.weights.rules import export
 from jvdit.weights.tensors import write_tensors
 
 torch = pytest.importorskip("torch")

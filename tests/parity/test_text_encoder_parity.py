@@ -7,7 +7,7 @@ import pytest
 
 from jvdit.models.text_encoder import TextEncoder, relative_buckets
 from jvdit.weights import umt5
-from jvdit.weights.loading import load
+from jvdit.weights.rules import loader
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -58,7 +58,7 @@ def test_states_are_theirs(family, shared_bias):
     shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
     tensors = {name: value.numpy() for name, value in theirs.state_dict().items()}
     rules = umt5.rules(shared_bias=shared_bias)
-    params = load(rules, tensors, shapes)
+    params = loader(rules, tensors, shapes)()
     out = jax.jit(model.apply)({"params": params}, *inputs)
     error = np.linalg.norm(out - want) / np.linalg.norm(want)
     print(f"relative error {error:.1e}, state rms {np.sqrt(np.mean(want**2)):.2f}")

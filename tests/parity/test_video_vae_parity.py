@@ -9,7 +9,7 @@ from tiny_models import VAE_2_2
 
 from jvdit.models.video_vae import VideoVAE
 from jvdit.weights import wan_vae
-from jvdit.weights.loading import export, load
+from jvdit.weights.rules import export, loader
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -75,7 +75,7 @@ def test_encoding_and_decoding_equal_theirs(kind):
     decoded = rearrange(decoded, "b c f h w -> b f h w c")
     shapes = jax.eval_shape(vae.init, jax.random.key(0), jnp.zeros((1, 1, 32, 32, 3)))
     tensors = {name: value.numpy() for name, value in model.state_dict().items()}
-    params = load(wan_vae.rules(vae), tensors, shapes["params"])
+    params = loader(wan_vae.rules(vae), tensors, shapes["params"])()
     back = export(wan_vae.rules(vae), params)
     assert back.keys() == tensors.keys()
     assert all((back[name] == tensors[name]).all() for name in back)

@@ -12,13 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jvdit.data.media.reader import (
-    Budget,
-    MediaError,
-    MediaInfo,
-    decode_clip,
-    probe,
-)
+from jvdit.data.media.reader import Budget, MediaError, MediaInfo, decode_clip, probe
 from jvdit.data.media.writer import encode_clip
 
 
@@ -84,34 +78,25 @@ class Recipe:
             )
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One video and what to do with it."""
-
-    item: ClipFile
-    recipe: Recipe
-
-
-def prepare_file(job: Job) -> Iterator[dict[str, Any]]:
+def prepare_file(item: ClipFile, recipe: Recipe) -> Iterator[dict[str, Any]]:
     """Cuts the clips out of one video.
 
     Yields:
         {"clip": example of `CLIP_FEATURES`, "notes": [str]} for every clip taken, and
         {"reason", "detail"} for every window that was not, or for the whole file.
     """
-    item, recipe = job.item, job.recipe
     budget = Budget(pixels=recipe.max_pixels, seconds=math.inf)
     try:
         if recipe.require_caption and not item.caption:
             raise MediaError("no_caption")
         info = probe(item.path, scan=recipe.windows != "first", budget=budget)
-        height, width = choose_size(info, recipe)
+        size = choose_size(info, recipe)
     except MediaError as e:
         yield {"reason": e.reason, "detail": e.detail}
         return
     for start in window_starts(info, recipe):
         try:
-            yield _prepare_window(item, recipe, budget, start, height, width)
+            yield _prepare_window(item, recipe, budget, start, size)
         except MediaError as e:
             yield {"reason": e.reason, "detail": e.detail}
 
@@ -166,16 +151,14 @@ def _prepare_window(
     recipe: Recipe,
     budget: Budget,
     start: float,
-    height: int,
-    width: int,
+    size: tuple[int, int],
 ) -> dict[str, Any]:
     """Returns one clip as an example and what is worth knowing of it."""
+    window = {"frames": recipe.frames, "height": size[0], "width": size[1]}
+    window["fps"] = recipe.fps
     clip = decode_clip(
         item.path,
-        frames=recipe.frames,
-        fps=recipe.fps,
-        height=height,
-        width=width,
+        **window,
         start_seconds=start,
         audio_rate=recipe.audio_rate,
         budget=budget,
@@ -204,10 +187,7 @@ def _prepare_window(
         "video": buffer.getvalue(),
         "caption": item.caption,
         "meta": json.dumps(meta, sort_keys=True),
-        "frames": recipe.frames,
-        "height": height,
-        "width": width,
-        "fps": recipe.fps,
+        **window,
         "has_audio": clip["has_audio"],
     }
     return {"clip": example, "notes": _notes(source, repeated)}

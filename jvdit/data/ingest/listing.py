@@ -55,16 +55,14 @@ def list_items(
             f"{'/'.join(sorted(SUFFIXES))} files, or a table "
             f"({', '.join(TABLES)}) with a column of paths."
         )
-    taken: set[str] = set()
-    items = []
+    items: dict[str, ClipFile] = {}
     for (path, caption), name in sorted(found.items(), key=lambda e: (e[1], e[0])):
         key, copies = name, 1
-        while key in taken:  # one file with several captions, or one name twice
+        while key in items:  # one file with several captions, or one name twice
             copies += 1
             key = f"{name}~{copies}"
-        taken.add(key)
-        items.append(ClipFile(key, path, caption))
-    return items
+        items[key] = ClipFile(key, path, caption)
+    return [*items.values()]
 
 
 def _items_of(source: Path, root) -> Iterator[tuple[str, Path, str]]:
@@ -91,13 +89,13 @@ def _items_of(source: Path, root) -> Iterator[tuple[str, Path, str]]:
 
 def sidecar(video: Path) -> str:
     """Returns the caption in the .txt or .json file beside a video, or ""."""
-    text = video.with_suffix(".txt")
-    if text.exists():
-        return text.read_text(encoding="utf-8", errors="replace").strip()
-    record = video.with_suffix(".json")
-    if record.exists():
-        text = record.read_text(encoding="utf-8", errors="replace")
-        row = parse_json(text, str(record))
+    for file in (video.with_suffix(".txt"), video.with_suffix(".json")):
+        if not file.exists():
+            continue
+        text = file.read_text(encoding="utf-8", errors="replace")
+        if file.suffix == ".txt":
+            return text.strip()
+        row = parse_json(text, str(file))
         return _value(row, CAPTION_COLUMNS) if isinstance(row, dict) else ""
     return ""
 

@@ -58,8 +58,23 @@ def encode_clip(
     _check(video, fps, audio, audio_rate)
     buffer = isinstance(target, io.BytesIO)
     place = contextlib.nullcontext(target) if buffer else replacing(Path(target))
-    with place as file:
-        _write(file, video, fps, audio, audio_rate, crf, gop, preset, metadata)
+    # The index goes first in files, for the web; a buffer cannot be reopened for it.
+    options = {} if buffer else {"movflags": "+faststart"}
+    with place as file, av.open(file, "w", format="mp4", options=options) as container:
+        if metadata is not None:
+            container.metadata["comment"] = json.dumps(metadata, sort_keys=True)
+        rate = Fraction(fps).limit_denominator(100_000)
+        picture = _video_stream(container, video, rate, crf, gop, preset)
+        if audio is not None:  # all streams before any packet
+            sound: Any = container.add_stream("aac", rate=audio_rate)
+            sound.layout = "mono" if audio.shape[1] == 1 else "stereo"
+            sound.bit_rate = 96_000 * audio.shape[1]
+        packets: list[Any] = _video_packets(picture, video, rate)
+        if audio is not None:
+            packets += _audio_packets(sound, audio, audio_rate)
+        # Interleaved by time, so that a player need not jump about.
+        packets.sort(key=lambda p: (p.dts * p.time_base, p.stream.index))
+        container.mux(packets)
 
 
 def _check(video, fps, audio, audio_rate) -> None:
@@ -79,26 +94,6 @@ def _check(video, fps, audio, audio_rate) -> None:
         )
     if audio is not None and audio_rate <= 0:
         raise ValueError(f"`audio_rate` (={audio_rate}) must be given with `audio`.")
-
-
-def _write(target, video, fps, audio, audio_rate, crf, gop, preset, metadata) -> None:
-    # The index goes first in files, for the web; a buffer cannot be reopened for it.
-    options = {} if isinstance(target, io.BytesIO) else {"movflags": "+faststart"}
-    with av.open(target, "w", format="mp4", options=options) as container:
-        if metadata is not None:
-            container.metadata["comment"] = json.dumps(metadata, sort_keys=True)
-        rate = Fraction(fps).limit_denominator(100_000)
-        picture = _video_stream(container, video, rate, crf, gop, preset)
-        if audio is not None:  # all streams before any packet
-            sound: Any = container.add_stream("aac", rate=audio_rate)
-            sound.layout = "mono" if audio.shape[1] == 1 else "stereo"
-            sound.bit_rate = 96_000 * audio.shape[1]
-        packets: list[Any] = _video_packets(picture, video, rate)
-        if audio is not None:
-            packets += _audio_packets(sound, audio, audio_rate)
-        # Interleaved by time, so that a player need not jump about.
-        packets.sort(key=lambda p: (p.dts * p.time_base, p.stream.index))
-        container.mux(packets)
 
 
 def _video_stream(container, video, rate, crf, gop, preset):

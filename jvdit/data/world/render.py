@@ -143,6 +143,14 @@ def background_parts(
     return np.stack(parts).astype(np.float32)
 
 
+def _three(grey: np.ndarray) -> np.ndarray:
+    """Grey values as RGB; twice as fast as `np.repeat`."""
+    rgb = np.empty((*grey.shape, 3), grey.dtype)
+    for channel in range(3):
+        rgb[..., channel] = grey
+    return rgb
+
+
 def _draw_backgrounds(
     video: np.ndarray, scenes: Scenes, offset: np.ndarray, gain: np.ndarray, scale: int
 ) -> None:
@@ -173,8 +181,7 @@ def _draw_backgrounds(
         level += np.float32(wall[row])
         level *= gain[row, shown, None, None]
         level += np.float32(0.5)
-        grey = level.astype(np.uint8)
-        video[row] = np.repeat(grey[..., None], 3, -1)
+        video[row] = _three(level.astype(np.uint8))
 
 
 def signed_distance(
@@ -233,7 +240,9 @@ def _draw_objects(
     y = (np.arange(size[1], dtype=np.float32) + start[..., 1:])[..., :, None]
     radius = radius.astype(np.float32)[:, None, None, None]
     alpha = np.clip(0.5 - signed_distance(shape, x, y, radius), 0, 1)
-    alpha = np.repeat((256 * alpha + np.float32(0.5)).astype(np.uint16), 3, -1)
+    alpha *= np.float32(256)
+    alpha += np.float32(0.5)
+    alpha = _three(alpha.astype(np.uint16)).reshape(*alpha.shape[:-1], -1)
     paint = np.rint(color).astype(np.uint16)
     paint = np.tile(paint, (1, 1, size[0]))[..., None, :]
 
