@@ -312,9 +312,13 @@ def claim_workdir(
         theirs, known = held.identity, ours.identity
         for name, module in (modules or {}).items():
             if isinstance(theirs.get(name), dict):
-                later = json.loads(json.dumps(_defaults(module)))
-                later = {k: v for k, v in later.items() if k in known[name]}
-                theirs[name] = later | theirs[name]
+                later = {
+                    field.name: json_field(field.name, field.default)
+                    for field in dataclasses.fields(module)
+                    if field.name in known[name]
+                    and field.default is not dataclasses.MISSING
+                }
+                theirs[name] = json.loads(json.dumps(later)) | theirs[name]
         differing = differences(theirs, known)
         if differing:
             raise ValueError(
@@ -364,13 +368,3 @@ def _check_renaming(folder: pathlib.Path) -> None:
     finally:
         for probe in (before, after):
             shutil.rmtree(probe, ignore_errors=True)
-
-
-def _defaults(module: type) -> dict[str, Any]:
-    """The fields of a Linen class that have defaults, as JSON values."""
-    return {
-        field.name: json_field(field.name, field.default)
-        for field in dataclasses.fields(module)
-        if field.name not in ("parent", "name")
-        and field.default is not dataclasses.MISSING
-    }
