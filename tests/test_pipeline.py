@@ -8,15 +8,10 @@ import time
 import numpy as np
 import pytest
 
+from jvdit.data.builders import ClipBatches, PackedBatches, StalledError
 from jvdit.data.clips import BadClip
 from jvdit.data.patches import patchify, positions
-from jvdit.data.pipeline import (
-    BadDataError,
-    Batches,
-    ClipBatches,
-    PackedBatches,
-    StalledError,
-)
+from jvdit.data.pipeline import BadDataError, Batches
 from jvdit.data.plan import BucketPlan, PackPlan
 from jvdit.data.sources import ArraySource, WorldSource
 from jvdit.data.tokenizer import Tokenizer, train_tokenizer
@@ -336,7 +331,8 @@ def test_bad_clips_of_pixels_are_masked():
 
 WORKERS = """
 import numpy as np
-from jvdit.data.pipeline import Batches, ClipBatches
+from jvdit.data.builders import ClipBatches
+from jvdit.data.pipeline import Batches
 from jvdit.data.plan import BucketPlan
 from jvdit.data.sources import WorldSource
 from jvdit.data.world import World
@@ -375,7 +371,8 @@ def test_processes_make_the_same_batches(tmp_path):
 HANGING = """
 import threading
 import numpy as np
-from jvdit.data.pipeline import Batches, ClipBatches
+from jvdit.data.builders import ClipBatches
+from jvdit.data.pipeline import Batches
 from jvdit.data.plan import BucketPlan
 from jvdit.data.sources import ArraySource
 

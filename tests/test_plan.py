@@ -7,8 +7,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from jvdit.data.order import permute, stable_hash, stable_uniform
 from jvdit.data.packing import best_fit
-from jvdit.data.plan import BucketPlan, PackPlan, permute, stable_hash, stable_uniform
+from jvdit.data.plan import BucketPlan, PackPlan
 
 # Five latent sizes (frames, height, width): an image, two shapes, two lengths.
 SIZES = [(1, 32, 32), (5, 32, 32), (5, 24, 40), (9, 30, 52), (21, 30, 52)]

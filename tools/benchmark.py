@@ -24,7 +24,8 @@ import numpy as np
 import optax
 from einops import rearrange
 
-from jvdit.data.pipeline import Batches, PackedBatches
+from jvdit.data.builders import PackedBatches
+from jvdit.data.pipeline import Batches
 from jvdit.data.plan import BucketPlan, PackPlan
 from jvdit.data.sources import ArraySource
 from jvdit.machine.compilation import jit

@@ -28,7 +28,7 @@ import tensorflow_datasets as tfds
 
 from jvdit.data.clips import SIZE, BadClip, Clip, Ids, Indexed, Source, make_index
 from jvdit.data.media.reader import MediaError, decode_clip, probe
-from jvdit.data.plan import fingerprint
+from jvdit.data.order import fingerprint
 from jvdit.data.records import RecordDataset
 from jvdit.data.world import World
 from jvdit.machine.files import local_path

@@ -7,8 +7,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jvdit.config import Config
+from jvdit.data.builders import ClipBatches
 from jvdit.data.clips import BadClip, Source
-from jvdit.data.pipeline import ClipBatches
 from jvdit.data.plan import BucketPlan
 from jvdit.evaluation.reconstruction import psnr, ssim
 from jvdit.machine.cluster import is_lead, to_host

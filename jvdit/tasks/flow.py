@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jvdit.config import Config
-from jvdit.data.pipeline import PackedBatches
+from jvdit.data.builders import PackedBatches
 from jvdit.data.plan import PackPlan
 from jvdit.data.sources import LatentSource, open_source, origin
 from jvdit.data.tokenizer import Tokenizer, train_tokenizer
