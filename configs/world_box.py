@@ -47,15 +47,19 @@ def get_config():
     images.data.sources = tuple(f"{name}#train:1" for name in sources)
     images.data.validation = f"{sources[0]}#val:1"
     images.steps = 400
-    # Half the tokens are pictures', so that clips don't make the network forget shapes.
+    # A third of the tokens are pictures', so that clips don't make the network forget
+    # shapes.
     videos.data.sources = sources + images.data.sources
-    videos.data.weights = (0.1, 0.07, 0.5, 0.33)
+    videos.data.weights = (0.22, 0.1, 0.42, 0.26)
     videos.data.update(max_clips=5, text_budget=192, validation=f"{sources[0]}#val")
     videos.start_from = "{workdir}/images/model"
-    videos.first_frame, videos.sample.draft = 0.7, True
-    # Shapes are decided at less noise than what moves where.
-    videos.timesteps.update(shift_tokens=80, shift_range=(1.5, 12.0))
-    videos.steps = 6500
+    videos.first_frame, videos.sample.draft = 0.9, True
+    # What moves where is decided at much noise, and the shapes of it at little.
+    videos.timesteps.update(
+        shift=2.0, std=1.4, shift_tokens=80, shift_range=(1.5, 12.0)
+    )
+    videos.sample.guidance_scale = 2.0
+    videos.steps = 11_000
     return defaults.stages(
         vae_images=vae.images,
         vae_videos=vae.videos,
