@@ -178,6 +178,11 @@ def _accumulated(compute: Callable[[Batch], Any], batch: Batch, parts: int) -> A
     if parts == 1:
         return compute(batch)
     rows = len(next(iter(batch.values())))
+    if rows % parts:
+        raise ValueError(
+            f"rows of a batch (={rows}) must be divisible by `optim.accumulate` "
+            f"(={parts}); try {-(-rows // parts) * parts} rows."
+        )
 
     # Rows i, i + parts, ...: each part keeps rows of every device.
     def split(x):

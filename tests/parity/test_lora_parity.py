@@ -110,7 +110,7 @@ def test_names_of_comfyui_and_kohya_with_alphas(folder, tmp_path, kohya):
     (file,) = tmp_path.glob("*.safetensors")
     for name, value in load_file(file).items():
         name = name.replace("lora_A", "lora_down").replace("lora_B", "lora_up")
-        for theirs_, original, _ in wan._BLOCK_LINEAR:
+        for theirs_, original, _ in wan._BLOCK:
             name = name.replace(f".{theirs_}.", f".{original}.")
         tensors[name.replace("transformer.", "diffusion_model.")] = value
         if "lora_up" in name:
