@@ -19,7 +19,7 @@ from jvdit.evaluation.sound import match, onsets
 
 CLIPS = np.arange(96)
 SIZES = [(17, 64, 64, 8.0), (9, 32, 32, 8.0), (17, 32, 32, 16.0), (17, 48, 80, 8.0)]
-SIZES += [(33, 64, 64, 16.0)]
+SIZES += [(33, 64, 64, 16.0), (9, 160, 160, 8.0)]
 WORDS = ("all", "count", "lasting", "color", "shape", "size", "direction", "speed")
 WORDS += ("background", "light", "camera", "bar", "falling")
 
@@ -58,7 +58,8 @@ def test_real_clips_reach_the_bound_at_every_size(size):
     found = real(size=size)
     assert found["moving"] > 0.98 and found["teleport"] == found["binding"] == 0
     assert min(found[name] for name in WORDS) > 0.95
-    assert found["physics"] > 0.9 and found["flicker"] < 0.002
+    assert found["physics"] > (0.9 if size in SIZES[:5] else 0.85)
+    assert found["flicker"] < 0.002
     assert found["pace"] == pytest.approx(1, abs=0.06)
     assert min(found[name] for name in ("sync", "sync_40ms", "material")) > 0.85
     assert found["pitch"] < 5 and found["loudness"] > 0.7

@@ -17,7 +17,7 @@ from jvdit.data.world.scene import SHAPES
 from jvdit.evaluation.detection import ORDERS, Detections
 from jvdit.evaluation.tracks import Tracks, quantile
 
-_RADII = np.append(2.2 * 1.13 ** np.arange(16), 28.0)  # pixels
+_RADII = 2.2 * 1.13 ** np.arange(18)  # pixels; larger objects look like the largest
 _BLURS = (0.0, 0.4, 0.6, 0.8, 1.0, 1.2, 1.5)  # standard deviations in pixels
 _PLACES = 4  # of the centre inside a pixel, along each axis
 _FAINTEST = 0.05  # share of a pixel that is covered but isn't detected
@@ -77,7 +77,8 @@ def _mismatch(
     more = spread[:, None] - spreads
     less = _LESS_SPREAD * small[:, :1]
     error += 0.5 * np.where(more > 0, more / _MORE_SPREAD, more / less) ** 2
-    other = np.abs(np.log(area)[:, None] - np.log(areas)) / _OTHER_AREA
+    known = np.minimum(area, areas.max())[:, None]
+    other = np.abs(np.log(known) - np.log(areas)) / _OTHER_AREA
     return np.sqrt((error + np.maximum(other - 0.3, 0) ** 2).min(1))
 
 

@@ -22,6 +22,7 @@ from jvdit.data.world.render import (
 from jvdit.data.world.scene import PAN_REACH, RAMP_SECONDS, Scenes, light_course
 from jvdit.evaluation.detection import Detections
 
+_ENOUGH = 32  # pixels of the short side from which on not all are read
 _PAN_SHARE = 0.25  # largest camera shift, as a share of the short side
 _PAN_SECONDS = 0.6  # time over which the camera's movement is smooth
 _LEAST_GAIN = 0.02  # least gain in error by which a shift must beat no shift
@@ -67,10 +68,9 @@ def look(
             and where the walls stand.
         fps: frames per second.
     """
-    grey = video[..., 1].astype(np.float32)
+    grey = video[..., 1]
     seen = ~found.objects
-    columns = _bar_columns(scenes, video.shape[3], found.side)
-    behind = columns[:, None, None]
+    behind = _bar_columns(scenes, video.shape[3], found.side)[:, None, None]
     levels, left = _fit(grey, seen & ~behind, scenes, shift, found.side)
     wall, arena = levels[..., 0], levels[..., 0] + levels[..., 1]
     ratio = np.log(
@@ -181,7 +181,7 @@ def _mismatch(profile: np.ndarray, shift: float) -> np.ndarray:
 
 
 def _fit(
-    grey: Float[np.ndarray, "b T H W"],
+    grey: UInt8[np.ndarray, "b T H W"],
     seen: Bool[np.ndarray, "b T H W"],
     scenes: Scenes,
     shift: Float[np.ndarray, "b T"],
@@ -194,6 +194,8 @@ def _fit(
         and the root of the mean squared error.
     """
     clips, frames, height, width = grey.shape
+    some = ..., *2 * (slice(None, None, max(side // _ENOUGH, 1)),)
+    grey, seen = grey[some].astype(np.float32), seen[some]
     pan = scenes.pan[:, None]
     offset = np.where(pan != 0, shift / side - PAN_REACH * pan, 0.0)
     products = np.empty((clips, frames, 4, 4), np.float32)
@@ -207,7 +209,7 @@ def _fit(
         # All still clips have their walls in the same places.
         places = offset[rows[0], : 1 if rows is still else None]
         parts = background_parts(scenes.arena[rows[0]], places, height, width, side)
-        basis = parts.reshape(4, -1, height * width)
+        basis = parts[some].reshape(4, parts.shape[1], -1)
         pairs = (basis[:, None] * basis).reshape(16, *basis.shape[1:])
         weight = seen[rows].reshape(len(rows), frames, -1).astype(np.float32)
         light = weight * grey[rows].reshape(weight.shape)
