@@ -14,8 +14,8 @@ from jvdit.data.world import World
 from jvdit.data.world.render import bounce_tone
 from jvdit.data.world.scene import COLORS, RATES
 from jvdit.evaluation import oracle
-from jvdit.evaluation.detection import detect
-from jvdit.evaluation.sound import match, onsets
+from jvdit.evaluation.oracle.detection import detect
+from jvdit.evaluation.oracle.sound import match, onsets
 
 CLIPS = np.arange(96)
 SIZES = [(17, 64, 64, 8.0), (9, 32, 32, 8.0), (17, 32, 32, 16.0), (17, 48, 80, 8.0)]

@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float, UInt8
 
 from jvdit.data.world.mechanics import simulate
 from jvdit.data.world.scene import Scenes
-from jvdit.evaluation.detection import Detections
-from jvdit.evaluation.tracks import Tracks
+from jvdit.evaluation.oracle.detection import Detections
+from jvdit.evaluation.oracle.tracks import Tracks
 
 
 def position_error(

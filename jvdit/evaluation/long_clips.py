@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 
 from jvdit.data.world.scene import GRAVITY, PAN_REACH, Scenes
 from jvdit.evaluation import oracle
-from jvdit.evaluation.tracks import Tracks
+from jvdit.evaluation.oracle.tracks import Tracks
 
 WINDOW = 2.0  # seconds
 _OF_WINDOWS = ("count", "lasting", "color", "shape", "size", "physics", "foretold")

@@ -8,7 +8,7 @@ import numpy as np
 from jvdit.data.sources import world_of
 from jvdit.data.world import World
 from jvdit.evaluation import distance, oracle
-from jvdit.evaluation.adherence import confusions
+from jvdit.evaluation.oracle.adherence import confusions
 
 CHUNK = 64  # clips that are measured at once
 # Real clips that generated ones are compared with.

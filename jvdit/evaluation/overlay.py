@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw
 
 from jvdit.data.world.render import PALETTE
 from jvdit.data.world.scene import COLORS
-from jvdit.evaluation.detection import Detections
+from jvdit.evaluation.oracle.detection import Detections
 
 _LEAST_HEIGHT = 192  # pixels; smaller clips are enlarged
 

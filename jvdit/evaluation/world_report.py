@@ -8,7 +8,6 @@ import numpy as np
 
 from jvdit.data.world import World
 from jvdit.evaluation import distance, report
-from jvdit.evaluation.adherence import describe
 from jvdit.evaluation.breakdown import NAMES, breakdown, composition
 from jvdit.evaluation.measuring import (
     Measured,
@@ -17,6 +16,7 @@ from jvdit.evaluation.measuring import (
     neighbours,
 )
 from jvdit.evaluation.oracle import observe
+from jvdit.evaluation.oracle.adherence import describe
 from jvdit.evaluation.overlay import overlay
 
 _ASIDE, _REAL = 1_000_000, 512  # first and number of the other real clips

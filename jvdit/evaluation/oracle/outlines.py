@@ -14,8 +14,8 @@ from jaxtyping import Complex, Float, Int
 
 from jvdit.data.world.render import signed_distance
 from jvdit.data.world.scene import SHAPES
-from jvdit.evaluation.detection import ORDERS, Detections
-from jvdit.evaluation.tracks import Tracks, quantile
+from jvdit.evaluation.oracle.detection import ORDERS, Detections
+from jvdit.evaluation.oracle.tracks import Tracks, quantile
 
 _RADII = 2.2 * 1.13 ** np.arange(18)  # pixels; larger objects look like the largest
 _BLURS = (0.0, 0.4, 0.6, 0.8, 1.0, 1.2, 1.5)  # standard deviations in pixels

@@ -24,10 +24,10 @@ from jvdit.data.world.scene import (
     TONES,
     Scenes,
 )
-from jvdit.evaluation.detection import Detections
-from jvdit.evaluation.outlines import shapes_of
-from jvdit.evaluation.scenery import Scenery
-from jvdit.evaluation.tracks import Bounces, Tracks, enough_frames
+from jvdit.evaluation.oracle.detection import Detections
+from jvdit.evaluation.oracle.outlines import shapes_of
+from jvdit.evaluation.oracle.scenery import Scenery
+from jvdit.evaluation.oracle.tracks import Bounces, Tracks, enough_frames
 
 _MOST_TURN = 30.0  # most degrees between the captioned and the measured direction
 _FLIGHT = 0.25  # seconds from the start in which the first velocity is measured

@@ -12,13 +12,19 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from jvdit.data.world.scene import Scenes
-from jvdit.evaluation.adherence import Reading, adherence, read
-from jvdit.evaluation.detection import Detections, detect
-from jvdit.evaluation.physics import physics
-from jvdit.evaluation.scenery import camera_shift, look
-from jvdit.evaluation.sound import synchrony
-from jvdit.evaluation.stability import flicker, permanence
-from jvdit.evaluation.tracks import Bounces, Tracks, falling, find_bounces, follow
+from jvdit.evaluation.oracle.adherence import Reading, adherence, read
+from jvdit.evaluation.oracle.detection import Detections, detect
+from jvdit.evaluation.oracle.physics import physics
+from jvdit.evaluation.oracle.scenery import camera_shift, look
+from jvdit.evaluation.oracle.sound import synchrony
+from jvdit.evaluation.oracle.stability import flicker, permanence
+from jvdit.evaluation.oracle.tracks import (
+    Bounces,
+    Tracks,
+    falling,
+    find_bounces,
+    follow,
+)
 
 _AT_ONCE = 64  # clips that are scored at once, to bound memory
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 
 from jvdit.data.world.mechanics import PAIR, simulate
 from jvdit.data.world.scene import GRAVITY, MAX_OBJECTS, Scenes
-from jvdit.evaluation.tracks import Tracks
+from jvdit.evaluation.oracle.tracks import Tracks
 
 _AHEAD = 2  # frames
 _COLLIDED = 3.0  # factor by which a collision magnifies errors

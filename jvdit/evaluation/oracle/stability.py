@@ -8,8 +8,8 @@ from jaxtyping import Float, UInt8
 
 from jvdit.data.world.mechanics import simulate
 from jvdit.data.world.scene import HALF_EXTENTS, Scenes
-from jvdit.evaluation.detection import Detections
-from jvdit.evaluation.tracks import Tracks
+from jvdit.evaluation.oracle.detection import Detections
+from jvdit.evaluation.oracle.tracks import Tracks
 
 _LEAST_BACKGROUND = 0.05  # least share of the pixels that is background
 _PIXEL = 1 / 64

@@ -20,7 +20,7 @@ from jvdit.data.world.render import (
     background_parts,
 )
 from jvdit.data.world.scene import PAN_REACH, RAMP_SECONDS, Scenes, light_course
-from jvdit.evaluation.detection import Detections
+from jvdit.evaluation.oracle.detection import Detections
 
 _ENOUGH = 32  # pixels of the short side from which on not all are read
 _PAN_SHARE = 0.25  # largest camera shift, as a share of the short side

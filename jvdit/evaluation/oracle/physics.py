@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from jvdit.data.world.scene import GRAVITY, HALF_EXTENTS, Scenes
-from jvdit.evaluation.laws import foretold
-from jvdit.evaluation.tracks import Bounces, Tracks, beat, quantile
+from jvdit.evaluation.oracle.laws import foretold
+from jvdit.evaluation.oracle.tracks import Bounces, Tracks, beat, quantile
 
 _NEAR = 2 / 64  # most distance of a bounce from its wall
 _FIRM = 1.2 / 64  # short sides per frame: restitution isn't measured at lower speeds

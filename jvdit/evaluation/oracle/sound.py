@@ -13,7 +13,7 @@ from scipy.fft import rfft
 
 from jvdit.data.world.render import bounce_tone, loudness
 from jvdit.data.world.scene import MATERIALS, SIZES, Scenes
-from jvdit.evaluation.tracks import Bounces, Tracks
+from jvdit.evaluation.oracle.tracks import Bounces, Tracks
 
 _WINDOW, _HOP = 0.016, 0.004
 _RISE = 0.003  # time over which the attack of a sound is measured

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jvdit.data.world.scene import PAN_REACH, Scenes
-from jvdit.evaluation.detection import Detections
+from jvdit.evaluation.oracle.detection import Detections
 
 _FLIGHT = 2  # beats before and after a bounce in which its speeds are measured
 _SEEN, _SEEN_BEHIND_BAR = 0.60, 0.40  # least share of frames that show a found object
