@@ -344,6 +344,7 @@ def test_sound_of_other_clips_is_out_of_step():
     found = changed(audio=lambda a: np.roll(a, 1, axis=0))
     assert found["sync"] < 0.1 and found["material"] < 0.3
     assert found["sync_40ms"] < 0.3 and found["physics"] == real()["physics"]
+    assert found["all"] < 0.4, "the material is a word of the caption, and is heard"
 
 
 def test_coarse_h264_blurs_edges_and_little_else(tmp_path):

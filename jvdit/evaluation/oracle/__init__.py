@@ -26,6 +26,7 @@ from jvdit.evaluation.oracle.tracks import (
     follow,
 )
 
+_LEAST_MATERIAL = 0.5  # of a clip's sounds that are of what bounces
 _AT_ONCE = 64  # clips that are scored at once, to bound memory
 
 Scores = dict[str, Float[np.ndarray, " b"]]
@@ -184,6 +185,7 @@ def judge(
     scores["flicker"] = flicker(video, seen.found, scenes)
     if audio is not None:
         scores |= synchrony(audio, rate, tracks, bounces, scenes, fps)
+        scores["all"] *= ~(scores["material"] < _LEAST_MATERIAL)
     return {name: scores[name] for name in COLUMNS if name in scores}
 
 

@@ -6,7 +6,6 @@ those of `world.scene`, dimension names those of `tracks`.
 """
 
 import dataclasses
-from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -159,15 +158,10 @@ def adherence(
         "falling": reading.falling == scenes.gravity,
     }
     scores = {name: value.astype(float) for name, value in scores.items()}
-    scores["all"] = all_right(scores)
+    every = np.nan_to_num(np.stack(list(scores.values())), nan=1.0)
+    scores["all"] = np.floor(every.min(0))
     scores["binding"] = _binding(reading, compared, tracks, scenes)
     return scores
-
-
-def all_right(scores: Mapping[str, np.ndarray]) -> Float[np.ndarray, " b"]:
-    """1 for each clip of which every score is 1, or NaN, and 0 for the others."""
-    values = np.nan_to_num(np.stack(list(scores.values())), nan=1.0)
-    return np.floor(values.min(0))
 
 
 def describe(reading: Reading, tracks: Tracks, clip: int) -> str:
