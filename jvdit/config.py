@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
+from jvdit.models import audio_vae as audio_vae_module
 from jvdit.models import text_encoder, video_vae
 from jvdit.models.backbones import MODELS, family_of
 from jvdit.models.lora import LoRA
@@ -113,6 +114,17 @@ def vae(variant: str = "world") -> Config:
     # Pixels of a batch, frames x height x width over its clips: a batch holds clips of
     # one size, many if they are small.
     config.data.pixel_budget = 8 * 17 * 64 * 64
+    return config
+
+
+def audio_vae(variant: str = "world") -> Config:
+    """Training an audio autoencoder of a row of `audio_vae.VARIANTS`."""
+    config = run("audio_vae")
+    module, values = audio_vae_module.AudioVAE, audio_vae_module.VARIANTS[variant]
+    config.vae = fields_of(module, values, "latents_mean", "latents_std")
+    config.loss = {"l1": 20.0, "spectrum": 20.0, "kl": 1e-3}
+    # Samples of a batch, over all of its sounds.
+    config.data.sample_budget = 16 * 18_000
     return config
 
 

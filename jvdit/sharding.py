@@ -41,7 +41,7 @@ FRAMES = "tensor"
 # "rows" the one before it (Megatron, arXiv:1909.08053, section 3); "replicate" copies.
 # Scalars and vectors are small enough to copy everywhere.
 PARAMETERS: tuple[tuple[str, str], ...] = (
-    (r".*/(bias|scale|gamma|logit_scale)", "replicate"),
+    (r".*/(bias|scale|gain|alpha|gamma|logit_scale)", "replicate"),
     (r".*_attention/(query|key|value)/kernel|.*/mlp/fc_in/kernel", "columns"),
     (r".*_attention/out/kernel|.*/mlp/fc_out/kernel", "rows"),
     (r".*/(kernel|embedding|table|modulation|relative_bias)", "fsdp"),

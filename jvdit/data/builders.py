@@ -289,14 +289,16 @@ class PackedBatches(Builder):
 
 @dataclasses.dataclass(eq=False, repr=False)
 class ClipBatches(Builder):
-    """Clips of pixels, all of one size within a step: the batch of every step.
+    """Clips of one size within a step: the batch of every step.
 
-    `video` uint8 [b T H W 3], `fps` float32 [b], `valid` bool [b], `clip_id` int64
-    [b]. A clip that cannot be read is black and not valid.
+    `video` uint8 [b T H W 3], or `audio` float32 [b a e] of sources of sounds; `fps`
+    float32 [b], `valid` bool [b], `clip_id` int64 [b]. A clip that cannot be read is
+    black, or silent, and not valid.
 
     Args:
-        sources: sources of pixels.
+        sources: sources of pixels, or of sounds.
         plan: of the same sources.
+        channels: of the sounds; 0: the sources are of pixels.
         host: which host this is.
         hosts: how many there are.
         timeout: seconds that one reading of clips may take.
@@ -306,6 +308,8 @@ class ClipBatches(Builder):
     """
 
     plan: BucketPlan
+    _: dataclasses.KW_ONLY
+    channels: int = 0
 
     def __post_init__(self):
         super().__post_init__()
@@ -318,25 +322,28 @@ class ClipBatches(Builder):
                     f"`multiple={self.hosts}`."
                 )
         largest = max(math.prod(size) * count for size, count in batches)
-        self.nbytes = 3 * largest // self.hosts
+        self.nbytes = (4 * self.channels or 3) * largest // self.hosts
 
     def __getitem__(self, step: int) -> tuple[Arrays, Bad]:
         """Returns the batch of a step and what could not be read for it."""
         slots = self.plan.rows(step, self.host, self.hosts)
-        shape = (*self.plan.size(step), 3)
+        size = self.plan.size(step)
+        name, shape, kind = "video", (*size, 3), np.uint8
+        if self.channels:
+            name, shape, kind = "audio", (size[0], self.channels), np.float32
         batch = {
-            "video": np.zeros((len(slots), *shape), np.uint8),
+            name: np.zeros((len(slots), *shape), kind),
             "fps": np.ones(len(slots), np.float32),
             "valid": np.zeros(len(slots), np.bool_),
             "clip_id": np.array([self.clip_id(slot) for slot in slots], np.int64),
         }
         bad: Bad = []
         for i, clip in enumerate(self.read(step, slots)):
-            if not isinstance(clip, BadClip) and clip["video"].shape != shape:
-                clip = BadClip(f"a video of {clip['video'].shape}, planned as {shape}")
+            if not isinstance(clip, BadClip) and clip[name].shape != shape:
+                clip = BadClip(f"{name} of {clip[name].shape}, planned as {shape}")
             if isinstance(clip, BadClip):
                 bad.append((int(batch["clip_id"][i]), clip.reason))
             else:
-                batch["video"][i], batch["fps"][i] = clip["video"], clip["fps"]
+                batch[name][i], batch["fps"][i] = clip[name], clip["fps"]
                 batch["valid"][i] = True
         return batch, bad

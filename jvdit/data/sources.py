@@ -374,13 +374,13 @@ _SPLIT = re.compile(rf"(\w*)(?::{_SIZE})?(?::(\d+))?")
 
 
 def open_source(
-    name: str, *, audio: bool = False, max_text: int = 64, pad_text: bool = False
+    name: str, *, audio_rate: int = 0, max_text: int = 64, pad_text: bool = False
 ) -> Source:
     """Opens a source by its name.
 
     Args:
         name: see above.
-        audio: whether clips have their sound.
+        audio_rate: Hz of the clips' sound; 0: they have none.
         max_text: text tokens kept of a caption of a latent source.
         pad_text: whether each of its captions has room for as many.
 
@@ -389,7 +389,7 @@ def open_source(
         FileNotFoundError: there is no such data set.
     """
     if name.startswith("world"):
-        return _world(name, audio)
+        return _world(name, audio_rate)
     if not name:
         raise ValueError(
             "a source is empty; name one, such as world:train:17x64x64@8:100000, the "
@@ -403,7 +403,7 @@ def open_source(
             "FOLDER#SPLIT:FRAMESxHEIGHTxWIDTH@FPS; for example clips#train:5x64x96@8."
         )
     split = match[1] or "train"
-    options: dict[str, Any] = {"audio_rate": 16000 if audio else 0}
+    options: dict[str, Any] = {"audio_rate": audio_rate}
     if match[2]:
         options |= zip(SIZE, map(int, match.groups()[1:4]), strict=True)
         options |= {"fps": float(match[5]), "windows": "all"}
@@ -440,11 +440,11 @@ def world_of(name: str) -> tuple[World, int] | None:
     """The world, and the number of clips, that a source names; None: another source."""
     if not name.startswith("world"):
         return None
-    source = _world(name, audio=False)
+    source = _world(name, 0)
     return source.world, len(source)
 
 
-def _world(name: str, audio: bool) -> WorldSource:
+def _world(name: str, audio_rate: int) -> WorldSource:
     match = _WORLD.fullmatch(name)
     if match is None:
         raise ValueError(
@@ -452,5 +452,6 @@ def _world(name: str, audio: bool) -> WorldSource:
             "for example world:train:17x64x64@8:100000."
         )
     split, *sizes, fps, count, seed = match.groups()
-    world = World(split, int(seed or 0), *map(int, sizes), fps=float(fps))
-    return WorldSource(world, int(count), audio=audio)
+    sounds = {"audio_rate": audio_rate} if audio_rate else {}
+    world = World(split, int(seed or 0), *map(int, sizes), fps=float(fps), **sounds)
+    return WorldSource(world, int(count), audio=bool(audio_rate))

@@ -6,7 +6,6 @@ on later pixels. The Wan 2.1 and 2.2 VAEs (Wan team 2025, arXiv:2503.20314, sect
 and our own are rows of one table, `VARIANTS`.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,15 +14,12 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from jvdit.models.convolution import Convolution
-from jvdit.models.dense import along_last
+from jvdit.models.latents import Autoencoder, moments_of
 from jvdit.models.video_vae_layers import REMAT, Coder, Decoder, Encoder
 from jvdit.sharding import constrain, frame_axes
 
-# Bounds of the log variance: its exponential stays finite and positive in float32.
-LOGVAR_RANGE = (-30.0, 20.0)
 
-
-class VideoVAE(Coder):
+class VideoVAE(Coder, Autoencoder):
     """Variational autoencoder of videos and images.
 
     Attributes:
@@ -35,13 +31,10 @@ class VideoVAE(Coder):
             the next; None: always.
         temporal_downsample: whether the frames are halved there.
         stage_taps: time taps of each stage's kernels, fine to coarse; None: 3.
-        latent_channels: channels of a latent.
         patch_size: side of the squares of pixels that are moved to channels first.
         residual_shortcuts: average or repeat around each stage (Wan 2.2).
         middle_attention: attention within frames at the coarsest resolution.
         norm_eps: added to the mean square that a norm divides by.
-        latents_mean: mean of each latent channel over the data; None: 0.
-        latents_std: standard deviation of each latent channel; None: 1.
         remat: what the backward pass recomputes: "none", "full" (residual blocks) or
             "dots" (residual blocks, but for products and convolutions).
         dtype: type of the computation; norms and softmax are float32 always.
@@ -49,10 +42,7 @@ class VideoVAE(Coder):
 
     encoder_width: int = 96
     decoder_width: int = 96
-    latent_channels: int = 16
     patch_size: int = 1
-    latents_mean: Sequence[float] | None = None
-    latents_std: Sequence[float] | None = None
 
     @property
     def temporal_compression(self) -> int:
@@ -143,9 +133,7 @@ class VideoVAE(Coder):
         p = self.patch_size
         x = rearrange(video, "b f (h r) (w q) c -> b f h w (c q r)", r=p, q=p)
         x = constrain(x, *frame_axes(x))
-        moments = self.quant_conv(self.encoder(x)).astype(jnp.float32)
-        mean, logvar = jnp.split(moments, 2, axis=-1)
-        return mean, jnp.clip(logvar, *LOGVAR_RANGE)
+        return moments_of(self.quant_conv(self.encoder(x)))
 
     def decode(self, latents: Float[Array, "b f h w c"]) -> Float[Array, "b T H W 3"]:
         """Decodes latents (not normalised) to pixels, in float32.
@@ -174,24 +162,6 @@ class VideoVAE(Coder):
         """Encodes a video and decodes the mean: (reconstruction, mean, logvar)."""
         mean, logvar = self.encode(video)
         return self.decode(mean), mean, logvar
-
-    def normalize(self, latents: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
-        """Gives each channel mean 0 and standard deviation 1 over the data."""
-        mean, std = self._statistics(latents)
-        return (latents - mean) / std
-
-    def denormalize(self, latents: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
-        """The inverse of `normalize`: what `decode` takes."""
-        mean, std = self._statistics(latents)
-        return latents * std + mean
-
-    def _statistics(self, latents: Array) -> tuple[Array, Array]:
-        given = ((self.latents_mean, 0.0), (self.latents_std, 1.0))
-        mean, std = (
-            jnp.asarray((d,) * self.latent_channels if v is None else v, jnp.float32)
-            for v, d in given
-        )
-        return along_last(mean, latents), along_last(std, latents)
 
 
 def to_float(video: Array | np.ndarray) -> Float[Array, "b T H W 3"]:

@@ -4,8 +4,12 @@ A task joins data, networks and an objective; the training loop (`loop.py`) know
 the interface of `Task`.
 """
 
-from jvdit.tasks.autoencoder import VAETask
+from jvdit.tasks.autoencoder import AudioVAETask, VAETask
 from jvdit.tasks.flow import FlowTask
 from jvdit.tasks.task import Task as Task
 
-TASKS: dict[str, type[Task]] = {"video_vae": VAETask, "flow": FlowTask}
+TASKS: dict[str, type[Task]] = {
+    "video_vae": VAETask,
+    "audio_vae": AudioVAETask,
+    "flow": FlowTask,
+}

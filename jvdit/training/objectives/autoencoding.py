@@ -1,4 +1,4 @@
-"""The training objective of the video autoencoder."""
+"""The training objective of the video autoencoder, and what that of sound shares."""
 
 import dataclasses
 from functools import partial
@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from jvdit.models.video_vae import VideoVAE, to_float, to_uint8
 from jvdit.training.step import Batch, Metrics
@@ -65,11 +65,7 @@ class VAEObjective:
     def init(self, key: PRNGKeyArray, batch: Batch) -> Any:
         """Initialises the parameters: {"vae": ...}."""
         video = jnp.zeros((1, *batch["video"].shape[1:]))
-        params: Any = self.vae.init(key, video)["params"]
-        # A narrow posterior lets the decoder learn from the means first.
-        bias = params["quant_conv"]["bias"]
-        params["quant_conv"]["bias"] = bias.at[len(bias) // 2 :].set(-6.0)
-        return {"vae": params}
+        return {"vae": narrow(self.vae.init(key, video)["params"])}
 
     def prepare(self, batch: Batch, key: PRNGKeyArray) -> Batch:
         """Draws a random key for each video."""
@@ -86,8 +82,7 @@ class VAEObjective:
         apply: Any = partial(self.vae.apply, {"params": params["vae"]})
         video = to_float(batch["video"])
         mean, logvar = apply(video, method="encode")
-        draw = jax.vmap(lambda k, m: jax.random.normal(k, m.shape))
-        latents = mean + jnp.exp(0.5 * logvar) * draw(batch["key"], mean)
+        latents = posterior_sample(batch["key"], mean, logvar)
         decoded = apply(latents, method="decode")
         valid = batch["valid"].astype(jnp.float32)
         terms = {
@@ -107,6 +102,24 @@ class VAEObjective:
     def reconstruct(self, params: Any, video: Array) -> Array:
         """Encodes videos and decodes the posterior's mean; uint8 to uint8."""
         return to_uint8(self.vae.apply({"params": params["vae"]}, to_float(video))[0])
+
+
+def narrow(params: Any) -> Any:
+    """Makes the posterior of a new autoencoder narrow.
+
+    The decoder then learns from the means first.
+    """
+    bias = params["quant_conv"]["bias"]
+    params["quant_conv"]["bias"] = bias.at[len(bias) // 2 :].set(-6.0)
+    return params
+
+
+def posterior_sample(
+    keys: Key[Array, " b"], mean: Float[Array, "b ..."], logvar: Float[Array, "b ..."]
+) -> Float[Array, "b ..."]:
+    """Draws the latents of each clip with a key of its own."""
+    draw = jax.vmap(lambda k, m: jax.random.normal(k, m.shape))
+    return mean + jnp.exp(0.5 * logvar) * draw(keys, mean)
 
 
 def psnr(a: Float[Array, "b T H W 3"], b: Float[Array, "b T H W 3"]) -> Array:
