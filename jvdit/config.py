@@ -147,10 +147,23 @@ def flow(variant: str = "world-s", text_variant: str = "world") -> Config:
     # Of `MODELS`; its fields are those of `dit`, whichever it is.
     config.backbone = family_of(variant)
     module, variants = MODELS[config.backbone]
-    decided = ("in_channels", "out_channels", "text_width")
+    decided = ("in_channels", "out_channels", "text_width", "sound_channels")
     config.dit = fields_of(module, variants[variant], *decided)
     # Share of the clips whose first frame is given, so that the model takes `image`.
     config.first_frame = 0.0
+    # Of clips with sound (`data.sound_budget`): shares of what is learned of them, the
+    # rows of `pairings.PAIRINGS`; share in which picture and sound don't see one
+    # another, for guidance towards what is in step; weight of the sound's error.
+    config.pairings = {
+        "together": 0.4,
+        "apart": 0.25,
+        "picture_to_sound": 0.15,
+        "sound_to_picture": 0.1,
+        "picture": 0.05,
+        "sound": 0.05,
+    }
+    config.cut = 0.15
+    config.sound_weight = 1.0
     # Adapters to train in the place of the weights of `start_from`; rank 0: none.
     config.lora = dataclasses.asdict(LoRA()) | {"rank": 0}
     config.text_encoder = ConfigDict()
@@ -171,6 +184,8 @@ def flow(variant: str = "world-s", text_variant: str = "world") -> Config:
         rows=16,
         token_budget=1024,
         text_budget=256,
+        # Tokens of sounds of a row; 0: clips are silent.
+        sound_budget=0,
         max_clips=4,
         # Tokens of a caption at the most.
         text_length=64,
@@ -216,6 +231,7 @@ def encode(
     validation: str = "",
     text_encoder: str = "",
     text_length: int = 64,
+    audio_vae: str = "",
 ) -> Config:
     """Encoding a source to latents, as a stage of a config of several.
 
@@ -225,6 +241,7 @@ def encode(
         validation: what to encode as the split val. "": nothing.
         text_encoder: folder of the text encoder for the captions. "": none.
         text_length: tokens of a caption at the most.
+        audio_vae: folder of the audio autoencoder. "": clips become silent.
     """
     return ConfigDict({"objective": "encode", **locals()})
 

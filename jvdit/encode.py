@@ -31,6 +31,9 @@ _VALIDATION = flags.DEFINE_string(
 _VAE = flags.DEFINE_string(
     "vae", None, "Folder of the autoencoder: of its training, or of a released model."
 )
+_AUDIO_VAE = flags.DEFINE_string(
+    "audio_vae", "", "Folder of the audio autoencoder: encodes the sound too."
+)
 _OUT = flags.DEFINE_string("out", None, "Folder that the latents are written to.")
 _TEXT_ENCODER = flags.DEFINE_string(
     "text_encoder",
@@ -62,6 +65,7 @@ def main(argv: list[str]) -> None:
                 _VALIDATION.value,
                 _TEXT_ENCODER.value,
                 _TEXT_LENGTH.value,
+                _AUDIO_VAE.value,
                 _SHARD.value,
             )
     print(f"latents: {_OUT.value}")

@@ -8,7 +8,7 @@ name  meaning                                name  meaning
 b     rows of a batch                        T H W pixel frames, height, width
 n     tokens of a row                        f h w latent frames, height, width
 m     clips packed into a row                c     channels
-g     noise levels of a row (m + 1)          d     model width
+g     noise levels of a row (m + 1)*         d     model width
 s     text tokens of a row                   q     attention heads
 a     audio samples                          k     channels of a head
 ====  =====================================  ====  ================================
@@ -73,12 +73,15 @@ class Tokens:
         level: which of the row's noise levels `t[b g]` a token is at. None: all are
             at level 0. With segments, level 0 is pinned to t = 0 (clean: padding and
             conditioning tokens) and a clip's generated tokens are at its own segment.
+            Each further kind has as many levels, of which the first is clean.
         cond: channels added at the patch embedding: what is known of the patch, such as
             a given first frame and a mask of where it is given; or None.
         control: patches of control signals that lie under the tokens, or None.
         visible: ids of the tokens, and the bounds of what each of them sees. None:
             attention never crosses segments; without segments every token sees
             every other, and attention takes the maskless kernel.
+        kinds: how many tokens of a row are of each kind, which lie side by side:
+            pictures, sounds. (): all are pictures'.
     """
 
     latents: Float[Array, "b n c"]
@@ -88,6 +91,7 @@ class Tokens:
     cond: Float[Array, "b n u"] | None = None
     control: Float[Array, "b n v"] | None = None
     visible: Visible | None = None
+    kinds: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
 
     @classmethod
     def of(
@@ -97,6 +101,7 @@ class Tokens:
         *,
         one_clip: bool = False,
         given: bool = True,
+        kinds: tuple[int, ...] = (),
     ) -> "Tokens":
         """The tokens of a packed batch, to be learned from or generated.
 
@@ -106,13 +111,16 @@ class Tokens:
             one_clip: every row is exactly one clip without padding: no mask.
             given: tokens may be given; if none is, and `one_clip`, all of a row are at
                 one level.
+            kinds: how many tokens of a row are of each kind; (): there is one kind.
         """
         names = "cond", "control"
+        alike = one_clip and not (given or kinds)
         return cls(
             latents,
             batch["position"],
             segment=None if one_clip else batch["segment"],
-            level=None if one_clip and not given else batch["level"],
+            level=None if alike else batch["level"],
+            kinds=kinds,
             **{name: batch[name] for name in names if name in batch},
         )
 
@@ -161,3 +169,37 @@ class Text:
         if visible is None:  # one clip a row, but its text is padded
             visible = Visible.packed(jnp.ones(tokens.latents.shape[:2], jnp.int32))
         return visible.among(self.segment)
+
+
+def apart(
+    tokens: Tokens, text: Text, chosen: Bool[Array, "b m"] | None = None
+) -> tuple[Tokens, Text]:
+    """Keeps tokens of one kind from seeing those of the other in their clip.
+
+    Both still see their text. Of clip k, pictures have the id 3k, texts 3k + 1, and
+    sounds 3k + 2.
+
+    Args:
+        tokens: of two kinds.
+        text: of their clips.
+        chosen: of which clips of each row. None: of all.
+    """
+    b, n = tokens.latents.shape[:2]
+    clip = jnp.ones((b, n), jnp.int32) if tokens.segment is None else tokens.segment
+    pictures, sounds = (jnp.full(count, i) for i, count in enumerate(tokens.kinds))
+    sound = jnp.concatenate([pictures, sounds])[None]
+    cut = jnp.asarray(True)
+    if chosen is not None:
+        cut = jnp.pad(chosen, ((0, 0), (1, 0)))
+        cut = jnp.take_along_axis(cut, clip, axis=1)
+    first = 3 * clip
+    visible = Visible(
+        id=first + 2 * sound,
+        low=first + jnp.where(cut, sound, 0),
+        high=first + jnp.where(cut, 1 + sound, 2),
+    )
+    segment = text.segment
+    if segment is None:
+        segment = jnp.ones(text.embeds.shape[:2], jnp.int32)
+    tokens = dataclasses.replace(tokens, visible=visible)
+    return tokens, dataclasses.replace(text, segment=3 * segment + 1)

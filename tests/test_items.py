@@ -53,7 +53,7 @@ def test_a_request_has_the_tokens_of_the_clip_that_it_asks_for(latents, given):
     assert asked.is_given == given and not learned.is_given
 
 
-def test_levels_and_kinds_of_clips_that_share_a_row(latents):
+def test_levels_of_clips_that_share_a_row(latents):
     """Level 0 is what is given, and padding; a clip's own is its number."""
     clean = np.zeros(latents.shape[:3], bool)
     clean[0] = True
@@ -67,7 +67,6 @@ def test_levels_and_kinds_of_clips_that_share_a_row(latents):
     np.testing.assert_array_equal(batch["level"][0], want)
     segments = np.repeat([1, 2, 0], [each, each, 64 - 2 * each])
     np.testing.assert_array_equal(batch["segment"][0], segments)
-    assert not batch["kind"].any()
 
 
 def test_what_is_known_is_cut_as_the_latents_are(latents):

@@ -222,7 +222,7 @@ def test_validation_is_the_same_every_time(objective, params, batch):
     run = jax.jit(objective.validate)
     first = run(params, batch, keys, times)
     np.testing.assert_array_equal(first, run(params, batch, keys, times))
-    assert first.shape == (2,) and first[0] != first[1]
+    assert first.shape == (2, 1) and first[0] != first[1]
 
 
 def test_loss_by_noise_level_adds_up(objective, params, batch):

@@ -103,7 +103,7 @@ def test_every_item_is_one_segment_of_its_row():
 
 def test_rows_come_apart_again():
     rows, batch = pack()
-    unpacked = unpack_rows(batch["latents"], SIZES, PATCH)
+    unpacked = unpack_rows(batch["latents"], SIZES, PATCH, 5)
     for row, sizes, items in zip(rows, SIZES, unpacked, strict=True):
         assert [x.shape[:3] for x in items] == sizes
         for item, x in zip(row, items, strict=True):

@@ -10,6 +10,7 @@ import pytest
 
 from jvdit.data.builders import ClipBatches, PackedBatches, StalledError
 from jvdit.data.clips import BadClip
+from jvdit.data.items import Statistics
 from jvdit.data.patches import patchify, positions
 from jvdit.data.pipeline import BadDataError, Batches
 from jvdit.data.plan import BucketPlan, PackPlan
@@ -77,7 +78,7 @@ def make_builder(sources, tokenizer, seed=0, weights=None, **kwargs):
         weights=weights,
         seed=seed,
     )
-    options = {"latent_mean": MEAN, "latent_std": STD, "temporal_compression": 4}
+    options = {"latents": Statistics(MEAN, STD), "temporal_compression": 4}
     return PackedBatches(sources, plan, tokenizer=tokenizer, **(options | kwargs))
 
 

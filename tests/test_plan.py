@@ -65,10 +65,10 @@ def test_permutations_are_even():
 
 
 def test_best_fit_prefers_the_fullest_row_that_takes_an_item():
-    rows = best_fit([7, 5, 3, 5, 2], [1] * 5, 10, 10, 9)
+    rows = best_fit([(n, 1) for n in (7, 5, 3, 5, 2)], (10, 10), 9)
     assert rows == [[0, 2], [1, 3], [4]]
-    assert best_fit([1, 1, 1], [6, 6, 4], 10, 10, 9) == [[0, 2], [1]]
-    assert best_fit([1] * 5, [1] * 5, 10, 10, 2) == [[0, 1], [2, 3], [4]]
+    assert best_fit([(1, 6), (1, 6), (1, 4)], (10, 10), 9) == [[0, 2], [1]]
+    assert best_fit([(1, 1)] * 5, (10, 10), 2) == [[0, 1], [2, 3], [4]]
 
 
 def test_rows_respect_every_budget():

@@ -25,6 +25,7 @@ import optax
 from einops import rearrange
 
 from jvdit.data.builders import PackedBatches
+from jvdit.data.items import Statistics
 from jvdit.data.pipeline import Batches
 from jvdit.data.plan import BucketPlan, PackPlan
 from jvdit.data.sources import ArraySource
@@ -190,7 +191,7 @@ def pipeline(args: argparse.Namespace, _: Any) -> Iterator[Row]:
     ]
     budgets: Row = {"token_budget": 320, "text_budget": STATES, "max_clips": 4}
     plan = PackPlan.of([source := ArraySource(clips)], rows_per_step=BATCH, **budgets)
-    how: Row = {"latent_mean": np.zeros(CHANNELS), "latent_std": np.ones(CHANNELS)}
+    how: Row = {"latents": Statistics(np.zeros(CHANNELS), np.ones(CHANNELS))}
     how |= {"temporal_compression": 4, "null_embeds": draw((1, TEXT))}
     builder = PackedBatches([source], plan, **how)
     x = {name: jnp.asarray(value) for name, value in builder[0][0].items()}

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jvdit.data.clips import BadClip, Clip, Source
-from jvdit.data.items import Item, item_of
+from jvdit.data.items import Item, Statistics, item_of, with_sound
 from jvdit.data.order import stable_uniform
 from jvdit.data.packing import pack_rows
 from jvdit.data.plan import BucketPlan, PackPlan, Slot
@@ -28,6 +28,8 @@ from jvdit.data.tokenizer import Tokenizer
 Arrays = dict[str, np.ndarray]
 Bad = list[tuple[int, str]]  # (clip id, reason)
 
+_NAMES = {"mean": "latents", "logvar": "log variances"}
+_NAMES |= {f"sound_{name}": f"{what} of a sound" for name, what in _NAMES.items()}
 _DROPOUT = 17  # tells this use of the seed from others
 _NAMED = 16  # clips that an error names
 
@@ -148,9 +150,8 @@ class PackedBatches(Builder):
     Args:
         sources: sources of latents.
         plan: of the same sources.
-        latent_mean: mean of each channel that is subtracted from the latents.
-        latent_std: standard deviation that they are then divided by; the variance of
-            the posterior is scaled with them.
+        latents: statistics of the latents of pictures.
+        sounds: those of sounds; None: clips are silent.
         temporal_compression: pixel frames that a latent frame after the first covers.
         tokenizer: makes `text_ids` of captions. None: `text_embeds` are those that the
             sources hold.
@@ -172,8 +173,8 @@ class PackedBatches(Builder):
 
     plan: PackPlan
     _: dataclasses.KW_ONLY
-    latent_mean: Float[np.ndarray, "c"]
-    latent_std: Float[np.ndarray, "c"]
+    latents: Statistics
+    sounds: Statistics | None = None
     temporal_compression: int
     tokenizer: Tokenizer | None = None
     null_embeds: Float[np.ndarray, "s e"] | None = None
@@ -186,19 +187,22 @@ class PackedBatches(Builder):
         super().__post_init__()
         if (self.tokenizer is None) == (self.null_embeds is None):
             raise ValueError("Give exactly one of `tokenizer` and `null_embeds`.")
-        self.latent_mean = np.asarray(self.latent_mean, np.float32)
-        self.latent_std = np.asarray(self.latent_std, np.float32)
-        if not (self.latent_std > 0).all():
-            raise ValueError(f"`latent_std` (={self.latent_std}) must be positive.")
+        if bool(self.plan.sound_budget) != (self.sounds is not None):
+            raise ValueError(
+                f"`sound_budget` (={self.plan.sound_budget}) of the plan and `sounds` "
+                f"(={self.sounds}) must be given together: sound or no sound."
+            )
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(
                 f"`caption_dropout` (={self.caption_dropout}) must be from 0 to 1."
             )
         plan = self.plan
         plan.rows(0, self.host, self.hosts)  # raises if the hosts cannot share a step
-        self._channels = len(self.latent_mean) * math.prod(plan.patch_size)
+        self._channels = self._width = self.latents.width * math.prod(plan.patch_size)
+        if self.sounds is not None:
+            self._width = max(self._channels, self.sounds.width)
         text = 4 if self.null_embeds is None else 4 * self.null_embeds.shape[1]
-        row = plan.token_budget * (8 * self._channels + 25)
+        row = (plan.token_budget + plan.sound_budget) * (8 * self._width + 21)
         row += plan.text_budget * (text + 4) + 9 * plan.max_clips
         self.nbytes = row * plan.rows_per_step // self.hosts
 
@@ -221,32 +225,29 @@ class PackedBatches(Builder):
                     packed[-1].append(self._item(slot, clip, bool(dropped)))
         plan = self.plan
         budgets = plan.token_budget, plan.text_budget, plan.max_clips
-        return pack_rows(packed, *budgets), bad
+        return pack_rows(packed, *budgets, plan.sound_budget, self._width), bad
 
     def _fault(self, slot: Slot, clip: Clip | BadClip) -> str | None:
         """Returns why a clip cannot be trained on, if it cannot."""
         if isinstance(clip, BadClip):
             return clip.reason
-        mean = clip["mean"]
+        mean, channels = clip["mean"], self.latents.width
         pieces = map(operator.floordiv, mean.shape, self.plan.patch_size)
-        if math.prod(pieces) != slot.tokens or mean.shape[3] != len(self.latent_mean):
+        if math.prod(pieces) != slot.tokens or mean.shape[3] != channels:
             return (
                 f"latents of {mean.shape}, planned as {slot.tokens} tokens of "
-                f"{len(self.latent_mean)} channels"
+                f"{channels} channels"
             )
-        if not np.isfinite(mean).all():
-            return "latents that are not finite"
-        if not np.isfinite(clip.get("logvar", 0.0)).all():
-            return "log variances that are not finite"
+        if slot.sounds and len(clip.get("sound_mean", ())) != slot.sounds:
+            return f"a sound of other than the {slot.sounds} latents that were planned"
+        for name in ("mean", "logvar", "sound_mean", "sound_logvar"):
+            if not np.isfinite(clip.get(name, 0.0)).all():
+                return f"{_NAMES[name]} that are not finite"
         return None
 
     def _item(self, slot: Slot, clip: Clip, dropped: bool) -> Item:
-        std = self.latent_std
-        mean = (np.asarray(clip["mean"], np.float32) - self.latent_mean) / std
-        logvar = clip.get("logvar")
-        if logvar is not None:
-            logvar = np.asarray(logvar, np.float32) - 2 * np.log(std)
-        return item_of(
+        mean, logvar = self.latents.normalized(clip["mean"], clip.get("logvar"))
+        item = item_of(
             mean,
             patch_size=self.plan.patch_size,
             fps=float(clip["fps"]) if self.seconds else None,
@@ -256,6 +257,11 @@ class PackedBatches(Builder):
             clip_id=self.clip_id(slot),
             **self._text(slot, clip, dropped),
         )
+        if self.sounds is None or not slot.sounds:
+            return item
+        stored = clip["sound_mean"], clip.get("sound_logvar")
+        mean, logvar = self.sounds.normalized(*stored)
+        return with_sound(item, mean, self.sounds.rate, logvar=logvar)
 
     def _text(self, slot: Slot, clip: Clip, dropped: bool) -> dict[str, Any]:
         if self.tokenizer is not None:
@@ -277,10 +283,12 @@ class PackedBatches(Builder):
         text: dict[str, Any] = {"text_ids": np.zeros(0, np.int32)}
         if self.null_embeds is not None:
             text = {"text_embeds": np.zeros((0, self.null_embeds.shape[1]), np.float32)}
+        tokens = slot.tokens + slot.sounds
         return Item(
-            np.zeros((slot.tokens, self._channels), np.float32),
-            np.zeros((slot.tokens, 3), np.float32),
-            givable=np.zeros(slot.tokens, bool),
+            np.zeros((tokens, self._channels), np.float32),
+            np.zeros((tokens, 3), np.float32),
+            sounds=slot.sounds,
+            givable=np.zeros(tokens, bool),
             clip_id=self.clip_id(slot),
             valid=False,
             **text,

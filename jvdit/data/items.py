@@ -6,7 +6,7 @@ The loader makes an `Item` of a clip's latents, the sampler one of a request, bo
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
@@ -14,7 +14,9 @@ from jaxtyping import Bool, Float, Int, Shaped
 from jvdit.data.conditions import Known, may_be_given
 from jvdit.data.patches import Size, patchify, positions, token_grid
 
-KINDS = ("picture",)  # what a token is of, by number
+# A posterior this narrow is a point: sampling it returns its mean.
+POINT_LOGVAR = -30.0
+KINDS = ("picture", "sound")  # what a token is of; a row has them in this order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +24,9 @@ class Item:
     """One clip (or one request) in tokens, ready to be put in a row.
 
     Attributes:
-        latents: its tokens.
+        latents: its tokens, those of its picture before those of its sound.
         position: (t, y, x) of each.
-        kind: which of `KINDS` each is.
+        sounds: how many are of its sound.
         level: of noise: 0 of those that are given, and stay clean; 1 of those that are
             generated.
         givable: those that training may give, see `may_be_given`. None: this isn't
@@ -44,7 +46,7 @@ class Item:
 
     latents: Float[np.ndarray, "n c"]
     position: Float[np.ndarray, "n 3"]
-    kind: Int[np.ndarray, "n"] | int = 0
+    sounds: int = 0
     level: Int[np.ndarray, "n"] | int = 1
     givable: Bool[np.ndarray, "n"] | None = None
     logvar: Float[np.ndarray, "n c"] | None = None
@@ -71,6 +73,12 @@ class Item:
         text = self.text_embeds if self.text_ids is None else self.text_ids
         assert text is not None
         return text
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """Where its tokens of each of `KINDS` begin and end."""
+        pictures = len(self.latents) - self.sounds
+        return (0, pictures), (pictures, len(self.latents))
 
     @property
     def is_given(self) -> bool:
@@ -121,3 +129,86 @@ def item_of(
         image=known.image,
         **fields,
     )
+
+
+def with_sound(
+    item: Item,
+    latents: Float[np.ndarray, "n c"],
+    rate: float,
+    *,
+    given: bool = False,
+    logvar: Float[np.ndarray, "n c"] | None = None,
+) -> Item:
+    """Adds the tokens of its sound to a clip in tokens of its picture.
+
+    Args:
+        item: the clip.
+        latents: of its sound, normalised; of a request noise, or zeros.
+        rate: latents per second.
+        given: the sound is given, and stays clean.
+        logvar: of the posterior of which `latents` is the mean.
+    """
+    count, width = len(latents), max(item.latents.shape[1], latents.shape[1])
+    position = np.zeros((count, 3), np.float32)
+    position[:, 0] = (np.arange(count) + 0.5) / rate
+    level = np.broadcast_to(item.level, len(item.latents))
+    fields: dict[str, Any] = {
+        "latents": _joined(item.latents, latents, width),
+        "position": np.concatenate([item.position, position]),
+        "level": np.concatenate([level, np.full(count, 1 - given)]).astype(np.int32),
+        "sounds": count,
+    }
+    if item.logvar is not None or logvar is not None:
+        parts = (
+            np.full(x.shape, POINT_LOGVAR, np.float32) if known is None else known
+            for x, known in ((item.latents, item.logvar), (latents, logvar))
+        )
+        fields["logvar"] = _joined(*parts, width, POINT_LOGVAR)
+    for name in ("givable", "cond", "control"):
+        if (value := getattr(item, name)) is not None:
+            blank = np.zeros((count, *value.shape[1:]), value.dtype)
+            fields[name] = np.concatenate([value, blank])
+    return dataclasses.replace(item, **fields)
+
+
+def _joined(pictures: Any, sounds: Any, width: int, fill: float = 0.0) -> np.ndarray:
+    """Tokens one after another, made as wide as the widest."""
+    parts = [
+        np.pad(x, ((0, 0), (0, width - x.shape[1])), constant_values=fill)
+        for x in (pictures, sounds)
+    ]
+    return np.concatenate(parts).astype(np.float32)
+
+
+class Statistics(NamedTuple):
+    """What makes stored latents those that a network sees.
+
+    Attributes:
+        mean: of each channel, which is subtracted.
+        std: standard deviation of each, which is divided by.
+        rate: latents per second, of a sound; 0: of a picture.
+    """
+
+    mean: np.ndarray
+    std: np.ndarray
+    rate: float = 0.0
+
+    @property
+    def width(self) -> int:
+        """Channels of a latent."""
+        return len(self.mean)
+
+    @classmethod
+    def of(cls, vae: Any) -> "Statistics":
+        """Those of a finished autoencoder of any kind."""
+        mean, std = (
+            np.asarray(x, np.float32) for x in (vae.latents_mean, vae.latents_std)
+        )
+        return cls(mean, std, getattr(vae, "latent_rate", 0.0))
+
+    def normalized(self, mean: Any, logvar: Any) -> tuple[np.ndarray, Any]:
+        """The mean, and log variance if there is one, of a posterior, normalised."""
+        made = (np.asarray(mean, np.float32) - self.mean) / self.std
+        if logvar is None:
+            return made, None
+        return made, np.asarray(logvar, np.float32) - 2 * np.log(self.std)

@@ -46,13 +46,16 @@ class Slot(NamedTuple):
 
     Attributes:
         source, clip: which source, and which clip of it.
-        tokens, text: tokens of the clip, and text tokens kept for its caption.
+        tokens, text: tokens of the clip's picture, and text tokens kept for its
+            caption.
+        sounds: tokens of its sound.
     """
 
     source: int
     clip: int
     tokens: int = 0
     text: int = 0
+    sounds: int = 0
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -128,6 +131,7 @@ class PackPlan(StepPlan):
         patch_size: latent frames, height and width of a patch.
         token_budget, max_clips: most tokens and most clips of a row.
         text_budget: text tokens of a row; a caption takes a multiple of 16.
+        sound_budget: most tokens of sounds of a row; 0: clips are silent.
         rows_per_step: rows of a batch, all hosts together.
         seed: of the order.
         fingerprints: of the sources; they make that of the plan.
@@ -147,9 +151,10 @@ class PackPlan(StepPlan):
     max_clips: int
     rows_per_step: int
     patch_size: Size = (1, 2, 2)
+    sound_budget: int = 0
 
     def __post_init__(self, indexes: Sequence[Index]):
-        budgets = self.token_budget, self.text_budget
+        budgets = self._budgets
         keys = []
         for source, index in enumerate(indexes):
             tokens = _token_counts(source, _clip_sizes(index), self.patch_size)
@@ -157,10 +162,20 @@ class PackPlan(StepPlan):
             text = -(-text // TEXT_MULTIPLE) * TEXT_MULTIPLE
             _check_budget(source, "token_budget", budgets[0], tokens)
             _check_budget(source, "text_budget", budgets[1], text)
-            keys.append(np.stack([tokens, text], axis=1))
+            needs = [tokens, text]
+            if self.sound_budget:
+                needs.append(np.asarray(index["sounds"], np.int64))
+                _check_budget(source, "sound_budget", budgets[2], needs[2])
+            keys.append(np.stack(needs, axis=1))
         shape = (self.patch_size, *budgets, self.max_clips, self.rows_per_step)
         self._sort(indexes, keys, "pack", shape)
         self._pack()
+
+    @property
+    def _budgets(self) -> tuple[int, ...]:
+        """What a row may hold of each thing that a clip needs."""
+        sounds = (self.sound_budget,) * (self.sound_budget > 0)
+        return self.token_budget, self.text_budget, *sounds
 
     def _pack(self) -> None:
         """Packs one block and what remains, and lays both out in arrays."""
@@ -179,11 +194,9 @@ class PackPlan(StepPlan):
         for part, count in enumerate((self._per_block, places % self._blocks)):
             rng = np.random.Generator(np.random.Philox(key=[self.seed, part]))
             stream = rng.permutation(np.repeat(np.arange(len(streams)), count))
-            tokens, text = streams.key[stream].T.tolist()
             first = sum(map(len, drawn))
-            packed = best_fit(
-                tokens, text, self.token_budget, self.text_budget, self.max_clips
-            )
+            needs = streams.key[stream].tolist()
+            packed = best_fit(needs, self._budgets, self.max_clips)
             rows += [[first + item for item in row] for row in packed]
             drawn.append(stream)
             if part == 0:

@@ -62,25 +62,33 @@ CLIP_FEATURES = _features({"video": "bytes"})
 
 
 def latent_features(
-    dtype: str = "bfloat16", *, logvar: bool = True, text: bool = True
+    dtype: str = "bfloat16",
+    *,
+    logvar: bool = True,
+    text: bool = True,
+    sound: bool = False,
 ) -> dict[str, str]:
-    """Returns the features of a data set of video latents.
+    """Returns the features of a data set of latents.
 
     Args:
         dtype: how the tensors are stored: "bfloat16", "float16" or "float32".
         logvar: whether the posterior's log variance is kept beside its mean.
         text: whether text encoder states, trimmed to their length, are stored.
+        sound: whether latents of the sound are stored.
 
     Returns:
-        Features of `mean` (and `logvar`) [f h w c], `text_embeds` [s e], the caption
-        and the scalars; `frames`, `height` and `width` count latents, `text_length` the
-        text tokens (0 without `text_embeds`).
+        Features of `mean` (and `logvar`) [f h w c], `text_embeds` [s e], `sound_mean`
+        (and `sound_logvar`) [n c], the caption and the scalars; `frames`, `height` and
+        `width` count latents, `text_length` the text tokens (0 without `text_embeds`),
+        `sounds` the latents of the sound (0 for a silent clip).
     """
     names: list[str] = ["mean", "logvar"] if logvar else ["mean"]
     tensors = dict.fromkeys(names, f"{dtype}[f h w c]")
     if text:
         tensors["text_embeds"] = f"{dtype}[s e]"
-    return _features(tensors, "text_length")
+    if sound:
+        tensors |= {f"sound_{name}": f"{dtype}[n c]" for name in names}
+    return _features(tensors, "text_length", *["sounds"] * sound)
 
 
 def tensor_spec(kind: str) -> tuple[np.dtype, int]:

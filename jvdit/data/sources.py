@@ -18,6 +18,7 @@ Configs and command lines name a source by a line of text, see `open_source`:
 =============================  ==================================================
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -328,9 +329,11 @@ class LatentSource(Indexed):
         if pad_text:
             text = np.full_like(text, max_text)
         taken = {name: index[name] for name in (*SIZE, "fps", "has_audio")}
+        taken["sounds"] = index.get("sounds", 0)
         if frames is not None:
             most = _latent_frames(frames, self.settings["vae"]["fields"])
             taken["frames"] = np.minimum(taken["frames"], most)
+            taken["sounds"] = self._sounds(frames, taken)
         self.index = make_index(len(self._records), text_length=text, **taken)
         options = ("padded",) * pad_text + (f"frames {frames}",) * (frames is not None)
         self.fingerprint = fingerprint(
@@ -348,11 +351,23 @@ class LatentSource(Indexed):
         if record["mean"].shape[:3] != size:
             return BadClip(f"latents of {record['mean'].shape}, indexed as {size}")
         clip = {name: record[name] for name in ("caption", "fps", "has_audio")}
-        frames = self.index["frames"][i]
-        for name, most in (("mean", frames), ("logvar", frames), ("text_embeds", None)):
+        frames, sounds = self.index["frames"][i], self.index["sounds"][i]
+        lengths = {"mean": frames, "logvar": frames, "text_embeds": None}
+        if sounds:
+            lengths |= {"sound_mean": sounds, "sound_logvar": sounds}
+        for name, most in lengths.items():
             if name in record:
                 clip[name] = np.asarray(record[name][:most], np.float32)
         return clip
+
+    def _sounds(self, frames: int, index: Mapping[str, Any]) -> Any:
+        """How many latents of each sound belong to the first frames; pictures: none."""
+        if frames == 1 or "audio_vae" not in self.settings:
+            return 0
+        fields = self.settings["audio_vae"]["fields"]
+        hop = fields["patch_size"] * math.prod(fields["strides"])
+        held = np.ceil(frames / index["fps"] * fields["sample_rate"] / hop)
+        return np.minimum(index["sounds"], held.astype(np.int64))
 
 
 def _latent_frames(frames: int, vae: dict[str, Any]) -> int:

@@ -129,7 +129,7 @@ def _rows(counts: Sequence[int]) -> list[list[int]]:
     if len(set(counts)) == 1:
         return [[i] for i in range(len(counts))]
     # The text budget follows the rows, so it bounds nothing here.
-    return best_fit(counts, [0] * len(counts), max(counts), 0, len(counts))
+    return best_fit([(n,) for n in counts], (max(counts),), len(counts))
 
 
 class Start(NamedTuple):

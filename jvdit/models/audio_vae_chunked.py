@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from jvdit.machine.compilation import jit
@@ -40,7 +39,7 @@ def encode_sound(
         window: latents that are encoded at once.
     """
     spare = vae.length(audio.shape[1]) * vae.hop - audio.shape[1]
-    audio = np.pad(audio, ((0, 0), (0, spare), (0, 0)))
+    audio = jnp.pad(audio, ((0, 0), (0, spare), (0, 0)))
     features = _in_windows(
         lambda piece: _features(vae, params, piece),
         audio,

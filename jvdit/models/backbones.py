@@ -23,6 +23,7 @@ class Backbone(Protocol):
     text_width: int
     cond_channels: int
     control_channels: int
+    sound_channels: int
     image_width: int
     image_length: int
     dtype: DTypeLike

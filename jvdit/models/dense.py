@@ -94,8 +94,9 @@ class Layer(nn.Module, kw_only=True):
 
     def fields_of(self, block: type) -> dict[str, Any]:
         """The values here of the fields that a class of blocks has as well."""
-        names = [x.name for x in dataclasses.fields(block)]
-        return {x: getattr(self, x) for x in names if x not in ("parent", "name")}
+        ours = {x.name for x in dataclasses.fields(self)} - {"parent", "name"}
+        names = [x.name for x in dataclasses.fields(block) if x.name in ours]
+        return {name: getattr(self, name) for name in names}
 
     def constant(self, name: str, value: int, *shape: int) -> Array:
         """The parameter of this name, which begins with one value everywhere."""

@@ -5,9 +5,11 @@ Wan-shaped (arXiv:2503.20314): the released Wan 2.1 and 2.2 networks are rows of
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
@@ -22,6 +24,7 @@ from jvdit.models.dit_blocks import (
     ImageEmbed,
     ScanBlock,
 )
+from jvdit.models.kinds import join, laid_out, side_by_side, split
 from jvdit.models.layers import (
     Mlp,
     Modulation,
@@ -106,6 +109,10 @@ class DiT(Layer):
         control_channels: channels of a patch of control signals, which blocks of their
             own turn into hints for others (VACE, arXiv:2503.07598); 0: there are none.
         control_layers: the blocks that get a hint, in order.
+        sound_channels: channels of a token of sound, which has projections in and out,
+            and modulation, of its own; 0: there is no sound.
+        own_blocks: first blocks in whose self-attention sound has projections of its
+            own; None: a third of them.
         dtype: type of the computation; norms, softmax and modulation stay float32.
         remat: what the backward pass recomputes: "none", "full" (whole blocks), "dots"
             (all but matrix products), "attention" (all but flash attention), or
@@ -135,6 +142,8 @@ class DiT(Layer):
     image_length: int = 0
     control_channels: int = 0
     control_layers: Sequence[int] = ()
+    sound_channels: int = 0
+    own_blocks: int | None = None
     remat: str = "none"
     scan_layers: bool = False
     attention_implementation: str = "auto"
@@ -168,25 +177,41 @@ class DiT(Layer):
         def blank(length: int, channels: int) -> Array | None:
             return jnp.zeros((1, length, channels)) if channels else None
 
+        n, kinds = (2, (1, 1)) if self.sound_channels else (1, ())
         tokens = Tokens(
-            jnp.zeros((1, 1, self.in_channels)),
-            jnp.zeros((1, 1, 3)),
-            cond=blank(1, self.cond_channels),
-            control=blank(1, self.control_channels),
+            jnp.zeros((1, n, self._token_channels)),
+            jnp.zeros((1, n, 3)),
+            level=jnp.arange(n)[None] if kinds else None,
+            cond=blank(n, self.cond_channels),
+            control=blank(n, self.control_channels),
+            kinds=kinds,
         )
         image = blank(self.image_length or 1, self.image_width)
         text = Text(jnp.zeros((1, 1, self.text_width)), image=image)
-        return tokens, jnp.zeros((1, 1)), text
+        return tokens, jnp.zeros((1, n)), text
+
+    @property
+    def _token_channels(self) -> int:
+        """Channels of a token of any kind; narrower ones end with zeros."""
+        return max(self.in_channels, self.sound_channels)
 
     def _embed(self, tokens: Tokens) -> Float[Array, "b n d"]:
         """Projects patches, and what is known of them, to the width of the network."""
         init = nn.initializers.xavier_uniform()
-        patches = Dense(self.width, kernel_init=init, name="patch_embed", **self.types)
-        x = patches(tokens.latents)
+        named = ("patch_embed", self.in_channels), ("sound_embed", self.sound_channels)
+        parts = [
+            Dense(self.width, kernel_init=init, name=name, **self.types)(
+                part[..., :channels]
+            )
+            for (name, channels), part in zip(
+                named, side_by_side(tokens.latents, tokens.kinds), strict=False
+            )
+        ]
+        x = join(parts)
         if tokens.cond is not None:
             new = {"use_bias": False, "kernel_init": nn.initializers.zeros}
             known = Dense(self.width, name="cond_embed", **new, **self.types)
-            x += known(tokens.cond)
+            x += known(laid_out(tokens.cond, tokens.kinds))
         return constrain(x, "batch", "tokens", None)
 
     def _context(self, tokens: Tokens, t: Array, text: Text) -> Context:
@@ -194,29 +219,46 @@ class DiT(Layer):
         width = self.width
         embed = Mlp(width, width, nn.gelu, _init, name="text_embed", **self.types)
         time, rows = self._time_embedding(t)
+        kinds = tokens.kinds
+        lay = partial(jax.tree.map, lambda x: laid_out(x, kinds))
+        sees, texts = tokens.sees, text.seen_by(tokens)
+        if texts is not None:
+            texts = texts._replace(low=lay(texts.low), high=lay(texts.high))
         image = ImageEmbed(width, self.image_length, name="image_embed", **self.types)
         return Context(
             time=time,
             rows=rows,
-            level=tokens.level if t.shape[1] > 1 else None,
+            level=lay(tokens.level) if t.shape[1] > 1 else None,
             rotation=rope_tables(
-                tokens.position, self._rope_dims, self.rope_theta, self.position_scale
+                lay(tokens.position),
+                self._rope_dims,
+                self.rope_theta,
+                self.position_scale,
             ),
-            visible=tokens.sees,
+            visible=lay(sees),
             text=embed(text.embeds),
-            text_visible=text.seen_by(tokens),
+            text_visible=texts,
             image=None if text.image is None else image(text.image),
+            kinds=kinds,
         )
 
     def _head(self, x: Array, context: Context) -> Float[Array, "b n o"]:
         """Projects tokens to their velocity."""
         types = {"param_dtype": self.param_dtype}
         modulation = Modulation(2, name="head_modulation", **types)
-        shift, scale = modulation(context.time[:, :, None], context.level)
+        kinds = context.kinds
+        levels = context.time[:, :, None], context.level
+        shift, scale = modulation(*levels, len(kinds) or 1)
         x = modulate(x, shift, scale, self.eps)
-        zeros = nn.initializers.zeros
-        x = Dense(self.out_channels, kernel_init=zeros, name="head", **self.types)(x)
-        return constrain(x.astype(jnp.float32), "batch", "tokens", None)
+        named = ("head", self.out_channels), ("sound_head", self.sound_channels)
+        parts = []
+        for (name, channels), part in zip(named, split(x, kinds), strict=False):
+            fields = {"kernel_init": nn.initializers.zeros, "name": name}
+            part = Dense(channels, **fields, **self.types)(part)
+            spare = max(self._token_channels, self.out_channels) - channels
+            parts.append(jnp.pad(part, ((0, 0), (0, 0), (0, spare))) if kinds else part)
+        x = jnp.concatenate(parts, axis=1).astype(jnp.float32)
+        return constrain(x, "batch", "tokens", None)
 
     def _time_embedding(self, t: Array) -> tuple[Array, Array]:
         """Embeds the noise levels: one vector each, and six rows for the blocks."""
@@ -231,7 +273,8 @@ class DiT(Layer):
         """What the control blocks say to each of `control_layers`, stacked."""
         if tokens.control is None:
             return None
-        y = Dense(self.width, name="control_embed", **self.types)(tokens.control)
+        control = laid_out(tokens.control, tokens.kinds)
+        y = Dense(self.width, name="control_embed", **self.types)(control)
         y = Dense(self.width, name="control_in", **self.types)(y) + x
         block, fields = rematerialise(ControlBlock, self.remat), self.fields_of(Block)
         count, hints = len(self.control_layers), []
@@ -250,14 +293,28 @@ class DiT(Layer):
         if self.scan_layers:
             block = rematerialise(ScanBlock, self.remat)
             axes = (0, nn.broadcast, nn.broadcast)
-            stack = scanned(block, self.depth, axes)(name="blocks", **fields)
-            return stack(x, jnp.array(slots), hints, context)[0]
+            stacks = {"own_blocks": slots[: self._own], "blocks": slots[self._own :]}
+            for name, part in stacks.items():
+                if part:
+                    fields["own"] = name == "own_blocks"
+                    stack = scanned(block, len(part), axes)(name=name, **fields)
+                    x, _ = stack(x, jnp.array(part), hints, context)
+            return x
         block = rematerialise(Block, self.remat)
         for i, slot in enumerate(slots):
-            x = fusion_boundary(block(name=f"block_{i}", **fields)(x, context))
+            fields["own"] = i < self._own
+            layer = block(name=f"block_{i}", **fields)
+            x = fusion_boundary(layer(x, context))
             if hints is not None and slot >= 0:
                 x = x + hints[slot]
         return x
+
+    @property
+    def _own(self) -> int:
+        """How many blocks have projections of their own for sound."""
+        if not self.sound_channels:
+            return 0
+        return self.depth // 3 if self.own_blocks is None else self.own_blocks
 
     @property
     def _rope_dims(self) -> tuple[int, ...]:
@@ -280,11 +337,13 @@ class DiT(Layer):
         if self.attention_implementation == "auto":
             warn_of_heads(self.width, self.num_heads, tokens.latents.shape[1])
         channels = tokens.latents.shape[-1]
-        if channels != self.in_channels:
+        if channels != self._token_channels:
             raise ValueError(
                 f"tokens have {channels} channels but `in_channels` is "
                 f"{self.in_channels}: the channels of a patch times its cells."
             )
+        if tokens.kinds and not self.sound_channels:
+            raise ValueError("the tokens are of two kinds but `sound_channels` is 0.")
         for name, wanted, given in (
             ("cond_channels", self.cond_channels, tokens.cond),
             ("control_channels", self.control_channels, tokens.control),

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from jvdit.models.attention.dispatch import attention, rotate
 from jvdit.models.dense import Dense, Layer
+from jvdit.models.kinds import SUFFIXES, join, split
 from jvdit.models.layers import (
     BLOCK_INPUT,
     LayerNorm,
@@ -40,6 +41,7 @@ class Context:
         text: states of the text, as wide as a token.
         text_visible: which of them each token sees; None: all.
         image: states of a picture, as wide as a token, or None.
+        kinds: how many tokens are of each kind, see `models.kinds`; (): there is one.
     """
 
     time: Float[Array, "b g d"]
@@ -50,6 +52,7 @@ class Context:
     text: Float[Array, "b s d"]
     text_visible: Visible | None
     image: Float[Array, "b i d"] | None
+    kinds: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
 
 
 class Attention(Layer):
@@ -76,6 +79,7 @@ class Attention(Layer):
         visible: Visible | None = None,
         rotation: Rotation | None = None,
         image: Float[Array, "b i d"] | None = None,
+        kinds: tuple[int, ...] = (),
     ) -> Float[Array, "b n d"]:
         """Lets the tokens of `x` attend to those of `context`.
 
@@ -86,35 +90,45 @@ class Attention(Layer):
             rotation: tables of `rope_tables` for queries and keys, or None.
             image: states of a picture, which have keys and values of their own and a
                 softmax of their own; every token sees them. None: there are none.
+            kinds: how many tokens are of each kind, if each has projections of its own;
+                (): all have the same.
         """
 
-        def linear(name: str) -> Dense:
+        def linear(
+            name: str, y: Array, norm: str = "", kinds: tuple[int, ...] = kinds
+        ) -> Array:
+            made = []
             kernel_init = nn.initializers.xavier_uniform()
-            return Dense(x.shape[-1], kernel_init=kernel_init, name=name, **self.types)
+            for suffix, part in zip(SUFFIXES, split(y, kinds), strict=False):
+                fields = {"kernel_init": kernel_init, "name": name + suffix}
+                part = Dense(x.shape[-1], **fields, **self.types)(part)
+                if norm:
+                    part = RMSNorm(self.eps, name=norm + suffix, **self.types)(part)
+                made.append(part)
+            return join(made)
 
-        def heads(y: Array, norm: str = "") -> Array:
-            if norm:
-                y = RMSNorm(self.eps, name=norm, **self.types)(y)
+        def heads(y: Array) -> Array:
             return rearrange(y, "b n (q k) -> b n q k", q=self.num_heads)
 
         norms = ("query_norm", "key_norm") if self.qk_norm else ("", "")
-        q, k, v = linear("query")(x), linear("key")(context), linear("value")(context)
-        q, k, v = heads(q, norms[0]), heads(k, norms[1]), heads(v)
+        q, k = linear("query", x, norms[0]), linear("key", context, norms[1])
+        q, k, v = heads(q), heads(k), heads(linear("value", context))
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
         attend = partial(attention, implementation=self.implementation)
         out = attend(q, k, v, visible, keys=self.keys)
         if image is not None:
-            k = heads(linear("image_key")(image), "image_key_norm")
-            v = heads(linear("image_value")(image))
+            k = heads(linear("image_key", image, "image_key_norm", ()))
+            v = heads(linear("image_value", image, kinds=()))
             out = out + attend(q, k, v, keys="text")
-        return linear("out")(rearrange(out, "b n q k -> b n (q k)"))
+        return linear("out", rearrange(out, "b n q k -> b n (q k)"))
 
 
 class Block(Layer):
     """Self-attention, cross-attention to the text, and an MLP, each a residual.
 
-    Attributes: as in `DiT`.
+    Attributes: as in `DiT`, and
+        own: whether each kind of tokens has projections of its own in self-attention.
     """
 
     num_heads: int
@@ -123,6 +137,7 @@ class Block(Layer):
     cross_norm: bool = True
     eps: float = 1e-6
     attention_implementation: str = "auto"
+    own: bool = False
 
     @nn.compact
     def __call__(
@@ -133,12 +148,16 @@ class Block(Layer):
         x = checkpoint_name(x, BLOCK_INPUT)
         heads = (self.num_heads, self.qk_norm, self.eps, self.attention_implementation)
         modulation = Modulation(6, param_dtype=self.param_dtype, name="modulation")
-        rows = modulation(context.rows, context.level)
+        rows = modulation(context.rows, context.level, len(context.kinds) or 1)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = rows
 
         y = modulate(x, shift, scale, self.eps).astype(self.dtype)
         y = Attention(*heads, name="self_attention", **kinds)(
-            y, y, context.visible, context.rotation
+            y,
+            y,
+            context.visible,
+            context.rotation,
+            kinds=context.kinds if self.own else (),
         )
         x = (x + y * gate).astype(self.dtype)
 

@@ -11,11 +11,16 @@ from jaxtyping import Array, Float, Int
 
 from jvdit.models.attention.pieces import RESIDUALS
 from jvdit.models.dense import Dense, Layer, along_last
+from jvdit.models.kinds import SUFFIXES
 from jvdit.sharding import alone, platform
 
 Initializer = Callable[..., Array]
 
-STACKS = ("blocks", "controls")  # names of layers that are stacked on a leading axis
+STACKS = (
+    "blocks",
+    "own_blocks",
+    "controls",
+)  # names of layers that are stacked on a leading axis
 # The name of what goes into a block, where remat may find it.
 BLOCK_INPUT = "block_input"
 # What a rematerialised block keeps for its backward pass; "none" keeps everything.
@@ -106,17 +111,23 @@ class Modulation(Layer):
         self,
         embedding: Float[Array, "b g #r d"],
         level: Int[Array, "b n"] | None,
+        kinds: int = 1,
     ) -> list[Float[Array, "b #n d"]]:
         """Spreads the rows over the tokens.
 
         Args:
             embedding: of each noise level, in float32.
             level: index of each token's level. None: there is one level.
+            kinds: how many kinds of tokens there are; each has as many of the levels,
+                and a table of its own.
         """
         width = embedding.shape[-1]
         init, shape = nn.initializers.normal(width**-0.5), (self.rows, width)
-        table = self.param("table", init, shape, self.param_dtype)
-        rows = embedding + table.astype(jnp.float32)[None, None]
+        names = [f"table{suffix}" for suffix in SUFFIXES[:kinds]]
+        tables = [self.param(name, init, shape, self.param_dtype) for name in names]
+        each = embedding.shape[1] // kinds if kinds > 1 else 1
+        table = jnp.stack(tables).astype(jnp.float32).repeat(each, axis=0)
+        rows = embedding + table[None]
         rows = [rows[:, :, i] for i in range(self.rows)]
         return rows if level is None else [_pick(row, level) for row in rows]
 

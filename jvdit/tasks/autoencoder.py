@@ -38,6 +38,7 @@ class AutoencoderTask(Task):
         budget: name of the setting that bounds a batch.
     """
 
+    objective: VAEObjective | AudioVAEObjective
     module: ClassVar[type]
     kind: ClassVar[str]
     what: ClassVar[str]

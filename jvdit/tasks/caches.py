@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from jvdit.config import Config
 from jvdit.data.sources import LatentSource
 from jvdit.machine.json_files import differences
+from jvdit.models.audio_vae import AudioVAE
 from jvdit.models.video_vae import VideoVAE
 from jvdit.weights.encoders import CaptionEncoder
 from jvdit.weights.parameters import Network, load_network, load_weights, weights_hash
@@ -46,6 +47,38 @@ def cached_autoencoder(
                 f"python -m jvdit.encode --vae {config.autoencoder}."
             )
     return network, held["hash"]
+
+
+def cached_audio(config: Config, sources: Sequence[LatentSource]) -> Network:
+    """Loads the audio autoencoder that encoded the sound of the training's latents.
+
+    Sources without sound may lie beside those that have some.
+
+    Args:
+        config: the training's config.
+        sources: the opened `data.sources`.
+
+    Raises:
+        ValueError: no source has sound, or autoencoders differ.
+    """
+    named = zip(config.data.sources, sources, strict=True)
+    heard = {name: x.settings.get("audio_vae") for name, x in named}
+    heard = {name: held for name, held in heard.items() if held}
+    if not heard:
+        raise ValueError(
+            f"`data.sound_budget` (={config.data.sound_budget}) asks for sound, and "
+            f"none of {', '.join(config.data.sources)} has any: encode them with "
+            "--audio_vae, or set it to 0."
+        )
+    first = next(iter(heard))
+    for name, held in heard.items():
+        if differing := differences(heard[first], held):
+            raise ValueError(
+                f"the sounds of {first} and {name} come from two autoencoders: "
+                f"{'; '.join(differing)}. Encode one anew."
+            )
+    folder = pathlib.Path(first.partition("#")[0]) / "audio_vae"
+    return load_network(folder, AudioVAE)
 
 
 def cached_captions(

@@ -2,9 +2,10 @@
 
 The latents have the same record format as the clips. The data set's settings name the
 autoencoder (hash, fields) and the source; a copy of the autoencoder, with the mean and
-standard deviation of its latents, lies beside the shards. With a text encoder, records
-also hold the text states of the captions, and a copy of the text encoder lies beside
-the shards; for one from a released model, only the path of the release.
+standard deviation of its latents, lies beside the shards. With an audio autoencoder,
+records hold the latents of the sound as well. With a text encoder, they also hold the
+text states of the captions, and a copy of the text encoder lies beside the shards; for
+one from a released model, only the path of the release.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ from jvdit.data.records import RecordDataset, RecordWriter, latent_features
 from jvdit.data.sources import open_source, origin
 from jvdit.machine import cluster
 from jvdit.machine.files import said_if_full
-from jvdit.weights.encoders import CaptionEncoder, ClipEncoder
+from jvdit.weights.encoders import CaptionEncoder, ClipEncoder, SoundEncoder
 from jvdit.weights.parameters import module_fields, save_weights
 
 SHARD = 2048  # clips in a shard
@@ -41,6 +42,7 @@ def encode(
     validation: str = "",
     text_encoder: str = "",
     text_length: int = 64,
+    audio_vae: str = "",
     shard: int = SHARD,
 ) -> None:
     """Encodes a source of clips, and optionally a second one for validation.
@@ -57,6 +59,7 @@ def encode(
         text_encoder: folder of the text encoder for the captions; "": store captions
             only, for a training that trains its own encoder.
         text_length: most tokens of a caption; longer ones are cut.
+        audio_vae: the autoencoder of the sound; "": clips become silent.
         shard: how many clips a shard has. Processes divide the work by shards.
 
     Raises:
@@ -70,8 +73,19 @@ def encode(
     if shard < 1:
         raise ValueError(f"`shard` (={shard}) must be at least 1 clip.")
     encoder = ClipEncoder.load(vae)
+    sounds = SoundEncoder.load(audio_vae) if audio_vae else None
+    rate = sounds.module.sample_rate if sounds else 0
     named = {"train": source, "val": validation}
-    splits = {split: open_source(name) for split, name in named.items() if name}
+    splits = {
+        split: open_source(name, audio_rate=rate)
+        for split, name in named.items()
+        if name
+    }
+    if sounds and not splits["train"].index["has_audio"].any():
+        raise ValueError(
+            f"none of the clips of {source} has sound; prepare them from videos that "
+            "have, or leave out `audio_vae`."
+        )
     for each in splits.values():
         for size in np.unique(_sizes(each.index), axis=0):
             encoder.module.latent_shape(*map(int, size))
@@ -81,6 +95,8 @@ def encode(
         "sources": {name: each.fingerprint for name, each in splits.items()},
         "origins": {name: origin(named[name]) for name in splits},
     }
+    if sounds is not None:
+        settings["audio_vae"] = sounds.settings
     states = None
     if text_encoder:
         captions = CaptionEncoder.load(text_encoder)
@@ -89,19 +105,21 @@ def encode(
     with said_if_full(folder), cluster.held(folder):
         writer = RecordWriter(
             folder,
-            latent_features(text=states is not None),
+            latent_features(text=states is not None, sound=sounds is not None),
             shards={name: -(-len(each) // shard) for name, each in splits.items()},
             settings=settings,
         )
         with ThreadPoolExecutor(_READERS) as threads:
-            _write(writer, splits, shard, _Maker(encoder, states, threads))
+            _write(writer, splits, shard, _Maker(encoder, sounds, states, threads))
         cluster.wait_for_others(f"encoded {folder}")
         if cluster.is_lead():
             cluster.await_seen(lambda: all(_shards(writer)), f"all shards of {folder}")
             writer.finish()
             if states is not None:
                 captions.save(folder)
-            _save_autoencoder(encoder, folder)
+            for name, each in (("vae", encoder), ("audio_vae", sounds)):
+                if each is not None:
+                    _save_autoencoder(each, folder, name)
         cluster.check_seen(folder / "vae" / "config.json")
 
 
@@ -140,12 +158,14 @@ class _Maker:
     """Encodes clips to records.
 
     Attributes:
-        encoder: the autoencoder.
+        encoder: the autoencoder of pictures.
+        sounds: that of sounds; None: sound isn't encoded.
         states: encodes captions to text states; None: captions aren't encoded.
         threads: threads that read clips.
     """
 
     encoder: ClipEncoder
+    sounds: SoundEncoder | None
     states: Callable[[Sequence[str]], list[np.ndarray]] | None
     threads: ThreadPoolExecutor
 
@@ -191,9 +211,28 @@ class _Maker:
         texts: list[Any] = [None] * len(clips)
         if self.states is not None:
             texts = self.states([clip["caption"] for clip in clips.values()])
-        made = *map(np.asarray, moments), texts
-        for (i, clip), *found in zip(clips.items(), *made, strict=False):
-            yield _record(f"{split}-{i:09d}", clip, *found)
+        made = *map(np.asarray, moments), texts, self._sounds([*clips.values()])
+        for (i, clip), *found, sound in zip(clips.items(), *made, strict=False):
+            yield _record(f"{split}-{i:09d}", clip, *found) | sound
+
+    def _sounds(self, clips: Sequence[Clip]) -> list[dict[str, Any]]:
+        """What each record has of its sound; sounds of a length go together."""
+        if self.sounds is None:
+            return [{} for _ in clips]
+        blank = np.zeros((0, self.sounds.module.latent_channels), jnp.bfloat16)
+        silent = {"sound_mean": blank, "sound_logvar": blank, "sounds": 0}
+        found = [{**silent, "has_audio": False} for _ in clips]
+        heard: dict[int, list[int]] = {}
+        for i, clip in enumerate(clips):
+            if clip["audio"] is not None and clip.get("has_audio", True):
+                heard.setdefault(len(clip["audio"]), []).append(i)
+        for alike in heard.values():
+            moments = self.sounds(np.stack([clips[i]["audio"] for i in alike]))
+            made = (np.asarray(x).astype(jnp.bfloat16) for x in moments)
+            for i, mean, logvar in zip(alike, *made, strict=True):
+                found[i] = {"sound_mean": mean, "sound_logvar": logvar}
+                found[i] |= {"sounds": len(mean), "has_audio": True}
+        return found
 
 
 def _record(
@@ -222,30 +261,33 @@ def _by_size(index, ids: Sequence[int]) -> dict[tuple[int, ...], list[int]]:
     return groups
 
 
-def _save_autoencoder(encoder: ClipEncoder, folder: pathlib.Path) -> None:
-    """Saves the autoencoder beside its latents, with latent statistics if it has none.
+def _save_autoencoder(
+    encoder: ClipEncoder | SoundEncoder, folder: pathlib.Path, name: str
+) -> None:
+    """Saves an autoencoder beside its latents, with latent statistics if it has none.
 
     These are the mean and standard deviation of each latent channel.
     """
     fields = module_fields(encoder.module)
     if fields.get("latents_mean") is None:
-        mean, std = _statistics(folder)
+        mean, std = _statistics(folder, "sound_" if name == "audio_vae" else "")
         fields |= {"latents_mean": mean, "latents_std": std}
-    save_weights(folder / "vae", encoder.params, fields)
+    save_weights(folder / name, encoder.params, fields)
 
 
-def _statistics(folder: pathlib.Path) -> tuple[list[float], list[float]]:
+def _statistics(folder: pathlib.Path, kind: str) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each latent channel, over a sample of records."""
     records = RecordDataset(folder, "train")
     stride = max(len(records) // 4096, 1)
     total = square = count = 0
     for i in range(0, len(records), stride):
         record = records[i]
-        mean = np.asarray(record["mean"], np.float64)
-        variance = np.exp(np.asarray(record["logvar"], np.float64))
-        total = total + mean.sum((0, 1, 2))
-        square = square + (mean**2 + variance).sum((0, 1, 2))
-        count += mean[..., 0].size
+        mean = np.asarray(record[f"{kind}mean"], np.float64)
+        mean = mean.reshape(-1, mean.shape[-1])
+        variance = np.exp(np.asarray(record[f"{kind}logvar"], np.float64))
+        total = total + mean.sum(0)
+        square = square + (mean**2).sum(0) + variance.reshape(mean.shape).sum(0)
+        count += len(mean)
     mean = np.asarray(total) / count
     std = np.sqrt(np.maximum(np.asarray(square) / count - mean**2, 1e-8))
     return mean.tolist(), std.tolist()

@@ -1,6 +1,7 @@
 """Trains a DiT on cached latents: with its own text encoder, or on cached states."""
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 
 from jvdit.config import Config
 from jvdit.data.builders import PackedBatches
+from jvdit.data.items import Statistics
 from jvdit.data.plan import PackPlan
 from jvdit.data.sources import LatentSource, open_source, origin
 from jvdit.data.tokenizer import Tokenizer, train_tokenizer
@@ -21,7 +23,11 @@ from jvdit.machine.compilation import jit
 from jvdit.models.backbones import MODELS
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.sharding import parameter_shardings
-from jvdit.tasks.caches import cached_autoencoder, cached_captions
+from jvdit.tasks.caches import (
+    cached_audio,
+    cached_autoencoder,
+    cached_captions,
+)
 from jvdit.tasks.flow_objective import flow_objective
 from jvdit.tasks.samples import Samples
 from jvdit.tasks.task import Task
@@ -31,7 +37,7 @@ from jvdit.weights.adapters import write_lora
 from jvdit.weights.bundle import Bundle, save_bundle, sources_of
 from jvdit.weights.folders import save_dit
 from jvdit.weights.opening import open_bundle
-from jvdit.weights.parameters import Network, module_fields
+from jvdit.weights.parameters import Network, module_fields, weights_hash
 from jvdit.weights.release import is_release, read_release
 from jvdit.weights.starting import fingerprint, finished_parameters
 
@@ -52,6 +58,9 @@ class FlowTask(Task):
         super().__init__(config, mesh, workdir)
         data = config.data
         self.vae, self.vae_hash = cached_autoencoder(config, self.sources)
+        self.audio_vae = None
+        if data.sound_budget:
+            self.audio_vae = cached_audio(config, self.sources)
         self.captions = cached_captions(config, self.sources)
         self.tokenizer = self.captions.tokenizer if self.captions else self._tokenizer()
         self.plan = self._plan(self.sources, config.seed, data.weights or None)
@@ -59,13 +68,17 @@ class FlowTask(Task):
         self.batch_builder = self._packed(self.sources, self.plan, data.caption_dropout)
         self.example, _ = self.batch_builder[0]
         one_clip = data.max_clips == 1 and self.plan.padding == 0
+        one_clip = one_clip and not data.sound_budget
         self.objective = flow_objective(
             config,
             mesh,
-            channels=self.example["latents"].shape[-1],
+            channels=self.vae.module.latent_channels * math.prod(config.patch_size),
             text_width=self.captions.module.width if self.captions else 0,
             vocab_size=0 if self.captions else self.tokenizer.vocab_size,
             one_clip=one_clip,
+            sound_channels=self.audio_vae.module.latent_channels
+            if self.audio_vae
+            else 0,
         )
         if self.objective.lora:
             self.frozen = self._base()
@@ -105,6 +118,7 @@ class FlowTask(Task):
             sources,
             token_budget=data.token_budget,
             text_budget=data.text_budget,
+            sound_budget=data.sound_budget,
             max_clips=data.max_clips,
             rows_per_step=data.rows,
             patch_size=tuple(self.config.patch_size),
@@ -134,8 +148,8 @@ class FlowTask(Task):
         return PackedBatches(
             sources,
             plan,
-            latent_mean=np.asarray(self.vae.module.latents_mean),
-            latent_std=np.asarray(self.vae.module.latents_std),
+            latents=Statistics.of(self.vae.module),
+            sounds=Statistics.of(self.audio_vae.module) if self.audio_vae else None,
             temporal_compression=self.vae.module.temporal_compression,
             conditions=("first_frame",) if self.config.first_frame else (),
             caption_dropout=dropout,
@@ -175,6 +189,8 @@ class FlowTask(Task):
             "tokenizer": self.tokenizer.fingerprint,
             "autoencoder": self.vae_hash,
         }
+        if self.audio_vae:
+            identity["audio_vae"] = weights_hash(self.audio_vae.params)
         # Settings that came later count where they aren't what they were before.
         for name in ("expert", "backbone"):
             if self.config[name] != "dit":
@@ -194,6 +210,8 @@ class FlowTask(Task):
             for name in ("dit", "dit_low")[: 2 if objective.boundary else 1]
         }
         networks["text_encoder"] = self.captions.network if self.captions else encoder
+        if self.audio_vae:
+            networks["audio_vae"] = self.audio_vae
         return Bundle(
             networks={**networks, "vae": self.vae},
             tokenizer=self.tokenizer,
@@ -234,15 +252,21 @@ class FlowTask(Task):
             return {}
         times = jnp.asarray(self.config.validation_times, jnp.float32)
         batches = max(self.config.data.validation_clips // self.config.data.rows, 1)
-        total, params = np.zeros(len(times)), {**self.frozen, **params}
+        total: Any = 0.0
+        params = {**self.frozen, **params}
         for i in range(batches):
             batch, _ = self._validation[i]
             rows = len(batch["segment"]) * self.hosts
             keys = jax.random.split(jax.random.key(i), rows)
             total += to_host(self._measure(params, self.place(batch), keys, times))
-        errors = zip(self.config.validation_times, total / batches, strict=True)
-        found = {f"validation/t={t:g}": float(e) for t, e in errors}
-        return found | {"validation/loss": float(np.mean(total / batches))}
+        errors = total / batches
+        found = {"validation/loss": float(np.mean(errors[:, 0]))}
+        if self.audio_vae:
+            found["validation/sound_loss"] = float(np.mean(errors[:, 1]))
+        for t, error in zip(self.config.validation_times, errors, strict=True):
+            for name, value in zip(("", "sound_"), error, strict=False):
+                found[f"validation/{name}t={t:g}"] = float(value)
+        return found
 
     def show(self, params, metrics, step, folder):  # noqa: D102
         self.samples.show(params, metrics, step, folder)

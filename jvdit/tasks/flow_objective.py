@@ -1,5 +1,7 @@
 """Builds the denoising objective of a config whose `objective` is "flow"."""
 
+from typing import Any
+
 from jax.sharding import Mesh
 
 from jvdit.config import Config
@@ -8,6 +10,7 @@ from jvdit.models.backbones import MODELS
 from jvdit.models.lora import LoRA
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.training.objectives.denoising import FlowObjective
+from jvdit.training.objectives.pairings import check_pairings
 from jvdit.weights.parameters import build
 from jvdit.weights.release import is_release
 
@@ -20,6 +23,7 @@ def flow_objective(
     text_width: int,
     vocab_size: int,
     one_clip: bool,
+    sound_channels: int = 0,
 ) -> FlowObjective:
     """Builds the denoising objective from a config and the sizes that the data set.
 
@@ -30,6 +34,7 @@ def flow_objective(
         text_width: width of the cached text states; 0: a text encoder is trained along.
         vocab_size: vocabulary of the trained text encoder's tokenizer.
         one_clip: every row is exactly one clip without padding, so no mask is needed.
+        sound_channels: channels of a token of sound; 0: clips are silent.
 
     Raises:
         ValueError: settings contradict one another.
@@ -44,6 +49,9 @@ def flow_objective(
         "out_channels": channels,
         "text_width": text_width,
     }
+    sound = _sound(config, mesh) if sound_channels else {}
+    if sound_channels:
+        network["sound_channels"] = sound_channels
     lora = config.lora.to_dict()
     return FlowObjective(
         lora=LoRA(**lora) if lora["rank"] else None,
@@ -55,7 +63,34 @@ def flow_objective(
         pad_text=config.conventions.pad_text,
         boundary=_boundary(config, mesh),
         first_frame=_first_frame(config),
+        **sound,
     )
+
+
+def _sound(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """The fields of an objective of picture and sound."""
+    if config.expert == "both":
+        raise ValueError("two experts (`expert` 'both') can't be trained with sound.")
+    if not config.conventions.seconds:
+        raise ValueError("sound needs positions in seconds: `conventions.seconds`.")
+    if not 0 <= config.cut <= 1:
+        raise ValueError(f"`cut` (={config.cut}) must be a share from 0 to 1.")
+    kinds = config.data.token_budget, config.data.sound_budget
+    ways = mesh.shape["context"]
+    for name, count in zip(("token_budget", "sound_budget"), kinds, strict=True):
+        if count % ways:
+            raise ValueError(
+                f"`data.{name}` (={count}) must be divisible by `mesh.context` "
+                f"(={ways}); try {-(-count // ways) * ways}."
+            )
+    shares = config.pairings.to_dict()
+    check_pairings(shares)
+    return {
+        "kinds": kinds,
+        "pairings": tuple(shares.items()),
+        "cut": config.cut,
+        "sound_weight": config.sound_weight,
+    }
 
 
 def _first_frame(config: Config) -> float:

@@ -14,11 +14,14 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from jvdit.data.plan import TEXT_MULTIPLE
+from jvdit.data.sounds import in_channels
 from jvdit.data.tokenizer import Tokenizer, sentencepiece_of
 from jvdit.machine.cluster import to_host
 from jvdit.machine.compilation import jit
 from jvdit.machine.files import write_atomically
 from jvdit.machine.json_files import read_json, write_json
+from jvdit.models.audio_vae import AudioVAE
+from jvdit.models.audio_vae_chunked import encode_sound
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.models.video_vae import VideoVAE, to_float
 from jvdit.models.video_vae_chunked import encode_stream, split
@@ -175,14 +178,44 @@ def _apply(module: TextEncoder, params: Any, ids: jax.Array, segment: jax.Array)
 
 
 @dataclasses.dataclass
-class ClipEncoder:
-    """Encodes batches of clips to latents, divided over the devices of this host.
+class _Divided:
+    """A finished autoencoder, whose batches are divided over this host's devices.
 
     Attributes:
-        network: the `VideoVAE` and its parameters.
+        network: the module and its parameters.
     """
 
     network: Network
+
+    @property
+    def module(self) -> Any:
+        """The autoencoder module."""
+        return self.network.module
+
+    @property
+    def params(self) -> Any:
+        """The parameters of the autoencoder."""
+        return self.network.params
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What identifies this autoencoder: its hash and fields, as JSON values."""
+        return {"hash": weights_hash(self.params), "fields": module_fields(self.module)}
+
+    @cached_property
+    def _mesh(self):
+        return host_mesh()
+
+    @cached_property
+    def _placed(self):
+        return jax.device_put(self.params, replicated(self._mesh))
+
+    def _split(self, rows: np.ndarray) -> jax.Array:
+        return jax.device_put(rows, batch_sharding(self._mesh))
+
+
+class ClipEncoder(_Divided):
+    """Encodes batches of clips to latents."""
 
     @classmethod
     def load(cls, vae: str | os.PathLike[str]):
@@ -197,24 +230,7 @@ class ClipEncoder:
         """
         if is_release(vae):
             return cls(load_vae(read_release(vae).parts["vae"]))
-        within = (pathlib.Path(vae) / inside for inside in ("model/vae", "vae"))
-        folder = next((x for x in within if (x / "config.json").exists()), vae)
-        return cls(load_network(folder, VideoVAE))
-
-    @property
-    def module(self) -> VideoVAE:
-        """The autoencoder module."""
-        return self.network.module
-
-    @property
-    def params(self) -> Any:
-        """The parameters of the autoencoder."""
-        return self.network.params
-
-    @cached_property
-    def settings(self) -> dict[str, Any]:
-        """What identifies this autoencoder: its hash and fields, as JSON values."""
-        return {"hash": weights_hash(self.params), "fields": module_fields(self.module)}
+        return cls(_own(vae, "vae", VideoVAE))
 
     def rows(self, clips: int, size: Sequence[int]) -> int:
         """The batch size to encode clips of one size with.
@@ -241,25 +257,55 @@ class ClipEncoder:
         """
         with jax.set_mesh(self._mesh):
             if video[0, ..., 0].size <= PIXELS:
-                return _whole(self.module, self._placed, self._divided(video))
+                return _whole(self.module, self._placed, self._split(video))
             pieces = split(video, self.module.temporal_compression)
-            pieces = (to_float(self._divided(piece)) for piece in pieces)
+            pieces = (to_float(self._split(piece)) for piece in pieces)
             moments = [*encode_stream(self.module, self._placed, pieces)]
             mean, logvar = (
                 jnp.concatenate(x, axis=1) for x in zip(*moments, strict=True)
             )
             return mean, logvar
 
-    @cached_property
-    def _mesh(self):
-        return host_mesh()
 
-    @cached_property
-    def _placed(self):
-        return jax.device_put(self.params, replicated(self._mesh))
+class SoundEncoder(_Divided):
+    """Encodes batches of sounds to latents."""
 
-    def _divided(self, rows: np.ndarray) -> jax.Array:
-        return jax.device_put(rows, batch_sharding(self._mesh))
+    @classmethod
+    def load(cls, vae: str | os.PathLike[str]):
+        """Loads an audio autoencoder of our own.
+
+        Args:
+            vae: a training workdir, its `model` folder, or a folder of weights.
+
+        Raises:
+            FileNotFoundError: there is no autoencoder in the folder.
+        """
+        return cls(_own(vae, "vae", AudioVAE))
+
+    def __call__(
+        self, audio: Float[np.ndarray, "b a e"]
+    ) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"]]:
+        """Encodes a batch of sounds to the posterior's mean and log variance.
+
+        Args:
+            audio: samples in [-1, 1].
+        """
+        audio = np.concatenate(
+            [in_channels(x, self.module.channels)[None] for x in audio]
+        )
+        spare = -len(audio) % self._mesh.size
+        audio = np.pad(audio, ((0, spare), (0, 0), (0, 0)))
+        with jax.set_mesh(self._mesh):
+            moments = encode_sound(self.module, self._placed, self._split(audio))
+        mean, logvar = (x[: len(x) - spare] for x in moments)
+        return mean, logvar
+
+
+def _own(folder: str | os.PathLike[str], name: str, module: type) -> Network:
+    """Loads an autoencoder of a training, of a whole model, or in a folder itself."""
+    within = (pathlib.Path(folder) / inside for inside in (f"model/{name}", name))
+    found = next((x for x in within if (x / "config.json").exists()), folder)
+    return load_network(found, module)
 
 
 @partial(jit, static_argnames="vae")

@@ -11,12 +11,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from jvdit.data.items import KINDS
 from jvdit.diffusion.denoise import denoise
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
 from jvdit.models.backbones import Backbone
+from jvdit.models.kinds import side_by_side
 from jvdit.models.lora import LoRA
 from jvdit.models.text_encoder import TextEncoder
-from jvdit.shapes import Text, Tokens
+from jvdit.shapes import Text, Tokens, apart
+from jvdit.training.objectives.pairings import paired
 from jvdit.training.step import Batch, Metrics
 
 BUCKETS = 5  # equal intervals of t in [0, 1], each with its own loss metric
@@ -41,7 +44,8 @@ def text_of(text_encoder: TextEncoder | None, params: Any, batch: Batch) -> Text
 
 def generated(batch: Batch) -> Bool[Array, "b n"]:
     """Which tokens are generated, so neither padding nor given."""
-    return batch["level"] > 0
+    levels = batch["valid"].shape[1] + 1  # of each kind; the first is clean
+    return batch["level"] % levels > 0
 
 
 def with_given(batch: Batch, chosen: Bool[Array, "b m"]) -> Batch:
@@ -88,6 +92,10 @@ class FlowObjective:
             given, as `image` gives it in sampling; 0 to 1.
         lora: LoRA adapters of `dit` to train; everything else is then frozen. None: the
             networks themselves are trained.
+        kinds: how many tokens of a row are of each kind; (): there are pictures alone.
+        pairings: shares of the rows of `PAIRINGS`, by name, for clips with sound.
+        cut: share of those clips in which picture and sound don't see one another.
+        sound_weight: weight of the sound's mean error beside the picture's.
     """
 
     dit: Backbone
@@ -99,6 +107,10 @@ class FlowObjective:
     boundary: float = 0.0
     first_frame: float = 0.0
     lora: LoRA | None = None
+    kinds: tuple[int, ...] = ()
+    pairings: tuple[tuple[str, float], ...] = ()
+    cut: float = 0.0
+    sound_weight: float = 1.0
 
     def init(self, key: PRNGKeyArray, batch: Batch) -> Any:
         """Initialises the parameters by network: "dit", "text_encoder", "dit_low".
@@ -114,8 +126,8 @@ class FlowObjective:
             params["text_encoder"] = made["params"]
         text = self._text(params, batch)
         tokens = self._tokens(batch, batch["latents"])
-        levels = 1 if tokens.level is None else batch["valid"].shape[1] + 1
-        t = jnp.zeros((1, levels))
+        levels = (batch["valid"].shape[1] + 1) * (len(self.kinds) or 1)
+        t = jnp.zeros((1, 1 if tokens.level is None else levels))
         params["dit"] = self.dit.init(keys[1], tokens, t, text)["params"]
         if self.lora is not None:
             return {"lora": self.lora.init(keys[1], params["dit"])}
@@ -144,6 +156,9 @@ class FlowObjective:
             given_key, shape = jax.random.fold_in(key, 2), batch["valid"].shape
             chosen = jax.random.bernoulli(given_key, self.first_frame, shape)
             batch = with_given(batch, chosen)
+        rows = jax.random.split(row_key, len(batch["segment"]))
+        if self.kinds:
+            return {**self._paired(batch, time_key), "key": rows}
         sizes = jnp.maximum(clip_sizes(batch), 1)
         t = self.policy.sample(time_key, sizes)
         if self.boundary:
@@ -156,8 +171,25 @@ class FlowObjective:
                 for span, each, half in parts
             ]
             t = jnp.concatenate(halves)
-        rows = jax.random.split(row_key, len(batch["segment"]))
         return {**batch, "t": t, "key": rows}
+
+    def _paired(self, batch: Batch, key: PRNGKeyArray) -> Batch:
+        """Draws what is learned of each clip of two kinds, and weighs the kinds."""
+        batch = paired(batch, key, dict(self.pairings), self.policy, self.kinds)
+        shape = batch["valid"].shape
+        if self.cut:
+            chosen = jax.random.bernoulli(jax.random.fold_in(key, 1), self.cut, shape)
+            batch["cut"] = chosen
+        # So that the mean over all tokens becomes the sum of the kinds' own means.
+        counts = jnp.stack([x.sum() for x in self._parts(generated(batch))])
+        weight = counts.sum() / jnp.maximum(counts, 1)
+        weight *= jnp.asarray([1.0, self.sound_weight])
+        batch["kind_weight"] = jnp.broadcast_to(weight, (shape[0], len(weight)))
+        return batch
+
+    def _parts(self, row: Array) -> list[Array]:
+        """The tokens of each kind of a row."""
+        return side_by_side(row, self.kinds)
 
     def weight(self, batch: Batch) -> Float[Array, ""]:
         """How many tokens of the batch are generated."""
@@ -171,13 +203,16 @@ class FlowObjective:
         rng = jax.random.fold_in(batch["key"][0], 1)
         error, t = self.error(params, batch, x0, noise, batch["t"], rng)
         metrics: Metrics = {}
-        for i in range(BUCKETS):
-            inside = (t >= i / BUCKETS) & (t < (i + 1) / BUCKETS + (i == BUCKETS - 1))
-            inside = inside & generated(batch)
-            name = f"loss_at_t/{i / BUCKETS:.1f}-{(i + 1) / BUCKETS:.1f}"
-            count = inside.sum().astype(jnp.float32)
-            metrics[name] = (jnp.where(inside, error, 0.0).sum(), count)
-        return error.sum(), metrics
+        if not self.kinds:
+            return error.sum(), _by_noise("loss_at_t", error, t, generated(batch))
+        total = jnp.zeros(())
+        columns = map(self._parts, (error, t, generated(batch)))
+        for i, (errors, times, learned) in enumerate(zip(*columns, strict=True)):
+            metrics |= _by_noise(f"{KINDS[i]}_loss_at_t", errors, times, learned)
+            count = learned.sum().astype(jnp.float32)
+            metrics[f"{KINDS[i]}_loss"] = (errors.sum(), count)
+            total += batch["kind_weight"][0, i] * errors.sum()
+        return total, metrics
 
     def error(
         self,
@@ -185,7 +220,7 @@ class FlowObjective:
         batch: Batch,
         x0: Float[Array, "b n c"],
         noise: Float[Array, "b n c"],
-        t: Float[Array, "b m"],
+        t: Float[Array, "b *kinds m"],
         rng: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, "b n"], Float[Array, "b n"]]:
         """The squared error of each token at given timesteps and noise.
@@ -195,7 +230,8 @@ class FlowObjective:
             batch: a packed batch.
             x0: clean latents.
             noise: normal noise to mix them with.
-            t: timestep of each clip, 0 (data) to 1 (noise).
+            t: timestep of each clip, and of each kind in it if there are two, 0 (data)
+                to 1 (noise).
             rng: key of the adapters' dropout; None: no dropout.
 
         Returns:
@@ -215,7 +251,9 @@ class FlowObjective:
 
     def _error(self, params, name, batch, x0, noise, t, rng=None):
         clean = self._tokens(batch, x0)
-        levels = t if clean.level is None else jnp.pad(t, ((0, 0), (1, 0)))
+        levels = t
+        if clean.level is not None:
+            levels = jnp.pad(t, (*((0, 0),) * (t.ndim - 1), (1, 0))).reshape(len(t), -1)
         token_t = clean.per_token(levels)
         tokens = clean.with_latents(self.path.mix(x0, noise, token_t))
         variables, rngs = {"params": params[name]}, {}
@@ -224,15 +262,26 @@ class FlowObjective:
             rngs = {} if rng is None else {"lora": rng}
         model = partial(self.dit.apply, variables, rngs=rngs)
         text = self._text(params, batch)
+        if "cut" in batch:
+            tokens, text = apart(tokens, text, batch["cut"])
         velocity = denoise(model, tokens, levels, text, self.path)
         wanted = self.path.true_velocity(x0, noise, token_t)
         weight = self.path.loss_weight(token_t) * generated(batch)[..., None]
-        error = (weight * (velocity - wanted) ** 2).mean(-1)
+        error = weight * (velocity - wanted) ** 2
+        if self.kinds:
+            # Channels that a kind lacks are zeros, and no part of its mean.
+            widths = self.dit.in_channels, self.dit.sound_channels
+            parts = zip(self._parts(error), widths, strict=True)
+            parts = [part[..., :width].mean(-1) for part, width in parts]
+            error = jnp.concatenate(parts, axis=1)
+        else:
+            error = error.mean(-1)
         return error, jnp.broadcast_to(token_t[..., 0], error.shape)
 
     def _tokens(self, batch: Batch, latents: Array) -> Tokens:
         given = self.first_frame > 0
-        return Tokens.of(batch, latents, one_clip=self.one_clip, given=given)
+        how = {"one_clip": self.one_clip, "given": given, "kinds": self.kinds}
+        return Tokens.of(batch, latents, **how)
 
     def _text(self, params: Any, batch: Batch) -> Text:
         text = text_of(self.text_encoder, params, batch)
@@ -240,8 +289,8 @@ class FlowObjective:
 
     def validate(
         self, params: Any, batch: Batch, keys: Any, times: Float[Array, " times"]
-    ) -> Float[Array, " times"]:
-        """The mean squared error at fixed timesteps with fixed noise.
+    ) -> Float[Array, "times kinds"]:
+        """The mean squared error of each kind at fixed timesteps with fixed noise.
 
         Nothing is drawn anew, so values are comparable over a run and between runs.
 
@@ -252,19 +301,35 @@ class FlowObjective:
             times: timesteps to measure at, 0 (data) to 1 (noise).
         """
         x0, noise = jax.vmap(_draw)(keys, batch["latents"], batch["logvar"])
-        weight = jnp.maximum(self.weight(batch), 1)
+        learned = self._parts(generated(batch))
+        weights = jnp.stack([jnp.maximum(x.sum(), 1) for x in learned])
+        b, m = batch["valid"].shape
+        shape = (b, len(self.kinds), m) if self.kinds else (b, m)
 
         def at(t):
-            inputs = batch, x0, noise, jnp.full(batch["valid"].shape, t)
+            inputs = batch, x0, noise, jnp.full(shape, t)
             networks = ("dit_low", "dit") if self.boundary else ("dit",)
             ways = [
                 lambda name=name: self._error(params, name, *inputs)[0]
                 for name in networks
             ]
             index = (t >= self.boundary).astype(int) * (len(networks) - 1)
-            return jax.lax.switch(index, ways).sum() / weight
+            errors = self._parts(jax.lax.switch(index, ways))
+            return jnp.stack([x.sum() for x in errors]) / weights
 
         return jax.lax.map(at, times)
+
+
+def _by_noise(name: str, error: Array, t: Array, learned: Array) -> Metrics:
+    """Sums of the errors of tokens in equal intervals of t, and how many those are."""
+    metrics: Metrics = {}
+    for i in range(BUCKETS):
+        inside = (t >= i / BUCKETS) & (t < (i + 1) / BUCKETS + (i == BUCKETS - 1))
+        inside = inside & learned
+        span = f"{name}/{i / BUCKETS:.1f}-{(i + 1) / BUCKETS:.1f}"
+        count = inside.sum().astype(jnp.float32)
+        metrics[span] = (jnp.where(inside, error, 0.0).sum(), count)
+    return metrics
 
 
 def _draw(
