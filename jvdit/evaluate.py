@@ -165,7 +165,7 @@ def generated(
         file = folder / f"{ids[0]:06d}-{len(ids)}.npy"
         if not file.exists():
             prompts = zip(ids, world.captions(ids), strict=True)
-            videos = generator(
+            clips = generator(
                 [_request(world, prompt, int(i)) for i, prompt in prompts],
                 draft=setting.draft,
                 steps=setting.steps,
@@ -174,7 +174,7 @@ def generated(
                 rows=_ROWS.value,
             )
             with replacing(file) as scratch, scratch.open("wb") as opened:
-                np.save(opened, np.stack(videos))
+                np.save(opened, np.stack([clip.video for clip in clips]))
         advance(len(ids))
         yield np.load(file)
 

@@ -26,7 +26,6 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
 from jvdit.box import FOLDER
-from jvdit.data.media.writer import encode_clip
 from jvdit.data.sheets import contact_sheet, write_png
 from jvdit.diffusion.reuse import Reuse, save_ratios
 from jvdit.diffusion.solvers import SOLVERS
@@ -87,6 +86,15 @@ _MASK = flags.DEFINE_string(
 _REFERENCES = flags.DEFINE_list(
     "references", [], "Pictures of what is to appear, with commas between (VACE)."
 )
+_SOUND = flags.DEFINE_boolean(
+    "sound", None, "Whether clips have sound (default: if the model makes some)."
+)
+_FROM_VIDEO = flags.DEFINE_string(
+    "from_video", None, "Video to make sound for; the clip keeps its picture."
+)
+_FROM_SOUND = flags.DEFINE_string(
+    "from_sound", None, "Sound to make a picture for; the clip keeps it."
+)
 _STEPS = _left(flags.DEFINE_integer, "steps", "Solver steps; fewer are faster")
 _SOLVER = _left(flags.DEFINE_string, "solver", f"Solver, one of {', '.join(SOLVERS)}")
 _SCALE = _left(
@@ -99,6 +107,15 @@ _SCALE_2 = flags.DEFINE_float(
     None,
     "Guidance scale of the expert for low noise, of models with two experts.",
 )
+_SOUND_SCALE = flags.DEFINE_float(
+    "sound_guidance_scale", None, "Guidance scale of the sound (default: the same)."
+)
+_SYNC = _left(
+    flags.DEFINE_float,
+    "sync_scale",
+    "How strongly the picture is guided to be in step with the sound; 1 is without",
+)
+_SOUND_SYNC = _left(flags.DEFINE_float, "sound_sync_scale", "The same of the sound")
 _INTERVAL = flags.DEFINE_list(
     "guidance_interval", ["0", "1"], "Noise levels between which to guide."
 )
@@ -185,6 +202,9 @@ def _common_fields() -> dict[str, Any]:
         "video": _VIDEO.value,
         "mask": _MASK.value,
         "references": tuple(_REFERENCES.value),
+        "sound": _SOUND.value,
+        "from_video": _FROM_VIDEO.value,
+        "from_sound": _FROM_SOUND.value,
     }
 
 
@@ -237,6 +257,7 @@ def sample(prompts: list[str]) -> Iterator[pathlib.Path]:
         raise ValueError('give a prompt, "…", or --prompts=FILE.')
     requests = read_requests(prompts, _common_fields())
     named = _STEPS, _SOLVER, _SCALE, _SCALE_2, _RESCALE, _DRAFT
+    named += _SOUND_SCALE, _SYNC, _SOUND_SYNC
     low, high = map(float, _INTERVAL.value)
     settings = Settings(
         guidance_interval=(low, high), **{flag.name: flag.value for flag in named}
@@ -258,6 +279,9 @@ def sample(prompts: list[str]) -> Iterator[pathlib.Path]:
     told = dataclasses.asdict(settings) | {"shift": generator.model.policy.shift}
     if not generator.model.boundary:
         told.pop("guidance_scale_2")
+    if not generator.model.has_sound:
+        for flag in (_SOUND_SCALE, _SYNC, _SOUND_SYNC):
+            told.pop(flag.name)
     files = _WORKDIR, _PRETRAINED, _DIT, _DIT_LOW, _LORA, _LORA_HIGH, _LORA_LOW, _REUSE
     told |= {flag.name: flag.value for flag in files if flag.value}
     shown = {}
@@ -266,11 +290,10 @@ def sample(prompts: list[str]) -> Iterator[pathlib.Path]:
             made = generator.clips(
                 requests, settings, rows=_ROWS.value, watch=watch, reuse=reuse
             )
-            for i, video in made:
+            for i, clip in made:
                 path = free_path(folder, clip_name(requests[i]), ".mp4")
-                metadata = {"jvdit": requests[i].settings | told}
-                encode_clip(path, video, requests[i].fps or 8.0, metadata=metadata)
-                shown[i] = video
+                clip.save(path, {"jvdit": requests[i].settings | told})
+                shown[i] = clip.video
                 watch.clips(len(shown))
                 yield path
     finally:

@@ -42,9 +42,12 @@ FRAMES = "tensor"
 # Scalars and vectors are small enough to copy everywhere.
 PARAMETERS: tuple[tuple[str, str], ...] = (
     (r".*/(bias|scale|gain|alpha|gamma|logit_scale)", "replicate"),
-    (r".*_attention/(query|key|value)/kernel|.*/mlp/fc_in/kernel", "columns"),
-    (r".*_attention/out/kernel|.*/mlp/fc_out/kernel", "rows"),
-    (r".*/(kernel|embedding|table|modulation|relative_bias)", "fsdp"),
+    (
+        r".*_attention/(query|key|value)(_sound)?/kernel|.*/mlp/fc_in/kernel",
+        "columns",
+    ),
+    (r".*_attention/out(_sound)?/kernel|.*/mlp/fc_out/kernel", "rows"),
+    (r".*/(kernel|embedding|table(_sound)?|modulation|relative_bias)", "fsdp"),
     (r".*/lora_(a|b)", "fsdp"),
 )
 # Where `fsdp` has fewer devices, parameters are divided over `context` too. With more,

@@ -33,6 +33,7 @@ def test_it_draws_what_it_is_told():
     """Clips of scenes that it never saw, judged by the oracle."""
     world = World("single", seed=1, frames=9, height=32, width=32)
     ids = np.arange(6)
-    videos = Generator.load()(world.captions(ids), steps=10, draft=False)
-    found = oracle.means(oracle.score(np.stack(videos), world.scenes(ids), world.fps))
+    clips = Generator.load()(world.captions(ids), steps=10, draft=False)
+    videos = np.stack([clip.video for clip in clips])
+    found = oracle.means(oracle.score(videos, world.scenes(ids), world.fps))
     assert min(found["color"], found["count"], found["size"]) > 0.6, found

@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from jvdit.data.media.reader import decode_clip, read_metadata
-from jvdit.data.media.writer import encode_clip
 from jvdit.diffusion.denoise import Guidance
 from jvdit.generation.generator import Generator
 from jvdit.generation.prompt_lines import read_requests
@@ -53,10 +52,10 @@ def test_from_the_command_line(workdir, generator, tmp_path):
     assert len([*out.iterdir()]) == 2 * len(before)
 
     again = {"steps": 2, "solver": "ddim"}
-    video = generator("One object!", seed=5, **again)
+    clip = generator("One object!", seed=5, **again)
     (same,) = generator([Request("One object!", seed=5)], **again)
-    np.testing.assert_array_equal(same, video)
-    encode_clip(tmp_path / "ours.mp4", video, 8.0)
+    np.testing.assert_array_equal(same.video, clip.video)
+    clip.save(tmp_path / "ours.mp4")
     ours, written, other = (
         decode_clip(str(file), frames=5, height=16, width=16, fps=8.0)["video"]
         for file in (tmp_path / "ours.mp4", out / found[5], out / films[1])
@@ -85,8 +84,9 @@ def test_clips_come_batch_by_batch_in_the_order_of_the_requests(generator):
     coming = generator.clips(
         requests, settings, rows=1, watch=lambda *x: seen.append(x)
     )
-    number, video = next(coming)
-    assert video.shape == (*sizes[number], 3) and video.dtype == np.uint8
+    number, clip = next(coming)
+    assert clip.video.shape == (*sizes[number], 3) and clip.video.dtype == np.uint8
+    assert clip.fps == 8 and clip.audio is None
     frames = sizes[number][0]
     assert seen[:2] == [("denoising", 1, 2), ("denoising", 2, 2)]
     assert seen[-1] == ("decoding", frames, frames)
@@ -100,8 +100,8 @@ def test_clips_come_batch_by_batch_in_the_order_of_the_requests(generator):
         generator("x", stepz=3)
     rest = dict(coming)
     assert sorted([number, *rest]) == [0, 1, 2]
-    videos = generator(requests, steps=2, solver="euler", guidance_scale=1.0)
-    assert [video.shape for video in videos] == [(*size, 3) for size in sizes]
+    clips = generator(requests, steps=2, solver="euler", guidance_scale=1.0)
+    assert [clip.video.shape for clip in clips] == [(*size, 3) for size in sizes]
 
 
 def test_a_model_completes_what_requests_and_settings_leave_open():

@@ -152,9 +152,7 @@ def test_kinds_see_one_another_unless_they_are_kept_apart(params, batch):
         def first(x):
             return jnp.abs(output(jnp.concatenate([x, rest]), cut)[0]).sum(-1)
 
-        return (
-            np.abs(np.asarray(jax.jit(jax.jacfwd(first))(latents))[:, 0]).sum(-1) > 0
-        )
+        return np.abs(np.asarray(jax.jit(jax.jacfwd(first))(latents))[:, 0]).sum(-1) > 0
 
     segment = np.asarray(batch["segment"][0])
     sound = np.arange(sum(KINDS)) >= KINDS[0]

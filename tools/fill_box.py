@@ -34,7 +34,7 @@ def main() -> None:
     save_bundle(FOLDER, model.with_params(rounded))
     settings = read_json(workdir / "config.json", "copy it anew")["config"]
     prompts = settings["sample"]["prompts"]
-    sheet = contact_sheet(Generator.load()(prompts), prompts)
+    sheet = contact_sheet([clip.video for clip in Generator.load()(prompts)], prompts)
     write_png(FOLDER / "samples.png", sheet)
     size = sum(x.stat().st_size for x in FOLDER.rglob("*") if x.is_file())
     print(f"{FOLDER}: {size / 1e6:.1f} MB")

@@ -17,6 +17,8 @@ from jvdit.data.patches import Size
 
 # Pixels in [-1, 1] [T H W 3] to normalised latents [f h w c].
 Encode = Callable[[Float[np.ndarray, "T H W 3"]], Float[np.ndarray, "f h w c"]]
+# Samples in [-1, 1] [a e] to normalised latents [n c].
+EncodeSound = Callable[[Float[np.ndarray, "a e"]], Float[np.ndarray, "n c"]]
 
 
 class Known(NamedTuple):
@@ -29,6 +31,7 @@ class Known(NamedTuple):
         control: the signal for control blocks.
         image: states of an image encoder.
         lead: latent frames that come before the clip, and are cut off at the end.
+        sound: latents of the sound, which are clean.
     """
 
     latents: Float[np.ndarray, "f h w c"] | None = None
@@ -37,6 +40,7 @@ class Known(NamedTuple):
     control: Float[np.ndarray, "f h w v"] | None = None
     image: Float[np.ndarray, "i z"] | None = None
     lead: int = 0
+    sound: Float[np.ndarray, "n e"] | None = None
 
 
 @runtime_checkable
@@ -61,6 +65,10 @@ class Asked(Protocol):
         """`references` `[H W 3]`."""
         ...
 
+    def waveform(self, rate: int, channels: int) -> np.ndarray | None:
+        """`from_sound` `[a e]`, as long as the clip."""
+        ...
+
 
 class Place(NamedTuple):
     """Where what is known lies.
@@ -70,12 +78,16 @@ class Place(NamedTuple):
         encode: pixels to normalised latents.
         temporal_compression: pixel frames of a latent frame after the first.
         spatial_compression: pixels of a latent, along a side.
+        encode_sound: samples to normalised latents, of a model that has sound.
+        sound: its samples per second, and its channels.
     """
 
     frames: int
     encode: Encode
     temporal_compression: int
     spatial_compression: int
+    encode_sound: EncodeSound | None = None
+    sound: tuple[int, int] = (0, 0)
 
 
 class Condition(NamedTuple):
@@ -213,6 +225,23 @@ def _control(request: Asked, place: Place) -> Known:
     return Known(control=control, lead=len(references))
 
 
+def _whole(request: Asked, place: Place) -> Known:
+    """All of the picture, to which sound is made."""
+    video = request.clip("from_video")
+    if video is None:
+        return Known()
+    latents = place.encode(to_pixels(video))
+    return Known(latents=latents, clean=np.ones(latents.shape[:3], bool))
+
+
+def _waveform(request: Asked, place: Place) -> Known:
+    """All of the sound, to which a picture is made."""
+    audio = request.waveform(*place.sound)
+    if audio is None or place.encode_sound is None:
+        return Known()
+    return Known(sound=place.encode_sound(audio))
+
+
 _BOTH = ("image", "last_image")
 CONDITIONS = {
     # Clean tokens: our own models, and Wan 2.2 TI2V.
@@ -221,6 +250,9 @@ CONDITIONS = {
     "end_channels": Condition(_channels, _BOTH, needs=("image",)),
     "first_channels": Condition(_channels, ("image",), needs=("image",)),
     "both_channels": Condition(_channels, _BOTH, needs=_BOTH),
+    # One kind clean, see `pairings.PAIRINGS`.
+    "picture_to_sound": Condition(_whole, ("from_video",)),
+    "sound_to_picture": Condition(_waveform, ("from_sound",)),
     # A signal for control blocks: VACE.
     "control": Condition(_control, ("video", "mask", "references")),
 }

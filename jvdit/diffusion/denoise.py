@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jvdit.diffusion.noise_path import NoisePath
-from jvdit.shapes import Text, Tokens
+from jvdit.shapes import Text, Tokens, apart
 
 # model(tokens, t, text) -> velocity, noise or x0 of every token: `NoisePath.target`.
 Model = Callable[[Tokens, Float[Array, "b g"], Text], Float[Array, "b n c"]]
@@ -36,27 +36,39 @@ def denoise(
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance (arXiv:2207.12598).
+    """Classifier-free guidance (arXiv:2207.12598), of each kind by its own scales.
 
     Attributes:
-        scale: 1 turns guidance off, with one network evaluation a step; larger values
-            extrapolate away from the null text, with two.
+        scale: 1 turns guidance by the text off, with one network evaluation a step;
+            larger values extrapolate away from the null text, with two.
         interval: guide only while t is between these two (arXiv:2404.07724).
         rescale: 0 to 1, how far to bring the standard deviation of each clip's
             predicted x0 back to what it is without guidance (arXiv:2305.08891, 3.4).
+        sound_scale: `scale` of sounds; None: the same.
+        sync: scales of pictures and of sounds for being in step: 1 turns it off; larger
+            values extrapolate away from what either kind would be without the other,
+            with one more evaluation.
 
     Raises:
-        ValueError: the scale is negative, or the interval or rescale leave [0, 1].
+        ValueError: a scale is negative, or the interval or rescale leave [0, 1].
     """
 
     scale: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
     rescale: float = 0.0
+    sound_scale: float | None = None
+    sync: tuple[float, float] = (1.0, 1.0)
 
     def __post_init__(self):
         low, high = self.interval
-        if self.scale < 0:
-            raise ValueError(f"`guidance_scale` (={self.scale}) must not be negative.")
+        for name, scale in (
+            ("guidance_scale", self.scale),
+            ("sound_guidance_scale", self.sound_scale or 0.0),
+            ("sync_scale", self.sync[0]),
+            ("sound_sync_scale", self.sync[1]),
+        ):
+            if scale < 0:
+                raise ValueError(f"`{name}` (={scale}) must not be negative.")
         if not 0 <= low <= high <= 1:
             raise ValueError(
                 f"guidance `interval` (={low}, {high}) must lie in order inside [0, 1]."
@@ -66,42 +78,64 @@ class Guidance:
                 f"guidance `rescale` (={self.rescale}) must lie inside [0, 1]."
             )
 
+    @property
+    def text(self) -> tuple[float, float]:
+        """Scales for the text, of pictures and of sounds."""
+        return self.scale, self.scale if self.sound_scale is None else self.sound_scale
+
+    def evaluations(self, kinds: int = 1) -> int:
+        """How many times as many rows the network is given, for so many kinds."""
+        by_text = any(scale != 1 for scale in self.text[:kinds])
+        return 1 + by_text + (kinds > 1 and self.sync != (1.0, 1.0))
+
 
 def guided(
     model: Model, text: Text, null_text: Text, path: NoisePath, guidance: Guidance
 ) -> Denoiser:
     """Builds a denoiser with classifier-free guidance.
 
-    One evaluation of twice the rows predicts both velocities.
+    One evaluation of two or three times the rows predicts all velocities.
 
     Args:
         model: the network.
         text: text states of the prompts.
         null_text: text states of the empty or negative prompts.
         path: the noise path that the network was trained on.
-        guidance: scale, interval and rescale.
+        guidance: scales, interval and rescale.
     """
-    if guidance.scale == 1.0:
-        return lambda tokens, t: denoise(model, tokens, t, text, path)
-    both_texts = _rows(text, null_text)
 
     def denoiser(tokens: Tokens, t: Float[Array, "b g"]) -> Float[Array, "b n c"]:
-        both = denoise(
-            model, _rows(tokens, tokens), jnp.concatenate([t, t]), both_texts, path
-        )
-        with_text, without = jnp.split(both, 2)
+        kinds = len(tokens.kinds) or 1
+        by_text = any(scale != 1 for scale in guidance.text[:kinds])
+        in_step = kinds > 1 and guidance.sync != (1.0, 1.0)
+        if not (by_text or in_step):
+            return denoise(model, tokens, t, text, path)
+        passes = [(tokens, text)] + [(tokens, null_text)] * by_text
+        if in_step:
+            nobody = jnp.zeros((len(t), t.shape[1] // kinds - 1), bool)
+            passes = [apart(*each, nobody) for each in passes]
+            passes.append(apart(tokens, text))
+        rows = jax.tree.map(lambda *x: jnp.concatenate(x), *passes)
+        times = jnp.concatenate([t] * len(passes))
+        made = jnp.split(denoise(model, rows[0], times, rows[1], path), len(passes))
         low, high = guidance.interval
-        scale = jnp.where((t >= low) & (t <= high), guidance.scale, 1.0)
-        velocity = without + tokens.per_token(scale) * (with_text - without)
+
+        def spread(scales: tuple[float, float]) -> Array:
+            """The scale of each token, in the interval."""
+            each = t.shape[1] // kinds
+            scale = jnp.asarray(scales[:kinds]).repeat(each)[None]
+            return tokens.per_token(jnp.where((t >= low) & (t <= high), scale, 1.0))
+
+        with_text = velocity = made[0]
+        if by_text:
+            velocity = made[1] + spread(guidance.text) * (with_text - made[1])
+        if in_step:
+            velocity += (spread(guidance.sync) - 1) * (with_text - made[-1])
         if guidance.rescale == 0:
             return velocity
         return _rescaled(velocity, with_text, tokens, t, path, guidance.rescale)
 
     return denoiser
-
-
-def _rows(first, second):
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, second)
 
 
 def _rescaled(velocity, with_text, tokens, t, path, rescale):

@@ -9,39 +9,44 @@ trained on images beside clips, or from a separate model trained on images alone
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
-
 from jvdit.generation.request import Request
+from jvdit.generation.results import GeneratedClip
 
 _OTHER_NOISE = 1 << 31  # XORed into a clip's seed to get the seed of its draft
 # Generates clips for requests and yields (index of the request, clip).
-Clips = Callable[[Sequence[Request]], Iterator[tuple[int, np.ndarray]]]
+Clips = Callable[[Sequence[Request]], Iterator[tuple[int, GeneratedClip]]]
 
 
 def drafted(
     requests: Sequence[Request], rows: int, paint: Clips, animate: Clips
-) -> Iterator[tuple[int, np.ndarray]]:
+) -> Iterator[tuple[int, GeneratedClip]]:
     """Generates clips in two passes: the first frame, then the clip that it begins.
 
     Args:
-        requests: complete requests. Those for a single image, or with a first frame of
-            their own, skip the first pass.
+        requests: complete requests. Those for a single image, or whose first frame is
+            given, skip the first pass.
         rows: how many requests go through both passes together before the next group.
         paint: generates the images of the first pass.
         animate: generates the clips of the second pass.
 
     Yields:
-        The index of a request, and its clip, uint8 `[T H W 3]`.
+        The index of a request, and its clip.
     """
     for start in range(0, len(requests), rows):
         begun = list(requests[start : start + rows])
-        wanted = [i for i, x in enumerate(begun) if x.image is None and x.frames != 1]
+        wanted = [i for i, x in enumerate(begun) if _is_open(x)]
         drafts = [
-            dataclasses.replace(begun[i], frames=1, seed=begun[i].seed ^ _OTHER_NOISE)
-            for i in wanted
+            dataclasses.replace(x, frames=1, sound=False, seed=x.seed ^ _OTHER_NOISE)
+            for x in (begun[i] for i in wanted)
         ]
-        for i, video in paint(drafts):
+        for i, clip in paint(drafts):
             place = wanted[i]
-            begun[place] = dataclasses.replace(begun[place], image=video[0])
-        for i, video in animate(begun):
-            yield start + i, video
+            begun[place] = dataclasses.replace(begun[place], image=clip.video[0])
+        for i, clip in animate(begun):
+            yield start + i, clip
+
+
+def _is_open(request: Request) -> bool:
+    """Whether nothing says yet what a clip begins with."""
+    given = request.image, request.from_video
+    return request.frames != 1 and all(x is None for x in given)

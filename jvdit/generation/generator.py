@@ -18,10 +18,12 @@ from jvdit.data.patches import Size
 from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.reuse import Reuse
 from jvdit.diffusion.solvers import check_solver
+from jvdit.generation.codec import Codec
 from jvdit.generation.draft import drafted
 from jvdit.generation.inputs import Inputs
 from jvdit.generation.request import Request, complete
 from jvdit.generation.residence import Residence, fits_together
+from jvdit.generation.results import GeneratedClip, Latents
 from jvdit.generation.sampling import (
     Chunk,
     OnStep,
@@ -34,11 +36,7 @@ from jvdit.generation.sampling import (
 )
 from jvdit.generation.settings import NAMES, Settings
 from jvdit.machine.cluster import to_host
-from jvdit.machine.compilation import jit
-from jvdit.models.video_vae import to_uint8
-from jvdit.models.video_vae_chunked import decode_normalized, encode_normalized
 from jvdit.sharding import (
-    autoencoder_mesh,
     make_mesh,
     parameter_shardings,
     rows_sharding,
@@ -127,7 +125,7 @@ class Generator:
                 such prompt gets the seed after the one before it.
 
         Returns:
-            A clip, uint8 `[T H W 3]`; for several prompts a list of clips, in order.
+            A `GeneratedClip`; for several prompts a list of them, in order.
 
         Raises:
             ValueError: the model can't generate this size, or a setting is out of
@@ -159,7 +157,7 @@ class Generator:
         rows: int = ROWS,
         watch: Watch | None = None,
         reuse: Reuse | None = None,
-    ) -> Iterator[tuple[int, np.ndarray]]:
+    ) -> Iterator[tuple[int, GeneratedClip]]:
         """Generates clips and yields each as soon as it is decoded.
 
         Args:
@@ -173,7 +171,7 @@ class Generator:
                 faster, but not quite the same clip.
 
         Yields:
-            The index of a request, and its clip, uint8 `[T H W 3]`.
+            The index of a request, and its clip.
 
         Raises:
             ValueError: the model can't generate a size, or a setting is out of range;
@@ -202,11 +200,18 @@ class Generator:
             **options,
         )
         for latents in parts:
-            yield from self._decoded(latents, watch)
+            yield from self._decoded(latents, requests, watch)
 
     def complete(self, request: Request) -> Request:
         """Fills the fields that a request leaves open with the model's defaults."""
-        return complete(request, self.model.defaults, self.unit)
+        period = self.model.vae.temporal_compression
+        found = complete(request, self.model.defaults, self.unit, period)
+        if found.sound is None:
+            asked = found.from_video is not None or found.from_sound is not None
+            # A picture has no sound.
+            heard = self.model.has_sound and (found.frames != 1 or asked)
+            found = dataclasses.replace(found, sound=heard or asked)
+        return found
 
     @property
     def unit(self) -> int:
@@ -239,19 +244,25 @@ class Generator:
         if not (request.fps or 0) > 0:
             raise ValueError(f"`fps` (={request.fps}) must be positive; try 8.")
         self.model.check_given(request.given)
+        if request.sound:
+            self.model.audio_vae  # noqa: B018 - raises if there is none
+        elif request.from_video is not None or request.from_sound is not None:
+            raise ValueError(
+                "`from_video` and `from_sound` are about sound, and `sound` is False."
+            )
         return size
 
     def latents(self, requests: Sequence[Request], **options: Any) -> list[np.ndarray]:
-        """Generates the normalised latents `[f h w c]` of each request, in order.
+        """Generates the normalised latents `[f h w c]` of each picture, in order.
 
         Args:
             requests: clips of any sizes.
             **options: further arguments of `solve`, such as `steps` and `guidance`.
         """
-        found: dict[int, np.ndarray] = {}
+        found: dict[int, Latents] = {}
         for part in self.solve(requests, **options):
             found |= part
-        return [found[i] for i in range(len(requests))]
+        return [found[i].picture for i in range(len(requests))]
 
     def solve(
         self,
@@ -265,7 +276,7 @@ class Generator:
         on_step: OnStep | None = None,
         noise: Sequence[Float[np.ndarray, "f h w c"]] | None = None,
         reuse: Reuse | None = None,
-    ) -> Iterator[dict[int, np.ndarray]]:
+    ) -> Iterator[dict[int, Latents]]:
         """Denoises requests from t = 1 to t = 0, batch by batch.
 
         Args:
@@ -279,13 +290,13 @@ class Generator:
                 memory.
             on_step: called after each step with the steps done in this batch, the
                 steps in all, and the batch's packed latents.
-            noise: the initial noise of each request; None: drawn from its seed.
+            noise: the initial noise of each silent request; None: drawn from its seed.
             reuse: lets some steps reuse the residual of the step before (MagCache):
                 faster, but not quite the same clip.
 
         Yields:
-            For each batch, the normalised latents `[f h w c]` of its requests, by the
-            index of the request.
+            For each batch, the normalised latents of its requests, by the index of the
+            request.
 
         Raises:
             ValueError: the model can't generate a size, or a setting is out of range;
@@ -304,6 +315,8 @@ class Generator:
             self._inputs.known(*pair) for pair in zip(requests, sizes, strict=True)
         ]
         sizes = [(f + g.lead, h, w) for (f, h, w), g in zip(sizes, given, strict=True)]
+        sounds = [self._inputs.sounds(request) for request in requests]
+        channels = (model.vae.latent_channels, model.dit.sound_channels)
         guidances = {"dit": guidance, "dit_low": low_guidance or guidance}
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         if all(each.scale != 1 for each in guidances.values()) and ways % 2 == 0:
@@ -315,81 +328,87 @@ class Generator:
             ways,
             self.mesh.shape["context"],
             model.text_length,
+            channels=max(model.dit.in_channels, channels[1]),
         )
-
-        def solved(batch: Chunk) -> np.ndarray:
-            """Denoises a batch to t = 0, one expert after the other."""
-            start = Start(model.path, model.policy, steps, solver, bool(noise))
-            start = start._replace(one_clip=batch.one_clip, given=batch.given)
-            places, running = rows_sharding(self.mesh, len(batch.seeds)), None
-            for name, span in self._spans(steps).items():
-                with jax.set_mesh(self.mesh):
-                    variables = self._variables(name)
-                    if running is None:
-                        arrays = jax.device_put((batch.arrays, batch.seeds), places)
-                        running = start_noise(start, *arrays)
-                    running = self.stepper(
-                        variables,
-                        running,
-                        texts_of(batch, model.pad_text, places),
-                        solver=solver,
-                        guidance=guidances[name],
-                        span=span,
-                        on_step=on_step,
-                        skips=reuse and reuse.skips(steps, span[0]),
-                    )
-                    # This also waits: the next network needs the memory of this one.
-                    latents = to_host(running.solution.tokens.latents)
-                    del variables
-            return latents
-
         for batch in batches:
-            found = unpacked(batch, solved(batch), sizes, model.patch_size)
-            yield {i: x[given[i].lead :] for i, x in found.items()}
+            start = Start(model.path, model.policy, steps, solver, bool(noise))
+            latents = self._solved(
+                batch, start, guidances=guidances, on_step=on_step, reuse=reuse
+            )
+            found = unpacked(batch, latents, sizes, sounds, model.patch_size, channels)
+            yield {
+                i: x._replace(picture=x.picture[given[i].lead :])
+                for i, x in found.items()
+            }
 
-    def decode(
+    def _solved(
         self,
-        latents: Float[np.ndarray, "b f h w c"],
-        on_frames: Callable[[int, int], None] | None = None,
+        batch: Chunk,
+        start: Start,
+        *,
+        guidances: Mapping[str, Guidance],
+        on_step: OnStep | None,
+        reuse: Reuse | None,
     ) -> np.ndarray:
-        """Decodes normalised latents to pixels, uint8 `[b T H W 3]`.
-
-        Decodes a few latent frames at a time, so memory doesn't grow with the length.
-
-        Args:
-            latents: normalised latents of clips of one size.
-            on_frames: progress callback, called with the frames decoded and in all.
-        """
-        vae = self.model.vae
-        total, frames = vae.video_shape(*latents.shape[1:4])[0], []
-        with jax.set_mesh(autoencoder_mesh(self.mesh, *latents.shape[2:4])):
-            for video in decode_normalized(vae, self.residence["vae"], latents):
-                frames.append(to_host(_bytes(video)))
-                if on_frames is not None:
-                    on_frames(sum(x.shape[1] for x in frames), total)
-        return np.concatenate(frames, axis=1)
-
-    def encode(
-        self, video: Float[np.ndarray, "T H W 3"]
-    ) -> Float[np.ndarray, "f h w c"]:
-        """Encodes pixels in [-1, 1] to normalised latents, the posterior's mean."""
-        vae = self.model.vae
-        _, *latent = vae.latent_shape(*video.shape[:3])
-        with jax.set_mesh(autoencoder_mesh(self.mesh, *latent)):
-            return encode_normalized(vae, self.residence["vae"], video)
+        """Denoises a batch to t = 0, one expert after the other."""
+        start = start._replace(
+            one_clip=batch.one_clip, given=batch.given, kinds=batch.kinds
+        )
+        places, running = rows_sharding(self.mesh, len(batch.seeds)), None
+        for name, span in self._spans(start.steps).items():
+            with jax.set_mesh(self.mesh):
+                variables = self._variables(name)
+                if running is None:
+                    arrays = jax.device_put((batch.arrays, batch.seeds), places)
+                    running = start_noise(start, *arrays)
+                running = self.stepper(
+                    variables,
+                    running,
+                    texts_of(batch, self.model.pad_text, places),
+                    solver=start.solver,
+                    guidance=guidances[name],
+                    span=span,
+                    on_step=on_step,
+                    skips=reuse and reuse.skips(start.steps, span[0]),
+                )
+                # This also waits: the next network needs the memory of this one.
+                latents = to_host(running.solution.tokens.latents)
+                del variables
+        return latents
 
     # Implementation
 
     def _decoded(
-        self, latents: Mapping[int, np.ndarray], watch: Watch
-    ) -> Iterator[tuple[int, np.ndarray]]:
-        """Decodes the clips of a batch; those of one size are decoded together."""
-        shapes = {i: x.shape for i, x in latents.items()}
+        self, latents: Mapping[int, Latents], requests: Sequence[Request], watch: Watch
+    ) -> Iterator[tuple[int, GeneratedClip]]:
+        """Decodes the clips of a batch; pictures of one size are decoded together."""
+        shapes = {i: x.picture.shape for i, x in latents.items()}
         for shape in dict.fromkeys(shapes.values()):
             alike = [i for i, other in shapes.items() if other == shape]
-            stack = np.stack([latents[i] for i in alike])
-            videos = self.decode(stack, lambda *counts: watch("decoding", *counts))
-            yield from zip(alike, videos, strict=True)
+            stack = np.stack([latents[i].picture for i in alike])
+            told = lambda *counts: watch("decoding", *counts)  # noqa: E731
+            for i, video in zip(alike, self.codec.decode(stack, told), strict=True):
+                yield i, self._clip(requests[i], video, latents[i].sound)
+
+    def _clip(
+        self, request: Request, video: np.ndarray, sound: np.ndarray | None
+    ) -> GeneratedClip:
+        """A clip of its picture and its latent sound; what was given stays as it is."""
+        footage = request.clip("from_video")
+        clip = GeneratedClip(video if footage is None else footage, request.fps or 8.0)
+        if sound is None:
+            return clip
+        vae = self.model.audio_vae
+        audio = request.waveform(vae.sample_rate, vae.channels)
+        if audio is None:
+            samples = request.samples(vae.sample_rate)
+            audio = self.codec.decode_sound(sound, samples)
+        return clip._replace(audio=audio, audio_rate=vae.sample_rate)
+
+    @property
+    def codec(self) -> Codec:
+        """The autoencoders."""
+        return Codec(self.model, self.residence, self.mesh)
 
     def _variables(self, name: str) -> dict[str, Any]:
         """The parameters of an expert, and its adapters if it has any."""
@@ -431,7 +450,4 @@ class Generator:
 
     @cached_property
     def _inputs(self) -> Inputs:
-        return Inputs(self.model, self.residence, self.mesh, self.encode)
-
-
-_bytes = jit(to_uint8)
+        return Inputs(self.model, self.residence, self.mesh, self.codec)

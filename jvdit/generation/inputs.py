@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jvdit.data.conditions import Encode, Known, Place, known
-from jvdit.data.items import Item, item_of
+from jvdit.data.conditions import Known, Place, known
+from jvdit.data.items import Item, item_of, with_sound
 from jvdit.data.patches import Size
+from jvdit.generation.codec import Codec
 from jvdit.generation.request import Request, for_encoder
 from jvdit.generation.residence import Residence
 from jvdit.machine.cluster import to_host
@@ -32,13 +33,13 @@ class Inputs:
         model: the model.
         params: parameters by network name, on the mesh.
         mesh: the device mesh.
-        encode: encodes pixels to normalised latents with the model's autoencoder.
+        codec: the model's autoencoders.
     """
 
     model: Bundle
     params: Residence
     mesh: Mesh
-    encode: Encode
+    codec: Codec
 
     def known(self, request: Request, size: Size) -> Known:
         """Encodes what a request gives besides its prompt: images, video, mask.
@@ -49,7 +50,10 @@ class Inputs:
         """
         vae = self.model.vae
         compression = vae.temporal_compression, vae.spatial_compression
-        place = Place(size[0], self.encode, *compression)
+        place = Place(size[0], self.codec.encode, *compression)
+        if self.model.has_sound:
+            heard = self.model.audio_vae.sample_rate, self.model.audio_vae.channels
+            place = place._replace(encode_sound=self.codec.encode_sound, sound=heard)
         found = known(self.model.conditions, request, place)
         encoder = self.model.image_encoder
         if encoder is None:
@@ -75,7 +79,7 @@ class Inputs:
             sizes: latent frames, height and width of each; the frames include given
                 tokens that stand before the clip, such as reference images.
             given: the conditions of each, from `known`.
-            noise: the initial noise of each; None: drawn later, from the seeds.
+            noise: the initial noise of each picture; None: drawn later, from the seeds.
 
         Returns:
             The items of the requests with their prompts, and the same items with their
@@ -95,12 +99,30 @@ class Inputs:
                 known=given[i],
                 text_embeds=states[request.prompt],
             )
-            found.append(item)
+            found.append(self._with_sound(item, request, given[i]))
         nulls = [
             dataclasses.replace(item, text_embeds=states[text])
             for item, text in zip(found, negative, strict=True)
         ]
         return found, nulls
+
+    def _with_sound(self, item: Item, request: Request, given: Known) -> Item:
+        """Adds the tokens of its sound to a request that has some."""
+        count = self.sounds(request)
+        if not count:
+            return item
+        vae, latents = self.model.audio_vae, given.sound
+        if latents is None:
+            latents = np.zeros((count, vae.latent_channels), np.float32)
+        known = given.sound is not None
+        return with_sound(item, latents, vae.latent_rate, given=known)
+
+    def sounds(self, request: Request) -> int:
+        """Latents of the sound of a complete request; 0: it is silent."""
+        if not request.sound:
+            return 0
+        vae = self.model.audio_vae
+        return vae.length(request.samples(vae.sample_rate))
 
     def _text_states(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """Encodes prompts, each distinct one once."""

@@ -12,17 +12,21 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from jvdit.data.clips import SIZE
-from jvdit.data.media.reader import decode_clip
+from jvdit.data.media.audio import read_sound
+from jvdit.data.media.reader import decode_clip, probe
+from jvdit.data.sounds import in_channels
 
 # A file path, or pixels: uint8 [H W 3], or [T H W 3] for a video.
 Pictures = str | os.PathLike[str] | np.ndarray
 
+_COARSE = 8000  # Hz at which the length of a sound is measured
+LENIENT = 0.05  # seconds by which a given sound and its clip may differ
 _SMOOTH = Image.Resampling.LANCZOS
 # Mean and standard deviation of each colour channel in [0, 1] that CLIP was trained on.
 _CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 _CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
-PICTURES = ("image", "last_image", "video", "mask")
+PICTURES = ("image", "last_image", "video", "mask", "from_video", "from_sound")
 # Defaults for the fields that neither the request nor its model sets.
 _SUITS = {"negative_prompt": "", "frames": 17, "height": 64, "width": 64, "fps": 8.0}
 
@@ -48,6 +52,10 @@ class Request:
             extend where `mask` is black.
         mask: white where to generate, black where `video` is kept; None: all white.
         references: images of what is to appear in the clip.
+        sound: whether the clip has sound; None: if its model can make some.
+        from_video: footage to make sound for; the clip keeps its picture.
+        from_sound: a sound file, or float32 [a e] at the model's rate in [-1, 1], to
+            make a picture for; the clip keeps its sound, and lasts as long.
     """
 
     prompt: str
@@ -62,6 +70,9 @@ class Request:
     video: Pictures | None = None
     mask: Pictures | None = None
     references: tuple[Pictures, ...] = ()
+    sound: bool | None = None
+    from_video: Pictures | None = None
+    from_sound: Pictures | None = None
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -99,16 +110,51 @@ class Request:
         """The given first and last frames as uint8 `[H W 3]`, at the clip's size."""
         return [self.fitted(x) for x in self.pictures]
 
+    def samples(self, rate: int) -> int:
+        """Samples of a sound as long as the clip, at `rate` Hz."""
+        return round(self.size[0] / (self.fps or 1.0) * rate)
+
+    def waveform(self, rate: int, channels: int) -> np.ndarray | None:
+        """Reads `from_sound` as float32 `[a e]`, as long as the clip.
+
+        Args:
+            rate: samples per second.
+            channels: 1: mixed down; 2: one channel is repeated.
+
+        Returns:
+            The samples; None if the request has no such field.
+
+        Raises:
+            ValueError: there is no sound in it, or it lasts longer or shorter.
+            FileNotFoundError: the file doesn't exist.
+        """
+        if self.from_sound is None:
+            return None
+        audio, wanted = self.from_sound, self.samples(rate)
+        if not isinstance(audio, np.ndarray):
+            audio = read_sound(audio, rate)
+        if audio.ndim != 2 or audio.shape[1] not in (1, 2):
+            raise ValueError(
+                f"`from_sound` is {list(audio.shape)}; give [a e] with 1 or 2 channels."
+            )
+        if abs(len(audio) - wanted) > LENIENT * rate:
+            raise ValueError(
+                f"`from_sound` lasts {len(audio) / rate:.2f} s and the clip "
+                f"{wanted / rate:.2f} s: leave `frames` out, or cut the sound."
+            )
+        audio = in_channels(audio, channels).astype(np.float32)[:wanted]
+        return np.pad(audio, ((0, wanted - len(audio)), (0, 0)))
+
     def fitted(self, picture: np.ndarray) -> np.ndarray:
         """Resizes an image to cover the clip's size, and center-crops it."""
         fits = picture.shape[:2] == self.size[1:]
         return picture if fits else self._resized(picture, ImageOps.fit)
 
     def clip(self, name: str) -> np.ndarray | None:
-        """Reads `video` or `mask` as uint8 `[T H W 3]`, at the size of the clip.
+        """Reads a field of footage as uint8 `[T H W 3]`, at the size of the clip.
 
         Args:
-            name: "video" or "mask".
+            name: "video", "mask" or "from_video".
 
         Returns:
             The pixels; None if the request has no such field.
@@ -129,10 +175,8 @@ class Request:
                     f"give at least as many, or ask for {len(source)}."
                 )
             return np.stack([self.fitted(x) for x in source[:frames]])
-        if not pathlib.Path(source).exists():
-            raise FileNotFoundError(f"`{name}` (={source}) doesn't exist.")
         size = dict(zip(SIZE, self.size, strict=True))
-        return decode_clip(os.fspath(source), fps=self.fps, **size)["video"]
+        return decode_clip(_existing(source, name), fps=self.fps, **size)["video"]
 
     def reference_pictures(self) -> list[np.ndarray]:
         """The reference images as uint8 `[H W 3]`, padded with white to the clip."""
@@ -147,21 +191,59 @@ class Request:
         return np.asarray(way(image, (width, height), _SMOOTH, **options))
 
 
-def complete(request: Request, defaults: Mapping[str, Any], unit: int) -> Request:
+def complete(
+    request: Request, defaults: Mapping[str, Any], unit: int, period: int = 1
+) -> Request:
     """Fills the fields that a request leaves open.
+
+    A clip for given footage or sound lasts as long as that.
 
     Args:
         request: the request.
         defaults: the model's own defaults, by field name.
         unit: height and width are multiples of this, in pixels.
+        period: frames are 1 plus a multiple of this.
     """
     suits = _SUITS | {k: v for k, v in defaults.items() if k in _SUITS}
     open_fields = [name for name in _SUITS if getattr(request, name) is None]
     fields = {name: suits[name] for name in open_fields}
-    if request.image is not None and {"height", "width"} <= set(open_fields):
-        picture, pixels = request.pictures[0], suits["height"] * suits["width"]
-        fields["height"], fields["width"] = size_like(picture, pixels, unit)
+    fps = fields.get("fps", request.fps)
+    if "frames" in fields and (lasts := _duration(request, fps)):
+        fields["frames"] = 1 + max(int(lasts * fps + 0.01) - 1, 0) // period * period
+    if {"height", "width"} <= set(open_fields) and (shape := _shape(request)):
+        pixels = suits["height"] * suits["width"]
+        fields["height"], fields["width"] = size_like(shape, pixels, unit)
     return dataclasses.replace(request, **fields)
+
+
+def _duration(request: Request, fps: float) -> float:
+    """Seconds of the footage or sound that is given; 0: none is, or it isn't known."""
+    video, sound = request.from_video, request.from_sound
+    if isinstance(video, np.ndarray):
+        return len(video) / fps
+    if video is not None:
+        return probe(_existing(video, "from_video"), scan=True).duration
+    if sound is None or isinstance(sound, np.ndarray):
+        return 0.0
+    return len(read_sound(sound, _COARSE)) / _COARSE
+
+
+def _shape(request: Request) -> tuple[int, int] | None:
+    """Height and width of the first picture that is given; None: there is none."""
+    video = request.from_video
+    if isinstance(video, np.ndarray):
+        return video.shape[1:3]
+    if video is not None:
+        info = probe(_existing(video, "from_video"))
+        return info.height, info.width
+    pictures = request.pictures
+    return pictures[0].shape[:2] if pictures else None
+
+
+def _existing(source: str | os.PathLike[str], name: str) -> str:
+    if not pathlib.Path(source).exists():
+        raise FileNotFoundError(f"`{name}` (={source}) doesn't exist.")
+    return os.fspath(source)
 
 
 def size_fields(
@@ -191,15 +273,15 @@ def size_fields(
     return fields | {name: value for name, value in given.items() if value is not None}
 
 
-def size_like(picture: np.ndarray, pixels: int, unit: int) -> tuple[int, int]:
+def size_like(shape: tuple[int, int], pixels: int, unit: int) -> tuple[int, int]:
     """Finds a height and width with an image's aspect ratio and a given area.
 
     Args:
-        picture: the image, uint8 `[H W 3]`.
+        shape: height and width of the image.
         pixels: largest height times width.
         unit: both are rounded down to multiples of this, and at least this.
     """
-    aspect = picture.shape[0] / picture.shape[1]
+    aspect = shape[0] / shape[1]
     height, width = (pixels * aspect) ** 0.5, (pixels / aspect) ** 0.5
     sides = [max(int(x + 1e-6) // unit, 1) * unit for x in (height, width)]
     return sides[0], sides[1]

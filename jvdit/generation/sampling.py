@@ -1,6 +1,6 @@
 """The sampling loop: packs requests into batches, draws noise, runs solver steps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
@@ -12,12 +12,13 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Key, PyTree
 
 from jvdit.data.items import Item
-from jvdit.data.packing import best_fit, pack_rows, unpack_rows
+from jvdit.data.packing import best_fit, pack_rows, unpack_rows, unpack_sounds
 from jvdit.data.patches import Size
 from jvdit.diffusion.denoise import Guidance, guided
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
 from jvdit.diffusion.reuse import COLLECTION, Memory
 from jvdit.diffusion.solvers import Solution, advance, begin, clip_noise
+from jvdit.generation.results import Latents
 from jvdit.machine.cluster import to_host
 from jvdit.machine.compilation import jit
 from jvdit.models.backbones import Backbone
@@ -25,6 +26,10 @@ from jvdit.shapes import Text, Tokens
 
 # on_step(steps done, steps in all, packed latents of the batch)
 OnStep = Callable[[int, int, np.ndarray], None]
+
+
+# XORed into a clip's seed to get those of its picture's and its sound's noise.
+_OTHER_NOISE = (0, 1 << 30)
 
 
 class Chunk(NamedTuple):
@@ -35,7 +40,8 @@ class Chunk(NamedTuple):
             this; those repeat the first one.
         arrays: the packed batch with the prompts, as `pack_rows` returns it.
         null: the same batch with the negative prompts.
-        seeds: noise seed for each noise level of each row, `[b g]`; 0 for level 0.
+        seeds: noise seed for each noise level of each row, `[b g]`; 0: it is clean.
+        kinds: how many tokens of a row are of each kind; (): all clips are silent.
         given: whether any request, of this batch or another, has given (clean) tokens.
             One value for all batches, so that they share one compilation.
     """
@@ -45,11 +51,12 @@ class Chunk(NamedTuple):
     null: dict[str, np.ndarray]
     seeds: np.ndarray
     given: bool
+    kinds: tuple[int, ...] = ()
 
     @property
     def one_clip(self) -> bool:
         """Whether every row is exactly one clip without padding."""
-        return bool((self.arrays["segment"] == 1).all())
+        return not self.kinds and bool((self.arrays["segment"] == 1).all())
 
 
 class Running(NamedTuple):
@@ -74,6 +81,7 @@ def batches_of(
     ways: int,
     among: int,
     text_length: int,
+    channels: int = 0,
 ) -> list[Chunk]:
     """Packs requests into rows, and rows into batches.
 
@@ -86,28 +94,36 @@ def batches_of(
         among: the tokens of a row are a multiple of this: the number of devices over
             which the `context` axis divides them.
         text_length: most text states of an item.
+        channels: width of a token, if some kinds are narrower than others.
     """
-    counts = [len(item.latents) for item in items]
+    counts = [len(item.latents) - item.sounds for item in items]
+    sounds = [item.sounds for item in items]
     given = any(item.is_given for item in items)
     batches = []
     for group in _groups(items):
         packing = [[group[i] for i in row] for row in _rows([counts[i] for i in group])]
-        budget = max(sum(counts[i] for i in row) for row in packing)
-        budget = -(-budget // among) * among
+        budget, sound_budget = (
+            -(-max(sum(x[i] for i in row) for row in packing) // among) * among
+            for x in (counts, sounds)
+        )
+        kinds = (budget, sound_budget) if sound_budget else ()
         clips = max(map(len, packing))
         size = max(-(-min(rows, len(packing)) // ways) * ways, ways)
         for start in range(0, len(packing), size):
             chunk = packing[start : start + size]
             filled = chunk + [chunk[0]] * (size - len(chunk))
-            sizes = budget, clips * text_length, clips
+            sizes = budget, clips * text_length, clips, sound_budget, channels
             arrays, null = (
                 pack_rows([[which[i] for i in row] for row in filled], *sizes)
                 for which in (items, nulls)
             )
-            places = np.zeros((size, clips + 1), np.uint32)
+            places = np.zeros((size, len(kinds) or 1, clips + 1), np.uint32)
             for r, row in enumerate(filled):
-                places[r, 1 : len(row) + 1] = [seeds[i] % (1 << 32) for i in row]
-            batches.append(Chunk(chunk, arrays, null, places, given))
+                for i, request in enumerate(row, 1):
+                    for kind, other in enumerate(_OTHER_NOISE[: len(kinds) or 1]):
+                        places[r, kind, i] = (seeds[request] ^ other) % (1 << 32)
+            places = places.reshape(size, -1)
+            batches.append(Chunk(chunk, arrays, null, places, given, kinds))
     return batches
 
 
@@ -118,7 +134,7 @@ def _groups(items: Sequence[Item]) -> list[list[int]]:
     """
     if items[0].image is None:
         return [[*range(len(items))]]
-    counts = [len(item.latents) for item in items]
+    counts = [item.spans for item in items]
     return [
         [i for i, other in enumerate(counts) if other == count]
         for count in dict.fromkeys(counts)
@@ -143,6 +159,7 @@ class Start(NamedTuple):
         noisy: the batch's latents already are the initial noise.
         one_clip: every row is exactly one clip without padding, so no mask is needed.
         given: some tokens may be given (clean).
+        kinds: how many tokens of a row are of each kind; (): all clips are silent.
     """
 
     path: NoisePath
@@ -152,6 +169,7 @@ class Start(NamedTuple):
     noisy: bool = False
     one_clip: bool = False
     given: bool = False
+    kinds: tuple[int, ...] = ()
 
 
 @partial(jit, static_argnames="start")
@@ -165,22 +183,44 @@ def start_noise(start: Start, arrays: dict[str, Array], seeds: Array) -> Running
         arrays: the packed batch, `Chunk.arrays`.
         seeds: noise seed for each noise level, `Chunk.seeds`.
     """
-    path, policy, steps, solver, noisy, one_clip, given = start
-    segment = arrays["segment"]
+    path, policy, steps, solver, noisy, one_clip, given, kinds = start
     keys = jax.vmap(jax.vmap(jax.random.key))(seeds)
-    counts = jax.nn.one_hot(segment, keys.shape[1]).sum(1)
-    times = policy.times(steps, jnp.maximum(counts, 1.0), path.timesteps)
-    times = times.at[:, :, 0].set(0.0)
-    tokens = Tokens.of(arrays, arrays["latents"], one_clip=one_clip, given=given)
+    how = {"one_clip": one_clip, "given": given, "kinds": kinds}
+    tokens = Tokens.of(arrays, arrays["latents"], **how)
+    times = _times(start, arrays)
     if tokens.level is None:
         times, keys = times[:, :, 1:], keys[:, 1:]
     if not noisy:
         noise = clip_noise(keys, tokens)
         if given:
-            drawn = (arrays["level"] > 0) | (segment == 0)
+            levels = arrays["valid"].shape[1] + 1  # of each kind; the first is clean
+            drawn = (arrays["level"] % levels > 0) | (arrays["segment"] == 0)
             noise = jnp.where(drawn[..., None], noise, tokens.latents)
         tokens = tokens.with_latents(noise)
     return Running(begin(tokens, times, solver), times, keys)
+
+
+def _times(start: Start, arrays: dict[str, Array]) -> Float[Array, "times b g"]:
+    """The timesteps of each noise level of each row.
+
+    The picture and the sound of a clip are at one time. Where one of them is given, the
+    other has the times of its own size.
+    """
+    clips, path = arrays["valid"].shape[1], start.path
+    kinds = start.kinds or (arrays["segment"].shape[1],)
+    ends = np.cumsum(kinds)[:-1].tolist()
+    parts, times = jnp.split(arrays["segment"], ends, axis=1), []
+    for segment in parts:
+        counts = jax.nn.one_hot(segment, clips + 1).sum(1)
+        found = start.policy.times(
+            start.steps, jnp.maximum(counts, 1.0), path.timesteps
+        )
+        times.append(found.at[:, :, 0].set(0.0))
+    if len(times) > 1:
+        level = jnp.split(arrays["level"], ends, axis=1)[0]
+        generated = jax.nn.one_hot(level, clips + 1).sum(1) > 0
+        times[1] = jnp.where(generated.at[:, 0].set(False)[None], *times)
+    return jnp.concatenate(times, axis=-1)
 
 
 def texts_of(batch: Chunk, padded: bool, places: NamedSharding) -> tuple[Text, Text]:
@@ -247,7 +287,8 @@ class Stepper:
         kept = None
         if skips is not None:
             rows, tokens = running.solution.tokens.latents.shape[:2]
-            rows *= 1 if settings["guidance"].scale == 1 else 2
+            kinds = len(running.solution.tokens.kinds) or 1
+            rows *= settings["guidance"].evaluations(kinds)
             residual = jnp.zeros((rows, tokens, self.dit.width), self.dit.dtype)
             kept = residual, jnp.ones(len(skips))
         settings |= {"count": count, "skips": skips}
@@ -311,9 +352,32 @@ class Stepper:
 
 
 def unpacked(
-    batch: Chunk, latents: np.ndarray, sizes: Sequence[Size], patch_size: Size
-) -> dict[int, np.ndarray]:
-    """Unpacks a batch's latents: `[f h w c]` for each request, by its index."""
+    batch: Chunk,
+    latents: np.ndarray,
+    sizes: Sequence[Size],
+    sounds: Sequence[int],
+    patch_size: Size,
+    channels: tuple[int, int],
+) -> dict[int, Latents]:
+    """Unpacks a batch's latents, for each request by its index.
+
+    Args:
+        batch: the batch.
+        latents: packed, denoised.
+        sizes: latent frames, height and width of each request.
+        sounds: latents of its sound; 0: it is silent.
+        patch_size: latent frames, height and width of a token.
+        channels: of a latent of a picture, and of a sound.
+    """
+    latents = latents[: len(batch.rows)]
+    order = [*chain(*batch.rows)]
     row_sizes = [[sizes[i] for i in row] for row in batch.rows]
-    rows = unpack_rows(latents[: len(batch.rows)], row_sizes, patch_size)
-    return dict(zip(chain(*batch.rows), chain(*rows), strict=True))
+    pictures = chain(*unpack_rows(latents, row_sizes, patch_size, channels[0]))
+    heard: Iterable[Any] = [None] * len(order)
+    if batch.kinds:
+        counts = [[sounds[i] for i in row] for row in batch.rows]
+        heard = chain(*unpack_sounds(latents, counts, batch.kinds[1], channels[1]))
+    return {
+        i: Latents(picture, sound if sounds[i] else None)
+        for i, picture, sound in zip(order, pictures, heard, strict=True)
+    }

@@ -13,6 +13,8 @@ _SUITS: Mapping[str, Any] = {
     "solver": "unipc",
     "guidance_scale": 4.0,
     "draft": False,
+    "sync_scale": 1.0,
+    "sound_sync_scale": 1.0,
 }
 
 
@@ -27,6 +29,10 @@ class Settings:
             twice as fast.
         guidance_scale_2: guidance scale of the low-noise expert, in a model with two.
         guidance_interval: guide only while t is between these two, in [0, 1].
+        sound_guidance_scale: guidance scale of the sound; None: that of the picture.
+        sync_scale: how strongly the picture is guided towards what is in step with the
+            sound; 1 turns it off, which saves a third of the time.
+        sound_sync_scale: the same of the sound.
         guidance_rescale: 0 to 1, how far to bring each clip's standard deviation back
             to what it is without guidance (arXiv:2305.08891, 3.4).
         draft: generate an image first, then a clip that has it as its first frame.
@@ -41,6 +47,9 @@ class Settings:
     guidance_scale_2: float | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guidance_rescale: float = 0.0
+    sound_guidance_scale: float | None = None
+    sync_scale: float | None = None
+    sound_sync_scale: float | None = None
     draft: bool | None = None
 
     def __post_init__(self):
@@ -79,7 +88,14 @@ class Settings:
 
     def _guidance(self, scale: float | None) -> Guidance:
         scale = 1.0 if scale is None else scale
-        return Guidance(scale, self.guidance_interval, self.guidance_rescale)
+        sync = self.sync_scale, self.sound_sync_scale
+        return Guidance(
+            scale,
+            self.guidance_interval,
+            self.guidance_rescale,
+            self.sound_guidance_scale,
+            (1.0 if sync[0] is None else sync[0], 1.0 if sync[1] is None else sync[1]),
+        )
 
 
 NAMES = tuple(field.name for field in dataclasses.fields(Settings))

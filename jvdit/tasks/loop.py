@@ -8,6 +8,7 @@ import collections
 import pathlib
 import time
 from functools import partial
+from typing import Any
 
 import jax
 import msgspec
@@ -104,8 +105,9 @@ class _Loop:
         # A resumed run has its own weights; the task has read frozen ones.
         self.given, folder = None, config.start_from
         if folder and not task.frozen and not was_saved(workdir / CHECKPOINTS):
+            expert = config.get("expert", "dit")
             self.given = finished_parameters(
-                folder, self.shapes.params, mesh, config.get("expert", "dit")
+                folder, self.shapes.params, mesh, expert, self._initial
             )
         places = parameter_shardings(task.frozen, mesh)
         self.frozen = jax.device_put(task.frozen, places)
@@ -135,6 +137,11 @@ class _Loop:
             return self._train()
         finally:
             self.checkpoints.close()
+
+    def _initial(self) -> Any:
+        """Initial parameters, on the host."""
+        blank = jax.tree.map(np.zeros_like, dict(self.task.example))
+        return jax.jit(self.task.objective.init)(self.key, blank)
 
     def _fresh(self) -> TrainState:
         """The state at step 0: random weights, or those of `start_from`."""

@@ -11,12 +11,12 @@ from jax.sharding import Mesh
 from jvdit.config import Config
 from jvdit.data.clips import SIZE
 from jvdit.data.media.reader import decode_clip
-from jvdit.data.media.writer import encode_clip
 from jvdit.data.world import World
 from jvdit.diffusion.solvers import check_solver
 from jvdit.evaluation import oracle
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request
+from jvdit.generation.results import GeneratedClip
 from jvdit.machine.cluster import is_lead
 from jvdit.training.metrics import Metrics
 from jvdit.weights.bundle import Bundle
@@ -74,9 +74,9 @@ class Samples:
         else:
             self._generator.load_params(params)
         if prompts:
-            videos = self._clips(prompts)
+            clips = self._clips(prompts)
             if is_lead():
-                self._write(videos, metrics, step, folder)
+                self._write(clips, metrics, step, folder)
         if scored:
             found = self._scores(np.arange(scored))
             metrics.scalars(step, {f"oracle/{name}": x for name, x in found.items()})
@@ -87,14 +87,14 @@ class Samples:
         size = {name: self.sample[name] for name in (*SIZE, "fps")}
         return [Request(prompt, seed=i, **size) for i, prompt in enumerate(prompts)]
 
-    def _clips(self, prompts: Sequence[str]) -> list[np.ndarray]:
+    def _clips(self, prompts: Sequence[str]) -> list[GeneratedClip]:
         """Generates clips of prompts as `config.sample` says, with seeds 0, 1, …."""
         assert self._generator is not None
         names = ("draft", "steps", "solver", "guidance_scale")
         settings = {name: self.sample[name] for name in names}
         return self._generator(self._requests(prompts), rows=self.rows, **settings)
 
-    def _write(self, videos: Any, metrics: Metrics, step: int, folder: pathlib.Path):
+    def _write(self, clips: Any, metrics: Metrics, step: int, folder: pathlib.Path):
         """Writes sample clips, and a contact sheet of them.
 
         If the run started from finished weights, the sheet shows the clip of those
@@ -105,13 +105,13 @@ class Samples:
             before = folder / f"step_{0:07d}_{i}.mp4"
             captions.append(prompt)
             if step and before.exists():
-                size = dict(zip(SIZE, videos[i].shape, strict=False))
+                size = dict(zip(SIZE, clips[i].video.shape, strict=False))
                 rows.append(decode_clip(str(before), fps=fps, **size)["video"])
                 captions.append(f"after {step} steps")
-            rows.append(videos[i])
+            rows.append(clips[i].video)
         metrics.sheet(step, "samples", folder, rows, captions)
-        for i, video in enumerate(videos):
-            encode_clip(folder / f"step_{step:07d}_{i}.mp4", video, fps)
+        for i, clip in enumerate(clips):
+            clip.save(folder / f"step_{step:07d}_{i}.mp4")
 
     def _world(self) -> World:
         sample = self.sample
@@ -120,5 +120,9 @@ class Samples:
     def _scores(self, ids: np.ndarray) -> dict[str, float]:
         """Mean oracle scores of clips for prompts of the world's val split."""
         world = self._world()
-        videos = np.stack(self._clips(world.captions(ids)))
-        return oracle.means(oracle.score(videos, world.scenes(ids), world.fps))
+        clips = self._clips(world.captions(ids))
+        videos, heard = np.stack([clip.video for clip in clips]), {}
+        sounds = [clip.audio.mean(1) for clip in clips if clip.audio is not None]
+        if sounds:
+            heard = {"audio": np.stack(sounds), "audio_rate": clips[0].audio_rate}
+        return oracle.means(oracle.score(videos, world.scenes(ids), world.fps, **heard))

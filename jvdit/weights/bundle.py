@@ -16,6 +16,7 @@ from jvdit.data.conditions import check_conditions, check_given
 from jvdit.data.tokenizer import Tokenizer
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
 from jvdit.machine.json_files import read_json, write_json
+from jvdit.models.audio_vae import AudioVAE
 from jvdit.models.backbones import MODELS, Backbone, name_of_backbone
 from jvdit.models.image_encoder import ImageEncoder
 from jvdit.models.text_encoder import TextEncoder
@@ -32,7 +33,7 @@ class Bundle:
         networks: networks by name: "dit", "text_encoder" and "vae", which holds the
             statistics of its latents. A model with two experts has "dit" for high noise
             and "dit_low" for t below `boundary`; one whose tokens attend to an image
-            has an "image_encoder".
+            has an "image_encoder", one with sound an "audio_vae".
         tokenizer: tokenizer of the prompts.
         path, policy: noise path and timesteps that the network was trained with.
         patch_size: latent frames, height and width of a token.
@@ -82,6 +83,25 @@ class Bundle:
         return self.networks["vae"].module
 
     @property
+    def audio_vae(self) -> AudioVAE:
+        """The audio autoencoder.
+
+        Raises:
+            ValueError: the model has no sound.
+        """
+        if not self.has_sound:
+            raise ValueError(
+                "this model has no sound; train one with `data.sound_budget`, or ask "
+                "for a clip without."
+            )
+        return self.networks["audio_vae"].module
+
+    @property
+    def has_sound(self) -> bool:
+        """Whether the model generates sound."""
+        return "audio_vae" in self.networks
+
+    @property
     def text_encoder(self) -> TextEncoder:
         """The text encoder."""
         return self.networks["text_encoder"].module
@@ -120,7 +140,6 @@ class Bundle:
 
 PICTURES = "pictures"  # subfolder with the model that generates the images of drafts
 _SETTINGS = "generator.json"
-_NETWORKS = ("dit", "vae")
 # What a training may write in the place of a whole model, and how to sample from it.
 _PARTS = {
     "pytorch_lora_weights.safetensors": "adapters; give their model, and --lora={0}",
@@ -194,8 +213,14 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
     text = CaptionEncoder.load(folder)
     networks = {"text_encoder": text.network}
     modules = {"dit": MODELS[settings.backbone].module, "vae": VideoVAE}
-    for name in _NETWORKS:
-        networks[name] = load_network(folder / name, modules[name])
+    if (folder / "audio_vae").is_dir():
+        modules["audio_vae"] = AudioVAE
+    for name, module in modules.items():
+        networks[name] = load_network(folder / name, module)
+    if bool(networks["dit"].module.sound_channels) != ("audio_vae" in networks):
+        raise FileNotFoundError(
+            f"{folder} must hold dit/ and audio_vae/ that belong together: {remedy}."
+        )
     pictures = folder / PICTURES
     return Bundle(
         networks={name: _full(network) for name, network in networks.items()},
@@ -217,7 +242,7 @@ def sources_of(folder: str | os.PathLike[str]) -> tuple[str, ...]:
 def save_bundle(folder: str | os.PathLike[str], model: Bundle) -> None:
     """Saves a whole model in one folder, for `read_bundle`."""
     folder = pathlib.Path(folder)
-    for name in _NETWORKS:
+    for name in ("dit", "vae", *["audio_vae"] * model.has_sound):
         model.networks[name].save(folder / name)
     text = model.networks["text_encoder"], model.tokenizer, model.text_release
     CaptionEncoder(*text).save(folder)

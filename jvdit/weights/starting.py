@@ -3,7 +3,7 @@
 import hashlib
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from jvdit.machine.json_files import differences
 from jvdit.sharding import parameter_shardings
 from jvdit.weights.bundle import Bundle
 from jvdit.weights.folders import load_dit
+from jvdit.weights.growing import grown, lacks_sound
 from jvdit.weights.parameters import load_weights, weights_hash
 from jvdit.weights.release import is_release, read_release
 
@@ -25,6 +26,7 @@ def finished_parameters(
     wanted: Mapping[str, Any],
     mesh: Mesh,
     expert: str = "dit",
+    fresh: Callable[[], Any] | None = None,
 ) -> dict[str, Any]:
     """Reads the parameters that a training starts from, sharded over the mesh.
 
@@ -34,13 +36,15 @@ def finished_parameters(
         mesh: the device mesh.
         expert: the expert of a released model to read as "dit", "dit" or "dit_low";
             "both": read each as itself.
+        fresh: makes initial parameters, for the sound of a network that starts from a
+            silent one of our own.
 
     Raises:
         FileNotFoundError: a network is missing in the folder.
         ValueError: its parameters have other names or shapes.
     """
     if not is_release(folder):
-        return _own_parameters(folder, wanted, mesh)
+        return _own_parameters(folder, wanted, mesh, fresh)
     parts = dict(read_release(folder).parts)
     if expert not in (*parts, "both"):
         raise ValueError(f"`expert` (={expert!r}) is none of {folder}: {[*parts]}.")
@@ -67,10 +71,17 @@ def finished_parameters(
 
 
 def _own_parameters(
-    folder: str | os.PathLike[str], wanted: Mapping[str, Any], mesh: Mesh
+    folder: str | os.PathLike[str],
+    wanted: Mapping[str, Any],
+    mesh: Mesh,
+    fresh: Callable[[], Any] | None,
 ) -> dict[str, Any]:
     """Reads the parameters of another run; each device gets its shard of the files."""
     params = {name: load_weights(pathlib.Path(folder) / name)[0] for name in wanted}
+    for name, held in params.items():
+        if fresh is not None and lacks_sound(held, wanted[name]):
+            start = lambda name=name: jax.tree.map(np.asarray, fresh()[name])  # noqa: E731
+            params[name] = grown(held, wanted[name], start)
     _check_alike(
         params,
         dict(wanted),

@@ -1,5 +1,6 @@
 """Reading of sound: the samples of a window, wherever the file has them."""
 
+import os
 import time
 from typing import Any
 
@@ -11,6 +12,7 @@ from av.error import FFmpegError
 SILENCE = 1e-4  # peaks below are a muted track, not a quiet scene
 GAP = 0.05  # seconds of a window that may lack sound: codecs start a packet late
 _WARM_UP = 0.25  # seconds decoded before a window: codecs need a packet or two
+_LONGEST = 600.0  # seconds that reading a file's sound may take
 _JUMP = 0.1  # seconds that time stamps may be off: Vorbis stamps jitter by a block
 
 
@@ -57,6 +59,36 @@ def decode_audio(
     if np.abs(samples).max() < SILENCE:
         return samples, "silent"
     return samples, "whole" if size[0] - covered <= GAP * rate else "partial"
+
+
+def read_sound(source: str | os.PathLike[str], rate: int) -> np.ndarray:
+    """Reads all of a file's sound.
+
+    Args:
+        source: a file of sound, or of a video.
+        rate: Hz of the result.
+
+    Returns:
+        Samples float32 [a 2] in [-1, 1].
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it has no sound, or is damaged.
+    """
+    if not os.path.exists(source):
+        raise FileNotFoundError(f"the sound {source} doesn't exist.")
+    deadline, blocks = time.monotonic() + _LONGEST, []
+    try:
+        with av.open(os.fspath(source)) as container:
+            stream: Any = container.streams.best("audio")
+            if stream is not None:
+                for frame in _resampled(container, stream, rate, 2, deadline):
+                    blocks.append(frame.to_ndarray().reshape(-1, 2))
+    except (FFmpegError, TimeoutError) as error:
+        raise ValueError(f"the sound {source} can't be read: {error}.") from None
+    if not blocks:
+        raise ValueError(f"{source} has no sound; give a file that has.")
+    return np.clip(np.nan_to_num(np.concatenate(blocks)), -1, 1)
 
 
 def _fill(container, stream, samples, start_seconds, rate, deadline) -> int:

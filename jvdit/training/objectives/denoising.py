@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from jvdit.data.conditions import CONDITIONS
 from jvdit.data.items import KINDS
 from jvdit.diffusion.denoise import denoise
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
@@ -138,7 +139,9 @@ class FlowObjective:
     @property
     def conditions(self) -> tuple[str, ...]:
         """The conditions that the network is trained with, names in `CONDITIONS`."""
-        return ("first_frame",) if self.first_frame else ()
+        first = ("first_frame",) * (self.first_frame > 0)
+        shares = self.pairings if self.kinds else ()
+        return first + tuple(x for x, share in shares if share and x in CONDITIONS)
 
     def flops(self, tokens: int, text: int) -> int:
         """FLOPs of one row in a training step, forward and backward.

@@ -1,0 +1,86 @@
+"""The autoencoders of a model on the devices of a generator: encode and decode."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float, UInt8
+
+from jvdit.generation.residence import Residence
+from jvdit.machine.cluster import to_host
+from jvdit.machine.compilation import jit
+from jvdit.models.audio_vae_chunked import decode_sound, encode_sound
+from jvdit.models.video_vae import to_uint8
+from jvdit.models.video_vae_chunked import decode_normalized, encode_normalized
+from jvdit.sharding import autoencoder_mesh
+from jvdit.weights.bundle import Bundle
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """Turns clips into normalised latents, and back.
+
+    Attributes:
+        model: the model.
+        params: parameters by network name, on the mesh.
+        mesh: the device mesh.
+    """
+
+    model: Bundle
+    params: Residence
+    mesh: Mesh
+
+    def decode(
+        self,
+        latents: Float[np.ndarray, "b f h w c"],
+        on_frames: Callable[[int, int], None] | None = None,
+    ) -> UInt8[np.ndarray, "b T H W 3"]:
+        """Decodes the pictures of clips of one size, a few latent frames at a time.
+
+        Args:
+            latents: normalised latents.
+            on_frames: progress callback, called with the frames decoded and in all.
+        """
+        vae = self.model.vae
+        total, frames = vae.video_shape(*latents.shape[1:4])[0], []
+        with jax.set_mesh(autoencoder_mesh(self.mesh, *latents.shape[2:4])):
+            for video in decode_normalized(vae, self.params["vae"], latents):
+                frames.append(to_host(_bytes(video)))
+                if on_frames is not None:
+                    on_frames(sum(x.shape[1] for x in frames), total)
+        return np.concatenate(frames, axis=1)
+
+    def encode(
+        self, video: Float[np.ndarray, "T H W 3"]
+    ) -> Float[np.ndarray, "f h w c"]:
+        """Encodes pixels in [-1, 1] to the posterior's mean."""
+        vae = self.model.vae
+        _, *latent = vae.latent_shape(*video.shape[:3])
+        with jax.set_mesh(autoencoder_mesh(self.mesh, *latent)):
+            return encode_normalized(vae, self.params["vae"], video)
+
+    def decode_sound(
+        self, latents: Float[np.ndarray, "n c"], samples: int
+    ) -> Float[np.ndarray, "a e"]:
+        """Decodes a sound; of its last latent as much as there are samples.
+
+        Args:
+            latents: normalised latents.
+            samples: of the sound.
+        """
+        with jax.set_mesh(self.mesh):
+            params = self.params["audio_vae"]
+            audio = decode_sound(self.model.audio_vae, params, latents[None])
+            return np.asarray(to_host(audio), np.float32)[0, :samples]
+
+    def encode_sound(self, audio: Float[np.ndarray, "a e"]) -> Float[np.ndarray, "n c"]:
+        """Encodes samples in [-1, 1] to the posterior's mean."""
+        vae = self.model.audio_vae
+        with jax.set_mesh(self.mesh):
+            mean, _ = encode_sound(vae, self.params["audio_vae"], audio[None])
+            return np.asarray(to_host(vae.normalize(mean)), np.float32)[0]
+
+
+_bytes = jit(to_uint8)

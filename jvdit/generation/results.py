@@ -1,0 +1,52 @@
+"""What a generator gives back: latents, and clips with or without sound."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from jvdit.data.media.writer import encode_clip
+
+
+class Latents(NamedTuple):
+    """Normalised latents of a clip.
+
+    Attributes:
+        picture: of its picture.
+        sound: of its sound; None: it is silent.
+    """
+
+    picture: Float[np.ndarray, "f h w c"]
+    sound: Float[np.ndarray, "n e"] | None = None
+
+
+class GeneratedClip(NamedTuple):
+    """A generated clip.
+
+    Attributes:
+        video: RGB pixels in [0, 255].
+        fps: frames per second.
+        audio: samples in [-1, 1], of which the first sounds with the first frame; None:
+            the clip is silent.
+        audio_rate: samples per second; 0: the clip is silent.
+    """
+
+    video: UInt8[np.ndarray, "T H W 3"]
+    fps: float
+    audio: Float[np.ndarray, "a e"] | None = None
+    audio_rate: int = 0
+
+    def save(
+        self, path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        """Writes the clip as an mp4 file: H.264, and AAC if it has sound.
+
+        Args:
+            path: of the file, which appears whole or not at all.
+            metadata: JSON values kept in the file.
+        """
+        sound = {"audio": self.audio, "audio_rate": self.audio_rate}
+        encode_clip(Path(path), self.video, self.fps, metadata=metadata, **sound)
