@@ -8,6 +8,7 @@ from closeness import assert_close
 
 from jvdit.models.audio_vae import VARIANTS, AudioVAE
 from jvdit.models.audio_vae_chunked import decode_sound, encode_sound
+from jvdit.models.audio_vae_layers import sine_squared
 from jvdit.training.objectives.waveform import AudioVAEObjective, spectra
 
 TINY = AudioVAE(**VARIANTS["tiny"])
@@ -77,6 +78,16 @@ def test_windows_are_the_whole(params):
     assert_close(found[1], logvar)
     whole = TINY.apply({"params": params}, mean, method="decode")
     assert_close(decode_sound(vae, params, vae.normalize(mean), window), whole)
+
+
+def test_the_square_of_a_sine_and_its_derivative():
+    angles = np.concatenate([np.linspace(-7, 7, 2001), np.geomspace(1e-6, 2e4, 999)])
+    x = angles.astype(np.float32)
+    exact = np.sin(x.astype(np.float64)) ** 2, np.sin(2 * x.astype(np.float64))
+    found = jax.vmap(jax.value_and_grad(sine_squared))(jnp.asarray(x))
+    assert_close(found, exact, roundings=8)
+    small = np.abs(x) < 1
+    np.testing.assert_allclose(found[0][small], exact[0][small], rtol=1e-6)
 
 
 def test_a_wrong_number_of_channels_is_refused(params):
