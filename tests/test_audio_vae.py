@@ -1,5 +1,7 @@
 """Tests of the audio autoencoder: shapes, reach, windows, gradients."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +36,8 @@ def params():
 def test_sounds_of_any_length_come_back_in_their_length(params):
     for samples in (1, 11, 12, 13, 100):
         sound = random(2, samples, 1)
-        decoded, mean, logvar = TINY.apply({"params": params}, sound)
+        found: Any = TINY.apply({"params": params}, sound)
+        decoded, mean, logvar = found
         latents = -(-samples // TINY.hop)
         assert decoded.shape == sound.shape
         assert mean.shape == logvar.shape == (2, latents, 4)
@@ -48,7 +51,7 @@ def test_nothing_is_seen_beyond_the_margins(params, half):
     if half == "encode":
         x, hop, margin = random(1, count * TINY.hop, 1), TINY.hop, TINY.margins[0]
 
-        def chosen(x):
+        def chosen(x):  # pyright: ignore[reportRedeclaration]
             return TINY.apply({"params": params}, x, method="encode")[0][:, middle]
     else:
         x, hop, margin = random(1, count, 4), 1, TINY.margins[1]

@@ -19,11 +19,12 @@ from jvdit.machine.cluster import to_host
 from jvdit.machine.compilation import jit
 from jvdit.machine.files import write_atomically
 from jvdit.machine.json_files import read_json, write_json
+from jvdit.models.audio_vae import AudioVAE
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.models.video_vae import VideoVAE, to_float
 from jvdit.models.video_vae_chunked import encode_stream, split
 from jvdit.sharding import batch_sharding, host_mesh, replicated
-from jvdit.weights.folders import load_text_encoder, load_vae
+from jvdit.weights.folders import load_audio_vae, load_text_encoder, load_vae
 from jvdit.weights.parameters import (
     Network,
     load_network,
@@ -197,9 +198,7 @@ class ClipEncoder:
         """
         if is_release(vae):
             return cls(load_vae(read_release(vae).parts["vae"]))
-        within = (pathlib.Path(vae) / inside for inside in ("model/vae", "vae"))
-        folder = next((x for x in within if (x / "config.json").exists()), vae)
-        return cls(load_network(folder, VideoVAE))
+        return cls(load_network(_vae_folder(vae), VideoVAE))
 
     @property
     def module(self) -> VideoVAE:
@@ -265,3 +264,28 @@ class ClipEncoder:
 @partial(jit, static_argnames="vae")
 def _whole(vae: VideoVAE, params: Any, video: jax.Array):
     return vae.apply({"params": params}, to_float(video), method="encode")
+
+
+def _vae_folder(vae: str | os.PathLike[str]) -> pathlib.Path:
+    """The folder of an autoencoder's weights, in the workdir that trained it or not."""
+    within = (pathlib.Path(vae) / inside for inside in ("model/vae", "vae", ""))
+    found = (x for x in within if (x / "config.json").exists())
+    return next(found, pathlib.Path(vae))
+
+
+def load_sound_network(vae: str | os.PathLike[str]) -> Network:
+    """Opens an audio autoencoder of our own, or the released KVAE-Audio.
+
+    Args:
+        vae: a training workdir, its `model` folder, a folder of weights, or the folder
+            of the released autoencoder.
+
+    Raises:
+        FileNotFoundError: there is no autoencoder in the folder.
+        ValueError: it is that of something else, or damaged.
+    """
+    config = (folder := _vae_folder(vae)) / "config.json"
+    # Only the configs of releases say what class they are of.
+    if config.exists() and "_class_name" in read_json(config, "copy it anew", dict):
+        return load_audio_vae(folder)
+    return load_network(folder, AudioVAE)

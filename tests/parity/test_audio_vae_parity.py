@@ -13,6 +13,7 @@ from tiny_models import filled
 from jvdit.models.audio_vae import VARIANTS, AudioVAE
 from jvdit.models.audio_vae_chunked import decode_sound, encode_sound
 from jvdit.weights import kvae
+from jvdit.weights.encoders import load_sound_network
 from jvdit.weights.folders import load_audio_vae
 from jvdit.weights.rules import assign, export, paths_of
 
@@ -60,6 +61,7 @@ def test_a_folder_loads_and_computes_what_theirs_does(release):
     network = load_audio_vae(folder)
     vae, params = network.module, network.params
     assert (vae.sample_rate, vae.decoder_width) == (8000, 6)
+    assert load_sound_network(folder).module == vae
     sound = draw(2, 7 * vae.hop - 4, vae.channels)
     with torch.no_grad():
         theirs = model.encode(torch.from_numpy(sound.mT.copy())).latent_dist
