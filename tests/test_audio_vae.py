@@ -1,5 +1,7 @@
 """Tests of the audio autoencoder: shapes, reach, windows, gradients."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from closeness import assert_close
 
 from jvdit.models.audio_vae import VARIANTS, AudioVAE
 from jvdit.models.audio_vae_chunked import decode_sound, encode_sound
+from jvdit.models.audio_vae_layers import sine_squared
 from jvdit.training.objectives.waveform import AudioVAEObjective, spectra
 
 TINY = AudioVAE(**VARIANTS["tiny"])
@@ -33,7 +36,8 @@ def params():
 def test_sounds_of_any_length_come_back_in_their_length(params):
     for samples in (1, 11, 12, 13, 100):
         sound = random(2, samples, 1)
-        decoded, mean, logvar = TINY.apply({"params": params}, sound)
+        found: Any = TINY.apply({"params": params}, sound)
+        decoded, mean, logvar = found
         latents = -(-samples // TINY.hop)
         assert decoded.shape == sound.shape
         assert mean.shape == logvar.shape == (2, latents, 4)
@@ -47,7 +51,7 @@ def test_nothing_is_seen_beyond_the_margins(params, half):
     if half == "encode":
         x, hop, margin = random(1, count * TINY.hop, 1), TINY.hop, TINY.margins[0]
 
-        def chosen(x):
+        def chosen(x):  # pyright: ignore[reportRedeclaration]
             return TINY.apply({"params": params}, x, method="encode")[0][:, middle]
     else:
         x, hop, margin = random(1, count, 4), 1, TINY.margins[1]
@@ -77,6 +81,16 @@ def test_windows_are_the_whole(params):
     assert_close(found[1], logvar)
     whole = TINY.apply({"params": params}, mean, method="decode")
     assert_close(decode_sound(vae, params, vae.normalize(mean), window), whole)
+
+
+def test_the_square_of_a_sine_and_its_derivative():
+    angles = np.concatenate([np.linspace(-7, 7, 2001), np.geomspace(1e-6, 2e4, 999)])
+    x = angles.astype(np.float32)
+    exact = np.sin(x.astype(np.float64)) ** 2, np.sin(2 * x.astype(np.float64))
+    found = jax.vmap(jax.value_and_grad(sine_squared))(jnp.asarray(x))
+    assert_close(found, exact, roundings=8)
+    small = np.abs(x) < 1
+    np.testing.assert_allclose(found[0][small], exact[0][small], rtol=1e-6)
 
 
 def test_a_wrong_number_of_channels_is_refused(params):

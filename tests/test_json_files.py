@@ -12,6 +12,7 @@ from jvdit.generation.prompt_lines import _Line, read_requests
 from jvdit.generation.request import Request
 from jvdit.machine.json_files import parse_json, read_json
 from jvdit.machine.lock import FolderLock, _parsed
+from jvdit.models.audio_vae import AudioVAE
 from jvdit.models.dit import DiT
 from jvdit.models.image_encoder import ImageEncoder
 from jvdit.models.text_encoder import TextEncoder
@@ -22,15 +23,16 @@ from jvdit.training.checkpoint import _names_in, claim_workdir
 from jvdit.training.metrics import read_history
 from jvdit.weights.adapters import _Alphas
 from jvdit.weights.bundle import _ModelSettings
-from jvdit.weights.folders import (
+from jvdit.weights.folders import _dit_config
+from jvdit.weights.parameters import load_network, save_weights
+from jvdit.weights.release import read_release
+from jvdit.weights.released_configs import (
+    AudioVAEConfig,
     ImageConfig,
     TextConfig,
     VAEConfig,
-    _dit_config,
     dit_fields,
 )
-from jvdit.weights.parameters import load_network, save_weights
-from jvdit.weights.release import read_release
 from jvdit.weights.tensors import TensorFiles
 
 TIMES = 300  # damages of each file
@@ -52,6 +54,12 @@ VAE = {
     **{"decoder_base_dim": None, "dim_mult": [1, 2, 4], "num_res_blocks": 1},
     **{"temperal_downsample": [False, True], "attn_scales": [], "patch_size": 2},
     **{"is_residual": True, "latents_mean": [0.5, 0], "latents_std": [1.5, 2]},
+}
+AUDIO_VAE = {
+    **{"_class_name": "AutoencoderKLKVAEAudio", "encoder_dim": 4, "latent_dim": 8},
+    **{"encoder_rates": [2, 3], "decoder_rates": [3, 2], "decoder_dim": 16},
+    **{"codebook_dim": 4, "sample_rate": 48000, "num_channels": 1},
+    **{"attn_num_heads": 2},
 }
 TEXT = {
     **{"model_type": "umt5", "feed_forward_proj": "gated-gelu", "vocab_size": 100},
@@ -188,6 +196,7 @@ FILES = {
     "DiT of diffusers": ("config.json", DIFFUSERS, dit),
     "DiT of the authors": ("config.json", ORIGINAL, dit),
     "VAE": ("config.json", VAE, network(VAEConfig, VideoVAE)),
+    "audio VAE": ("config.json", AUDIO_VAE, network(AudioVAEConfig, AudioVAE)),
     "text encoder": ("config.json", TEXT, network(TextConfig, TextEncoder)),
     "CLIP": (
         "config.json",

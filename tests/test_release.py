@@ -23,11 +23,11 @@ from jvdit.generation.residence import Residence, fits_together
 from jvdit.models.dit import VARIANTS
 from jvdit.sharding import make_mesh
 from jvdit.weights.bundle import Bundle
-from jvdit.weights.folders import OriginalDiT, dit_fields
 from jvdit.weights.opening import _tell
 from jvdit.weights.parameters import Network, weights_hash
 from jvdit.weights.recipes import RECIPES, name_of
 from jvdit.weights.release import SchedulerConfig, read_release, scheduler_of
+from jvdit.weights.released_configs import OriginalDiT, dit_fields
 from jvdit.weights.starting import fingerprint, model_hash
 
 

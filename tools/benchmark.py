@@ -2,7 +2,7 @@
 
     python tools/benchmark.py denoise train --tokens 320 --rounds 7 --json times.json
 
-jvdit and the peer (diffusers' Wan models in eager PyTorch) run in turn. Each turn makes
+jvdit and the peer (diffusers' models in eager PyTorch) run in turn. Each turn makes
 two calls and times the second; ratios compare the two turns of a round. On a busy
 machine trust the ratios of CPU times.
 """
@@ -31,6 +31,7 @@ from jvdit.data.plan import BucketPlan, PackPlan
 from jvdit.data.sources import ArraySource
 from jvdit.machine.compilation import jit
 from jvdit.machine.huge_pages import use_huge_pages
+from jvdit.models.audio_vae import VARIANTS, AudioVAE
 from jvdit.models.dit import DiT
 from jvdit.models.video_vae import VideoVAE
 from jvdit.shapes import Text, Tokens
@@ -38,6 +39,7 @@ from jvdit.shapes import Text, Tokens
 BATCH, DEPTH, WIDTH, HEADS, CHANNELS, TEXT, STATES = 4, 6, 256, 4, 16, 256, 64
 # Two videos: torch takes a slow path for convolutions over time of a single one.
 VAE_WIDTH, VIDEO = 32, (2, 17, 64, 64)
+AUDIO_WIDTH, SOUND = 32, (2, 48_000, 1)  # half of KVAE-Audio's width, a second
 # Latent frames, height and width of the clips that are packed.
 PIPELINE_SIZES = [(1, 16, 16), (3, 8, 16), (5, 8, 8), (5, 16, 8), (5, 16, 16)]
 PACKING_SIZES = [(1, 32, 32), (5, 32, 32), (5, 24, 40), (9, 30, 52), (21, 30, 52)]
@@ -178,6 +180,26 @@ def vae(args: argparse.Namespace, peers: Any) -> Iterator[Row]:
         yield measure(f"vae {half} {VIDEO}", args.rounds, ours, peer)
 
 
+def audio_vae(args: argparse.Namespace, peers: Any) -> Iterator[Row]:
+    """Times KVAE-Audio's autoencoder, at half its width, there and back."""
+    half = {"encoder_width": AUDIO_WIDTH, "decoder_width": 3 * AUDIO_WIDTH // 4}
+    half |= {"feature_width": 2**5 * AUDIO_WIDTH}
+    model = AudioVAE(**VARIANTS["kvae-audio"] | half)
+    x = np.random.default_rng(0).uniform(-1, 1, SOUND).astype(np.float32)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.asarray(x))
+    apply = jit(lambda params, x: model.apply(params, x)[0])
+    ours, peer = functools.partial(apply, params, jnp.asarray(x)), None
+    if peers:
+        torch, diffusers = peers
+        sizes = {"encoder_dim": AUDIO_WIDTH, "latent_dim": model.feature_width}
+        width = 2**5 * model.decoder_width
+        theirs = diffusers.AutoencoderKLKVAEAudio(**sizes, decoder_dim=width).eval()
+        check_sizes(params, theirs)
+        given = torch.from_numpy(x.mT.copy())
+        peer = torch.inference_mode()(lambda: theirs(given))
+    yield measure(f"audio vae {SOUND}", args.rounds, ours, peer)
+
+
 def pipeline(args: argparse.Namespace, _: Any) -> Iterator[Row]:
     """Times the data pipeline against a training step, and how long a step waits."""
     draw, f32 = np.random.default_rng(0).random, np.float32
@@ -228,7 +250,7 @@ def packing(args: argparse.Namespace, _: Any) -> Iterator[Row]:
 
 
 CASES = {"denoise": dit, "train": functools.partial(dit, train=True), "vae": vae}
-CASES |= {"pipeline": pipeline, "packing": packing}
+CASES |= {"audio_vae": audio_vae, "pipeline": pipeline, "packing": packing}
 
 
 def main() -> None:

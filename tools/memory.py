@@ -27,8 +27,8 @@ from jvdit.generation.request import size_fields
 from jvdit.models import dit, text_encoder, video_vae
 from jvdit.pods.programs import pod_mesh, sample_program, vae_program
 from jvdit.sharding import make_mesh, replicated
-from jvdit.weights.folders import PATCH_SIZE
 from jvdit.weights.recipes import RECIPES, TEXT_LENGTH
+from jvdit.weights.released_configs import PATCH_SIZE
 
 GB = 1e9
 TOPOLOGY = "v5p:2x2x1"  # a slice whose chips have 95 GB each

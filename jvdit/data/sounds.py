@@ -46,14 +46,18 @@ class SoundSource:
     def _sound(self, clip: Clip | BadClip) -> Clip | BadClip:
         if isinstance(clip, BadClip):
             return clip
-        audio = clip["audio"]
-        if audio is None or not clip.get("has_audio", True):
-            return BadClip("its sound is missing, silent or has gaps")
-        return {
-            "audio": in_channels(audio, self.channels),
-            "fps": float(self.rate),
-            "caption": clip["caption"],
-        }
+        audio = sound_of(clip, self.channels)
+        if isinstance(audio, BadClip):
+            return audio
+        return {"audio": audio, "fps": float(self.rate), "caption": clip["caption"]}
+
+
+def sound_of(clip: Clip, channels: int) -> np.ndarray | BadClip:
+    """The sound of a clip, float32 [a channels], if it is whole."""
+    audio = clip["audio"]
+    if audio is None or not clip.get("has_audio", True):
+        return BadClip("its sound is missing, silent or has gaps")
+    return in_channels(audio, channels)
 
 
 def in_channels(audio: np.ndarray, channels: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 from matplotlib.figure import Figure
+from PIL import Image
 
 from jvdit.data.media.writer import encode_clip
 from jvdit.evaluation.breakdown import NAMES, Parts
@@ -35,7 +36,8 @@ td small { color: #777 }
 .clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr));
   gap: 1rem }
 .clips figure { margin: 0 }
-video { width: 100%; image-rendering: pixelated }
+video, img { width: 100%; image-rendering: pixelated }
+video.heard { width: 50% }
 figcaption { font-size: 13px } figcaption b { display: block }
 .plots { display: flex; flex-wrap: wrap; gap: 1rem }
 """
@@ -194,15 +196,46 @@ def film(
         title: first line of the caption.
         lines: further lines.
     """
-    buffer = io.BytesIO()
-    encode_clip(buffer, video, fps)
-    data = base64.b64encode(buffer.getvalue()).decode()
+    return figure([player(video, fps)], title, lines)
+
+
+def figure(parts: Sequence[str], title: str, lines: Sequence[str]) -> str:
+    """Builds a figure of a clip: parts that already are HTML, with a caption below."""
     told = "".join(f"<br>{html.escape(line)}" for line in lines)
-    return (
-        f"<figure><video autoplay loop muted playsinline controls "
-        f"src='data:video/mp4;base64,{data}'></video>"
-        f"<figcaption><b>{html.escape(title)}</b>{told}</figcaption></figure>"
-    )
+    caption = f"<figcaption><b>{html.escape(title)}</b>{told}</figcaption>"
+    return f"<figure>{''.join(parts)}{caption}</figure>"
+
+
+def player(
+    video: UInt8[np.ndarray, "T H W 3"],
+    fps: float,
+    audio: Float[np.ndarray, "a e"] | None = None,
+    audio_rate: int = 0,
+) -> str:
+    """Embeds a clip that plays in a loop; one with sound waits to be started.
+
+    Args:
+        video: RGB in [0, 255].
+        fps: frames per second.
+        audio: samples in [-1, 1]; None: there is no sound.
+        audio_rate: samples per second.
+    """
+    buffer = io.BytesIO()
+    encode_clip(buffer, video, fps, audio=audio, audio_rate=audio_rate)
+    how = "autoplay muted" if audio is None else "class=heard"
+    source = _embedded("video/mp4", buffer)
+    return f"<video {how} loop playsinline controls src='{source}'></video>"
+
+
+def picture(image: UInt8[np.ndarray, "h w 3"]) -> str:
+    """Embeds a picture, RGB in [0, 255]."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return f"<img src='{_embedded('image/png', buffer)}'>"
+
+
+def _embedded(kind: str, file: io.BytesIO) -> str:
+    return f"data:{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def films(title: str, figures: Sequence[str]) -> str:
@@ -216,13 +249,14 @@ def examples(
     """Selects example clips: the best, the median and the worst.
 
     Args:
-        quality: quality of each clip; higher is better.
+        quality: quality of each clip; higher is better. Clips without any (NaN) are
+            left out.
         count: how many clips of each.
 
     Returns:
         The indices of the clips, under "Best", "Median" and "Worst".
     """
-    order = np.argsort(-quality, kind="stable")
+    order = np.argsort(-quality, kind="stable")[: np.isfinite(quality).sum()]
     middle = max(len(order) - count, 0) // 2
     return {
         "Best": order[:count],

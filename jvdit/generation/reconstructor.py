@@ -1,17 +1,19 @@
-"""Autoencoder reconstructions: encode a clip, and decode it again."""
+"""Autoencoder reconstructions: encode a clip or a sound, and decode it again."""
 
 import os
 
 import jax
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from jvdit.machine.compilation import jit
+from jvdit.models.audio_vae_chunked import decode_sound, encode_sound
 from jvdit.models.video_vae import to_float, to_uint8
-from jvdit.weights.encoders import ClipEncoder
+from jvdit.weights.encoders import ClipEncoder, load_sound_network
 
 Video = UInt8[np.ndarray, "T H W 3"]
 Fitted = UInt8[np.ndarray, "t h w 3"]
+Sound = Float[np.ndarray, "a e"]
 
 
 class Reconstructor:
@@ -43,3 +45,25 @@ class Reconstructor:
 
     def _decoded(self, params: object, video: jax.Array) -> jax.Array:
         return to_uint8(self.vae.apply({"params": params}, to_float(video))[0])
+
+
+class SoundReconstructor:
+    """Encodes a sound of any length and decodes the mean of its latents.
+
+    Args:
+        folder: the autoencoder's training workdir, its `model` folder, its weights, or
+            the folder of the released KVAE-Audio.
+
+    Raises:
+        FileNotFoundError: there is no autoencoder.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        network = load_sound_network(folder)
+        self.vae, self._params = network.module, jax.device_put(network.params)
+
+    def __call__(self, audio: Sound) -> Sound:
+        """The reconstruction, in the length of the sound."""
+        mean, _ = encode_sound(self.vae, self._params, audio[None])
+        decoded = decode_sound(self.vae, self._params, self.vae.normalize(mean))
+        return np.asarray(decoded[0, : len(audio)])

@@ -247,7 +247,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "latent_channels": 32,
         "patch_size": 4,
     },
-    # KVAE-Audio of Kandinsky 6 (MIT): 48 kHz mono, 50 latents a second.
+    # KVAE-Audio of Kandinsky Lab (MIT): 48 kHz mono, 50 latents a second.
     "kvae-audio": {
         "strides": (2, 3, 4, 5, 8),
         "encoder_width": 64,

@@ -26,7 +26,7 @@ from jvdit.models.text_encoder import TextEncoder
 from jvdit.models.video_vae import VideoVAE, to_float
 from jvdit.models.video_vae_chunked import encode_stream, split
 from jvdit.sharding import batch_sharding, host_mesh, replicated
-from jvdit.weights.folders import load_text_encoder, load_vae
+from jvdit.weights.folders import load_audio_vae, load_text_encoder, load_vae
 from jvdit.weights.parameters import (
     Network,
     load_network,
@@ -230,7 +230,7 @@ class ClipEncoder(_Divided):
         """
         if is_release(vae):
             return cls(load_vae(read_release(vae).parts["vae"]))
-        return cls(_own(vae, "vae", VideoVAE))
+        return cls(load_network(_folder_of(vae, "vae"), VideoVAE))
 
     def rows(self, clips: int, size: Sequence[int]) -> int:
         """The batch size to encode clips of one size with.
@@ -272,15 +272,8 @@ class SoundEncoder(_Divided):
 
     @classmethod
     def load(cls, vae: str | os.PathLike[str]):
-        """Loads an audio autoencoder of our own.
-
-        Args:
-            vae: a training workdir, its `model` folder, or a folder of weights.
-
-        Raises:
-            FileNotFoundError: there is no autoencoder in the folder.
-        """
-        return cls(_own(vae, "vae", AudioVAE))
+        """Loads an audio autoencoder, see `load_sound_network`."""
+        return cls(load_sound_network(vae))
 
     def __call__(
         self, audio: Float[np.ndarray, "b a e"]
@@ -301,13 +294,32 @@ class SoundEncoder(_Divided):
         return mean, logvar
 
 
-def _own(folder: str | os.PathLike[str], name: str, module: type) -> Network:
-    """Loads an autoencoder of a training, of a whole model, or in a folder itself."""
-    within = (pathlib.Path(folder) / inside for inside in (f"model/{name}", name))
-    found = next((x for x in within if (x / "config.json").exists()), folder)
-    return load_network(found, module)
-
-
 @partial(jit, static_argnames="vae")
 def _whole(vae: VideoVAE, params: Any, video: jax.Array):
     return vae.apply({"params": params}, to_float(video), method="encode")
+
+
+def _folder_of(vae: str | os.PathLike[str], *names: str) -> pathlib.Path:
+    """The folder of an autoencoder's weights, in a workdir, a whole model, or itself."""
+    inside = [f"{place}{name}" for name in names for place in ("model/", "")]
+    within = (pathlib.Path(vae) / name for name in (*inside, ""))
+    found = (x for x in within if (x / "config.json").exists())
+    return next(found, pathlib.Path(vae))
+
+
+def load_sound_network(vae: str | os.PathLike[str]) -> Network:
+    """Opens an audio autoencoder of our own, or the released KVAE-Audio.
+
+    Args:
+        vae: a training workdir, its `model` folder, a folder of weights, or the folder
+            of the released autoencoder.
+
+    Raises:
+        FileNotFoundError: there is no autoencoder in the folder.
+        ValueError: it is that of something else, or damaged.
+    """
+    config = (folder := _folder_of(vae, "audio_vae", "vae")) / "config.json"
+    # Only the configs of releases say what class they are of.
+    if config.exists() and "_class_name" in read_json(config, "copy it anew", dict):
+        return load_audio_vae(folder)
+    return load_network(folder, AudioVAE)

@@ -20,10 +20,14 @@ from jvdit.weights import folders
 from jvdit.weights.adapters import read_lora
 from jvdit.weights.bundle import Bundle, read_bundle
 from jvdit.weights.encoders import release_tokenizer
-from jvdit.weights.folders import PATCH_SIZE, conditions_of, patch_channels
 from jvdit.weights.parameters import Network, module_fields
 from jvdit.weights.recipes import RECIPES, TEXT_LENGTH
 from jvdit.weights.release import Release, is_release, read_release
+from jvdit.weights.released_configs import (
+    PATCH_SIZE,
+    conditions_of,
+    patch_channels,
+)
 from jvdit.weights.wan import LAYOUTS, dit_rules
 
 EXPERTS = ("dit", "dit_low")

@@ -9,7 +9,7 @@ from einops import rearrange
 from jvdit.models.dit import VARIANTS, DiT
 from jvdit.shapes import Text, Tokens
 from jvdit.weights import wan
-from jvdit.weights.folders import patch_channels
+from jvdit.weights.released_configs import patch_channels
 from jvdit.weights.rules import assign, export, loader, paths_of
 
 torch = pytest.importorskip("torch")

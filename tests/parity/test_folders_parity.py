@@ -11,7 +11,8 @@ from tiny_models import text_config
 
 from jvdit.sharding import make_mesh
 from jvdit.weights import umt5, wan, wan_vae
-from jvdit.weights.folders import load_dit, load_text_encoder, load_vae, patch_channels
+from jvdit.weights.folders import load_dit, load_text_encoder, load_vae
+from jvdit.weights.released_configs import patch_channels
 from jvdit.weights.rules import export, paths_of
 
 torch = pytest.importorskip("torch")

@@ -12,7 +12,8 @@ from jvdit.generation.request import for_encoder
 from jvdit.models.image_encoder import VARIANTS, ImageEncoder
 from jvdit.sharding import make_mesh
 from jvdit.weights import clip
-from jvdit.weights.folders import ImageConfig, load_image_encoder
+from jvdit.weights.folders import load_image_encoder
+from jvdit.weights.released_configs import ImageConfig
 from jvdit.weights.rules import assign, export, paths_of
 
 torch = pytest.importorskip("torch")

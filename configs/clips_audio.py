@@ -1,0 +1,35 @@
+"""The audio autoencoder on the sound of one's own clips: mono, at 16 kHz.
+
+    python tools/prepare_clips.py VIDEOS --out data/clips --frames 17 --fps 8 \
+        --size 64x96 --windows all --val 0.15
+    python -m jvdit.train --config configs/clips_audio.py --workdir runs/clips/audio
+    python -m jvdit.evaluate --audio_vae runs/clips/audio --data 'data/clips#val'
+
+The finished autoencoder is runs/clips/audio, with 25 latents a second. Clips without
+sound, or with gaps in it, are left out. Stereo: --config.vae.channels=2; another rate:
+--config.vae.sample_rate=24000, with more latents a second as well. Clips of another
+place or length: --config.data.sources='("…#train:16x16x16@8",)' and so on.
+"""
+
+from jvdit import config as defaults
+
+CLIPS = "data/clips"
+
+
+def get_config():
+    """Settings of the run."""
+    config = defaults.audio_vae("world")
+    # A second at a time, two of each clip. Pictures are decoded beside the sound: small
+    # ones, for they aren't looked at.
+    config.data.sources = (f"{CLIPS}#train:8x16x16@8",)
+    config.data.validation = f"{CLIPS}#val:17x16x16@8"
+    config.data.sample_budget = 12 * 16_000
+    config.optim.name = "muon"
+    config.optim.lr = 4e-3
+    config.optim.schedule = "linear"
+    config.optim.warmup = 100
+    config.steps = 2000
+    config.checkpoint_every = 250
+    config.evaluate_every = 250
+    config.sample_every = 500
+    return config

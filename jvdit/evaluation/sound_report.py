@@ -1,0 +1,116 @@
+"""The report on an audio autoencoder: the quality of its reconstructions.
+
+On clips of the procedural world the oracle also hears the reconstructions while it sees
+the real pictures: a model that generates latents of this autoencoder can't be expected
+to score higher. Sounds that are wrong in a known way show what the scores are worth.
+"""
+
+import functools
+import pathlib
+from collections.abc import Callable
+
+import numpy as np
+
+from jvdit.data.clips import BadClip, Clip
+from jvdit.data.sounds import sound_of
+from jvdit.data.sources import WorldSource, open_source
+from jvdit.data.spectrum import spectrogram
+from jvdit.data.world import World
+from jvdit.evaluation import oracle, report
+from jvdit.evaluation.autoencoder_report import (
+    Pair,
+    Pairs,
+    Scores,
+    enlarged,
+    examples,
+    measured,
+    reconstructions,
+    write_report,
+)
+from jvdit.evaluation.hearing import Sound, log_mel_distance, si_sdr
+from jvdit.evaluation.oracle.sound import synchrony
+
+_MEANING = {
+    "si_sdr": "signal over distortion, of any loudness, dB",
+    "log_mel": "difference of the levels by time and band, dB",
+}
+_LATE = 0.060  # seconds of a control
+_AT_ONCE = 64  # clips that the oracle sees at once, to bound memory
+
+
+def report_audio_vae(
+    folder: str,
+    reconstruct: Callable[[Sound], Sound],
+    sound: tuple[int, int],
+    name: str,
+    count: int,
+    out: pathlib.Path,
+) -> list[pathlib.Path]:
+    """Reconstructs the sound of clips, scores it, and writes a report.
+
+    Args:
+        folder: the autoencoder's folder, which the report names.
+        reconstruct: returns the reconstruction of a sound, in its length; such as a
+            `SoundReconstructor`.
+        sound: samples per second and channels that it takes.
+        name: name of the source of clips, for `open_source`.
+        count: most clips to use.
+        out: folder for the report.
+
+    Returns:
+        The paths of report.json and report.html.
+
+    Raises:
+        ValueError: none of the clips can be read, or none has sound.
+    """
+    rate, channels = sound
+
+    def run(clip: Clip) -> tuple[np.ndarray, np.ndarray] | BadClip:
+        audio = sound_of(clip, channels)
+        return audio if isinstance(audio, BadClip) else (audio, reconstruct(audio))
+
+    source = open_source(name, audio_rate=rate)
+    pairs = reconstructions(source, name, count, run)
+    distance = functools.partial(log_mel_distance, rate=rate)
+    found = measured(pairs, {"si_sdr": si_sdr, "log_mel": distance})
+    scores = None
+    if isinstance(source, WorldSource):
+        scores = _oracle(source.world, pairs, rate)
+    figure = functools.partial(_figure, rate=rate)
+    figures = examples(pairs, found, "si_sdr", figure)
+    return write_report(out, folder, name, pairs, found, _MEANING, scores, figures)
+
+
+def _oracle(world: World, pairs: Pairs, rate: int) -> Scores:
+    """The oracle's scores of real pictures with their sound, and with others."""
+    oracle.check_frames(world.frames)
+    real = np.stack([x.original.mean(1) for x in pairs.good])
+    decoded = np.stack([x.decoded.mean(1) for x in pairs.good])
+    late = np.pad(real, ((0, 0), (round(_LATE * rate), 0)))[:, : real.shape[1]]
+    sounds = {"real": real, "reconstructed": decoded, "silence": np.zeros_like(real)}
+    sounds |= {"60 ms late": late, "another clip's": np.roll(real, 1, axis=0)}
+    parts: dict[str, list[dict[str, np.ndarray]]] = {who: [] for who in sounds}
+    for start in range(0, len(real), _AT_ONCE):
+        some = slice(start, start + _AT_ONCE)
+        scenes = world.scenes(np.array([x.index for x in pairs.good[some]]))
+        videos = np.stack([x.clip["video"] for x in pairs.good[some]])
+        seen = oracle.observe(videos, scenes, world.fps)
+        for who, audio in sounds.items():
+            heard = (audio[some], rate, seen.tracks, seen.bounces, scenes, world.fps)
+            parts[who].append(synchrony(*heard))
+    return {
+        who: oracle.summary({k: np.concatenate([x[k] for x in all_]) for k in all_[0]})
+        for who, all_ in parts.items()
+    }
+
+
+def _figure(pair: Pair, told: str, rate: int) -> str:
+    """Spectrograms of both sounds, and the clip with each of them."""
+    video, fps = enlarged(pair.clip["video"]), pair.clip["fps"]
+    drawn = [spectrogram(x, rate) for x in (pair.original, pair.decoded)]
+    gap = np.full((2, *drawn[0].shape[1:]), 255, np.uint8)
+    parts = [report.picture(np.concatenate([drawn[0], gap, drawn[1]]))]
+    for sound in (pair.original, pair.decoded):
+        parts.append(report.player(video, fps, sound, rate))
+    lines = [told, "above and left: the original; below and right: reconstructed"]
+    return report.figure(parts, pair.clip["caption"], lines)
