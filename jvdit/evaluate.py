@@ -27,7 +27,13 @@ from rich.progress import MofNCompleteColumn, Progress
 from jvdit.data.world import World
 from jvdit.data.world.scene import SPLITS
 from jvdit.diffusion.solvers import SOLVERS
-from jvdit.evaluation.measuring import Measured, chunks, real, trained_on
+from jvdit.evaluation.measuring import (
+    Measured,
+    Shown,
+    chunks,
+    real,
+    trained_on,
+)
 from jvdit.evaluation.sound_report import report_audio_vae
 from jvdit.evaluation.vae_report import report_vae
 from jvdit.evaluation.world_report import (
@@ -97,6 +103,19 @@ _DRAFT = flags.DEFINE_boolean(
     "Draw a picture first, and then the clip that begins with it (default: the "
     "model's).",
 )
+_GIVEN = flags.DEFINE_enum(
+    "given",
+    None,
+    ["picture", "sound"],
+    "What is given of the world's own clips: make sound for their picture, or the "
+    "reverse.",
+)
+_SYNC = flags.DEFINE_float(
+    "sound_sync_scale",
+    None,
+    "How strongly sound is guided to be in step with the picture (default: the "
+    "model's).",
+)
 _SIZE = flags.DEFINE_string(
     "size", None, "HEIGHTxWIDTH of the clips in pixels (default: the model's)."
 )
@@ -117,15 +136,21 @@ class Setting:
     guidance: float
     solver: str
     draft: bool
+    given: str = ""
+    sync: float = 1.0
 
     def __str__(self) -> str:
-        drafted = ", from a draft" * self.draft
-        return f"{self.solver} {self.steps} steps, guidance {self.guidance:g}{drafted}"
+        told = ", from a draft" * self.draft
+        told += f", the {self.given} given" * bool(self.given)
+        told += f", guided in step {self.sync:g}" * (self.sync != 1)
+        return f"{self.solver} {self.steps} steps, guidance {self.guidance:g}{told}"
 
 
 def settings_of(generator: Generator) -> list[Setting]:
     """All combinations of the flags' steps and guidance, else the model's own."""
-    suits = Settings(solver=_SOLVER.value, draft=_DRAFT.value)
+    suits = Settings(
+        solver=_SOLVER.value, draft=_DRAFT.value, sound_sync_scale=_SYNC.value
+    )
     suits = suits.complete(generator.model.defaults)
     try:
         steps = [int(x) for x in _STEPS.value or [suits.steps]]
@@ -137,10 +162,9 @@ def settings_of(generator: Generator) -> list[Setting]:
         ) from error
     if suits.draft:
         generator.model.check_draft()
-    return [
-        Setting(*pair, suits.solver or "", bool(suits.draft))
-        for pair in itertools.product(steps, scales)
-    ]
+    sync = 1.0 if suits.sound_sync_scale is None else suits.sound_sync_scale
+    how = suits.solver or "", bool(suits.draft), _GIVEN.value or "", sync
+    return [Setting(*pair, *how) for pair in itertools.product(steps, scales)]
 
 
 def world_of(generator: Generator, split: str) -> World:
@@ -148,13 +172,25 @@ def world_of(generator: Generator, split: str) -> World:
     defaults = dict(generator.model.defaults)
     fields = size_fields(defaults, _SIZE.value, _FRAMES.value, _FPS.value)
     world = World(split, seed=_SEED.value, **fields)
-    generator.check(_request(world, ""))
+    if generator.model.has_sound:
+        rate = generator.model.audio_vae.sample_rate
+        world = dataclasses.replace(world, audio_rate=rate)
+    generator.check(_requests(world, np.arange(1))[0])
     return world
 
 
-def _request(world: World, prompt: str, seed: int = 0) -> Request:
+def _requests(world: World, ids: np.ndarray) -> list[Request]:
+    """Requests for clips of scenes, by their captions and what else is given."""
     size = {name: getattr(world, name) for name in ("frames", "height", "width")}
-    return Request(prompt, "", fps=world.fps, seed=seed, **size)
+    what = {"picture": "from_video", "sound": "from_sound"}.get(_GIVEN.value or "")
+    given: list[dict[str, Any]] = [{}] * len(ids)
+    if what:
+        clips = world.clips(ids)["video" if what == "from_video" else "audio"]
+        given = [{what: clip} for clip in clips]
+    return [
+        Request(prompt, "", fps=world.fps, seed=int(i), **size, **more)
+        for i, prompt, more in zip(ids, world.captions(ids), given, strict=True)
+    ]
 
 
 def generated(
@@ -163,24 +199,30 @@ def generated(
     setting: Setting,
     folder: pathlib.Path,
     advance: Callable[[int], None],
-) -> Iterator[np.ndarray]:
+) -> Iterator[Shown]:
     """Clips of the split's first prompts, in chunks; those that are there are read."""
     for ids in chunks(_N.value):
-        file = folder / f"{ids[0]:06d}-{len(ids)}.npy"
+        file = folder / f"{ids[0]:06d}-{len(ids)}.npz"
         if not file.exists():
-            prompts = zip(ids, world.captions(ids), strict=True)
             clips = generator(
-                [_request(world, prompt, int(i)) for i, prompt in prompts],
+                _requests(world, ids),
                 draft=setting.draft,
                 steps=setting.steps,
                 solver=setting.solver,
                 guidance_scale=setting.guidance,
+                sound_sync_scale=setting.sync,
                 rows=_ROWS.value,
             )
+            kept = {"videos": np.stack([clip.video for clip in clips])}
+            if clips[0].audio is not None:
+                kept["audio"] = np.stack([clip.audio for clip in clips])
+                kept["rate"] = np.array(clips[0].audio_rate)
             with replacing(file) as scratch, scratch.open("wb") as opened:
-                np.save(opened, np.stack([clip.video for clip in clips]))
+                np.savez(opened, **kept)
         advance(len(ids))
-        yield np.load(file)
+        with np.load(file) as held:
+            rate = int(held["rate"]) if "rate" in held else 0
+            yield Shown(held["videos"], held["audio"] if rate else None, rate)
 
 
 def _folder(out: pathlib.Path, generator: Generator, column: Any) -> pathlib.Path:
@@ -253,7 +295,11 @@ def evaluate() -> list[pathlib.Path]:
     out = pathlib.Path(_OUT.value or pathlib.Path(_WORKDIR.value[0]) / "evaluation")
     columns = _columns(out)
     worlds = dict.fromkeys(column.world for column in columns)
-    bounds = {world: Measured.of(world, real(world, _N.value)) for world in worlds}
+    heard = {c.world for c in columns if c.measured.clips.audio is not None}
+    bounds = {
+        world: Measured.of(world, real(world, _N.value, world in heard))
+        for world in worlds
+    }
     results = results_of(columns, bounds)
     told = {"splits": _SPLIT.value, "clips": _N.value, "columns": results}
     told["compositions"] = compositions(columns)

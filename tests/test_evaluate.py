@@ -55,7 +55,7 @@ def test_the_report_compares_with_real_clips(evaluated):
 
 def test_a_stopped_evaluation_goes_on(evaluated):
     args, out = evaluated
-    first, second = sorted((out / "clips").rglob("*.npy"))
+    first, second = sorted((out / "clips").rglob("*.npz"))
     kept = np.load(first)
     before = second.stat().st_mtime_ns, (out / "report.json").read_text()
     first.unlink()

@@ -275,6 +275,7 @@ class BucketPlan(StepPlan):
             step.
         multiple: the clips of a step are a multiple of it; the number of devices of all
             hosts, say.
+        unit: what the budget counts: "pixel", or "sample" of sources of sounds.
         weights, seed, fingerprints: as of `PackPlan`.
 
     Attributes:
@@ -290,6 +291,7 @@ class BucketPlan(StepPlan):
     _: dataclasses.KW_ONLY
     pixel_budget: int
     multiple: int = 1
+    unit: str = "pixel"
 
     def __post_init__(self, indexes: Sequence[Index]):
         pixels, multiple = self.pixel_budget, self.multiple
@@ -297,7 +299,9 @@ class BucketPlan(StepPlan):
         self._sort(indexes, map(_clip_sizes, indexes), "bucket", shape)
         found, self._size_of = np.unique(self._streams.key, axis=0, return_inverse=True)
         self._sizes: list[Size] = [(f, h, w) for f, h, w in found.tolist()]
-        self._batch = np.array([_batch_size(x, pixels, multiple) for x in self._sizes])
+        self._batch = np.array(
+            [_batch_size(x, pixels, multiple, self.unit) for x in self._sizes]
+        )
         self.batches = dict(zip(self._sizes, self._batch.tolist(), strict=True))
         self._schedule_sizes()
 
@@ -369,11 +373,11 @@ def _check_budget(source: int, name: str, budget: int, needs: np.ndarray) -> Non
         )
 
 
-def _batch_size(size: Size, pixel_budget: int, multiple: int) -> int:
+def _batch_size(size: Size, pixel_budget: int, multiple: int, unit: str) -> int:
     pixels = math.prod(size)
     if count := pixel_budget // pixels // multiple * multiple:
         return count
     raise ValueError(
-        f"{multiple} clips of {size} have {multiple * pixels} pixels, which "
-        f"exceeds `pixel_budget` (={pixel_budget}); raise it."
+        f"{multiple} clips of {size} have {multiple * pixels} {unit}s, which "
+        f"exceeds `{unit}_budget` (={pixel_budget}); raise it."
     )

@@ -2,18 +2,40 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float, UInt8
 
 from jvdit.data.sources import world_of
 from jvdit.data.world import World
 from jvdit.evaluation import distance, oracle
 from jvdit.evaluation.oracle.adherence import confusions
 
+LATE = 0.060  # seconds of a control
 CHUNK = 64  # clips that are measured at once
 # Real clips that generated ones are compared with.
 _TRAIN, _MOST_TRAIN, _HELD_OUT = 2048, 32_768, 256
 _OTHER_SEED = 1_000_003  # added to a world's seed for its held-out clips
+
+
+class Shown(NamedTuple):
+    """A batch of clips of one size.
+
+    Attributes:
+        videos: their pictures, in [0, 255].
+        audio: their sounds, samples in [-1, 1]; None: they are silent.
+        rate: samples per second.
+    """
+
+    videos: UInt8[np.ndarray, "b T H W 3"]
+    audio: Float[np.ndarray, "b a e"] | None = None
+    rate: int = 0
+
+    @property
+    def mono(self) -> np.ndarray | None:
+        """The sounds as the oracle hears them `[b a]`."""
+        return None if self.audio is None else self.audio.mean(-1)
 
 
 @dataclasses.dataclass
@@ -24,18 +46,21 @@ class Measured:
         scores: oracle scores, by name.
         thumbnails: thumbnails and their variants, from `distance.variants`.
         features: random features, from `distance.random_features`.
-        videos: the clips, uint8 `[b T H W 3]`.
+        clips: the clips.
+        controls: scores of sound if the clips had another, by the name of that; {} if
+            they are silent.
         confusions: what is seen in the place of what is told, from `confusions`.
     """
 
     scores: oracle.Scores
     thumbnails: np.ndarray
     features: np.ndarray
-    videos: np.ndarray
+    clips: Shown
+    controls: dict[str, oracle.Scores]
     confusions: dict[str, tuple[tuple[str, ...], np.ndarray]]
 
     @classmethod
-    def of(cls, world: World, chunks: Iterator[np.ndarray]) -> "Measured":
+    def of(cls, world: World, chunks: Iterator[Shown]) -> "Measured":
         """Measures clips of a split's first scenes, chunk by chunk.
 
         Args:
@@ -44,7 +69,9 @@ class Measured:
         """
         parts, start = [], 0
         confused: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
-        for videos in chunks:
+        wrong: dict[str, list[oracle.Scores]] = {}
+        for shown in chunks:
+            videos, heard = shown.videos, (shown.mono, shown.rate)
             scenes = world.scenes(np.arange(start, start + len(videos)))
             start += len(videos)
             seen = oracle.observe(videos, scenes, world.fps)
@@ -52,17 +79,31 @@ class Measured:
                 seen.reading, seen.tracks, scenes
             ).items():
                 confused[name] = words, counts + confused.get(name, (words, 0))[1]
+            for name, audio in controls(*heard).items():
+                found = oracle.listen(seen, scenes, world.fps, audio, shown.rate)
+                wrong.setdefault(name, []).append(found)
             parts.append(
                 (
-                    oracle.judge(seen, videos, scenes, world.fps),
+                    oracle.judge(seen, videos, scenes, world.fps, *heard),
                     distance.variants(videos),
                     distance.random_features(videos),
-                    videos,
+                    shown,
                 )
             )
-        scores, *arrays = zip(*parts, strict=True)
-        joined = {k: np.concatenate([s[k] for s in scores]) for k in scores[0]}
-        return cls(joined, *(np.concatenate(x) for x in arrays), confused)
+        scores, thumbnails, features, clips = zip(*parts, strict=True)
+        audio = [x.audio for x in clips if x.audio is not None]
+        return cls(
+            _joined(scores),
+            np.concatenate(thumbnails),
+            np.concatenate(features),
+            Shown(
+                np.concatenate([x.videos for x in clips]),
+                np.concatenate(audio) if audio else None,
+                clips[0].rate,
+            ),
+            {name: _joined(found) for name, found in wrong.items()},
+            confused,
+        )
 
     @property
     def counts(self) -> dict[str, int]:
@@ -75,15 +116,36 @@ class Measured:
         return oracle.summary(self.scores)
 
 
+def controls(audio: Float[np.ndarray, "b a"] | None, rate: int) -> dict[str, Any]:
+    """Sounds that are wrong in a known way, by name; {} for silent clips."""
+    if audio is None:
+        return {}
+    late = np.pad(audio, ((0, 0), (round(LATE * rate), 0)))[:, : audio.shape[1]]
+    return {
+        "another clip's sound": np.roll(audio, 1, axis=0),
+        "60 ms late": late,
+        "silence": np.zeros_like(audio),
+    }
+
+
+def _joined(parts: Sequence[oracle.Scores]) -> oracle.Scores:
+    return {name: np.concatenate([x[name] for x in parts]) for name in parts[0]}
+
+
 def chunks(count: int) -> Iterator[np.ndarray]:
     """The indices from 0 to `count`, in chunks of at most `CHUNK`."""
     for start in range(0, count, CHUNK):
         yield np.arange(start, min(start + CHUNK, count))
 
 
-def real(world: World, count: int) -> Iterator[np.ndarray]:
+def real(world: World, count: int, sound: bool = False) -> Iterator[Shown]:
     """The world's own clips of its split's first scenes, chunk by chunk."""
-    return map(world.videos, chunks(count))
+    for ids in chunks(count):
+        clips = world.clips(ids, audio=sound)
+        if sound:
+            yield Shown(clips["video"], clips["audio"], world.audio_rate)
+        else:
+            yield Shown(clips["video"])
 
 
 def trained_on(sources: Sequence[str]) -> list[tuple[World, int]]:
@@ -111,10 +173,11 @@ def neighbours(
     train = [
         distance.thumbnails(x)
         for other, count in like
-        for x in real(other, min(count, most))
+        for x in map(other.videos, chunks(min(count, most)))
     ]
     other = dataclasses.replace(world, seed=world.seed + _OTHER_SEED)
-    held_out = [distance.variants(x) for x in real(other, _HELD_OUT)]
+    others = map(other.videos, chunks(_HELD_OUT))
+    held_out = [distance.variants(x) for x in others]
     return np.concatenate(train), np.concatenate(held_out)
 
 

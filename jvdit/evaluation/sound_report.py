@@ -28,14 +28,12 @@ from jvdit.evaluation.autoencoder_report import (
     write_report,
 )
 from jvdit.evaluation.hearing import Sound, log_mel_distance, si_sdr
-from jvdit.evaluation.oracle.sound import synchrony
+from jvdit.evaluation.measuring import CHUNK, controls
 
 _MEANING = {
     "si_sdr": "signal over distortion, of any loudness, dB",
     "log_mel": "difference of the levels by time and band, dB",
 }
-_LATE = 0.060  # seconds of a control
-_AT_ONCE = 64  # clips that the oracle sees at once, to bound memory
 
 
 def report_audio_vae(
@@ -86,18 +84,16 @@ def _oracle(world: World, pairs: Pairs, rate: int) -> Scores:
     oracle.check_frames(world.frames)
     real = np.stack([x.original.mean(1) for x in pairs.good])
     decoded = np.stack([x.decoded.mean(1) for x in pairs.good])
-    late = np.pad(real, ((0, 0), (round(_LATE * rate), 0)))[:, : real.shape[1]]
-    sounds = {"real": real, "reconstructed": decoded, "silence": np.zeros_like(real)}
-    sounds |= {"60 ms late": late, "another clip's": np.roll(real, 1, axis=0)}
+    sounds = {"real": real, "reconstructed": decoded, **controls(real, rate)}
     parts: dict[str, list[dict[str, np.ndarray]]] = {who: [] for who in sounds}
-    for start in range(0, len(real), _AT_ONCE):
-        some = slice(start, start + _AT_ONCE)
+    for start in range(0, len(real), CHUNK):
+        some = slice(start, start + CHUNK)
         scenes = world.scenes(np.array([x.index for x in pairs.good[some]]))
         videos = np.stack([x.clip["video"] for x in pairs.good[some]])
         seen = oracle.observe(videos, scenes, world.fps)
         for who, audio in sounds.items():
-            heard = (audio[some], rate, seen.tracks, seen.bounces, scenes, world.fps)
-            parts[who].append(synchrony(*heard))
+            heard = oracle.listen(seen, scenes, world.fps, audio[some], rate)
+            parts[who].append(heard)
     return {
         who: oracle.summary({k: np.concatenate([x[k] for x in all_]) for k in all_[0]})
         for who, all_ in parts.items()

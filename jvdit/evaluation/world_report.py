@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from jvdit.data.spectrum import spectrogram
 from jvdit.data.world import World
 from jvdit.evaluation import distance, report
 from jvdit.evaluation.breakdown import NAMES, breakdown, composition
@@ -15,7 +16,7 @@ from jvdit.evaluation.measuring import (
     met_in_training,
     neighbours,
 )
-from jvdit.evaluation.oracle import observe
+from jvdit.evaluation.oracle import observe, summary
 from jvdit.evaluation.oracle.adherence import describe
 from jvdit.evaluation.overlay import overlay
 
@@ -62,7 +63,7 @@ def results_of(
     results = []
     for column in columns:
         world, measured, bound = column.world, column.measured, bounds[column.world]
-        ids = np.arange(len(measured.videos))
+        ids = np.arange(len(measured.clips.videos))
         scenes, captions = world.scenes(ids), world.captions(ids)
         met = met_in_training(captions, column.trained)
         known = neighbours(world, column.trained)
@@ -74,6 +75,9 @@ def results_of(
                 "met_in_training": int(met.sum()) if column.trained else None,
                 "scores": measured.summary,
                 "real": bound.summary,
+                "controls": {
+                    name: summary(found) for name, found in measured.controls.items()
+                },
                 "parts": breakdown(measured.scores, scenes),
                 "real_parts": breakdown(bound.scores, scenes),
                 "confusions": {
@@ -98,7 +102,7 @@ def _as_sets(
 
     The latter have scenes that nobody was trained on and that nothing is compared with.
     """
-    count, world = len(bound.videos), column.world
+    count, world = len(bound.clips.videos), column.world
     other = np.concatenate(
         [world.videos(ids + _ASIDE) for ids in chunks(min(count, _REAL))]
     )
@@ -123,7 +127,7 @@ def compositions(
             same = (new.label, new.how) == (old.label, old.how)
             if not same or (new.world.split, old.world.split) != ("comp", "test"):
                 continue
-            ids = np.arange(len(new.measured.videos))
+            ids = np.arange(len(new.measured.clips.videos))
             scenes = new.world.scenes(ids), old.world.scenes(ids)
             found[new.name] = {
                 name: _json(
@@ -175,6 +179,7 @@ def page(
     rows = []
     for column, found in zip(columns, results, strict=True):
         table = report.parts_table(found["real_parts"], found["parts"])
+        parts += _sound(column, bounds[column.world])
         name = f"By content: {column.name}"
         parts.append(report.section(name, table))
         tables = [
@@ -197,6 +202,24 @@ def page(
         clips = _examples(column.measured, column.world)
         parts.append(report.section(column.name, *clips))
     return report.page(title, parts)
+
+
+def _sound(column: ReportColumn, bound: Measured) -> list[str]:
+    """What is heard of the clips, and would be if they had another sound."""
+    measured = column.measured
+    if not measured.controls:
+        return []
+    wrong = {name: summary(found) for name, found in measured.controls.items()}
+    names = next(iter(measured.controls.values()))
+    mine = {k: v for k, v in measured.summary.items() if k in names}
+    real = {k: v for k, v in bound.summary.items() if k in names}
+    table = report.score_table(real, {"these clips": mine, **wrong})
+    lags = measured.scores["lag"]
+    counts, edges = np.histogram(lags[np.isfinite(lags)], 13, (0, 0.52))
+    points = list(zip(edges[:-1].tolist(), map(float, counts), strict=True))
+    plot = report.plot("clips by the shift of their sound, s", "lag", {"": points})
+    title = f"Sound: {column.name}"
+    return [report.section(title, table, f"<div class=plots>{plot}</div>")]
 
 
 def _plots(columns: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -237,18 +260,29 @@ def _histories(histories: Mapping[str, History]) -> list[str]:
     return drawn
 
 
+def _parts(
+    video: np.ndarray, fps: float, audio: np.ndarray | None, rate: int
+) -> list[str]:
+    """A clip, above its sound as it looks."""
+    player = report.player(video, fps, audio, rate)
+    if audio is None:
+        return [player]
+    return [player, report.picture(spectrogram(audio, rate, width=video.shape[2]))]
+
+
 def _examples(measured: Measured, world: World) -> list[str]:
     """The best, median and worst clips, with the oracle's detections drawn on them."""
     names = ("count", "color", "shape", "size", "direction", "physics")
     quality = np.mean([measured.scores[name] for name in names], axis=0)
     parts = []
     for title, ids in report.examples(quality).items():
-        videos, scenes = measured.videos[ids], world.scenes(ids)
+        clips, scenes = measured.clips, world.scenes(ids)
+        videos = clips.videos[ids]
+        audio = [None] * len(ids) if clips.audio is None else clips.audio[ids]
         seen = observe(videos, scenes, world.fps)
         figures = [
-            report.film(
-                overlay(video, seen.found, i),
-                world.fps,
+            report.figure(
+                _parts(overlay(video, seen.found, i), world.fps, audio[i], clips.rate),
                 prompt,
                 [
                     "saw " + describe(seen.reading, seen.tracks, i),

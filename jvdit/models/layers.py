@@ -125,9 +125,12 @@ class Modulation(Layer):
         init, shape = nn.initializers.normal(width**-0.5), (self.rows, width)
         names = [f"table{suffix}" for suffix in SUFFIXES[:kinds]]
         tables = [self.param(name, init, shape, self.param_dtype) for name in names]
-        each = embedding.shape[1] // kinds if kinds > 1 else 1
-        table = jnp.stack(tables).astype(jnp.float32).repeat(each, axis=0)
-        rows = embedding + table[None]
+        parts = jnp.split(embedding, kinds, axis=1) if kinds > 1 else [embedding]
+        rows = [
+            part + table.astype(jnp.float32)[None, None]
+            for part, table in zip(parts, tables, strict=True)
+        ]
+        rows = jnp.concatenate(rows, axis=1) if kinds > 1 else rows[0]
         rows = [rows[:, :, i] for i in range(self.rows)]
         return rows if level is None else [_pick(row, level) for row in rows]
 

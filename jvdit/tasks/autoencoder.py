@@ -35,7 +35,7 @@ class AutoencoderTask(Task):
         kind: its name as an objective.
         what: name of the data in a clip.
         objective_class: class of the objective.
-        budget: name of the setting that bounds a batch.
+        unit: what the setting counts that bounds a batch.
     """
 
     objective: VAEObjective | AudioVAEObjective
@@ -43,7 +43,7 @@ class AutoencoderTask(Task):
     kind: ClassVar[str]
     what: ClassVar[str]
     objective_class: ClassVar[type]
-    budget: ClassVar[str]
+    unit: ClassVar[str]
 
     def __init__(self, config: Config, mesh: Mesh, workdir: pathlib.Path):
         self.vae = build(self.module, config.vae.to_dict())
@@ -51,7 +51,8 @@ class AutoencoderTask(Task):
         ways = mesh.shape["data"] * mesh.shape["fsdp"] * config.optim.accumulate
         self.plan = BucketPlan.of(
             self.sources,
-            pixel_budget=config.data[self.budget],
+            pixel_budget=config.data[f"{self.unit}_budget"],
+            unit=self.unit,
             multiple=ways,
             weights=config.data.weights or None,
             seed=config.seed,
@@ -125,7 +126,7 @@ class VAETask(AutoencoderTask):
     """Trains a video autoencoder on clips of pixels."""
 
     module, objective_class = VideoVAE, VAEObjective
-    kind, what, budget = "video_vae", "video", "pixel_budget"
+    kind, what, unit = "video_vae", "video", "pixel"
     networks: ClassVar = {"vae": VideoVAE}
 
     def check_size(self, *size):  # noqa: D102
@@ -146,7 +147,7 @@ class AudioVAETask(AutoencoderTask):
     """Trains an audio autoencoder on the sound of clips."""
 
     module, objective_class = AudioVAE, AudioVAEObjective
-    kind, what, budget = "audio_vae", "audio", "sample_budget"
+    kind, what, unit = "audio_vae", "audio", "sample"
     networks: ClassVar = {"vae": AudioVAE}
 
     @property

@@ -300,7 +300,7 @@ def _whole(vae: VideoVAE, params: Any, video: jax.Array):
 
 
 def _folder_of(vae: str | os.PathLike[str], *names: str) -> pathlib.Path:
-    """The folder of an autoencoder's weights, in a workdir, a whole model, or itself."""
+    """The folder of an autoencoder: in a workdir, in a whole model, or itself."""
     inside = [f"{place}{name}" for name in names for place in ("model/", "")]
     within = (pathlib.Path(vae) / name for name in (*inside, ""))
     found = (x for x in within if (x / "config.json").exists())

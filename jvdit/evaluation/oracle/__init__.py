@@ -184,9 +184,20 @@ def judge(
     scores["permanence"] = permanence(tracks, scenes, fps)
     scores["flicker"] = flicker(video, seen.found, scenes)
     if audio is not None:
-        scores |= synchrony(audio, rate, tracks, bounces, scenes, fps)
+        scores |= listen(seen, scenes, fps, audio, rate)
         scores["all"] *= ~(scores["material"] < _LEAST_MATERIAL)
     return {name: scores[name] for name in COLUMNS if name in scores}
+
+
+def listen(
+    seen: Observed,
+    scenes: Scenes,
+    fps: float,
+    audio: Float[np.ndarray, "b a"],
+    rate: int,
+) -> Scores:
+    """Scores the sound of clips of which all that is seen has been measured."""
+    return synchrony(audio, rate, seen.tracks, seen.bounces, scenes, fps)
 
 
 def mean_and_interval(
