@@ -293,13 +293,15 @@ def sample(prompts: list[str]) -> Iterator[pathlib.Path]:
             for i, clip in made:
                 path = free_path(folder, clip_name(requests[i]), ".mp4")
                 clip.save(path, {"jvdit": requests[i].settings | told})
-                shown[i] = clip.video
+                shown[i] = clip
                 watch.clips(len(shown))
                 yield path
     finally:
         if shown:
             captions = [requests[i].prompt for i in sorted(shown)]
-            sheet = contact_sheet([shown[i] for i in sorted(shown)], captions)
+            clips = [shown[i] for i in sorted(shown)]
+            films, sounds = zip(*((x.video, x.spectrogram) for x in clips), strict=True)
+            sheet = contact_sheet(films, captions, sounds=sounds)
             write_png(path := free_path(folder, "sheet", ".png"), sheet)
     yield path
 

@@ -22,6 +22,7 @@ from media_files import (
     numbers,
 )
 
+from jvdit.data.media.audio import read_sound
 from jvdit.data.media.reader import (
     REASONS,
     Budget,
@@ -194,6 +195,26 @@ def test_sound_and_picture_stay_together(start, rate, channels):
     flash = np.argmax(clip["video"].mean((1, 2, 3))) / 24
     assert flash == 0.5
     assert abs(first_sound(clip["audio"], rate) - flash) < 1e-3
+
+
+@pytest.mark.parametrize("rate", [16000, 44100])
+def test_sound_neither_starts_late_nor_drifts_over_a_minute(tmp_path, rate):
+    """To the sample: the encoder's delay is made up for in the file."""
+    seconds = 60
+    sound = np.zeros((seconds * rate, 1), np.float32)
+    tone = np.sin(2 * np.pi * 1000 * np.arange(int(0.003 * rate)) / rate + 1.5)
+    starts = [round(t * rate) for t in (0.0, 11.3, 30.7, 59.8)]
+    for start in starts:
+        sound[start : start + len(tone), 0] = 0.8 * tone
+    file = tmp_path / "minute.mp4"
+    pictures = np.zeros((2 * seconds, 16, 16, 3), np.uint8)
+    encode_clip(file, pictures, 2, audio=sound, audio_rate=rate)
+    found = read_sound(file, rate)[:, 0]
+    assert 0 <= len(found) - len(sound) < 1024
+    for start in starts:
+        low = max(start - 500, 0)
+        around = found[low : start + 500 + len(tone)]
+        assert low + np.correlate(around, tone, "valid").argmax() == start
 
 
 def test_sound_that_takes_too_long_is_a_timeout(monkeypatch):

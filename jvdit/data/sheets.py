@@ -13,6 +13,7 @@ from jvdit.machine.files import write_atomically
 
 _LEAST = 96  # pixels of a frame's height in a sheet; smaller clips are enlarged
 _MOST = 192  # larger ones are reduced
+_SOUND = 48  # pixels of the height of a sound
 _FONT = 16  # pixels
 _GAP = 4  # pixels between frames
 _PAPER, _INK = (255, 255, 255), (20, 20, 20)
@@ -22,6 +23,7 @@ def contact_sheet(
     videos: Sequence[UInt8[np.ndarray, "_ _ _ 3"]],
     captions: Sequence[str] | None = None,
     columns: int = 8,
+    sounds: Sequence[UInt8[np.ndarray, "_ _ 3"] | None] | None = None,
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Draws one row of evenly spaced RGB frames for each clip, its caption above it.
 
@@ -32,6 +34,8 @@ def contact_sheet(
         videos: clips, which may differ in size and length.
         captions: a text for each clip, wrapped to the width of the sheet.
         columns: most frames of a row; the first and last frame are always among them.
+        sounds: a picture of the sound of each clip, drawn under its frames; None: it
+            has none.
 
     Raises:
         ValueError: there is no clip, or not one caption for each.
@@ -44,24 +48,34 @@ def contact_sheet(
             f"({len(videos)})."
         )
     rows = [_frames(video, columns) for video in videos]
+    heard = [
+        None if x is None else _strip(x, row)
+        for x, row in zip(sounds or [None] * len(rows), rows, strict=True)
+    ]
     width = _GAP + max(sum(f.width + _GAP for f in row) for row in rows)
     font = ImageFont.load_default(size=_FONT)
     letters = max(12, int((width - 2 * _GAP) / font.getlength("n")))
     texts = [textwrap.wrap(text, letters) for text in captions or [""] * len(rows)]
     heights = [
-        (_FONT + 4) * len(text) + row[0].height + 2 * _GAP
-        for text, row in zip(texts, rows, strict=True)
+        (_FONT + 4) * len(text)
+        + row[0].height
+        + 2 * _GAP
+        + (0 if strip is None else strip.height + _GAP)
+        for text, row, strip in zip(texts, rows, heard, strict=True)
     ]
     sheet = Image.new("RGB", (width, sum(heights) + _GAP), _PAPER)
     draw = ImageDraw.Draw(sheet)
     y = _GAP
-    for text, row in zip(texts, rows, strict=True):
+    for text, row, strip in zip(texts, rows, heard, strict=True):
         for line in text:
             draw.text((_GAP, y), line, fill=_INK, font=font)
             y += _FONT + 4
         for k, frame in enumerate(row):
             sheet.paste(frame, (_GAP + k * (frame.width + _GAP), y))
         y += row[0].height + 2 * _GAP
+        if strip is not None:
+            sheet.paste(strip, (_GAP, y - _GAP))
+            y += strip.height + _GAP
     return np.asarray(sheet)
 
 
@@ -75,6 +89,12 @@ def _frames(video: UInt8[np.ndarray, "T H W 3"], columns: int) -> list[Image.Ima
         size = (max(1, round(width * _MOST / height)), _MOST)
         method = Image.Resampling.LANCZOS
     return [Image.fromarray(video[k]).resize(size, method) for k in chosen]
+
+
+def _strip(sound: UInt8[np.ndarray, "h w 3"], row: list[Image.Image]) -> Image.Image:
+    """A picture of a sound, as wide as the frames that it lies under."""
+    width = sum(frame.width + _GAP for frame in row) - _GAP
+    return Image.fromarray(sound).resize((width, _SOUND))
 
 
 def write_png(path: str | Path, image: UInt8[np.ndarray, "h w 3"]) -> None:

@@ -1,6 +1,7 @@
 """Spectra of sound, to be measured and to be looked at."""
 
 import functools
+from collections.abc import Iterable
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -10,6 +11,7 @@ from scipy.fft import rfft
 _WINDOW, _HOP = 0.032, 0.008  # seconds
 _BANDS = 80
 _FLOOR = 1e-5  # of an amplitude: -100 dB
+_MARK = (220, 40, 40)
 _LOWEST = 40.0  # Hz, of the bands
 
 
@@ -53,6 +55,7 @@ def spectrogram(
     rate: int,
     height: int = 96,
     width: int | None = None,
+    marks: Iterable[float] = (),
 ) -> UInt8[np.ndarray, "h w 3"]:
     """A picture of a sound: time to the right, pitch upwards, dark is loud.
 
@@ -61,6 +64,7 @@ def spectrogram(
         rate: samples per second.
         height: pixels.
         width: pixels; None: 100 for a second.
+        marks: seconds at which a line is drawn, such as where sounds set in.
     """
     level = log_mel(audio, rate)
     width = width or max(1, round(100 * len(audio) / rate))
@@ -68,4 +72,8 @@ def spectrogram(
     columns = np.linspace(0, len(level) - 1, width).round().astype(int)
     shade = np.clip((level[columns][:, rows].T + 90) / 80, 0, 1)
     light = np.array([255, 255, 250]) * (1 - shade[..., None])
-    return (light + np.array([30, 20, 70]) * shade[..., None]).astype(np.uint8)
+    drawn = (light + np.array([30, 20, 70]) * shade[..., None]).astype(np.uint8)
+    for second in marks:
+        at = min(int(second * rate / len(audio) * width), width - 1)
+        drawn[: height // 4, at] = _MARK
+    return drawn

@@ -20,7 +20,8 @@ from jvdit.data.sounds import in_channels
 Pictures = str | os.PathLike[str] | np.ndarray
 
 _COARSE = 8000  # Hz at which the length of a sound is measured
-LENIENT = 0.05  # seconds by which a given sound and its clip may differ
+# Seconds by which a given sound and its clip may differ: files end with a whole packet.
+LENIENT = 0.15
 _SMOOTH = Image.Resampling.LANCZOS
 # Mean and standard deviation of each colour channel in [0, 1] that CLIP was trained on.
 _CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)

@@ -9,6 +9,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from jvdit.data.media.writer import encode_clip
+from jvdit.data.spectrum import spectrogram
+from jvdit.evaluation.oracle.sound import onsets
 
 
 class Latents(NamedTuple):
@@ -38,6 +40,14 @@ class GeneratedClip(NamedTuple):
     fps: float
     audio: Float[np.ndarray, "a e"] | None = None
     audio_rate: int = 0
+
+    @property
+    def spectrogram(self) -> UInt8[np.ndarray, "h w 3"] | None:
+        """A picture of the sound, with a mark where each sets in; None: silent."""
+        if self.audio is None:
+            return None
+        marks = onsets(self.audio.mean(1)[None], self.audio_rate)[0]
+        return spectrogram(self.audio, self.audio_rate, width=512, marks=marks)
 
     def save(
         self, path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None

@@ -100,16 +100,18 @@ class Samples:
         If the run started from finished weights, the sheet shows the clip of those
         weights above each.
         """
-        rows, captions, fps = [], [], self.sample.fps
+        rows, captions, sounds, fps = [], [], [], self.sample.fps
         for i, prompt in enumerate(self.sample.prompts):
             before = folder / f"step_{0:07d}_{i}.mp4"
             captions.append(prompt)
             if step and before.exists():
                 size = dict(zip(SIZE, clips[i].video.shape, strict=False))
                 rows.append(decode_clip(str(before), fps=fps, **size)["video"])
+                sounds.append(None)
                 captions.append(f"after {step} steps")
             rows.append(clips[i].video)
-        metrics.sheet(step, "samples", folder, rows, captions)
+            sounds.append(clips[i].spectrogram)
+        metrics.sheet(step, "samples", folder, rows, captions, sounds)
         for i, clip in enumerate(clips):
             clip.save(folder / f"step_{step:07d}_{i}.mp4")
 

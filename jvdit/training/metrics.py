@@ -115,11 +115,17 @@ class Metrics:
                 file.write("\n")
 
     def sheet(
-        self, step: int, name: str, folder: pathlib.Path, videos: Any, captions: Any
+        self,
+        step: int,
+        name: str,
+        folder: pathlib.Path,
+        videos: Any,
+        captions: Any,
+        sounds: Any = None,
     ) -> None:
         """Writes a contact sheet to TensorBoard, and to a file of the step's name."""
         if self._events:
-            sheet = contact_sheet(videos, captions)
+            sheet = contact_sheet(videos, captions, sounds=sounds)
             self._events.write(step, "image", name, sheet, dataformats="HWC")
             write_png(folder / f"step_{step:07d}.png", sheet)
 
