@@ -8,7 +8,7 @@ from closeness import assert_close
 
 from jvdit.data.items import Item, with_sound
 from jvdit.data.packing import pack_rows, unpack_rows, unpack_sounds
-from jvdit.data.patches import patchify, positions
+from jvdit.data.patches import latent_times, patchify, positions, sound_positions
 from jvdit.diffusion.denoise import denoise
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
 from jvdit.models.dit import VARIANTS, DiT
@@ -42,7 +42,8 @@ def clip(number, frames, sounds, *, given=False):
     if not sounds:
         return item
     waves = rng.normal(size=(sounds, SOUND)).astype(np.float32)
-    return with_sound(item, waves, 25.0, given=given)
+    place = sound_positions(sounds, 25.0, None, 2)
+    return with_sound(item, waves, place, given=given)
 
 
 ITEMS = [
@@ -107,6 +108,17 @@ def test_each_kind_has_its_part_of_a_row_and_comes_out_again(batch):
     np.testing.assert_allclose(batch["position"][0, 24:28, 0], [0.02, 0.06, 0.1, 0.14])
     with pytest.raises(ValueError, match=r"needs 8 of `sound_budget` \(=7\)"):
         pack_rows([[clip(3, 1, 8)]], 24, 8, 2, 7)
+
+
+def test_sound_has_the_clock_of_its_picture():
+    """Where time counts latent frames, a sound is at the frame that it sounds with."""
+    fps, compression = 16.0, 4
+    frames = latent_times(9, fps, compression)
+    tokens = sound_positions(1000, 500.0, fps, compression)[:, 0]
+    seconds = sound_positions(1000, 500.0, None, compression)[:, 0]
+    inside = (seconds > frames[1]) & (seconds < frames[-1])
+    want = np.interp(seconds[inside], frames, np.arange(9))
+    np.testing.assert_allclose(tokens[inside], want, atol=1e-3)
 
 
 def test_a_given_sound_is_at_the_clean_level_of_its_kind():

@@ -95,6 +95,11 @@ _ROWS = flags.DEFINE_integer(
 _LATENTS = flags.DEFINE_integer(
     "latent_channels", 16, "Latent channels of the autoencoder."
 )
+_SOUND_LATENTS = flags.DEFINE_integer(
+    "sound_channels",
+    64,
+    "Latent channels of the audio autoencoder, for configs with a `data.sound_budget`.",
+)
 _PRICE = flags.DEFINE_float(
     "price",
     None,
@@ -185,10 +190,17 @@ def slivers(shapes: Any, shardings: Any) -> int:
 def lower(config: Any, mesh: Any, result: Result) -> Any:
     """Lowers the training or sampling program; fills in memory and FLOPs by shapes."""
     text_width = 0 if config.text_encoder else WAN_TEXT
-    tokens, text = config.data.token_budget, config.data.text_budget
+    sounds = config.data.sound_budget
+    pictures, text = config.data.token_budget, config.data.text_budget
+    tokens = pictures + sounds
     if _STEP.value == "train":
         lowered, state, places = train_program(
-            config, mesh, result.rows, _LATENTS.value, text_width
+            config,
+            mesh,
+            result.rows,
+            _LATENTS.value,
+            text_width,
+            _SOUND_LATENTS.value,
         )
         result.memory = {
             "weights": share(state.params, places.params),
@@ -204,7 +216,7 @@ def lower(config: Any, mesh: Any, result: Result) -> Any:
         result.flops = float(result.rows * module.flops(tokens, text, trained))
         return lowered
     module = _module(config, text_width, param_dtype=config.dit.dtype)
-    lowered = sample_program(module, mesh, result.rows, tokens, text)
+    lowered = sample_program(module, mesh, result.rows, pictures, text, sounds)
     params = lowered.in_avals[0][0]["params"]
     places = parameter_shardings(params, mesh)
     result.memory = {"weights": share(params, places)}
@@ -247,6 +259,7 @@ def _module(config: Any, text_width: int, **changed: Any) -> DiT:
         in_channels=channels,
         out_channels=channels,
         text_width=text_width or config.text_encoder.width,
+        sound_channels=_SOUND_LATENTS.value if config.data.sound_budget else 0,
         **fields,
     )
 

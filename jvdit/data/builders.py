@@ -22,6 +22,7 @@ from jvdit.data.clips import BadClip, Clip, Source
 from jvdit.data.items import Item, Statistics, item_of, with_sound
 from jvdit.data.order import stable_uniform
 from jvdit.data.packing import pack_rows
+from jvdit.data.patches import sound_positions
 from jvdit.data.plan import BucketPlan, PackPlan, Slot
 from jvdit.data.tokenizer import Tokenizer
 
@@ -261,7 +262,13 @@ class PackedBatches(Builder):
             return item
         stored = clip["sound_mean"], clip.get("sound_logvar")
         mean, logvar = self.sounds.normalized(*stored)
-        return with_sound(item, mean, self.sounds.rate, logvar=logvar)
+        place = sound_positions(
+            len(mean),
+            self.sounds.rate,
+            None if self.seconds else float(clip["fps"]),
+            self.temporal_compression,
+        )
+        return with_sound(item, mean, place, logvar=logvar)
 
     def _text(self, slot: Slot, clip: Clip, dropped: bool) -> dict[str, Any]:
         if self.tokenizer is not None:

@@ -134,7 +134,7 @@ def item_of(
 def with_sound(
     item: Item,
     latents: Float[np.ndarray, "n c"],
-    rate: float,
+    position: Float[np.ndarray, "n 3"],
     *,
     given: bool = False,
     logvar: Float[np.ndarray, "n c"] | None = None,
@@ -144,13 +144,11 @@ def with_sound(
     Args:
         item: the clip.
         latents: of its sound, normalised; of a request noise, or zeros.
-        rate: latents per second.
+        position: of each, see `sound_positions`.
         given: the sound is given, and stays clean.
         logvar: of the posterior of which `latents` is the mean.
     """
     count, width = len(latents), max(item.latents.shape[1], latents.shape[1])
-    position = np.zeros((count, 3), np.float32)
-    position[:, 0] = (np.arange(count) + 0.5) / rate
     level = np.broadcast_to(item.level, len(item.latents))
     fields: dict[str, Any] = {
         "latents": _joined(item.latents, latents, width),

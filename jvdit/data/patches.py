@@ -105,3 +105,27 @@ def positions(
     position = rearrange(np.stack(grid), "a f h w -> (f h w) a").astype(np.float32)
     position.flags.writeable = False
     return position
+
+
+def sound_positions(
+    count: int, rate: float, fps: float | None, temporal_compression: int
+) -> Float[np.ndarray, "n 3"]:
+    """Returns the (t, y, x) coordinates of the tokens of a sound.
+
+    Args:
+        count: latents.
+        rate: latents per second.
+        fps: of the clip whose positions in time count latent frames, so that both kinds
+            share its clock. None: t is in seconds.
+        temporal_compression: pixel frames that a latent frame after the first covers.
+
+    Returns:
+        t at the middle of each token; y and x are 0.
+    """
+    position = np.zeros((count, 3), np.float32)
+    t = (np.arange(count) + 0.5) / rate
+    if fps is not None:
+        # The inverse of `latent_times`, for frames after the first.
+        t = (t * fps + (temporal_compression - 1) / 2) / temporal_compression
+    position[:, 0] = t
+    return position

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jvdit.data.conditions import Known, Place, known
 from jvdit.data.items import Item, item_of, with_sound
-from jvdit.data.patches import Size
+from jvdit.data.patches import Size, sound_positions
 from jvdit.generation.codec import Codec
 from jvdit.generation.request import Request, for_encoder
 from jvdit.generation.residence import Residence
@@ -114,8 +114,13 @@ class Inputs:
         vae, latents = self.model.audio_vae, given.sound
         if latents is None:
             latents = np.zeros((count, vae.latent_channels), np.float32)
-        known = given.sound is not None
-        return with_sound(item, latents, vae.latent_rate, given=known)
+        place = sound_positions(
+            count,
+            vae.latent_rate,
+            None if self.model.seconds else request.fps,
+            self.model.vae.temporal_compression,
+        )
+        return with_sound(item, latents, place, given=given.sound is not None)
 
     def sounds(self, request: Request) -> int:
         """Latents of the sound of a complete request; 0: it is silent."""

@@ -187,38 +187,40 @@ def start_noise(start: Start, arrays: dict[str, Array], seeds: Array) -> Running
     keys = jax.vmap(jax.vmap(jax.random.key))(seeds)
     how = {"one_clip": one_clip, "given": given, "kinds": kinds}
     tokens = Tokens.of(arrays, arrays["latents"], **how)
-    times = _times(start, arrays)
+    levels = seeds.shape[1] // (len(kinds) or 1)  # of each kind; the first is clean
+    times = _times(start, arrays, levels)
     if tokens.level is None:
         times, keys = times[:, :, 1:], keys[:, 1:]
     if not noisy:
         noise = clip_noise(keys, tokens)
         if given:
-            levels = arrays["valid"].shape[1] + 1  # of each kind; the first is clean
             drawn = (arrays["level"] % levels > 0) | (arrays["segment"] == 0)
             noise = jnp.where(drawn[..., None], noise, tokens.latents)
         tokens = tokens.with_latents(noise)
     return Running(begin(tokens, times, solver), times, keys)
 
 
-def _times(start: Start, arrays: dict[str, Array]) -> Float[Array, "times b g"]:
-    """The timesteps of each noise level of each row.
+def _times(
+    start: Start, arrays: dict[str, Array], levels: int
+) -> Float[Array, "times b g"]:
+    """The timesteps of each noise level of each row, so many for each kind.
 
     The picture and the sound of a clip are at one time. Where one of them is given, the
     other has the times of its own size.
     """
-    clips, path = arrays["valid"].shape[1], start.path
+    path = start.path
     kinds = start.kinds or (arrays["segment"].shape[1],)
     ends = np.cumsum(kinds)[:-1].tolist()
     parts, times = jnp.split(arrays["segment"], ends, axis=1), []
     for segment in parts:
-        counts = jax.nn.one_hot(segment, clips + 1).sum(1)
+        counts = jax.nn.one_hot(segment, levels).sum(1)
         found = start.policy.times(
             start.steps, jnp.maximum(counts, 1.0), path.timesteps
         )
         times.append(found.at[:, :, 0].set(0.0))
     if len(times) > 1:
         level = jnp.split(arrays["level"], ends, axis=1)[0]
-        generated = jax.nn.one_hot(level, clips + 1).sum(1) > 0
+        generated = jax.nn.one_hot(level, levels).sum(1) > 0
         times[1] = jnp.where(generated.at[:, 0].set(False)[None], *times)
     return jnp.concatenate(times, axis=-1)
 

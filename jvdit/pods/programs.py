@@ -77,7 +77,7 @@ def _key() -> Any:
 
 
 def packed_shapes(
-    config: Config, rows: int, channels: int, text_width: int
+    config: Config, rows: int, channels: int, text_width: int, sound_channels: int = 0
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of a batch that `PackedBatches` builds.
 
@@ -86,6 +86,7 @@ def packed_shapes(
         rows: rows of the batch.
         channels: channels of a token: latent channels times the cells of a patch.
         text_width: width of cached text states; 0: the batch holds token ids.
+        sound_channels: channels of a token of sound.
     """
     data = config.data
     text: dict[str, Any] = {"text_ids": np.zeros(0, np.int32)}
@@ -93,13 +94,19 @@ def packed_shapes(
         text = {"text_embeds": np.zeros((0, text_width), np.float32)}
     blank, position = (np.zeros((1, c), np.float32) for c in (channels, 3))
     item = Item(blank, position, givable=np.zeros(1, bool), **text)
-    batch = pack_rows([[item]], data.token_budget, data.text_budget, data.max_clips)
+    bounds = data.token_budget, data.text_budget, data.max_clips, data.sound_budget
+    batch = pack_rows([[item]], *bounds, max(channels, sound_channels))
     batch.pop("clip_id")
     return {k: _shape(rows, *x.shape[1:], dtype=x.dtype) for k, x in batch.items()}
 
 
 def train_program(
-    config: Config, mesh: Mesh, rows: int, latent_channels: int, text_width: int
+    config: Config,
+    mesh: Mesh,
+    rows: int,
+    latent_channels: int,
+    text_width: int,
+    sound_channels: int = 0,
 ) -> tuple[Any, TrainState, TrainState]:
     """Lowers one training step of a DiT on full rows of latents.
 
@@ -110,13 +117,16 @@ def train_program(
         latent_channels: latent channels of the autoencoder.
         text_width: width of cached text states; 0: the config's text encoder is trained
             along.
+        sound_channels: latent channels of the audio autoencoder, of a config with a
+            `sound_budget`.
 
     Returns:
         The lowered program, the shapes of its training state, and their shardings.
     """
     pt, ph, pw = config.patch_size
     channels = latent_channels * pt * ph * pw
-    batch = packed_shapes(config, rows, channels, text_width)
+    sound_channels = sound_channels if config.data.sound_budget else 0
+    batch = packed_shapes(config, rows, channels, text_width, sound_channels)
     optim = Optim(**config.optim.to_dict())
     with jax.set_mesh(mesh), jax.default_matmul_precision(config.matmul_precision):
         objective = flow_objective(
@@ -125,7 +135,8 @@ def train_program(
             channels=channels,
             text_width=text_width,
             vocab_size=config.vocab_size,
-            one_clip=config.data.max_clips == 1,
+            one_clip=config.data.max_clips == 1 and not sound_channels,
+            sound_channels=sound_channels,
         )
         optimizer, frozen = optim.optimizer(config.steps), {}
         if objective.lora:
@@ -152,7 +163,12 @@ def train_program(
 
 
 def sample_program(
-    module: Backbone, mesh: Mesh, rows: int, tokens: int, text_length: int
+    module: Backbone,
+    mesh: Mesh,
+    rows: int,
+    tokens: int,
+    text_length: int,
+    sounds: int = 0,
 ) -> Any:
     """Lowers `SAMPLED` solver steps with guidance, in the module's dtypes.
 
@@ -162,18 +178,24 @@ def sample_program(
         rows: how many clips are denoised together; guidance doubles the rows.
         tokens: tokens of each clip.
         text_length: text states of each prompt.
+        sounds: tokens of the sound of each clip; 0: they are silent.
 
     Returns:
         The lowered program.
     """
     # Padded as by `batches_of`; padding is a segment of its own.
-    padding = -tokens % mesh.shape["context"]
-    widths = {"latents": module.in_channels, "position": 3}
+    ways = mesh.shape["context"]
+    kinds = tuple(-(-n // ways) * ways for n in (tokens, sounds) if sounds)
+    padding = -tokens % ways
+    one_clip = not (padding or kinds)
+    wide = max(module.in_channels, module.sound_channels)
+    widths = {"latents": wide, "position": 3}
     widths |= {"cond": module.cond_channels, "control": module.control_channels}
-    row = rows, tokens + padding
+    row = rows, sum(kinds) or tokens + padding
     arrays = {name: _shape(*row, width) for name, width in widths.items() if width}
     arrays |= {name: _shape(*row, dtype=jnp.int32) for name in ("segment", "level")}
-    start = Start(NoisePath(), TimestepPolicy(), SAMPLED, "unipc", one_clip=not padding)
+    how = NoisePath(), TimestepPolicy(), SAMPLED, "unipc"
+    start = Start(*how, one_clip=one_clip, kinds=kinds)
     image = None
     if module.image_width:
         image = _shape(rows, module.image_length or 257, module.image_width)
@@ -185,9 +207,9 @@ def sample_program(
         running = jax.eval_shape(
             lambda *x: start_noise(start, *x),
             arrays,
-            _shape(rows, 2, dtype=jnp.uint32),
+            _shape(rows, 4 if kinds else 2, dtype=jnp.uint32),
         )
-        clips = _shape(rows, text_length, dtype=jnp.int32) if padding else None
+        clips = None if one_clip else _shape(rows, text_length, dtype=jnp.int32)
         text = jax.eval_shape(Text, states, clips, image)
         places = sharding.replicated(mesh), sharding.rows_sharding(mesh, rows)
 

@@ -275,7 +275,8 @@ class FlowTask(Task):
         """Writes the finished model; only process 0 writes, but every one must call.
 
         LoRA adapters, and a finetuned network of a released model, are written by
-        themselves in diffusers' format; otherwise the folder holds the whole model.
+        themselves in diffusers' format; otherwise, as with sound, the folder holds the
+        whole model.
         """
         params, config = to_host(params), self.config
         start, dit = config.start_from, self.objective.dit
@@ -283,7 +284,7 @@ class FlowTask(Task):
             return
         if self.objective.lora:
             write_lora(folder, self._adapters(params)["dit"], wan.dit_rules())
-        elif start and is_release(start):
+        elif start and is_release(start) and not self.audio_vae:
             expert, parts = config.expert, read_release(start).parts
             for name in ("dit", "dit_low") if expert == "both" else ("dit",):
                 like = parts[name if expert == "both" else expert]

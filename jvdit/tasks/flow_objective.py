@@ -71,8 +71,6 @@ def _sound(config: Config, mesh: Mesh) -> dict[str, Any]:
     """The fields of an objective of picture and sound."""
     if config.expert == "both":
         raise ValueError("two experts (`expert` 'both') can't be trained with sound.")
-    if not config.conventions.seconds:
-        raise ValueError("sound needs positions in seconds: `conventions.seconds`.")
     if not 0 <= config.cut <= 1:
         raise ValueError(f"`cut` (={config.cut}) must be a share from 0 to 1.")
     kinds = config.data.token_budget, config.data.sound_budget

@@ -7,12 +7,14 @@ and ends with the same bits as one that was never stopped.
 import collections
 import pathlib
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import msgspec
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from jvdit.config import Config
@@ -138,10 +140,16 @@ class _Loop:
         finally:
             self.checkpoints.close()
 
-    def _initial(self) -> Any:
-        """Initial parameters, on the host."""
+    def _initial(self, network: str, paths: Sequence[str]) -> dict[str, Any]:
+        """The initial parameters of a network at some paths, on the host."""
         blank = jax.tree.map(np.zeros_like, dict(self.task.example))
-        return jax.jit(self.task.objective.init)(self.key, blank)
+
+        def some(key: Any, batch: Any) -> dict[str, Any]:
+            made = self.task.objective.init(key, batch)[network]
+            made = flatten_dict(made, sep="/")
+            return {path: made[path] for path in paths}
+
+        return jax.tree.map(np.asarray, jax.jit(some)(self.key, blank))
 
     def _fresh(self) -> TrainState:
         """The state at step 0: random weights, or those of `start_from`."""

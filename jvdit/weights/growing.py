@@ -1,6 +1,6 @@
 """Weights of a silent network as those of one with sound, to train on from."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -20,7 +20,9 @@ def lacks_sound(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
 
 
 def grown(
-    held: Mapping[str, Any], wanted: Mapping[str, Any], fresh: Callable[[], Any]
+    held: Mapping[str, Any],
+    wanted: Mapping[str, Any],
+    fresh: Callable[[Sequence[str]], Mapping[str, Any]],
 ) -> dict[str, Any]:
     """The weights of a network with sound, from those of one of the same size without.
 
@@ -30,17 +32,18 @@ def grown(
     Args:
         held: weights of the silent network.
         wanted: shapes of those of the network with sound.
-        fresh: makes initial weights of it.
+        fresh: makes the initial weights at some paths.
     """
-    theirs, new = flatten_dict(held, sep="/"), flatten_dict(fresh(), sep="/")
-    found = {}
-    leaf: Any
-    for path, leaf in flatten_dict(wanted, sep="/").items():
-        source = path.replace(_SOUND, "").replace("own_blocks/", "blocks/")
-        if source not in theirs:
-            found[path] = new[path]
-            continue
-        found[path] = _layers(theirs[source], path, leaf.shape)
+    theirs: dict[str, Any] = flatten_dict(held, sep="/")
+    ours: dict[str, Any] = flatten_dict(wanted, sep="/")
+    source = {
+        path: path.replace(_SOUND, "").replace("own_blocks/", "blocks/")
+        for path in ours
+    }
+    found = dict(fresh([path for path in ours if source[path] not in theirs]))
+    for path, leaf in ours.items():
+        if path not in found:
+            found[path] = _layers(theirs[source[path]], path, leaf.shape)
     return unflatten_dict(found, sep="/")
 
 

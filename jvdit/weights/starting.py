@@ -3,7 +3,8 @@
 import hashlib
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,6 +19,9 @@ from jvdit.weights.growing import grown, lacks_sound
 from jvdit.weights.parameters import load_weights, weights_hash
 from jvdit.weights.release import is_release, read_release
 
+# (network, paths) to the initial parameters at these paths.
+Fresh = Callable[[str, Sequence[str]], Mapping[str, Any]]
+
 _BEGINNING = 1 << 20  # bytes that are hashed of a file: header and first weights
 
 
@@ -26,7 +30,7 @@ def finished_parameters(
     wanted: Mapping[str, Any],
     mesh: Mesh,
     expert: str = "dit",
-    fresh: Callable[[], Any] | None = None,
+    fresh: Fresh | None = None,
 ) -> dict[str, Any]:
     """Reads the parameters that a training starts from, sharded over the mesh.
 
@@ -36,8 +40,8 @@ def finished_parameters(
         mesh: the device mesh.
         expert: the expert of a released model to read as "dit", "dit" or "dit_low";
             "both": read each as itself.
-        fresh: makes initial parameters, for the sound of a network that starts from a
-            silent one of our own.
+        fresh: makes the initial parameters of a network at some paths, for the sound of
+            one that starts from a silent one.
 
     Raises:
         FileNotFoundError: a network is missing in the folder.
@@ -60,7 +64,8 @@ def finished_parameters(
     for name, shapes in wanted.items():
         dtype = jax.tree.leaves(shapes)[0].dtype
         scan = "blocks" in shapes
-        params[name] = load_dit(parts[name], mesh, dtype, scan_layers=scan).params
+        held = load_dit(parts[name], mesh, dtype, scan_layers=scan).params
+        params[name] = _grown(held, name, wanted, fresh)
         _check_alike(
             params[name],
             shapes,
@@ -74,14 +79,11 @@ def _own_parameters(
     folder: str | os.PathLike[str],
     wanted: Mapping[str, Any],
     mesh: Mesh,
-    fresh: Callable[[], Any] | None,
+    fresh: Fresh | None,
 ) -> dict[str, Any]:
     """Reads the parameters of another run; each device gets its shard of the files."""
     params = {name: load_weights(pathlib.Path(folder) / name)[0] for name in wanted}
-    for name, held in params.items():
-        if fresh is not None and lacks_sound(held, wanted[name]):
-            start = lambda name=name: jax.tree.map(np.asarray, fresh()[name])  # noqa: E731
-            params[name] = grown(held, wanted[name], start)
+    params = {name: _grown(x, name, wanted, fresh) for name, x in params.items()}
     _check_alike(
         params,
         dict(wanted),
@@ -90,6 +92,13 @@ def _own_parameters(
     )
     places = parameter_shardings(params, mesh)
     return jax.tree.map(_divided, params, places, dict(wanted))
+
+
+def _grown(held: Any, name: str, wanted: Mapping[str, Any], fresh: Fresh | None) -> Any:
+    """Parameters of a network, with what sound has of its own if they lack it."""
+    if fresh is None or not lacks_sound(held, wanted[name]):
+        return held
+    return grown(held, wanted[name], partial(fresh, name))
 
 
 def _check_alike(held: Any, asked: Any, other: str, remedy: str) -> None:
