@@ -68,7 +68,7 @@ class FlowTask(Task):
             one_clip=one_clip,
         )
         if self.objective.lora:
-            self.frozen = self._base()
+            self.frozen, self.fresh = self._base(), ("lora",)
         self.identity = self._identity()
         clips = sum(map(len, self.sources))
         self.summary = f"{clips} clips, {self.plan.padding:.1%} padding"
