@@ -5,9 +5,9 @@
     python -m jvdit.train --config configs/clips_vae.py --workdir runs/clips/vae
 
 The finished autoencoder is runs/clips/vae/videos. The last stage trains it on beside a
-critic, which asks for texture where the errors alone settle for blur: it gives
-runs/clips/vae/sharp, and was not run yet. --config.order='("images", "videos")' leaves it
-out. Clips of another size or place:
+critic, which asks for texture where the errors alone settle for blur. It gives
+runs/clips/vae/sharp and was not run yet; --config.order='("images", "videos")' leaves
+it out. Clips of another size or place:
 --config.stages.videos.data.sources='("…#train:17x128x128@8",)' and so on.
 """
 
