@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
 from jvdit.models import audio_vae as audio_vae_module
-from jvdit.models import text_encoder, video_vae
+from jvdit.models import critics, text_encoder, video_vae
 from jvdit.models.backbones import MODELS, family_of
 from jvdit.models.lora import LoRA
 from jvdit.training.optim import Optim
@@ -104,13 +104,46 @@ def run(objective: str) -> Config:
     return config
 
 
+def critic(module: type) -> Config:
+    """A critic for an autoencoder, off until it has a `start`; see `Critic`.
+
+    Args:
+        module: the class of its network.
+    """
+    return ConfigDict(
+        {
+            # Step from which it is trained and heeded, 1: the first. 0: there is none.
+            "start": 0,
+            "weight": 0.5,
+            "matching": 1.0,
+            "network": fields_of(module, {}),
+            # Its entry in `optim.networks`. Moments with short memories follow a loss
+            # that moves, and soon forget the zeros from before the start, which would
+            # make the first updates large.
+            "optim": {
+                "name": "adamw",
+                "lr": 3e-4,
+                "schedule": "constant",
+                "warmup": 0,
+                "b1": 0.5,
+                "b2": 0.9,
+                "weight_decay": 0.0,
+            },
+        }
+    )
+
+
 def vae(variant: str = "world") -> Config:
     """Training a video autoencoder of a row of `video_vae.VARIANTS`."""
     config = run("video_vae")
     config.vae = fields_of(
         video_vae.VideoVAE, video_vae.VARIANTS[variant], "latents_mean", "latents_std"
     )
-    config.loss = {"mse": 5.0, "perceptual": 0.5, "kl": 3e-4, "temporal": 0.5}
+    loss = {"mse": 5.0, "perceptual": 0.5, "kl": 3e-4, "temporal": 0.5}
+    # Folder of a network of one's own whose features the perceptual term compares, as
+    # `jvdit.training.objectives.perceptual.read_features` reads it. "": random ones.
+    config.loss = {**loss, "features": ""}
+    config.critic = critic(critics.PictureCritic)
     # Pixels of a batch, frames x height x width over its clips: a batch holds clips of
     # one size, many if they are small.
     config.data.pixel_budget = 8 * 17 * 64 * 64
@@ -123,6 +156,7 @@ def audio_vae(variant: str = "world") -> Config:
     module, values = audio_vae_module.AudioVAE, audio_vae_module.VARIANTS[variant]
     config.vae = fields_of(module, values, "latents_mean", "latents_std")
     config.loss = {"l1": 20.0, "spectrum": 20.0, "kl": 1e-3}
+    config.critic = critic(critics.SoundCritic)
     # Samples of a batch, over all of its sounds.
     config.data.sample_budget = 16 * 18_000
     return config

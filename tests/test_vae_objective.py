@@ -6,11 +6,8 @@ import numpy as np
 import pytest
 
 from jvdit.models.video_vae import VARIANTS, VideoVAE, to_float, to_uint8
-from jvdit.training.objectives.autoencoding import (
-    VAEObjective,
-    psnr,
-    random_features,
-)
+from jvdit.training.objectives.autoencoding import VAEObjective, psnr
+from jvdit.training.objectives.perceptual import random_features
 
 
 class Echo:

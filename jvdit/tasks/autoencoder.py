@@ -1,5 +1,6 @@
 """Training the autoencoders: of pictures on clips of pixels, of sound on waveforms."""
 
+import dataclasses
 import pathlib
 from typing import Any, ClassVar
 
@@ -18,9 +19,12 @@ from jvdit.evaluation.reconstruction import psnr, ssim
 from jvdit.machine.cluster import is_lead, to_host
 from jvdit.machine.compilation import jit
 from jvdit.models.audio_vae import AudioVAE
+from jvdit.models.critics import PictureCritic, SoundCritic
 from jvdit.models.video_vae import VideoVAE
 from jvdit.tasks.task import Task
 from jvdit.training.objectives.autoencoding import VAEObjective
+from jvdit.training.objectives.critic import Critic
+from jvdit.training.objectives.perceptual import read_features
 from jvdit.training.objectives.waveform import AudioVAEObjective
 from jvdit.weights.parameters import build, module_fields, save_weights
 
@@ -36,6 +40,7 @@ class AutoencoderTask(Task):
         what: name of the data in a clip.
         objective_class: class of the objective.
         unit: what the setting counts that bounds a batch.
+        critic_class: class of the critic's network.
     """
 
     objective: VAEObjective | AudioVAEObjective
@@ -44,6 +49,8 @@ class AutoencoderTask(Task):
     what: ClassVar[str]
     objective_class: ClassVar[type]
     unit: ClassVar[str]
+    critic_class: ClassVar[type]
+    fresh = ("critic",)  # a finished model has none
 
     def __init__(self, config: Config, mesh: Mesh, workdir: pathlib.Path):
         self.vae = build(self.module, config.vae.to_dict())
@@ -60,9 +67,18 @@ class AutoencoderTask(Task):
         for size in self.plan.batches:
             self.check_size(*size)
         self.fingerprint = self.plan.fingerprint
-        self.objective = self.objective_class(self.vae, **config.loss)
+        critic, loss = self._critic(), config.loss.to_dict()
+        if folder := loss.pop("features", ""):
+            self.frozen = {"features": read_features(folder)}
+        self.objective = objective = self.objective_class(
+            self.vae, critic=critic, **loss
+        )
+        idle = critic and dataclasses.replace(critic, heeded=False)
+        self._early = dataclasses.replace(objective, critic=idle)
         fields = module_fields(self.vae)
         self.identity = {"objective": self.kind, "vae": fields, "seed": config.seed}
+        if critic is not None:
+            self.identity["critic"] = module_fields(critic.module)
         self.batch_builder = ClipBatches(
             self.sources, self.plan, channels=self.channels, **self.share
         )
@@ -71,9 +87,30 @@ class AutoencoderTask(Task):
         self.summary = f"{clips} clips, batches {self.plan.batches}"
         held, count = config.data.validation, config.data.validation_clips
         self._validation = _held_out(self.open(held), count) if held else []
-        self._reconstruct = jit(self.objective.reconstruct)
+        self._reconstruct = jit(objective.reconstruct)
 
     channels: int = 0
+
+    def _critic(self) -> Critic | None:
+        """The critic, if there is one, which gets an optimizer of its own."""
+        settings = self.config.critic.to_dict()
+        start, fields = settings.pop("start"), settings.pop("network")
+        optim = settings.pop("optim")
+        if start < 0:
+            raise ValueError(
+                f"`critic.start` (={start}) must be the number of a step, the first "
+                "being 1, or 0 for no critic."
+            )
+        if start == 0:
+            return None
+        networks = {"critic": optim, **self.optim.networks}
+        self.optim = dataclasses.replace(self.optim, networks=networks)
+        return Critic(build(self.critic_class, fields), **settings)
+
+    def objective_at(self, step: int) -> Any:
+        """The objective after so many steps: before the start, without the critic."""
+        begun = step + 1 >= self.config.critic.start
+        return self.objective if begun else self._early
 
     def check_size(self, *size: int) -> None:
         """Raises a ValueError if the autoencoder doesn't take clips of a size."""
@@ -127,7 +164,8 @@ class VAETask(AutoencoderTask):
 
     module, objective_class = VideoVAE, VAEObjective
     kind, what, unit = "video_vae", "video", "pixel"
-    networks: ClassVar = {"vae": VideoVAE}
+    critic_class = PictureCritic
+    networks: ClassVar = {"vae": VideoVAE, "critic": PictureCritic}
 
     def check_size(self, *size):  # noqa: D102
         self.vae.latent_shape(*size)
@@ -148,7 +186,8 @@ class AudioVAETask(AutoencoderTask):
 
     module, objective_class = AudioVAE, AudioVAEObjective
     kind, what, unit = "audio_vae", "audio", "sample"
-    networks: ClassVar = {"vae": AudioVAE}
+    critic_class = SoundCritic
+    networks: ClassVar = {"vae": AudioVAE, "critic": SoundCritic}
 
     @property
     def channels(self):  # noqa: D102

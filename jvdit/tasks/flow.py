@@ -81,7 +81,7 @@ class FlowTask(Task):
             else 0,
         )
         if self.objective.lora:
-            self.frozen = self._base()
+            self.frozen, self.fresh = self._base(), ("lora",)
         self.identity = self._identity()
         clips = sum(map(len, self.sources))
         self.summary = f"{clips} clips, {self.plan.padding:.1%} padding"

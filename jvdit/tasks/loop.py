@@ -33,7 +33,6 @@ from jvdit.training.checkpoint import (
     was_saved,
 )
 from jvdit.training.metrics import Metrics, Throughput, status_line
-from jvdit.training.optim import Optim
 from jvdit.training.state import TrainState, new_state, state_shardings
 from jvdit.training.step import jit_train_step
 from jvdit.weights.starting import finished_parameters
@@ -74,12 +73,11 @@ def train(config: Config, workdir: str, stop: StopRequest | None = None) -> int:
             "bucket, as tools/launch.py does with --bucket."
         )
     mesh = make_mesh(config.mesh.to_dict())
-    optim = Optim(**config.optim.to_dict())
     task = TASKS[config.objective](config, mesh, pathlib.Path(workdir))
-    task.check_rows(optim.accumulate)
+    task.check_rows(task.optim.accumulate)
     precision = jax.default_matmul_precision(config.matmul_precision)
     with jax.set_mesh(mesh), precision:
-        loop = _Loop(config, pathlib.Path(workdir), mesh, task, optim, stop)
+        loop = _Loop(config, pathlib.Path(workdir), mesh, task, stop)
         settings = {"identity": task.identity, "config": config.to_dict()}
         with said_if_full(workdir), cluster.held(workdir) as lock:
             claim_workdir(workdir, settings, task.networks)
@@ -94,38 +92,43 @@ class _Looked(msgspec.Struct, frozen=True):
 
 
 class _Loop:
-    def __init__(
-        self, config, workdir, mesh: Mesh, task: Task, optim: Optim, stop: StopRequest
-    ):
+    def __init__(self, config, workdir, mesh: Mesh, task: Task, stop: StopRequest):
         self.config, self.workdir, self.mesh, self.task = config, workdir, mesh, task
         self.stop, self.key = stop, jax.random.key(config.seed)
         self.recent = collections.deque(maxlen=config.max_skipped)
-        self.begin = partial(new_state, optimizer=optim.optimizer(config.steps))
+        self.begin = partial(new_state, optimizer=task.optim.optimizer(config.steps))
         # Evaluating shapes already raises if the sizes of the network don't fit.
         self.shapes = jax.eval_shape(self._init, self.key, task.example)
         self.shardings = state_shardings(self.shapes, mesh)
         # A resumed run has its own weights; the task has read frozen ones.
-        self.given, folder = None, config.start_from
-        if folder and not task.frozen and not was_saved(workdir / CHECKPOINTS):
+        self.given, folder = {}, config.start_from
+        named = {k: v for k, v in self.shapes.params.items() if k not in task.fresh}
+        if folder and named and not was_saved(workdir / CHECKPOINTS):
             expert = config.get("expert", "dit")
-            self.given = finished_parameters(
-                folder, self.shapes.params, mesh, expert, self._initial
-            )
+            self.given = finished_parameters(folder, named, mesh, expert, self._initial)
         places = parameter_shardings(task.frozen, mesh)
         self.frozen = jax.device_put(task.frozen, places)
-        self.step = jit_train_step(
-            task.objective,
-            optim,
-            config.steps,
-            config.seed,
-            mesh=mesh,
-            shardings=self.shardings,
-            frozen=places,
-            options=config.compiler_options,
-        )
+        self.places, self.objective = places, None
 
     def _init(self, key, batch) -> TrainState:
         return self.begin(self.task.objective.init(key, batch))
+
+    def _use_objective(self, number: int):
+        """Makes `self.step` the training step with the objective of a step's number."""
+        objective = self.task.objective_at(number)
+        if objective is self.objective:
+            return
+        self.objective = objective
+        self.step = jit_train_step(
+            objective,
+            self.task.optim,
+            self.config.steps,
+            self.config.seed,
+            mesh=self.mesh,
+            shardings=self.shardings,
+            frozen=self.places,
+            options=self.config.compiler_options,
+        )
 
     def run(self, lock: FolderLock) -> int:
         """Trains from the newest checkpoint or from step 0; returns the steps done."""
@@ -153,17 +156,27 @@ class _Loop:
 
     def _fresh(self) -> TrainState:
         """The state at step 0: random weights, or those of `start_from`."""
-        if self.given is None:
+        # Only shapes matter, and example rows differ from host to host.
+        blank = jax.tree.map(np.zeros_like, dict(self.task.example))
+        if not self.given:
             make = jax.jit(self._init, out_shardings=self.shardings)
-            # Only shapes matter, and example rows differ from host to host.
-            blank = jax.tree.map(np.zeros_like, dict(self.task.example))
             return make(self.key, blank)
         # Placed leaf by leaf: devices hold one array more than the state, at most.
+        places = self.shardings.params
         leaves, tree = jax.tree.flatten(self.given)
-        self.given = None
-        for i, place in enumerate(jax.tree.leaves(self.shardings.params)):
+        begun = {name: places[name] for name in self.given}
+        self.given = {}
+        for i, place in enumerate(jax.tree.leaves(begun)):
             leaves[i] = owned(jax.device_put(leaves[i], place))
         params = jax.tree.unflatten(tree, leaves)
+        others = {name: x for name, x in places.items() if name not in begun}
+        if others:
+
+            def rest(key, batch):
+                made = self.task.objective.init(key, batch)
+                return {name: made[name] for name in others}
+
+            params |= jax.jit(rest, out_shardings=others)(self.key, blank)
         begin = jax.jit(self.begin, donate_argnums=0, out_shardings=self.shardings)
         return begin(params)
 
@@ -172,6 +185,7 @@ class _Loop:
         metrics = Metrics(self.workdir, config.steps, self.start, config.objective)
         with metrics, task.batches(self.start) as batches, self.stop.saving():
             self._greet(metrics)
+            self._use_objective(self.start)
             self._compile_together()
             if self._missed_look():
                 self._look(metrics, self.start)
@@ -179,6 +193,7 @@ class _Loop:
             for number in range(self.start, config.steps):
                 if self.stop.look():
                     break
+                self._use_objective(number)
                 waiting = time.perf_counter()
                 batch = next(batches)
                 idle = time.perf_counter() - waiting

@@ -17,6 +17,7 @@ from jvdit.data.sources import open_source
 from jvdit.machine.cluster import share_of_rows
 from jvdit.sharding import batch_sharding
 from jvdit.training.metrics import Metrics
+from jvdit.training.optim import Optim
 from jvdit.training.step import Objective
 
 
@@ -27,7 +28,9 @@ class Task(ABC):
         objective: the training objective.
         identity: settings that may not change within a workdir, as JSON values.
         networks: classes of the networks (and the noise path) in the identity, by name.
+        optim: optimizer settings.
         frozen: parameters that aren't trained, by network.
+        fresh: networks that begin fresh whatever `start_from` holds.
         fingerprint: digest of the data and their order.
         example: a batch, for its shapes.
         hosts: into how many parts a batch is divided, of which each process reads one.
@@ -42,6 +45,7 @@ class Task(ABC):
     networks: ClassVar[dict[str, type]]
     fingerprint: str
     example: dict[str, np.ndarray]
+    fresh: tuple[str, ...] = ()
     flops: float = 0.0
     summary: str = ""
     batch_builder: PackedBatches | ClipBatches
@@ -49,6 +53,7 @@ class Task(ABC):
 
     def __init__(self, config: Config, mesh: Mesh, workdir: pathlib.Path):
         self.config, self.mesh, self.workdir = config, mesh, workdir
+        self.optim = Optim(**config.optim.to_dict())
         host, self.hosts = share_of_rows(mesh)
         timeout = config.data.timeout
         self.share = {"host": host, "hosts": self.hosts, "timeout": timeout}
@@ -64,6 +69,10 @@ class Task(ABC):
     def open(self, name: str) -> Source:
         """Opens a data source by its name in the config."""
         return open_source(name)
+
+    def objective_at(self, step: int) -> Objective:
+        """The objective after so many steps; its parameters never change."""
+        return self.objective
 
     @abstractmethod
     def counts(self, batch: Arrays) -> dict[str, float]:

@@ -315,7 +315,7 @@ def claim_workdir(
                 later = {
                     field.name: json_field(field.name, field.default)
                     for field in dataclasses.fields(module)
-                    if field.name in known[name]
+                    if field.name in known.get(name, {})
                     and field.default is not dataclasses.MISSING
                 }
                 theirs[name] = json.loads(json.dumps(later)) | theirs[name]
