@@ -12,7 +12,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jvdit.models.dit import VARIANTS as DITS
 from jvdit.models.dit import DiT
-from jvdit.models.layers import STACKS
 from jvdit.models.lora import LoRA
 from jvdit.models.text_encoder import VARIANTS, TextEncoder
 from jvdit.sharding import make_mesh
@@ -132,7 +131,7 @@ def stacked(flat):
     """Joins `block_0`, `block_1` and `control_0`, `control_1` as scanned layers."""
     joined = {}
     for path, x in flat.items():
-        for stack in STACKS:
+        for stack in ("blocks", "controls"):
             path = re.sub(rf"/{stack[:-1]}_\d/", f"/{stack}/", path)
         joined.setdefault(path, []).append(x)
     return {k: jnp.stack(x) if len(x) > 1 else x[0] for k, x in joined.items()}

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from closeness import assert_close
+from flax.traverse_util import flatten_dict
 
 from jvdit.data.items import Item, with_sound
 from jvdit.data.packing import pack_rows, unpack_rows, unpack_sounds
@@ -12,10 +13,14 @@ from jvdit.data.patches import latent_times, patchify, positions, sound_position
 from jvdit.diffusion.denoise import denoise
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
 from jvdit.models.dit import VARIANTS, DiT
+from jvdit.models.lora import LoRA
 from jvdit.shapes import Text, Tokens, apart
 from jvdit.sharding import batch_sharding, make_mesh
 from jvdit.training.objectives.denoising import FlowObjective, generated
 from jvdit.training.objectives.pairings import PAIRINGS, check_pairings, paired
+from jvdit.weights.adapters import read_lora, write_lora
+from jvdit.weights.growing import grown, lacks_sound
+from jvdit.weights.wan import dit_rules
 
 KINDS, CLIPS, PATCH = (24, 8), 2, (1, 2, 2)
 PICTURE, SOUND, TEXT = 8, 6, 16  # channels
@@ -222,6 +227,44 @@ def test_divided_over_devices_is_the_whole(batch, scan):
         placed = jax.device_put(arrays, batch_sharding(mesh))
         divided = run(params, *placed)
     assert_close(divided, jax.tree.map(np.asarray, whole))
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_network_grown_from_a_silent_one_shows_the_same_pictures(batch, scan):
+    silent = TINY.clone(sound_channels=0, own_blocks=None, scan_layers=scan, depth=3)
+    heard = TINY.clone(scan_layers=scan, depth=3)
+    key, row = jax.random.key(0), pack([[clip(2, 5, 0)]], (24, 0))
+    held = jax.jit(silent.init)(key, *silent.example_inputs())["params"]
+    held = jax.tree.map(lambda x: x + 0.03, held)
+    new = jax.jit(heard.init)(key, *heard.example_inputs())["params"]
+    assert lacks_sound(held, new) and not lacks_sound(new, new)
+    flat = flatten_dict(new, sep="/")
+    asked = []
+
+    def fresh(paths):
+        asked.extend(paths)
+        return {path: flat[path] for path in paths}
+
+    params = grown(held, new, fresh)
+    assert {x.partition("/")[0] for x in asked} == {"sound_embed", "sound_head"}
+    inputs = Tokens.of(row, row["latents"]), times(row)[:, : CLIPS + 1], text_of(row)
+    want = jax.jit(silent.apply)({"params": held}, *inputs)
+    found = jax.jit(heard.apply)({"params": params}, *inputs)
+    assert_close(found, want)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_adapters_of_sound_come_back_from_a_file(tmp_path, scan):
+    dit = TINY.clone(scan_layers=scan, depth=3)
+    shapes = jax.eval_shape(dit.init, jax.random.key(0), *dit.example_inputs())
+    made = LoRA(rank=2).init(jax.random.key(1), shapes["params"])
+    made = jax.tree.map(lambda x: x + 0.1, made)
+    names = {x.split("/")[-2] for x in flatten_dict(made, sep="/")}
+    assert {"query", "query_sound", "out_sound"} <= names
+    rules = dit_rules()
+    write_lora(tmp_path, made, rules)
+    found = read_lora(tmp_path, [rules], shapes["params"])
+    jax.tree.map(np.testing.assert_array_equal, found, made)
 
 
 def objective(**shares):

@@ -293,12 +293,13 @@ class DiT(Layer):
         if self.scan_layers:
             block = rematerialise(ScanBlock, self.remat)
             axes = (0, nn.broadcast, nn.broadcast)
-            stacks = {"own_blocks": slots[: self._own], "blocks": slots[self._own :]}
-            for name, part in stacks.items():
-                if part:
-                    fields["own"] = name == "own_blocks"
-                    stack = scanned(block, len(part), axes)(name=name, **fields)
-                    x, _ = stack(x, jnp.array(part), hints, context)
+            own = self._own
+            stacks = [("blocks", own > 0, slots[:own] or slots)]
+            stacks += [(f"blocks_{own}", False, slots[own:])] * (0 < own < self.depth)
+            for name, is_own, part in stacks:
+                fields["own"] = is_own
+                stack = scanned(block, len(part), axes)(name=name, **fields)
+                x, _ = stack(x, jnp.array(part), hints, context)
             return x
         block = rematerialise(Block, self.remat)
         for i, slot in enumerate(slots):

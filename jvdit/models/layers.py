@@ -1,5 +1,6 @@
 """Small layers that models share: norms, modulation, MLP, sinusoids, layer stacks."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,11 +17,9 @@ from jvdit.sharding import alone, platform
 
 Initializer = Callable[..., Array]
 
-STACKS = (
-    "blocks",
-    "own_blocks",
-    "controls",
-)  # names of layers that are stacked on a leading axis
+# Names of layers that are stacked on a leading axis: what they are, and the number of
+# the first, if it isn't 0.
+_STACK = re.compile(r"(block|control)s(?:_(\d+))?")
 # The name of what goes into a block, where remat may find it.
 BLOCK_INPUT = "block_input"
 # What a rematerialised block keeps for its backward pass; "none" keeps everything.
@@ -214,6 +213,19 @@ def rematerialise(block: type[nn.Module], policy: str) -> type[nn.Module]:
         known = ", ".join(["none", *REMAT_POLICIES])
         raise ValueError(f"`remat` (={policy!r}) must be one of: {known}.")
     return nn.remat(block, policy=REMAT_POLICIES[policy], prevent_cse=False)
+
+
+def stack_of(name: str) -> tuple[str, int] | None:
+    """What the layers of a stack are called, and the number of the first.
+
+    Args:
+        name: of the stack, such as "blocks", or "blocks_4" of those from the fifth on.
+
+    Returns:
+        Such as ("block", 4); None: the name is no stack's.
+    """
+    match = _STACK.fullmatch(name)
+    return None if match is None else (match[1], int(match[2] or 0))
 
 
 def scanned(block: type[nn.Module], length: int, in_axes: Any) -> type[nn.Module]:

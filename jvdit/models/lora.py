@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, path_aware_map, unflatten_dict
 from jaxtyping import Array, PRNGKeyArray
 
+from jvdit.models.kinds import SUFFIXES
+
 A, B, RATE = "lora_a", "lora_b", "lora_rate"
 
 
@@ -27,7 +29,8 @@ class LoRA:
         rank: r.
         alpha: adapters act with the strength alpha / rank.
         dropout: share of a layer's inputs that its adapter doesn't see in training.
-        targets: regular expressions; a layer whose path one of them finds gets one.
+        targets: regular expressions; a layer whose path one of them finds gets one, and
+            so does the one of sound beside it.
 
     Raises:
         ValueError: the rank is not positive, or the dropout not in [0, 1).
@@ -64,7 +67,11 @@ class LoRA:
             for path, leaf in _flat(params).items()
             if path.endswith("/kernel")
         }
-        found = [p for p in layers if any(re.search(t, p) for t in self.targets)]
+        # What only sound goes through is found with what pictures do.
+        names = {path: path.removesuffix(SUFFIXES[1]) for path in layers}
+        found = [
+            p for p, x in names.items() if any(re.search(t, x) for t in self.targets)
+        ]
         if not found:
             raise ValueError(
                 f"`lora.targets` (={self.targets}) find no layer; layers are for "

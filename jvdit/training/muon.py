@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Float
 
 from jvdit.models.dense import turned
-from jvdit.models.layers import STACKS
+from jvdit.models.layers import stack_of
 
 # (a, b, c) of the quintic x -> a x + b x^3 + c x^5 that Newton-Schulz applies to all
 # singular values at once: five iterations take values in (0, 1] to about 1.
@@ -27,7 +27,7 @@ def scale_by_muon(momentum: float = 0.95) -> optax.GradientTransformation:
 
     Updates are scaled to the root mean square of AdamW's. Every leaf must be a kernel,
     taken as a matrix from all axes but the last to the last; in a scanned stack of
-    layers (below one of `STACKS`) each layer has its own matrix.
+    layers (see `stack_of`) each layer has its own matrix.
 
     Args:
         momentum: decay of the momentum.
@@ -40,7 +40,7 @@ def scale_by_muon(momentum: float = 0.95) -> optax.GradientTransformation:
 
 
 def _step(path: tuple, kernel: Array) -> Array:
-    stacked = any(getattr(key, "key", key) in STACKS for key in path)
+    stacked = any(stack_of(str(getattr(key, "key", key))) for key in path)
     stack = kernel.shape[:1] if stacked else ()
     rows = math.prod(kernel.shape[len(stack) : -1])
     matrix = kernel.reshape(*stack, rows, kernel.shape[-1])

@@ -18,6 +18,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jvdit.machine.json_files import fit_json, parse_json, read_json
+from jvdit.models.layers import stack_of
 from jvdit.models.lora import A, B
 from jvdit.weights.rules import Rule, names_of, paths_of, places_of
 from jvdit.weights.tensors import PathLike, TensorFiles, write_tensors
@@ -172,19 +173,23 @@ def _stacked(flat: Mapping[str, np.ndarray], params: Mapping[str, Any]) -> dict:
     Layers that the file leaves out get adapters of zeros.
     """
     shapes = {path: leaf.shape for path, leaf in paths_of(params).items()}
-    stacks = {path.partition("/")[0] for path in shapes}
+    stacks = {x: stack_of(x) for x in {path.partition("/")[0] for path in shapes}}
     joined: dict[str, Any] = {}
     layers: dict[tuple[str, int], dict[int, np.ndarray]] = {}
     for path, value in flat.items():
         match = re.fullmatch(r"(block|control)_(\d+)/((.+)/\w+)", path)
-        name = match and f"{match[1]}s"
-        if not match or name not in stacks:
+        named = match and [k for k, x in stacks.items() if x and x[0] == match[1]]
+        if not match or not named:
             joined[path] = value
             continue
-        number, depth = int(match[2]), shapes.get(f"{name}/{match[4]}/kernel", (0,))[0]
-        if number >= depth:
-            raise ValueError(f"there is no layer {path}; {name} are {depth}.")
-        layers.setdefault((f"{name}/{match[3]}", depth), {})[number] = value
+        for name in named:
+            depth = shapes.get(f"{name}/{match[4]}/kernel", (0,))[0]
+            number = int(match[2]) - (stack_of(name) or ("", 0))[1]
+            if 0 <= number < depth:
+                layers.setdefault((f"{name}/{match[3]}", depth), {})[number] = value
+                break
+        else:
+            raise ValueError(f"there is no layer {path} in {', '.join(named)}.")
     for (path, depth), values in layers.items():
         # Layers may differ in rank: smaller ones are padded with zeros.
         shape = np.max([value.shape for value in values.values()], axis=0)

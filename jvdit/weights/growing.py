@@ -1,5 +1,6 @@
 """Weights of a silent network as those of one with sound, to train on from."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Shaped
 
 from jvdit.models.kinds import SUFFIXES
+from jvdit.models.layers import stack_of
 
 _SOUND = SUFFIXES[1]
 
@@ -37,7 +39,7 @@ def grown(
     theirs: dict[str, Any] = flatten_dict(held, sep="/")
     ours: dict[str, Any] = flatten_dict(wanted, sep="/")
     source = {
-        path: path.replace(_SOUND, "").replace("own_blocks/", "blocks/")
+        path: re.sub(r"^blocks_\d+/", "blocks/", path.replace(_SOUND, ""))
         for path in ours
     }
     found = dict(fresh([path for path in ours if source[path] not in theirs]))
@@ -50,7 +52,6 @@ def grown(
 def _layers(
     value: Shaped[Any, "..."], path: str, shape: tuple[int, ...]
 ) -> Shaped[Any, "..."]:
-    """The first layers of a stack for the blocks that have their own, then the rest."""
-    if value.ndim != len(shape) or value.shape[1:] != shape[1:]:
-        return value
-    return value[: shape[0]] if "own_blocks/" in path else value[-shape[0] :]
+    """The layers of a stack that are in one of its parts."""
+    found = stack_of(path.partition("/")[0])
+    return value if found is None else value[found[1] : found[1] + shape[0]]

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
-from jvdit.models.layers import STACKS
+from jvdit.models.layers import stack_of
 
 Shape = tuple[int, ...]
 
@@ -183,9 +183,10 @@ def names_of(
 def _layers(path: str, shape: Shape) -> list[tuple[int | None, str]]:
     """The number and the path of each layer that is stacked in a parameter, if any."""
     stack, _, rest = path.partition("/")
-    if stack not in STACKS:
+    if (found := stack_of(stack)) is None:
         return [(None, path)]
-    return [(i, f"{stack[:-1]}_{i}/{rest}") for i in range(shape[0])]
+    name, first = found
+    return [(i, f"{name}_{first + i}/{rest}") for i in range(shape[0])]
 
 
 def places_of(rules: Iterable[Rule], name: str) -> list[tuple[str, Rule]]:

@@ -6,6 +6,16 @@ The names are those of diffusers, or those of the original release
 
 from jvdit.weights.rules import LAYOUTS, Rule, layers, unread
 
+# What only sound goes through, in networks that were trained on with it: our names.
+_SOUND = tuple(
+    (f"{theirs}_sound", f"{original}_sound", f"self_attention/{ours}_sound")
+    for theirs, original, ours in (
+        ("attn1.to_q", "self_attn.q", "query"),
+        ("attn1.to_k", "self_attn.k", "key"),
+        ("attn1.to_v", "self_attn.v", "value"),
+        ("attn1.to_out.0", "self_attn.o", "out"),
+    )
+)
 # Layers of a block, and those before and after the blocks: diffusers' name, the
 # original name, and ours.
 _BLOCK = (
@@ -91,7 +101,7 @@ def dit_rules(
         (_POSITIONS[which], "image_embed"),
     ]
     for theirs, ours in _BLOCKS:
-        found += layers(_BLOCK, which, theirs, ours)
+        found += layers((*_BLOCK, *_SOUND), which, theirs, ours)
         table = theirs + ("scale_shift_table", "modulation")[which]
         tables.append((table, f"{ours}modulation"))
     found += [Rule(name, f"{own}/table", "1 r d -> r d") for name, own in tables]
