@@ -96,7 +96,9 @@ def our_dit(inputs: tuple[Any, ...], train: bool) -> tuple[Any, Run]:
         train: time a training step instead of a forward pass.
     """
     patch = 4 * CHANNELS
-    model = DiT(WIDTH, DEPTH, HEADS, 4 * WIDTH, patch, patch, TEXT)
+    sound = patch // 2 if inputs[0].kinds else 0
+    sizes = (WIDTH, DEPTH, HEADS, 4 * WIDTH, patch, patch, TEXT)
+    model = DiT(*sizes, sound_channels=sound)
     params = jax.jit(model.init)(jax.random.key(0), *inputs[:3])
     forward, optimizer = jit(model.apply), optax.adamw(1e-4, weight_decay=0.01)
 
@@ -160,6 +162,30 @@ def dit(args: argparse.Namespace, peers: Any, train: bool = False) -> Iterator[R
         theirs = peers and their_dit(params, peers, (x, 1000 * t, states, y), train)
         what = f"{'train' if train else 'denoise'} {BATCH} x {tokens} tokens"
         yield measure(what, args.rounds, ours, theirs)
+
+
+def sound(args: argparse.Namespace, _: Any) -> Iterator[Row]:
+    """Times a training step of picture and sound against one of the picture alone."""
+    for tokens in args.tokens:
+        heard = max(tokens // 64, 8)  # a sixtieth of a clip's tokens are sound
+        rng = np.random.default_rng(0)
+        runs = []
+        for kinds in ((tokens, heard), ()):
+            n = tokens + sum(kinds[1:])
+            x, y = rng.normal(size=(2, BATCH, n, 4 * CHANNELS)).astype(np.float32)
+            level = np.repeat(np.arange(2) * 2 + 1, (tokens, n - tokens))[None]
+            packed = Tokens(
+                jnp.asarray(x),
+                jnp.asarray(rng.uniform(0, 9, (BATCH, n, 3)), jnp.float32),
+                level=jnp.asarray(level.repeat(BATCH, 0)) if kinds else None,
+                kinds=kinds,
+            )
+            states = rng.normal(size=(BATCH, STATES, TEXT)).astype(np.float32)
+            t = np.full((BATCH, 4 if kinds else 1), 0.5, np.float32)
+            inputs = (packed, jnp.asarray(t), Text(jnp.asarray(states)), jnp.asarray(y))
+            runs.append(our_dit(inputs, train=True)[1])
+        what = f"train {BATCH} x {tokens} + {heard} sound"
+        yield measure(what, args.rounds, *runs)
 
 
 def vae(args: argparse.Namespace, peers: Any) -> Iterator[Row]:
@@ -250,7 +276,12 @@ def packing(args: argparse.Namespace, _: Any) -> Iterator[Row]:
 
 
 CASES = {"denoise": dit, "train": functools.partial(dit, train=True), "vae": vae}
-CASES |= {"audio_vae": audio_vae, "pipeline": pipeline, "packing": packing}
+CASES |= {
+    "audio_vae": audio_vae,
+    "sound": sound,
+    "pipeline": pipeline,
+    "packing": packing,
+}
 
 
 def main() -> None:
