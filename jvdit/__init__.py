@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from jvdit.diffusion.noise_path import TimestepPolicy as TimestepPolicy
     from jvdit.generation.generator import Generator as Generator
     from jvdit.generation.request import Request as Request
+    from jvdit.generation.results import GeneratedClip as GeneratedClip
+    from jvdit.models.audio_vae import AudioVAE as AudioVAE
     from jvdit.models.dit import DiT as DiT
     from jvdit.models.image_encoder import ImageEncoder as ImageEncoder
     from jvdit.models.text_encoder import TextEncoder as TextEncoder
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
     from jvdit.shapes import Tokens as Tokens
 
 _HOMES = {
+    "AudioVAE": "jvdit.models.audio_vae",
     "DiT": "jvdit.models.dit",
+    "GeneratedClip": "jvdit.generation.results",
     "Generator": "jvdit.generation.generator",
     "Guidance": "jvdit.diffusion.denoise",
     "ImageEncoder": "jvdit.models.image_encoder",
