@@ -27,7 +27,7 @@ def get_config():
     config.data.sources = ("runs/wan/latents",)
     config.data.token_budget = 13 * 22 * 40
     config.dit.param_dtype = "bfloat16"
-    config.first_frame = 0.5
+    config.given.first_frame = 0.5
     config.lora.update(rank=32, alpha=32.0)
     config.optim.lr = 1e-4
     config.sample_every = 500

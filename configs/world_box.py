@@ -53,7 +53,7 @@ def get_config():
     videos.data.weights = (0.22, 0.1, 0.42, 0.26)
     videos.data.update(max_clips=5, text_budget=192, validation=f"{sources[0]}#val")
     videos.start_from = "{workdir}/images/model"
-    videos.first_frame, videos.sample.draft = 0.9, True
+    videos.given.first_frame, videos.sample.draft = 0.9, True
     # What moves where is decided at much noise, and the shapes of it at little.
     videos.timesteps.update(
         shift=2.0, std=1.4, shift_tokens=80, shift_range=(1.5, 12.0)

@@ -7,7 +7,8 @@ their first frames to draw what prompts name, and another, from its weights, to 
 The finished model is runs/world/dit/videos; the first draws the first frames for it.
 
 On two cores of a Xeon: latents 6 minutes, pictures 43, clips 41 (the first 1,600 steps
-with `first_frame` at .6). All at once is right in .14 of the clips of test (real: .97).
+with `given.first_frame` at .6). All at once is right in .14 of the clips of test (real:
+.97).
 """
 
 from jvdit import config as defaults
@@ -49,7 +50,7 @@ def videos():
     config.data.text_budget = 48
     # Clips make the network forget how to draw shapes. So the first stage's draws the
     # first frames, and this one learns above all to go on from them.
-    config.first_frame = 0.9
+    config.given.first_frame = 0.9
     # What moves where is decided at much noise.
     config.timesteps.shift = 3.0
     config.sample.guidance_scale = 2.5
@@ -81,7 +82,7 @@ def images():
     config.data.validation = "{workdir}/latents#val:1"
     config.data.rows = 160
     config.data.token_budget = 16
-    config.first_frame = 0.0
+    config.given.first_frame = 0.0
     # Shapes are decided at less noise than what moves where.
     config.timesteps.shift = 2.0
     config.sample.frames = 1

@@ -54,7 +54,7 @@ def get_config():
     )
     dit = world_dit.get_config().stages
     # So much more is seen of clips that they draw as well as pictures do.
-    dit.videos.first_frame = 0.7
+    dit.videos.given.first_frame = 0.7
     dit.videos.sample.update(draft=False, pictures="")
     return defaults.stages(
         vae_images=autoencoder(vae.images, frames=256, steps=1500),

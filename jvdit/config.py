@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from jvdit.data.conditions import CONDITIONS
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
 from jvdit.models import audio_vae as audio_vae_module
 from jvdit.models import critics, text_encoder, video_vae
@@ -183,8 +184,9 @@ def flow(variant: str = "world-s", text_variant: str = "world") -> Config:
     module, variants = MODELS[config.backbone]
     decided = ("in_channels", "out_channels", "text_width", "sound_channels")
     config.dit = fields_of(module, variants[variant], *decided)
-    # Share of the clips whose first frame is given, so that the model takes `image`.
-    config.first_frame = 0.0
+    # Share of the clips of which each condition is given, so that the model takes it:
+    # with `first_frame` a request's `image`.
+    config.given = {name: 0.0 for name, row in CONDITIONS.items() if row.marks}
     # Of clips with sound (`data.sound_budget`): shares of what is learned of them, the
     # rows of `pairings.PAIRINGS`; share in which picture and sound don't see one
     # another, for guidance towards what is in step; weight of the sound's error.

@@ -125,7 +125,9 @@ def framed(batch):
     """The same rows as a picture of 4 tokens and a clip of 3 beside 2."""
     grids = (1, 2, 2), (2, 1, 3)
     parts = [may_be_given(("first_frame",), grid) for grid in grids]
-    givable = np.concatenate([*parts, np.zeros(3, bool)])[[*range(9), *range(10, 13)]]
+    givable = np.concatenate([*parts, np.zeros(3, np.uint8)])[
+        [*range(9), *range(10, 13)]
+    ]
     return {**batch, "givable": jnp.asarray(np.tile(givable, (8, 1)))}
 
 
@@ -135,14 +137,14 @@ def test_a_first_frame_is_given_to_clips_alone(objective, framed):
     np.testing.assert_array_equal(np.flatnonzero(changed[0]), [4, 5, 6])
     left = with_given(framed, jnp.zeros((8, 2), bool))["level"]
     np.testing.assert_array_equal(left, framed["level"])
-    half = dataclasses.replace(objective, first_frame=0.5)
+    half = dataclasses.replace(objective, given=(("first_frame", 0.5),))
     drawn = [half.prepare(framed, jax.random.key(i))["level"] for i in range(20)]
     assert 0.35 < np.mean([x[:, 4] == 0 for x in drawn]) < 0.65
 
 
 def test_what_is_given_is_clean_and_costs_nothing(objective, params, framed):
     """No noise reaches it, the others see it, and it has no part in the loss."""
-    given = dataclasses.replace(objective, first_frame=1.0)
+    given = dataclasses.replace(objective, given=(("first_frame", 1.0),))
     prepared = given.prepare(framed, jax.random.key(0))
     assert given.weight(prepared) == 8 * (4 + 2)
     x0, keys = framed["latents"], jax.random.split(jax.random.key(3))
@@ -168,7 +170,9 @@ def test_a_row_of_one_clip_needs_no_mask_for_its_first_frame(objective, params, 
     alone["text_segment"] = jnp.ones((8, 4), jnp.int32)
     losses = []
     for one_clip in (False, True):
-        made = dataclasses.replace(objective, first_frame=0.5, one_clip=one_clip)
+        made = dataclasses.replace(
+            objective, given=(("first_frame", 0.5),), one_clip=one_clip
+        )
         prepared = made.prepare(alone, jax.random.key(1))
         losses.append(jax.jit(made.loss)(params, prepared)[0])
     assert 0 < (prepared["level"][:, 0] == 0).sum() < 8

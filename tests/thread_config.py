@@ -33,7 +33,7 @@ def get_config():
     dit.data.text_budget = 128
     dit.data.max_clips = 2
     dit.patch_size = (1, 1, 2)
-    dit.first_frame = 0.5
+    dit.given.first_frame = 0.5
     dit.sample.prompts = ("one object: a red circle", "two objects")
     dit.sample.scored = 2
     dit.sample.steps = 2

@@ -295,7 +295,7 @@ class PackedBatches(Builder):
             np.zeros((tokens, self._channels), np.float32),
             np.zeros((tokens, 3), np.float32),
             sounds=slot.sounds,
-            givable=np.zeros(tokens, bool),
+            givable=np.zeros(tokens, np.uint8),
             clip_id=self.clip_id(slot),
             valid=False,
             **text,

@@ -97,11 +97,14 @@ class Condition(NamedTuple):
         known: makes it of a request that has what the condition needs.
         takes: fields of a request that it makes use of.
         needs: those without which it can't be.
+        marks: the tokens of a clip that training gives, from how many there are along
+            time, height and width; None: training doesn't give it by clean tokens.
     """
 
     known: Callable[[Asked, Place], Known]
     takes: tuple[str, ...]
     needs: tuple[str, ...] = ()
+    marks: Callable[[Size], Bool[np.ndarray, "f h w"]] | None = None
 
 
 def known(conditions: Sequence[str], request: Asked, place: Place) -> Known:
@@ -149,16 +152,22 @@ def check_conditions(conditions: Sequence[str]) -> tuple[str, ...]:
     return tuple(conditions)
 
 
-def may_be_given(conditions: Sequence[str], grid: Size) -> Bool[np.ndarray, "n"]:
-    """Which tokens of a clip training may give: the union over its conditions.
+def may_be_given(conditions: Sequence[str], grid: Size) -> UInt8[np.ndarray, "n"]:
+    """Which conditions may give each token of a clip in training.
 
     Args:
-        conditions: of the model that is trained.
+        conditions: that training gives, at most eight rows of `CONDITIONS` that mark
+            tokens.
         grid: tokens of the clip along time, height and width.
+
+    Returns:
+        A bit for each condition, in their order.
     """
-    found = np.zeros(grid, bool)
-    if "first_frame" in conditions and grid[0] > 1:
-        found[0] = True
+    found = np.zeros(grid, np.uint8)
+    for number, name in enumerate(conditions):
+        marks = CONDITIONS[name].marks
+        if marks is not None:
+            found |= marks(grid).astype(np.uint8) << number
     return found.reshape(-1)
 
 
@@ -176,6 +185,13 @@ def _first_frame(request: Asked, place: Place) -> Known:
     clean = np.zeros(latents.shape[:3], bool)
     latents[0], clean[0] = latent[0], True
     return Known(latents=latents, clean=clean)
+
+
+def _first(grid: Size) -> Bool[np.ndarray, "f h w"]:
+    """The first frame of a clip; a picture has nothing after it to be learned."""
+    found = np.zeros(grid, bool)
+    found[0] = grid[0] > 1
+    return found
 
 
 def _channels(request: Asked, place: Place) -> Known:
@@ -245,7 +261,7 @@ def _waveform(request: Asked, place: Place) -> Known:
 _BOTH = ("image", "last_image")
 CONDITIONS = {
     # Clean tokens: our own models, and Wan 2.2 TI2V.
-    "first_frame": Condition(_first_frame, ("image",)),
+    "first_frame": Condition(_first_frame, ("image",), marks=_first),
     # Channels beside the noise: Wan 2.2 I2V, 2.1 I2V, and 2.1 FLF2V.
     "end_channels": Condition(_channels, _BOTH, needs=("image",)),
     "first_channels": Condition(_channels, ("image",), needs=("image",)),

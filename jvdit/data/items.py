@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped, UInt8
 
 from jvdit.data.conditions import Known, may_be_given
 from jvdit.data.patches import Size, patchify, positions, token_grid
@@ -29,7 +29,7 @@ class Item:
         sounds: how many are of its sound.
         level: of noise: 0 of those that are given, and stay clean; 1 of those that are
             generated.
-        givable: those that training may give, see `may_be_given`. None: this isn't
+        givable: what training may give of them, see `may_be_given`. None: this isn't
             for training.
         logvar: log variance of each, where `latents` is the mean of a posterior. None:
             `latents` is exact.
@@ -48,7 +48,7 @@ class Item:
     position: Float[np.ndarray, "n 3"]
     sounds: int = 0
     level: Int[np.ndarray, "n"] | int = 1
-    givable: Bool[np.ndarray, "n"] | None = None
+    givable: UInt8[np.ndarray, "n"] | None = None
     logvar: Float[np.ndarray, "n c"] | None = None
     text_ids: Int[np.ndarray, "s"] | None = None
     text_embeds: Float[np.ndarray, "s e"] | None = None

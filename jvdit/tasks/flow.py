@@ -28,7 +28,7 @@ from jvdit.tasks.caches import (
     cached_autoencoder,
     cached_captions,
 )
-from jvdit.tasks.flow_objective import flow_objective
+from jvdit.tasks.flow_objective import flow_objective, given_shares
 from jvdit.tasks.samples import Samples
 from jvdit.tasks.task import Task
 from jvdit.training.objectives.denoising import FlowObjective
@@ -151,7 +151,7 @@ class FlowTask(Task):
             latents=Statistics.of(self.vae.module),
             sounds=Statistics.of(self.audio_vae.module) if self.audio_vae else None,
             temporal_compression=self.vae.module.temporal_compression,
-            conditions=("first_frame",) if self.config.first_frame else (),
+            conditions=[name for name, _ in given_shares(self.config)],
             caption_dropout=dropout,
             seconds=self.config.conventions.seconds,
             pad_text=self.config.conventions.pad_text,

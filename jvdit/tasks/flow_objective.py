@@ -62,7 +62,7 @@ def flow_objective(
         one_clip=one_clip,
         pad_text=config.conventions.pad_text,
         boundary=_boundary(config, mesh),
-        first_frame=_first_frame(config),
+        given=given_shares(config),
         **sound,
     )
 
@@ -91,17 +91,22 @@ def _sound(config: Config, mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def _first_frame(config: Config) -> float:
-    """Checks `first_frame`, the share of clips trained with their first frame given."""
-    share, frames = config.first_frame, config.patch_size[0]
-    if not 0 <= share <= 1:
-        raise ValueError(f"`first_frame` (={share}) must be a share from 0 to 1.")
-    if share and frames != 1:
-        raise ValueError(
-            f"`first_frame` (={share}) needs tokens of one frame, and `patch_size` "
-            f"(={tuple(config.patch_size)}) has {frames}."
-        )
-    return share
+def given_shares(config: Config) -> tuple[tuple[str, float], ...]:
+    """The conditions that a training gives, each with the share of clips.
+
+    Raises:
+        ValueError: it isn't a share, or the tokens have several frames.
+    """
+    frames = config.patch_size[0]
+    for name, share in config.given.items():
+        if not 0 <= share <= 1:
+            raise ValueError(f"`given.{name}` (={share}) must be a share from 0 to 1.")
+        if share and frames != 1:
+            raise ValueError(
+                f"`given.{name}` (={share}) needs tokens of one frame, and `patch_size`"
+                f" (={tuple(config.patch_size)}) has {frames}."
+            )
+    return tuple((name, share) for name, share in config.given.items() if share)
 
 
 def _boundary(config: Config, mesh: Mesh) -> float:

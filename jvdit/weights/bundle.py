@@ -134,7 +134,7 @@ class Bundle:
         if "first_frame" not in self.conditions:
             raise ValueError(
                 "`draft` needs a model that may, but need not, be given a first frame; "
-                "one that is trained with config.first_frame."
+                "one that is trained with config.given.first_frame."
             )
 
 

@@ -107,7 +107,7 @@ def test_the_loss_with_a_first_frame_is_that_of_diffusers_network(tmp_path):
     encode("world:train:5x32x64@8:8", release, cache, "", release, text_length=16)
     config = config_of(tmp_path)
     config.data.token_budget = 4
-    config.first_frame = 1.0
+    config.given.first_frame = 1.0
     config.sample.width = 64
     task = FlowTask(config, make_mesh(), tmp_path / "run")
     assert task.bundle({}).conditions == ("first_frame",)

@@ -49,16 +49,18 @@ def generated(batch: Batch) -> Bool[Array, "b n"]:
     return batch["level"] % levels > 0
 
 
-def with_given(batch: Batch, chosen: Bool[Array, "b m"]) -> Batch:
-    """Gives the first frames of the chosen clips: puts their `givable` tokens at t = 0.
+def with_given(batch: Batch, chosen: Bool[Array, "b m"], number: int = 0) -> Batch:
+    """Gives what a condition marks of the chosen clips: puts these tokens at t = 0.
 
     Args:
         batch: a packed batch.
         chosen: which clips of each row.
+        number: of the condition among those that training gives.
     """
     chosen = jnp.pad(chosen, ((0, 0), (1, 0)))
     of_chosen = jnp.take_along_axis(chosen, batch["segment"], axis=1)
-    level = jnp.where(batch["givable"] & of_chosen, 0, batch["level"])
+    marked = (batch["givable"] >> number) & 1 > 0
+    level = jnp.where(marked & of_chosen, 0, batch["level"])
     return {**batch, "level": level}
 
 
@@ -89,8 +91,8 @@ class FlowObjective:
             Wan's do.
         boundary: with two experts, "dit" is trained at t above this and "dit_low"
             below, on the first and the second half of a batch's rows. 0: one network.
-        first_frame: share of clips that are trained with their first latent frame
-            given, as `image` gives it in sampling; 0 to 1.
+        given: share of clips, 0 to 1, that are trained with what each condition marks
+            given, by name: as a request gives it in sampling.
         lora: LoRA adapters of `dit` to train; everything else is then frozen. None: the
             networks themselves are trained.
         kinds: how many tokens of a row are of each kind; (): there are pictures alone.
@@ -106,7 +108,7 @@ class FlowObjective:
     one_clip: bool = False
     pad_text: bool = False
     boundary: float = 0.0
-    first_frame: float = 0.0
+    given: tuple[tuple[str, float], ...] = ()
     lora: LoRA | None = None
     kinds: tuple[int, ...] = ()
     pairings: tuple[tuple[str, float], ...] = ()
@@ -139,7 +141,7 @@ class FlowObjective:
     @property
     def conditions(self) -> tuple[str, ...]:
         """The conditions that the network is trained with, names in `CONDITIONS`."""
-        first = ("first_frame",) * (self.first_frame > 0)
+        first = tuple(name for name, _ in self.given)
         shares = self.pairings if self.kinds else ()
         return first + tuple(x for x, share in shares if share and x in CONDITIONS)
 
@@ -155,10 +157,10 @@ class FlowObjective:
     def prepare(self, batch: Batch, key: PRNGKeyArray) -> Batch:
         """Draws a timestep and given first frames for the clips, a key for each row."""
         time_key, row_key = jax.random.split(key)
-        if self.first_frame:
-            given_key, shape = jax.random.fold_in(key, 2), batch["valid"].shape
-            chosen = jax.random.bernoulli(given_key, self.first_frame, shape)
-            batch = with_given(batch, chosen)
+        for number, (_, share) in enumerate(self.given):
+            given_key = jax.random.fold_in(key, 2 + number)
+            chosen = jax.random.bernoulli(given_key, share, batch["valid"].shape)
+            batch = with_given(batch, chosen, number)
         rows = jax.random.split(row_key, len(batch["segment"]))
         if self.kinds:
             return {**self._paired(batch, time_key), "key": rows}
@@ -282,7 +284,7 @@ class FlowObjective:
         return error, jnp.broadcast_to(token_t[..., 0], error.shape)
 
     def _tokens(self, batch: Batch, latents: Array) -> Tokens:
-        given = self.first_frame > 0
+        given = bool(self.given)
         how = {"one_clip": self.one_clip, "given": given, "kinds": self.kinds}
         return Tokens.of(batch, latents, **how)
 
