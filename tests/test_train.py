@@ -205,7 +205,7 @@ def test_a_clip_begins_with_the_picture_that_it_is_given(generator):
     alone = generator.latents([plain], **settings)
     requests = [dataclasses.replace(plain, image=picture), plain]
     given, beside = generator.latents(requests, **settings)
-    first = generator.encode(picture[None].astype(np.float32) / 127.5 - 1)
+    first = generator.codec.encode(picture[None].astype(np.float32) / 127.5 - 1)
     assert_close(given[:1], first)
     assert np.abs(given[1:] - beside[1:]).max() > 1e-3
     assert_close(beside, alone[0])

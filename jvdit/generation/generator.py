@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -20,26 +19,20 @@ from jvdit.diffusion.reuse import Reuse
 from jvdit.diffusion.solvers import check_solver
 from jvdit.generation.codec import Codec
 from jvdit.generation.draft import drafted
+from jvdit.generation.experts import Experts
 from jvdit.generation.inputs import Inputs
 from jvdit.generation.request import Request, complete
 from jvdit.generation.residence import Residence, fits_together
 from jvdit.generation.results import GeneratedClip, Latents
 from jvdit.generation.sampling import (
-    Chunk,
     OnStep,
     Start,
-    Stepper,
     batches_of,
-    start_noise,
-    texts_of,
     unpacked,
 )
 from jvdit.generation.settings import NAMES, Settings
-from jvdit.machine.cluster import to_host
 from jvdit.sharding import (
     make_mesh,
-    parameter_shardings,
-    rows_sharding,
 )
 from jvdit.weights.bundle import Bundle, save_bundle
 from jvdit.weights.opening import open_bundle
@@ -94,6 +87,10 @@ class Generator:
             params: parameters by network name, already placed on the mesh.
         """
         self.residence.update(params)
+
+    def adapt(self, model: Bundle) -> None:
+        """Replaces the adapters by those of a model that is alike otherwise."""
+        self.model = self.experts.model = model
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Saves the whole model in one folder, from which `load` reads it."""
@@ -332,7 +329,7 @@ class Generator:
         )
         for batch in batches:
             start = Start(model.path, model.policy, steps, solver, bool(noise))
-            latents = self._solved(
+            latents = self.experts.solved(
                 batch, start, guidances=guidances, on_step=on_step, reuse=reuse
             )
             found = unpacked(batch, latents, sizes, sounds, model.patch_size, channels)
@@ -340,41 +337,6 @@ class Generator:
                 i: x._replace(picture=x.picture[given[i].lead :])
                 for i, x in found.items()
             }
-
-    def _solved(
-        self,
-        batch: Chunk,
-        start: Start,
-        *,
-        guidances: Mapping[str, Guidance],
-        on_step: OnStep | None,
-        reuse: Reuse | None,
-    ) -> np.ndarray:
-        """Denoises a batch to t = 0, one expert after the other."""
-        start = start._replace(
-            one_clip=batch.one_clip, given=batch.given, kinds=batch.kinds
-        )
-        places, running = rows_sharding(self.mesh, len(batch.seeds)), None
-        for name, span in self._spans(start.steps).items():
-            with jax.set_mesh(self.mesh):
-                variables = self._variables(name)
-                if running is None:
-                    arrays = jax.device_put((batch.arrays, batch.seeds), places)
-                    running = start_noise(start, *arrays)
-                running = self.stepper(
-                    variables,
-                    running,
-                    texts_of(batch, self.model.pad_text, places),
-                    solver=start.solver,
-                    guidance=guidances[name],
-                    span=span,
-                    on_step=on_step,
-                    skips=reuse and reuse.skips(start.steps, span[0]),
-                )
-                # This also waits: the next network needs the memory of this one.
-                latents = to_host(running.solution.tokens.latents)
-                del variables
-        return latents
 
     # Implementation
 
@@ -410,23 +372,6 @@ class Generator:
         """The autoencoders."""
         return Codec(self.model, self.residence, self.mesh)
 
-    def _variables(self, name: str) -> dict[str, Any]:
-        """The parameters of an expert, and its adapters if it has any."""
-        variables = {"params": self.residence[name]}
-        if (lora := self.model.adapters.get(name)) is not None:
-            places = parameter_shardings(lora, self.mesh)
-            variables["lora"] = jax.device_put(lora, places)
-        return variables
-
-    def _spans(self, steps: int) -> dict[str, tuple[int, int]]:
-        """The range of steps that each expert takes."""
-        model = self.model
-        times = model.policy.times(steps, jnp.ones(1), model.path.timesteps)
-        shown = model.path.shown(np.asarray(times)[:-1, 0])
-        high = int((shown >= np.float32(model.boundary)).sum())
-        spans = {"dit": (0, high), "dit_low": (high, steps)}
-        return {name: span for name, span in spans.items() if span[0] < span[1]}
-
     @cached_property
     def residence(self) -> Residence:
         """The parameters by network, placed on the devices when they are needed."""
@@ -444,9 +389,9 @@ class Generator:
         return Generator(self.model.pictures, self.mesh)
 
     @cached_property
-    def stepper(self) -> Stepper:
-        """The compiled solver steps of the network."""
-        return Stepper(self.model.dit, self.model.path)
+    def experts(self) -> Experts:
+        """The networks that denoise."""
+        return Experts(self.model, self.residence, self.mesh)
 
     @cached_property
     def _inputs(self) -> Inputs:

@@ -116,7 +116,7 @@ def compare(
         ours = rearrange(x[0], "(f h w) (p q c) -> c f (h p) (w q)", h=2, w=3, p=2, q=2)
         # Guidance multiplies what the network errs by.
         assert_close(ours[:, first:], theirs[i][0][:, first:], scale * ROUNDINGS)
-    video = generator.decode(latents[0][None])[0]
+    video = generator.codec.decode(latents[0][None])[0]
     assert video.shape == (frames, height, width, 3)
     difference = np.abs(video / 255 - want)
     assert difference.max() < 0.5 / 255 + 1e-3, difference.max()
