@@ -111,6 +111,8 @@ def test_what_is_given_is_kept_and_makes_a_difference(generator):
     assert np.abs(found[0] - found[1]).max() > 1e-3
     made = generator(request(from_sound=clips["audio"][0]), **SETTINGS)
     np.testing.assert_array_equal(made.audio, clips["audio"][0])
+    drafted = generator(request(from_sound=made.audio), draft=True, **SETTINGS)
+    np.testing.assert_array_equal(drafted.audio, made.audio)
     plain = generator(request(), **SETTINGS)
     assert np.abs(made.video.astype(int) - plain.video).max() > 0
 

@@ -8,6 +8,7 @@ trained on images beside clips, or from a separate model trained on images alone
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from jvdit.generation.request import Request
 from jvdit.generation.results import GeneratedClip
@@ -35,8 +36,9 @@ def drafted(
     for start in range(0, len(requests), rows):
         begun = list(requests[start : start + rows])
         wanted = [i for i, x in enumerate(begun) if _is_open(x)]
+        silent: dict[str, Any] = {"frames": 1, "sound": False, "from_sound": None}
         drafts = [
-            dataclasses.replace(x, frames=1, sound=False, seed=x.seed ^ _OTHER_NOISE)
+            dataclasses.replace(x, **silent, seed=x.seed ^ _OTHER_NOISE)
             for x in (begun[i] for i in wanted)
         ]
         for i, clip in paint(drafts):
