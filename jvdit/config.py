@@ -36,6 +36,10 @@ SAMPLE: dict[str, Any] = {
     "guidance_scale": 4.0,
     # A picture first, and then the clip that begins with it.
     "draft": False,
+    # Of models with sound: the picture first, and then the sound for it; how strongly
+    # sound is guided to be in step with the picture.
+    "sound_after": False,
+    "sound_sync_scale": 1.0,
     # Folder of a model that draws those pictures. "": the model itself.
     "pictures": "",
 }

@@ -116,6 +116,11 @@ _SYNC = flags.DEFINE_float(
     "How strongly sound is guided to be in step with the picture (default: the "
     "model's).",
 )
+_AFTER = flags.DEFINE_boolean(
+    "sound_after",
+    None,
+    "Make the picture first, and then the sound for it (default: the model's).",
+)
 _SIZE = flags.DEFINE_string(
     "size", None, "HEIGHTxWIDTH of the clips in pixels (default: the model's)."
 )
@@ -138,10 +143,12 @@ class Setting:
     draft: bool
     given: str = ""
     sync: float = 1.0
+    after: bool = False
 
     def __str__(self) -> str:
         told = ", from a draft" * self.draft
         told += f", the {self.given} given" * bool(self.given)
+        told += ", its sound afterwards" * self.after
         told += f", guided in step {self.sync:g}" * (self.sync != 1)
         return f"{self.solver} {self.steps} steps, guidance {self.guidance:g}{told}"
 
@@ -149,7 +156,10 @@ class Setting:
 def settings_of(generator: Generator) -> list[Setting]:
     """All combinations of the flags' steps and guidance, else the model's own."""
     suits = Settings(
-        solver=_SOLVER.value, draft=_DRAFT.value, sound_sync_scale=_SYNC.value
+        solver=_SOLVER.value,
+        draft=_DRAFT.value,
+        sound_sync_scale=_SYNC.value,
+        sound_after=_AFTER.value,
     )
     suits = suits.complete(generator.model.defaults)
     try:
@@ -163,7 +173,8 @@ def settings_of(generator: Generator) -> list[Setting]:
     if suits.draft:
         generator.model.check_draft()
     sync = 1.0 if suits.sound_sync_scale is None else suits.sound_sync_scale
-    how = suits.solver or "", bool(suits.draft), _GIVEN.value or "", sync
+    given, after = _GIVEN.value or "", bool(suits.sound_after)
+    how = suits.solver or "", bool(suits.draft), given, sync, after
     return [Setting(*pair, *how) for pair in itertools.product(steps, scales)]
 
 
@@ -211,6 +222,7 @@ def generated(
                 solver=setting.solver,
                 guidance_scale=setting.guidance,
                 sound_sync_scale=setting.sync,
+                sound_after=setting.after,
                 rows=_ROWS.value,
             )
             kept = {"videos": np.stack([clip.video for clip in clips])}

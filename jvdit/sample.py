@@ -129,6 +129,11 @@ _DRAFT = _left(
     "draft",
     "Draw a picture first, and then the clip that begins with it",
 )
+_AFTER = _left(
+    flags.DEFINE_boolean,
+    "sound_after",
+    "Make the picture first, and then the sound for it",
+)
 _SHIFT = flags.DEFINE_float(
     "shift",
     None,
@@ -257,7 +262,7 @@ def sample(prompts: list[str]) -> Iterator[pathlib.Path]:
         raise ValueError('give a prompt, "…", or --prompts=FILE.')
     requests = read_requests(prompts, _common_fields())
     named = _STEPS, _SOLVER, _SCALE, _SCALE_2, _RESCALE, _DRAFT
-    named += _SOUND_SCALE, _SYNC, _SOUND_SYNC
+    named += _SOUND_SCALE, _SYNC, _SOUND_SYNC, _AFTER
     low, high = map(float, _INTERVAL.value)
     settings = Settings(
         guidance_interval=(low, high), **{flag.name: flag.value for flag in named}
@@ -280,7 +285,7 @@ def sample(prompts: list[str]) -> Iterator[pathlib.Path]:
     if not generator.model.boundary:
         told.pop("guidance_scale_2")
     if not generator.model.has_sound:
-        for flag in (_SOUND_SCALE, _SYNC, _SOUND_SYNC):
+        for flag in (_SOUND_SCALE, _SYNC, _SOUND_SYNC, _AFTER):
             told.pop(flag.name)
     files = _WORKDIR, _PRETRAINED, _DIT, _DIT_LOW, _LORA, _LORA_HIGH, _LORA_LOW, _REUSE
     told |= {flag.name: flag.value for flag in files if flag.value}

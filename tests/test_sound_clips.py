@@ -117,6 +117,17 @@ def test_what_is_given_is_kept_and_makes_a_difference(generator):
     assert np.abs(made.video.astype(int) - plain.video).max() > 0
 
 
+def test_sound_may_come_after_its_picture(generator):
+    plain = request(seed=2)
+    found = generator(plain, sound_after=True, draft=True, **SETTINGS)
+    mute = dataclasses.replace(plain, sound=False)
+    picture = generator(mute, draft=True, **SETTINGS).video
+    np.testing.assert_array_equal(found.video, picture)
+    given = dataclasses.replace(plain, from_video=picture)
+    want = generator(given, **SETTINGS)
+    np.testing.assert_allclose(found.audio, want.audio, atol=1e-5)
+
+
 def test_guidance_is_of_each_kind(generator):
     """A scale of one kind changes that kind from the first step on."""
     ways = {

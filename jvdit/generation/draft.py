@@ -1,9 +1,12 @@
-"""Drafts: generate an image first, then a clip that has it as its first frame.
+"""Clips in several passes: an image, the clip that it begins, and then its sound.
 
 A network that was trained with the first frame given (`first_frame`) follows the
 motion in a prompt better when it already sees what moves and where (Emu Video,
 arXiv:2311.10709, section 3.1). The image comes from the same network, if it was
 trained on images beside clips, or from a separate model trained on images alone.
+
+So it is with sound: made for a picture that is there, it is more in step than where
+both come out of noise together and neither is sure yet (arXiv:2511.21579, section 3).
 """
 
 import dataclasses
@@ -45,6 +48,36 @@ def drafted(
             place = wanted[i]
             begun[place] = dataclasses.replace(begun[place], image=clip.video[0])
         for i, clip in animate(begun):
+            yield start + i, clip
+
+
+def dubbed(
+    requests: Sequence[Request], rows: int, show: Clips, dub: Clips
+) -> Iterator[tuple[int, GeneratedClip]]:
+    """Generates clips in two passes: the picture, and then its sound.
+
+    Args:
+        requests: complete requests. Those that are silent, or of which one kind is
+            given, are made by the second pass alone.
+        rows: how many requests go through both passes together before the next group.
+        show: generates the pictures.
+        dub: generates the clips.
+
+    Yields:
+        The index of a request, and its clip.
+    """
+    for start in range(0, len(requests), rows):
+        begun = list(requests[start : start + rows])
+        wanted = [
+            i
+            for i, x in enumerate(begun)
+            if x.sound and x.from_video is None and x.from_sound is None
+        ]
+        silent = [dataclasses.replace(begun[i], sound=False) for i in wanted]
+        for i, clip in show(silent):
+            place = wanted[i]
+            begun[place] = dataclasses.replace(begun[place], from_video=clip.video)
+        for i, clip in dub(begun):
             yield start + i, clip
 
 

@@ -18,7 +18,7 @@ from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.reuse import Reuse
 from jvdit.diffusion.solvers import check_solver
 from jvdit.generation.codec import Codec
-from jvdit.generation.draft import drafted
+from jvdit.generation.draft import drafted, dubbed
 from jvdit.generation.experts import Experts
 from jvdit.generation.inputs import Inputs
 from jvdit.generation.request import Request, complete
@@ -160,12 +160,9 @@ class Generator:
         Args:
             requests: clips of any sizes; short ones are packed into rows together.
             settings: solver, number of steps, and guidance.
-            rows: how many rows of packed clips to denoise together; fewer need less
-                memory.
-            watch: progress callback, called with the phase ("drafting", "denoising" or
-                "decoding"), and the steps or frames done and in all.
-            reuse: lets some steps reuse the residual of the step before (MagCache):
-                faster, but not quite the same clip.
+            rows: as for a call, like the two that follow.
+            watch: progress callback.
+            reuse: lets some steps reuse the residual of the step before.
 
         Yields:
             The index of a request, and its clip.
@@ -182,6 +179,18 @@ class Generator:
             return
         watch = watch or (lambda doing, done, total: None)
         options: dict[str, Any] = {"rows": rows, "reuse": reuse}
+        if settings.sound_after and any(x.sound for x in requests):
+            self.model.check_given(["from_video"])
+            passes = (
+                dataclasses.replace(settings, sound_after=False, draft=draft)
+                for draft in (settings.draft, False)
+            )
+            show, dub = (
+                partial(self.clips, settings=each, watch=watch, **options)
+                for each in passes
+            )
+            yield from dubbed(requests, rows, show, dub)
+            return
         if settings.draft:
             self.model.check_draft()
             options["settings"] = dataclasses.replace(settings, draft=False)

@@ -13,6 +13,7 @@ _SUITS: Mapping[str, Any] = {
     "solver": "unipc",
     "guidance_scale": 4.0,
     "draft": False,
+    "sound_after": False,
     "sync_scale": 1.0,
     "sound_sync_scale": 1.0,
 }
@@ -36,6 +37,7 @@ class Settings:
         guidance_rescale: 0 to 1, how far to bring each clip's standard deviation back
             to what it is without guidance (arXiv:2305.08891, 3.4).
         draft: generate an image first, then a clip that has it as its first frame.
+        sound_after: generate the picture first, then the sound for it.
 
     Raises:
         ValueError: the solver is unknown, or a number is out of range.
@@ -51,6 +53,7 @@ class Settings:
     sync_scale: float | None = None
     sound_sync_scale: float | None = None
     draft: bool | None = None
+    sound_after: bool | None = None
 
     def __post_init__(self):
         if self.solver is not None:

@@ -91,6 +91,7 @@ class Samples:
         """Generates clips of prompts as `config.sample` says, with seeds 0, 1, …."""
         assert self._generator is not None
         names = ("draft", "steps", "solver", "guidance_scale")
+        names += ("sound_after", "sound_sync_scale")
         settings = {name: self.sample[name] for name in names}
         return self._generator(self._requests(prompts), rows=self.rows, **settings)
 
