@@ -17,6 +17,7 @@ from jvdit.data.world import World
 from jvdit.diffusion.denoise import Guidance
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request
+from jvdit.tasks.loop import train
 from jvdit.tasks.stages import run
 from jvdit.training.metrics import read_history
 
@@ -196,6 +197,22 @@ def test_what_cannot_be_is_told(generator, heard):
         silent(request(sound=True), **SETTINGS)
 
 
+def test_silent_data_cannot_be_trained_on_for_sound(heard, latents, tmp_path):
+    dit = config(latents).stages.dit
+    for name, value, message in (
+        ("data.sources", (f"{latents}/latents",), "asks for sound, and none of"),
+        ("data.sound_budget", 5, r"needs 10 of `sound_budget` \(=5\)"),
+        ("cut", 1.5, "`cut` .=1.5. must be a share"),
+        ("pairings.sound", -1.0, "below 0"),
+    ):
+        changed = dit.copy_and_resolve_references()
+        changed.data.sources = (f"{heard}/latents",)
+        changed.data.validation = ""
+        changed.update_from_flattened_dict({name: value})
+        with pytest.raises(ValueError, match=message):
+            train(changed, str(tmp_path / "never"))
+
+
 def test_a_network_goes_on_from_a_silent_one(heard, workdir, tmp_path):
     """Pictures are at first what they were."""
     stages = config(workdir)
@@ -206,8 +223,6 @@ def test_a_network_goes_on_from_a_silent_one(heard, workdir, tmp_path):
     dit.steps = 1
     dit.optim.lr = 1e-9
     dit.sample.update(prompts=(), scored=0)
-    from jvdit.tasks.loop import train
-
     train(dit, str(tmp_path / "grown"))
     old, new = (Generator.load(x) for x in (workdir / "dit", tmp_path / "grown"))
     mute = request(sound=False)

@@ -151,6 +151,21 @@ def test_silent_rows_are_as_in_a_model_without_sound(params, batch):
     np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.parametrize("rows, kinds", [(ITEMS, KINDS), ([[clip(2, 5, 0)]], (24, 0))])
+def test_velocities_are_as_wide_as_the_widest_kind(rows, kinds):
+    """In silent rows too, which may share a batch with others."""
+    wide = TINY.clone(sound_channels=PICTURE + 4)
+    latents = pack(rows, kinds)["latents"]
+    row = pack(rows, kinds) | {"latents": jnp.pad(latents, [(0, 0), (0, 0), (0, 4)])}
+    parts = KINDS if kinds[1] else ()
+    tokens, levels = Tokens.of(row, row["latents"], kinds=parts), (len(parts) or 1) * 3
+    t = jnp.zeros((len(rows), levels))
+    made = jax.eval_shape(
+        wide.init_with_output, jax.random.key(0), tokens, t, text_of(row)
+    )
+    assert made[0].shape == row["latents"].shape
+
+
 def test_kinds_see_one_another_unless_they_are_kept_apart(params, batch):
     """By gradients: of each token, with respect to the tokens of the other kind."""
     text = text_of(batch)

@@ -255,8 +255,9 @@ class DiT(Layer):
         for (name, channels), part in zip(named, split(x, kinds), strict=False):
             fields = {"kernel_init": nn.initializers.zeros, "name": name}
             part = Dense(channels, **fields, **self.types)(part)
-            spare = max(self._token_channels, self.out_channels) - channels
-            parts.append(jnp.pad(part, ((0, 0), (0, 0), (0, spare))) if kinds else part)
+            # As wide as what came in, which sound may be the widest of.
+            spare = max(self.out_channels, self.sound_channels) - channels
+            parts.append(jnp.pad(part, ((0, 0), (0, 0), (0, spare))) if spare else part)
         x = jnp.concatenate(parts, axis=1).astype(jnp.float32)
         return constrain(x, "batch", "tokens", None)
 
