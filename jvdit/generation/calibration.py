@@ -24,7 +24,7 @@ def calibrate(generator: Generator, request: Request, **settings: Any) -> list[f
     Raises:
         ValueError: the model can't generate this size, or a setting is out of range.
     """
-    measured = generator.experts.stepper.ratios = {}
+    measured = generator.stepper.ratios = {}
     generator.latents([request], reuse=Reuse((1.0,), most=0), **settings)
     curve = np.ones(max(last for _, last in measured))
     for (first, last), ratios in measured.items():

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any
 
 import jax
@@ -26,7 +25,7 @@ from jvdit.sharding import parameter_shardings, rows_sharding
 from jvdit.weights.bundle import Bundle
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Experts:
     """Denoises batches with the network, or the two networks, of a model.
 
@@ -34,11 +33,13 @@ class Experts:
         model: the model.
         params: parameters by network name, on the mesh.
         mesh: the device mesh.
+        stepper: the compiled solver steps of the network.
     """
 
     model: Bundle
     params: Residence
     mesh: Mesh
+    stepper: Stepper
 
     def solved(
         self,
@@ -91,8 +92,3 @@ class Experts:
         high = int((shown >= np.float32(model.boundary)).sum())
         spans = {"dit": (0, high), "dit_low": (high, steps)}
         return {name: span for name, span in spans.items() if span[0] < span[1]}
-
-    @cached_property
-    def stepper(self) -> Stepper:
-        """The compiled solver steps of the network."""
-        return Stepper(self.model.dit, self.model.path)

@@ -27,6 +27,7 @@ from jvdit.generation.results import GeneratedClip, Latents
 from jvdit.generation.sampling import (
     OnStep,
     Start,
+    Stepper,
     batches_of,
     unpacked,
 )
@@ -87,10 +88,6 @@ class Generator:
             params: parameters by network name, already placed on the mesh.
         """
         self.residence.update(params)
-
-    def adapt(self, model: Bundle) -> None:
-        """Replaces the adapters by those of a model that is alike otherwise."""
-        self.model = self.experts.model = model
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Saves the whole model in one folder, from which `load` reads it."""
@@ -397,10 +394,15 @@ class Generator:
             return self
         return Generator(self.model.pictures, self.mesh)
 
-    @cached_property
+    @property
     def experts(self) -> Experts:
         """The networks that denoise."""
-        return Experts(self.model, self.residence, self.mesh)
+        return Experts(self.model, self.residence, self.mesh, self.stepper)
+
+    @cached_property
+    def stepper(self) -> Stepper:
+        """The compiled solver steps of the network."""
+        return Stepper(self.model.dit, self.model.path)
 
     @cached_property
     def _inputs(self) -> Inputs:

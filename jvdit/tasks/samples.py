@@ -70,7 +70,7 @@ class Samples:
         if self._generator is None:
             self._generator = Generator(bundle, self.mesh, together=False)
         elif bundle.adapters:
-            self._generator.adapt(bundle)
+            self._generator.model = bundle
         else:
             self._generator.load_params(params)
         if prompts:
