@@ -102,6 +102,8 @@ def pack_rows(
     width = max(channels, *(item.latents.shape[1] for item in items))
     batch = _blank(items, len(rows), (sum(budgets), text_budget, max_clips), width)
     batch["level"][:, token_budget:] = max_clips + 1
+    if items[0].image is not None:
+        batch["image"] = np.stack([row[0].image for row in rows])
     text = "text_ids" if "text_ids" in batch else "text_embeds"
     named = [x for x in ("latents", "logvar", "position", *_EXTRAS) if x in batch]
     for r, row in enumerate(rows):
@@ -172,10 +174,7 @@ def _blank(
         "valid": np.zeros((b, m), np.bool_),
         "clip_id": np.full((b, m), -1, np.int64),
     }
-    batch |= _blank_extras(items, b, n)
-    if (image := items[0].image) is not None:
-        batch["image"] = np.zeros((b, *image.shape), image.dtype)
-    return batch
+    return batch | _blank_extras(items, b, n)
 
 
 def _blank_extras(items: Sequence[Item], b: int, n: int) -> dict[str, np.ndarray]:

@@ -145,22 +145,24 @@ class _Loop:
 
     def _initial(self, network: str, paths: Sequence[str]) -> dict[str, Any]:
         """The initial parameters of a network at some paths, on the host."""
-        blank = jax.tree.map(np.zeros_like, dict(self.task.example))
 
         def some(key: Any, batch: Any) -> dict[str, Any]:
             made = self.task.objective.init(key, batch)[network]
             made = flatten_dict(made, sep="/")
             return {path: made[path] for path in paths}
 
-        return jax.tree.map(np.asarray, jax.jit(some)(self.key, blank))
+        return jax.tree.map(np.asarray, jax.jit(some)(self.key, self._blank))
+
+    @property
+    def _blank(self) -> dict[str, Any]:
+        """A batch of zeros: only shapes matter, and rows differ from host to host."""
+        return jax.tree.map(np.zeros_like, dict(self.task.example))
 
     def _fresh(self) -> TrainState:
         """The state at step 0: random weights, or those of `start_from`."""
-        # Only shapes matter, and example rows differ from host to host.
-        blank = jax.tree.map(np.zeros_like, dict(self.task.example))
         if not self.given:
             make = jax.jit(self._init, out_shardings=self.shardings)
-            return make(self.key, blank)
+            return make(self.key, self._blank)
         # Placed leaf by leaf: devices hold one array more than the state, at most.
         places = self.shardings.params
         leaves, tree = jax.tree.flatten(self.given)
@@ -176,7 +178,7 @@ class _Loop:
                 made = self.task.objective.init(key, batch)
                 return {name: made[name] for name in others}
 
-            params |= jax.jit(rest, out_shardings=others)(self.key, blank)
+            params |= jax.jit(rest, out_shardings=others)(self.key, self._blank)
         begin = jax.jit(self.begin, donate_argnums=0, out_shardings=self.shardings)
         return begin(params)
 
