@@ -13,7 +13,7 @@ _Picture = str | None | UnsetType
 
 
 class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The fields of a `Request` in JSON; images and videos are file paths."""
+    """The fields of a `Request` in JSON; images, videos and sounds are file paths."""
 
     prompt: str
     negative_prompt: str | UnsetType = UNSET
@@ -27,6 +27,9 @@ class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     video: _Picture = UNSET
     mask: _Picture = UNSET
     references: str | tuple[str, ...] | UnsetType = UNSET
+    sound: bool | None | UnsetType = UNSET
+    from_video: _Picture = UNSET
+    from_sound: _Picture = UNSET
 
 
 def read_requests(prompts: Sequence[str], common: Mapping[str, Any]) -> list[Request]:
