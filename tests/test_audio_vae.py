@@ -129,5 +129,5 @@ def test_the_loss_is_least_for_the_sound_itself_and_has_gradients():
     batch["valid"] = jnp.ones(2, bool)
     params = objective.init(jax.random.key(0), batch)
     batch = objective.prepare(batch, jax.random.key(1))
-    gradient = jax.grad(lambda p: objective.loss(p, batch)[0])(params)
+    gradient = jax.jit(jax.grad(lambda p: objective.loss(p, batch)[0]))(params)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))

@@ -122,7 +122,7 @@ def controls(audio: Float[np.ndarray, "b a"] | None, rate: int) -> dict[str, Any
         return {}
     late = np.pad(audio, ((0, 0), (round(LATE * rate), 0)))[:, : audio.shape[1]]
     return {
-        "another clip's sound": np.roll(audio, 1, axis=0),
+        "another clip's": np.roll(audio, 1, axis=0),
         "60 ms late": late,
         "silence": np.zeros_like(audio),
     }
