@@ -8,7 +8,7 @@ Clips of one object at 9 x 32 x 32 and 8 fps with their sound, of the audio auto
 in the box (`world_audio.py`). The finished model is runs/world/sound/clips.
 
 On two cores of an EPYC, beside other work, latents took 8 minutes and 1,850 steps
-(whose learning rate was brought down early) 65. Of 128 clips .388 of the bounces of a
+(whose learning rate was brought down early) 55. Of 128 clips .388 of the bounces of a
 given, real picture are heard within 40 ms (real sound: .988, another clip's: .075),
 .733 within a frame (.24); guided in step by 2 .475 and .799. The right material sounds
 in .86.

@@ -87,7 +87,7 @@ _REFERENCES = flags.DEFINE_list(
     "references", [], "Pictures of what is to appear, with commas between (VACE)."
 )
 _SOUND = flags.DEFINE_boolean(
-    "sound", None, "Whether clips have sound (default: if the model makes some)."
+    "sound", None, "Whether clips have sound (default: yes, if the model can)."
 )
 _FROM_VIDEO = flags.DEFINE_string(
     "from_video", None, "Video to make sound for; the clip keeps its picture."
@@ -108,14 +108,20 @@ _SCALE_2 = flags.DEFINE_float(
     "Guidance scale of the expert for low noise, of models with two experts.",
 )
 _SOUND_SCALE = flags.DEFINE_float(
-    "sound_guidance_scale", None, "Guidance scale of the sound (default: the same)."
+    "sound_guidance_scale",
+    None,
+    "Guidance scale of the sound (default: that of the picture).",
 )
 _SYNC = _left(
     flags.DEFINE_float,
     "sync_scale",
     "How strongly the picture is guided to be in step with the sound; 1 is without",
 )
-_SOUND_SYNC = _left(flags.DEFINE_float, "sound_sync_scale", "The same of the sound")
+_SOUND_SYNC = _left(
+    flags.DEFINE_float,
+    "sound_sync_scale",
+    "How strongly the sound is guided to be in step with the picture; 1 is without",
+)
 _INTERVAL = flags.DEFINE_list(
     "guidance_interval", ["0", "1"], "Noise levels between which to guide."
 )

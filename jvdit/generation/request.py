@@ -141,7 +141,7 @@ class Request:
         if abs(len(audio) - wanted) > LENIENT * rate:
             raise ValueError(
                 f"`from_sound` lasts {len(audio) / rate:.2f} s and the clip "
-                f"{wanted / rate:.2f} s: leave `frames` out, or cut the sound."
+                f"{wanted / rate:.2f} s: cut or lengthen it, or ask for other `frames`."
             )
         audio = in_channels(audio, channels).astype(np.float32)[:wanted]
         return np.pad(audio, ((0, wanted - len(audio)), (0, 0)))

@@ -37,8 +37,8 @@ class WaveCoder(Layer, kw_only=True):
     dilations: Sequence[int] = (1, 3, 9)
 
 
-class WaveEncoder(WaveCoder):
-    """Stages from fine to coarse.
+class WaveHalf(WaveCoder):
+    """The fields of one half.
 
     Attributes:
         width: channels of the finest stage.
@@ -47,6 +47,10 @@ class WaveEncoder(WaveCoder):
 
     width: int
     features: int
+
+
+class WaveEncoder(WaveHalf):
+    """Stages from fine to coarse."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "b a p"]) -> Float[Array, "b n c"]:
@@ -62,16 +66,8 @@ class WaveEncoder(WaveCoder):
         return WaveConv(self.features, taps=_FEATURES, name="conv_out", **types)(x)
 
 
-class WaveDecoder(WaveCoder):
-    """Stages from coarse to fine.
-
-    Attributes:
-        width: channels of the finest stage.
-        features: channels of the result.
-    """
-
-    width: int
-    features: int
+class WaveDecoder(WaveHalf):
+    """Stages from coarse to fine."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b a p"]:

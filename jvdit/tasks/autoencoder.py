@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from abc import abstractmethod
 from typing import Any, ClassVar
 
 import numpy as np
@@ -115,13 +116,13 @@ class AutoencoderTask(Task):
     def check_size(self, *size: int) -> None:
         """Raises a ValueError if the autoencoder doesn't take clips of a size."""
 
+    @abstractmethod
     def measure(self, original: np.ndarray, decoded: np.ndarray) -> dict[str, float]:
         """How near a reconstruction comes to its original."""
-        raise NotImplementedError
 
+    @abstractmethod
     def picture(self, clip: np.ndarray) -> np.ndarray:
         """A clip as a video to be looked at."""
-        raise NotImplementedError
 
     def counts(self, batch):  # noqa: D102
         return {"clips": float(batch["valid"].sum()) * self.hosts}
