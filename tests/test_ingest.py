@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import tensorflow_datasets as tfds
 from media_files import clicks, frames_of, mux, numbered, numbers
 
+from jvdit.data.ingest import supervisor
 from jvdit.data.ingest.clip_file import ClipFile, Recipe
 from jvdit.data.ingest.ingest import ingest, plan_shards
 from jvdit.data.ingest.supervisor import supervise
@@ -237,6 +239,22 @@ def test_it_says_that_it_was_stopped(tmp_path):
         told = job.communicate(timeout=60)[1]
     assert told == "prepare_clips: stopped; the same command goes on\n"
     assert job.returncode == 130
+
+
+def test_ctrl_c_waits_until_a_worker_has_what_it_begins_with():
+    ended, reached = threading.Event(), []
+    # Another thread takes the signal, and Python then interrupts the main one.
+    threading.Thread(target=ended.wait, daemon=True).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            with supervisor._without_interruption():
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.2)
+                reached.append(signal.SIGINT)
+    finally:
+        ended.set()
+    assert reached == [signal.SIGINT]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_events_come_in_order_and_are_complete():

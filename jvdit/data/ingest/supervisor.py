@@ -16,9 +16,10 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from multiprocessing import connection
 from typing import Any
 
@@ -160,13 +161,8 @@ class _Worker:
         self.process = context.Process(
             target=_serve, args=(theirs, work, os.getpid()), daemon=True
         )
-        # Ctrl-C waits until the child has what it begins with, and the child, which has
-        # it blocked for good, never tells of it.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with _without_interruption():
             self.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         self.ready, self.task, self.came = False, None, 0
         self.deadline = time.monotonic() + _START_SECONDS
@@ -213,6 +209,29 @@ class _Worker:
         self.process.kill()
         self.process.join()
         self.pipe.close()
+
+
+@contextlib.contextmanager
+def _without_interruption() -> Iterator[None]:
+    """Lets Ctrl-C wait until a child has what it begins with; the child never sees it.
+
+    A mask alone isn't enough: another thread of this process, of a library, may take
+    the signal, and Python then interrupts the main thread all the same. The mask is
+    what the child inherits.
+    """
+    came: list[tuple[int, Any]] = []
+    main = threading.current_thread() is threading.main_thread()
+    if main:
+        handler = signal.signal(signal.SIGINT, lambda *args: came.append(args))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if main:
+            signal.signal(signal.SIGINT, handler or signal.SIG_DFL)
+    if came and callable(handler):
+        handler(*came[0])
 
 
 def _ending(code: int | None) -> str:
