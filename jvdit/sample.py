@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import flags
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
@@ -34,9 +34,10 @@ from jvdit.generation.generator import Generator
 from jvdit.generation.prompt_lines import read_requests
 from jvdit.generation.request import Request, size_fields
 from jvdit.generation.settings import Settings
+from jvdit.machine import flag_parser
 from jvdit.machine.command import told_in_a_line
 from jvdit.machine.compilation import keep_compilations
-from jvdit.machine.files import write_atomically
+from jvdit.machine.files import check_writable
 from jvdit.sharding import make_mesh, parse_mesh, sampling_sizes
 from jvdit.weights.opening import EXPERTS, open_bundle, with_adapters
 
@@ -176,10 +177,16 @@ _REUSE = flags.DEFINE_string(
     "reuse", None, "File of --calibrate: skip blocks where little changes (MagCache)."
 )
 _THRESHOLD = flags.DEFINE_float(
-    "reuse_threshold", 0.06, "Error that --reuse may make; higher is faster, rougher."
+    "reuse_threshold",
+    0.06,
+    "Error that --reuse may make; higher is faster, rougher.",
+    lower_bound=0.0,
 )
 _ROWS = flags.DEFINE_integer(
-    "rows", 8, "Rows that are solved at once; fewer need less memory."
+    "rows",
+    8,
+    "Rows that are solved at once; fewer need less memory.",
+    lower_bound=1,
 )
 _MESH = flags.DEFINE_string(
     "mesh",
@@ -275,9 +282,7 @@ def sample(prompts: list[str]) -> Iterator[pathlib.Path]:
     )
     folder = pathlib.Path(_OUT.value)
     if not _CALIBRATE.value:
-        # Raises an OSError, before anything is computed, if no file can be written.
-        write_atomically(folder / "empty", b"")
-        (folder / "empty").unlink()
+        check_writable(folder)  # before anything is computed
     generator = _load(_mesh(len(prompts)))
     requests = [generator.complete(request) for request in requests]
     settings = settings.complete(generator.model.defaults)
@@ -351,4 +356,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    flag_parser.run(main)

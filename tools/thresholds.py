@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -29,6 +29,7 @@ from rich.table import Table
 from jvdit.data.world import World
 from jvdit.data.world.scene import SHAPES
 from jvdit.evaluation import oracle
+from jvdit.machine import flag_parser
 
 _N = flags.DEFINE_integer("n", 192, "Clips of the val split to score at each size.")
 _SIZES = flags.DEFINE_list(
@@ -210,4 +211,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    flag_parser.run(main)

@@ -23,6 +23,7 @@ from jvdit.machine.files import said_if_full
 from jvdit.machine.json_files import read_json, write_json
 from jvdit.machine.lock import FolderLock
 from jvdit.machine.stop import StopRequest
+from jvdit.ranges import check_ranges
 from jvdit.sharding import make_mesh, parameter_shardings
 from jvdit.tasks import TASKS, Task
 from jvdit.training.checkpoint import (
@@ -62,6 +63,7 @@ def train(config: Config, workdir: str, stop: StopRequest | None = None) -> int:
     if stop is None:
         with StopRequest() as stop:
             return train(config, workdir, stop)
+    check_ranges(config.to_dict())
     if config.matmul_precision not in PRECISIONS:
         raise ValueError(
             f"`matmul_precision` (={config.matmul_precision!r}) must be one of: "
