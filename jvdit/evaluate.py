@@ -21,8 +21,6 @@ from typing import Any
 
 import numpy as np
 from absl import flags
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
 
 from jvdit.data.world import World
 from jvdit.data.world.scene import SPLITS
@@ -56,6 +54,7 @@ from jvdit.machine.files import (
     write_atomically,
 )
 from jvdit.machine.json_files import write_json
+from jvdit.machine.progress import Bars
 from jvdit.training.metrics import read_history
 from jvdit.weights.starting import model_hash
 
@@ -268,11 +267,7 @@ def _columns(out: pathlib.Path) -> list[ReportColumn]:
         for setting in settings_of(generator)
     ]
     columns = []
-    with Progress(
-        *Progress.get_default_columns(),
-        MofNCompleteColumn(),
-        console=Console(stderr=True),
-    ) as progress:
+    with Bars() as progress:
         for label, *job in jobs:
             world, setting = job
             task = progress.add_task(f"{label}: {setting}", total=_N.value)

@@ -22,8 +22,6 @@ from typing import Any
 import jax
 from absl import flags
 from jax.sharding import Mesh
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
 
 from jvdit.box import FOLDER
 from jvdit.data.sheets import contact_sheet, write_png
@@ -38,6 +36,7 @@ from jvdit.machine import flag_parser
 from jvdit.machine.command import told_in_a_line
 from jvdit.machine.compilation import keep_compilations
 from jvdit.machine.files import check_writable
+from jvdit.machine.progress import Bars
 from jvdit.sharding import make_mesh, parse_mesh, sampling_sizes
 from jvdit.weights.opening import EXPERTS, open_bundle, with_adapters
 
@@ -146,6 +145,8 @@ _SHIFT = flags.DEFINE_float(
     None,
     "Timestep shift of a released model's noise schedule (default: the folder's own).",
 )
+for _name, _original in (("num_frames", "frames"), ("num_inference_steps", "steps")):
+    flags.DEFINE_alias(_name, _original)
 _DIT = flags.DEFINE_string(
     "dit", None, "Folder of a finetuned network for a released model."
 )
@@ -186,6 +187,13 @@ _ROWS = flags.DEFINE_integer(
     "rows",
     8,
     "Rows that are solved at once; fewer need less memory.",
+    lower_bound=1,
+)
+_ENLARGED = flags.DEFINE_integer(
+    "scale",
+    None,
+    "How many times to enlarge clips in their files, by whole pixels (default: until "
+    "the short side has 256 pixels).",
     lower_bound=1,
 )
 _MESH = flags.DEFINE_string(
@@ -308,7 +316,8 @@ def sample(prompts: list[str]) -> Iterator[pathlib.Path]:
             )
             for i, clip in made:
                 path = free_path(folder, clip_name(requests[i]), ".mp4")
-                clip.save(path, {"jvdit": requests[i].settings | told})
+                scale = _ENLARGED.value or clip.viewing_scale
+                clip.save(path, {"jvdit": requests[i].settings | told}, scale)
                 shown[i] = clip
                 watch.clips(len(shown))
                 yield path
@@ -322,15 +331,11 @@ def sample(prompts: list[str]) -> Iterator[pathlib.Path]:
     yield path
 
 
-class _Shown(Progress):
+class _Shown(Bars):
     """Bars of the clips that are ready, and of what is done at the moment."""
 
     def __init__(self, count: int):
-        super().__init__(
-            *Progress.get_default_columns(),
-            MofNCompleteColumn(),
-            console=Console(stderr=True),
-        )
+        super().__init__()
         self._clips = self.add_task("clips", total=count)
         self._now = self.add_task("compiling", total=None)
 

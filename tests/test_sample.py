@@ -55,7 +55,7 @@ def test_from_the_command_line(workdir, generator, tmp_path):
     clip = generator("One object!", seed=5, **again)
     (same,) = generator([Request("One object!", seed=5)], **again)
     np.testing.assert_array_equal(same.video, clip.video)
-    clip.save(tmp_path / "ours.mp4")
+    clip.save(tmp_path / "ours.mp4", scale=clip.viewing_scale)
     ours, written, other = (
         decode_clip(str(file), frames=5, height=16, width=16, fps=8.0)["video"]
         for file in (tmp_path / "ours.mp4", out / found[5], out / films[1])

@@ -91,6 +91,8 @@ class Metrics:
 
     def __enter__(self):
         self._progress.start()
+        if not self._console.is_terminal:
+            self.say("compiling …")
         return self
 
     def __exit__(self, *_):
