@@ -14,22 +14,24 @@ place or length: --config.data.sources='("…#train:16x16x16@8",)' and so on.
 from jvdit import config as defaults
 
 CLIPS = "data/clips"
+BOX = "jvdit/box/sound"
 
 
 def get_config():
     """Settings of the run."""
     config = defaults.audio_vae("world")
+    # It knows the sounds of the world already.
+    config.start_from = BOX
     # A second at a time, two of each clip. Pictures are decoded beside the sound: small
     # ones, for they aren't looked at.
     config.data.sources = (f"{CLIPS}#train:8x16x16@8",)
     config.data.validation = f"{CLIPS}#val:17x16x16@8"
     config.data.sample_budget = 12 * 16_000
     config.optim.name = "muon"
-    config.optim.lr = 4e-3
+    config.optim.lr = 2e-3
     config.optim.schedule = "linear"
     config.optim.warmup = 100
-    config.steps = 2000
+    config.steps = 500
     config.checkpoint_every = 250
-    config.evaluate_every = 250
-    config.sample_every = 500
+    config.evaluate_every = config.sample_every = 250
     return config
