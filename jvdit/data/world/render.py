@@ -119,7 +119,8 @@ def background_parts(
     height: int,
     width: int,
     scale: int,
-) -> Float[np.ndarray, "4 T H W"]:
+    step: int = 1,
+) -> Float[np.ndarray, "4 T h w"]:
     """What a background is a sum of: all, the arena, its stripes, its checkerboard.
 
     Args:
@@ -128,16 +129,17 @@ def background_parts(
         height: of the frame in pixels.
         width: of the frame in pixels.
         scale: the frame's short side in pixels.
+        step: every how many pixels are wanted, down and across.
 
     Returns:
-        The share of each pixel that each part covers.
+        The share of each of those pixels that each part covers.
     """
     across = np.arange(width + 1) / scale - offset[:, None]
     down = np.arange(height + 1) / scale
     low, high = arena
-    inside = _coverage(across, low[:1], high[:1])[:, None]
-    inside = inside * _coverage(down, low[1:], high[1:])[:, None]
-    odd_x, odd_y = _stripes(across)[:, None], _stripes(down)[:, None]
+    inside_x = _coverage(across, low[:1], high[:1])[:, None, ::step]
+    inside = inside_x * _coverage(down, low[1:], high[1:])[::step, None]
+    odd_x, odd_y = _stripes(across)[:, None, ::step], _stripes(down)[::step, None]
     odd = odd_x + odd_y * (1 - 2 * odd_x)
     parts = np.ones_like(inside), inside, inside * odd_x, inside * odd
     return np.stack(parts).astype(np.float32)

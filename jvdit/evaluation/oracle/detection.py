@@ -63,14 +63,19 @@ def detect(video: UInt8[np.ndarray, "b T H W 3"]) -> Detections:
     Args:
         video: RGB in [0, 255].
     """
-    clips, frames, height, width, _ = video.shape
-    least = _LEAST_AREA * min(height, width) ** 2
     objects = np.empty(video.shape[:-1], bool)
-    parts = [_colored_pixels(*pair) for pair in zip(video, objects, strict=True)]
-    key, chosen, chroma = (np.concatenate(part) for part in zip(*parts, strict=True))
-    count = [len(part[0]) for part in parts]
-    key += np.repeat(np.arange(clips) * (frames * len(COLORS)), count)
-    chosen += np.repeat(np.arange(clips) * (frames * height * width), count)
+    parts = [_measure(*pair) for pair in zip(video, objects, strict=True)]
+    named = {k: np.array([part[k] for part in parts]) for k in parts[0]}
+    return Detections(objects=objects, **named)
+
+
+def _measure(
+    clip: UInt8[np.ndarray, "T H W 3"], objects: Bool[np.ndarray, "T H W"]
+) -> dict[str, np.ndarray]:
+    """Measures the objects of a clip, as in `Detections`, and sets their pixels."""
+    frames, height, width = objects.shape
+    least = _LEAST_AREA * min(height, width) ** 2
+    key, chosen, chroma = _colored_pixels(clip, objects)
     first = np.flatnonzero(np.diff(key, prepend=-1))  # of each color in each frame
     size = np.diff(first, append=len(key))
 
@@ -83,7 +88,9 @@ def detect(video: UInt8[np.ndarray, "b T H W 3"]) -> Detections:
     # The chroma of fully covered pixels: a mean that all but takes the largest.
     high = np.square(np.square(np.square(chroma / 255)))
     weight = chroma * each(total(high) / np.maximum(total(high * chroma), 1e-30))
-    place = chosen % width + 0.5 + 1j * (chosen // width % height + 0.5)
+    row = chosen // width  # of all frames; a remainder would take longer
+    x, y = chosen - row * width, row - row // height * height
+    place = x + 0.5 + 1j * (y + 0.5)
     area = total(weight)
     centre = total(weight * place) / area
     place = (place - each(centre)) * each(1 / np.sqrt(area))
@@ -95,30 +102,27 @@ def detect(video: UInt8[np.ndarray, "b T H W 3"]) -> Detections:
         power *= place
         column[:] = total(power) / area
     pieces = (area > least).astype(int)
-    split = pieces.astype(bool) & (spread > _SURELY_ONE)
-    group = np.flatnonzero(each(split))
-    pieces[split] = _pieces(
-        chosen[group], weight[group], key[group], video.shape, least
-    )
+    split = (area > least) & (spread > _SURELY_ONE)
+    if split.any():
+        some = each(split)
+        pieces[split] = _pieces(
+            chosen[some], weight[some], key[some], objects.shape, least
+        )
     # Two objects of one color aren't compact together, but are present.
     present = (area > least) & (spread < _MOST_SPREAD) | (pieces > 1)
-
-    def spaced(values: np.ndarray) -> np.ndarray:
-        every = np.zeros(
-            (clips * frames * len(COLORS), *values.shape[1:]), values.dtype
-        )
+    measured = {
+        "centre": np.stack([centre.real, centre.imag], -1),
+        "area": area,
+        "present": present,
+        "pieces": pieces,
+        "moments": moments,
+        "spread": total(near * squared) / area,
+    }
+    for name, values in measured.items():
+        every = np.zeros((frames * len(COLORS), *values.shape[1:]), values.dtype)
         every[key[first]] = values
-        return every.reshape(clips, frames, len(COLORS), *values.shape[1:])
-
-    return Detections(
-        centre=spaced(np.stack([centre.real, centre.imag], -1)),
-        area=spaced(area),
-        present=spaced(present),
-        pieces=spaced(pieces),
-        moments=spaced(moments),
-        spread=spaced(total(near * squared) / area),
-        objects=objects,
-    )
+        measured[name] = every.reshape(frames, len(COLORS), *values.shape[1:])
+    return measured
 
 
 def _colored_pixels(
@@ -143,7 +147,8 @@ def _colored_pixels(
     np.logical_or(mask, edge, out=objects)
     chosen = np.flatnonzero(objects)
     value, high = (x.reshape(-1)[chosen].astype(np.float32) for x in (chroma, high))
-    red, green, blue = clip.reshape(-1, 3)[chosen].astype(np.float32).T
+    rgb = clip.reshape(-1, 3).take(chosen, 0)
+    red, green, blue = np.ascontiguousarray(rgb.T, np.float32)
     # Hue in sixths of the circle, by the largest channel (HSV).
     of_red, of_green = red == high, green == high
     apart = np.where(of_red, green - blue, np.where(of_green, blue - red, red - green))
@@ -185,8 +190,8 @@ def _around(mask: Bool[np.ndarray, "T H W"]) -> UInt8[np.ndarray, "T H W"]:
 
 def _pieces(chosen, weight, key, shape, least) -> np.ndarray:
     """How many connected pieces, large enough, each color has in each frame."""
-    height, width = shape[2:4]
-    place = np.full(int(np.prod(shape[:-1])) + width + 2, -1, np.int32)
+    height, width = shape[1:]
+    place = np.full(int(np.prod(shape)) + width + 2, -1, np.int32)
     place[chosen] = np.arange(len(chosen))
     x, y = chosen % width, chosen // width % height
     ends = []
