@@ -82,7 +82,7 @@ def simulate(
     scenes: Scenes,
     duration: float,
     *,
-    restitution: float = 1.0,
+    restitution: float | tuple[float, float] = 1.0,
     max_bounces: int | None = None,
 ) -> Motion:
     """Moves the scenes from time 0 on.
@@ -90,8 +90,9 @@ def simulate(
     Args:
         scenes: where everything starts.
         duration: seconds; bounces from then on are not looked for.
-        restitution: speed after over speed before a bounce. The world's is 1; other
-            values make counterfactual clips to test an evaluation with.
+        restitution: speed after over speed before a bounce, or that at walls and that
+            between objects. The world's is 1; other values make counterfactual clips to
+            test an evaluation with.
         max_bounces: after so many a scene's objects stop at the walls and pass
             through one another. The default is several times what scenes need, and
             ends the ever smaller hops of a restitution below 1.
@@ -169,6 +170,7 @@ def _bounce(
     event, live, position, velocity, limits, mass, restitution
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Applies each live row's event in place; returns kind, first, second, impact."""
+    at_walls, of_pairs = np.broadcast_to(restitution, 2).tolist()
     kind, first, second = (np.full(len(event), x) for x in (WALL_X, 0, -1))
     impact = np.zeros(len(event))
     walls = 2 * MAX_OBJECTS
@@ -178,9 +180,9 @@ def _bounce(
     at = row, item, axis
     normal = velocity[at]
     position[at] = limits[row, item, (normal > 0).view(np.int8), axis]
-    velocity[at] = -restitution * normal
+    velocity[at] = -at_walls * normal
     kind[row], first[row] = np.array([WALL_X, WALL_Y])[axis], item
-    impact[row] = (1 + restitution) * np.abs(normal)
+    impact[row] = (1 + at_walls) * np.abs(normal)
 
     row = np.flatnonzero(live & (event >= walls))
     if not len(row):
@@ -189,7 +191,7 @@ def _bounce(
     apart = position[row, one] - position[row, two]
     apart /= np.sqrt((apart**2).sum(-1, keepdims=True))
     normal = ((velocity[row, one] - velocity[row, two]) * apart).sum(-1)
-    change = (1 + restitution) * normal
+    change = (1 + of_pairs) * normal
     share = mass[row, two] / (mass[row, one] + mass[row, two])
     velocity[row, one] -= (share * change)[:, None] * apart
     velocity[row, two] += ((1 - share) * change)[:, None] * apart

@@ -111,7 +111,9 @@ def render(
     return video
 
 
-def _coverage(edges: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+def _coverage(
+    edges: np.ndarray, low: np.ndarray | float, high: np.ndarray | float
+) -> np.ndarray:
     """Part of each pixel between consecutive edges that lies in [low, high]."""
     return np.diff(np.clip(edges, low, high)) / np.diff(edges)
 
