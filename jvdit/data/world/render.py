@@ -10,6 +10,7 @@ height and width in pixels, and a audio samples.
 """
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8, UInt16
@@ -62,13 +63,29 @@ _LOUD_IMPACT, _GLANCING_IMPACT = 2.0, 0.1  # short sides per second
 
 
 def render(
-    scenes: Scenes, motion: Motion, frames: int, height: int, width: int, fps: float
+    scenes: Scenes,
+    motion: Motion,
+    frames: int,
+    height: int,
+    width: int,
+    fps: float,
+    distance: Callable[..., np.ndarray] | None = None,
+    half_extents: Float[np.ndarray, "shapes 2 2"] = HALF_EXTENTS,
 ) -> UInt8[np.ndarray, "b T H W 3"]:
     """Draws each scene at times 0, 1 / fps, ... as RGB in [0, 255].
 
-    `height` and `width` are in pixels, and of the aspect that the scenes are sampled
-    for.
+    Args:
+        scenes: what there is to see.
+        motion: how it moves.
+        frames: of each clip.
+        height: in pixels, like `width`, and of the aspect that the scenes are sampled
+            for.
+        width: in pixels.
+        fps: frames per second.
+        distance: in the place of `signed_distance`, to draw other outlines.
+        half_extents: how far those reach.
     """
+    distance = distance or signed_distance
     times = np.arange(frames) / fps
     video = np.empty((len(scenes.ids), frames, height, width, 3), np.uint8)
     gain = scenes.light_gain(times)
@@ -81,7 +98,7 @@ def render(
     # The window around an object must not depend on which are drawn together.
     steps = np.ceil(scenes.radius / _WINDOW_STEP).astype(int)
     largest = (steps * _WINDOW_STEP * scale)[..., None, None]
-    reach = HALF_EXTENTS[scenes.shape] * largest
+    reach = half_extents[scenes.shape] * largest
     size = np.ceil(reach.sum(2)).astype(int) + 3
     corner = np.floor(centre - reach[:, None, :, 0] - 1).astype(int)
     corner = np.clip(corner, 0, np.array([width, height]) - size[:, None])
@@ -97,7 +114,7 @@ def render(
             _draw_objects(
                 video,
                 rows,
-                kind % len(SHAPES),
+                functools.partial(distance, kind % len(SHAPES)),
                 *size[rows[0], slot].tolist(),
                 corner[rows, :, slot],
                 start[rows, :, slot],
@@ -257,7 +274,7 @@ def signed_distance(
 def _draw_objects(
     video: UInt8[np.ndarray, "b T H W 3"],
     rows: Int[np.ndarray, " n"],
-    shape: int,
+    distance: Callable[..., np.ndarray],
     wide: int,
     high: int,
     corner: Int[np.ndarray, "n T 2"],
@@ -275,7 +292,7 @@ def _draw_objects(
     x = (x + np.arange(0, 256 * wide, 256, np.float32))[..., None, :]
     y = (y + np.arange(0, 256 * high, 256, np.float32))[..., :, None]
     radius = radius[:, None, None, None] * np.float32(256)
-    alpha = np.float32(128) - signed_distance(shape, x, y, radius)
+    alpha = np.float32(128) - distance(x, y, radius)
     np.clip(alpha, 0, 256, out=alpha)
     alpha += np.float32(0.5)
     alpha = _three(alpha.astype(np.uint16)).reshape(*alpha.shape[:-1], -1)

@@ -74,7 +74,7 @@ def _mismatch(
     largest = np.abs(templates).max(-1)
     most = _ERRORS[:, None] + _ERROR_SHARE * largest
     apart = moments.T[:, :, None] - templates.T[:, None]
-    apart = (apart.real**2 + apart.imag**2) / np.square(most)[:, None]
+    apart = (np.real(apart) ** 2 + np.imag(apart) ** 2) / np.square(most)[:, None]
     error = (apart / np.square(small)[..., None]).max(0)
     more = spread[:, None] - spreads
     less = _LESS_SPREAD * small[0, :, None]
