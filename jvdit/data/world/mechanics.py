@@ -106,6 +106,7 @@ def simulate(
     pull = np.stack([np.zeros(rows), gravity], -1)[:, None]
     paired = present[:, _FIRST] & present[:, _SECOND]
     touching = (scenes.radius[:, _FIRST] + scenes.radius[:, _SECOND]) ** 2
+    kept = tuple(np.broadcast_to(restitution, 2).tolist())
     row, now = np.arange(rows), np.zeros(rows)
     flights, bounces = [(now, position, velocity)], []
     while len(bounces) < max_bounces:
@@ -125,7 +126,7 @@ def simulate(
         position[..., 1] += 0.5 * gravity[:, None] * elapsed**2
         velocity = velocity.copy()
         velocity[..., 1] += gravity[:, None] * elapsed
-        bounce = _bounce(event, live, position, velocity, limits, mass, restitution)
+        bounce = _bounce(event, live, position, velocity, limits, mass, kept)
         time = np.where(live, now, np.inf)
         flights.append((time, position, velocity))
         bounces.append((time, *bounce))
@@ -170,7 +171,7 @@ def _bounce(
     event, live, position, velocity, limits, mass, restitution
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Applies each live row's event in place; returns kind, first, second, impact."""
-    at_walls, of_pairs = np.broadcast_to(restitution, 2).tolist()
+    at_walls, of_pairs = restitution
     kind, first, second = (np.full(len(event), x) for x in (WALL_X, 0, -1))
     impact = np.zeros(len(event))
     walls = 2 * MAX_OBJECTS
@@ -181,7 +182,7 @@ def _bounce(
     normal = velocity[at]
     position[at] = limits[row, item, (normal > 0).view(np.int8), axis]
     velocity[at] = -at_walls * normal
-    kind[row], first[row] = np.array([WALL_X, WALL_Y])[axis], item
+    kind[row], first[row] = axis, item  # WALL_X or WALL_Y
     impact[row] = (1 + at_walls) * np.abs(normal)
 
     row = np.flatnonzero(live & (event >= walls))

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8, UInt16
-from numpy.lib.stride_tricks import sliding_window_view
+from numpy.lib.stride_tricks import as_strided
 
 from jvdit.data.world.mechanics import Motion
 from jvdit.data.world.scene import (
@@ -43,8 +43,11 @@ WALL_LEVELS = np.array([64.0, 144.0, 112.0])  # around the arena, by tone
 BAR_LEVELS = np.array([132.0, 132.0, 72.0])  # by tone
 TEXTURE_STEP = 14.0  # by which every other stripe is lighter
 _STRIPE = 0.125
-# Objects of a shape whose radii round up to the same multiple are drawn together.
-_WINDOW_STEP = 0.05
+# Objects of a shape whose radii round up to the same multiple are of a kind.
+_ROUNDING_STEP = 0.05
+# An edge half a pixel out is that of a shape whose radius is larger by so many pixels:
+# most for the triangle, 0.5 over its inradius.
+_SOFT_EDGE = 0.65
 
 FREQUENCIES = (180.0, 500.0, 900.0, 1700.0)  # Hz, of a large object of each material
 SMALL_PITCH = 1.5  # factor on the frequency of a small object
@@ -95,18 +98,29 @@ def render(
     centre = motion.positions(times)
     centre[..., 0] += offset[..., None]
     centre *= scale
-    # The window around an object must not depend on which are drawn together.
-    steps = np.ceil(scenes.radius / _WINDOW_STEP).astype(int)
-    largest = (steps * _WINDOW_STEP * scale)[..., None, None]
-    reach = half_extents[scenes.shape] * largest
+    frame = np.array([width, height])
+    # Distances are rounded as from this pixel, whichever objects are drawn together.
+    steps = np.ceil(scenes.radius / _ROUNDING_STEP).astype(int)
+    reach = (
+        half_extents[scenes.shape] * (steps * _ROUNDING_STEP * scale)[..., None, None]
+    )
     size = np.ceil(reach.sum(2)).astype(int) + 3
-    corner = np.floor(centre - reach[:, None, :, 0] - 1).astype(int)
-    corner = np.clip(corner, 0, np.array([width, height]) - size[:, None])
-    start = (corner + 0.5 - centre).astype(np.float32)
-    radius = (scenes.radius * scale).astype(np.float32)
+    origin = np.floor(centre - reach[:, None, :, 0] - 1).astype(int)
+    origin = np.clip(origin, 0, frame - size[:, None])
+    start = (origin + 0.5 - centre).astype(np.float32) * 256
+    # Objects of a kind are drawn together, in windows that hold the largest of them.
+    radius = scenes.radius * scale
+    kinds = steps * len(SHAPES) + scenes.shape
+    largest = np.zeros(kinds.max(initial=0) + 1)
+    np.maximum.at(largest, kinds, radius)
+    reach = half_extents[scenes.shape] * (largest[kinds] + _SOFT_EDGE)[..., None, None]
+    size = np.floor(reach.sum(2)).astype(int) + 1
+    corner = np.ceil(centre - reach[:, None, :, 0] - 0.5).astype(int)
+    corner = np.clip(corner, 0, frame - size[:, None])
+    ahead = (corner - origin).astype(np.float32) * 256
+    radius = radius.astype(np.float32) * 256
     paint = PALETTE[scenes.color][:, None] * gain[..., None, None]
     paint = np.rint(paint).astype(np.uint16)
-    kinds = steps * len(SHAPES) + scenes.shape
     for slot in range(MAX_OBJECTS):  # in turn, so that later objects lie on top
         filled = np.flatnonzero(scenes.present[:, slot])
         for kind in set(kinds[filled, slot].tolist()):
@@ -115,9 +129,10 @@ def render(
                 video,
                 rows,
                 functools.partial(distance, kind % len(SHAPES)),
-                *size[rows[0], slot].tolist(),
+                size[rows[0], slot].tolist(),
                 corner[rows, :, slot],
                 start[rows, :, slot],
+                ahead[rows, :, slot],
                 radius[rows, slot],
                 paint[rows, :, slot],
             )
@@ -275,37 +290,42 @@ def _draw_objects(
     video: UInt8[np.ndarray, "b T H W 3"],
     rows: Int[np.ndarray, " n"],
     distance: Callable[..., np.ndarray],
-    wide: int,
-    high: int,
+    size: list[int],
     corner: Int[np.ndarray, "n T 2"],
     start: Float[np.ndarray, "n T 2"],
+    ahead: Float[np.ndarray, "n T 2"],
     radius: Float[np.ndarray, " n"],
     paint: UInt16[np.ndarray, "n T 3"],
 ) -> None:
     """Blends one object of a shape into each of the given rows.
 
-    Each is drawn in a window, `wide` and `high`, of which `corner` is the first pixel,
-    whose middle is at `start` from the object's centre. All lengths are in pixels.
+    Each is drawn in a window, (width, height) pixels large, of which `corner` is the
+    first pixel. The middle of that is at `start` plus `ahead`, a whole number, from the
+    object's centre. These and `radius` are in units of 1 / 256 pixel, in which coverage
+    is a whole number.
     """
-    # In units of 1 / 256 pixel, in which coverage is a whole number.
-    x, y = np.moveaxis(start * np.float32(256), -1, 0)[..., None]
-    x = (x + np.arange(0, 256 * wide, 256, np.float32))[..., None, :]
-    y = (y + np.arange(0, 256 * high, 256, np.float32))[..., :, None]
-    radius = radius[:, None, None, None] * np.float32(256)
+    columns, lines = (np.arange(0, 256 * n, 256, np.float32) for n in size)
+    x = (start[..., :1] + (ahead[..., :1] + columns))[..., None, :]
+    y = (start[..., 1:] + (ahead[..., 1:] + lines))[..., :, None]
+    radius = radius[:, None, None, None]
     alpha = np.float32(128) - distance(x, y, radius)
     np.clip(alpha, 0, 256, out=alpha)
     alpha += np.float32(0.5)
     alpha = _three(alpha.astype(np.uint16)).reshape(*alpha.shape[:-1], -1)
-    paint = np.tile(paint, (1, 1, wide))[..., None, :]
+    paint = np.tile(paint, (1, 1, size[0]))[..., None, :]
 
     _, frames, height, width, _ = video.shape
-    flat = video.reshape(len(video), frames, height, width * 3)
-    window = (high, 3 * wide)
-    windows = sliding_window_view(flat, window, axis=(2, 3), writeable=True)
+    steps = *video.strides[:3], 1  # a byte a column
+    room = height - size[1] + 1, 3 * (width - size[0]) + 1
+    windows = as_strided(
+        video,
+        (len(video), frames, *room, size[1], 3 * size[0]),
+        (*steps, *steps[2:]),
+    )
     where = rows[:, None], np.arange(frames), corner[..., 1], 3 * corner[..., 0]
     # 255 * 256 + 128 just fits into 16 bits.
     mixed = np.uint16(256) - alpha
-    mixed *= windows[where]
+    mixed *= windows[where].astype(np.uint16)
     alpha *= paint
     mixed += alpha
     mixed += np.uint16(128)
@@ -369,6 +389,7 @@ def synthesize(
     columns = row, contact[row, bounce], peak[row, bounce], *kind
     for row, start, volume, *kind in zip(*(x.tolist() for x in columns), strict=True):
         tone = bounce_tone(*kind, audio_rate)[: samples - start]
-        audio[row, start : start + len(tone)] += volume * tone
+        part = audio[row, start : start + len(tone)]
+        part += volume * tone
     np.clip(audio, -1, 1, out=audio)
     return audio[..., None]
