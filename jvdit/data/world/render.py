@@ -98,27 +98,8 @@ def render(
     centre = motion.positions(times)
     centre[..., 0] += offset[..., None]
     centre *= scale
-    frame = np.array([width, height])
-    # Distances are rounded as from this pixel, whichever objects are drawn together.
-    steps = np.ceil(scenes.radius / _ROUNDING_STEP).astype(int)
-    reach = (
-        half_extents[scenes.shape] * (steps * _ROUNDING_STEP * scale)[..., None, None]
-    )
-    size = np.ceil(reach.sum(2)).astype(int) + 3
-    origin = np.floor(centre - reach[:, None, :, 0] - 1).astype(int)
-    origin = np.clip(origin, 0, frame - size[:, None])
-    start = (origin + 0.5 - centre).astype(np.float32) * 256
-    # Objects of a kind are drawn together, in windows that hold the largest of them.
-    radius = scenes.radius * scale
-    kinds = steps * len(SHAPES) + scenes.shape
-    largest = np.zeros(kinds.max(initial=0) + 1)
-    np.maximum.at(largest, kinds, radius)
-    reach = half_extents[scenes.shape] * (largest[kinds] + _SOFT_EDGE)[..., None, None]
-    size = np.floor(reach.sum(2)).astype(int) + 1
-    corner = np.ceil(centre - reach[:, None, :, 0] - 0.5).astype(int)
-    corner = np.clip(corner, 0, frame - size[:, None])
-    ahead = (corner - origin).astype(np.float32) * 256
-    radius = radius.astype(np.float32) * 256
+    kinds, size, *places = _windows(scenes, centre, half_extents, height, width)
+    radius = (scenes.radius * scale).astype(np.float32) * 256
     paint = PALETTE[scenes.color][:, None] * gain[..., None, None]
     paint = np.rint(paint).astype(np.uint16)
     for slot in range(MAX_OBJECTS):  # in turn, so that later objects lie on top
@@ -130,9 +111,7 @@ def render(
                 rows,
                 functools.partial(distance, kind % len(SHAPES)),
                 size[rows[0], slot].tolist(),
-                corner[rows, :, slot],
-                start[rows, :, slot],
-                ahead[rows, :, slot],
+                *(place[rows, :, slot] for place in places),
                 radius[rows, slot],
                 paint[rows, :, slot],
             )
@@ -284,6 +263,39 @@ def signed_distance(
         np.maximum(side_x - length, side_y - thickness),
         np.maximum(side_x - thickness, side_y - length),
     )
+
+
+def _windows(
+    scenes: Scenes,
+    centre: np.ndarray,
+    half_extents: np.ndarray,
+    height: int,
+    width: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The windows in which objects are drawn, those of a kind together.
+
+    Returns:
+        Of each object its kind (its shape, plus `len(SHAPES)` times a step of radius),
+        and `size`, `corner`, `start` and `ahead` as in `_draw_objects`.
+    """
+    frame = np.array([width, height])
+    extents, scale = half_extents[scenes.shape], frame.min()
+    # Distances are rounded as from this pixel, whichever objects are drawn together.
+    steps = np.ceil(scenes.radius / _ROUNDING_STEP).astype(int)
+    reach = extents * (steps * _ROUNDING_STEP * scale)[..., None, None]
+    origin = np.floor(centre - reach[:, None, :, 0] - 1).astype(int)
+    most = frame - np.ceil(reach.sum(2)).astype(int) - 3
+    origin = np.clip(origin, 0, most[:, None])
+    start = (origin + 0.5 - centre).astype(np.float32) * 256
+    # A window holds the largest object of the kind.
+    kinds = steps * len(SHAPES) + scenes.shape
+    largest = np.zeros(kinds.max(initial=0) + 1)
+    np.maximum.at(largest, kinds, scenes.radius * scale)
+    reach = extents * (largest[kinds] + _SOFT_EDGE)[..., None, None]
+    size = np.floor(reach.sum(2)).astype(int) + 1
+    corner = np.ceil(centre - reach[:, None, :, 0] - 0.5).astype(int)
+    corner = np.clip(corner, 0, frame - size[:, None])
+    return kinds, size, corner, start, (corner - origin).astype(np.float32) * 256
 
 
 def _draw_objects(
