@@ -28,10 +28,12 @@ def get_config():
     config.data.validation = f"{CLIPS}#val:17x16x16@8"
     config.data.sample_budget = 12 * 16_000
     config.optim.name = "muon"
-    config.optim.lr = 2e-3
+    config.optim.lr = 4e-3
     config.optim.schedule = "linear"
     config.optim.warmup = 100
-    config.steps = 500
+    config.steps = 1200
+    # A short run: the average forgets soon.
+    config.optim.ema = 0.99
     config.checkpoint_every = 250
-    config.evaluate_every = config.sample_every = 250
+    config.evaluate_every = config.sample_every = 400
     return config
