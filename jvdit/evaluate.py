@@ -22,9 +22,12 @@ from typing import Any
 import numpy as np
 from absl import flags
 
+from jvdit.data.sources import open_source
 from jvdit.data.world import World
 from jvdit.data.world.scene import SPLITS
 from jvdit.diffusion.solvers import SOLVERS
+from jvdit.evaluation.autoencoder_report import source_clips
+from jvdit.evaluation.clips_report import Compared, report_clips
 from jvdit.evaluation.measuring import (
     Measured,
     Shown,
@@ -40,6 +43,7 @@ from jvdit.evaluation.world_report import (
     page,
     results_of,
 )
+from jvdit.generation.features import clip_features
 from jvdit.generation.generator import Generator
 from jvdit.generation.reconstructor import Reconstructor, SoundReconstructor
 from jvdit.generation.request import Request, size_fields
@@ -56,6 +60,7 @@ from jvdit.machine.files import (
 from jvdit.machine.json_files import write_json
 from jvdit.machine.progress import Bars
 from jvdit.training.metrics import read_history
+from jvdit.weights.encoders import ClipEncoder
 from jvdit.weights.starting import model_hash
 
 _WORKDIR = flags.DEFINE_multi_string(
@@ -73,8 +78,15 @@ _AUDIO_VAE = flags.DEFINE_string(
 _DATA = flags.DEFINE_string(
     "data",
     None,
-    "Clips that the autoencoder reconstructs, as in a config's data.sources (default: "
-    "17 frames of 64 x 64 pixels of the world's split).",
+    "Held-out clips, as in a config's data.sources: what a model of your own clips is "
+    "compared with, or an autoencoder reconstructs (default of those: 17 frames of "
+    "64 x 64 pixels of the world's split).",
+)
+_FEATURES = flags.DEFINE_string(
+    "features",
+    None,
+    "Folder of a network of your own, as `loss.features` takes it, by whose features "
+    "generated clips are compared with those of --data.",
 )
 _OUT = flags.DEFINE_string(
     "out", None, "Folder of the report (default: evaluation/ in the workdir)."
@@ -260,6 +272,14 @@ def _folder(out: pathlib.Path, generator: Generator, column: Any) -> pathlib.Pat
 def _columns(out: pathlib.Path) -> list[ReportColumn]:
     """Generates and measures what the flags ask for."""
     generators = {label: Generator.load(label) for label in _WORKDIR.value or ()}
+    for label, generator in generators.items():
+        sources = generator.model.sources
+        if sources and not trained_on(sources):
+            raise ValueError(
+                f"{label} was trained on {sources[0]}, of which the world's oracle "
+                "knows nothing: give held-out clips of that kind by --data, such as "
+                "'data/clips#val'."
+            )
     jobs = [
         (label, world_of(generator, split), setting)
         for label, generator in generators.items()
@@ -296,10 +316,40 @@ def _autoencoder() -> list[pathlib.Path]:
     name, count = _DATA.value or data, _N.value
     out = pathlib.Path(_OUT.value or pathlib.Path(folder) / "evaluation")
     if _VAE.value is not None:
-        return report_vae(folder, Reconstructor(folder), name, count, out)
+        run = Reconstructor(ClipEncoder.load(folder).network)
+        return report_vae(folder, run, name, count, out)
     run = SoundReconstructor(folder)
     sound = run.vae.sample_rate, run.vae.channels
     return report_audio_vae(folder, run, sound, name, count, out)
+
+
+def _own_clips(out: pathlib.Path) -> list[pathlib.Path]:
+    """Reports on a model of one's own clips, by held-out ones."""
+    label, name = (_WORKDIR.value or [""])[0], _DATA.value or ""
+    features = clip_features(_FEATURES.value) if _FEATURES.value else None
+    generator, (setting, *_) = (run := Generator.load(label)), settings_of(run)
+    read, bad = source_clips(open_source(name), name, _N.value)
+    whole = Reconstructor(generator.model.networks["vae"])
+    real = [whole.fit(clip["video"], generator.unit) for clip in read]
+    requests = [
+        Request(clip["caption"], "", *x.shape[:3], fps=clip["fps"], seed=i)
+        for i, (clip, x) in enumerate(zip(read, real, strict=True))
+    ]
+    for request in requests:
+        generator.check(request)
+    made = generator(
+        requests,
+        draft=setting.draft,
+        steps=setting.steps,
+        solver=setting.solver,
+        guidance_scale=setting.guidance,
+        rows=_ROWS.value,
+    )
+    clips = [
+        Compared(x, whole(x)[1], y.video, request.prompt, y.fps)
+        for x, y, request in zip(real, made, requests, strict=True)
+    ]
+    return report_clips(out, label, name, clips, bad, read_history(label), features)
 
 
 @said_if_full()
@@ -313,6 +363,8 @@ def evaluate() -> list[pathlib.Path]:
         )
     out = pathlib.Path(_OUT.value or pathlib.Path(_WORKDIR.value[0]) / "evaluation")
     check_writable(out)
+    if _DATA.value is not None:
+        return _own_clips(out)
     columns = _columns(out)
     worlds = dict.fromkeys(column.world for column in columns)
     heard = {c.world for c in columns if c.measured.clips.audio is not None}

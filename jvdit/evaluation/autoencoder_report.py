@@ -44,6 +44,30 @@ class Pairs(NamedTuple):
     bad: list[dict[str, Any]]
 
 
+def source_clips(
+    source: Source, name: str, count: int
+) -> tuple[list[Clip], list[dict[str, Any]]]:
+    """Reads the first clips of a source.
+
+    Returns:
+        Those that can be read; the others as JSON values, each with the reason.
+
+    Raises:
+        ValueError: fewer than two can be read.
+    """
+    good, bad = [], []
+    for i, clip in enumerate(source.read(range(min(count, len(source))))):
+        if isinstance(clip, BadClip):
+            bad.append({"clip": i, "reason": clip.reason})
+        else:
+            good.append(clip)
+    if len(good) < 2:
+        raise ValueError(
+            f"{len(good)} clips of {name} can be read, and two are needed: {bad[:1]}."
+        )
+    return good, bad
+
+
 def reconstructions(
     source: Source,
     name: str,

@@ -31,7 +31,7 @@ MEASURES = {
     "sharpness": sharpness,
     "temporal_error": temporal_error,
 }
-_MEANING = {
+MEANING = {
     "psnr": "dB",
     "ssim": "structural similarity",
     "sharpness": "energy of edges over the original's",
@@ -71,7 +71,7 @@ def report_vae(
     if isinstance(source, WorldSource) and whole:  # cropped clips show another scene
         scores = _oracle(source.world, pairs)
     figures = examples(pairs, found, "psnr", _figure)
-    return write_report(out, folder, name, pairs, found, _MEANING, scores, figures)
+    return write_report(out, folder, name, pairs, found, MEANING, scores, figures)
 
 
 def _oracle(world: World, pairs: Pairs) -> Scores:

@@ -9,7 +9,8 @@ from jaxtyping import Float, UInt8
 from jvdit.machine.compilation import jit
 from jvdit.models.audio_vae_chunked import decode_sound, encode_sound
 from jvdit.models.video_vae import to_float, to_uint8
-from jvdit.weights.encoders import ClipEncoder, load_sound_network
+from jvdit.weights.bundle import Network
+from jvdit.weights.encoders import load_sound_network
 
 Video = UInt8[np.ndarray, "T H W 3"]
 Fitted = UInt8[np.ndarray, "t h w 3"]
@@ -20,14 +21,10 @@ class Reconstructor:
     """Encodes a clip and decodes the mean of its latents.
 
     Args:
-        folder: the autoencoder's training workdir, its `model` folder, or its weights.
-
-    Raises:
-        FileNotFoundError: there is no autoencoder.
+        network: the autoencoder, such as that of a `ClipEncoder`.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]):
-        network = ClipEncoder.load(folder).network
+    def __init__(self, network: Network):
         self.vae, self._params = network.module, network.params
         self._reconstruct = jit(self._decoded)
 
@@ -36,9 +33,15 @@ class Reconstructor:
         fitted = self.fit(video)
         return fitted, np.asarray(self._reconstruct(self._params, fitted[None])[0])
 
-    def fit(self, video: Video) -> Fitted:
-        """Crops a clip to the frames, rows and columns that fill whole latents."""
+    def fit(self, video: Video, unit: int = 0) -> Fitted:
+        """Crops a clip to the frames, rows and columns that fill whole latents.
+
+        Args:
+            video: the clip.
+            unit: height and width become multiples of this, in pixels; 0: of a latent.
+        """
         time, space = self.vae.temporal_compression, self.vae.spatial_compression
+        space = unit or space
         frames, height, width = video.shape[:3]
         frames = 1 + (frames - 1) // time * time
         return video[:frames, : height // space * space, : width // space * space]

@@ -1,0 +1,148 @@
+"""The report on a model of one's own clips: what can be measured outside the world.
+
+Nobody knows there what a caption asks to see. So clips that are made for the captions
+of held-out clips are shown beside those, and compared with them as a set; and the
+autoencoder and the loss are measured on held-out clips.
+"""
+
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from jvdit.evaluation import oracle, report
+from jvdit.evaluation.autoencoder_report import enlarged
+from jvdit.evaluation.distance import frechet_distance, random_features
+from jvdit.evaluation.vae_report import MEANING, MEASURES
+from jvdit.machine.files import write_atomically
+from jvdit.machine.json_files import write_json
+
+_SHOWN = 12  # clips
+_HELD_OUT = "validation/"
+
+Video = UInt8[np.ndarray, "T H W 3"]
+Features = Callable[[Sequence[Video]], Float[np.ndarray, "n f"]]
+
+
+class Compared(NamedTuple):
+    """A held-out clip, and what was made of it.
+
+    Attributes:
+        real: its pixels.
+        reconstructed: by the autoencoder.
+        generated: for its caption.
+    """
+
+    real: Video
+    reconstructed: Video
+    generated: Video
+    caption: str
+    fps: float
+
+
+def report_clips(
+    out: pathlib.Path,
+    model: str,
+    data: str,
+    clips: Sequence[Compared],
+    bad: Sequence[Mapping[str, Any]],
+    history: Mapping[str, Sequence[tuple[int, float]]],
+    features: Features | None,
+) -> list[pathlib.Path]:
+    """Writes report.json and report.html, and returns their paths.
+
+    Args:
+        out: folder for the report.
+        model: the model's folder, which the report names.
+        data: name of the source of the held-out clips.
+        clips: the clips; two at least.
+        bad: clips that can't be read, with the reasons.
+        history: scalars of the model's training, by name: (step, value) pairs.
+        features: of a network of the user's own, for a Fréchet distance on them.
+    """
+    each = {
+        name: np.array([float(f(x.reconstructed, x.real)) for x in clips])
+        for name, f in MEASURES.items()
+    }
+    measures = oracle.summary(each)
+    known = {"random filters": random_features}
+    known |= {"your features": features} if features else {}
+    distances = {name: _distances(clips, f) for name, f in known.items()}
+    losses = {
+        name.removeprefix(_HELD_OUT): points[-1]
+        for name, points in history.items()
+        if name.startswith(_HELD_OUT) and points
+    }
+    write_json(
+        out / "report.json",
+        {
+            "model": model,
+            "data": data,
+            "clips": len(clips),
+            "bad": list(bad),
+            "reconstruction": measures,
+            "frechet_distance": distances,
+            "held_out_loss": {
+                k: {"step": s, "loss": x} for k, (s, x) in losses.items()
+            },
+        },
+    )
+    parts = [
+        report.section("Clips it makes for held-out captions", *_figures(clips)),
+        report.section(
+            "Fréchet distance to the held-out clips, lower is better",
+            report.table(
+                ["features", "generated", "reconstructed", "half of the real to half"],
+                [[k, *(f"{x:.4g}" for x in v.values())] for k, v in distances.items()],
+            ),
+        ),
+        report.section(
+            "Its autoencoder on them",
+            report.table(
+                ["", ""],
+                [
+                    [f"{k} <small>{MEANING[k]}</small>", report.number(v)]
+                    for k, v in measures.items()
+                ],
+            ),
+        ),
+        report.section(
+            "Loss on the held-out clips of its training, by noise level",
+            report.table(
+                ["", "loss", "after steps"],
+                [[k, f"{x:.4g}", f"{s}"] for k, (s, x) in losses.items()],
+            )
+            if losses
+            else "<p>its folder has no history of a training</p>",
+        ),
+    ]
+    title = f"{model}: {len(clips)} clips of {data}"
+    write_atomically(out / "report.html", report.page(title, parts).encode())
+    return [out / "report.json", out / "report.html"]
+
+
+def _distances(clips: Sequence[Compared], features: Features) -> dict[str, float]:
+    """Distances from the real clips; the last says how far apart real ones are."""
+    sets = zip(*(x[:3] for x in clips), strict=True)
+    real, reconstructed, generated = map(features, sets)
+    return {
+        "generated": frechet_distance(generated, real),
+        "reconstructed": frechet_distance(reconstructed, real),
+        "real": frechet_distance(real[::2], real[1::2]) if len(real) > 3 else np.nan,
+    }
+
+
+def _figures(clips: Sequence[Compared]) -> list[str]:
+    """Real and generated clips, side by side."""
+    films = [
+        report.film(
+            enlarged(np.concatenate([x.real, x.generated], axis=2)),
+            x.fps,
+            x.caption,
+            ["left: the held-out clip; right: generated for its caption"],
+        )
+        for x in clips[:_SHOWN]
+    ]
+    return [report.films("", films)]
