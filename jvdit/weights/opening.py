@@ -14,10 +14,10 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
-from jvdit.models.lora import check, scaled, stacked
+from jvdit.models.lora import merged, parted, scaled, stacked
 from jvdit.sharding import make_mesh, platform
 from jvdit.weights import folders
-from jvdit.weights.adapters import read_lora
+from jvdit.weights.adapters import ANY, Adapters, left_out, read_lora
 from jvdit.weights.bundle import Bundle, read_bundle
 from jvdit.weights.encoders import release_tokenizer
 from jvdit.weights.parameters import Network, module_fields
@@ -155,34 +155,66 @@ def with_adapters(
     files: Sequence[tuple[str | os.PathLike[str], float]],
     networks: Sequence[str] = EXPERTS,
 ) -> Bundle:
-    """A copy of a model with LoRA adapters from files added.
+    """A copy of a model with adapters from files added: LoRA, DoRA, differences.
+
+    What a file holds for layers that the network lacks is left out, and logged.
 
     Args:
         model: the model; adapters that it already has stay.
         files: pairs of an adapter file and a factor that multiplies its scale.
-        networks: the experts that get the adapters, of "dit" and "dit_low".
+        networks: the experts that get the adapters, of "dit" and "dit_low"; a file
+            whose names tell the expert is for that one alone.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the adapters are of another network, and the message lists what
-            doesn't fit; or the model has no low-noise expert.
+        ValueError: nothing in a file is for these networks, and the message lists why;
+            or the model has no low-noise expert.
     """
-    if not files:
-        return model
-    dit = model.dit
-    inputs = dit.example_inputs()
-    shapes = jax.eval_shape(dit.init, jax.random.key(0), *inputs)["params"]
-    channels = patch_channels(dit)
-    tables = [dit_rules(layout, channels) for layout in LAYOUTS]
-    if networks == EXPERTS[1:] and not model.boundary:
+    networks = [name for name in networks if name in model.networks]
+    if not networks:
         raise ValueError(
             "adapters for low noise were given; this model has one expert."
         )
     held = {name: [tree] for name, tree in model.adapters.items()}
+    changed = dict(model.networks)
     for file, factor in files:
-        tree = read_lora(file, tables, shapes)
-        check(shapes, tree)
-        for name in networks:
-            held.setdefault(name, []).append(scaled(tree, factor))
+        found = adapters_of(model, file)
+        if found.left:
+            told = file, len(found.left), left_out(found.left)
+            logging.warning("%s: %d tensors are left out: %s", *told)
+        for name, tree in _by_expert(file, found, networks):
+            low, rest = parted(tree)
+            held.setdefault(name, []).append(scaled(low, factor))
+            if rest:
+                merge = partial(merged, changes=rest, factor=factor)
+                changed[name] = changed[name].changed(merge)
     adapters = {name: stacked(trees) for name, trees in held.items()}
-    return dataclasses.replace(model, adapters=adapters)
+    adapters = {name: tree for name, tree in adapters.items() if tree}
+    return dataclasses.replace(model, adapters=adapters, networks=changed)
+
+
+def adapters_of(model: Bundle, file: str | os.PathLike[str]) -> Adapters:
+    """Reads a file of adapters for a model's network, as `read_lora` does."""
+    dit = model.dit
+    shapes = jax.eval_shape(dit.init, jax.random.key(0), *dit.example_inputs())
+    channels = patch_channels(dit)
+    tables = [dit_rules(layout, channels) for layout in LAYOUTS]
+    return read_lora(file, tables, shapes["params"])
+
+
+def _by_expert(
+    file: str | os.PathLike[str], found: Adapters, networks: Sequence[str]
+) -> list[tuple[str, dict[str, Any]]]:
+    """Each network that gets adapters of a file, and these."""
+    pairs = []
+    for expert, tree in found.trees.items():
+        # Beside names that tell an expert, names that don't are for the other one.
+        free = [name for name in networks if name not in found.trees] or networks
+        names = free if expert == ANY else [x for x in networks if x == expert]
+        pairs += [(name, tree) for name in names]
+    if not pairs:
+        raise ValueError(
+            f"{file} is for {' and '.join(found.trees)} by the names in it, and asked "
+            f"for was {' and '.join(networks)}."
+        )
+    return pairs
