@@ -38,6 +38,9 @@ from jvdit.machine.command import told_in_a_line
 from jvdit.machine.compilation import keep_compilations
 from jvdit.machine.files import write_atomically
 from jvdit.sharding import make_mesh, parse_mesh, sampling_sizes
+from jvdit.weights.adapter_report import report_adapters
+from jvdit.weights.adapters import strengths
+from jvdit.weights.bundle import Bundle
 from jvdit.weights.opening import EXPERTS, open_bundle, with_adapters
 
 _LETTERS, _BYTES = 80, 160  # of a prompt in a file's name, at the most
@@ -151,14 +154,21 @@ _DIT = flags.DEFINE_string(
 _DIT_LOW = flags.DEFINE_string(
     "dit_low", None, "The same, of the expert for low noise."
 )
-_LORA = flags.DEFINE_list(
-    "lora", [], "LoRA files, each perhaps with its strength: FILE:0.8,FILE."
+_LORA = flags.DEFINE_multi_string(
+    "lora",
+    [],
+    "Adapter files (LoRA and its kin), each perhaps with its strength: FILE:0.8,FILE.",
 )
-_LORA_HIGH = flags.DEFINE_list(
-    "lora_high", [], "LoRA files for the expert for high noise alone."
+_LORA_HIGH = flags.DEFINE_multi_string(
+    "lora_high", [], "Adapter files for the expert for high noise alone."
 )
-_LORA_LOW = flags.DEFINE_list(
-    "lora_low", [], "LoRA files for the expert for low noise alone."
+_LORA_LOW = flags.DEFINE_multi_string(
+    "lora_low", [], "Adapter files for the expert for low noise alone."
+)
+_CHECK_LORA = flags.DEFINE_string(
+    "check_lora",
+    None,
+    "Adapter file: say what of it the model reads, and generate nothing.",
 )
 _DTYPE = flags.DEFINE_enum(
     "dtype",
@@ -230,33 +240,31 @@ def _mesh(prompts: int) -> Mesh:
 
 
 def _load(mesh: Mesh) -> Generator:
+    model = _open(mesh)
+    adapters = (_LORA, EXPERTS), (_LORA_HIGH, EXPERTS[:1]), (_LORA_LOW, EXPERTS[1:])
+    for flag, networks in adapters:
+        if files := strengths(flag.value):
+            model = with_adapters(model, files, networks)
+    if _SCALE_2.value is not None and not model.boundary:
+        raise ValueError("--guidance_scale_2 is for models of two experts.")
+    return Generator(model, mesh)
+
+
+def _open(mesh: Mesh) -> Bundle:
     if _WORKDIR.value is not None and _PRETRAINED.value is not None:
         raise ValueError("give one of --workdir and --pretrained, not both.")
     if _PRETRAINED.value is None:
         for flag in (_DIT, _DIT_LOW, _SHIFT):
             if flag.value is not None:
                 raise ValueError(f"--{flag.name} goes with --pretrained.")
-        model = open_bundle(_WORKDIR.value or FOLDER, mesh)
-    else:
-        model = open_bundle(
-            _PRETRAINED.value,
-            mesh,
-            dtype=_DTYPE.value,
-            shift=_SHIFT.value,
-            parts={x.name: x.value for x in (_DIT, _DIT_LOW) if x.value},
-        )
-    adapters = (_LORA, EXPERTS), (_LORA_HIGH, EXPERTS[:1]), (_LORA_LOW, EXPERTS[1:])
-    for flag, networks in adapters:
-        model = with_adapters(model, [_strength(x) for x in flag.value], networks)
-    if _SCALE_2.value is not None and not model.boundary:
-        raise ValueError("--guidance_scale_2 is for models of two experts.")
-    return Generator(model, mesh)
-
-
-def _strength(text: str) -> tuple[str, float]:
-    """FILE or FILE:FACTOR."""
-    match = re.fullmatch(r"(.+):(-?[\d.]+)", text)
-    return (match[1], float(match[2])) if match else (text, 1.0)
+        return open_bundle(_WORKDIR.value or FOLDER, mesh)
+    return open_bundle(
+        _PRETRAINED.value,
+        mesh,
+        dtype=_DTYPE.value,
+        shift=_SHIFT.value,
+        parts={x.name: x.value for x in (_DIT, _DIT_LOW) if x.value},
+    )
 
 
 def sample(prompts: list[str]) -> Iterator[pathlib.Path]:
@@ -343,6 +351,10 @@ def main(argv: list[str]) -> None:
     prompts = argv[1:]
     with told_in_a_line("stopped; the clips that were ready are written."):
         keep_compilations()
+        if _CHECK_LORA.value is not None:
+            model = _open(make_mesh(devices=jax.devices()[:1]))
+            print(report_adapters(model, _CHECK_LORA.value))
+            return
         if _PROMPTS.value is not None:
             lines = pathlib.Path(_PROMPTS.value).read_text().splitlines()
             prompts += [line for line in lines if line.strip()]

@@ -16,7 +16,8 @@ from jvdit.models.dit import DiT
 from jvdit.models.lora import merged, parted
 from jvdit.shapes import Text, Tokens
 from jvdit.weights import wan
-from jvdit.weights.adapters import ANY, read_lora, write_lora
+from jvdit.weights.adapter_report import report_adapters
+from jvdit.weights.adapters import ANY, read_lora, strengths, write_lora
 from jvdit.weights.bundle import Bundle
 from jvdit.weights.opening import with_adapters
 from jvdit.weights.parameters import Network
@@ -340,3 +341,28 @@ def test_what_is_written_is_read_again(tmp_path, scan):
         found, want = (case.output(case.params, x) for x in (again, each))
         assert_close(found, want, 30)
         assert np.abs(want - case.output(case.params)).max() > 0.05
+
+
+def test_files_and_strengths_of_a_command_line(tmp_path):
+    (tmp_path / "a,b:2").touch()
+    there, absent = str(tmp_path / "a,b:2"), str(tmp_path / "absent")
+    assert strengths([f"{there}:1e-1,{absent}:-2,x", there, f"{there},{there}"]) == [
+        (there, 0.1),
+        (absent, -2.0),
+        ("x", 1.0),
+        *[(there, 1.0)] * 3,
+    ]
+    assert strengths(["C:folder", "a:.5,"]) == [("C:folder", 1.0), ("a", 0.5)]
+    with pytest.raises(ValueError, match="x:nan must be a finite number"):
+        strengths(["x:nan"])
+
+
+def test_a_report_of_a_file(tmp_path):
+    case = accelerator(cond_channels=80)
+    case.low("patch_embedding")
+    case.file[f"{BEFORE}blocks.9.ffn.0.diff_b"] = draw("x", 20)
+    read, left, again = report_adapters(case.model(), case.saved(tmp_path)).split("\n")
+    assert "11 layers with factors" in read and "12 differences of biases" in read
+    assert "6 differences of weights" in read
+    assert left.startswith("1 tensors are left out: this network has no such layer")
+    assert again.endswith("it does the same.")

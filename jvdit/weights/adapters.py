@@ -10,6 +10,7 @@ otherwise it is 1.
 """
 
 import contextlib
+import math
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -98,12 +99,12 @@ def read_lora(
     reader = _Reader(path, tensors, _slots(tables, params))
     layers: dict[str, dict[str, str]] = {}
     for name in tensors:
-        if (match := _PART.fullmatch(name)) is None:
+        if (part := part_of(name)) is None:
             reader.left[name] = "this kind of change isn't known"
             continue
-        part = next(x for x in _PARTS if match[x])
-        if layers.setdefault(match["layer"], {}).setdefault(part, name) != name:
-            raise ValueError(f"{path} adapts {match['layer']} twice.")
+        layer = _PART.fullmatch(name)["layer"]  # type: ignore[index]
+        if layers.setdefault(layer, {}).setdefault(part, name) != name:
+            raise ValueError(f"{path} changes {layer} twice, under two names.")
     for layer, names in layers.items():
         reader.read(layer, names)
     if not reader.found:
@@ -111,6 +112,50 @@ def read_lora(
         raise ValueError(f"{path} holds no adapters of this network: {why}.")
     trees = {expert: _stacked(held) for expert, held in reader.found.items()}
     return Adapters(trees, reader.left)
+
+
+def part_of(name: str) -> str | None:
+    """Which part of a change a tensor is, by its name: a key of `_PARTS`, or None."""
+    match = _PART.fullmatch(name)
+    return match and next(part for part in _PARTS if match[part])
+
+
+def strengths(texts: Sequence[str]) -> list[tuple[str, float]]:
+    """Reads adapter files as command lines name them: FILE or FILE:FACTOR.
+
+    Args:
+        texts: files, in each text perhaps several with commas between. A comma or colon
+            in the name of a file that exists is part of the name.
+
+    Raises:
+        ValueError: a factor isn't a finite number.
+    """
+    found: list[tuple[str, float]] = []
+    for text in texts:
+        pieces = text.split(",")
+        while pieces:
+            joined = [",".join(pieces[:n]) for n in range(len(pieces), 0, -1)]
+            there = [x for x in joined if pathlib.Path(_strength(x)[0]).exists()]
+            chosen = (there or joined[-1:])[0]
+            if chosen:
+                found.append(_strength(chosen))
+            pieces = pieces[chosen.count(",") + 1 :]
+    return found
+
+
+def _strength(text: str) -> tuple[str, float]:
+    file, colon, factor = text.rpartition(":")
+    if not colon or pathlib.Path(text).exists():
+        return text, 1.0
+    try:
+        value = float(factor)
+    except ValueError:
+        return text, 1.0
+    if not math.isfinite(value):
+        raise ValueError(
+            f"the strength of {text} must be a finite number, as 0.8 is."
+        )
+    return file, value
 
 
 def left_out(left: Mapping[str, str]) -> str:
