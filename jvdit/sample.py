@@ -31,6 +31,7 @@ from jvdit.diffusion.reuse import Reuse, save_ratios
 from jvdit.diffusion.solvers import SOLVERS
 from jvdit.generation.calibration import calibrate
 from jvdit.generation.generator import Generator
+from jvdit.generation.presets import PRESETS
 from jvdit.generation.prompt_lines import read_requests
 from jvdit.generation.request import Request, size_fields
 from jvdit.generation.settings import Settings
@@ -99,6 +100,18 @@ _FROM_SOUND = flags.DEFINE_string(
     "from_sound", None, "Sound to make a picture for; the clip keeps it."
 )
 _STEPS = _left(flags.DEFINE_integer, "steps", "Solver steps; fewer are faster")
+_PRESET = flags.DEFINE_enum(
+    "preset",
+    None,
+    [*PRESETS],
+    "Solver, noise levels and guidance of models distilled to few steps.",
+)
+_LEVELS = flags.DEFINE_list(
+    "levels",
+    None,
+    "Noise levels of the steps, falling from 1, such as 1,0.94,0.83,0.63 (default: "
+    "spaced as the model's shift has it).",
+)
 _SOLVER = _left(flags.DEFINE_string, "solver", f"Solver, one of {', '.join(SOLVERS)}")
 _SCALE = _left(
     flags.DEFINE_float,
@@ -234,7 +247,7 @@ def _mesh(prompts: int) -> Mesh:
     if _MESH.value is not None:
         return make_mesh(parse_mesh(_MESH.value))
     # Where one expert isn't guided, the other's pairs of rows follow one another.
-    guided = 1 not in (_SCALE.value, _SCALE_2.value)
+    guided = 1 not in (_SCALE.value, _SCALE_2.value) and not _PRESET.value
     rows = min(prompts, _ROWS.value) * (2 if guided else 1)
     return make_mesh(sampling_sizes(rows, jax.device_count()))
 
@@ -275,11 +288,15 @@ def sample(prompts: list[str]) -> Iterator[pathlib.Path]:
     if not prompts:
         raise ValueError('give a prompt, "…", or --prompts=FILE.')
     requests = read_requests(prompts, _common_fields())
-    named = _STEPS, _SOLVER, _SCALE, _SCALE_2, _RESCALE, _DRAFT
+    if _SHIFT.value is not None and (_PRESET.value or _LEVELS.value):
+        raise ValueError("--shift spaces noise levels that --preset or --levels give.")
+    named = _STEPS, _PRESET, _SOLVER, _SCALE, _SCALE_2, _RESCALE, _DRAFT
     named += _SOUND_SCALE, _SYNC, _SOUND_SYNC, _AFTER
     low, high = map(float, _INTERVAL.value)
     settings = Settings(
-        guidance_interval=(low, high), **{flag.name: flag.value for flag in named}
+        guidance_interval=(low, high),
+        levels=_LEVELS.value and tuple(map(float, _LEVELS.value)),
+        **{flag.name: flag.value for flag in named},
     )
     folder = pathlib.Path(_OUT.value)
     if not _CALIBRATE.value:
@@ -295,12 +312,14 @@ def sample(prompts: list[str]) -> Iterator[pathlib.Path]:
         yield pathlib.Path(_CALIBRATE.value)
         return
     reuse = Reuse.load(_REUSE.value, _THRESHOLD.value) if _REUSE.value else None
-    told = dataclasses.asdict(settings) | {"shift": generator.model.policy.shift}
+    told = {k: x for k, x in dataclasses.asdict(settings).items() if x is not None}
+    if settings.levels is None:
+        told["shift"] = generator.model.policy.shift
     if not generator.model.boundary:
-        told.pop("guidance_scale_2")
+        told.pop("guidance_scale_2", None)
     if not generator.model.has_sound:
         for flag in (_SOUND_SCALE, _SYNC, _SOUND_SYNC, _AFTER):
-            told.pop(flag.name)
+            told.pop(flag.name, None)
     files = _WORKDIR, _PRETRAINED, _DIT, _DIT_LOW, _LORA, _LORA_HIGH, _LORA_LOW, _REUSE
     told |= {flag.name: flag.value for flag in files if flag.value}
     shown = {}

@@ -81,6 +81,21 @@ class Generator:
         mesh = make_mesh() if mesh is None else mesh
         return cls(open_bundle(folder, mesh, **options), mesh)
 
+    def timed(self, levels: tuple[float, ...]) -> "Generator":
+        """The same generator at noise levels of its own; one for each, with one memory.
+
+        Its network is given these very levels, not the nearest of a thousand timesteps.
+        """
+        model, made = self._timed.get(levels, (None, self))
+        if model is not self.model:
+            path = dataclasses.replace(self.model.path, timesteps=0)
+            policy = dataclasses.replace(self.model.policy, levels=levels)
+            model = dataclasses.replace(self.model, path=path, policy=policy)
+            made = dataclasses.replace(self, model=model)
+            made._held = self.model.networks, self.residence
+            self._timed[levels] = self.model, made
+        return made
+
     def load_params(self, params: Mapping[str, Any]) -> None:
         """Replaces the parameters of some networks without compiling again.
 
@@ -272,6 +287,7 @@ class Generator:
         requests: Sequence[Request],
         *,
         steps: int = 30,
+        levels: Sequence[float] | None = None,
         solver: str = "unipc",
         guidance: Guidance = Guidance(4.0),  # noqa: B008 - immutable
         low_guidance: Guidance | None = None,
@@ -285,6 +301,7 @@ class Generator:
         Args:
             requests: clips of any sizes; short ones are packed into rows together.
             steps: how many steps the solver takes.
+            levels: noise levels of the steps, in the place of the model's spacing.
             solver: a name in `SOLVERS`.
             guidance: classifier-free guidance.
             low_guidance: guidance of the low-noise expert, in a model with two experts;
@@ -305,6 +322,12 @@ class Generator:
             ValueError: the model can't generate a size, or a setting is out of range;
                 raised before anything is compiled.
         """
+        if levels:
+            options = {"rows": rows, "on_step": on_step, "noise": noise, "reuse": reuse}
+            options |= {"guidance": guidance, "low_guidance": low_guidance}
+            timed = self.timed(tuple(levels))
+            yield from timed.solve(requests, steps=steps, solver=solver, **options)
+            return
         check_solver(solver)
         if reuse is not None and solver == "heun":
             raise ValueError(
@@ -378,14 +401,29 @@ class Generator:
         """The autoencoders."""
         return Codec(self.model, self.residence, self.mesh)
 
-    @cached_property
+    @property
     def residence(self) -> Residence:
         """The parameters by network, placed on the devices when they are needed."""
-        together = self.together
-        if together is None:
-            together = fits_together(self.model.num_bytes, self.mesh)
-        sources = {name: x.source for name, x in self.model.networks.items()}
-        return Residence(sources, self.mesh, together)
+        networks, held = self._held
+        if networks is not self.model.networks:
+            together = self.together
+            if together is None:
+                together = fits_together(self.model.num_bytes, self.mesh)
+            networks = self.model.networks
+            sources = {name: x.source for name, x in networks.items()}
+            held = Residence(sources, self.mesh, together)
+            self._held = networks, held
+        return held
+
+    @cached_property
+    def _held(self) -> tuple[Any, Any]:
+        """The networks whose parameters are placed, and their places."""
+        return None, None
+
+    @cached_property
+    def _timed(self) -> dict[tuple[float, ...], tuple[Any, "Generator"]]:
+        """Generators by their noise levels, each with the model that it is made of."""
+        return {}
 
     @cached_property
     def painter(self) -> "Generator":
@@ -404,6 +442,6 @@ class Generator:
         """The compiled solver steps of the network."""
         return Stepper(self.model.dit, self.model.path)
 
-    @cached_property
+    @property
     def _inputs(self) -> Inputs:
         return Inputs(self.model, self.residence, self.mesh, self.codec)

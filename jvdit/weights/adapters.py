@@ -152,9 +152,7 @@ def _strength(text: str) -> tuple[str, float]:
     except ValueError:
         return text, 1.0
     if not math.isfinite(value):
-        raise ValueError(
-            f"the strength of {text} must be a finite number, as 0.8 is."
-        )
+        raise ValueError(f"the strength of {text} must be a finite number, as 0.8 is.")
     return file, value
 
 

@@ -176,7 +176,7 @@ def with_adapters(
             "adapters for low noise were given; this model has one expert."
         )
     held = {name: [tree] for name, tree in model.adapters.items()}
-    changed = dict(model.networks)
+    changed = model.networks
     for file, factor in files:
         found = adapters_of(model, file)
         if found.left:
@@ -187,7 +187,7 @@ def with_adapters(
             held.setdefault(name, []).append(scaled(low, factor))
             if rest:
                 merge = partial(merged, changes=rest, factor=factor)
-                changed[name] = changed[name].changed(merge)
+                changed = {**changed, name: changed[name].changed(merge)}
     adapters = {name: stacked(trees) for name, trees in held.items()}
     adapters = {name: tree for name, tree in adapters.items() if tree}
     return dataclasses.replace(model, adapters=adapters, networks=changed)
