@@ -189,6 +189,9 @@ _DTYPE = flags.DEFINE_enum(
     ["bfloat16", "float32"],
     "Precision of a released model's weights and computation.",
 )
+_VARIANT = flags.DEFINE_string(
+    "variant", "", "Version of a released model's weights, such as fp16."
+)
 _CALIBRATE = flags.DEFINE_string(
     "calibrate",
     None,
@@ -267,8 +270,8 @@ def _open(mesh: Mesh) -> Bundle:
     if _WORKDIR.value is not None and _PRETRAINED.value is not None:
         raise ValueError("give one of --workdir and --pretrained, not both.")
     if _PRETRAINED.value is None:
-        for flag in (_DIT, _DIT_LOW, _SHIFT):
-            if flag.value is not None:
+        for flag in (_DIT, _DIT_LOW, _SHIFT, _VARIANT):
+            if flag.value:
                 raise ValueError(f"--{flag.name} goes with --pretrained.")
         return open_bundle(_WORKDIR.value or FOLDER, mesh)
     return open_bundle(
@@ -277,6 +280,7 @@ def _open(mesh: Mesh) -> Bundle:
         dtype=_DTYPE.value,
         shift=_SHIFT.value,
         parts={x.name: x.value for x in (_DIT, _DIT_LOW) if x.value},
+        variant=_VARIANT.value,
     )
 
 

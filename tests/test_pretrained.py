@@ -18,7 +18,7 @@ from jvdit.shapes import Text, Tokens
 from jvdit.sharding import make_mesh, parameter_shardings
 from jvdit.weights import umt5, wan
 from jvdit.weights.rules import Rule, assign, export, loader, paths_of
-from jvdit.weights.tensors import TensorFiles
+from jvdit.weights.tensors import TensorFiles, has_variant
 
 FIELDS = VARIANTS["tiny"] | {"in_channels": 16, "out_channels": 16, "text_width": 12}
 
@@ -165,6 +165,42 @@ def test_tensors_of_shards_are_views_of_the_files(tmp_path):
         TensorFiles(tmp_path)
 
 
+def save(folder, **files):
+    folder.mkdir(exist_ok=True, parents=True)
+    for name, tensors in files.items():
+        held = {x: np.full(3, value, np.float32) for x, value in tensors.items()}
+        save_file(held, folder / f"{name}.safetensors")
+
+
+def test_a_variant_beside_plain_weights(tmp_path):
+    plain, half = "diffusion_pytorch_model", "diffusion_pytorch_model.fp16"
+    save(tmp_path / "whole", **{plain: {"a": 1}, half: {"a": 2}})
+    parts = {f"{half}-00001-of-00002": {"a": 2}, f"{half}-00002-of-00002": {"b": 2}}
+    save(tmp_path / "parts", **{plain: {"a": 1, "b": 1}}, **parts)
+    names = {"a": [*parts][0], "b": [*parts][1]}
+    names = {x: f"{file}.safetensors" for x, file in names.items()}
+    index = tmp_path / "parts" / f"{plain}.safetensors.index.fp16.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    for folder in (tmp_path / "whole", tmp_path / "parts"):
+        for variant, value in ("", 1), ("fp16", 2), ("bf16", 1):
+            found = TensorFiles(folder, variant)
+            assert all((x == value).all() for x in found.values())
+            assert len(found) == (1 if folder.name == "whole" else 2)
+        assert has_variant(folder, "fp16") and not has_variant(folder, "bf16")
+        (folder / f"{plain}.safetensors").unlink()
+        assert (TensorFiles(folder)["a"] == 2).all(), "the only one there is"
+
+
+def test_the_authors_folder_of_a_small_network(tmp_path, params):
+    """One file without an index, beside the converted files of other networks."""
+    tensors = export(wan.dit_rules("original"), params)
+    save_file(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
+    save(
+        tmp_path, **{"Wan2.1_VAE": {"conv1.weight": 1}, "models_t5": {"norm.weight": 1}}
+    )
+    assert TensorFiles(tmp_path).keys() == tensors.keys()
+
+
 def test_bad_files_are_named_with_the_remedy(tmp_path):
     file = tmp_path / "model.safetensors"
     save_file({"a": np.zeros(100, np.float32)}, file)
@@ -185,6 +221,18 @@ def test_bad_files_are_named_with_the_remedy(tmp_path):
     (tmp_path / "Wan2.1_VAE.pth").unlink()
     with pytest.raises(FileNotFoundError, match="holds no .*safetensors"):
         TensorFiles(tmp_path)
+
+
+def test_the_command_that_converts_a_pickle_works_in_any_folder(tmp_path):
+    torch = pytest.importorskip("torch")
+    (tmp_path / "it's \"$HOME`").mkdir()
+    file = tmp_path / "it's \"$HOME`" / "a b.pth"
+    torch.save({"a": torch.arange(3.0)}, file)
+    with pytest.raises(ValueError, match="pickle") as told:
+        TensorFiles(file)
+    line = str(told.value).partition(": python ")[2]
+    subprocess.run(f"{sys.executable} {line}", shell=True, check=True)
+    assert TensorFiles(file.with_suffix(".safetensors"))["a"].tolist() == [0, 1, 2]
 
 
 _MEASURE = """

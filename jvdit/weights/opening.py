@@ -28,6 +28,7 @@ from jvdit.weights.released_configs import (
     conditions_of,
     patch_channels,
 )
+from jvdit.weights.tensors import has_variant
 from jvdit.weights.wan import LAYOUTS, dit_rules
 
 EXPERTS = ("dit", "dit_low")
@@ -40,6 +41,7 @@ def open_bundle(
     dtype: DTypeLike | None = None,
     shift: float | None = None,
     parts: Mapping[str, str | os.PathLike[str]] | None = None,
+    variant: str = "",
     **fields: Any,
 ) -> Bundle:
     """Opens a model folder of our own, or a released model of the Wan 2 family.
@@ -58,6 +60,8 @@ def open_bundle(
             authors' if the folder has none.
         parts: folders of finetuned networks that replace a released model's own, by
             name: "dit", "dit_low".
+        variant: version of a released model's weights, such as "fp16"; networks that
+            lack it, and by default all, take the plain one.
         **fields: fields of `DiT` that a release doesn't set, such as `scan_layers`.
 
     Raises:
@@ -66,15 +70,21 @@ def open_bundle(
             that needs a released model was given for one of our own.
     """
     if not is_release(folder):
-        options = {"dtype": dtype, "shift": shift, "parts": parts, **fields}
+        options = {"dtype": dtype, "shift": shift, "parts": parts, "variant": variant}
+        options |= fields
         if given := [name for name, value in options.items() if value]:
             told = " and ".join(given)
             raise ValueError(f"{told} go with a released model, and {folder} is none.")
         return read_bundle(folder)
     release = read_release(folder)
+    if variant and not any(has_variant(x, variant) for x in release.parts.values()):
+        raise ValueError(
+            f"no network of {folder} has a `variant` {variant!r}; leave it out."
+        )
     networks = _networks(
         release,
         parts or {},
+        variant,
         make_mesh() if mesh is None else mesh,
         jnp.bfloat16 if dtype is None else dtype,
         fields,
@@ -120,6 +130,7 @@ def _tell(release: Release, recipe: Mapping[str, Any], shift: float | None) -> N
 def _networks(
     release: Release,
     parts: Mapping[str, str | os.PathLike[str]],
+    variant: str,
     mesh: Mesh,
     dtype: DTypeLike,
     fields: Mapping[str, Any],
@@ -128,15 +139,17 @@ def _networks(
     if unknown := set(parts) - set(release.parts):
         raise ValueError(f"{release.folder} has no {', '.join(unknown)} to replace.")
     fields = {"scan_layers": platform() != "cpu"} | dict(fields)
+    dit = partial(folders.load_dit, dtype=dtype, **fields)
     loaders = {
-        "dit": partial(folders.load_dit, mesh=mesh, dtype=dtype, **fields),
-        "dit_low": partial(folders.load_dit, mesh=mesh, dtype=dtype, **fields),
-        "text_encoder": partial(folders.load_text_encoder, mesh=mesh, dtype=dtype),
-        "vae": partial(folders.load_vae, mesh=mesh),
-        "image_encoder": partial(folders.load_image_encoder, mesh=mesh),
+        "dit": dit,
+        "dit_low": dit,
+        "text_encoder": partial(folders.load_text_encoder, dtype=dtype),
+        "vae": folders.load_vae,
+        "image_encoder": folders.load_image_encoder,
     }
+    where = {"mesh": mesh, "variant": variant}
     paths = release.parts | {name: pathlib.Path(path) for name, path in parts.items()}
-    found = {name: loaders[name](path) for name, path in paths.items()}
+    found = {name: loaders[name](path, **where) for name, path in paths.items()}
     dit = found["dit"].module
     if "dit_low" in found and found["dit_low"].module != dit:
         raise ValueError(f"the experts of {release.folder} are of different sizes.")

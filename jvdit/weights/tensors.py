@@ -8,6 +8,8 @@ dtype, shape and byte range of each tensor, and the bytes
 import math
 import os
 import pathlib
+import re
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -36,6 +38,12 @@ DTYPES: dict[str, Any] = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+# Files of a network's weights, or their index, with the variant if it is one:
+# model.fp16-00001-of-00002.safetensors, model.safetensors.index.fp16.json.
+_NETWORK = re.compile(
+    r"(?:diffusion_pytorch_model|model|pytorch_model)(?:\.(\w+))?(?:-\d+-of-\d+)?"
+    r"\.safetensors(?:\.index(?:\.(\w+))?\.json)?"
+)
 _PICKLED = (".pth", ".pt", ".bin", ".ckpt")
 
 
@@ -50,7 +58,10 @@ class TensorFiles(dict[str, np.ndarray]):
 
     Args:
         path: a file, or a folder: the files in its index
-            (`*.safetensors.index.json`), or all if it has none.
+            (`*.safetensors.index.json`); without one, those that are named as the
+            weights of a network (`diffusion_pytorch_model.safetensors`), or all.
+        variant: which of several versions of the weights to take, such as "fp16"; the
+            plain ones where it is "" or there is none.
 
     Attributes:
         path: the path as given.
@@ -63,11 +74,11 @@ class TensorFiles(dict[str, np.ndarray]):
             only pickled weights.
     """
 
-    def __init__(self, path: PathLike):
+    def __init__(self, path: PathLike, variant: str = ""):
         super().__init__()
         self.path = pathlib.Path(path)
         self.metadata: dict[str, str] = {}
-        for file in _files(self.path):
+        for file in _files(self.path, variant):
             for name, tensor in self._open(file):
                 if name in self:
                     raise ValueError(f"{self.path} holds tensor {name} twice.")
@@ -100,25 +111,33 @@ class TensorFiles(dict[str, np.ndarray]):
             start = stop
 
 
-def _files(path: pathlib.Path) -> list[pathlib.Path]:
+def _files(path: pathlib.Path, variant: str = "") -> list[pathlib.Path]:
     if path.is_file():
         if path.suffix in _PICKLED:
             raise ValueError(_unpickle(path))
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"{path} doesn't exist; give a folder of weights.")
-    indexes = sorted(path.glob("*.safetensors.index.json"))
-    if indexes:
-        index = read_json(indexes[0], "download it again", _Index)
+    found = sorted(path.glob("*.safetensors"))
+    several = sorted(path.glob("*.safetensors.index*.json"), reverse=True)
+    indexes = {_variant(x) or "": x for x in several}
+    kinds = {x: _variant(x) for x in found}
+    # Beside the weights of a network, a folder may hold other networks' files.
+    variants = {x: None for x in (*indexes, *kinds.values()) if x is not None}
+    if not variants:
+        variants, kinds = {"": None}, dict.fromkeys(found, "")
+    chosen = next((x for x in (variant, "", *variants) if x in variants), "")
+    if chosen in indexes:
+        index = read_json(indexes[chosen], "download it again", _Index)
         files = [path / name for name in dict.fromkeys(index.weight_map.values())]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise FileNotFoundError(
                 f"{path} lacks {len(missing)} of {len(files)} files that "
-                f"{indexes[0].name} names, the first {missing[0]}; download them."
+                f"{indexes[chosen].name} names, the first {missing[0]}; download them."
             )
         return files
-    files = sorted(path.glob("*.safetensors"))
+    files = [x for x in found if kinds[x] == chosen]
     if not files:
         pickled = [f for f in sorted(path.iterdir()) if f.suffix in _PICKLED]
         if pickled:
@@ -127,14 +146,30 @@ def _files(path: pathlib.Path) -> list[pathlib.Path]:
     return files
 
 
+def _variant(path: pathlib.Path) -> str | None:
+    """The variant of a network's weights that a file holds, such as "fp16".
+
+    "": the plain ones. None: the file isn't named as diffusers and transformers do.
+    """
+    match = _NETWORK.fullmatch(path.name)
+    return match and (match[1] or match[2] or "")
+
+
+def has_variant(path: PathLike, variant: str) -> bool:
+    """Whether a folder holds this variant of a network's weights."""
+    folder = pathlib.Path(path)
+    return folder.is_dir() and any(_variant(x) == variant for x in folder.iterdir())
+
+
 def _unpickle(path: pathlib.Path) -> str:
     """The message that refuses a pickle and says how to convert it with torch."""
-    new = path.with_suffix(".safetensors").name
+    paths = (shlex.quote(str(x)) for x in (path, path.with_suffix(".safetensors")))
     return (
         f"{path} is a pickle, which may run any code when it is read. Convert it where "
-        'you trust it: python -c "import torch, safetensors.torch as s; '
-        f"s.save_file({{k: v.contiguous() for k, v in torch.load('{path}', "
-        f"map_location='cpu', weights_only=True).items()}}, '{path.parent / new}')\""
+        'you trust it: python -c "import sys, torch, safetensors.torch as s; '
+        "s.save_file({k: v.contiguous() for k, v in torch.load(sys.argv[1], "
+        "map_location='cpu', weights_only=True).items()}, sys.argv[2])\" "
+        + " ".join(paths)
     )
 
 
