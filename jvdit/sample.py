@@ -162,7 +162,7 @@ _SHIFT = flags.DEFINE_float(
     "Timestep shift of a released model's noise schedule (default: the folder's own).",
 )
 _DIT = flags.DEFINE_string(
-    "dit", None, "Folder of a finetuned network for a released model."
+    "dit", None, "Folder or file of another network for a released model."
 )
 _DIT_LOW = flags.DEFINE_string(
     "dit_low", None, "The same, of the expert for low noise."

@@ -139,7 +139,7 @@ def test_presets_and_levels_come_before_what_the_model_has():
         Settings(preset="lightning-2+2").complete({"boundary": 0.0})
     with pytest.raises(ValueError, match="`preset` .*lightx2v-4"):
         Settings(preset="lightx2v")
-    for wrong in ((0.5, 0.6), (1000, 500), (1.0, 0.0), (float("nan"),)):
+    for wrong in ((0.5, 0.6), (1000.0, 500.0), (1.0, 0.0), (float("nan"),)):
         with pytest.raises(ValueError, match="`levels` .*divided by 1000"):
             Settings(levels=wrong)
 

@@ -27,6 +27,7 @@ from jvdit.models.text_encoder import TextEncoder
 from jvdit.models.video_vae import VideoVAE
 from jvdit.sharding import parameter_shardings
 from jvdit.weights import clip, kvae, umt5, wan, wan_vae
+from jvdit.weights.families import READ, family_of
 from jvdit.weights.parameters import Network
 from jvdit.weights.released_configs import (
     AudioVAEConfig,
@@ -55,16 +56,18 @@ def load_dit(
     mesh: Mesh | None = None,
     dtype: DTypeLike = jnp.bfloat16,
     variant: str = "",
+    like: PathLike | None = None,
     **fields: Any,
 ) -> Network:
     """Opens the DiT of a Wan release; its parameters are read when first needed.
 
     Args:
         folder: the pipeline, or one network in it, such as `transformer_2` of Wan 2.2
-            A14B.
+            A14B; or a single file, such as ComfyUI's, if `like` is given.
         mesh: device mesh to shard the parameters over; None: all on the default device.
         dtype: dtype of the parameters and of the computation.
         variant: version of the weights, see `TensorFiles`.
+        like: folder of a network of the same sizes, whose config a single file takes.
         **fields: fields of `DiT` that the release doesn't set, such as `scan_layers`.
 
     Raises:
@@ -72,13 +75,33 @@ def load_dit(
         ValueError: the folder holds another network, or damaged files.
     """
     folder, file = _part(folder, "transformer")
-    if file is None:
-        raise ValueError(f"{folder} is a file; give the folder with its config.json.")
     tensors = TensorFiles(folder, variant)
+    if family := family_of(tensors):
+        raise ValueError(f"{folder} is a network of {family}; read are {READ}.")
+    if file is None:
+        if like is None:
+            raise ValueError(lone(folder))
+        _, file = _part(like, "transformer")
+        if file is None:
+            raise ValueError(lone(like))
+    for prefix in ("model.diffusion_model.", "diffusion_model."):
+        tensors.within(prefix)
     sizes = dit_fields(_dit_config(file), _ATTENDS in tensors)
     module = MODELS["dit"].module(**sizes, **_types(dtype), **fields)
     rules = partial(wan.dit_rules, channels=patch_channels(module))
     return _load(_DIT, module, module.example_inputs(), tensors, rules, mesh, dtype)
+
+
+def lone(file: PathLike) -> str:
+    """The message that refuses a single file of weights, and says what would work."""
+    family = family_of(TensorFiles(file))
+    if family is not None:
+        return f"{file} is a network of {family}; read are {READ}, in folders."
+    return (
+        f"{file} is a single file of weights. If it is a network of Wan, give it with "
+        "--dit (from Python: parts={'dit': FILE}) beside the folder of its release, "
+        "which holds the text encoder, the autoencoder and the tokenizer."
+    )
 
 
 def save_dit(folder: PathLike, params: Any, module: Backbone, like: PathLike) -> None:

@@ -58,8 +58,8 @@ def open_bundle(
             bfloat16; its autoencoder and image encoder are always float32.
         shift: timestep shift of a released model; None: that of its scheduler, or its
             authors' if the folder has none.
-        parts: folders of finetuned networks that replace a released model's own, by
-            name: "dit", "dit_low".
+        parts: folders, or single files, of networks that replace a released model's
+            own, by name: "dit", "dit_low".
         variant: version of a released model's weights, such as "fp16"; networks that
             lack it, and by default all, take the plain one.
         **fields: fields of `DiT` that a release doesn't set, such as `scan_layers`.
@@ -69,6 +69,8 @@ def open_bundle(
         ValueError: the folder holds another model, or damaged files; or an argument
             that needs a released model was given for one of our own.
     """
+    if pathlib.Path(folder).is_file():
+        raise ValueError(folders.lone(folder))
     if not is_release(folder):
         options = {"dtype": dtype, "shift": shift, "parts": parts, "variant": variant}
         options |= fields
@@ -139,7 +141,8 @@ def _networks(
     if unknown := set(parts) - set(release.parts):
         raise ValueError(f"{release.folder} has no {', '.join(unknown)} to replace.")
     fields = {"scan_layers": platform() != "cpu"} | dict(fields)
-    dit = partial(folders.load_dit, dtype=dtype, **fields)
+    like = release.parts["dit"]
+    dit = partial(folders.load_dit, dtype=dtype, like=like, **fields)
     loaders = {
         "dit": dit,
         "dit_low": dit,

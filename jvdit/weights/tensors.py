@@ -44,6 +44,12 @@ _NETWORK = re.compile(
     r"(?:diffusion_pytorch_model|model|pytorch_model)(?:\.(\w+))?(?:-\d+-of-\d+)?"
     r"\.safetensors(?:\.index(?:\.(\w+))?\.json)?"
 )
+# Tensors beside a weight of fp8 in ComfyUI's files, and what bitsandbytes writes.
+_OF_WEIGHTS = ("scale_weight", "weight_scale")
+_SCALES = re.compile(
+    r"(^|\.)(scaled_fp8|(scale_weight|weight_scale|scale_input|input_scale|comfy_quant))$"
+)
+_BITS = re.compile(r"\.(absmax|quant_map|SCB)$|bitsandbytes")
 _PICKLED = (".pth", ".pt", ".bin", ".ckpt")
 
 
@@ -70,19 +76,57 @@ class TensorFiles(dict[str, np.ndarray]):
     Raises:
         FileNotFoundError: there is no such file or folder, or a file in the index is
             missing.
-        ValueError: a file is truncated or no safetensors file, or the folder holds
-            only pickled weights.
+        ValueError: a file is truncated or no safetensors file, the folder holds only
+            pickled weights, or they are quantised in a way that isn't read.
     """
 
     def __init__(self, path: PathLike, variant: str = ""):
         super().__init__()
         self.path = pathlib.Path(path)
         self.metadata: dict[str, str] = {}
+        self._scales: dict[str, np.ndarray] = {}
         for file in _files(self.path, variant):
             for name, tensor in self._open(file):
                 if name in self:
                     raise ValueError(f"{self.path} holds tensor {name} twice.")
                 self[name] = tensor
+        self._take_scales()
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """A tensor; of scaled ones (fp8) the scale times the value, in float32."""
+        value, scale = super().__getitem__(name), self._scales.get(name)
+        return value if scale is None else value.astype(np.float32) * scale
+
+    def within(self, prefix: str) -> None:
+        """Keeps the tensors whose names begin so, under the rest; or all if none do."""
+        raw = dict(self.items())
+        if names := [name for name in raw if name.startswith(prefix)]:
+            own = {name[len(prefix) :]: raw[name] for name in names}
+            scales = {k[len(prefix) :]: x for k, x in self._scales.items()}
+            self.clear()
+            self.update(own)
+            self._scales = scales
+
+    def _take_scales(self) -> None:
+        """Takes out what only says how others are quantised."""
+        if told := [x for x in self if _BITS.search(x)]:
+            raise ValueError(
+                f"{self.path} is quantised by bitsandbytes ({told[0]}), whose own code "
+                "alone reads it; take weights in bf16, fp16, or fp8 with scales."
+            )
+        for name in [x for x in self if _SCALES.search(x)]:
+            scale, (stem, _, end) = self.pop(name), name.rpartition(".")
+            weight = self.get(f"{stem}.weight")
+            if end not in _OF_WEIGHTS or weight is None:
+                continue
+            if scale.size not in (1, *weight.shape[:1]) or scale.dtype.itemsize == 1:
+                raise ValueError(
+                    f"{self.path}: {name} {scale.shape} scales blocks of the weight "
+                    f"{weight.shape}, which isn't read; take a file with one scale for "
+                    "each tensor or row, or weights in bf16."
+                )
+            ones = (1,) * (weight.ndim - 1)
+            self._scales[f"{stem}.weight"] = scale.astype(np.float32).reshape(-1, *ones)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -115,6 +159,11 @@ def _files(path: pathlib.Path, variant: str = "") -> list[pathlib.Path]:
     if path.is_file():
         if path.suffix in _PICKLED:
             raise ValueError(_unpickle(path))
+        if path.suffix == ".gguf":
+            raise ValueError(
+                f"{path} is GGUF, which isn't read; take safetensors in bf16, fp16, or "
+                "fp8 with scales."
+            )
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"{path} doesn't exist; give a folder of weights.")
