@@ -53,7 +53,10 @@ _WORKDIR = flags.DEFINE_string(
     "the box).",
 )
 _PRETRAINED = flags.DEFINE_string(
-    "pretrained", None, "Folder of a released Wan 2 model, instead of --workdir."
+    "pretrained",
+    None,
+    "Folder of a released Wan 2 model, or its id on the Hugging Face Hub, instead of "
+    "--workdir.",
 )
 _PROMPTS = flags.DEFINE_string(
     "prompts",
@@ -155,6 +158,12 @@ _AFTER = _left(
     flags.DEFINE_boolean,
     "sound_after",
     "Make the picture first, and then the sound for it",
+)
+_CONDITIONING = flags.DEFINE_list(
+    "conditioning_scale",
+    ["1"],
+    "How strongly --video and --references are followed (VACE): a factor, or one for "
+    "each layer that takes hints.",
 )
 _SHIFT = flags.DEFINE_float(
     "shift",
@@ -273,7 +282,8 @@ def _open(mesh: Mesh) -> Bundle:
         for flag in (_DIT, _DIT_LOW, _SHIFT, _VARIANT):
             if flag.value:
                 raise ValueError(f"--{flag.name} goes with --pretrained.")
-        return open_bundle(_WORKDIR.value or FOLDER, mesh)
+        # An absolute path, which is no id on the hub.
+        return open_bundle(pathlib.Path(_WORKDIR.value or FOLDER).absolute(), mesh)
     return open_bundle(
         _PRETRAINED.value,
         mesh,
@@ -299,6 +309,7 @@ def sample(prompts: list[str]) -> Iterator[pathlib.Path]:
     low, high = map(float, _INTERVAL.value)
     settings = Settings(
         guidance_interval=(low, high),
+        conditioning_scale=tuple(map(float, _CONDITIONING.value)),
         levels=_LEVELS.value and tuple(map(float, _LEVELS.value)),
         **{flag.name: flag.value for flag in named},
     )

@@ -157,6 +157,27 @@ def test_levels_take_the_place_of_the_spacing(generator):
         generator(request, steps=5, levels=(1.0, 0.5))
 
 
+def test_text_states_in_the_place_of_prompts(generator):
+    sizes = {"frames": 1, "height": 16, "width": 16}
+    asked = Request("one object", "nothing", **sizes)
+    (positive,), (negative,) = generator._inputs._texts([asked])
+    given = {"prompt_embeds": positive, "negative_prompt_embeds": negative}
+    settings = {"steps": 2, "guidance": Guidance(3.0)}
+    found = generator.latents(
+        [asked, Request("", **sizes, **given), Request("", "nothing", **sizes)],
+        **settings,
+    )
+    np.testing.assert_array_equal(found[0], found[1])
+    assert np.abs(found[0] - found[2]).max() > 0
+    shown = Request("", **sizes, **given).settings
+    assert shown["prompt_embeds"] == f"states {len(positive)}x{positive.shape[1]}"
+    for wrong in (positive[None], positive[:, :-1], np.zeros((999, len(positive[0])))):
+        with pytest.raises(ValueError, match="`prompt_embeds` is .*batch axis"):
+            generator.check(Request("", **sizes, prompt_embeds=wrong))
+    with pytest.raises(ValueError, match="finite"):
+        generator.check(Request("", **sizes, prompt_embeds=np.nan * positive))
+
+
 def test_a_field_of_the_wrong_kind_is_named():
     with pytest.raises(ValueError, match="line 2: `frames` .='17'. must be `int`"):
         read_requests(["x", '{"prompt": "y", "frames": "17"}'], {"seed": 0})

@@ -19,9 +19,9 @@ from jvdit.diffusion.reuse import Reuse
 from jvdit.diffusion.solvers import check_solver
 from jvdit.generation.codec import Codec
 from jvdit.generation.draft import drafted, dubbed
-from jvdit.generation.experts import Experts
+from jvdit.generation.experts import Experts, hint_scales
 from jvdit.generation.inputs import Inputs
-from jvdit.generation.request import Request, complete
+from jvdit.generation.request import STATES, Request, complete
 from jvdit.generation.residence import Residence, fits_together
 from jvdit.generation.results import GeneratedClip, Latents
 from jvdit.generation.sampling import (
@@ -261,6 +261,8 @@ class Generator:
                 )
         if not (request.fps or 0) > 0:
             raise ValueError(f"`fps` (={request.fps}) must be positive; try 8.")
+        for name in STATES:
+            self._check_states(name, getattr(request, name))
         self.model.check_given(request.given)
         if request.sound:
             self.model.audio_vae  # noqa: B018 - raises if there is none
@@ -269,6 +271,19 @@ class Generator:
                 "`from_video` and `from_sound` are about sound, and `sound` is False."
             )
         return size
+
+    def _check_states(self, name: str, states: np.ndarray | None) -> None:
+        """Raises a ValueError if the model can't take these text states."""
+        width, most = self.model.dit.text_width, self.model.text_length
+        if states is None:
+            return
+        if states.ndim != 2 or states.shape[1] != width or not len(states) <= most:
+            raise ValueError(
+                f"`{name}` is {[*states.shape]}; give [s {width}] with at most {most} "
+                "states, without a batch axis."
+            )
+        if not np.isfinite(states).all():
+            raise ValueError(f"`{name}` holds values that aren't finite.")
 
     def latents(self, requests: Sequence[Request], **options: Any) -> list[np.ndarray]:
         """Generates the normalised latents `[f h w c]` of each picture, in order.
@@ -295,6 +310,7 @@ class Generator:
         on_step: OnStep | None = None,
         noise: Sequence[Float[np.ndarray, "f h w c"]] | None = None,
         reuse: Reuse | None = None,
+        conditioning_scale: float | Sequence[float] = 1.0,
     ) -> Iterator[dict[int, Latents]]:
         """Denoises requests from t = 1 to t = 0, batch by batch.
 
@@ -313,6 +329,7 @@ class Generator:
             noise: the initial noise of each silent request; None: drawn from its seed.
             reuse: lets some steps reuse the residual of the step before (MagCache):
                 faster, but not quite the same clip.
+            conditioning_scale: as in `Settings`.
 
         Yields:
             For each batch, the normalised latents of its requests, by the index of the
@@ -325,6 +342,7 @@ class Generator:
         if levels:
             options = {"rows": rows, "on_step": on_step, "noise": noise, "reuse": reuse}
             options |= {"guidance": guidance, "low_guidance": low_guidance}
+            options["conditioning_scale"] = conditioning_scale
             timed = self.timed(tuple(levels))
             yield from timed.solve(requests, steps=steps, solver=solver, **options)
             return
@@ -335,6 +353,7 @@ class Generator:
             )
         model = self.model
         model.policy.times(steps, jnp.ones(1))
+        hint_scales(model, conditioning_scale)
         requests = [self.complete(request) for request in requests]
         sizes = [self.check(request) for request in requests]
         given = [
@@ -359,7 +378,12 @@ class Generator:
         for batch in batches:
             start = Start(model.path, model.policy, steps, solver, bool(noise))
             latents = self.experts.solved(
-                batch, start, guidances=guidances, on_step=on_step, reuse=reuse
+                batch,
+                start,
+                guidances=guidances,
+                on_step=on_step,
+                reuse=reuse,
+                conditioning_scale=conditioning_scale,
             )
             found = unpacked(batch, latents, sizes, sounds, model.patch_size, channels)
             yield {

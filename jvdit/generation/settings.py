@@ -43,6 +43,8 @@ class Settings:
             to what it is without guidance (arXiv:2305.08891, 3.4).
         draft: generate an image first, then a clip that has it as its first frame.
         sound_after: generate the picture first, then the sound for it.
+        conditioning_scale: how strongly a control signal is followed (VACE): one factor
+            for all layers, or one for each that takes hints.
 
     Raises:
         ValueError: the solver is unknown, or a number is out of range.
@@ -61,6 +63,7 @@ class Settings:
     sound_sync_scale: float | None = None
     draft: bool | None = None
     sound_after: bool | None = None
+    conditioning_scale: float | tuple[float, ...] = 1.0
 
     def __post_init__(self):
         if self.solver is not None:
@@ -102,6 +105,7 @@ class Settings:
             "solver": self.solver,
             "guidance": self._guidance(self.guidance_scale),
             "low_guidance": self._guidance(self.guidance_scale_2),
+            "conditioning_scale": self.conditioning_scale,
         }
 
     def _guidance(self, scale: float | None) -> Guidance:

@@ -11,6 +11,7 @@ import numpy as np
 from jvdit.models.lora import A, B
 from jvdit.weights.adapters import ANY, left_out, part_of, write_lora
 from jvdit.weights.bundle import Bundle
+from jvdit.weights.hub import adapter_file
 from jvdit.weights.opening import adapters_of
 from jvdit.weights.released_configs import patch_channels
 from jvdit.weights.rules import paths_of
@@ -42,8 +43,9 @@ def report_adapters(model: Bundle, file: str | os.PathLike[str]) -> str:
         FileNotFoundError: there is no such file.
         ValueError: nothing in the file is for this model.
     """
-    found = adapters_of(model, file)
-    read = [name for name in TensorFiles(file) if name not in found.left]
+    path = adapter_file(file)
+    found = adapters_of(model, path)
+    read = [name for name in TensorFiles(path) if name not in found.left]
     counts = Counter(_WORDS[x] for x in map(part_of, read) if x in _WORDS)
     told = ", ".join(f"{count} {word}" for word, count in counts.items())
     lines = [f"{file}: {len(read)} tensors are read: {told}."]

@@ -75,18 +75,18 @@ def load_dit(
         ValueError: the folder holds another network, or damaged files.
     """
     folder, file = _part(folder, "transformer")
+    config = None if file is None else _dit_config(file)
     tensors = TensorFiles(folder, variant)
     if family := family_of(tensors):
         raise ValueError(f"{folder} is a network of {family}; read are {READ}.")
-    if file is None:
-        if like is None:
+    if config is None:
+        where = _part(folder if like is None else like, "transformer")[1]
+        if where is None:
             raise ValueError(lone(folder))
-        _, file = _part(like, "transformer")
-        if file is None:
-            raise ValueError(lone(like))
+        config = _dit_config(where)
     for prefix in ("model.diffusion_model.", "diffusion_model."):
         tensors.within(prefix)
-    sizes = dit_fields(_dit_config(file), _ATTENDS in tensors)
+    sizes = dit_fields(config, _ATTENDS in tensors)
     module = MODELS["dit"].module(**sizes, **_types(dtype), **fields)
     rules = partial(wan.dit_rules, channels=patch_channels(module))
     return _load(_DIT, module, module.example_inputs(), tensors, rules, mesh, dtype)

@@ -20,6 +20,7 @@ from jvdit.weights import folders
 from jvdit.weights.adapters import ANY, Adapters, left_out, read_lora
 from jvdit.weights.bundle import Bundle, read_bundle
 from jvdit.weights.encoders import release_tokenizer
+from jvdit.weights.hub import adapter_file, release_folder
 from jvdit.weights.parameters import Network, module_fields
 from jvdit.weights.recipes import RECIPES, TEXT_LENGTH
 from jvdit.weights.release import Release, is_release, read_release
@@ -52,7 +53,8 @@ def open_bundle(
 
     Args:
         folder: a training workdir or its `model` folder; a pipeline in diffusers'
-            layout; or the original release, with its files converted to safetensors.
+            layout, or its id on the Hugging Face Hub, such as "owner/name"; or the
+            original release, with its files converted to safetensors.
         mesh: device mesh for a released model; by default all devices along `data`.
         dtype: dtype of a released model's parameters and computation, by default
             bfloat16; its autoencoder and image encoder are always float32.
@@ -69,7 +71,8 @@ def open_bundle(
         ValueError: the folder holds another model, or damaged files; or an argument
             that needs a released model was given for one of our own.
     """
-    if pathlib.Path(folder).is_file():
+    folder = release_folder(folder, variant)
+    if folder.is_file():
         raise ValueError(folders.lone(folder))
     if not is_release(folder):
         options = {"dtype": dtype, "shift": shift, "parts": parts, "variant": variant}
@@ -177,7 +180,8 @@ def with_adapters(
 
     Args:
         model: the model; adapters that it already has stay.
-        files: pairs of an adapter file and a factor that multiplies its scale.
+        files: pairs of an adapter file, or its id on the hub, and a factor that
+            multiplies its scale.
         networks: the experts that get the adapters, of "dit" and "dit_low"; a file
             whose names tell the expert is for that one alone.
 
@@ -215,7 +219,7 @@ def adapters_of(model: Bundle, file: str | os.PathLike[str]) -> Adapters:
     shapes = jax.eval_shape(dit.init, jax.random.key(0), *dit.example_inputs())
     channels = patch_channels(dit)
     tables = [dit_rules(layout, channels) for layout in LAYOUTS]
-    return read_lora(file, tables, shapes["params"])
+    return read_lora(adapter_file(file), tables, shapes["params"])
 
 
 def _by_expert(

@@ -10,7 +10,7 @@ import os
 import pathlib
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -169,13 +169,13 @@ def _files(path: pathlib.Path, variant: str = "") -> list[pathlib.Path]:
         raise FileNotFoundError(f"{path} doesn't exist; give a folder of weights.")
     found = sorted(path.glob("*.safetensors"))
     several = sorted(path.glob("*.safetensors.index*.json"), reverse=True)
-    indexes = {_variant(x) or "": x for x in several}
-    kinds = {x: _variant(x) for x in found}
+    indexes = {variant_of(x) or "": x for x in several}
+    kinds = {x: variant_of(x) for x in found}
     # Beside the weights of a network, a folder may hold other networks' files.
     variants = {x: None for x in (*indexes, *kinds.values()) if x is not None}
     if not variants:
         variants, kinds = {"": None}, dict.fromkeys(found, "")
-    chosen = next((x for x in (variant, "", *variants) if x in variants), "")
+    chosen = chosen_variant(variants, variant)
     if chosen in indexes:
         index = read_json(indexes[chosen], "download it again", _Index)
         files = [path / name for name in dict.fromkeys(index.weight_map.values())]
@@ -195,7 +195,7 @@ def _files(path: pathlib.Path, variant: str = "") -> list[pathlib.Path]:
     return files
 
 
-def _variant(path: pathlib.Path) -> str | None:
+def variant_of(path: pathlib.Path) -> str | None:
     """The variant of a network's weights that a file holds, such as "fp16".
 
     "": the plain ones. None: the file isn't named as diffusers and transformers do.
@@ -204,10 +204,16 @@ def _variant(path: pathlib.Path) -> str | None:
     return match and (match[1] or match[2] or "")
 
 
+def chosen_variant(variants: Iterable[str], wanted: str) -> str:
+    """The variant to take: the one that is wanted, the plain one, or the first."""
+    there = [*variants]
+    return next((x for x in (wanted, "", *there) if x in there), "")
+
+
 def has_variant(path: PathLike, variant: str) -> bool:
     """Whether a folder holds this variant of a network's weights."""
     folder = pathlib.Path(path)
-    return folder.is_dir() and any(_variant(x) == variant for x in folder.iterdir())
+    return folder.is_dir() and any(variant_of(x) == variant for x in folder.iterdir())
 
 
 def _unpickle(path: pathlib.Path) -> str:
