@@ -232,9 +232,8 @@ class _Reader:
         told = [x for word, x in _EXPERTS.items() if f"{word}_" in before]
         expert, plain = (told or [ANY])[0], joined[len(before) :]
         values = {part: self._value(name) for part, name in names.items()}
-        strength = 1.0
-        if "b" in values and values["b"].ndim > 1:
-            strength = self.alphas.of(layer, rank := values["b"].shape[1]) / rank
+        rank = values["b"].shape[1] if "b" in values and values["b"].ndim > 1 else 0
+        strength = self.alphas.of(layer, rank) / rank if rank else 1.0
         if {"a", "b", "magnitude"} & names.keys():
             why = self._factors(expert, plain, values, strength)
             factors = ("a", "b", "magnitude") if why else ()

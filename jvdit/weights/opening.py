@@ -235,6 +235,7 @@ def _by_expert(
     if not pairs:
         raise ValueError(
             f"{file} is for {' and '.join(found.trees)} by the names in it, and asked "
-            f"for was {' and '.join(networks)}."
+            f"for was {' and '.join(networks)}; give it to a model of two experts by "
+            "--lora."
         )
     return pairs

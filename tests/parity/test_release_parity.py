@@ -175,7 +175,9 @@ def test_t2v_by_dpm_solver(tmp_path):
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 7.0, 8.0, 12.0])
-@pytest.mark.parametrize("kind", ["UniPCMultistep", "FlowMatchEulerDiscrete"])
+@pytest.mark.parametrize(
+    "kind", ["UniPCMultistep", "FlowMatchEulerDiscrete", "FlowMatchLCM"]
+)
 def test_timesteps_of_schedulers(kind, shift):
     """Of every number of steps: what the network is shown, and which expert is."""
     options = FLOW | {"flow_shift": shift} if kind == "UniPCMultistep" else {}
