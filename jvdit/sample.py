@@ -332,6 +332,8 @@ def sample(prompts: list[str]) -> Iterator[pathlib.Path]:
         told["shift"] = generator.model.policy.shift
     if not generator.model.boundary:
         told.pop("guidance_scale_2", None)
+    if not generator.model.dit.control_channels:
+        told.pop("conditioning_scale")
     if not generator.model.has_sound:
         for flag in (_SOUND_SCALE, _SYNC, _SOUND_SYNC, _AFTER):
             told.pop(flag.name, None)

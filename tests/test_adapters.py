@@ -1,5 +1,6 @@
 """Adapter files of all kinds do what weights merged by hand do, under every naming."""
 
+import json
 import re
 
 import jax
@@ -286,6 +287,11 @@ def test_values_that_cannot_be_are_refused_by_name(tmp_path):
     name = f"{BEFORE}blocks.1.ffn.0.alpha"
     with pytest.raises(ValueError, match="ffn.0.alpha must hold one number"):
         case.adapted(case.saved(tmp_path, case.file | {name: np.ones(2, "f")}))
+    low = {"lora_alpha": 2.0, "alpha_pattern": {"(": 1.0}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(low))
+    plain = {k: x for k, x in case.file.items() if "alpha" not in k}
+    with pytest.raises(ValueError, match="`alpha_pattern` .*'\\('.*regular"):
+        case.adapted(case.saved(tmp_path, plain))
     again = {f"model.{name}": x for name, x in case.file.items()}
     with pytest.raises(ValueError, match="twice"):
         case.adapted(case.saved(tmp_path, case.file | again))

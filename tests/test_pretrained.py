@@ -250,6 +250,9 @@ def test_what_cannot_be_read_is_told_with_what_can(tmp_path):
         (tmp_path / "folder/config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match=f"folder is a network of {family}"):
             load_dit(tmp_path / "folder")
+    save(tmp_path, x={"blocks.0.self_attn.q.lora_down.weight": 1})
+    with pytest.raises(ValueError, match="x.safetensors holds adapters.*--lora"):
+        open_bundle(file)
     save(tmp_path, x={"blocks.0.self_attn.q.weight": 1})
     with pytest.raises(ValueError, match="single file .*--dit .*release"):
         open_bundle(file)

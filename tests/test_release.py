@@ -114,7 +114,9 @@ def test_a_scheduler_is_followed_or_said():
 
 def test_what_is_not_followed_is_logged(tmp_path, caplog):
     index = {"_class_name": "WanPipeline"}
-    folder = folder_of(tmp_path, index | {"scheduler": ["", "FlowMatchHeunDiscreteScheduler"]})
+    folder = folder_of(
+        tmp_path, index | {"scheduler": ["", "FlowMatchHeunDiscreteScheduler"]}
+    )
     (folder / "scheduler/scheduler_config.json").write_text('{"shift": 3.0}')
     release = read_release(folder)
     recipe = release.recipe(VARIANTS["wan2.2-ti2v-5b"])

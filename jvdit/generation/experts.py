@@ -117,7 +117,12 @@ def hint_scales(model: Bundle, scale: float | Sequence[float]) -> np.ndarray | N
     found = np.asarray(scale, np.float32).reshape(-1)
     if (found == 1).all() and found.size == 1:
         return None
-    if not layers or found.size not in (1, len(layers)) or not np.isfinite(found).all():
+    if not layers:
+        raise ValueError(
+            f"`conditioning_scale` (={scale}) is for models that take control (VACE); "
+            "leave it out."
+        )
+    if found.size not in (1, len(layers)) or not np.isfinite(found).all():
         raise ValueError(
             f"`conditioning_scale` (={scale}) must be one finite number, or one for "
             f"each of the {len(layers)} layers that take control (VACE): {[*layers]}."

@@ -322,7 +322,7 @@ class _Alphas:
     """The alpha of each layer, from the file's tensors, settings or metadata."""
 
     def __init__(self, path: pathlib.Path, tensors: TensorFiles):
-        self.by_layer = {}
+        self.path, self.by_layer = path, {}
         for name in [x for x in tensors if x.endswith(".alpha")]:
             if tensors[name].size != 1:
                 raise ValueError(f"{path}: {name} must hold one number.")
@@ -350,8 +350,14 @@ class _Alphas:
         settings = self.settings.get(layer.partition(".")[0], some)
         alpha = float(rank) if settings.lora_alpha is None else settings.lora_alpha
         for pattern, special in (settings.alpha_pattern or {}).items():
-            if re.search(rf"(^|\.)({pattern})$", layer):
-                alpha = special
+            try:
+                if re.search(rf"(^|\.)({pattern})$", layer):
+                    alpha = special
+            except re.error as error:
+                raise ValueError(
+                    f"`alpha_pattern` of {self.path} holds {pattern!r}, which is no "
+                    f"regular expression ({error}); save the adapters again."
+                ) from None
         return alpha * rank**0.5 if settings.use_rslora else alpha
 
 

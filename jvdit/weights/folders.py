@@ -27,6 +27,7 @@ from jvdit.models.text_encoder import TextEncoder
 from jvdit.models.video_vae import VideoVAE
 from jvdit.sharding import parameter_shardings
 from jvdit.weights import clip, kvae, umt5, wan, wan_vae
+from jvdit.weights.adapters import part_of
 from jvdit.weights.families import READ, family_of
 from jvdit.weights.parameters import Network
 from jvdit.weights.released_configs import (
@@ -94,8 +95,10 @@ def load_dit(
 
 def lone(file: PathLike) -> str:
     """The message that refuses a single file of weights, and says what would work."""
-    family = family_of(TensorFiles(file))
-    if family is not None:
+    tensors = TensorFiles(file)
+    if tensors and all(part_of(name) for name in tensors):
+        return f"{file} holds adapters; give their model, and this file with --lora."
+    if family := family_of(tensors):
         return f"{file} is a network of {family}; read are {READ}, in folders."
     return (
         f"{file} is a single file of weights. If it is a network of Wan, give it with "

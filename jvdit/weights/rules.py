@@ -82,7 +82,7 @@ class Rule:
         blank = np.broadcast_to(np.int8(0), theirs)  # takes no memory
         try:
             return tuple(self.to_ours(blank).shape)
-        except (einops.EinopsError, ValueError):
+        except (einops.EinopsError, ValueError, IndexError):
             return None
 
 

@@ -166,7 +166,9 @@ def _files(path: pathlib.Path, variant: str = "") -> list[pathlib.Path]:
             )
         return [path]
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} doesn't exist; give a folder of weights.")
+        raise FileNotFoundError(
+            f"{path} doesn't exist; give a file or folder of weights."
+        )
     found = sorted(path.glob("*.safetensors"))
     several = sorted(path.glob("*.safetensors.index*.json"), reverse=True)
     indexes = {variant_of(x) or "": x for x in several}
