@@ -246,6 +246,9 @@ def test_what_cannot_be_read_is_told_with_what_can(tmp_path):
         save(tmp_path, x={f"model.diffusion_model.{name}": 1})
         with pytest.raises(ValueError, match=f"a network of {family}.*VACE"):
             open_bundle(file)
+        save(tmp_path / "bare", x={name: 1})
+        with pytest.raises(ValueError, match=f"bare is a network of {family}.*VACE"):
+            open_bundle(tmp_path / "bare")
         save(tmp_path / "folder", diffusion_pytorch_model={name: 1})
         (tmp_path / "folder/config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match=f"folder is a network of {family}"):
@@ -254,7 +257,7 @@ def test_what_cannot_be_read_is_told_with_what_can(tmp_path):
     with pytest.raises(ValueError, match="x.safetensors holds adapters.*--lora"):
         open_bundle(file)
     save(tmp_path, x={"blocks.0.self_attn.q.weight": 1})
-    with pytest.raises(ValueError, match="single file .*--dit .*release"):
+    with pytest.raises(ValueError, match="weights alone.*--dit .*release"):
         open_bundle(file)
     save(tmp_path / "folder", diffusion_pytorch_model={"blocks.0.ffn.0.weight": 1})
     (tmp_path / "folder/config.json").write_text(json.dumps(config | {"in_dim": 48}))

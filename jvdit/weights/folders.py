@@ -94,14 +94,14 @@ def load_dit(
 
 
 def lone(file: PathLike) -> str:
-    """The message that refuses a single file of weights, and says what would work."""
+    """The message that refuses weights without a release, and says what would work."""
     tensors = TensorFiles(file)
     if tensors and all(part_of(name) for name in tensors):
         return f"{file} holds adapters; give their model, and this file with --lora."
     if family := family_of(tensors):
         return f"{file} is a network of {family}; read are {READ}, in folders."
     return (
-        f"{file} is a single file of weights. If it is a network of Wan, give it with "
+        f"{file} holds weights alone. If they are a network of Wan, give them with "
         "--dit (from Python: parts={'dit': FILE}) beside the folder of its release, "
         "which holds the text encoder, the autoencoder and the tokenizer."
     )

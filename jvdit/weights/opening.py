@@ -72,7 +72,8 @@ def open_bundle(
             that needs a released model was given for one of our own.
     """
     folder = release_folder(folder, variant)
-    if folder.is_file():
+    known = is_release(folder) or (folder / "generator.json").exists()
+    if folder.is_file() or (not known and any(folder.glob("*.safetensors"))):
         raise ValueError(folders.lone(folder))
     if not is_release(folder):
         options = {"dtype": dtype, "shift": shift, "parts": parts, "variant": variant}
