@@ -29,6 +29,7 @@ from jvdit.diffusion.reuse import Reuse, save_ratios
 from jvdit.diffusion.solvers import SOLVERS
 from jvdit.generation.calibration import calibrate
 from jvdit.generation.generator import Generator
+from jvdit.generation.presets import PRESETS
 from jvdit.generation.prompt_lines import read_requests
 from jvdit.generation.request import Request, size_fields
 from jvdit.generation.settings import Settings
@@ -38,6 +39,9 @@ from jvdit.machine.compilation import keep_compilations
 from jvdit.machine.files import check_writable
 from jvdit.machine.progress import Bars
 from jvdit.sharding import make_mesh, parse_mesh, sampling_sizes
+from jvdit.weights.adapter_report import report_adapters
+from jvdit.weights.adapters import strengths
+from jvdit.weights.bundle import Bundle
 from jvdit.weights.opening import EXPERTS, open_bundle, with_adapters
 
 _LETTERS, _BYTES = 80, 160  # of a prompt in a file's name, at the most
@@ -49,7 +53,10 @@ _WORKDIR = flags.DEFINE_string(
     "the box).",
 )
 _PRETRAINED = flags.DEFINE_string(
-    "pretrained", None, "Folder of a released Wan 2 model, instead of --workdir."
+    "pretrained",
+    None,
+    "Folder of a released Wan 2 model, or its id on the Hugging Face Hub, instead of "
+    "--workdir.",
 )
 _PROMPTS = flags.DEFINE_string(
     "prompts",
@@ -96,6 +103,18 @@ _FROM_SOUND = flags.DEFINE_string(
     "from_sound", None, "Sound to make a picture for; the clip keeps it."
 )
 _STEPS = _left(flags.DEFINE_integer, "steps", "Solver steps; fewer are faster")
+_PRESET = flags.DEFINE_enum(
+    "preset",
+    None,
+    [*PRESETS],
+    "Solver, noise levels and guidance of models distilled to few steps.",
+)
+_LEVELS = flags.DEFINE_list(
+    "levels",
+    None,
+    "Noise levels of the steps, falling from 1, such as 1,0.94,0.83,0.63 (default: "
+    "spaced as the model's shift has it).",
+)
 _SOLVER = _left(flags.DEFINE_string, "solver", f"Solver, one of {', '.join(SOLVERS)}")
 _SCALE = _left(
     flags.DEFINE_float,
@@ -140,6 +159,12 @@ _AFTER = _left(
     "sound_after",
     "Make the picture first, and then the sound for it",
 )
+_CONDITIONING = flags.DEFINE_list(
+    "conditioning_scale",
+    ["1"],
+    "How strongly --video and --references are followed (VACE): a factor, or one for "
+    "each layer that takes hints.",
+)
 _SHIFT = flags.DEFINE_float(
     "shift",
     None,
@@ -148,25 +173,35 @@ _SHIFT = flags.DEFINE_float(
 for _name, _original in (("num_frames", "frames"), ("num_inference_steps", "steps")):
     flags.DEFINE_alias(_name, _original)
 _DIT = flags.DEFINE_string(
-    "dit", None, "Folder of a finetuned network for a released model."
+    "dit", None, "Folder or file of another network for a released model."
 )
 _DIT_LOW = flags.DEFINE_string(
     "dit_low", None, "The same, of the expert for low noise."
 )
-_LORA = flags.DEFINE_list(
-    "lora", [], "LoRA files, each perhaps with its strength: FILE:0.8,FILE."
+_LORA = flags.DEFINE_multi_string(
+    "lora",
+    [],
+    "Adapter files (LoRA and its kin), each perhaps with its strength: FILE:0.8,FILE.",
 )
-_LORA_HIGH = flags.DEFINE_list(
-    "lora_high", [], "LoRA files for the expert for high noise alone."
+_LORA_HIGH = flags.DEFINE_multi_string(
+    "lora_high", [], "Adapter files for the expert for high noise alone."
 )
-_LORA_LOW = flags.DEFINE_list(
-    "lora_low", [], "LoRA files for the expert for low noise alone."
+_LORA_LOW = flags.DEFINE_multi_string(
+    "lora_low", [], "Adapter files for the expert for low noise alone."
+)
+_CHECK_LORA = flags.DEFINE_string(
+    "check_lora",
+    None,
+    "Adapter file: say what of it the model reads, and generate nothing.",
 )
 _DTYPE = flags.DEFINE_enum(
     "dtype",
     "bfloat16",
     ["bfloat16", "float32"],
     "Precision of a released model's weights and computation.",
+)
+_VARIANT = flags.DEFINE_string(
+    "variant", "", "Version of a released model's weights, such as fp16."
 )
 _CALIBRATE = flags.DEFINE_string(
     "calibrate",
@@ -239,39 +274,39 @@ def _mesh(prompts: int) -> Mesh:
     if _MESH.value is not None:
         return make_mesh(parse_mesh(_MESH.value))
     # Where one expert isn't guided, the other's pairs of rows follow one another.
-    guided = 1 not in (_SCALE.value, _SCALE_2.value)
+    guided = 1 not in (_SCALE.value, _SCALE_2.value) and not _PRESET.value
     rows = min(prompts, _ROWS.value) * (2 if guided else 1)
     return make_mesh(sampling_sizes(rows, jax.device_count()))
 
 
 def _load(mesh: Mesh) -> Generator:
-    if _WORKDIR.value is not None and _PRETRAINED.value is not None:
-        raise ValueError("give one of --workdir and --pretrained, not both.")
-    if _PRETRAINED.value is None:
-        for flag in (_DIT, _DIT_LOW, _SHIFT):
-            if flag.value is not None:
-                raise ValueError(f"--{flag.name} goes with --pretrained.")
-        model = open_bundle(_WORKDIR.value or FOLDER, mesh)
-    else:
-        model = open_bundle(
-            _PRETRAINED.value,
-            mesh,
-            dtype=_DTYPE.value,
-            shift=_SHIFT.value,
-            parts={x.name: x.value for x in (_DIT, _DIT_LOW) if x.value},
-        )
+    model = _open(mesh)
     adapters = (_LORA, EXPERTS), (_LORA_HIGH, EXPERTS[:1]), (_LORA_LOW, EXPERTS[1:])
     for flag, networks in adapters:
-        model = with_adapters(model, [_strength(x) for x in flag.value], networks)
+        if files := strengths(flag.value):
+            model = with_adapters(model, files, networks)
     if _SCALE_2.value is not None and not model.boundary:
         raise ValueError("--guidance_scale_2 is for models of two experts.")
     return Generator(model, mesh)
 
 
-def _strength(text: str) -> tuple[str, float]:
-    """FILE or FILE:FACTOR."""
-    match = re.fullmatch(r"(.+):(-?[\d.]+)", text)
-    return (match[1], float(match[2])) if match else (text, 1.0)
+def _open(mesh: Mesh) -> Bundle:
+    if _WORKDIR.value is not None and _PRETRAINED.value is not None:
+        raise ValueError("give one of --workdir and --pretrained, not both.")
+    if _PRETRAINED.value is None:
+        for flag in (_DIT, _DIT_LOW, _SHIFT, _VARIANT):
+            if flag.value:
+                raise ValueError(f"--{flag.name} goes with --pretrained.")
+        # An absolute path, which is no id on the hub.
+        return open_bundle(pathlib.Path(_WORKDIR.value or FOLDER).absolute(), mesh)
+    return open_bundle(
+        _PRETRAINED.value,
+        mesh,
+        dtype=_DTYPE.value,
+        shift=_SHIFT.value,
+        parts={x.name: x.value for x in (_DIT, _DIT_LOW) if x.value},
+        variant=_VARIANT.value,
+    )
 
 
 def sample(prompts: list[str]) -> Iterator[pathlib.Path]:
@@ -282,11 +317,16 @@ def sample(prompts: list[str]) -> Iterator[pathlib.Path]:
     if not prompts:
         raise ValueError('give a prompt, "…", or --prompts=FILE.')
     requests = read_requests(prompts, _common_fields())
-    named = _STEPS, _SOLVER, _SCALE, _SCALE_2, _RESCALE, _DRAFT
+    if _SHIFT.value is not None and (_PRESET.value or _LEVELS.value):
+        raise ValueError("--shift spaces noise levels that --preset or --levels give.")
+    named = _STEPS, _PRESET, _SOLVER, _SCALE, _SCALE_2, _RESCALE, _DRAFT
     named += _SOUND_SCALE, _SYNC, _SOUND_SYNC, _AFTER
     low, high = map(float, _INTERVAL.value)
     settings = Settings(
-        guidance_interval=(low, high), **{flag.name: flag.value for flag in named}
+        guidance_interval=(low, high),
+        conditioning_scale=tuple(map(float, _CONDITIONING.value)),
+        levels=_LEVELS.value and tuple(map(float, _LEVELS.value)),
+        **{flag.name: flag.value for flag in named},
     )
     folder = pathlib.Path(_OUT.value)
     if not _CALIBRATE.value:
@@ -300,12 +340,16 @@ def sample(prompts: list[str]) -> Iterator[pathlib.Path]:
         yield pathlib.Path(_CALIBRATE.value)
         return
     reuse = Reuse.load(_REUSE.value, _THRESHOLD.value) if _REUSE.value else None
-    told = dataclasses.asdict(settings) | {"shift": generator.model.policy.shift}
+    told = {k: x for k, x in dataclasses.asdict(settings).items() if x is not None}
+    if settings.levels is None:
+        told["shift"] = generator.model.policy.shift
     if not generator.model.boundary:
-        told.pop("guidance_scale_2")
+        told.pop("guidance_scale_2", None)
+    if not generator.model.dit.control_channels:
+        told.pop("conditioning_scale")
     if not generator.model.has_sound:
         for flag in (_SOUND_SCALE, _SYNC, _SOUND_SYNC, _AFTER):
-            told.pop(flag.name)
+            told.pop(flag.name, None)
     files = _WORKDIR, _PRETRAINED, _DIT, _DIT_LOW, _LORA, _LORA_HIGH, _LORA_LOW, _REUSE
     told |= {flag.name: flag.value for flag in files if flag.value}
     shown = {}
@@ -353,6 +397,10 @@ def main(argv: list[str]) -> None:
     prompts = argv[1:]
     with told_in_a_line("stopped; the clips that were ready are written."):
         keep_compilations()
+        if _CHECK_LORA.value is not None:
+            model = _open(make_mesh(devices=jax.devices()[:1]))
+            print(report_adapters(model, _CHECK_LORA.value))
+            return
         if _PROMPTS.value is not None:
             lines = pathlib.Path(_PROMPTS.value).read_text().splitlines()
             prompts += [line for line in lines if line.strip()]

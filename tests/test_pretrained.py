@@ -13,12 +13,16 @@ import pytest
 from safetensors.numpy import save_file
 from stacks import stack_layers
 
+from jvdit.machine.json_files import fit_json
 from jvdit.models.dit import VARIANTS, DiT
 from jvdit.shapes import Text, Tokens
 from jvdit.sharding import make_mesh, parameter_shardings
 from jvdit.weights import umt5, wan
+from jvdit.weights.folders import load_dit
+from jvdit.weights.opening import open_bundle
+from jvdit.weights.released_configs import DiffusersDiT, dit_fields
 from jvdit.weights.rules import Rule, assign, export, loader, paths_of
-from jvdit.weights.tensors import TensorFiles
+from jvdit.weights.tensors import TensorFiles, has_variant
 
 FIELDS = VARIANTS["tiny"] | {"in_channels": 16, "out_channels": 16, "text_width": 12}
 
@@ -165,6 +169,132 @@ def test_tensors_of_shards_are_views_of_the_files(tmp_path):
         TensorFiles(tmp_path)
 
 
+def save(folder, **files):
+    folder.mkdir(exist_ok=True, parents=True)
+    for name, tensors in files.items():
+        held = {x: np.full(3, value, np.float32) for x, value in tensors.items()}
+        save_file(held, folder / f"{name}.safetensors")
+
+
+def test_a_variant_beside_plain_weights(tmp_path):
+    plain, half = "diffusion_pytorch_model", "diffusion_pytorch_model.fp16"
+    save(tmp_path / "whole", **{plain: {"a": 1}, half: {"a": 2}})
+    parts = {f"{half}-00001-of-00002": {"a": 2}, f"{half}-00002-of-00002": {"b": 2}}
+    save(tmp_path / "parts", **{plain: {"a": 1, "b": 1}}, **parts)
+    names = {"a": [*parts][0], "b": [*parts][1]}
+    names = {x: f"{file}.safetensors" for x, file in names.items()}
+    index = tmp_path / "parts" / f"{plain}.safetensors.index.fp16.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    for folder in (tmp_path / "whole", tmp_path / "parts"):
+        for variant, value in ("", 1), ("fp16", 2), ("bf16", 1):
+            found = TensorFiles(folder, variant)
+            assert all((x == value).all() for x in found.values())
+            assert len(found) == (1 if folder.name == "whole" else 2)
+        assert has_variant(folder, "fp16") and not has_variant(folder, "bf16")
+        (folder / f"{plain}.safetensors").unlink()
+        assert (TensorFiles(folder)["a"] == 2).all(), "the only one there is"
+
+
+def test_the_authors_folder_of_a_small_network(tmp_path, params):
+    """One file without an index, beside the converted files of other networks."""
+    tensors = export(wan.dit_rules("original"), params)
+    save_file(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
+    save(
+        tmp_path, **{"Wan2.1_VAE": {"conv1.weight": 1}, "models_t5": {"norm.weight": 1}}
+    )
+    assert TensorFiles(tmp_path).keys() == tensors.keys()
+
+
+def test_scaled_tensors_are_read_as_the_scale_times_the_value(tmp_path):
+    """fp8 as ComfyUI writes it, one scale for each tensor or for each row."""
+    rng, file = np.random.default_rng(0), tmp_path / "x.safetensors"
+    whole = {
+        f"layer.{i}.weight": rng.normal(size=(4, 3)).astype("f") for i in (0, 1, 2)
+    }
+    held = {"scaled_fp8": np.zeros(2, ml_dtypes.float8_e4m3fn)}
+    for i, (name, value) in enumerate(whole.items()):
+        scale = np.abs(value).max(keepdims=True) / 448 if i else np.float32(1)
+        if i == 2:
+            scale = np.abs(value).max(1, keepdims=True) / 448
+        held[name] = (value / scale).astype(ml_dtypes.float8_e4m3fn)
+        held[f"layer.{i}.{'weight_scale' if i == 2 else 'scale_weight'}"] = scale
+        held[f"layer.{i}.scale_input"] = np.ones(1, np.float32)
+    held = {f"model.diffusion_model.{name}": np.asarray(x) for name, x in held.items()}
+    save_file(held, file)
+    found = TensorFiles(file)
+    found.within("model.diffusion_model.")
+    assert found.keys() == whole.keys()
+    for name, value in whole.items():
+        np.testing.assert_allclose(found[name], value, rtol=0.07, atol=0.01)
+    name = "model.diffusion_model.layer.0.scale_weight"
+    save_file(held | {name: np.ones((4, 2), np.float32)}, file)
+    with pytest.raises(ValueError, match="layer.0.scale_weight .*blocks.*bf16"):
+        TensorFiles(file)
+
+
+def test_what_cannot_be_read_is_told_with_what_can(tmp_path):
+    file = tmp_path / "x.safetensors"
+    save(tmp_path, x={"a.weight": 1, "a.weight.absmax": 1})
+    with pytest.raises(ValueError, match="bitsandbytes .*a.weight.absmax.*bf16"):
+        TensorFiles(file)
+    (tmp_path / "x.gguf").touch()
+    with pytest.raises(ValueError, match="x.gguf is GGUF.*safetensors"):
+        TensorFiles(tmp_path / "x.gguf")
+    config = {"model_type": "s2v", "dim": 48, "ffn_dim": 80, "freq_dim": 256}
+    config |= {"num_heads": 3, "num_layers": 2, "in_dim": 16, "out_dim": 16, "eps": 1}
+    for name, family in FOREIGN.items():
+        save(tmp_path, x={f"model.diffusion_model.{name}": 1})
+        with pytest.raises(ValueError, match=f"a network of {family}.*VACE"):
+            open_bundle(file)
+        save(tmp_path / "bare", x={name: 1})
+        with pytest.raises(ValueError, match=f"bare is a network of {family}.*VACE"):
+            open_bundle(tmp_path / "bare")
+        save(tmp_path / "folder", diffusion_pytorch_model={name: 1})
+        (tmp_path / "folder/config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=f"folder is a network of {family}"):
+            load_dit(tmp_path / "folder")
+    save(tmp_path, x={"blocks.0.self_attn.q.lora_down.weight": 1})
+    with pytest.raises(ValueError, match="x.safetensors holds adapters.*--lora"):
+        open_bundle(file)
+    save(tmp_path, x={"blocks.0.self_attn.q.weight": 1})
+    with pytest.raises(ValueError, match="weights alone.*--dit .*release"):
+        open_bundle(file)
+    save(tmp_path / "folder", diffusion_pytorch_model={"blocks.0.ffn.0.weight": 1})
+    (tmp_path / "folder/config.json").write_text(json.dumps(config | {"in_dim": 48}))
+    with pytest.raises(ValueError, match="`in_dim` .=48.* 16, or 36 .*Wan Fun"):
+        load_dit(tmp_path / "folder")
+
+
+FOREIGN = {
+    "patchify_proj.weight": "LTX-Video",
+    "audio_patchify_proj.weight": "LTX-2",
+    "double_blocks.0.img_mod.lin.weight": "FLUX or HunyuanVideo",
+    "txt_in.individual_token_refiner.blocks.0.norm1.weight": "HunyuanVideo",
+    "casual_audio_encoder.weights": "Wan 2.2 S2V",
+    "face_adapter.fuser_blocks.0.linear1_q.weight": "Wan 2.2 Animate",
+    "control_adapter.conv.weight": "Wan Fun",
+}
+
+
+def test_a_single_file_of_a_network_takes_the_config_of_its_release(tmp_path):
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 20}
+    sizes |= {"in_channels": 16, "out_channels": 16, "text_dim": 12, "num_layers": 2}
+    sizes |= {"freq_dim": 16, "eps": 1e-6, "cross_attn_norm": True}
+    (tmp_path / "release").mkdir()
+    (tmp_path / "release/config.json").write_text(json.dumps(sizes))
+    module = DiT(**dit_fields(fit_json(sizes, "config", DiffusersDiT, "")))
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *module.example_inputs())
+    params = drawn(shapes["params"])
+    tensors = export(wan.dit_rules("original"), params)
+    tensors = {f"model.diffusion_model.{name}": x for name, x in tensors.items()}
+    vae = {"first_stage_model.conv1.weight": np.ones(1, np.float32)}
+    save_file(tensors | vae, tmp_path / "comfy.safetensors")
+    found = load_dit(
+        tmp_path / "comfy.safetensors", dtype=jnp.float32, like=tmp_path / "release"
+    )
+    assert same(found.params, params)
+
+
 def test_bad_files_are_named_with_the_remedy(tmp_path):
     file = tmp_path / "model.safetensors"
     save_file({"a": np.zeros(100, np.float32)}, file)
@@ -185,6 +315,18 @@ def test_bad_files_are_named_with_the_remedy(tmp_path):
     (tmp_path / "Wan2.1_VAE.pth").unlink()
     with pytest.raises(FileNotFoundError, match="holds no .*safetensors"):
         TensorFiles(tmp_path)
+
+
+def test_the_command_that_converts_a_pickle_works_in_any_folder(tmp_path):
+    torch = pytest.importorskip("torch")
+    (tmp_path / "it's \"$HOME`").mkdir()
+    file = tmp_path / "it's \"$HOME`" / "a b.pth"
+    torch.save({"a": torch.arange(3.0)}, file)
+    with pytest.raises(ValueError, match="pickle") as told:
+        TensorFiles(file)
+    line = str(told.value).partition(": python ")[2]
+    subprocess.run(f"{sys.executable} {line}", shell=True, check=True)
+    assert TensorFiles(file.with_suffix(".safetensors"))["a"].tolist() == [0, 1, 2]
 
 
 _MEASURE = """

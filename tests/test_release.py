@@ -86,6 +86,8 @@ def test_a_scheduler_is_followed_or_said():
     euler = scheduler_of("FlowMatchEulerDiscreteScheduler", SchedulerConfig(shift=8.0))
     assert (euler.solver, euler.shift, euler.notes) == ("euler", 8.0, ())
     assert euler.timesteps == 0
+    few = scheduler_of("FlowMatchLCMScheduler", SchedulerConfig(shift=5.0))
+    assert (few.solver, few.shift, few.notes) == ("renoise", 5.0, ())
     dpm = scheduler_of("DPMSolverMultistepScheduler", SchedulerConfig(solver_order=3))
     assert (dpm.solver, dpm.shift) == ("dpmpp_2m", None)
     assert dpm.notes == (
@@ -94,7 +96,6 @@ def test_a_scheduler_is_followed_or_said():
     )
     for kind, solver in (
         ("FlowMatchHeunDiscreteScheduler", "heun"),
-        ("FlowMatchLCMScheduler", "euler"),
         ("DPMSolverSinglestepScheduler", "dpmpp_2m"),
         ("DEISMultistepScheduler", "unipc"),
     ):
@@ -113,7 +114,9 @@ def test_a_scheduler_is_followed_or_said():
 
 def test_what_is_not_followed_is_logged(tmp_path, caplog):
     index = {"_class_name": "WanPipeline"}
-    folder = folder_of(tmp_path, index | {"scheduler": ["", "FlowMatchLCMScheduler"]})
+    folder = folder_of(
+        tmp_path, index | {"scheduler": ["", "FlowMatchHeunDiscreteScheduler"]}
+    )
     (folder / "scheduler/scheduler_config.json").write_text('{"shift": 3.0}')
     release = read_release(folder)
     recipe = release.recipe(VARIANTS["wan2.2-ti2v-5b"])
@@ -121,7 +124,7 @@ def test_what_is_not_followed_is_logged(tmp_path, caplog):
         caplog.clear()
         _tell(release, recipe, shift)
         assert len(caplog.messages) == count
-        assert "nearest, 'euler', is taken" in caplog.messages[0]
+        assert "nearest, 'heun', is taken" in caplog.messages[0]
         assert all("authors advise 5" in x for x in caplog.messages[1:])
 
 

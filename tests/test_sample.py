@@ -126,6 +126,58 @@ def test_a_model_completes_what_requests_and_settings_leave_open():
         Settings(steps=0)
 
 
+def test_presets_and_levels_come_before_what_the_model_has():
+    model = {"steps": 40, "guidance_scale": 5.0, "solver": "unipc", "boundary": 0.9}
+    found = Settings(preset="lightx2v-2+2").complete(model)
+    assert found.solver == "renoise" and found.guidance_scale == 1 and found.steps == 4
+    assert found.levels == pytest.approx((1, 0.9375, 5 / 6, 0.625))
+    found = Settings(preset="lightx2v-4", solver="euler", guidance_scale=2.0)
+    found = found.complete(model)
+    assert (found.solver, found.guidance_scale_2, found.steps) == ("euler", 2.0, 4)
+    assert Settings(levels=(1.0, 0.5)).complete(model).steps == 2
+    with pytest.raises(ValueError, match="two experts; take 'lightx2v-4'"):
+        Settings(preset="lightning-2+2").complete({"boundary": 0.0})
+    with pytest.raises(ValueError, match="`preset` .*lightx2v-4"):
+        Settings(preset="lightx2v")
+    for wrong in ((0.5, 0.6), (1000.0, 500.0), (1.0, 0.0), (float("nan"),)):
+        with pytest.raises(ValueError, match="`levels` .*divided by 1000"):
+            Settings(levels=wrong)
+
+
+def test_levels_take_the_place_of_the_spacing(generator):
+    request = Request("x", "", 1, 16, 16)
+    spaced = generator.model.policy.times(3, jnp.full((1,), 4.0))[:-1, 0]
+    plain, same, other = (
+        generator.latents([request], steps=3, levels=levels, solver="euler")[0]
+        for levels in (None, tuple(spaced.tolist()), (1.0, 0.9, 0.1))
+    )
+    np.testing.assert_allclose(same, plain, atol=1e-6)
+    assert np.abs(other - plain).max() > 2e-5
+    with pytest.raises(ValueError, match="`steps` .* must be 2, one for each"):
+        generator(request, steps=5, levels=(1.0, 0.5))
+
+
+def test_text_states_in_the_place_of_prompts(generator):
+    sizes = {"frames": 1, "height": 16, "width": 16}
+    asked = Request("one object", "nothing", **sizes)
+    (positive,), (negative,) = generator._inputs._texts([asked])
+    given = {"prompt_embeds": positive, "negative_prompt_embeds": negative}
+    settings = {"steps": 2, "guidance": Guidance(3.0)}
+    found = generator.latents(
+        [asked, Request("", **sizes, **given), Request("", "nothing", **sizes)],
+        **settings,
+    )
+    np.testing.assert_array_equal(found[0], found[1])
+    assert np.abs(found[0] - found[2]).max() > 0
+    shown = Request("", **sizes, **given).settings
+    assert shown["prompt_embeds"] == f"states {len(positive)}x{positive.shape[1]}"
+    for wrong in (positive[None], positive[:, :-1], np.zeros((999, len(positive[0])))):
+        with pytest.raises(ValueError, match="`prompt_embeds` is .*batch axis"):
+            generator.check(Request("", **sizes, prompt_embeds=wrong))
+    with pytest.raises(ValueError, match="finite"):
+        generator.check(Request("", **sizes, prompt_embeds=np.nan * positive))
+
+
 def test_a_field_of_the_wrong_kind_is_named():
     with pytest.raises(ValueError, match="line 2: `frames` .='17'. must be `int`"):
         read_requests(["x", '{"prompt": "y", "frames": "17"}'], {"seed": 0})

@@ -1,5 +1,7 @@
 """Solvers against the exact flow of Gaussian data, whose velocity is closed-form."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,6 +88,29 @@ def test_euler_and_ddim_are_one_on_the_flow_path():
     assert np.isclose(
         error("euler", 7, NoisePath()), error("ddim", 7, NoisePath()), rtol=1e-4
     )
+
+
+@pytest.mark.parametrize("schedule", ["flow", "linear"])
+def test_renoise_ends_at_a_prediction_from_fresh_noise(schedule):
+    """Of a network that knows the data exactly: every step begins anew."""
+    path, tokens = NoisePath(schedule), start(NoisePath(schedule))[0]
+    times = TimestepPolicy(levels=(1.0, 0.6, 0.3)).times(3, jnp.ones((2, 1)))
+    x0 = jax.random.normal(jax.random.key(9), tokens.latents.shape)
+    seen = []
+
+    def exact(tokens, t):
+        level = tokens.per_token(t)
+        alpha, sigma = path.alpha_sigma(level)
+        noise = (tokens.latents - alpha * x0) / sigma
+        jax.debug.callback(lambda noise: seen.append(noise), noise, ordered=True)
+        return path.true_velocity(x0, noise, level)
+
+    found = solve(exact, tokens, times, path, keys(2, 1), "renoise")
+    jax.effects_barrier()
+    np.testing.assert_allclose(found, x0, atol=1e-4)
+    for one, other in itertools.combinations(seen, 2):
+        np.testing.assert_allclose([x.std() for x in (one, other)], 1, atol=0.25)
+        assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 0.3
 
 
 @pytest.mark.parametrize("schedule", ["flow", "linear"])

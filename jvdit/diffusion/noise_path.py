@@ -9,8 +9,9 @@ velocity the one well-conditioned currency that losses and solvers share.
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -159,10 +160,12 @@ class TimestepPolicy:
         start: where the even spacing begins, before the shift.
         reach_end: True puts one time at the end of the spacing, and the last step goes
             from there to 0; False puts 0 in the place of that end.
+        levels: the times of sampling themselves, without the 0 at the end, in the place
+            of any spacing; (): they are spaced.
 
     Raises:
-        ValueError: unknown distribution, shift not positive or outside its range, or
-            `span` not in order inside [0, 1].
+        ValueError: unknown distribution, shift not positive or outside its range,
+            `span` not in order inside [0, 1], or `levels` not falling inside (0, 1].
     """
 
     distribution: str = "logit_normal"
@@ -175,8 +178,15 @@ class TimestepPolicy:
     grid: tuple[float, float] = (1.0, 0.0)
     start: float = 1.0
     reach_end: bool = False
+    levels: tuple[float, ...] = ()
 
     def __post_init__(self):
+        falling = all(a > b for a, b in itertools.pairwise((*self.levels, 0.0)))
+        if self.levels and not (falling and self.levels[0] <= 1):
+            raise ValueError(
+                f"`levels` (={self.levels}) must fall from at most 1, and end above 0; "
+                "timesteps are divided by 1000."
+            )
         _check("distribution", self.distribution, DISTRIBUTIONS)
         low, high = self.shift_range
         if not 0 < low <= self.shift <= high:
@@ -190,7 +200,7 @@ class TimestepPolicy:
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> "TimestepPolicy":
         """Builds a policy from JSON values or a config, where tuples are lists."""
-        pairs = ("shift_range", "span", "grid")
+        pairs = ("shift_range", "span", "grid", "levels")
         given = {k: tuple(settings[k]) for k in pairs if k in settings}
         return cls(**{**settings, **given})
 
@@ -204,6 +214,10 @@ class TimestepPolicy:
     def shifted(self, t: Times, num_tokens: Times) -> Times:
         """Shifts times of clips of `num_tokens` tokens towards 1."""
         return _shifted(t, self.shift_for(num_tokens))
+
+    def shifted_levels(self, levels: Sequence[float]) -> tuple[float, ...]:
+        """Noise levels of a clip of `shift_tokens` tokens, shifted, for `levels`."""
+        return tuple(_shifted(level, self.shift) for level in levels)
 
     def quantile(self, u: Times, num_tokens: Times) -> Times:
         """The quantile function of training timesteps: u in [0, 1] to t."""
@@ -248,11 +262,19 @@ class TimestepPolicy:
                 to float32 then never changes which timestep the network is given.
 
         Raises:
-            ValueError: `steps` is not positive.
+            ValueError: `steps` is not positive, or not the number of `levels`.
         """
         if steps < 1:
             raise ValueError(f"`steps` (={steps}) must be at least 1; try 30.")
         shape = (steps + 1, *num_tokens.shape)
+        if self.levels:
+            if steps != len(self.levels):
+                raise ValueError(
+                    f"`steps` (={steps}) must be {len(self.levels)}, one for each of "
+                    f"`levels` (={self.levels}); leave it out."
+                )
+            t = jnp.asarray((*self.levels, 0.0), jnp.float32)
+            return jnp.broadcast_to(t.reshape(-1, *(1 for _ in shape[1:])), shape)
         first, end = self.grid
         even = np.linspace(self.start, end, steps + (not self.reach_end))
         even = np.append(even[:steps], 0.0)

@@ -115,6 +115,17 @@ def ddim(denoiser, x, now, state):
     return now.path.mix(x0, noise, x.per_token(now.t_next)), state
 
 
+def renoise(denoiser, x, now, state):
+    """Predicts the data, and adds fresh noise of the next level to it.
+
+    For models distilled to few steps: multistep consistency sampling, Algorithm 1 of
+    arXiv:2303.01469, and DMD2 (arXiv:2405.14867).
+    """
+    x0, _ = _predict(denoiser, x, now)
+    noise = clip_noise(now.keys, x)
+    return now.path.mix(x0, noise, x.per_token(now.t_next)), state
+
+
 def ancestral(denoiser, x, now, state):
     """DDPM's ancestral sampler: draws from the posterior q(x_next | x_t, x0).
 
@@ -227,6 +238,7 @@ SOLVERS: dict[str, tuple[Step, Sequence[str], Sequence[str]]] = {
     "dpmpp_2m": (dpmpp_2m, ("x0",), ("t_lambda",)),
     "unipc": (unipc, *_UNIPC),
     "ancestral": (ancestral, (), ()),
+    "renoise": (renoise, (), ()),
 }
 
 

@@ -54,8 +54,8 @@ def sharpness(video: Frames, wanted: Frames) -> Float[np.ndarray, "*b"]:
 
     def energy(values: Frames) -> np.ndarray:
         x = values.astype(np.float64)
-        parts = (np.square(np.diff(x, axis=axis)) for axis in (-3, -2))
-        return sum(part.mean((-4, -3, -2, -1)) for part in parts)
+        down, right = (np.square(np.diff(x, axis=axis)) for axis in (-3, -2))
+        return down.mean((-4, -3, -2, -1)) + right.mean((-4, -3, -2, -1))
 
     whole = energy(wanted)
     return np.asarray(energy(video) / np.where(whole > 0, whole, np.nan))

@@ -24,6 +24,8 @@ def calibrate(generator: Generator, request: Request, **settings: Any) -> list[f
     Raises:
         ValueError: the model can't generate this size, or a setting is out of range.
     """
+    if levels := settings.pop("levels", None):
+        generator = generator.timed(tuple(levels))
     measured = generator.stepper.ratios = {}
     generator.latents([request], reuse=Reuse((1.0,), most=0), **settings)
     curve = np.ones(max(last for _, last in measured))

@@ -1,7 +1,9 @@
 """The denoising networks of a model, one after the other over the noise levels."""
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,6 +23,7 @@ from jvdit.generation.sampling import (
     texts_of,
 )
 from jvdit.machine.cluster import to_host
+from jvdit.models.lora import A
 from jvdit.sharding import parameter_shardings, rows_sharding
 from jvdit.weights.bundle import Bundle
 
@@ -49,6 +52,7 @@ class Experts:
         guidances: Mapping[str, Guidance],
         on_step: OnStep | None,
         reuse: Reuse | None,
+        conditioning_scale: float | Sequence[float] = 1.0,
     ) -> np.ndarray:
         """Denoises a batch to t = 0, one expert after the other."""
         start = start._replace(
@@ -57,7 +61,7 @@ class Experts:
         places, running = rows_sharding(self.mesh, len(batch.seeds)), None
         for name, span in self.spans(start.steps).items():
             with jax.set_mesh(self.mesh):
-                variables = self.variables(name)
+                variables = self.variables(name, conditioning_scale)
                 if running is None:
                     arrays = jax.device_put((batch.arrays, batch.seeds), places)
                     running = start_noise(start, *arrays)
@@ -76,13 +80,22 @@ class Experts:
                 del variables
         return latents
 
-    def variables(self, name: str) -> dict[str, Any]:
-        """The parameters of an expert, and its adapters if it has any."""
+    def variables(
+        self, name: str, conditioning_scale: float | Sequence[float] = 1.0
+    ) -> dict[str, Any]:
+        """The parameters of an expert, and its adapters if it has any.
+
+        Args:
+            name: "dit" or "dit_low".
+            conditioning_scale: factors of the hints of control blocks.
+        """
         variables = {"params": self.params[name]}
         if (lora := self.model.adapters.get(name)) is not None:
             places = parameter_shardings(lora, self.mesh)
             variables["lora"] = jax.device_put(lora, places)
-        return variables
+        if (scales := hint_scales(self.model, conditioning_scale)) is None:
+            return variables
+        return jax.tree.map_with_path(partial(_scaled_hint, scales), variables)
 
     def spans(self, steps: int) -> dict[str, tuple[int, int]]:
         """The range of steps that each expert takes."""
@@ -92,3 +105,37 @@ class Experts:
         high = int((shown >= np.float32(model.boundary)).sum())
         spans = {"dit": (0, high), "dit_low": (high, steps)}
         return {name: span for name, span in spans.items() if span[0] < span[1]}
+
+
+def hint_scales(model: Bundle, scale: float | Sequence[float]) -> np.ndarray | None:
+    """A factor for the hint of each layer that takes control; None: all are 1.
+
+    Raises:
+        ValueError: there are as many neither as one nor as layers, or one isn't finite.
+    """
+    layers = getattr(model.dit, "control_layers", ())
+    found = np.asarray(scale, np.float32).reshape(-1)
+    if (found == 1).all() and found.size == 1:
+        return None
+    if not layers:
+        raise ValueError(
+            f"`conditioning_scale` (={scale}) is for models that take control (VACE); "
+            "leave it out."
+        )
+    if found.size not in (1, len(layers)) or not np.isfinite(found).all():
+        raise ValueError(
+            f"`conditioning_scale` (={scale}) must be one finite number, or one for "
+            f"each of the {len(layers)} layers that take control (VACE): {[*layers]}."
+        )
+    return np.broadcast_to(found, (len(layers),))
+
+
+def _scaled_hint(scales: np.ndarray, path: Any, leaf: jax.Array) -> jax.Array:
+    """A parameter times the scale of its hint, if the hint is linear in it."""
+    names = [key.key for key in path]
+    if names[-2:-1] != ["hint"] or names[-1] == A:
+        return leaf
+    number = re.fullmatch(r"control_(\d+)", names[1])
+    scale = scales.reshape(-1, *(1,) * (leaf.ndim - 1))
+    scale = scale if number is None else scales[int(number[1])]
+    return (leaf * scale).astype(leaf.dtype)

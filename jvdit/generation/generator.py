@@ -19,9 +19,9 @@ from jvdit.diffusion.reuse import Reuse
 from jvdit.diffusion.solvers import check_solver
 from jvdit.generation.codec import Codec
 from jvdit.generation.draft import drafted, dubbed
-from jvdit.generation.experts import Experts
+from jvdit.generation.experts import Experts, hint_scales
 from jvdit.generation.inputs import Inputs
-from jvdit.generation.request import Request, complete
+from jvdit.generation.request import STATES, Request, complete
 from jvdit.generation.residence import Residence, fits_together
 from jvdit.generation.results import GeneratedClip, Latents
 from jvdit.generation.sampling import (
@@ -80,6 +80,21 @@ class Generator:
         """
         mesh = make_mesh() if mesh is None else mesh
         return cls(open_bundle(folder, mesh, **options), mesh)
+
+    def timed(self, levels: tuple[float, ...]) -> "Generator":
+        """The same generator at noise levels of its own; one for each, with one memory.
+
+        Its network is given these very levels, not the nearest of a thousand timesteps.
+        """
+        model, made = self._timed.get(levels, (None, self))
+        if model is not self.model:
+            path = dataclasses.replace(self.model.path, timesteps=0)
+            policy = dataclasses.replace(self.model.policy, levels=levels)
+            model = dataclasses.replace(self.model, path=path, policy=policy)
+            made = dataclasses.replace(self, model=model)
+            made._held = self.model.networks, self.residence
+            self._timed[levels] = self.model, made
+        return made
 
     def load_params(self, params: Mapping[str, Any]) -> None:
         """Replaces the parameters of some networks without compiling again.
@@ -244,6 +259,8 @@ class Generator:
                     f"`{name}` (={request.size[i]}) makes {size[i]} latents, which "
                     f"patches of {patch_size[i]} don't divide; try {nearest[i]}."
                 )
+        for name in STATES:
+            self._check_states(name, getattr(request, name))
         self.model.check_given(request.given)
         if request.sound:
             self.model.audio_vae  # noqa: B018 - raises if there is none
@@ -252,6 +269,19 @@ class Generator:
                 "`from_video` and `from_sound` are about sound, and `sound` is False."
             )
         return size
+
+    def _check_states(self, name: str, states: np.ndarray | None) -> None:
+        """Raises a ValueError if the model can't take these text states."""
+        width, most = self.model.dit.text_width, self.model.text_length
+        if states is None:
+            return
+        if states.ndim != 2 or states.shape[1] != width or not len(states) <= most:
+            raise ValueError(
+                f"`{name}` is {[*states.shape]}; give [s {width}] with at most {most} "
+                "states, without a batch axis."
+            )
+        if not np.isfinite(states).all():
+            raise ValueError(f"`{name}` holds values that aren't finite.")
 
     def latents(self, requests: Sequence[Request], **options: Any) -> list[np.ndarray]:
         """Generates the normalised latents `[f h w c]` of each picture, in order.
@@ -270,6 +300,7 @@ class Generator:
         requests: Sequence[Request],
         *,
         steps: int = 30,
+        levels: Sequence[float] | None = None,
         solver: str = "unipc",
         guidance: Guidance = Guidance(4.0),  # noqa: B008 - immutable
         low_guidance: Guidance | None = None,
@@ -277,12 +308,14 @@ class Generator:
         on_step: OnStep | None = None,
         noise: Sequence[Float[np.ndarray, "f h w c"]] | None = None,
         reuse: Reuse | None = None,
+        conditioning_scale: float | Sequence[float] = 1.0,
     ) -> Iterator[dict[int, Latents]]:
         """Denoises requests from t = 1 to t = 0, batch by batch.
 
         Args:
             requests: clips of any sizes; short ones are packed into rows together.
             steps: how many steps the solver takes.
+            levels: noise levels of the steps, in the place of the model's spacing.
             solver: a name in `SOLVERS`.
             guidance: classifier-free guidance.
             low_guidance: guidance of the low-noise expert, in a model with two experts;
@@ -294,6 +327,7 @@ class Generator:
             noise: the initial noise of each silent request; None: drawn from its seed.
             reuse: lets some steps reuse the residual of the step before (MagCache):
                 faster, but not quite the same clip.
+            conditioning_scale: as in `Settings`.
 
         Yields:
             For each batch, the normalised latents of its requests, by the index of the
@@ -303,6 +337,13 @@ class Generator:
             ValueError: the model can't generate a size, or a setting is out of range;
                 raised before anything is compiled.
         """
+        if levels:
+            options = {"rows": rows, "on_step": on_step, "noise": noise, "reuse": reuse}
+            options |= {"guidance": guidance, "low_guidance": low_guidance}
+            options["conditioning_scale"] = conditioning_scale
+            timed = self.timed(tuple(levels))
+            yield from timed.solve(requests, steps=steps, solver=solver, **options)
+            return
         check_solver(solver)
         if reuse is not None and solver == "heun":
             raise ValueError(
@@ -310,6 +351,7 @@ class Generator:
             )
         model = self.model
         model.policy.times(steps, jnp.ones(1))
+        hint_scales(model, conditioning_scale)
         requests = [self.complete(request) for request in requests]
         sizes = [self.check(request) for request in requests]
         given = [
@@ -334,7 +376,12 @@ class Generator:
         for batch in batches:
             start = Start(model.path, model.policy, steps, solver, bool(noise))
             latents = self.experts.solved(
-                batch, start, guidances=guidances, on_step=on_step, reuse=reuse
+                batch,
+                start,
+                guidances=guidances,
+                on_step=on_step,
+                reuse=reuse,
+                conditioning_scale=conditioning_scale,
             )
             found = unpacked(batch, latents, sizes, sounds, model.patch_size, channels)
             yield {
@@ -376,14 +423,29 @@ class Generator:
         """The autoencoders."""
         return Codec(self.model, self.residence, self.mesh)
 
-    @cached_property
+    @property
     def residence(self) -> Residence:
         """The parameters by network, placed on the devices when they are needed."""
-        together = self.together
-        if together is None:
-            together = fits_together(self.model.num_bytes, self.mesh)
-        sources = {name: x.source for name, x in self.model.networks.items()}
-        return Residence(sources, self.mesh, together)
+        networks, held = self._held
+        if networks is not self.model.networks:
+            together = self.together
+            if together is None:
+                together = fits_together(self.model.num_bytes, self.mesh)
+            networks = self.model.networks
+            sources = {name: x.source for name, x in networks.items()}
+            held = Residence(sources, self.mesh, together)
+            self._held = networks, held
+        return held
+
+    @cached_property
+    def _held(self) -> tuple[Any, Any]:
+        """The networks whose parameters are placed, and their places."""
+        return None, None
+
+    @cached_property
+    def _timed(self) -> dict[tuple[float, ...], tuple[Any, "Generator"]]:
+        """Generators by their noise levels, each with the model that it is made of."""
+        return {}
 
     @cached_property
     def painter(self) -> "Generator":
@@ -402,6 +464,6 @@ class Generator:
         """The compiled solver steps of the network."""
         return Stepper(self.model.dit, self.model.path)
 
-    @cached_property
+    @property
     def _inputs(self) -> Inputs:
         return Inputs(self.model, self.residence, self.mesh, self.codec)

@@ -85,10 +85,8 @@ class Inputs:
             The items of the requests with their prompts, and the same items with their
             negative prompts.
         """
-        prompts = [request.prompt for request in requests]
-        negative = [request.negative_prompt or "" for request in requests]
-        states, model = self._text_states(prompts + negative), self.model
-        found = []
+        positive, negative = self._texts(requests)
+        found, model = [], self.model
         for i, request in enumerate(requests):
             start = np.zeros((*sizes[i], model.vae.latent_channels), np.float32)
             item = item_of(
@@ -97,12 +95,12 @@ class Inputs:
                 fps=request.fps if model.seconds else None,
                 temporal_compression=model.vae.temporal_compression,
                 known=given[i],
-                text_embeds=states[request.prompt],
+                text_embeds=positive[i],
             )
             found.append(self._with_sound(item, request, given[i]))
         nulls = [
-            dataclasses.replace(item, text_embeds=states[text])
-            for item, text in zip(found, negative, strict=True)
+            dataclasses.replace(item, text_embeds=states)
+            for item, states in zip(found, negative, strict=True)
         ]
         return found, nulls
 
@@ -129,9 +127,29 @@ class Inputs:
         vae = self.model.audio_vae
         return vae.length(request.samples(vae.sample_rate))
 
+    def _texts(self, requests: Sequence[Request]) -> list[list[np.ndarray]]:
+        """The text states of the prompts, and of the negative prompts."""
+        kinds = [
+            [(request.prompt, request.prompt_embeds) for request in requests],
+            [(x.negative_prompt or "", x.negative_prompt_embeds) for x in requests],
+        ]
+        texts = [text for kind in kinds for text, given in kind if given is None]
+        states, model = self._text_states(texts), self.model
+        found = [
+            [states[text] if given is None else given for text, given in kind]
+            for kind in kinds
+        ]
+        if not model.pad_text:
+            return found
+        length = model.text_length
+        pad = lambda x: np.pad(x, ((0, length - len(x)), (0, 0)))  # noqa: E731
+        return [[pad(x) for x in kind] for kind in found]
+
     def _text_states(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
         """Encodes prompts, each distinct one once."""
-        texts, length = list(dict.fromkeys(prompts)), self.model.text_length
+        texts = list(dict.fromkeys(prompts))
+        if not texts:
+            return {}
         batch = min(1 << (len(texts) - 1).bit_length(), _PROMPTS)
         with jax.set_mesh(self.mesh):
             states = encode_captions(
@@ -139,11 +157,9 @@ class Inputs:
                 self.params["text_encoder"],
                 self.model.tokenizer,
                 texts,
-                length,
+                self.model.text_length,
                 batch,
             )
-        if self.model.pad_text:
-            states = [np.pad(x, ((0, length - len(x)), (0, 0))) for x in states]
         return dict(zip(texts, states, strict=True))
 
 

@@ -29,6 +29,7 @@ _CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 _CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 PICTURES = ("image", "last_image", "video", "mask", "from_video", "from_sound")
+STATES = ("prompt_embeds", "negative_prompt_embeds")
 # Defaults for the fields that neither the request nor its model sets.
 _SUITS = {"negative_prompt": "", "frames": 17, "height": 64, "width": 64, "fps": 8.0}
 
@@ -58,6 +59,8 @@ class Request:
         from_video: footage to make sound for; the clip keeps its picture.
         from_sound: a sound file, or float32 [a e] at the model's rate in [-1, 1], to
             make a picture for; the clip keeps its sound, and lasts as long.
+        prompt_embeds, negative_prompt_embeds: states of the text encoder, float [s e],
+            in the place of those of the prompts.
 
     Raises:
         ValueError: a number is out of its range.
@@ -78,6 +81,8 @@ class Request:
     sound: bool | None = None
     from_video: Pictures | None = None
     from_sound: Pictures | None = None
+    prompt_embeds: np.ndarray | None = None
+    negative_prompt_embeds: np.ndarray | None = None
 
     def __post_init__(self):
         names = "frames", "height", "width", "fps", "seed"
@@ -106,6 +111,9 @@ class Request:
         fields = {x.name: getattr(self, x.name) for x in dataclasses.fields(self)}
         fields |= {name: _named(fields[name]) for name in PICTURES}
         fields["references"] = [_named(x) for x in self.references]
+        for name in STATES:
+            if (states := fields[name]) is not None:
+                fields[name] = f"states {'x'.join(map(str, states.shape))}"
         return {k: v for k, v in fields.items() if v is not None and v != []}
 
     @property

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jvdit.diffusion.denoise import Guidance
+from jvdit.diffusion.noise_path import TimestepPolicy
 from jvdit.diffusion.solvers import check_solver
+from jvdit.generation.presets import preset_settings
 from jvdit.ranges import check_ranges
 
 # Defaults for the settings that neither the caller nor the model sets.
@@ -26,6 +28,9 @@ class Settings:
 
     Attributes:
         steps: how many steps the solver takes.
+        preset: a name in `PRESETS`, whose settings come before the model's own.
+        levels: noise levels of the steps, falling from at most 1, in the place of even
+            spacing and the model's shift; the last step goes to 0.
         solver: a name in `SOLVERS`.
         guidance_scale: classifier-free guidance scale; 1 turns guidance off, which is
             twice as fast.
@@ -39,12 +44,16 @@ class Settings:
             to what it is without guidance (arXiv:2305.08891, 3.4).
         draft: generate an image first, then a clip that has it as its first frame.
         sound_after: generate the picture first, then the sound for it.
+        conditioning_scale: how strongly a control signal is followed (VACE): one factor
+            for all layers, or one for each that takes hints.
 
     Raises:
         ValueError: the solver is unknown, or a number is out of range.
     """
 
     steps: int | None = None
+    preset: str | None = None
+    levels: tuple[float, ...] | None = None
     solver: str | None = None
     guidance_scale: float | None = None
     guidance_scale_2: float | None = None
@@ -55,11 +64,15 @@ class Settings:
     sound_sync_scale: float | None = None
     draft: bool | None = None
     sound_after: bool | None = None
+    conditioning_scale: float | tuple[float, ...] = 1.0
 
     def __post_init__(self):
         if self.solver is not None:
             check_solver(self.solver)
         check_ranges({"steps": self.steps})
+        if self.preset is not None:
+            preset_settings(self.preset)
+        TimestepPolicy(levels=tuple(self.levels or ()))
         for scale in (self.guidance_scale, self.guidance_scale_2):
             self._guidance(scale)
 
@@ -71,6 +84,10 @@ class Settings:
                 `guidance_scale`, so it is ignored if a scale was given.
         """
         suits = {**_SUITS, **{k: v for k, v in defaults.items() if k in NAMES}}
+        if self.preset is not None:
+            suits |= preset_settings(self.preset, bool(defaults.get("boundary")))
+        if self.levels is not None:
+            suits["steps"] = len(self.levels)
         if self.guidance_scale is not None:
             suits.pop("guidance_scale_2", None)
         fields = {k: v for k, v in suits.items() if getattr(self, k) is None}
@@ -84,9 +101,11 @@ class Settings:
         """The settings as keyword arguments of `Generator.solve`."""
         return {
             "steps": self.steps,
+            "levels": self.levels,
             "solver": self.solver,
             "guidance": self._guidance(self.guidance_scale),
             "low_guidance": self._guidance(self.guidance_scale_2),
+            "conditioning_scale": self.conditioning_scale,
         }
 
     def _guidance(self, scale: float | None) -> Guidance:

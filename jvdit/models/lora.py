@@ -4,6 +4,10 @@ An adapter adds `x A B` to what a layer makes of x, with A `[i r]` and B `[r o]`
 small rank r. Adapters are a tree like that of the parameters, with the leaves `lora_a`
 and `lora_b` in the place of a layer's `kernel`; a module applies them when it is given
 the tree as its collection "lora" (see `dense.Dense`). Their strength is part of B.
+
+Adapters of other projects may also hold, under the path of a parameter, a difference
+that is added to it; and beside the factors of a layer the magnitude `lora_magnitude`
+that its columns get (DoRA, arXiv:2402.09353). These are merged into the parameters.
 """
 
 import dataclasses
@@ -20,6 +24,7 @@ from jvdit.models.kinds import SUFFIXES
 from jvdit.ranges import check_ranges
 
 A, B, RATE = "lora_a", "lora_b", "lora_rate"
+MAGNITUDE = "lora_magnitude"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,25 +130,66 @@ def stacked(several: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return unflatten_dict(joined, sep="/")
 
 
-def check(params: Mapping[str, Any], adapters: Mapping[str, Any]) -> None:
-    """Raises ValueError if adapters don't fit the network with these parameters."""
-    flat, low = _flat(params), _flat(adapters)
-    wrong = []
-    for layer in dict.fromkeys(path.rpartition("/")[0] + "/" for path in low):
-        kernel = flat.get(layer + "kernel")
-        if layer + A not in low or layer + B not in low:
-            wrong.append(f"{layer.rstrip('/')} has one factor only")
-            continue
-        a, b = low[layer + A].shape, low[layer + B].shape
-        if kernel is None:
-            wrong.append(f"there is no layer {layer.rstrip('/')}")
-        elif (*a[:-1], b[-1]) != kernel.shape or a[-1] != b[-2]:
-            wrong.append(f"{layer.rstrip('/')} is {kernel.shape}, adapted by {a}, {b}")
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(
-            f"the adapters are of another network: {'; '.join(wrong[:3])}{more}."
-        )
+def parted(adapters: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parts adapters into those that modules apply, and those that `merged` takes."""
+    flat = _flat(adapters)
+    layers = {path: path.rpartition("/")[0] for path in flat}
+    low = {
+        path: x
+        for path, x in flat.items()
+        if path.endswith((A, B)) and f"{layers[path]}/{MAGNITUDE}" not in flat
+    }
+    rest = {path: x for path, x in flat.items() if path not in low}
+    return unflatten_dict(low, sep="/"), unflatten_dict(rest, sep="/")
+
+
+def merged(
+    params: Mapping[str, Any], changes: Mapping[str, Any], factor: float = 1.0
+) -> dict[str, Any]:
+    """Parameters with differences and DoRA merged, so many times as strong.
+
+    Each result has the type and the place of its parameter.
+
+    Args:
+        params: parameters of the network.
+        changes: adapters whose layers with factors all have a magnitude (`parted`).
+        factor: 1 is as it was trained, 0 changes nothing.
+    """
+    flat, given = _flat(params), _flat(changes)
+    for path in [x for x in given if not x.endswith((A, B))]:
+        layer, _, leaf = path.rpartition("/")
+        name, change, told = path, _with_difference, [given[path]]
+        if leaf == MAGNITUDE:
+            told += [given[f"{layer}/{A}"], given[f"{layer}/{B}"]]
+            name = f"{layer}/kernel"
+            change = _with_dora if told[1].ndim == 2 else _with_stacked_dora
+        place = getattr(flat[name], "sharding", None)
+        flat[name] = jax.jit(change, out_shardings=place)(flat[name], factor, *told)
+    return unflatten_dict(flat, sep="/")
+
+
+def _with_difference(x: Array, factor: Array, change: Array) -> Array:
+    return (x.astype(jnp.float32) + factor * change).astype(x.dtype)
+
+
+def _with_dora(kernel: Array, factor: Array, size: Array, a: Array, b: Array) -> Array:
+    """Eq. 5 of arXiv:2402.09353; the kernel is ours, so its norms are along axis 0.
+
+    Where the magnitude belongs to inputs they are along axis 1. A magnitude of zeros
+    means that the layer, of a stack, has none.
+    """
+    before = kernel.astype(jnp.float32)
+    after = before + a @ b
+    axis = 0 if size.shape[0] == 1 else 1
+    norm = jnp.linalg.norm(after, axis=axis, keepdims=True)
+    after = jnp.where(size.any(), size / norm * after, after)
+    return (before + factor * (after - before)).astype(kernel.dtype)
+
+
+def _with_stacked_dora(kernels: Array, factor: Array, *given: Array) -> Array:
+    # One after another: together they would need the memory of the stack in float32.
+    change = lambda each: _with_dora(each[0], factor, *each[1:])  # noqa: E731
+    return jax.lax.map(change, (kernels, *given))
 
 
 def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:

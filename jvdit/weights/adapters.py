@@ -1,44 +1,87 @@
-"""Reads LoRA adapters in other projects' formats, and writes diffusers' format.
+"""Reads adapters in other projects' formats, and writes diffusers' format.
 
-A file names the layers as the network's own checkpoint does, with a prefix in front and
-the factor behind: `lora_A`, `lora_B` (PEFT, diffusers) or `lora_down`, `lora_up`
-(ComfyUI, kohya). The scale alpha / rank comes from `.alpha` tensors, from an
+A file names the layers as the network's own checkpoint does, with prefixes in front,
+and behind it what changes: the two factors of LoRA, called `lora_A` and `lora_B` (PEFT,
+diffusers) or `lora_down` and `lora_up` (ComfyUI, kohya); the magnitude of DoRA
+(arXiv:2402.09353); or a difference that is added to a whole parameter (`.diff`,
+`.diff_b`, `.diff_m`). The scale alpha / rank comes from `.alpha` tensors, from an
 `adapter_config.json` beside the file (PEFT), or from the file's metadata (diffusers);
 otherwise it is 1.
 """
 
+import contextlib
+import math
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import einops
 import msgspec
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jvdit.machine.json_files import fit_json, parse_json, read_json
-from jvdit.models.layers import stack_of
-from jvdit.models.lora import A, B
-from jvdit.weights.rules import Rule, names_of, paths_of, places_of
+from jvdit.models.lora import MAGNITUDE, A, B
+from jvdit.weights.rules import Rule, Shape, listed, names_of, paths_of
 from jvdit.weights.tensors import PathLike, TensorFiles, write_tensors
 
-# Prefixes of layer names. `write_lora` writes the first.
-PREFIXES = ("transformer.", "base_model.model.", "diffusion_model.", "model.", "")
-_FACTORS = re.compile(
-    r"(?P<layer>.+)\.(?:(?P<a>lora_A|lora_down)|lora_B|lora_up)(?:\.\w+)?\.weight"
-)
-# kohya's scripts (musubi-tuner) join the parts of the original names by underscores.
-_JOINED = re.compile(
-    r"lora_unet_((?:vace_)?blocks)_(\d+)_(self_attn|cross_attn|ffn)_(\w+)"
-)
 FILE = "pytorch_lora_weights.safetensors"
+_PREFIX = "transformer."  # what `write_lora` puts before the names
+# Words that projects put before the names of layers, in any order and number. Names are
+# compared with underscores in the place of dots, as kohya's scripts join them.
+_WORDS = (
+    "base_model|diffusion_model|high_noise_model|low_noise_model|lora_unet|"
+    "lora_transformer|transformer_2|transformer|model|pipe|dit2|dit|unet|net|module|"
+    "lycoris|orig_mod"
+)
+_BEFORE = re.compile(rf"(?:_?(?:{_WORDS})_)*")
+_EXPERTS = {"transformer_2": "dit_low", "dit2": "dit_low", "low_noise_model": "dit_low"}
+_EXPERTS |= {"high_noise_model": "dit"}
+ANY = ""  # in the place of an expert, where the names tell none
+
+# What stands behind the name of a layer, and what it is.
+_PARTS = {
+    "a": r"lora_A(\.\w+)?\.weight|lora[_.]down(\.\w+)?\.weight",
+    "b": r"lora_B(\.\w+)?\.weight|lora[_.]up(\.\w+)?\.weight",
+    "magnitude": r"lora_magnitude_vector(\.\w+)?|dora_scale",
+    "alpha": r"alpha",
+    "scaled_bias": r"lora_B(\.\w+)?\.bias|lora[_.]up\.bias",
+    "weight": r"diff|w_norm",
+    "bias": r"diff_b|b_norm",
+    "modulation": r"diff_m",
+}
+_PART = re.compile(
+    "(?P<layer>.+)\\.(?:"
+    + "|".join(f"(?P<{name}>{pattern})" for name, pattern in _PARTS.items())
+    + ")"
+)
+# Differences, and the ends of the names of the tensors that they are added to.
+_DIFFERENCES = {
+    "weight": ("_weight", ""),
+    "bias": ("_bias",),
+    "scaled_bias": ("_bias",),
+    "modulation": ("_modulation", "_scale_shift_table", ""),
+}
+_ENDS = {".weight": ".diff", ".bias": ".diff_b"}  # what `write_lora` calls them
+
+
+class Adapters(NamedTuple):
+    """What a file of adapters holds for a network.
+
+    Attributes:
+        trees: the adapters, in the form of `models.lora`, by the expert that the file
+            names: "dit", "dit_low", or `ANY` if it names none.
+        left: why a tensor was left out, by its name.
+    """
+
+    trees: dict[str, dict[str, Any]]
+    left: dict[str, str]
 
 
 def read_lora(
     path: PathLike, tables: Sequence[Sequence[Rule]], params: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Reads LoRA adapters from a file, and multiplies their scale into `lora_b`.
+) -> Adapters:
+    """Reads adapters from a file, and multiplies their scale into `lora_b`.
 
     Args:
         path: a safetensors file, or a folder with one.
@@ -48,39 +91,294 @@ def read_lora(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a tensor is no adapter of a layer of this network; lists which. Or
-            the adapters are DoRA.
+        ValueError: nothing in the file fits this network, and the message lists why; a
+            layer is adapted twice; or a value isn't finite.
     """
     path = pathlib.Path(path)
     tensors = TensorFiles(path)
-    alphas = _Alphas(path, tensors)
-    found: dict[str, np.ndarray] = {}
-    unknown = []
+    reader = _Reader(path, tensors, _slots(tables, params))
+    layers: dict[str, dict[str, str]] = {}
     for name in tensors:
-        if name.endswith(".alpha"):
+        if (part := part_of(name)) is None:
+            reader.left[name] = "this kind of change isn't known"
             continue
-        match = _FACTORS.fullmatch(name)
-        place = match and _place(match["layer"], tables)
-        if not match or place is None or tensors[name].ndim < 2:
-            unknown.append(name)
-            continue
-        layer, rule = place
-        tensor = np.asarray(tensors[name], np.float32)
-        if not match["a"]:
-            strength = alphas.of(match["layer"], rank := tensor.shape[1]) / rank
-            found[f"{layer}/{B}"] = tensor.reshape(tensor.shape[:2]).T * strength
-            continue
-        try:
-            found[f"{layer}/{A}"] = rule.to_ours(tensor)
-        except einops.EinopsError:
-            unknown.append(name)
-    if unknown or not found:
-        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-        raise ValueError(
-            f"{path} holds no adapters of this network: unknown are "
-            f"{', '.join(unknown[:3]) or 'none, but it is empty'}{more}."
-        )
-    return _stacked(found, params)
+        layer = _PART.fullmatch(name)["layer"]  # type: ignore[index]
+        if layers.setdefault(layer, {}).setdefault(part, name) != name:
+            raise ValueError(f"{path} changes {layer} twice, under two names.")
+    for layer, names in layers.items():
+        reader.read(layer, names)
+    if not reader.found:
+        why = left_out(reader.left) or "it is empty"
+        raise ValueError(f"{path} holds no adapters of this network: {why}.")
+    trees = {expert: _stacked(held) for expert, held in reader.found.items()}
+    return Adapters(trees, reader.left)
+
+
+def part_of(name: str) -> str | None:
+    """Which part of a change a tensor is, by its name: a key of `_PARTS`, or None."""
+    match = _PART.fullmatch(name)
+    return match and next(part for part in _PARTS if match[part])
+
+
+def strengths(texts: Sequence[str]) -> list[tuple[str, float]]:
+    """Reads adapter files as command lines name them: FILE or FILE:FACTOR.
+
+    Args:
+        texts: files, in each text perhaps several with commas between. A comma or colon
+            in the name of a file that exists is part of the name.
+
+    Raises:
+        ValueError: a factor isn't a finite number.
+    """
+    found: list[tuple[str, float]] = []
+    for text in texts:
+        pieces = text.split(",")
+        while pieces:
+            joined = [",".join(pieces[:n]) for n in range(len(pieces), 0, -1)]
+            there = [x for x in joined if pathlib.Path(_strength(x)[0]).exists()]
+            chosen = (there or joined[-1:])[0]
+            if chosen:
+                found.append(_strength(chosen))
+            pieces = pieces[chosen.count(",") + 1 :]
+    return found
+
+
+def _strength(text: str) -> tuple[str, float]:
+    file, colon, factor = text.rpartition(":")
+    if not colon or pathlib.Path(text).exists():
+        return text, 1.0
+    try:
+        value = float(factor)
+    except ValueError:
+        return text, 1.0
+    if not math.isfinite(value):
+        raise ValueError(f"the strength of {text} must be a finite number, as 0.8 is.")
+    return file, value
+
+
+def left_out(left: Mapping[str, str]) -> str:
+    """What was left out of a file, and why, for a message: `Adapters.left`."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in left.items():
+        reasons.setdefault(why, []).append(name)
+    return "; ".join(f"{why} ({listed(names)})" for why, names in reasons.items())
+
+
+class _Slot(NamedTuple):
+    """A parameter that a released tensor fills, or one layer of a stacked one.
+
+    Attributes:
+        path: path of the parameter.
+        layer, depth: which layer of how many; None and 0: it isn't stacked.
+        rule: the rule that converts the tensor.
+        shape: of the parameter, or of the layer.
+    """
+
+    path: str
+    layer: int | None
+    depth: int
+    rule: Rule
+    shape: Shape
+
+
+# Path of a leaf; number of the layer, and how many there are (`_Slot`).
+_Key = tuple[str, int | None, int]
+
+
+def _slots(
+    tables: Sequence[Sequence[Rule]], params: Mapping[str, Any]
+) -> dict[str, list[_Slot]]:
+    """The places of a network's tensors, by their names with underscores."""
+    found: dict[str, dict[Any, _Slot]] = {}
+    for rules in tables:
+        for path, leaf in paths_of(params).items():
+            pieces = []
+            # A network of our own may have parameters that no release has.
+            with contextlib.suppress(ValueError):
+                pieces = names_of(rules, path, leaf.shape)
+            for name, rule, layer in pieces:
+                shape, depth = tuple(leaf.shape), 0
+                if layer is not None:
+                    depth, *shape = shape
+                slot = _Slot(path, layer, depth, rule, tuple(shape))
+                found.setdefault(_joined(name), {})[path, layer] = slot
+    return {name: [*several.values()] for name, several in found.items()}
+
+
+def _joined(name: str) -> str:
+    return re.sub(r"[._]+", "_", name)
+
+
+class _Reader:
+    """Collects what the layers of a file hold for the places of a network."""
+
+    def __init__(
+        self, path: pathlib.Path, tensors: TensorFiles, slots: dict[str, list[_Slot]]
+    ):
+        self.path, self.tensors, self.slots = path, tensors, slots
+        self.alphas = _Alphas(path, tensors)
+        self.found: dict[str, dict[_Key, np.ndarray]] = {}
+        self.left: dict[str, str] = {}
+
+    def read(self, layer: str, names: Mapping[str, str]) -> None:
+        """Reads what the file holds of a layer.
+
+        Args:
+            layer: the layer's name in the file.
+            names: its tensors, by the part of the change that they are.
+        """
+        joined = _joined(layer)
+        before = joined[: _BEFORE.match(joined).end()]  # type: ignore[union-attr]
+        told = [x for word, x in _EXPERTS.items() if f"{word}_" in before]
+        expert, plain = (told or [ANY])[0], joined[len(before) :]
+        values = {part: self._value(name) for part, name in names.items()}
+        rank = values["b"].shape[1] if "b" in values and values["b"].ndim > 1 else 0
+        strength = self.alphas.of(layer, rank) / rank if rank else 1.0
+        if {"a", "b", "magnitude"} & names.keys():
+            why = self._factors(expert, plain, values, strength)
+            factors = ("a", "b", "magnitude") if why else ()
+            self.left |= {names[x]: why for x in factors if x in names}
+        for part in [x for x in _DIFFERENCES if x in values]:
+            value = values[part] * (strength if part == "scaled_bias" else 1)
+            if why := self._difference(expert, plain, _DIFFERENCES[part], value):
+                self.left[names[part]] = why
+
+    def _value(self, name: str) -> np.ndarray:
+        value = np.asarray(self.tensors[name], np.float32)
+        if not np.isfinite(value).all():
+            raise ValueError(
+                f"{self.path}: tensor {name} holds values that aren't finite; download "
+                "the file again, or take another one."
+            )
+        return value
+
+    def _factors(
+        self, expert: str, plain: str, values: Mapping[str, np.ndarray], strength: float
+    ) -> str:
+        """Takes the factors of a layer, or tells why not."""
+        if "a" not in values or "b" not in values:
+            return "another part of this change is missing"
+        a, b, magnitude = values["a"], values["b"], values.get("magnitude")
+        rank = len(a) if a.ndim else 0
+        slots = self.slots.get(f"{plain}_weight", [])
+        slots = [slot for slot in slots if slot.path.endswith("/kernel")]
+        if not slots:
+            return _ABSENT
+        for slot in slots:
+            low = slot.rule.shape_of(a.shape) or (0,)
+            if b.size != rank * slot.shape[-1] or (low[0], len(b)) != slot.shape:
+                return f"{a.shape} and {b.shape} don't fit a layer of {slot.shape}"
+        if magnitude is not None:
+            magnitude = _along(magnitude, slots[0].shape)
+            if magnitude is None or len(slots) > 1:
+                return "this form of DoRA isn't known"
+        for slot in slots:
+            layer = slot.path.removesuffix("kernel")
+            self._put(expert, slot, layer + A, slot.rule.to_ours(a))
+            self._put(expert, slot, layer + B, strength * b.reshape(len(b), -1).T)
+            if magnitude is not None:
+                self._put(expert, slot, layer + MAGNITUDE, magnitude)
+        return ""
+
+    def _difference(
+        self, expert: str, plain: str, ends: Sequence[str], value: np.ndarray
+    ) -> str:
+        """Takes the difference of a parameter, or tells why not."""
+        several = (self.slots.get(plain + end) for end in ends)
+        slots = next((x for x in several if x), [])
+        for slot in slots:
+            if slot.rule.shape_of(value.shape) != slot.shape:
+                return f"{value.shape} doesn't fit a parameter of {slot.shape}"
+        for slot in slots:
+            self._put(expert, slot, slot.path, slot.rule.to_ours(value))
+        return "" if slots else _ABSENT
+
+    def _put(self, expert: str, slot: _Slot, path: str, value: np.ndarray) -> None:
+        held, key = self.found.setdefault(expert, {}), (path, slot.layer, slot.depth)
+        if key in held:
+            raise ValueError(f"{self.path} changes {path} twice, under two names.")
+        held[key] = value
+
+
+_ABSENT = "this network has no such layer"
+
+
+def _along(magnitude: np.ndarray, shape: Shape) -> np.ndarray | None:
+    """The magnitude of each output `[1 o]`, or of each input `[i 1]`, of a kernel."""
+    if magnitude.size == shape[1] and magnitude.shape[:2] != (1, shape[0]):
+        return magnitude.reshape(1, -1)
+    return magnitude.reshape(-1, 1) if magnitude.size == shape[0] else None
+
+
+class _Settings(msgspec.Struct, frozen=True):
+    """The fields of PEFT's `adapter_config.json` that decide the scale."""
+
+    lora_alpha: float | None = None
+    alpha_pattern: dict[str, float] | None = None
+    use_rslora: bool | None = None
+
+
+class _Alphas:
+    """The alpha of each layer, from the file's tensors, settings or metadata."""
+
+    def __init__(self, path: pathlib.Path, tensors: TensorFiles):
+        self.path, self.by_layer = path, {}
+        for name in [x for x in tensors if x.endswith(".alpha")]:
+            if tensors[name].size != 1:
+                raise ValueError(f"{path}: {name} must hold one number.")
+            self.by_layer[name.removesuffix(".alpha")] = float(tensors[name].ravel()[0])
+        file = (path if path.is_dir() else path.parent) / "adapter_config.json"
+        # By what the names of the layers begin with.
+        self.settings, again = {}, "save the adapters again"
+        if file.exists():
+            self.settings[""] = read_json(file, again, _Settings)
+        elif text := tensors.metadata.get("lora_adapter_metadata"):
+            # diffusers: {"transformer.r": 8, "transformer_2.lora_alpha": 16, …}
+            where = f"lora_adapter_metadata of {path}"
+            fields: dict[str, dict[str, Any]] = {}
+            for name, value in parse_json(text, where, dict[str, Any], again).items():
+                word, _, field = name.rpartition(".")
+                fields.setdefault(word, {})[field] = value
+            for word, held in fields.items():
+                self.settings[word] = fit_json(held, where, _Settings, again)
+
+    def of(self, layer: str, rank: int) -> float:
+        """The alpha of a layer; its adapter is scaled by alpha / rank."""
+        if layer in self.by_layer:
+            return self.by_layer[layer]
+        some = next(iter(self.settings.values()), _Settings())
+        settings = self.settings.get(layer.partition(".")[0], some)
+        alpha = float(rank) if settings.lora_alpha is None else settings.lora_alpha
+        for pattern, special in (settings.alpha_pattern or {}).items():
+            try:
+                if re.search(rf"(^|\.)({pattern})$", layer):
+                    alpha = special
+            except re.error as error:
+                raise ValueError(
+                    f"`alpha_pattern` of {self.path} holds {pattern!r}, which is no "
+                    f"regular expression ({error}); save the adapters again."
+                ) from None
+        return alpha * rank**0.5 if settings.use_rslora else alpha
+
+
+def _stacked(flat: Mapping[_Key, np.ndarray]) -> dict[str, Any]:
+    """Builds the tree of adapters, with layers stacked where the network's are.
+
+    What is left out of a stack is zero; smaller ranks are padded with zeros.
+    """
+    joined: dict[str, Any] = {}
+    stacks: dict[tuple[str, int], dict[int, np.ndarray]] = {}
+    for (path, layer, depth), value in flat.items():
+        if layer is None:
+            joined[path] = value
+        else:
+            stacks.setdefault((path, depth), {})[layer] = value
+    for (path, depth), values in stacks.items():
+        shape = np.max([value.shape for value in values.values()], axis=0)
+        joined[path] = np.zeros((depth, *shape), np.float32)
+        for number, value in values.items():
+            joined[path][(number, *map(slice, value.shape))] = value
+    return unflatten_dict(joined, sep="/")
 
 
 def write_lora(
@@ -90,110 +388,57 @@ def write_lora(
 
     Args:
         folder: where to write `pytorch_lora_weights.safetensors`.
-        adapters: the adapters, with their scale multiplied in.
+        adapters: the adapters, with their scale multiplied in; see `models.lora`.
         rules: rule table of the network.
     """
-    tensors = {}
-    for path, leaf in flatten_dict(dict(adapters), sep="/").items():
-        layer, _, factor = path.rpartition("/")
-        value = np.asarray(leaf, np.float32)
-        for name, rule, number in names_of(rules, f"{layer}/kernel", value.shape):
-            own = value if number is None else value[number]
-            if factor == A:
-                turned = rule.to_theirs(own)
-            else:
-                ones = (1,) * (len(rule.layout.split("->")[0].split()) - 2)
-                turned = own.T.reshape(*own.T.shape, *ones)
-            ending = f"lora_{'A' if factor == A else 'B'}.weight"
-            name = f"{PREFIXES[0]}{name.removesuffix('weight')}{ending}"
-            tensors[name] = np.ascontiguousarray(turned)
+    flat = flatten_dict(dict(adapters), sep="/")
+    flat = {path: np.asarray(leaf, np.float32) for path, leaf in flat.items()}
+    tensors: dict[str, np.ndarray] = {}
+    for path in [x for x in flat if not x.endswith(f"/{B}")]:
+        layer, _, leaf = path.rpartition("/")
+        pair = [flat[x] for x in (path, f"{layer}/{B}")[: 1 + (leaf == A)]]
+        whole = f"{layer}/kernel" if leaf in (A, MAGNITUDE) else path
+        for name, rule, number in names_of(rules, whole, flat[path].shape):
+            own = pair if number is None else [x[number] for x in pair]
+            end = "".join(x for x in _ENDS if name.endswith(x))
+            stem = _PREFIX + name.removesuffix(end)
+            if leaf == A:
+                _write_pair(tensors, stem, rule, *own)
+            elif leaf != MAGNITUDE:
+                value = _padded(rule, rule.to_theirs(own[0]))
+                stem += _ENDS.get(end, ".diff")
+                tensors[stem] = tensors.get(stem, 0) + value
+            elif own[0].any():
+                turned = own[0].T
+                outputs = turned.shape[1] == 1
+                stem += ".lora_magnitude_vector" if outputs else ".dora_scale"
+                tensors[stem] = turned.reshape(-1) if outputs else turned
     file = pathlib.Path(folder) / FILE
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(file, tensors)
+    write_tensors(file, {k: np.ascontiguousarray(v) for k, v in tensors.items()})
     return file
 
 
-def _place(name: str, tables: Sequence[Sequence[Rule]]) -> tuple[str, Rule] | None:
-    """The path of a layer in our network, and its rule; None for unknown names."""
-    name = _JOINED.sub(r"\1.\2.\3.\4", name)
-    for prefix in PREFIXES:
-        for rules in tables if name.startswith(prefix) else ():
-            for path, rule in places_of(rules, f"{name[len(prefix) :]}.weight"):
-                if path.endswith("/kernel") and rule.part[1] == 1:
-                    return path.removesuffix("/kernel"), rule
-    return None
-
-
-class _Settings(msgspec.Struct, frozen=True):
-    """The fields of PEFT's `adapter_config.json` that decide the scale."""
-
-    lora_alpha: float | None = None
-    alpha_pattern: dict[str, float] | None = None
-    use_rslora: bool | None = None
-    use_dora: bool | None = None
-
-
-class _Alphas:
-    """The alpha of each layer, from the file's tensors, settings or metadata."""
-
-    def __init__(self, path: pathlib.Path, tensors: TensorFiles):
-        self.by_layer = {
-            name.removesuffix(".alpha"): float(np.asarray(tensors[name], np.float32))
-            for name in tensors
-            if name.endswith(".alpha")
-        }
-        file = (path if path.is_dir() else path.parent) / "adapter_config.json"
-        self.settings, again = _Settings(), "save the adapters again"
-        if file.exists():
-            self.settings = read_json(file, again, _Settings)
-        elif text := tensors.metadata.get("lora_adapter_metadata"):
-            # diffusers: {"transformer.r": 8, "transformer.lora_alpha": 16, …}
-            where = f"lora_adapter_metadata of {path}"
-            held = parse_json(text, where, dict[str, Any], again)
-            held = {name.rpartition(".")[2]: x for name, x in held.items()}
-            self.settings = fit_json(held, where, _Settings, again)
-        if self.settings.use_dora:
-            raise ValueError(f"{path} holds DoRA adapters; merge them where they are.")
-
-    def of(self, layer: str, rank: int) -> float:
-        """The alpha of a layer; its adapter is scaled by alpha / rank."""
-        if layer in self.by_layer:
-            return self.by_layer[layer]
-        given = self.settings.lora_alpha
-        alpha = float(rank) if given is None else given
-        for pattern, special in (self.settings.alpha_pattern or {}).items():
-            if re.search(rf"(^|\.)({pattern})$", layer):
-                alpha = special
-        return alpha * rank**0.5 if self.settings.use_rslora else alpha
-
-
-def _stacked(flat: Mapping[str, np.ndarray], params: Mapping[str, Any]) -> dict:
-    """Builds the parameter tree, with layers stacked where the network's are.
-
-    Layers that the file leaves out get adapters of zeros.
-    """
-    shapes = {path: leaf.shape for path, leaf in paths_of(params).items()}
-    stacks = {x: stack_of(x) for x in {path.partition("/")[0] for path in shapes}}
-    joined: dict[str, Any] = {}
-    layers: dict[tuple[str, int], dict[int, np.ndarray]] = {}
-    for path, value in flat.items():
-        match = re.fullmatch(r"(block|control)_(\d+)/((.+)/\w+)", path)
-        named = match and [k for k, x in stacks.items() if x and x[0] == match[1]]
-        if not match or not named:
-            joined[path] = value
-            continue
-        for name in named:
-            depth = shapes.get(f"{name}/{match[4]}/kernel", (0,))[0]
-            number = int(match[2]) - (stack_of(name) or ("", 0))[1]
-            if 0 <= number < depth:
-                layers.setdefault((f"{name}/{match[3]}", depth), {})[number] = value
-                break
+def _write_pair(
+    tensors: dict[str, np.ndarray], stem: str, rule: Rule, a: np.ndarray, b: np.ndarray
+) -> None:
+    """Adds the factors of a layer; those of the parts of one tensor are joined."""
+    names = f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
+    ones = (1,) * (len(rule.layout.split("->")[0].split()) - 2)
+    a, b = _padded(rule, rule.to_theirs(a)), b.T.reshape(*b.T.shape, *ones)
+    if names[0] in tensors:
+        other_a, other_b = (tensors[name] for name in names)
+        if np.array_equal(b, other_b):
+            a = a + other_a
         else:
-            raise ValueError(f"there is no layer {path} in {', '.join(named)}.")
-    for (path, depth), values in layers.items():
-        # Layers may differ in rank: smaller ones are padded with zeros.
-        shape = np.max([value.shape for value in values.values()], axis=0)
-        joined[path] = np.zeros((depth, *shape), np.float32)
-        for number, value in values.items():
-            joined[path][number, : value.shape[0], : value.shape[1]] = value
-    return unflatten_dict(joined, sep="/")
+            a, b = np.concatenate([other_a, a]), np.concatenate([other_b, b], 1)
+    tensors |= zip(names, (a, b), strict=True)
+
+
+def _padded(rule: Rule, value: np.ndarray) -> np.ndarray:
+    """A part of a tensor as the whole, with zeros in the place of the other parts."""
+    index, parts = rule.part
+    sizes = parts if isinstance(parts, tuple) else (value.shape[rule.axis],) * parts
+    widths = [(0, 0)] * value.ndim
+    widths[rule.axis] = sum(sizes[:index]), sum(sizes[index + 1 :])
+    return np.pad(value, widths)

@@ -27,6 +27,8 @@ from jvdit.models.text_encoder import TextEncoder
 from jvdit.models.video_vae import VideoVAE
 from jvdit.sharding import parameter_shardings
 from jvdit.weights import clip, kvae, umt5, wan, wan_vae
+from jvdit.weights.adapters import part_of
+from jvdit.weights.families import READ, family_of
 from jvdit.weights.parameters import Network
 from jvdit.weights.released_configs import (
     AudioVAEConfig,
@@ -54,15 +56,19 @@ def load_dit(
     folder: PathLike,
     mesh: Mesh | None = None,
     dtype: DTypeLike = jnp.bfloat16,
+    variant: str = "",
+    like: PathLike | None = None,
     **fields: Any,
 ) -> Network:
     """Opens the DiT of a Wan release; its parameters are read when first needed.
 
     Args:
         folder: the pipeline, or one network in it, such as `transformer_2` of Wan 2.2
-            A14B.
+            A14B; or a single file, such as ComfyUI's, if `like` is given.
         mesh: device mesh to shard the parameters over; None: all on the default device.
         dtype: dtype of the parameters and of the computation.
+        variant: version of the weights, see `TensorFiles`.
+        like: folder of a network of the same sizes, whose config a single file takes.
         **fields: fields of `DiT` that the release doesn't set, such as `scan_layers`.
 
     Raises:
@@ -70,13 +76,35 @@ def load_dit(
         ValueError: the folder holds another network, or damaged files.
     """
     folder, file = _part(folder, "transformer")
-    if file is None:
-        raise ValueError(f"{folder} is a file; give the folder with its config.json.")
-    config, attends = _dit_config(file), _ATTENDS in TensorFiles(folder)
-    sizes = dit_fields(config, attends)
+    config = None if file is None else _dit_config(file)
+    tensors = TensorFiles(folder, variant)
+    if family := family_of(tensors):
+        raise ValueError(f"{folder} is a network of {family}; read are {READ}.")
+    if config is None:
+        where = _part(folder if like is None else like, "transformer")[1]
+        if where is None:
+            raise ValueError(lone(folder))
+        config = _dit_config(where)
+    for prefix in ("model.diffusion_model.", "diffusion_model."):
+        tensors.within(prefix)
+    sizes = dit_fields(config, _ATTENDS in tensors)
     module = MODELS["dit"].module(**sizes, **_types(dtype), **fields)
     rules = partial(wan.dit_rules, channels=patch_channels(module))
-    return _load(_DIT, module, module.example_inputs(), folder, rules, mesh, dtype)
+    return _load(_DIT, module, module.example_inputs(), tensors, rules, mesh, dtype)
+
+
+def lone(file: PathLike) -> str:
+    """The message that refuses weights without a release, and says what would work."""
+    tensors = TensorFiles(file)
+    if tensors and all(part_of(name) for name in tensors):
+        return f"{file} holds adapters; give their model, and this file with --lora."
+    if family := family_of(tensors):
+        return f"{file} is a network of {family}; read are {READ}, in folders."
+    return (
+        f"{file} holds weights alone. If they are a network of Wan, give them with "
+        "--dit (from Python: parts={'dit': FILE}) beside the folder of its release, "
+        "which holds the text encoder, the autoencoder and the tokenizer."
+    )
 
 
 def save_dit(folder: PathLike, params: Any, module: Backbone, like: PathLike) -> None:
@@ -99,7 +127,10 @@ def save_dit(folder: PathLike, params: Any, module: Backbone, like: PathLike) ->
 
 
 def load_vae(
-    folder: PathLike, mesh: Mesh | None = None, dtype: DTypeLike = jnp.float32
+    folder: PathLike,
+    mesh: Mesh | None = None,
+    dtype: DTypeLike = jnp.float32,
+    variant: str = "",
 ) -> Network:
     """Opens the autoencoder of a Wan release; its parameters are read when needed.
 
@@ -108,14 +139,16 @@ def load_vae(
             to safetensors.
         mesh: device mesh to shard the parameters over; None: all on the default device.
         dtype: dtype of the parameters and of the computation.
+        variant: version of the weights, see `TensorFiles`.
 
     Raises:
         FileNotFoundError: a file is missing; says which.
         ValueError: the folder holds another network, or damaged files.
     """
     folder, file = _part(folder, "vae")
+    tensors = TensorFiles(folder, variant)
     if file is None:
-        moments = TensorFiles(folder).shapes.get(_VAE, (0,))[0]
+        moments = tensors.shapes.get(_VAE, (0,))[0]
         sizes = video_vae.VARIANTS["wan2.2" if moments == 96 else "wan2.1"]
     else:
         sizes = read_json(file, _REMEDY, VAEConfig).fields
@@ -123,11 +156,14 @@ def load_vae(
     side = module.spatial_compression
     video = jnp.zeros((1, 1, side, side, 3))
     rules = partial(wan_vae.rules, module)
-    return _load(_VAE, module, (video,), folder, rules, mesh, dtype)
+    return _load(_VAE, module, (video,), tensors, rules, mesh, dtype)
 
 
 def load_audio_vae(
-    folder: PathLike, mesh: Mesh | None = None, dtype: DTypeLike = jnp.float32
+    folder: PathLike,
+    mesh: Mesh | None = None,
+    dtype: DTypeLike = jnp.float32,
+    variant: str = "",
 ) -> Network:
     """Opens KVAE-Audio's autoencoder; its parameters are read when first needed.
 
@@ -136,6 +172,7 @@ def load_audio_vae(
             the safetensors file of the released sizes.
         mesh: device mesh to shard the parameters over; None: all on the default device.
         dtype: dtype of the parameters and of the computation.
+        variant: version of the weights, see `TensorFiles`.
 
     Raises:
         FileNotFoundError: a file is missing; says which.
@@ -148,13 +185,15 @@ def load_audio_vae(
     module = AudioVAE(**sizes, **_types(dtype))
     sound = jnp.zeros((1, module.hop, module.channels))
     rules = partial(kvae.rules, module)
-    return _load(_AUDIO, module, (sound,), folder, rules, mesh, dtype)
+    tensors = TensorFiles(folder, variant)
+    return _load(_AUDIO, module, (sound,), tensors, rules, mesh, dtype)
 
 
 def load_text_encoder(
     folder: PathLike,
     mesh: Mesh | None = None,
     dtype: DTypeLike = jnp.bfloat16,
+    variant: str = "",
     **fields: Any,
 ) -> Network:
     """Opens the text encoder of a Wan release (UMT5), or a T5 v1.1.
@@ -166,6 +205,7 @@ def load_text_encoder(
             converted to safetensors.
         mesh: device mesh to shard the parameters over; None: all on the default device.
         dtype: dtype of the parameters and of the computation.
+        variant: version of the weights, see `TensorFiles`.
         **fields: fields of `TextEncoder` that the release doesn't set.
 
     Raises:
@@ -179,11 +219,15 @@ def load_text_encoder(
     module = TextEncoder(**sizes, **_types(dtype), **fields)
     blank = jnp.zeros((1, 1), jnp.int32)
     rules = partial(umt5.rules, shared_bias=module.shared_bias)
-    return _load(_TEXT, module, (blank, blank), folder, rules, mesh, dtype)
+    tensors = TensorFiles(folder, variant)
+    return _load(_TEXT, module, (blank, blank), tensors, rules, mesh, dtype)
 
 
 def load_image_encoder(
-    folder: PathLike, mesh: Mesh | None = None, dtype: DTypeLike = jnp.float32
+    folder: PathLike,
+    mesh: Mesh | None = None,
+    dtype: DTypeLike = jnp.float32,
+    variant: str = "",
 ) -> Network:
     """Opens the image encoder of a Wan 2.1 I2V release (CLIP).
 
@@ -195,6 +239,7 @@ def load_image_encoder(
             converted to safetensors.
         mesh: device mesh to shard the parameters over; None: all on the default device.
         dtype: dtype of the parameters and of the computation.
+        variant: version of the weights, see `TensorFiles`.
 
     Raises:
         FileNotFoundError: a file is missing; says which.
@@ -207,7 +252,8 @@ def load_image_encoder(
     module = ImageEncoder(**sizes, **_types(dtype))
     images = jnp.zeros((1, module.image_size, module.image_size, 3))
     rules = partial(clip.rules, module)
-    return _load(_IMAGE, module, (images,), folder, rules, mesh, dtype)
+    tensors = TensorFiles(folder, variant)
+    return _load(_IMAGE, module, (images,), tensors, rules, mesh, dtype)
 
 
 def _part(folder: PathLike, name: str) -> tuple[pathlib.Path, pathlib.Path | None]:
@@ -244,16 +290,15 @@ def _load(
     original: str,
     module: nn.Module,
     inputs: tuple[Any, ...],
-    folder: pathlib.Path,
+    tensors: TensorFiles,
     rules: Callable[..., list[Rule]],
     mesh: Mesh | None,
     dtype: DTypeLike,
 ) -> Network:
-    tensors = TensorFiles(folder)
     table = rules(layout=LAYOUTS[original in tensors])
     shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
     places = None if mesh is None else parameter_shardings(shapes, mesh)
-    bring = loader(table, tensors, shapes, places, dtype, os.fspath(folder))
+    bring = loader(table, tensors, shapes, places, dtype, os.fspath(tensors.path))
     size = sum(x.size for x in jax.tree.leaves(shapes)) * jnp.dtype(dtype).itemsize
     return Network(module, bring, size)
 

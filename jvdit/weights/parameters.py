@@ -144,6 +144,13 @@ class Network:
         """Returns the parameters; a function loads them again at every call."""
         return self.source() if callable(self.source) else self.source
 
+    def changed(self, change: Callable[[Any], Any]) -> "Network":
+        """The same network with its parameters changed, whenever they are loaded."""
+        source = self.source
+        if callable(source):
+            return dataclasses.replace(self, source=lambda: change(source()))
+        return dataclasses.replace(self, source=change(source))
+
     def save(self, folder: PathLike) -> None:
         """Writes the network to a folder, for `load_network`."""
         save_weights(folder, self.params, module_fields(self.module))

@@ -21,6 +21,7 @@ from jvdit.weights.tensors import PathLike
 _SAME = {
     "UniPCMultistepScheduler": "unipc",
     "FlowMatchEulerDiscreteScheduler": "euler",
+    "FlowMatchLCMScheduler": "renoise",
     "DPMSolverMultistepScheduler": "dpmpp_2m",
 }
 _NEAREST = {"Heun": "heun", "FlowMatch": "euler", "DPM": "dpmpp_2m", "": "unipc"}

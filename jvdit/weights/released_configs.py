@@ -50,6 +50,7 @@ class DiffusersDiT(_DiTConfig, frozen=True, kw_only=True):
 
     def __post_init__(self):
         _expect("patch_size", self.patch_size, PATCH_SIZE)
+        _takes("in_channels", self.taken, self.given or self.taken)
         _expect("qk_norm", self.norm, "rms_norm_across_heads")
 
 
@@ -63,6 +64,9 @@ class OriginalDiT(_DiTConfig, frozen=True, kw_only=True):
     given: Size = field(name="out_dim")
     text_width: Size = field(name="text_dim", default=4096)
     control: Size = field(name="vace_in_dim", default=96)
+
+    def __post_init__(self):
+        _takes("in_dim", self.taken, self.given)
 
 
 def dit_fields(
@@ -253,6 +257,15 @@ def _expect(name: str, found: Any, *wanted: Any) -> None:
     if found not in wanted:
         wants = " or ".join(map(repr, wanted))
         raise ValueError(f"`{name}` (={found!r}) must be {wants}")
+
+
+def _takes(name: str, taken: int, given: int) -> None:
+    """Checks that a network takes noisy latents, perhaps with given ones and a mask."""
+    if taken not in (given, 2 * given + 4):
+        raise ValueError(
+            f"`{name}` (={taken}) must be {given}, or {2 * given + 4} with given "
+            "frames and their mask; networks of Wan Fun, which take more, aren't read"
+        )
 
 
 def _divides(name: str, found: int, parts: int) -> None:

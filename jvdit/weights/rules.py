@@ -82,7 +82,7 @@ class Rule:
         blank = np.broadcast_to(np.int8(0), theirs)  # takes no memory
         try:
             return tuple(self.to_ours(blank).shape)
-        except (einops.EinopsError, ValueError):
+        except (einops.EinopsError, ValueError, IndexError):
             return None
 
 
@@ -138,7 +138,7 @@ def assign(
             unknown.append(name + "".join(f" (for {path})" for path, _ in places))
     missing = [x for x in ours if len(pieces[x]) < len(_layers(x, ours[x]))]
     problems = [
-        f"{len(names)} {kind}: {_listed(names)}"
+        f"{len(names)} {kind}: {listed(names)}"
         for kind, names in (
             ("tensors have no place in the model", unknown),
             ("parameters get no tensor", missing),
@@ -253,7 +253,8 @@ def _regex(pattern: str) -> re.Pattern[str]:
     )
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Names for a message: the first, and how many more there are."""
     more = f", and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + more
 

@@ -53,6 +53,7 @@ def compare(
     words=16,
     low=None,
     scale=4.0,
+    hints=None,
     reuse=None,
     **given,
 ):
@@ -68,6 +69,8 @@ def compare(
         return state
 
     options = {} if low is None else {"guidance_scale_2": low}
+    ours = {} if hints is None else {"conditioning_scale": hints}
+    options |= {} if hints is None else {"conditioning_scale": _list(hints)}
     with torch.no_grad():
         want = pipe(
             prompt=PROMPT,
@@ -108,6 +111,7 @@ def compare(
         noise=[rearrange(noise[0], "c f h w -> f h w c")],
         on_step=lambda done, total, x: seen.append((done, total, x)),
         reuse=reuse,
+        **ours,
     )
     assert sorted(x[:2] for x in seen) == [(i + 1, steps) for i in range(steps)]
     # A clean first frame is what diffusers puts back only at the end.
@@ -120,6 +124,10 @@ def compare(
     assert video.shape == (frames, height, width, 3)
     difference = np.abs(video / 255 - want)
     assert difference.max() < 0.5 / 255 + 1e-3, difference.max()
+
+
+def _list(scales):
+    return [*scales] if isinstance(scales, tuple) else scales
 
 
 def _for_them(value):
@@ -167,7 +175,9 @@ def test_t2v_by_dpm_solver(tmp_path):
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 7.0, 8.0, 12.0])
-@pytest.mark.parametrize("kind", ["UniPCMultistep", "FlowMatchEulerDiscrete"])
+@pytest.mark.parametrize(
+    "kind", ["UniPCMultistep", "FlowMatchEulerDiscrete", "FlowMatchLCM"]
+)
 def test_timesteps_of_schedulers(kind, shift):
     """Of every number of steps: what the network is shown, and which expert is."""
     options = FLOW | {"flow_shift": shift} if kind == "UniPCMultistep" else {}
@@ -282,7 +292,8 @@ def test_vace_with_footage_a_mask_and_references(tmp_path):
 
 
 def test_vace_from_text_alone(tmp_path):
-    compare(pipeline(diffusers.WanVACEPipeline, 16.0, dit=CONTROL), tmp_path)
+    pipe = pipeline(diffusers.WanVACEPipeline, 16.0, dit=CONTROL)
+    compare(pipe, tmp_path, hints=(0.5, 1.7))
 
 
 def test_the_command_line_with_a_picture_and_adapters(tmp_path):
