@@ -21,14 +21,16 @@ from typing import Any, TypedDict
 from rich import progress
 from rich.console import Console
 
-from jvdit.data.ingest.clip_file import ClipFile, Recipe, prepare_file
+from jvdit.data.ingest.clip_file import NO_CAPTION, ClipFile, Recipe, prepare_file
 from jvdit.data.ingest.listing import list_items
 from jvdit.data.ingest.supervisor import supervise
 from jvdit.data.media.reader import REASONS
 from jvdit.data.records import CLIP_FEATURES, RecordWriter
 from jvdit.machine.files import write_atomically
 from jvdit.machine.json_files import read_json
+from jvdit.machine.text_files import printable
 
+_ASIDE = ("other", "unlisted")  # reasons of files that were hardly meant
 _ROWS = 500  # of a table in the readable report; report.json has all
 
 
@@ -68,7 +70,7 @@ def describe_file(
         "clips": len(outcomes) - len(refused),
         "dropped": len(refused),
         "reason": refused[0]["reason"] if refused else None,
-        "detail": refused[0]["detail"] if refused else None,
+        "detail": printable(refused[0]["detail"]) if refused else None,
         "notes": list(notes),
     }
 
@@ -97,8 +99,17 @@ class Report:
 
     @property
     def reject_rate(self) -> float:
-        """Share of the files that gave no clip."""
-        return len(self.skipped) / max(1, len(self.files))
+        """Share of the files that gave no clip, of those that were meant to."""
+        meant = [entry for entry in self.files if entry["reason"] not in _ASIDE]
+        return sum(not entry["clips"] for entry in meant) / max(1, len(meant))
+
+    @property
+    def uncaptioned(self) -> tuple[int, list[str]]:
+        """Number of clips without a caption, and where one was looked for."""
+        notes = [(e["clips"], n) for e in self.files for n in e["notes"]]
+        bare = [(clips, n) for clips, n in notes if n.startswith(NO_CAPTION)]
+        places = [n.removeprefix(NO_CAPTION).strip(" ()") for _, n in bare]
+        return sum(clips for clips, _ in bare), [*dict.fromkeys(filter(None, places))]
 
     @property
     def reasons(self) -> dict[str, int]:
@@ -109,10 +120,12 @@ class Report:
     def summary(self) -> str:
         """Says it in one line."""
         why = ", ".join(f"{n} {reason}" for reason, n in self.reasons.items())
+        bare, places = self.uncaptioned
+        where = f" ({'; '.join(places[:4])})" if places else ""
         return (
             f"{self.clips} clips of {len(self.files) - len(self.skipped)} files; "
             f"{len(self.skipped)} files skipped" + (f" ({why})" if why else "")
-        )
+        ) + (f"; {bare} clips have no caption{where}" if bare else "")
 
     def write(self, directory: Path) -> None:
         """Writes `report.json` and `report.md`."""
@@ -192,7 +205,10 @@ class Plan:
 
 
 def file_digest(path: str) -> str | None:
-    """Returns a hash of a file's size, first and last megabyte; None if unreadable."""
+    """Returns a hash of a file's size, first and last megabyte; None if unreadable.
+
+    A name with a NUL, or with half a character in it, is that of no file.
+    """
     digest = hashlib.blake2b(digest_size=16)
     try:
         with open(path, "rb") as file:
@@ -200,7 +216,7 @@ def file_digest(path: str) -> str | None:
             digest.update(size.to_bytes(8, "little") + file.read(_SAMPLE))
             file.seek(max(_SAMPLE, size - _SAMPLE))
             digest.update(file.read(_SAMPLE))
-    except OSError:
+    except (OSError, ValueError):
         return None
     return digest.hexdigest()
 
@@ -213,7 +229,7 @@ def plan_shards(
     What is missing, or has a copy with the same caption, is refused.
 
     Args:
-        items: the files.
+        items: the files, and what was found in the place of one.
         val_fraction: share of them, about, that goes to "val"; the rest to "train".
         shard_size: files of a shard.
     """
@@ -221,9 +237,10 @@ def plan_shards(
         raise ValueError(f"`val_fraction` (={val_fraction}) must be in [0, 1).")
     if shard_size < 1:
         raise ValueError(f"`shard_size` (={shard_size}) must be positive.")
+    refused = [(item, item.reason, item.detail) for item in items if item.reason]
+    items, seen = [item for item in items if not item.reason], {}
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         digests = list(pool.map(file_digest, [item.path for item in items]))
-    refused, seen = [], {}
     by_split = {"train": [], "val": []}
     for item, digest in zip(items, digests, strict=True):
         if digest is None:
@@ -278,10 +295,12 @@ def ingest(
         ValueError: no video is found or can be used, or `out` holds something else.
     """
     items = list_items(inputs, root=root)
+    meant = sum(item.reason not in _ASIDE for item in items)
     plan = plan_shards(items, val_fraction=val_fraction, shard_size=shard_size)
     if not plan.shards:
         raise ValueError(
-            f"None of the {len(items)} videos can be read; e.g. {items[0]}"
+            f"None of the {meant} videos can be read; the first, "
+            f"{plan.refused[0][0].key}: {printable(' '.join(plan.refused[0][1:]))}."
         )
     settings = {"recipe": dataclasses.asdict(recipe), "files": plan.digest}
     shards = collections.Counter(split for split, _ in plan.shards)
@@ -296,7 +315,7 @@ def ingest(
         report.write(writer.path)
         if not report.clips:
             raise ValueError(
-                f"None of the {len(items)} videos could be used: {report.summary()}; "
+                f"None of the {meant} videos could be used: {report.summary()}; "
                 f"see {writer.path / 'report.md'}."
             )
         writer.finish()
