@@ -28,9 +28,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from jvdit.data.clips import SIZE, BadClip, Clip, Ids, Indexed, Source, make_index
+from jvdit.data.ingest.listing import holds_videos
 from jvdit.data.media.reader import MediaError, decode_clip, probe
 from jvdit.data.order import fingerprint
-from jvdit.data.records import RecordDataset
+from jvdit.data.records import RecordDataset, dataset_directory
 from jvdit.data.world import World
 from jvdit.machine.files import local_path
 
@@ -403,14 +404,14 @@ def open_source(
         ValueError: the name can't be understood, or what it names is damaged.
         FileNotFoundError: there is no such data set.
     """
-    if name.startswith("world"):
+    if _is_world(name):
         return _world(name, audio_rate)
     if not name:
         raise ValueError(
             "a source is empty; name one, such as world:train:17x64x64@8:100000, the "
             "folder of a prepared data set, or tfds:NAME."
         )
-    path, _, part = name.partition("#")
+    path, part = _divided(name)
     match = _SPLIT.fullmatch(part)
     if match is None:
         raise ValueError(
@@ -423,7 +424,7 @@ def open_source(
         options |= zip(SIZE, map(int, match.groups()[1:4]), strict=True)
         options |= {"fps": float(match[5]), "windows": "all"}
     foreign = path.startswith("tfds:")
-    path = path.removeprefix("tfds:") if foreign else str(local_path(path))
+    path = path.removeprefix("tfds:") if foreign else _prepared(path)
     if foreign or "mean" not in RecordDataset(path, split).features:
         if match[6]:
             raise ValueError(f"source {name!r} holds no latents; give FRAMESxHxW@FPS.")
@@ -437,23 +438,52 @@ def open_source(
     return LatentSource(path, split, max_text, pad_text, frames)
 
 
+def source_folder(name: str) -> Path:
+    """The folder of a source that is a prepared data set."""
+    return local_path(_divided(name)[0])
+
+
+def _is_world(name: str) -> bool:
+    return name.partition(":")[0] == "world"
+
+
+def _divided(name: str) -> tuple[str, str]:
+    """A source's folder, which may have a # in its own name, and what follows it."""
+    if "#" not in name or local_path(name).exists():
+        return name, ""
+    path, _, part = name.rpartition("#")
+    return path, part
+
+
+def _prepared(path: str) -> str:
+    """Returns the folder of a data set, unless it is one of videos."""
+    folder = local_path(path)
+    if not (dataset_directory(folder) / "manifest.json").exists():
+        if holds_videos(folder):
+            raise ValueError(
+                f"{folder} holds videos, and no data set of clips; run "
+                f"`python tools/prepare_clips.py {folder} --out CLIPS …` first, and "
+                "give CLIPS."
+            )
+    return str(folder)
+
+
 def origin(name: str) -> str:
     """The name of the source that a source's latents were encoded from, else its own.
 
     Args:
         name: the name of a source that can be opened.
     """
-    path, _, part = name.partition("#")
-    if name.startswith(("world", "tfds:")):
+    if _is_world(name) or name.startswith("tfds:"):
         return name
-    split = part.partition(":")[0] or "train"
-    settings = RecordDataset(str(local_path(path)), split).settings
+    split = _divided(name)[1].partition(":")[0] or "train"
+    settings = RecordDataset(source_folder(name), split).settings
     return settings.get("origins", {}).get(split, name)
 
 
 def world_of(name: str) -> tuple[World, int] | None:
     """The world, and the number of clips, that a source names; None: another source."""
-    if not name.startswith("world"):
+    if not _is_world(name):
         return None
     source = _world(name, 0)
     return source.world, len(source)

@@ -112,6 +112,17 @@ class Request:
         """The given first and last frames as uint8 `[H W 3]`, at the clip's size."""
         return [self.fitted(x) for x in self.pictures]
 
+    def read_given(self) -> None:
+        """Reads all that is given, so that a damaged file is found before the work.
+
+        Raises:
+            FileNotFoundError: a file doesn't exist.
+            ValueError: one is damaged, or too short for the clip.
+        """
+        _ = self.ends, self.reference_pictures(), self.waveform(_COARSE, 1)
+        for name in ("video", "mask", "from_video"):
+            self.clip(name)
+
     def samples(self, rate: int) -> int:
         """Samples of a sound as long as the clip, at `rate` Hz."""
         return round(self.size[0] / (self.fps or 1.0) * rate)

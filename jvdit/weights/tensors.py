@@ -110,6 +110,12 @@ def _files(path: pathlib.Path) -> list[pathlib.Path]:
     indexes = sorted(path.glob("*.safetensors.index.json"))
     if indexes:
         index = read_json(indexes[0], "download it again", _Index)
+        for tensor, name in index.weight_map.items():
+            if name != pathlib.PurePath(name).name or "\0" in name:
+                raise ValueError(
+                    f"{indexes[0]}: `weight_map.{tensor}` (={name!r}) is no file name; "
+                    "download it again."
+                )
         files = [path / name for name in dict.fromkeys(index.weight_map.values())]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
