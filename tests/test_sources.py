@@ -16,6 +16,9 @@ from jvdit.data.sources import (
     TfdsSource,
     WorldSource,
     open_source,
+    origin,
+    source_folder,
+    world_of,
 )
 from jvdit.data.world import World
 
@@ -245,3 +248,36 @@ def test_a_damaged_record_is_one_bad_clip(tmp_path):
     file.write_bytes(data)
     kinds = [type(clip) for clip in LatentSource(path).read(range(3))]
     assert kinds == [dict, BadClip, dict]
+
+
+@pytest.mark.parametrize(
+    "name", ["2024_holidays", "été", "a#b", "_x", "worldcup_clips"]
+)
+def test_a_data_set_may_have_any_name(tmp_path, name):
+    writer = RecordWriter(tmp_path / name, CLIP_FEATURES, shards={"train": 1, "val": 1})
+    for shard, split in enumerate(writer.shards):
+        writer.write_shard(split, 0, [make_example(shard, 4)])
+    path = writer.finish()
+    for source in (tmp_path / name, f"{tmp_path / name}#val", f"{path}#train:2x8x8@8"):
+        assert open_source(str(source)).read([0])[0]["caption"].startswith("grey")
+        assert origin(str(source)) == str(source) and world_of(str(source)) is None
+        folder = str(source_folder(str(source)))
+        assert folder in (str(tmp_path / name), str(path))
+
+
+def test_names_near_the_world_are_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="worldcup_clips"):
+        open_source("worldcup_clips")
+    with pytest.raises(ValueError, match="must read world:SPLIT"):
+        open_source("world")
+
+
+def test_a_folder_of_videos_is_to_be_prepared(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep/a.MOV").touch()
+    for source in (tmp_path, tmp_path / "deep/a.MOV", f"{tmp_path}#val"):
+        with pytest.raises(
+            ValueError, match=r"holds videos.*prepare_clips.py .* --out"
+        ):
+            open_source(str(source))

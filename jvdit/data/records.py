@@ -515,20 +515,18 @@ class RecordDataset:
         with parquet_errors(file, COPY_AGAIN):
             table = pq.read_table(file, filters=[("split", "==", self.split)])
             table = table.select(wanted.names).cast(wanted)
-        for name in table.column_names:
-            if table[name].null_count:
-                raise ValueError(f"{file} has no `{name}` in some rows; {COPY_AGAIN}.")
-            if name in ("frames", "height", "width", "fps"):
-                values = table[name].to_numpy()
-                if bad := values[~(np.isfinite(values) & (values > 0))].tolist():
-                    raise ValueError(f"{file}: `{name}` (={bad[0]}) must be positive.")
+            if incomplete := [x for x in wanted.names if table[x].null_count]:
+                raise ValueError(f"`{incomplete[0]}` is missing in some rows")
+            columns = {name: table[name].to_numpy() for name in wanted.names[3:]}
+            for name in {"frames", "height", "width", "fps"} & columns.keys():
+                if not (found := columns[name].min(initial=1)) > 0:
+                    raise ValueError(f"`{name}` (={found}) must be positive")
         if table.num_rows != count:
             raise ValueError(
                 f"{file} has {table.num_rows} rows of {self.split!r} and the shards "
                 f"{count} records; {COPY_AGAIN}."
             )
-        table = table.drop_columns(["split", "shard", "record"])
-        return {name: table[name].to_numpy() for name in table.column_names}
+        return columns
 
     def __len__(self) -> int:
         return len(self._records)

@@ -199,6 +199,7 @@ class RecordSource(VideoWindows):
                 f"{path} holds {sorted(self._records.features)} and no encoded videos; "
                 "read latents with `LatentSource`."
             )
+        _check_features(self._records)
         super().__init__(self._records.index, **window)
         self.fingerprint = fingerprint(
             "records", self._records.fingerprint, *self._settings
@@ -207,6 +208,16 @@ class RecordSource(VideoWindows):
     def _encoded(self, video: int) -> tuple[bytes, str]:
         record = self._records[video]
         return record["video"], record["caption"]
+
+
+def _check_features(records: RecordDataset, *more: str) -> None:
+    """Raises ValueError if a data set lacks what every source of clips needs."""
+    for name in ("caption", *SIZE, "fps", "has_audio", *more):
+        if name not in records.features:
+            raise ValueError(
+                f"the records of {records.path} have no `{name}`; they have: "
+                f"{', '.join(sorted(records.features))}."
+            )
 
 
 class TfdsSource(VideoWindows):
@@ -320,6 +331,7 @@ class LatentSource(Indexed):
                 f"{path} holds {sorted(features)} and no latents; encode it first, or "
                 "read its videos with `RecordSource`."
             )
+        _check_features(self._records, "text_length")
         self.settings = self._records.settings
         text = index["text_length"]
         if not text.all():
