@@ -205,6 +205,11 @@ class RecordSource(VideoWindows):
             "records", self._records.fingerprint, *self._settings
         )
 
+    @property
+    def captioned(self) -> bool:
+        """Whether any of the clips has a caption."""
+        return bool(self._records.index["caption_length"].any())
+
     def _encoded(self, video: int) -> tuple[bytes, str]:
         record = self._records[video]
         return record["video"], record["caption"]

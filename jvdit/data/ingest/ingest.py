@@ -272,6 +272,7 @@ def ingest(
     workers: int | None = None,
     timeout: float | int = 120.0,
     overwrite: bool = False,
+    listed: Callable[[Sequence[ClipFile]], None] = lambda items: None,
     work: Callable[[ClipFile, Recipe], Iterable[Mapping[str, Any]]] = prepare_file,
 ) -> Report:
     """Makes a data set of clips out of videos, or finishes one that was begun.
@@ -288,6 +289,7 @@ def ingest(
         workers: number of processes; None: one for each core.
         timeout: seconds that one clip may take.
         overwrite: whether a data set that is already there is removed first.
+        listed: is called with all items before the work begins, and may raise.
         work: what is done to a file; another one than `prepare_file` only in tests.
 
     Raises:
@@ -296,6 +298,7 @@ def ingest(
     """
     items = list_items(inputs, root=root)
     meant = sum(item.reason not in _ASIDE for item in items)
+    listed(items)
     plan = plan_shards(items, val_fraction=val_fraction, shard_size=shard_size)
     if not plan.shards:
         raise ValueError(
