@@ -8,6 +8,17 @@ metadata.jsonl (file_name, caption) or with videos.txt and prompt.txt, or a tabl
 tsv, json, jsonl, parquet) with a column of paths and one of captions. A picture becomes
 a clip of one frame. If it is killed, the same command resumes. The data set's report.md
 lists what was skipped, and why.
+
+With `pip install 'jvdit[beam]'`, Apache Beam prepares the shards: --runner and all of
+Beam's own options are passed on. Every worker must mount VIDEOS and --out at one place.
+
+    python tools/prepare_clips.py VIDEOS --out data/clips --runner=DirectRunner \
+        --direct_running_mode=multi_processing --direct_num_workers=8
+    python tools/prepare_clips.py /mnt/videos --out /mnt/clips --runner=DataflowRunner \
+        --project=P --region=us-central1 --temp_location=gs://B/tmp \
+        --sdk_container_image=IMAGE --max_num_workers=200
+    … --runner=FlinkRunner --flink_master=HOST:8081 --environment_type=DOCKER
+    … --runner=SparkRunner --spark_master_url=spark://HOST:7077
 """
 
 import argparse
@@ -16,6 +27,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from jvdit.data.grid import ClipGrid
+from jvdit.data.ingest.beam import beam_engine
 from jvdit.data.ingest.clip_file import ClipFile, Recipe
 from jvdit.data.ingest.ingest import ingest
 from jvdit.data.records import dataset_directory
@@ -33,7 +45,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     recipe = Recipe()
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("inputs", nargs="+", help="folders of videos, tables, or video files")
@@ -121,7 +135,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default=64,
         help="source files that go into a shard (default: %(default)s)",
     )
-    add("--workers", type=int, help="worker processes (default: one for each core)")
+    add(
+        "--workers",
+        type=int,
+        help="worker processes (default: one for each core; with --runner, for each "
+        "shard)",
+    )
+    add("--runner", help="runner of Apache Beam (default: processes of this machine)")
     add(
         "--timeout",
         type=float,
@@ -136,7 +156,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "(default: %(default)s)",
     )
     add("--overwrite", action="store_true", help="start over, deleting earlier output")
-    args = parser.parse_args(arguments)
+    args, beam = parser.parse_known_args(arguments)
+    if beam and args.runner is None:
+        parser.error(f"unrecognized arguments: {' '.join(beam)}")
+    args.beam = [f"--runner={args.runner}", *beam]
     args.sizes = tuple(args.size)
     return args
 
@@ -198,6 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
             workers=args.workers,
             timeout=args.timeout,
             overwrite=args.overwrite,
+            engine=None if args.runner is None else beam_engine(args.beam),
             listed=lambda items: _check_captions(items, grid),
         )
     except (ValueError, OSError) as e:

@@ -16,11 +16,12 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from rich import progress
 from rich.console import Console
 
+from jvdit.data.ingest.beam import Engine
 from jvdit.data.ingest.clip_file import NO_CAPTION, ClipFile, Recipe, prepare_file
 from jvdit.data.ingest.listing import list_items
 from jvdit.data.ingest.supervisor import supervise
@@ -130,7 +131,7 @@ class Report:
     def write(self, directory: Path) -> None:
         """Writes `report.json` and `report.md`."""
         data = {"recipe": self.recipe, "clips": self.clips, "reasons": self.reasons}
-        data |= {"files": self.files}
+        data |= {"without_caption": self.uncaptioned[0], "files": self.files}
         write_atomically(directory / "report.json", json.dumps(data, indent=1).encode())
         write_atomically(directory / "report.md", self.markdown().encode())
 
@@ -273,6 +274,7 @@ def ingest(
     timeout: float | int = 120.0,
     overwrite: bool = False,
     listed: Callable[[Sequence[ClipFile]], None] = lambda items: None,
+    engine: Engine | None = None,
     work: Callable[[ClipFile, Recipe], Iterable[Mapping[str, Any]]] = prepare_file,
 ) -> Report:
     """Makes a data set of clips out of videos, or finishes one that was begun.
@@ -286,10 +288,13 @@ def ingest(
         root: what relative paths in tables are relative to.
         val_fraction: share of the files that goes to split "val".
         shard_size: source files of a shard: what a kill can cost.
-        workers: number of processes; None: one for each core.
+        workers: number of processes; None: one for each core, or with an `engine` one
+            for each shard.
         timeout: seconds that one clip may take.
         overwrite: whether a data set that is already there is removed first.
         listed: is called with all items before the work begins, and may raise.
+        engine: runs the shards elsewhere, where the same folders are mounted; see
+            `beam_engine`. None: they are done here.
         work: what is done to a file; another one than `prepare_file` only in tests.
 
     Raises:
@@ -312,8 +317,14 @@ def ingest(
     )
     if writer.finished:
         return Report.read(writer.path)
+    prepare = functools.partial(work, recipe=recipe)
     with writer.alone(), _progress(len(items)) as advance:
-        entries = _fill(writer, plan, recipe, work, workers, timeout, advance)
+        if engine is not None:
+            shard = functools.partial(
+                prepare_shard, prepare=prepare, workers=workers or 1, timeout=timeout
+            )
+            _elsewhere(engine, writer, plan, shard)
+        entries = _fill(writer, plan, prepare, workers, timeout, advance)
         report = Report(sorted(entries, key=lambda e: e["file"]), settings["recipe"])
         report.write(writer.path)
         if not report.clips:
@@ -325,7 +336,81 @@ def ingest(
     return report
 
 
-def _fill(writer, plan, recipe, work, workers, timeout, advance) -> list[Entry]:
+class Job(NamedTuple):
+    """A shard to be prepared, wherever: what its writer is made of, and its files."""
+
+    path: str
+    shards: dict[str, int]
+    settings: dict[str, Any]
+    split: str
+    shard: int
+    files: list[ClipFile]
+
+
+def prepare_shard(job: Job, prepare: Any, workers: int, timeout: float | int) -> None:
+    """Writes one shard of a data set that was begun, unless it is done.
+
+    Args:
+        job: the shard.
+        prepare: function of a file, see `prepare_file`.
+        workers: number of processes.
+        timeout: seconds that one clip may take.
+
+    Raises:
+        ValueError: the data set wasn't begun in this folder.
+    """
+    if not (Path(job.path) / "_work/plan.json").exists():
+        raise ValueError(
+            f"a worker finds no data set at {job.path}; give an --out on a file system "
+            "that all workers mount at one place."
+        )
+    writer = RecordWriter(
+        job.path, CLIP_FEATURES, shards=job.shards, settings=job.settings
+    )
+    if not writer.is_done(job.split, job.shard):
+        events = supervise(prepare, job.files, workers=workers, timeout=timeout)
+        with contextlib.closing(events):
+            _write(writer, job.split, job.shard, job.files, events, lambda entry: None)
+
+
+def _elsewhere(engine: Engine, writer: RecordWriter, plan: Plan, work: Any) -> None:
+    """Has an engine write the shards that are missing.
+
+    Raises:
+        ValueError: some are missing all the same.
+    """
+    path = str(writer.path.absolute())
+    jobs = [
+        Job(path, writer.shards, writer.plan.settings, *at, _absolute(files))
+        for at, files in plan.shards.items()
+        if not writer.is_done(*at)
+    ]
+    if jobs:
+        engine(work, jobs)
+    missing = [job for job in jobs if not writer.is_done(job.split, job.shard)]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(jobs)} shards aren't in {path}; give an --out on "
+            "a file system that all workers mount at one place."
+        )
+
+
+def _absolute(files: Sequence[ClipFile]) -> list[ClipFile]:
+    return [item._replace(path=os.path.abspath(item.path)) for item in files]
+
+
+def _record(writer: RecordWriter, split: str, shard: int) -> Path:
+    """The file that says what became of a shard's files."""
+    return writer.work / f"report-{split}-{shard:05d}.json"
+
+
+def _write(writer, split, shard, files, events, advance) -> None:
+    record = _record(writer, split, shard)
+    examples = _examples(events, split, files, record, advance)
+    writer.write_shard(split, shard, examples)
+
+
+def _fill(writer, plan, prepare, workers, timeout, advance) -> list[Entry]:
     """Writes the shards that are missing; returns the entries of all files."""
     entries = [
         describe_file(item.key, None, [{"reason": reason, "detail": detail}])
@@ -336,18 +421,16 @@ def _fill(writer, plan, recipe, work, workers, timeout, advance) -> list[Entry]:
     left = [files for at, files in plan.shards.items() if not writer.is_done(*at)]
     items = [*itertools.chain.from_iterable(left)]
     workers = min(workers or os.cpu_count() or 1, len(items))
-    prepare = functools.partial(work, recipe=recipe)
     events = supervise(prepare, items, workers=workers, timeout=timeout)
     with contextlib.closing(events):
-        for (split, shard), files in plan.shards.items():
-            record = writer.work / f"report-{split}-{shard:05d}.json"
-            if writer.is_done(split, shard):
-                for entry in read_json(record, _REMAKE, list[Entry]):
-                    advance(entry)
-            else:
-                examples = _examples(events, split, files, record, advance)
-                writer.write_shard(split, shard, examples)
-            entries += read_json(record, _REMAKE, list[Entry])
+        for at, files in plan.shards.items():
+            done = writer.is_done(*at)
+            if not done:
+                _write(writer, *at, files, events, advance)
+            found = read_json(_record(writer, *at), _REMAKE, list[Entry])
+            for entry in found if done else ():
+                advance(entry)
+            entries += found
     return entries
 
 

@@ -331,7 +331,7 @@ def _hdr(frame: av.VideoFrame) -> str:
     return tone.TRANSFERS.get(int(frame.color_trc), wide)
 
 
-def _colorspace(frame: av.VideoFrame) -> Colorspace | None:
+def _colorspace(frame: av.VideoFrame) -> Colorspace | int | None:
     """Returns the matrix to assume for an untagged frame: by its size, as players do.
 
     FFmpeg assumes BT.601, which shifts the colours of most HD files.
@@ -339,7 +339,7 @@ def _colorspace(frame: av.VideoFrame) -> Colorspace | None:
     if frame.format.is_rgb or int(frame.colorspace) not in _UNTAGGED:
         return None
     if _hdr(frame):
-        return Colorspace.BT2020
+        return _WIDE
     large = frame.height >= 720 or frame.width >= 1280
     return Colorspace.ITU709 if large else Colorspace.ITU601
 
