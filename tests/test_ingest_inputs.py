@@ -78,6 +78,8 @@ def test_tables_are_split_at_line_feeds_and_known_in_capitals(tmp_path):
     (tmp_path / "d.mp4").touch()
     (tmp_path / "d.json").write_text("{")
     (tmp_path / "e.mp4").touch()
+    (tmp_path / "e.TXT").write_text("in capitals")
+    assert taken(tmp_path / "e.mp4") == {"e.mp4": "in capitals"}
     ((_, (reason, detail)),) = reasons(tmp_path / "d.mp4", tmp_path / "e.mp4").items()
     assert reason == "bad_caption" and "d.json is damaged" in detail
 
@@ -136,6 +138,17 @@ def table(path, text, encoding="utf-8"):
     return path
 
 
+def test_quotes_that_end_early_cost_their_row(tmp_path):
+    rows = 'path,text\na.mp4,"A" or B\nb.mp4,B\nc.mp4,say "C"\nd.mp4,"D"x,\ne.mp4,"E"'
+    source = table(tmp_path / "t.csv", rows)
+    assert taken(source) == {"b.mp4": "B", "c.mp4": 'say "C"', "e.mp4": "E"}
+    told = [detail for _, detail in reasons(source).values()]
+    assert [line for line in (2, 5) if f"t.csv line {line}: a quote" in str(told)] == [
+        2,
+        5,
+    ]
+
+
 def test_a_bad_row_of_a_table_is_left_out_by_its_line(tmp_path):
     rows = 'path, Text \na.mp4,A man, walking\n\nb.mp4, "A man, walking"\nc.mp4\nd.mp4,'
     rows += 'x\ne.mp4,"two\nlines"\nf.mp4,NaN\n'
@@ -180,7 +193,7 @@ def test_a_bad_row_of_a_table_is_left_out_by_its_line(tmp_path):
     [
         ('path,text\na.mp4,"open\nb.mp4,B\n', "t.csv line 2: a quote isn't closed"),
         ('path,text\na.mp4,"A\nb.mp4,B\nc.mp4,C"\nd.mp4,D\n', "t.csv line 2: a quote"),
-        ('path,text\na.mp4,A\nb.mp4,"B" or C\n', "t.csv line 3: a quote"),
+        ('path,text\na.mp4,A\nb.mp4,"B', "t.csv line 3: a quote"),
         ("path,text,text\na.mp4,A,B\n", "names a column twice"),
         ("video;text\na.mp4;A\n", "no column of paths; it has .'video;text'"),
         ("", "No video in"),
@@ -280,3 +293,21 @@ def test_every_file_of_a_folder_is_accounted_for(tmp_path):
     found = {name: reason for name, (reason, _) in reasons(tmp_path).items()}
     assert found["other/z.mov"] == "unlisted" and found["f.txt"] == "other"
     assert not {"a.mp4", "metadata.csv"} & found.keys()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"frames": 0},
+        {"fps": float("inf")},
+        {"fps": float("nan")},
+        {"crf": 99},
+        {"audio_rate": -1},
+        {"max_repeat": 2},
+        {"preset": "fsat"},
+    ],
+)
+def test_a_recipe_out_of_range_is_refused(fields):
+    ((name, value),) = fields.items()
+    with pytest.raises(ValueError, match=f"`{name}` .='?{value}'?. must be"):
+        Recipe(**fields)

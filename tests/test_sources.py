@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -281,3 +282,19 @@ def test_a_folder_of_videos_is_to_be_prepared(tmp_path):
             ValueError, match=r"holds videos.*prepare_clips.py .* --out"
         ):
             open_source(str(source))
+
+
+@pytest.mark.parametrize("file", ["features.json", "dataset_info.json"])
+def test_a_damaged_tfds_data_set_is_told_in_a_line(records, tmp_path, file):
+    path = tmp_path / "clips/1.0.0"
+    shutil.copytree(records, path)
+    assert len(open_source(f"tfds:{path}"))
+    text = (path / file).read_text()
+    for damage in (text[:50], "[]", "{}", text.replace("4", "x"), ""):
+        (path / file).write_text(damage)
+        with pytest.raises(ValueError, match=f"TFDS can't open {path}.*; give") as told:
+            open_source(f"tfds:{path}")
+        assert "\n" not in str(told.value)
+    with pytest.raises(ValueError, match="TFDS can't open nowhere.*; give") as told:
+        open_source("tfds:nowhere")
+    assert "\n" not in str(told.value)

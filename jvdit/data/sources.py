@@ -256,13 +256,7 @@ class TfdsSource(VideoWindows):
         caption: str | None = "caption",
         **window: Any,
     ):
-        path = local_path(name)
-        if path.is_dir():
-            builder: Any = tfds.builder_from_directory(path)
-        else:
-            place = None if data_dir is None else local_path(data_dir)
-            builder = tfds.builder(str(name), data_dir=place)
-        self._examples = builder.as_data_source(split=split)
+        builder, self._examples = _opened_tfds(name, split, data_dir)
         info = builder.info.splits[split]
         identity = [builder.info.full_name, split, info.num_examples, info.num_bytes]
         self._features = (video, caption)
@@ -273,7 +267,7 @@ class TfdsSource(VideoWindows):
             try:
                 found = probe(self._example(i)[0], scan=True)
                 rows.append((i, *(getattr(found, name) for name in names)))
-            except MediaError as error:
+            except (MediaError, UnicodeDecodeError) as error:
                 self.rejects.append((i, str(error)))
         if not rows:
             raise ValueError(
@@ -301,6 +295,24 @@ class TfdsSource(VideoWindows):
 
     def _encoded(self, video: int) -> tuple[bytes, str]:
         return self._example(int(self._kept[video]))
+
+
+def _opened_tfds(name: str | Path, split: str, data_dir: Any) -> tuple[Any, Any]:
+    """Opens a TFDS data set: its builder, and the examples of a split."""
+    try:
+        path = local_path(name)
+        if path.is_dir():
+            builder: Any = tfds.builder_from_directory(path)
+        else:
+            place = None if data_dir is None else local_path(data_dir)
+            builder = tfds.builder(str(name), data_dir=place)
+        return builder, builder.as_data_source(split=split)
+    except Exception as error:  # of protobuf, of TFDS, of what it imports
+        told = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(
+            f"TFDS can't open {name}, split {split!r} ({told}); give the name or the "
+            "folder of a data set that was prepared as array_record."
+        ) from error
 
 
 class LatentSource(Indexed):

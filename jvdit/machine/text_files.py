@@ -2,6 +2,7 @@
 
 import codecs
 import os
+import re
 from pathlib import Path
 
 _MARKED = {  # the longer marks first: that of UTF-32 begins with that of UTF-16
@@ -10,6 +11,8 @@ _MARKED = {  # the longer marks first: that of UTF-32 begins with that of UTF-16
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
 def read_text(path: str | os.PathLike[str], *, lenient: bool = False) -> str:
@@ -56,12 +59,11 @@ def check_text(text: str, where: str) -> str:
         ValueError: it holds a NUL, half of a character beyond U+FFFF, or bytes that
             couldn't be decoded.
     """
-    for place, character in enumerate(text):
-        if character == "\0" or "\ud800" <= character <= "\udfff":
-            raise ValueError(
-                f"{where} has U+{ord(character):04X} at character {place + 1}, which "
-                "isn't text; remove it, and save the file as UTF-8."
-            )
+    if found := _NO_TEXT.search(text):
+        raise ValueError(
+            f"{where} has U+{ord(found[0]):04X} at character {found.start() + 1}, "
+            "which isn't text; remove it, and save the file as UTF-8."
+        )
     return text
 
 

@@ -22,7 +22,8 @@ from jvdit.data.media.reader import (
     decode_clip,
     probe,
 )
-from jvdit.data.media.writer import encode_clip
+from jvdit.data.media.writer import PRESETS, encode_clip
+from jvdit.machine.json_files import nearest
 
 NO_CAPTION = "no caption"
 
@@ -45,6 +46,17 @@ class ClipFile(NamedTuple):
     reason: str = ""
     detail: str = ""
     note: str = ""
+
+
+_RANGES = {
+    "frames": (1, 100_000),
+    "fps": (0.01, 1000.0),
+    "audio_rate": (0, 192_000),
+    "crf": (0, 51),
+    "max_upsample": (0.01, 1000.0),
+    "max_repeat": (0.0, 1.0),
+    "max_pixels": (256, 2**31),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +90,16 @@ class Recipe:
     require_caption: bool = False
 
     def __post_init__(self):
-        if self.frames < 1 or not self.fps > 0:
+        for name, (low, high) in _RANGES.items():
+            if not low <= (value := getattr(self, name)) <= high:
+                raise ValueError(
+                    f"`{name}` (={value}) must be in the range {low} to {high}."
+                )
+        if self.preset not in PRESETS:
+            near = nearest(self.preset, PRESETS)
             raise ValueError(
-                f"`frames` (={self.frames}) and `fps` (={self.fps}) must be positive."
+                f"`preset` (={self.preset!r}) must be one of {', '.join(PRESETS)}; the "
+                f"nearest is {near}."
             )
         for height, width in self.sizes:
             if height < 16 or width < 16 or height % 2 or width % 2:

@@ -112,6 +112,8 @@ def _folder(folder: Path, root) -> Iterator[ClipFile]:
     others = []
     for path, reason, detail in files:
         name, suffix = path.relative_to(folder).as_posix(), path.suffix.lower()
+        if path.name in _LISTS and not detail:
+            detail = "it is the list of another folder; give that one as an input"
         if suffix not in _MEDIA:
             others.append(
                 (path, ClipFile(name, str(path), "", reason or "other", detail))
@@ -166,12 +168,12 @@ def _item(path: Path, name: str, used: list[Path]) -> ClipFile:
 
 def _sidecar(video: Path, used: list[Path]) -> str:
     """Returns the caption in the .txt or .json file beside a video, or ""."""
-    for file in (video.with_suffix(".txt"), video.with_suffix(".json")):
-        if not file.is_file():
+    for suffix in (".txt", ".TXT", ".json", ".JSON"):
+        if not (file := video.with_suffix(suffix)).is_file():
             continue
         used.append(file)
         text = check_text(read_text(file), str(file))
-        if file.suffix == ".txt":
+        if suffix.lower() == ".txt":
             return text.strip()
         return caption_of(parse_json(text, str(file), dict), str(file))
     return ""

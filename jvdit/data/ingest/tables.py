@@ -146,34 +146,35 @@ def _delimited(table: Path) -> _Rows:
     )
     like_a_row = re.compile(rf"\n[^\n]*\.({_SUFFIXES})\"?\s*{delimiter}", re.I)
     header: list[str] = []
-    begun = 1
-    try:
-        for fields in reader:
-            place = f"line {begun}"
+    while True:
+        begun = reader.line_num + 1
+        place = f"line {begun}"
+        try:
+            if (fields := next(reader, None)) is None:
+                return
             if any(map(like_a_row.search, fields)):
                 raise csv.Error("another row is within its quotes")
-            begun = reader.line_num + 1
-            if not any(map(str.strip, fields)):
-                continue
-            if not header:
-                header = [name.strip().lower() for name in fields]
-                if len({*header}) < len(header):
-                    raise ValueError(f"{table} names a column twice: {fields}.")
-            elif len(fields) != len(header):
-                yield (
-                    place,
-                    ValueError(
-                        f"{table} {place} has {len(fields)} fields and its header "
-                        f"{len(header)}; put text with {delimiter!r} in quotes."
-                    ),
-                )
-            else:
-                yield place, dict(zip(header, fields, strict=True))
-    except csv.Error as error:
-        raise ValueError(
-            f"{table} line {begun}: a quote isn't closed, or not where its field ends "
-            f"({error}); close it, and write a quote within quotes twice."
-        ) from None
+        except csv.Error as error:
+            told = (
+                f"{table} {place}: a quote isn't closed, or not where its field ends "
+                f"({error}); close it, and write a quote within quotes twice."
+            )
+            if not header or reader.line_num > begun or "unexpected end" in str(error):
+                raise ValueError(told) from None  # who knows where the next row begins
+            yield place, ValueError(told)
+            continue
+        if not any(map(str.strip, fields)):
+            continue
+        if not header:
+            header = [name.strip().lower() for name in fields]
+            if len({*header}) < len(header):
+                raise ValueError(f"{table} names a column twice: {fields}.")
+        elif len(fields) != len(header):
+            told = f"has {len(fields)} fields and its header {len(header)}"
+            remedy = f"put text with {delimiter!r} in quotes"
+            yield place, ValueError(f"{table} {place} {told}; {remedy}.")
+        else:
+            yield place, dict(zip(header, fields, strict=True))
 
 
 def _json_lines(table: Path) -> _Rows:

@@ -19,6 +19,8 @@ from jvdit.machine.files import replacing
 
 _BT709 = 1  # AVColorSpace, AVColorPrimaries and AVColorTransferCharacteristic alike
 _AAC_FRAME = 1024  # samples
+PRESETS = "ultrafast superfast veryfast faster fast medium slow slower veryslow".split()
+PRESETS.append("placebo")
 
 
 def encode_clip(
