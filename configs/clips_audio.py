@@ -14,11 +14,14 @@ place or length: --config.data.sources='("…#train:16x16x16@8",)' and so on.
 from jvdit import config as defaults
 
 CLIPS = "data/clips"
+BOX = "jvdit/box/sound"
 
 
 def get_config():
     """Settings of the run."""
     config = defaults.audio_vae("world")
+    # It knows the sounds of the world already.
+    config.start_from = BOX
     # A second at a time, two of each clip. Pictures are decoded beside the sound: small
     # ones, for they aren't looked at.
     config.data.sources = (f"{CLIPS}#train:8x16x16@8",)
@@ -28,8 +31,9 @@ def get_config():
     config.optim.lr = 4e-3
     config.optim.schedule = "linear"
     config.optim.warmup = 100
-    config.steps = 2000
+    config.steps = 1200
+    # A short run: the average forgets soon.
+    config.optim.ema = 0.99
     config.checkpoint_every = 250
-    config.evaluate_every = 250
-    config.sample_every = 500
+    config.evaluate_every = config.sample_every = 400
     return config

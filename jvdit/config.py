@@ -85,6 +85,10 @@ def run(objective: str) -> Config:
     config.evaluate_every = 1000
     config.sample_every = 2000
     config.keep_checkpoints = 3
+    # Where scalars and sheets are logged: "tensorboard" or "wandb".
+    config.logger = "tensorboard"
+    # Steps of which a profiler trace is recorded, such as "10:13". "": none.
+    config.profile_steps = ""
     # Steps in a row with a loss or gradient that isn't finite after which to stop.
     config.max_skipped = 20
     config.data = {

@@ -11,9 +11,9 @@ if __name__ == "__main__":
     use_huge_pages()  # begins this process anew, so before what takes seconds
 
 
-from absl import app, flags
+from absl import flags
 
-from jvdit.machine import cluster
+from jvdit.machine import cluster, flag_parser
 from jvdit.machine.command import refuse_arguments, told_in_a_line
 from jvdit.machine.compilation import keep_compilations
 from jvdit.machine.stop import StopRequest
@@ -76,5 +76,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["source", "vae", "out"])
-    app.run(main)
+    flag_parser.run(main, "source", "vae", "out")

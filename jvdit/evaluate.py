@@ -20,9 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from absl import app, flags
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
+from absl import flags
 
 from jvdit.data.world import World
 from jvdit.data.world.scene import SPLITS
@@ -46,10 +44,17 @@ from jvdit.generation.generator import Generator
 from jvdit.generation.reconstructor import Reconstructor, SoundReconstructor
 from jvdit.generation.request import Request, size_fields
 from jvdit.generation.settings import Settings
+from jvdit.machine import flag_parser
 from jvdit.machine.command import told_in_a_line
 from jvdit.machine.compilation import keep_compilations
-from jvdit.machine.files import replacing, said_if_full, write_atomically
+from jvdit.machine.files import (
+    check_writable,
+    replacing,
+    said_if_full,
+    write_atomically,
+)
 from jvdit.machine.json_files import write_json
+from jvdit.machine.progress import Bars
 from jvdit.training.metrics import read_history
 from jvdit.weights.starting import model_hash
 
@@ -129,7 +134,10 @@ _FRAMES = flags.DEFINE_integer(
 )
 _FPS = flags.DEFINE_float("fps", None, "Frames per second (default: the model's).")
 _ROWS = flags.DEFINE_integer(
-    "rows", 32, "Rows that are solved at once; fewer need less memory."
+    "rows",
+    32,
+    "Rows that are solved at once; fewer need less memory.",
+    lower_bound=1,
 )
 
 
@@ -175,7 +183,10 @@ def settings_of(generator: Generator) -> list[Setting]:
     sync = 1.0 if suits.sound_sync_scale is None else suits.sound_sync_scale
     given, after = _GIVEN.value or "", bool(suits.sound_after)
     how = suits.solver or "", bool(suits.draft), given, sync, after
-    return [Setting(*pair, *how) for pair in itertools.product(steps, scales)]
+    pairs = list(itertools.product(steps, scales))
+    for count, scale in pairs:
+        Settings(steps=count, guidance_scale=scale)  # raises if they are out of range
+    return [Setting(*pair, *how) for pair in pairs]
 
 
 def world_of(generator: Generator, split: str) -> World:
@@ -256,11 +267,7 @@ def _columns(out: pathlib.Path) -> list[ReportColumn]:
         for setting in settings_of(generator)
     ]
     columns = []
-    with Progress(
-        *Progress.get_default_columns(),
-        MofNCompleteColumn(),
-        console=Console(stderr=True),
-    ) as progress:
+    with Bars() as progress:
         for label, *job in jobs:
             world, setting = job
             task = progress.add_task(f"{label}: {setting}", total=_N.value)
@@ -305,6 +312,7 @@ def evaluate() -> list[pathlib.Path]:
             "name what to evaluate: --workdir=…, --vae=… or --audio_vae=…."
         )
     out = pathlib.Path(_OUT.value or pathlib.Path(_WORKDIR.value[0]) / "evaluation")
+    check_writable(out)
     columns = _columns(out)
     worlds = dict.fromkeys(column.world for column in columns)
     heard = {c.world for c in columns if c.measured.clips.audio is not None}
@@ -333,4 +341,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    flag_parser.run(main)

@@ -21,10 +21,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import flags
 from jax.sharding import Mesh
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
 
 from jvdit.box import FOLDER
 from jvdit.data.sheets import contact_sheet, write_png
@@ -35,9 +33,11 @@ from jvdit.generation.generator import Generator
 from jvdit.generation.prompt_lines import read_prompts, read_request
 from jvdit.generation.request import Request, size_fields
 from jvdit.generation.settings import Settings
+from jvdit.machine import flag_parser
 from jvdit.machine.command import told_in_a_line
 from jvdit.machine.compilation import keep_compilations
-from jvdit.machine.files import write_atomically
+from jvdit.machine.files import check_writable
+from jvdit.machine.progress import Bars
 from jvdit.sharding import make_mesh, parse_mesh, sampling_sizes
 from jvdit.weights.opening import EXPERTS, open_bundle, with_adapters
 
@@ -146,6 +146,8 @@ _SHIFT = flags.DEFINE_float(
     None,
     "Timestep shift of a released model's noise schedule (default: the folder's own).",
 )
+for _name, _original in (("num_frames", "frames"), ("num_inference_steps", "steps")):
+    flags.DEFINE_alias(_name, _original)
 _DIT = flags.DEFINE_string(
     "dit", None, "Folder of a finetuned network for a released model."
 )
@@ -177,10 +179,23 @@ _REUSE = flags.DEFINE_string(
     "reuse", None, "File of --calibrate: skip blocks where little changes (MagCache)."
 )
 _THRESHOLD = flags.DEFINE_float(
-    "reuse_threshold", 0.06, "Error that --reuse may make; higher is faster, rougher."
+    "reuse_threshold",
+    0.06,
+    "Error that --reuse may make; higher is faster, rougher.",
+    lower_bound=0.0,
 )
 _ROWS = flags.DEFINE_integer(
-    "rows", 8, "Rows that are solved at once; fewer need less memory."
+    "rows",
+    8,
+    "Rows that are solved at once; fewer need less memory.",
+    lower_bound=1,
+)
+_ENLARGED = flags.DEFINE_integer(
+    "scale",
+    None,
+    "How many times to enlarge clips in their files, by whole pixels (default: until "
+    "the short side has 256 pixels).",
+    lower_bound=1,
 )
 _MESH = flags.DEFINE_string(
     "mesh",
@@ -329,9 +344,7 @@ def sample(prompts: Sequence[tuple[str, str]]) -> Iterator[pathlib.Path]:
     )
     folder = pathlib.Path(_OUT.value)
     if not _CALIBRATE.value:
-        # Raises an OSError, before anything is computed, if no file can be written.
-        write_atomically(folder / "empty", b"")
-        (folder / "empty").unlink()
+        check_writable(folder)  # before anything is computed
     generator = _load(_mesh(len(prompts)))
     checked, more = _sifted(parsed, lambda _, request: _checked(request, generator))
     requests, refused = [request for _, request in checked], refused + more
@@ -358,7 +371,8 @@ def sample(prompts: Sequence[tuple[str, str]]) -> Iterator[pathlib.Path]:
             )
             for i, clip in made:
                 path = free_path(folder, clip_name(requests[i]), ".mp4")
-                clip.save(path, {"jvdit": requests[i].settings | told})
+                scale = _ENLARGED.value or clip.viewing_scale
+                clip.save(path, {"jvdit": requests[i].settings | told}, scale)
                 shown[i] = clip
                 watch.clips(len(shown))
                 yield path
@@ -377,15 +391,11 @@ def sample(prompts: Sequence[tuple[str, str]]) -> Iterator[pathlib.Path]:
         )
 
 
-class _Shown(Progress):
+class _Shown(Bars):
     """Bars of the clips that are ready, and of what is done at the moment."""
 
     def __init__(self, count: int):
-        super().__init__(
-            *Progress.get_default_columns(),
-            MofNCompleteColumn(),
-            console=Console(stderr=True),
-        )
+        super().__init__()
         self._clips = self.add_task("clips", total=count)
         self._now = self.add_task("compiling", total=None)
 
@@ -410,4 +420,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    flag_parser.run(main)

@@ -13,10 +13,10 @@ if __name__ == "__main__":
 import sys
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 
-from jvdit.machine import cluster
+from jvdit.machine import cluster, flag_parser
 from jvdit.machine.command import told_in_a_line
 from jvdit.machine.compilation import keep_compilations
 from jvdit.tasks.stages import run
@@ -63,5 +63,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    flag_parser.run(main, "config", "workdir")

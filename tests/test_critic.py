@@ -237,7 +237,7 @@ def test_before_its_start_it_changes_no_bit_and_then_it_learns():
 
 def test_a_critic_with_impossible_numbers_is_refused():
     for fields, told in (
-        ({"weight": -0.5}, r"weight.*-0\.5.*>= 0"),
+        ({"weight": -0.5}, r"weight.*-0\.5.*at least 0"),
         ({"matching": float("nan")}, "matching.*nan"),
     ):
         with pytest.raises(ValueError, match=told):
@@ -296,7 +296,7 @@ def test_a_run_resumes_with_its_critic_and_its_model_has_none(whole, tmp_path):
         assert [x.name for x in (folder / "model").iterdir()] == ["vae"]
     with pytest.raises(ValueError, match="holds another model: .*critic"):
         train(config_of(start=0), str(whole))
-    with pytest.raises(ValueError, match=r"critic.start.*-3.*0 for no critic"):
+    with pytest.raises(ValueError, match=r"critic.start.*-3.*at least 0"):
         train(config_of(start=-3), str(whole))
 
 

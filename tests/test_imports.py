@@ -8,7 +8,7 @@ import pathlib
 
 ROOT = pathlib.Path(__file__).parent.parent / "jvdit"
 FLOORS = (
-    {"shapes", "machine", "box"},
+    {"shapes", "ranges", "machine", "box"},
     {"sharding", "data"},
     {"models", "diffusion", "evaluation"},
     {"weights"},

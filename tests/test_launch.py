@@ -121,6 +121,68 @@ def test_a_pod_for_each_host():
     assert printed.stdout.splitlines()[-5:] == [*TRAIN, "--exit_stopped=75"]
 
 
+@pytest.mark.parametrize(
+    "code, seconds, restarts, given_up",
+    [(1, 9, 2, True), (1, 9, 1, False), (1, 999, 9, False), (75, 9, 9, False)]
+    + [(137, 9, 9, False), (0, 9, 9, False)],
+)
+def test_what_may_pass_is_tried_again_and_what_ends_at_once_is_not(
+    code, seconds, restarts, given_up
+):
+    """On GKE by an exit code that ends the JobSet, on SLURM by not queueing again."""
+    job = json.loads(text(*GKE))["spec"]
+    assert job["failurePolicy"]["rules"][0]["action"] == "FailJobSet"
+    slices = job["replicatedJobs"][0]["template"]["spec"]
+    (rule,) = slices["podFailurePolicy"]["rules"]
+    (container,) = slices["template"]["spec"]["containers"]
+    assert container["env"][0]["name"] == "RESTARTS"
+    env = {"RESTARTS": f"{restarts}", "SLURM_RESTART_COUNT": f"{restarts}"}
+
+    def ends(script):
+        fake = f"""
+        python() {{ SECONDS={seconds}; return {code}; }}
+        srun() {{ return {code}; }}
+        wait() {{ builtin wait $1; local ended=$?; SECONDS={seconds}; return $ended; }}
+        scontrol() {{ echo queued; }}
+        """
+        return subprocess.run(
+            ["bash", "-c", fake + script],
+            text=True,
+            capture_output=True,
+            env=os.environ | env,
+        )
+
+    pod = ends(container["command"][2]).returncode
+    hopeless = rule["onExitCodes"]["values"]
+    assert hopeless == [pod] if given_up else pod == code not in hopeless
+    batch = ends(text("--on", "slurm"))
+    queued = "queued" in batch.stdout
+    assert batch.returncode == code and queued == (code != 0 and not given_up)
+
+
+def test_names_are_taken_as_google_writes_them():
+    where = ("--on", "gke", "--image", "i", "--bucket", "gs://b/")
+    parsed = launch.parse([*where, "--slice", "2xv5litepod-16", "--", *TRAIN])
+    assert parsed.slice == "2xv5e-16" and parsed.bucket == "b"
+
+
+def test_a_config_that_is_not_here_is_refused(capsys):
+    for wrong in ("configs/wan_pad.py", "wan_pad"):
+        with pytest.raises(SystemExit):
+            launch.parse([*GKE, "--", "--config", wrong, *TRAIN[2:]])
+        assert f"--config {wrong}: there is no such file" in capsys.readouterr().err
+    launch.parse([*GKE, "--", "--config=wan_pod", *TRAIN[2:]])
+    launch.parse([*GKE, "--", "--config", "configs/wan_pod.py:5b-sound", *TRAIN[2:]])
+
+
+def test_what_git_does_not_know_yet_travels_along():
+    script = text("--on", "tpu-vm", "--slice", "v5e-64", "--zone", "z")
+    new = "touch new.py; echo ignored > .gitignore; touch ignored\n"
+    listed = "tar() { command tar -c --null -T - | command tar -t; }\n"
+    ran = run(new + listed + script, "true")
+    assert "new.py" in ran.stdout.split() and "ignored" not in ran.stdout.split()
+
+
 def test_a_batch_file_goes_back_to_the_queue():
     script = text("--on", "slurm", "--nodes", "4", "--devices", "8")
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
@@ -156,4 +218,4 @@ def test_hosts_encode_together():
     encode = ["--source=data/clips", "--vae=v", "--out=/mnt/b/latents"]
     args = [*GKE, "--bucket", "b", "--module", "encode", "--", *encode]
     container = json.loads(launch.gke(launch.parse(args)))
-    assert f'python -m jvdit.encode {" ".join(encode)}"' in json.dumps(container)
+    assert f"python -m jvdit.encode {' '.join(encode)}\\n" in json.dumps(container)

@@ -407,3 +407,21 @@ print("imported:", sorted(found))
 """
     done = run(tmp_path, code)
     assert done.stdout.strip() == "imported: []", done.stdout + done.stderr
+
+
+def test_a_worker_without_shared_memory_is_told_with_the_remedy():
+    source = WorldSource(World(frames=1, height=16, width=16), 12, audio=False)
+    builder = ClipBatches([source], BucketPlan.of([source], pixel_budget=4 * 16 * 16))
+
+    class Died:
+        def __next__(self):
+            raise RuntimeError("Worker process was terminated with exit code -7.")
+
+        def close(self):
+            pass
+
+    with Batches(builder, num_workers=64) as batches:
+        batches._batches = Died()
+        with pytest.raises(OSError, match=r"/dev/shm has \d+ MB.*64.*--shm-size=64m"):
+            next(batches)
+        assert int(next(iter(Batches(builder)))["clip_id"].size) > 0

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from scipy.ndimage import uniform_filter
 
-from jvdit.evaluation.reconstruction import psnr, ssim
+from jvdit.evaluation.reconstruction import psnr, sharpness, ssim
 
 RNG = np.random.default_rng(0)
 VIDEO = RNG.integers(0, 246, (2, 3, 16, 20, 3), dtype=np.uint8)
@@ -43,3 +44,17 @@ def test_ssim_follows_its_definition():
 def test_frames_smaller_than_the_window_are_named():
     with pytest.raises(ValueError, match="10 x 20.*11 x 11"):
         ssim(VIDEO[..., :10, :, :], VIDEO[..., :10, :, :])
+
+
+def test_sharpness_falls_with_blur_and_rises_with_noise():
+    rng = np.random.default_rng(0)
+    wanted = rng.integers(64, 192, (2, 3, 16, 16, 3), np.uint8)
+    blurred = uniform_filter(wanted.astype(float), (0, 0, 3, 3, 0)).astype(np.uint8)
+    noisy = wanted + rng.integers(-40, 40, wanted.shape, np.int64).astype(np.uint8)
+    np.testing.assert_array_equal(sharpness(wanted, wanted), 1)
+    assert (sharpness(blurred, wanted) < 0.3).all()
+    assert (sharpness(noisy, wanted) > 1.1).all()
+    # Of half the contrast there is a quarter of the energy.
+    faint = (wanted // 2 * 2).astype(np.uint8)
+    np.testing.assert_allclose(sharpness(faint // 2, faint), 0.25)
+    assert np.isnan(sharpness(wanted, np.full_like(wanted, 7))).all()

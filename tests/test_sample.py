@@ -69,7 +69,7 @@ def test_from_the_command_line(workdir, generator, tmp_path):
         "good_9.mp4",
     }
 
-    clip.save(tmp_path / "ours.mp4")
+    clip.save(tmp_path / "ours.mp4", scale=clip.viewing_scale)
     ours, written, other = (
         decode_clip(str(file), frames=5, height=16, width=16, fps=8.0)["video"]
         for file in (tmp_path / "ours.mp4", out / found[5], out / films[1])

@@ -202,8 +202,8 @@ def test_silent_data_cannot_be_trained_on_for_sound(heard, latents, tmp_path):
     for name, value, message in (
         ("data.sources", (f"{latents}/latents",), "asks for sound, and none of"),
         ("data.sound_budget", 5, r"needs 10 of `sound_budget` \(=5\)"),
-        ("cut", 1.5, "`cut` .=1.5. must be a share"),
-        ("pairings.sound", -1.0, "below 0"),
+        ("cut", 1.5, "`cut` .=1.5. must be a number from 0 to 1"),
+        ("pairings.sound", -1.0, "at least 0"),
     ):
         changed = dit.copy_and_resolve_references()
         changed.data.sources = (f"{heard}/latents",)

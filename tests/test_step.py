@@ -102,7 +102,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_count(value):
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_an_update_that_is_not_finite_is_left_out(monkeypatch, fault, name):
     """Whatever the optimizer makes of a good gradient."""
-    monkeypatch.setattr("jvdit.training.optim._RANGES", {})
+    monkeypatch.setattr("jvdit.training.optim.check_ranges", lambda *_: None)
     state, history = run(Optim(warmup=0, name=name, **fault), [batch_of(0)] * 2)
     kept = state.params, state.ema, state.opt_state
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(kept))

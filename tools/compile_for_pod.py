@@ -27,11 +27,12 @@ os.environ |= {"JAX_PLATFORMS": "cpu"}
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
+from jvdit.machine import flag_parser
 from jvdit.machine.chips import CHIPS, Chip, several, topology
 from jvdit.models import video_vae
 from jvdit.models.dit import DiT
@@ -43,6 +44,7 @@ from jvdit.pods.programs import (
     train_program,
     vae_program,
 )
+from jvdit.ranges import check_ranges
 from jvdit.sharding import (
     autoencoder_mesh,
     parameter_shardings,
@@ -389,6 +391,8 @@ def main(_: list[str]) -> None:
             f"error: --step {_STEP.value} needs --config, such as configs/wan_pod.py"
         )
     try:
+        if _CONFIG.value is not None:
+            check_ranges(_CONFIG.value.to_dict())
         for name in _TOPOLOGY.value:
             chips = pod_mesh(topology(name), {"data": -1}).size
             meshes = [parse_mesh(x) for x in _MESH.value or ()] or meshes_to_try(chips)
@@ -406,4 +410,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    flag_parser.run(main)

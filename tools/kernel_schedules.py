@@ -16,13 +16,14 @@ import pathlib
 import re
 import tempfile
 
-from absl import app, flags
+from absl import flags
 
 os.environ |= {"JAX_PLATFORMS": "cpu"}
 
 import jax
 import jax.numpy as jnp
 
+from jvdit.machine import flag_parser
 from jvdit.machine.chips import CHIPS, Chip
 from jvdit.models.attention import mosaic
 from jvdit.pods.programs import pod_mesh
@@ -145,4 +146,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    flag_parser.run(main)

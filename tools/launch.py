@@ -23,6 +23,7 @@ import argparse
 import itertools
 import json
 import math
+import pathlib
 import re
 import shlex
 import subprocess
@@ -44,6 +45,10 @@ AT_ONCE, TRIES = 300, 3
 # Required arguments of each command; the last names its output folder.
 NEEDED = {"train": ("--config", "--workdir"), "encode": ("--source", "--vae", "--out")}
 STOPPED = 75  # "try again later", as sysexits.h has it
+# What a process exits with on GKE if it is not to be started again, and where it reads
+# how often it was.
+HOPELESS = 64
+RESTARTS = "metadata.labels['jobset.sigs.k8s.io/restart-attempt']"
 PACKAGES = "https://packages.cloud.google.com/apt"
 # Hosts write into one folder together, so none may cache its contents. On TPU hosts
 # gcsfuse would by default, for ever.
@@ -55,6 +60,21 @@ def command(args: argparse.Namespace) -> str:
     stopped = [f"--exit_stopped={STOPPED}"] if args.module == "train" else []
     module = f"jvdit.{args.module}"
     return shlex.join(["python", "-m", module, *args.arguments, *stopped])
+
+
+def hopeless(restarts: str) -> str:
+    """A shell's test of `code`: whether a run should not be started again.
+
+    It was neither interrupted nor killed, but ended by itself, at once, and not for the
+    first time.
+
+    Args:
+        restarts: name of the variable that says how often it was started again.
+    """
+    return (
+        f"[ $code -ne 0 ] && [ $code -ne {STOPPED} ] && [ $code -lt 128 ] && "
+        f'[ $SECONDS -lt {AT_ONCE} ] && [ "${{{restarts}:-0}}" -ge {TRIES - 1} ]'
+    )
 
 
 def mount_command(bucket: str) -> str:
@@ -125,7 +145,9 @@ until
     sleep 30
   done
   begun=$SECONDS
-  git ls-files -z | tar --null -T - -czf "$packed/jvdit.tar.gz" && train_all
+  # What git doesn't know yet, such as a new config, goes along.
+  git ls-files -z -co --exclude-standard |
+    tar --null -T - -czf "$packed/jvdit.tar.gz" && train_all
 do
   if [ $((SECONDS - begun)) -lt {AT_ONCE} ]; then early=$((early + 1)); else early=0; fi
   if [ $early -ge {TRIES} ]; then
@@ -149,7 +171,15 @@ def gke(args: argparse.Namespace) -> str:
     container = {
         "name": "train",
         "image": args.image,
-        "command": ["bash", "-c", command(args)],
+        "command": [
+            "bash",
+            "-c",
+            f"{command(args)}\ncode=$?\n"
+            f"if {hopeless('RESTARTS')}; then code={HOPELESS}; fi\nexit $code",
+        ],
+        "env": [
+            {"name": "RESTARTS", "valueFrom": {"fieldRef": {"fieldPath": RESTARTS}}}
+        ],
         "ports": [{"containerPort": 8471}],
         "resources": {"requests": chips, "limits": chips},
     }
@@ -170,6 +200,8 @@ def gke(args: argparse.Namespace) -> str:
         container["volumeMounts"] = [mount]
     job = {"parallelism": hosts, "completions": hosts, "backoffLimit": 0}
     job["template"] = template
+    codes = {"containerName": "train", "operator": "In", "values": [HOPELESS]}
+    job["podFailurePolicy"] = {"rules": [{"action": "FailJob", "onExitCodes": codes}]}
     slices = {"name": "slice", "replicas": number, "template": {"spec": job}}
     # The hosts of a slice have to be neighbours: those of one pool of nodes.
     pool = "cloud.google.com/gke-nodepool"
@@ -178,7 +210,18 @@ def gke(args: argparse.Namespace) -> str:
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
         "metadata": {"name": args.name, "annotations": notes},
-        "spec": {"failurePolicy": {"maxRestarts": 1000}, "replicatedJobs": [slices]},
+        "spec": {
+            "failurePolicy": {
+                "maxRestarts": 1000,
+                "rules": [
+                    {
+                        "action": "FailJobSet",
+                        "onJobFailureReasons": ["PodFailurePolicy"],
+                    }
+                ],
+            },
+            "replicatedJobs": [slices],
+        },
     }
     return json.dumps(jobset, indent=2) + "\n"
 
@@ -192,7 +235,7 @@ def _csi(bucket: str) -> dict[str, Any]:
 
 
 def slurm(args: argparse.Namespace) -> str:
-    """A SLURM batch file that requeues itself when its time is over."""
+    """A SLURM batch file that requeues itself when its time is over or it crashed."""
     return f"""#!/usr/bin/env bash
 #SBATCH --job-name={args.name}
 #SBATCH --nodes={args.nodes}
@@ -211,6 +254,13 @@ trap stop TERM
 srun {command(args)} &
 running=$!
 wait "$running"
+code=$?
+if {hopeless("SLURM_RESTART_COUNT")}; then
+  echo "ended at once {TRIES} times; giving up" >&2
+elif [ $code -ne 0 ]; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $code
 """
 
 
@@ -284,9 +334,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
             f"give the arguments of jvdit.{args.module} after --, "
             f"{' and '.join(NEEDED[args.module])} among them"
         )
+    check_config(args, parser)
     if args.bucket:
+        args.bucket = args.bucket.removeprefix("gs://").rstrip("/")
         check_bucket(args, parser)
     if args.slice:
+        for ours, googles in ACCELERATORS.items():
+            args.slice = args.slice.replace(googles, ours)
         try:
             topology(args.slice)
         except ValueError as error:
@@ -294,17 +348,31 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def pairs(words: list[str]) -> set[tuple[str, ...]]:
+    """Flags and their values, however they are joined."""
+    return {word.partition("=")[::2] for word in words} | {*itertools.pairwise(words)}
+
+
+def check_config(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Exits with an error message if the config isn't here, from where code is sent."""
+    for flag, value in pairs(args.arguments):
+        file = pathlib.Path(value.partition(":")[0])
+        if flag == "--config" and value and not file.exists():
+            named = f"configs/{file.name.removesuffix('.py')}.py"
+            known = pathlib.Path(named).exists() and "/" not in value
+            if not known:
+                parser.error(f"--config {value}: there is no such file here")
+
+
 def check_bucket(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Exits with an error message if a bucket can't be mounted, or isn't written to."""
     if args.on == "slurm":
         parser.error("--bucket is for Google's hosts; those of SLURM share folders")
     if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", args.bucket):
-        name = args.bucket.removeprefix("gs://").partition("/")[0]
+        name = args.bucket.partition("/")[0]
         parser.error(f"--bucket {args.bucket} must be a name alone; try {name}")
-    words, folder = args.arguments, f"/mnt/{args.bucket}/"
-    where = NEEDED[args.module][-1]
-    given = {word.partition("=")[::2] for word in words} | {*itertools.pairwise(words)}
-    if not any(k == where and v.startswith(folder) for k, v in given):
+    folder, where = f"/mnt/{args.bucket}/", NEEDED[args.module][-1]
+    if not any(k == where and v.startswith(folder) for k, v in pairs(args.arguments)):
         parser.error(f"--bucket {args.bucket} is mounted there: {where} {folder}NAME")
 
 

@@ -5,7 +5,9 @@ and a watchdog. Its state is one integer.
 """
 
 import dataclasses
+import math
 import os
+import shutil
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +24,8 @@ from jvdit.data.builders import (
 
 _MOST_PREFETCHED = 64  # batches
 _KEPT_REPORTS = 1000
+# What grain says of a worker that died of SIGBUS: a page of shared memory that is full.
+_BUS_ERROR, _SHARED = "exit code -7", "/dev/shm"
 _TOO_FEW = 200  # clips to judge a data set by
 
 
@@ -113,14 +117,17 @@ class Batches:
         Raises:
             StalledError: it does not arrive; it names the step and its clips.
             BadDataError: too many clips could not be read.
+            OSError: worker processes ran out of shared memory.
         """
         if self._batches is None:
             self._batches = self._iterate()
         try:
             timeout = self.timeout or 2 * self.builder.timeout
             batch, bad = call_within(timeout, self._awaited, next, self._batches)
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if _BUS_ERROR in str(error):
+                raise OSError(self._short_of_shared_memory()) from error
             raise
         self.bad += len(bad)
         self.clips += int((batch["clip_id"] >= 0).sum())
@@ -134,6 +141,18 @@ class Batches:
             )
         self._step += 1
         return batch
+
+    def _short_of_shared_memory(self) -> str:
+        each = self.builder.nbytes / 1e6
+        # A batch that is handed over, one that waits, and one that is made.
+        wanted = 3 * self.num_workers * each
+        return (
+            f"a worker process ran out of shared memory: {_SHARED} has "
+            f"{shutil.disk_usage(_SHARED).total / 1e6:.0f} MB, and {self.num_workers} "
+            f"`data.workers` pass batches of {each:.0f} MB through it. Make it larger, "
+            f"in docker by --shm-size={max(64, math.ceil(wanted))}m, or have fewer "
+            "workers; with 0 of them threads make the batches."
+        )
 
     def _awaited(self) -> str:
         """Says what the next batch is made of."""

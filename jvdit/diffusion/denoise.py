@@ -8,12 +8,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jvdit.diffusion.noise_path import NoisePath
+from jvdit.ranges import check_ranges
 from jvdit.shapes import Text, Tokens, apart
 
 # model(tokens, t, text) -> velocity, noise or x0 of every token: `NoisePath.target`.
 Model = Callable[[Tokens, Float[Array, "b g"], Text], Float[Array, "b n c"]]
 # denoiser(tokens, t) -> velocity of every token; text and guidance are built in.
 Denoiser = Callable[[Tokens, Float[Array, "b g"]], Float[Array, "b n c"]]
+
+# As settings have them: for the text of pictures and sounds, and for being in step.
+_SCALES = "guidance_scale", "sound_guidance_scale", "sync_scale", "sound_sync_scale"
 
 
 def denoise(
@@ -60,23 +64,14 @@ class Guidance:
     sync: tuple[float, float] = (1.0, 1.0)
 
     def __post_init__(self):
+        scales = self.scale, self.sound_scale, *self.sync
+        check_ranges(dict(zip(_SCALES, scales, strict=True)))
+        check_ranges(
+            {"guidance_interval": self.interval, "guidance_rescale": self.rescale}
+        )
         low, high = self.interval
-        for name, scale in (
-            ("guidance_scale", self.scale),
-            ("sound_guidance_scale", self.sound_scale or 0.0),
-            ("sync_scale", self.sync[0]),
-            ("sound_sync_scale", self.sync[1]),
-        ):
-            if scale < 0:
-                raise ValueError(f"`{name}` (={scale}) must not be negative.")
-        if not 0 <= low <= high <= 1:
-            raise ValueError(
-                f"guidance `interval` (={low}, {high}) must lie in order inside [0, 1]."
-            )
-        if not 0 <= self.rescale <= 1:
-            raise ValueError(
-                f"guidance `rescale` (={self.rescale}) must lie inside [0, 1]."
-            )
+        if low > high:
+            raise ValueError(f"`guidance_interval` (={low}, {high}) must be in order.")
 
     @property
     def text(self) -> tuple[float, float]:

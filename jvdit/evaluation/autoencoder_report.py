@@ -5,13 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 
 from jvdit.data.clips import BadClip, Clip, Source
 from jvdit.evaluation import oracle, report
 from jvdit.machine.files import write_atomically
 from jvdit.machine.json_files import write_json
+from jvdit.machine.progress import Bars
 
 _CHUNK = 8  # clips that are read together
 _LEAST_HEIGHT = 96  # pixels; smaller clips are enlarged
@@ -64,7 +63,7 @@ def reconstructions(
     """
     count = min(count, len(source))
     pairs = Pairs([], [])
-    with Progress(console=Console(stderr=True)) as progress:
+    with Bars() as progress:
         task = progress.add_task("reconstructing", total=count)
         for start in range(0, count, _CHUNK):
             ids = range(start, min(start + _CHUNK, count))

@@ -1,4 +1,4 @@
-"""Reconstruction quality: PSNR, SSIM and temporal error against a reference video."""
+"""Reconstruction quality of a video: PSNR, SSIM, sharpness and temporal error."""
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -43,6 +43,22 @@ def ssim(video: Frames, wanted: Frames) -> Float[np.ndarray, "*b"]:
     likeness = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
     likeness /= (mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2)
     return np.asarray(likeness.mean((-4, -3, -2, -1)))
+
+
+def sharpness(video: Frames, wanted: Frames) -> Float[np.ndarray, "*b"]:
+    """Energy of the gradients in space, relative to that of the wanted video.
+
+    1 is as sharp; less is blurred, and more has edges or noise that aren't there. Of a
+    wanted video without any gradients it is NaN.
+    """
+
+    def energy(values: Frames) -> np.ndarray:
+        x = values.astype(np.float64)
+        parts = (np.square(np.diff(x, axis=axis)) for axis in (-3, -2))
+        return sum(part.mean((-4, -3, -2, -1)) for part in parts)
+
+    whole = energy(wanted)
+    return np.asarray(energy(video) / np.where(whole > 0, whole, np.nan))
 
 
 def temporal_error(video: Frames, wanted: Frames) -> Float[np.ndarray, "*b"]:

@@ -23,12 +23,18 @@ from jvdit.evaluation.autoencoder_report import (
     reconstructions,
     write_report,
 )
-from jvdit.evaluation.reconstruction import psnr, ssim, temporal_error
+from jvdit.evaluation.reconstruction import psnr, sharpness, ssim, temporal_error
 
-MEASURES = {"psnr": psnr, "ssim": ssim, "temporal_error": temporal_error}
+MEASURES = {
+    "psnr": psnr,
+    "ssim": ssim,
+    "sharpness": sharpness,
+    "temporal_error": temporal_error,
+}
 _MEANING = {
     "psnr": "dB",
     "ssim": "structural similarity",
+    "sharpness": "energy of edges over the original's",
     "temporal_error": "change from frame to frame, error of",
 }
 

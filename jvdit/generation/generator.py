@@ -244,8 +244,6 @@ class Generator:
                     f"`{name}` (={request.size[i]}) makes {size[i]} latents, which "
                     f"patches of {patch_size[i]} don't divide; try {nearest[i]}."
                 )
-        if not (request.fps or 0) > 0:
-            raise ValueError(f"`fps` (={request.fps}) must be positive; try 8.")
         self.model.check_given(request.given)
         if request.sound:
             self.model.audio_vae  # noqa: B018 - raises if there is none

@@ -16,6 +16,7 @@ from jvdit.data.media.audio import read_sound
 from jvdit.data.media.pictures import read_picture
 from jvdit.data.media.reader import decode_clip, probe
 from jvdit.data.sounds import in_channels
+from jvdit.ranges import check_ranges
 
 # A file path, or pixels: uint8 [H W 3], or [T H W 3] for a video.
 Pictures = str | os.PathLike[str] | np.ndarray
@@ -58,6 +59,9 @@ class Request:
         from_video: footage to make sound for; the clip keeps its picture.
         from_sound: a sound file, or float32 [a e] at the model's rate in [-1, 1], to
             make a picture for; the clip keeps its sound, and lasts as long.
+
+    Raises:
+        ValueError: a number is out of its range.
     """
 
     prompt: str
@@ -75,6 +79,10 @@ class Request:
     sound: bool | None = None
     from_video: Pictures | None = None
     from_sound: Pictures | None = None
+
+    def __post_init__(self):
+        names = "frames", "height", "width", "fps", "seed"
+        check_ranges({name: getattr(self, name) for name in names})
 
     @property
     def size(self) -> tuple[int, int, int]:

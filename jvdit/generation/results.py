@@ -12,6 +12,8 @@ from jvdit.data.media.writer import encode_clip
 from jvdit.data.spectrum import spectrogram
 from jvdit.evaluation.oracle.sound import onsets
 
+_WATCHED = 256  # pixels of the short side, as many as are seen well
+
 
 class Latents(NamedTuple):
     """Normalised latents of a clip.
@@ -49,14 +51,24 @@ class GeneratedClip(NamedTuple):
         marks = onsets(self.audio.mean(1)[None], self.audio_rate)[0]
         return spectrogram(self.audio, self.audio_rate, width=512, marks=marks)
 
+    @property
+    def viewing_scale(self) -> int:
+        """How many times to enlarge the clip so that its short side has 256 pixels."""
+        return max(1, -(-_WATCHED // min(self.video.shape[1:3])))
+
     def save(
-        self, path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None
+        self,
+        path: str | os.PathLike[str],
+        metadata: Mapping[str, Any] | None = None,
+        scale: int = 1,
     ) -> None:
         """Writes the clip as an mp4 file: H.264, and AAC if it has sound.
 
         Args:
             path: of the file, which appears whole or not at all.
             metadata: JSON values kept in the file.
+            scale: side of the square of pixels that each pixel becomes.
         """
         sound = {"audio": self.audio, "audio_rate": self.audio_rate}
-        encode_clip(Path(path), self.video, self.fps, metadata=metadata, **sound)
+        video = self.video.repeat(scale, axis=1).repeat(scale, axis=2)
+        encode_clip(Path(path), video, self.fps, metadata=metadata, **sound)

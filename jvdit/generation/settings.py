@@ -6,6 +6,7 @@ from typing import Any
 
 from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.solvers import check_solver
+from jvdit.ranges import check_ranges
 
 # Defaults for the settings that neither the caller nor the model sets.
 _SUITS: Mapping[str, Any] = {
@@ -58,8 +59,7 @@ class Settings:
     def __post_init__(self):
         if self.solver is not None:
             check_solver(self.solver)
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"`steps` (={self.steps}) must be at least 1.")
+        check_ranges({"steps": self.steps})
         for scale in (self.guidance_scale, self.guidance_scale_2):
             self._guidance(scale)
 

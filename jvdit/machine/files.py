@@ -74,6 +74,16 @@ def _of_full_disk(error: BaseException | None) -> str:
     return _of_full_disk(error.__cause__ or error.__context__)
 
 
+def check_writable(folder: Path) -> None:
+    """Makes a folder and a file in it, and removes the file.
+
+    Raises:
+        OSError: no file can be written there.
+    """
+    write_atomically(probe := folder / "empty", b"")
+    probe.unlink()
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path that is renamed to `path` unless an error is raised.

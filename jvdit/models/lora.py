@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict, path_aware_map, unflatten_dict
 from jaxtyping import Array, PRNGKeyArray
 
 from jvdit.models.kinds import SUFFIXES
+from jvdit.ranges import check_ranges
 
 A, B, RATE = "lora_a", "lora_b", "lora_rate"
 
@@ -42,10 +43,7 @@ class LoRA:
     targets: tuple[str, ...] = (r"attention/(query|key|value|out)$",)
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"`lora.rank` (={self.rank}) must be at least 1; try 32.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"`lora.dropout` (={self.dropout}) must lie in [0, 1).")
+        check_ranges(dataclasses.asdict(self))
 
     @property
     def strength(self) -> float:

@@ -97,11 +97,6 @@ class AutoencoderTask(Task):
         settings = self.config.critic.to_dict()
         start, fields = settings.pop("start"), settings.pop("network")
         optim = settings.pop("optim")
-        if start < 0:
-            raise ValueError(
-                f"`critic.start` (={start}) must be the number of a step, the first "
-                "being 1, or 0 for no critic."
-            )
         if start == 0:
             return None
         networks = {"critic": optim, **self.optim.networks}

@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from rich.progress import Progress
 
 from jvdit.data.clips import SIZE, BadClip, Clip, Source
 from jvdit.data.grid import ClipGrid
@@ -29,6 +28,7 @@ from jvdit.data.records import RecordDataset, RecordWriter, latent_features
 from jvdit.data.sources import open_source, origin
 from jvdit.machine import cluster
 from jvdit.machine.files import said_if_full
+from jvdit.machine.progress import Bars
 from jvdit.models.video_vae import VideoVAE
 from jvdit.tasks.config_grid import grid_of, read_config
 from jvdit.weights.encoders import CaptionEncoder, ClipEncoder, SoundEncoder
@@ -178,7 +178,7 @@ def _write(
         for i in range(writer.shards[split])
     ]
     mine = pieces[jax.process_index() :: jax.process_count()]
-    with Progress(disable=not cluster.is_lead()) as progress:
+    with Bars(cluster.is_lead()) as progress:
         task = progress.add_task("encoding", total=sum(len(ids) for *_, ids in mine))
         for split, i, ids in mine:
             if not writer.is_done(split, i):

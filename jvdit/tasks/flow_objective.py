@@ -71,8 +71,6 @@ def _sound(config: Config, mesh: Mesh) -> dict[str, Any]:
     """The fields of an objective of picture and sound."""
     if config.expert == "both":
         raise ValueError("two experts (`expert` 'both') can't be trained with sound.")
-    if not 0 <= config.cut <= 1:
-        raise ValueError(f"`cut` (={config.cut}) must be a share from 0 to 1.")
     kinds = config.data.token_budget, config.data.sound_budget
     ways = mesh.shape["context"]
     for name, count in zip(("token_budget", "sound_budget"), kinds, strict=True):
@@ -99,8 +97,6 @@ def given_shares(config: Config) -> tuple[tuple[str, float], ...]:
     """
     frames = config.patch_size[0]
     for name, share in config.given.items():
-        if not 0 <= share <= 1:
-            raise ValueError(f"`given.{name}` (={share}) must be a share from 0 to 1.")
         if share and frames != 1:
             raise ValueError(
                 f"`given.{name}` (={share}) needs tokens of one frame, and `patch_size`"

@@ -23,6 +23,7 @@ from jvdit.machine.files import said_if_full
 from jvdit.machine.json_files import read_json, write_json
 from jvdit.machine.lock import FolderLock
 from jvdit.machine.stop import StopRequest
+from jvdit.ranges import check_ranges
 from jvdit.sharding import make_mesh, parameter_shardings
 from jvdit.tasks import TASKS, Task
 from jvdit.training.checkpoint import (
@@ -35,6 +36,7 @@ from jvdit.training.checkpoint import (
 from jvdit.training.metrics import Metrics, Throughput, status_line
 from jvdit.training.state import TrainState, new_state, state_shardings
 from jvdit.training.step import jit_train_step
+from jvdit.training.trace import Trace
 from jvdit.weights.starting import finished_parameters
 
 _LOOKED = "looked.json"  # holds the last step that has its validation and samples
@@ -62,6 +64,7 @@ def train(config: Config, workdir: str, stop: StopRequest | None = None) -> int:
     if stop is None:
         with StopRequest() as stop:
             return train(config, workdir, stop)
+    check_ranges(config.to_dict())
     if config.matmul_precision not in PRECISIONS:
         raise ValueError(
             f"`matmul_precision` (={config.matmul_precision!r}) must be one of: "
@@ -184,7 +187,10 @@ class _Loop:
 
     def _train(self) -> int:
         config, task = self.config, self.task
-        metrics = Metrics(self.workdir, config.steps, self.start, config.objective)
+        trace = Trace(config.profile_steps, self.workdir / "profile")
+        metrics = Metrics(
+            self.workdir, config.steps, self.start, config.objective, config.logger
+        )
         with metrics, task.batches(self.start) as batches, self.stop.saving():
             self._greet(metrics)
             self._use_objective(self.start)
@@ -196,6 +202,7 @@ class _Loop:
                 if self.stop.look():
                     break
                 self._use_objective(number)
+                trace(number, self.state)
                 waiting = time.perf_counter()
                 batch = next(batches)
                 idle = time.perf_counter() - waiting
@@ -209,6 +216,7 @@ class _Loop:
                 if _due(done, config.checkpoint_every):
                     self._save(done)
                 self._look(metrics, done)
+            trace.close(self.state)
             self._account(metrics, pending, rates, batches)
             if self.stop.asked and not done:
                 return done

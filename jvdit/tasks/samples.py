@@ -114,7 +114,8 @@ class Samples:
             sounds.append(clips[i].spectrogram)
         metrics.sheet(step, "samples", folder, rows, captions, sounds)
         for i, clip in enumerate(clips):
-            clip.save(folder / f"step_{step:07d}_{i}.mp4")
+            file = folder / f"step_{step:07d}_{i}.mp4"
+            clip.save(file, scale=clip.viewing_scale)
 
     def _world(self) -> World:
         sample = self.sample

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 from jvdit.config import Config
 from jvdit.machine import cluster
 from jvdit.machine.stop import StopRequest
+from jvdit.ranges import check_ranges
 from jvdit.tasks.encoding import encode
 from jvdit.tasks.loop import train
 
@@ -22,9 +23,12 @@ def run(config: Config, workdir: str) -> bool:
         True if it ran to its end; False if it was asked to stop before.
 
     Raises:
-        ValueError: the processes of this run were given different settings, or a stage
-            can't run; see `train` and `encode` for their other errors.
+        ValueError: a setting of any stage is out of its range, the processes of this
+            run were given different settings, or a stage can't run; see `train` and
+            `encode` for their other errors.
     """
+    for settings in config.stages.values() if "stages" in config else (config,):
+        check_ranges(settings.to_dict())
     cluster.check_alike({"workdir": workdir, "config": config.to_dict()})
     with StopRequest() as stop:
         if "stages" not in config:

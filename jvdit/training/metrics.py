@@ -25,9 +25,9 @@ from rich.table import Column
 from jvdit.data.sheets import contact_sheet, write_png
 from jvdit.machine.chips import this_chip
 from jvdit.machine.json_files import parse_json
+from jvdit.training.loggers import TensorBoard, WandB, logger_named
 
 _HISTORY = "history.jsonl"
-_FLUSHED_WITHIN = 60  # seconds
 
 
 def peak_flops() -> float:
@@ -54,22 +54,28 @@ class Metrics:
     context manager.
 
     Args:
-        workdir: TensorBoard files go to `tensorboard/` inside, and the scalars to
+        workdir: what is logged goes to a folder inside, and the scalars to
             `history.jsonl`, a line for each step that has any.
         steps: how many steps the whole run has.
         start: steps already done.
         title: text in front of the progress bar.
+        logger: name of where they are logged as well, in `LOGGERS`.
     """
 
     def __init__(
-        self, workdir: str | os.PathLike[str], steps: int, start: int, title: str
+        self,
+        workdir: str | os.PathLike[str],
+        steps: int,
+        start: int,
+        title: str,
+        logger: str = "tensorboard",
     ):
         lead = jax.process_index() == 0
         self._console, self._steps = Console(quiet=not lead), steps
         self._history = pathlib.Path(workdir) / _HISTORY
-        self._events = None
+        self._logger: TensorBoard | WandB | None = None
         if lead:
-            self._events = _Events(os.path.join(workdir, "tensorboard"))
+            self._logger = logger_named(logger)(os.fspath(workdir))
             self._end_line()
         status = Column(ratio=1, no_wrap=True, overflow="ellipsis")
         self._progress = Progress(
@@ -91,20 +97,22 @@ class Metrics:
 
     def __enter__(self):
         self._progress.start()
+        if not self._console.is_terminal:
+            self.say("compiling …")
         return self
 
     def __exit__(self, *_):
         self._progress.stop()
-        if self._events:
-            self._events.close()
+        if self._logger:
+            self._logger.close()
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes scalars under their names; those that are NaN are left out."""
-        if not self._events:
+        if not self._logger:
             return
         finite = {k: float(v) for k, v in values.items() if not math.isnan(float(v))}
         for name, value in finite.items():
-            self._events.write(step, "scalar", name, value)
+            self._logger.scalar(step, name, value)
         with self._history.open("a") as file:
             file.write(json.dumps({"step": step, **finite}) + "\n")
 
@@ -123,10 +131,10 @@ class Metrics:
         captions: Any,
         sounds: Any = None,
     ) -> None:
-        """Writes a contact sheet to TensorBoard, and to a file of the step's name."""
-        if self._events:
+        """Logs a contact sheet, and writes it to a file of the step's name."""
+        if self._logger:
             sheet = contact_sheet(videos, captions, sounds=sounds)
-            self._events.write(step, "image", name, sheet, dataformats="HWC")
+            self._logger.image(step, name, sheet)
             write_png(folder / f"step_{step:07d}.png", sheet)
 
     def show(self, step: int, status: str) -> None:
@@ -149,47 +157,13 @@ class Metrics:
         console = self._console
         if everywhere and jax.process_count() > 1:
             message = f"process {jax.process_index()}: {message}"
-            console = console if self._events else Console()
+            console = console if self._logger else Console()
         console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def flush(self) -> None:
-        """Makes what was written visible to TensorBoard."""
-        if self._events:
-            self._events.flush()
-
-
-class _Events:
-    """A TensorBoard event file, written from the calling thread.
-
-    tensorboardX's own writer uses a thread that dies silently when the disk is full,
-    after which its queue blocks for ever.
-    """
-
-    def __init__(self, folder: str):
-        # The import takes longer than JAX's where torch is installed.
-        from tensorboardX import summary
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2
-
-        os.makedirs(folder, exist_ok=True)
-        self._writer = EventsWriter(os.path.join(folder, "events"))
-        messages: Any = event_pb2  # made when imported
-        self._summary, self._event = summary, messages.Event
-        self.close, self._flushed = self._writer.close, time.monotonic()
-
-    def write(self, step: int, kind: str, *value: Any, **form: Any) -> None:
-        """Writes a value of kind "scalar" or "image"."""
-        made = getattr(self._summary, kind)(*value, **form)
-        self._writer.write_event(
-            self._event(wall_time=time.time(), step=step, summary=made)
-        )
-        if time.monotonic() > self._flushed + _FLUSHED_WITHIN:
-            self.flush()
-
-    def flush(self) -> None:
-        """Makes what was written visible."""
-        self._writer.flush()
-        self._flushed = time.monotonic()
+        """Makes what was logged visible."""
+        if self._logger:
+            self._logger.flush()
 
 
 def read_history(workdir: str | os.PathLike[str]) -> dict[str, list[tuple[int, float]]]:

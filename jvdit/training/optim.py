@@ -1,33 +1,19 @@
 """Optimizers and learning-rate schedules."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 
+from jvdit.ranges import check_ranges
 from jvdit.training.muon import scale_by_muon
 
 # Paths of the parameters that weight decay reaches.
 DECAYING = re.compile(r"(.*/)?(kernel|token_embed/embedding|lora_a|lora_b)")
-_LEAST, _MOST = float(np.finfo(np.float32).tiny), math.inf
 _SHARED = {"ema", "accumulate", "networks"}  # the same for all networks
-# Range [low, high) of each number as a float32, and the rule that an error states.
-_RANGES = {
-    "lr": (_LEAST, _MOST, "be > 0 and finite; try 1e-4"),
-    "clip": (_LEAST, _MOST, "be > 0 and finite; try 1, or 1e9 to clip nothing"),
-    "eps": (_LEAST, _MOST, "be > 0 and finite; try 1e-8"),
-    "weight_decay": (0, _MOST, "be >= 0 and finite; try 0.01, or 0 for none"),
-    "warmup": (0, _MOST, "be >= 0 and finite; try 500, or 0 for none"),
-    "accumulate": (1, _MOST, "be >= 1 and finite; 1 takes a batch whole"),
-    "b1": (0, 1, "lie in [0, 1); try 0.9"),
-    "b2": (0, 1, "lie in [0, 1); try 0.99"),
-    "ema": (0, 1, "lie in [0, 1); try 0.999"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +69,8 @@ class Optim:
                 f"`optim.schedule` (={self.schedule!r}) must be constant, cosine or "
                 "linear."
             )
-        for name, (low, high, rule) in _RANGES.items():
-            value = getattr(self, name)
-            if not low <= np.float32(value) < high:  # also true of NaN
-                raise ValueError(f"`optim.{name}` (={value}) must {rule}.")
+        numbers = {k: v for k, v in vars(self).items() if k != "networks"}
+        check_ranges(numbers, "optim.")
         for name, fields in self.networks.items():
             known = {field.name for field in dataclasses.fields(self)} - _SHARED
             if unknown := set(fields) - known:

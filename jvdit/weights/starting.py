@@ -35,7 +35,8 @@ def finished_parameters(
     """Reads the parameters that a training starts from, sharded over the mesh.
 
     Args:
-        folder: the `model` folder of another run, or a released model.
+        folder: the `model` folder of another run, that of the only network that is
+            wanted, or a released model.
         wanted: shapes and dtypes of the parameters to read, by network.
         mesh: the device mesh.
         expert: the expert of a released model to read as "dit", "dit" or "dit_low";
@@ -82,7 +83,10 @@ def _own_parameters(
     fresh: Fresh | None,
 ) -> dict[str, Any]:
     """Reads the parameters of another run; each device gets its shard of the files."""
-    params = {name: load_weights(pathlib.Path(folder) / name)[0] for name in wanted}
+    whole = pathlib.Path(folder)
+    # A folder may hold a network itself, as that of the sounds does in the box.
+    alone = len(wanted) == 1 and (whole / "weights.safetensors").exists()
+    params = {n: load_weights(whole if alone else whole / n)[0] for n in wanted}
     params = {name: _grown(x, name, wanted, fresh) for name, x in params.items()}
     _check_alike(
         params,

@@ -165,7 +165,9 @@ class World:
             raise ValueError(f"`ids` (down to {ids.min()}) must be 0 or more.")
         return sample_scenes(self.seed, self.split, ids, self.width / self.height)
 
-    def simulate(self, scenes: Scenes, restitution: float = 1.0) -> Motion:
+    def simulate(
+        self, scenes: Scenes, restitution: float | tuple[float, float] = 1.0
+    ) -> Motion:
         """Ground truth: trajectories and bounces; see `mechanics.simulate`."""
         return simulate(scenes, self.duration, restitution=restitution)
 

@@ -82,7 +82,7 @@ def simulate(
     scenes: Scenes,
     duration: float,
     *,
-    restitution: float = 1.0,
+    restitution: float | tuple[float, float] = 1.0,
     max_bounces: int | None = None,
 ) -> Motion:
     """Moves the scenes from time 0 on.
@@ -90,8 +90,9 @@ def simulate(
     Args:
         scenes: where everything starts.
         duration: seconds; bounces from then on are not looked for.
-        restitution: speed after over speed before a bounce. The world's is 1; other
-            values make counterfactual clips to test an evaluation with.
+        restitution: speed after over speed before a bounce, or that at walls and that
+            between objects. The world's is 1; other values make counterfactual clips to
+            test an evaluation with.
         max_bounces: after so many a scene's objects stop at the walls and pass
             through one another. The default is several times what scenes need, and
             ends the ever smaller hops of a restitution below 1.
@@ -102,18 +103,19 @@ def simulate(
     position, velocity = scenes.position.copy(), scenes.velocity.copy()
     gravity = np.where(scenes.gravity, GRAVITY, 0.0)
     limits, present, mass = scenes.limits, scenes.present, scenes.radius**2
-    now = np.zeros(rows)
+    pull = np.stack([np.zeros(rows), gravity], -1)[:, None]
+    paired = present[:, _FIRST] & present[:, _SECOND]
+    touching = (scenes.radius[:, _FIRST] + scenes.radius[:, _SECOND]) ** 2
+    kept = tuple(np.broadcast_to(restitution, 2).tolist())
+    row, now = np.arange(rows), np.zeros(rows)
     flights, bounces = [(now, position, velocity)], []
     while len(bounces) < max_bounces:
-        waits = np.concatenate(
-            [
-                _wall_waits(position, velocity, gravity, limits, present),
-                _pair_waits(position, velocity, scenes.radius, present),
-            ],
-            axis=1,
-        )
+        with np.errstate(divide="ignore", invalid="ignore"):
+            walls = _wall_waits(position, velocity, pull, limits, present)
+            pairs = _pair_waits(position, velocity, touching, paired)
+        waits = np.concatenate([walls.reshape(rows, 2 * MAX_OBJECTS), pairs], 1)
         event = waits.argmin(1)
-        wait = waits[np.arange(rows), event]
+        wait = waits[row, event]
         live = now + wait < duration
         if not live.any():
             break
@@ -124,7 +126,7 @@ def simulate(
         position[..., 1] += 0.5 * gravity[:, None] * elapsed**2
         velocity = velocity.copy()
         velocity[..., 1] += gravity[:, None] * elapsed
-        bounce = _bounce(event, live, position, velocity, limits, mass, restitution)
+        bounce = _bounce(event, live, position, velocity, limits, mass, kept)
         time = np.where(live, now, np.inf)
         flights.append((time, position, velocity))
         bounces.append((time, *bounce))
@@ -135,62 +137,62 @@ def simulate(
     return Motion(start, positions, velocities, gravity, limits, *events)
 
 
-def _wall_waits(position, velocity, gravity, limits, present) -> np.ndarray:
-    """Time until each object meets a wall across x and one across y: b (o 2)."""
-    pull = np.zeros((len(gravity), 1, 2))
-    pull[..., 1] = gravity[:, None]
+def _wall_waits(position, velocity, pull, limits, present) -> np.ndarray:
+    """Time until each object meets a wall across x and one across y: b o 2."""
     to_low = np.maximum(position - limits[:, :, 0], 0)
     to_high = np.maximum(limits[:, :, 1] - position, 0)
     # Both roots in the forms that neither cancel nor need a case without gravity.
-    with np.errstate(divide="ignore", invalid="ignore"):
-        root = np.sqrt(velocity**2 + 2 * pull * to_high)
-        falling = np.where(
-            velocity > 0, 2 * to_high / (velocity + root), (root - velocity) / pull
-        )
-        square = velocity**2 - 2 * pull * to_low
-        rising = 2 * to_low / (np.sqrt(np.maximum(square, 0)) - velocity)
-    rising = np.where((velocity < 0) & (square >= 0), rising, np.inf)
+    energy, pull = velocity * velocity, 2 * pull
+    root = np.sqrt(energy + pull * to_high)
+    falling = np.where(
+        velocity > 0, 2 * to_high / (velocity + root), (root - velocity) / (pull / 2)
+    )
+    square = energy - pull * to_low
+    rising = 2 * to_low / (np.sqrt(np.maximum(square, 0)) - velocity)
+    rising[(velocity >= 0) | (square < 0)] = np.inf
     waits = np.fmin(falling, rising)
-    waits = np.where(present[..., None] & (waits >= 0), waits, np.inf)  # drops NaN
-    return waits.reshape(len(gravity), 2 * MAX_OBJECTS)
+    waits[~(present[..., None] & (waits >= 0))] = np.inf  # drops NaN
+    return waits
 
 
-def _pair_waits(position, velocity, radius, present) -> np.ndarray:
+def _pair_waits(position, velocity, touching, paired) -> np.ndarray:
     """Time until the discs of each pair of objects touch; gravity cancels."""
-    apart = position[:, _FIRST] - position[:, _SECOND]
-    relative = velocity[:, _FIRST] - velocity[:, _SECOND]
-    approach = (apart * relative).sum(-1)
-    square = (relative**2).sum(-1)
-    gap = (apart**2).sum(-1) - (radius[:, _FIRST] + radius[:, _SECOND]) ** 2
-    root = approach**2 - square * gap
-    meet = (approach < 0) & (root > 0) & present[:, _FIRST] & present[:, _SECOND]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        wait = np.maximum(gap, 0) / (np.sqrt(np.maximum(root, 0)) - approach)
-    return np.where(meet, wait, np.inf)
+    x, y = np.moveaxis(position.take(_FIRST, 1) - position.take(_SECOND, 1), -1, 0)
+    u, v = np.moveaxis(velocity.take(_FIRST, 1) - velocity.take(_SECOND, 1), -1, 0)
+    approach = x * u + y * v
+    gap = x * x + y * y - touching
+    root = approach * approach - (u * u + v * v) * gap
+    wait = np.maximum(gap, 0) / (np.sqrt(np.maximum(root, 0)) - approach)
+    wait[~((approach < 0) & (root > 0) & paired)] = np.inf
+    return wait
 
 
 def _bounce(
     event, live, position, velocity, limits, mass, restitution
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Applies each live row's event in place; returns kind, first, second, impact."""
+    at_walls, of_pairs = restitution
     kind, first, second = (np.full(len(event), x) for x in (WALL_X, 0, -1))
     impact = np.zeros(len(event))
     walls = 2 * MAX_OBJECTS
 
     row = np.flatnonzero(live & (event < walls))
-    item, axis = np.divmod(event[row], 2)
-    normal = velocity[row, item, axis]
-    position[row, item, axis] = limits[row, item, (normal > 0).astype(int), axis]
-    velocity[row, item, axis] = -restitution * normal
-    kind[row], first[row] = np.where(axis == 0, WALL_X, WALL_Y), item
-    impact[row] = (1 + restitution) * np.abs(normal)
+    item, axis = event[row] >> 1, event[row] & 1
+    at = row, item, axis
+    normal = velocity[at]
+    position[at] = limits[row, item, (normal > 0).view(np.int8), axis]
+    velocity[at] = -at_walls * normal
+    kind[row], first[row] = axis, item  # WALL_X or WALL_Y
+    impact[row] = (1 + at_walls) * np.abs(normal)
 
     row = np.flatnonzero(live & (event >= walls))
+    if not len(row):
+        return kind, first, second, impact
     one, two = _FIRST[event[row] - walls], _SECOND[event[row] - walls]
     apart = position[row, one] - position[row, two]
     apart /= np.sqrt((apart**2).sum(-1, keepdims=True))
     normal = ((velocity[row, one] - velocity[row, two]) * apart).sum(-1)
-    change = (1 + restitution) * normal
+    change = (1 + of_pairs) * normal
     share = mass[row, two] / (mass[row, one] + mass[row, two])
     velocity[row, one] -= (share * change)[:, None] * apart
     velocity[row, two] += ((1 - share) * change)[:, None] * apart

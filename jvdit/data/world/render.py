@@ -10,17 +10,17 @@ height and width in pixels, and a audio samples.
 """
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
-from numpy.lib.stride_tricks import sliding_window_view
+from jaxtyping import Float, Int, UInt8, UInt16
+from numpy.lib.stride_tricks import as_strided
 
 from jvdit.data.world.mechanics import Motion
 from jvdit.data.world.scene import (
     CROSS_THICKNESS,
     HALF_EXTENTS,
     HUES,
-    MATERIALS,
     MAX_OBJECTS,
     SHAPES,
     SIZES,
@@ -43,8 +43,11 @@ WALL_LEVELS = np.array([64.0, 144.0, 112.0])  # around the arena, by tone
 BAR_LEVELS = np.array([132.0, 132.0, 72.0])  # by tone
 TEXTURE_STEP = 14.0  # by which every other stripe is lighter
 _STRIPE = 0.125
-# Objects whose radii round up to the same multiple are drawn in windows of one size.
-_WINDOW_STEP = 0.05
+# Objects of a shape whose radii round up to the same multiple are of a kind.
+_ROUNDING_STEP = 0.05
+# An edge half a pixel out is that of a shape whose radius is larger by so many pixels:
+# most for the triangle, 0.5 over its inradius.
+_SOFT_EDGE = 0.65
 
 FREQUENCIES = (180.0, 500.0, 900.0, 1700.0)  # Hz, of a large object of each material
 SMALL_PITCH = 1.5  # factor on the frequency of a small object
@@ -63,13 +66,29 @@ _LOUD_IMPACT, _GLANCING_IMPACT = 2.0, 0.1  # short sides per second
 
 
 def render(
-    scenes: Scenes, motion: Motion, frames: int, height: int, width: int, fps: float
+    scenes: Scenes,
+    motion: Motion,
+    frames: int,
+    height: int,
+    width: int,
+    fps: float,
+    distance: Callable[..., np.ndarray] | None = None,
+    half_extents: Float[np.ndarray, "shapes 2 2"] = HALF_EXTENTS,
 ) -> UInt8[np.ndarray, "b T H W 3"]:
     """Draws each scene at times 0, 1 / fps, ... as RGB in [0, 255].
 
-    `height` and `width` are in pixels, and of the aspect that the scenes are sampled
-    for.
+    Args:
+        scenes: what there is to see.
+        motion: how it moves.
+        frames: of each clip.
+        height: in pixels, like `width`, and of the aspect that the scenes are sampled
+            for.
+        width: in pixels.
+        fps: frames per second.
+        distance: in the place of `signed_distance`, to draw other outlines.
+        half_extents: how far those reach.
     """
+    distance = distance or signed_distance
     times = np.arange(frames) / fps
     video = np.empty((len(scenes.ids), frames, height, width, 3), np.uint8)
     gain = scenes.light_gain(times)
@@ -78,20 +97,23 @@ def render(
     _draw_backgrounds(video, scenes, offset, gain, scale)
     centre = motion.positions(times)
     centre[..., 0] += offset[..., None]
-    steps = np.ceil(scenes.radius / _WINDOW_STEP).astype(int)
+    centre *= scale
+    kinds, size, *places = _windows(scenes, centre, half_extents, height, width)
+    radius = (scenes.radius * scale).astype(np.float32) * 256
+    paint = PALETTE[scenes.color][:, None] * gain[..., None, None]
+    paint = np.rint(paint).astype(np.uint16)
     for slot in range(MAX_OBJECTS):  # in turn, so that later objects lie on top
-        kinds = np.stack([scenes.shape[:, slot], steps[:, slot]], -1)
-        filled = scenes.present[:, slot]
-        for kind in np.unique(kinds[filled], axis=0).tolist():
-            rows = np.flatnonzero(filled & (kinds == np.array(kind)).all(-1))
+        filled = np.flatnonzero(scenes.present[:, slot])
+        for kind in set(kinds[filled, slot].tolist()):
+            rows = filled[kinds[filled, slot] == kind]
             _draw_objects(
                 video,
                 rows,
-                kind[0],
-                kind[1] * _WINDOW_STEP * scale,
-                centre[rows, :, slot] * scale,
-                scenes.radius[rows, slot] * scale,
-                PALETTE[scenes.color[rows, slot], None] * gain[rows, :, None],
+                functools.partial(distance, kind % len(SHAPES)),
+                size[rows[0], slot].tolist(),
+                *(place[rows, :, slot] for place in places),
+                radius[rows, slot],
+                paint[rows, :, slot],
             )
     for row in np.flatnonzero(scenes.bar):
         left, right = np.rint(scenes.bar_span[row] * scale).astype(int)
@@ -100,7 +122,9 @@ def render(
     return video
 
 
-def _coverage(edges: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+def _coverage(
+    edges: np.ndarray, low: np.ndarray | float, high: np.ndarray | float
+) -> np.ndarray:
     """Part of each pixel between consecutive edges that lies in [low, high]."""
     return np.diff(np.clip(edges, low, high)) / np.diff(edges)
 
@@ -119,7 +143,8 @@ def background_parts(
     height: int,
     width: int,
     scale: int,
-) -> Float[np.ndarray, "4 T H W"]:
+    step: int = 1,
+) -> Float[np.ndarray, "4 T h w"]:
     """What a background is a sum of: all, the arena, its stripes, its checkerboard.
 
     Args:
@@ -128,16 +153,17 @@ def background_parts(
         height: of the frame in pixels.
         width: of the frame in pixels.
         scale: the frame's short side in pixels.
+        step: every how many pixels are wanted, down and across.
 
     Returns:
-        The share of each pixel that each part covers.
+        The share of each of those pixels that each part covers.
     """
     across = np.arange(width + 1) / scale - offset[:, None]
     down = np.arange(height + 1) / scale
     low, high = arena
-    inside = _coverage(across, low[:1], high[:1])[:, None]
-    inside = inside * _coverage(down, low[1:], high[1:])[:, None]
-    odd_x, odd_y = _stripes(across)[:, None], _stripes(down)[:, None]
+    inside_x = _coverage(across, low[:1], high[:1])[:, None, ::step]
+    inside = inside_x * _coverage(down, low[1:], high[1:])[::step, None]
+    odd_x, odd_y = _stripes(across)[:, None, ::step], _stripes(down)[::step, None]
     odd = odd_x + odd_y * (1 - 2 * odd_x)
     parts = np.ones_like(inside), inside, inside * odd_x, inside * odd
     return np.stack(parts).astype(np.float32)
@@ -156,32 +182,55 @@ def _draw_backgrounds(
 ) -> None:
     """Fills the frames with textured arenas inside their walls, under the light."""
     _, frames, height, width, _ = video.shape
-    across = np.arange(width + 1) / scale - offset[..., None]
-    down = np.arange(height + 1) / scale
-    low, high = scenes.arena[:, 0], scenes.arena[:, 1]
-    inside_x = _coverage(across, low[:, None, :1], high[:, None, :1])
-    inside_y = _coverage(down, low[:, 1:], high[:, 1:])
-    odd_x, odd_y = _stripes(across), _stripes(down)
-    striped = scenes.texture > TEXTURES.index("plain")
+    striped = (scenes.texture > TEXTURES.index("plain"))[:, None, None]
     checkered = scenes.texture == TEXTURES.index("checkered")
     wall = WALL_LEVELS[scenes.tone]
-    # level = wall + y * (x + odd_y * cross_x): odd_x xor odd_y on a checkerboard.
     step = (TONE_LEVELS[scenes.tone] - wall)[:, None, None]
-    x = inside_x * (step + TEXTURE_STEP * striped[:, None, None] * odd_x)
-    cross_x = TEXTURE_STEP * inside_x * (1 - 2 * odd_x)
-    x, cross_x, inside_y = (v.astype(np.float32) for v in (x, cross_x, inside_y))
-    odd_y = odd_y.astype(np.float32)
-    gain = gain.astype(np.float32)
-    changes = (scenes.light != 0) | (scenes.pan != 0)
-    for row in range(len(video)):
-        shown = slice(None) if changes[row] else slice(1)
-        level = inside_y[row, :, None] * x[row, shown, None]
-        if checkered[row]:
-            level += (inside_y[row] * odd_y)[:, None] * cross_x[row, shown, None]
-        level += np.float32(wall[row])
-        level *= gain[row, shown, None, None]
-        level += np.float32(0.5)
-        video[row] = _three(level.astype(np.uint8))
+    gain = gain.astype(np.float32)[..., None, None]
+    panned = scenes.pan != 0
+    for rows, shown in (
+        (np.flatnonzero(~panned), slice(1)),
+        (np.flatnonzero(panned), slice(None)),
+    ):
+        across = np.arange(width + 1) / scale - offset[rows, shown, None]
+        low, high = scenes.arena[rows, :, :1].swapaxes(0, 1)[..., None]
+        inside, odd = _coverage(across, low, high), _stripes(across)
+        # level = wall + y * (x + odd_y * cross): odd_x xor odd_y on a checkerboard.
+        x = inside * (step[rows] + TEXTURE_STEP * striped[rows] * odd)
+        cross = TEXTURE_STEP * inside * (1 - 2 * odd)
+        x, cross = (v.astype(np.float32)[:, :, None] for v in (x, cross))
+        for row, one, other in zip(rows.tolist(), x, cross, strict=True):
+            y, odd_y, line = _lines(*scenes.arena[row, :, 1].tolist(), height, scale)
+            level = y * one
+            if checkered[row]:
+                level += odd_y * other
+            level += np.float32(wall[row])
+            level = level * gain[row, slice(None) if scenes.light[row] else shown]
+            level += np.float32(0.5)
+            lines = _three(level.astype(np.uint8))
+            if len(lines) < frames:
+                video[row] = lines.take(line, 1)
+            else:
+                lines.take(line, 1, video[row], "clip")
+
+
+@functools.lru_cache(64)
+def _lines(
+    low: float, high: float, height: int, scale: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The few kinds of lines of pixels that a background has.
+
+    Returns:
+        The part of each kind that lies between the walls (as a column), that part
+        times the part in odd stripes, and the kind of each line.
+    """
+    down = np.arange(height + 1) / scale
+    inside = _coverage(down, low, high).astype(np.float32)
+    odd = inside * _stripes(down).astype(np.float32)
+    _, first, line = np.unique(
+        inside + 1j * odd, return_index=True, return_inverse=True
+    )
+    return inside[first, None], odd[first, None], line
 
 
 def signed_distance(
@@ -216,45 +265,82 @@ def signed_distance(
     )
 
 
+def _windows(
+    scenes: Scenes,
+    centre: np.ndarray,
+    half_extents: np.ndarray,
+    height: int,
+    width: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The windows in which objects are drawn, those of a kind together.
+
+    Returns:
+        Of each object its kind (its shape, plus `len(SHAPES)` times a step of radius),
+        and `size`, `corner`, `start` and `ahead` as in `_draw_objects`.
+    """
+    frame = np.array([width, height])
+    extents, scale = half_extents[scenes.shape], frame.min()
+    # Distances are rounded as from this pixel, whichever objects are drawn together.
+    steps = np.ceil(scenes.radius / _ROUNDING_STEP).astype(int)
+    reach = extents * (steps * _ROUNDING_STEP * scale)[..., None, None]
+    origin = np.floor(centre - reach[:, None, :, 0] - 1).astype(int)
+    most = frame - np.ceil(reach.sum(2)).astype(int) - 3
+    origin = np.clip(origin, 0, most[:, None])
+    start = (origin + 0.5 - centre).astype(np.float32) * 256
+    # A window holds the largest object of the kind.
+    kinds = steps * len(SHAPES) + scenes.shape
+    largest = np.zeros(kinds.max(initial=0) + 1)
+    np.maximum.at(largest, kinds, scenes.radius * scale)
+    reach = extents * (largest[kinds] + _SOFT_EDGE)[..., None, None]
+    size = np.floor(reach.sum(2)).astype(int) + 1
+    corner = np.ceil(centre - reach[:, None, :, 0] - 0.5).astype(int)
+    corner = np.clip(corner, 0, frame - size[:, None])
+    return kinds, size, corner, start, (corner - origin).astype(np.float32) * 256
+
+
 def _draw_objects(
     video: UInt8[np.ndarray, "b T H W 3"],
     rows: Int[np.ndarray, " n"],
-    shape: int,
-    largest: float,
-    centre: Float[np.ndarray, "n T 2"],
+    distance: Callable[..., np.ndarray],
+    size: list[int],
+    corner: Int[np.ndarray, "n T 2"],
+    start: Float[np.ndarray, "n T 2"],
+    ahead: Float[np.ndarray, "n T 2"],
     radius: Float[np.ndarray, " n"],
-    color: Float[np.ndarray, "n T 3"],
+    paint: UInt16[np.ndarray, "n T 3"],
 ) -> None:
-    """Blends one object of a shape and size, in pixels, into each of the given rows.
+    """Blends one object of a shape into each of the given rows.
 
-    `largest` is the radius for which the window around an object is cut. It must not
-    depend on which objects are drawn together.
+    Each is drawn in a window, (width, height) pixels large, of which `corner` is the
+    first pixel. The middle of that is at `start` plus `ahead`, a whole number, from the
+    object's centre. These and `radius` are in units of 1 / 256 pixel, in which coverage
+    is a whole number.
     """
-    _, frames, height, width, _ = video.shape
-    reach = HALF_EXTENTS[shape] * largest
-    size = np.ceil(reach.sum(0)).astype(int) + 3
-    corner = np.floor(centre - reach[0] - 1).astype(int)
-    corner = np.clip(corner, 0, np.array([width, height]) - size)
-    start = (corner + 0.5 - centre).astype(np.float32)
-    x = (np.arange(size[0], dtype=np.float32) + start[..., :1])[..., None, :]
-    y = (np.arange(size[1], dtype=np.float32) + start[..., 1:])[..., :, None]
-    radius = radius.astype(np.float32)[:, None, None, None]
-    alpha = np.clip(0.5 - signed_distance(shape, x, y, radius), 0, 1)
-    alpha *= np.float32(256)
+    columns, lines = (np.arange(0, 256 * n, 256, np.float32) for n in size)
+    x = (start[..., :1] + (ahead[..., :1] + columns))[..., None, :]
+    y = (start[..., 1:] + (ahead[..., 1:] + lines))[..., :, None]
+    radius = radius[:, None, None, None]
+    alpha = np.float32(128) - distance(x, y, radius)
+    np.clip(alpha, 0, 256, out=alpha)
     alpha += np.float32(0.5)
     alpha = _three(alpha.astype(np.uint16)).reshape(*alpha.shape[:-1], -1)
-    paint = np.rint(color).astype(np.uint16)
     paint = np.tile(paint, (1, 1, size[0]))[..., None, :]
 
-    flat = video.reshape(len(video), frames, height, width * 3)
-    window = (size[1], 3 * size[0])
-    windows = sliding_window_view(flat, window, axis=(2, 3), writeable=True)
+    _, frames, height, width, _ = video.shape
+    steps = *video.strides[:3], 1  # a byte a column
+    room = height - size[1] + 1, 3 * (width - size[0]) + 1
+    windows = as_strided(
+        video,
+        (len(video), frames, *room, size[1], 3 * size[0]),
+        (*steps, *steps[2:]),
+    )
     where = rows[:, None], np.arange(frames), corner[..., 1], 3 * corner[..., 0]
     # 255 * 256 + 128 just fits into 16 bits.
-    mixed = windows[where] * (np.uint16(256) - alpha)
-    paint = paint * alpha
-    paint += np.uint16(128)
-    mixed += paint
+    mixed = np.uint16(256) - alpha
+    mixed *= windows[where].astype(np.uint16)
+    alpha *= paint
+    mixed += alpha
+    mixed += np.uint16(128)
     mixed >>= np.uint16(8)
     windows[where] = mixed.astype(np.uint8)
 
@@ -307,20 +393,15 @@ def synthesize(
         audio[row] = floor[start : start + samples]
     contact = np.rint(np.minimum(motion.time * audio_rate, samples)).astype(int)
     peak = loudness(motion.impact).astype(np.float32)
-    tones = [
-        [bounce_tone(material, size, audio_rate) for size in range(len(SIZES))]
-        for material in range(len(MATERIALS))
-    ]
-    for row, bounce in zip(*np.nonzero(contact < samples), strict=True):
-        start, volume = contact[row, bounce], peak[row, bounce]
-        slots = [motion.first[row, bounce], motion.second[row, bounce]]
-        if slots[1] < 0:
-            slots.pop()
-        else:
-            volume *= np.float32(0.7)
-        for slot in slots:
-            tone = tones[scenes.material[row, slot]][scenes.size[row, slot]]
-            tone = tone[: samples - start]
-            audio[row, start : start + len(tone)] += volume * tone
+    slots = np.stack([motion.first, motion.second], -1)
+    peak = np.where(motion.second < 0, peak, np.float32(0.7) * peak)
+    heard = (contact < samples)[..., None] & (slots >= 0)
+    row, bounce, _ = np.nonzero(heard)
+    kind = scenes.material[row, slots[heard]], scenes.size[row, slots[heard]]
+    columns = row, contact[row, bounce], peak[row, bounce], *kind
+    for row, start, volume, *kind in zip(*(x.tolist() for x in columns), strict=True):
+        tone = bounce_tone(*kind, audio_rate)[: samples - start]
+        part = audio[row, start : start + len(tone)]
+        part += volume * tone
     np.clip(audio, -1, 1, out=audio)
     return audio[..., None]

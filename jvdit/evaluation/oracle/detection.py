@@ -63,98 +63,135 @@ def detect(video: UInt8[np.ndarray, "b T H W 3"]) -> Detections:
     Args:
         video: RGB in [0, 255].
     """
-    clips, frames, height, width, _ = video.shape
+    objects = np.empty(video.shape[:-1], bool)
+    parts = [_measure(*pair) for pair in zip(video, objects, strict=True)]
+    named = {k: np.array([part[k] for part in parts]) for k in parts[0]}
+    return Detections(objects=objects, **named)
+
+
+def _measure(
+    clip: UInt8[np.ndarray, "T H W 3"], objects: Bool[np.ndarray, "T H W"]
+) -> dict[str, np.ndarray]:
+    """Measures the objects of a clip, as in `Detections`, and sets their pixels."""
+    frames, height, width = objects.shape
     least = _LEAST_AREA * min(height, width) ** 2
-    chosen, chroma, color = _colored_pixels(video)
-    key = chosen // (height * width) * len(COLORS) + color
-    groups = clips * frames * len(COLORS)
+    key, chosen, chroma = _colored_pixels(clip, objects)
+    first = np.flatnonzero(np.diff(key, prepend=-1))  # of each color in each frame
+    size = np.diff(first, append=len(key))
 
     def total(weights: np.ndarray) -> np.ndarray:
-        return np.bincount(key, weights, groups)
+        return np.add.reduceat(weights, first) if len(first) else weights
 
-    weight = chroma / _peak(chroma, key, groups)[key]
-    x, y = chosen % width + 0.5, chosen // width % height + 0.5
+    def each(of_group: np.ndarray) -> np.ndarray:
+        return np.repeat(of_group, size)
+
+    # The chroma of fully covered pixels: a mean that all but takes the largest.
+    high = np.square(np.square(np.square(chroma / 255)))
+    weight = chroma * each(total(high) / np.maximum(total(high * chroma), 1e-30))
+    row = chosen // width  # of all frames; a remainder would take longer
+    x, y = chosen - row * width, row - row // height * height
+    place = x + 0.5 + 1j * (y + 0.5)
     area = total(weight)
-    safe = np.maximum(area, 1e-9)
-    centre = np.stack([total(weight * x), total(weight * y)], -1) / safe[:, None]
-    place = (x - centre[key, 0] + 1j * (y - centre[key, 1])) / np.sqrt(safe)[key]
+    centre = total(weight * place) / area
+    place = (place - each(centre)) * each(1 / np.sqrt(area))
     squared = place.real**2 + place.imag**2
-    spread = total(weight * squared) / safe
+    spread = total(weight * squared) / area
     near = weight * (squared < _REACH)
-    moments = _moments(place, near, key, groups) / safe[:, None]
+    moments, power = np.empty((len(first), len(ORDERS)), complex), near * place
+    for column in moments.T:
+        power *= place
+        column[:] = total(power) / area
     pieces = (area > least).astype(int)
     split = (area > least) & (spread > _SURELY_ONE)
-    some = np.flatnonzero(split[key])
-    found = _pieces(chosen[some], weight[some], key[some], groups, video.shape, least)
-    pieces = np.where(split, found, pieces)
-    objects = np.zeros(video.shape[:-1], bool)
-    objects.reshape(-1)[chosen] = True
-    shape = (clips, frames, len(COLORS))
-    present = (area > least) & (spread < _MOST_SPREAD)
-    return Detections(
-        centre=centre.reshape(*shape, 2),
-        area=area.reshape(shape),
-        # Two objects of one color aren't compact together, but are present.
-        present=(present | (pieces > 1)).reshape(shape),
-        pieces=pieces.reshape(shape),
-        moments=moments.reshape(*shape, len(ORDERS)),
-        spread=(total(near * squared) / safe).reshape(shape),
-        objects=objects,
-    )
+    if split.any():
+        some = each(split)
+        pieces[split] = _pieces(
+            chosen[some], weight[some], key[some], objects.shape, least
+        )
+    # Two objects of one color aren't compact together, but are present.
+    present = (area > least) & (spread < _MOST_SPREAD) | (pieces > 1)
+    measured = {
+        "centre": np.stack([centre.real, centre.imag], -1),
+        "area": area,
+        "present": present,
+        "pieces": pieces,
+        "moments": moments,
+        "spread": total(near * squared) / area,
+    }
+    for name, values in measured.items():
+        every = np.zeros((frames * len(COLORS), *values.shape[1:]), values.dtype)
+        every[key[first]] = values
+        measured[name] = every.reshape(frames, len(COLORS), *values.shape[1:])
+    return measured
 
 
-def _moments(place, weight, key, groups) -> np.ndarray:
-    """The sums of the weighted powers of the places, for each order."""
-    power, sums = weight * place, np.empty((groups, len(ORDERS)), complex)
-    for i in range(len(ORDERS)):
-        power = power * place
-        sums[:, i].real = np.bincount(key, power.real, groups)
-        sums[:, i].imag = np.bincount(key, power.imag, groups)
-    return sums
+def _colored_pixels(
+    clip: UInt8[np.ndarray, "T H W 3"], objects: Bool[np.ndarray, "T H W"]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Finds the pixels of objects, and sets them in `objects`.
 
-
-def _colored_pixels(video: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The flat indices, the chroma and the color of the pixels of objects."""
-    red, green, blue = (video[..., i] for i in range(3))
-    high = np.maximum(np.maximum(red, green), blue)
-    chroma = high - np.minimum(np.minimum(red, green), blue)
+    Returns:
+        Of each pixel its color in its frame (frame times the number of colors, plus
+        color), in order of which they come, its flat index and its chroma.
+    """
+    high, chroma = _high_and_chroma(clip)
     mask = (chroma > _LEAST_CHROMA) & (
         10 * chroma.astype(np.uint16) > np.uint16(3) * high
     )
     # A pixel on its own, or with a few others, is noise.
     mask &= _around(mask) >= 4
-    noise = chroma.mean((1, 2, 3), where=~mask)[:, None, None, None]
-    edge = (chroma > np.maximum(_EDGE_CHROMA, 2.5 * noise)) & (_around(mask) > 0)
-    chosen = np.flatnonzero(mask | edge)
-    value = chroma.reshape(-1)[chosen].astype(np.float32)
-    rgb = video.reshape(-1, 3)[chosen]
-    red, green, blue = rgb.astype(np.float32).T
+    grey = ~mask
+    noise = (chroma * grey).sum() / max(np.count_nonzero(grey), 1)
+    faintest = np.uint8(min(max(_EDGE_CHROMA, 2.5 * noise), 255))
+    edge = (chroma > faintest) & (_around(mask) > 0)
+    np.logical_or(mask, edge, out=objects)
+    chosen = np.flatnonzero(objects)
+    value, high = (x.reshape(-1)[chosen].astype(np.float32) for x in (chroma, high))
+    rgb = clip.reshape(-1, 3).take(chosen, 0)
+    red, green, blue = np.ascontiguousarray(rgb.T, np.float32)
     # Hue in sixths of the circle, by the largest channel (HSV).
-    sixths = np.choose(
-        rgb.argmax(-1),
-        [(green - blue) / value, (blue - red) / value + 2, (red - green) / value + 4],
+    of_red, of_green = red == high, green == high
+    apart = np.where(of_red, green - blue, np.where(of_green, blue - red, red - green))
+    sixths = np.where(of_red, 0, np.where(of_green, 2, 4)).astype(np.float32)
+    sixths += apart / value
+    color = _NEAREST[np.rint(60 * sixths).astype(int) % 360]
+    key = chosen // objects[0].size * len(COLORS) + color
+    # Short integers are sorted much faster.
+    order = np.argsort(
+        key.astype(np.min_scalar_type(key.max(initial=0))), kind="stable"
     )
-    return chosen, value, _NEAREST[np.rint(60 * sixths).astype(int) % 360]
+    return key[order], chosen[order], value[order].astype(float)
 
 
-def _around(mask: Bool[np.ndarray, "b T H W"]) -> UInt8[np.ndarray, "b T H W"]:
+def _high_and_chroma(
+    clip: UInt8[np.ndarray, "T H W 3"],
+) -> tuple[UInt8[np.ndarray, "T H W"], UInt8[np.ndarray, "T H W"]]:
+    """The largest channel of each pixel, and by how much it exceeds the smallest."""
+    # All runs of three bytes are compared, since strided ones take much longer.
+    flat = clip.reshape(-1)
+    runs = flat[:-2], flat[1:-1], flat[2:]
+    high = np.maximum(np.maximum(runs[0], runs[1]), runs[2])
+    low = np.minimum(np.minimum(runs[0], runs[1]), runs[2])
+    high, low = high[::3].copy(), low[::3]
+    return high.reshape(clip.shape[:-1]), (high - low).reshape(clip.shape[:-1])
+
+
+def _around(mask: Bool[np.ndarray, "T H W"]) -> UInt8[np.ndarray, "T H W"]:
     """How many of each pixel and its eight neighbours are set."""
-    rows = np.pad(mask.view(np.uint8), ((0, 0), (0, 0), (1, 1), (1, 1)))
-    rows = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]
-    return rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
+    one = mask.view(np.uint8)
+    three = one.copy()
+    three[:, 1:] += one[:, :-1]
+    three[:, :-1] += one[:, 1:]
+    nine = three.copy()
+    nine[..., 1:] += three[..., :-1]
+    nine[..., :-1] += three[..., 1:]
+    return nine
 
 
-def _peak(chroma: np.ndarray, key: np.ndarray, groups: int) -> np.ndarray:
-    """The chroma of fully covered pixels: a mean that all but takes the largest."""
-    high = (chroma / 255) ** 8
-    total = np.bincount(key, high, groups)
-    return np.bincount(key, high * chroma, groups) / np.maximum(total, 1e-30)
-
-
-def _pieces(chosen, weight, key, groups, shape, least) -> np.ndarray:
+def _pieces(chosen, weight, key, shape, least) -> np.ndarray:
     """How many connected pieces, large enough, each color has in each frame."""
-    height, width = shape[2:4]
-    place = np.full(int(np.prod(shape[:-1])) + width + 2, -1, np.int32)
+    height, width = shape[1:]
+    place = np.full(int(np.prod(shape)) + width + 2, -1, np.int32)
     place[chosen] = np.arange(len(chosen))
     x, y = chosen % width, chosen // width % height
     ends = []
@@ -171,5 +208,5 @@ def _pieces(chosen, weight, key, groups, shape, least) -> np.ndarray:
     count, piece = connected_components(links, directed=False)
     large = np.bincount(piece, weight, count) > least
     group = np.zeros(count, np.int64)
-    group[piece] = key
-    return np.bincount(group[large], minlength=groups)
+    group[piece] = np.unique(key, return_inverse=True)[1]
+    return np.bincount(group[large], minlength=len(np.unique(key)))

@@ -69,13 +69,15 @@ def _mismatch(
 ) -> Float[np.ndarray, " n"]:
     """How far each object is from the nearest template of a shape; below 1 is one."""
     templates, spreads, areas = _templates(shape)
-    small = 1 + _ENOUGH_PIXELS / area[:, None]
+    small = 1 + _ENOUGH_PIXELS[:, None] / area
     # An outline that is slightly stretched changes all orders by its largest moment.
-    largest = np.abs(templates).max(-1, keepdims=True)
-    most = (_ERRORS + _ERROR_SHARE * largest) * small[:, None]
-    error = np.square(np.abs(moments[:, None] - templates) / most).max(-1)
+    largest = np.abs(templates).max(-1)
+    most = _ERRORS[:, None] + _ERROR_SHARE * largest
+    apart = moments.T[:, :, None] - templates.T[:, None]
+    apart = (np.real(apart) ** 2 + np.imag(apart) ** 2) / np.square(most)[:, None]
+    error = (apart / np.square(small)[..., None]).max(0)
     more = spread[:, None] - spreads
-    less = _LESS_SPREAD * small[:, :1]
+    less = _LESS_SPREAD * small[0, :, None]
     error += 0.5 * np.where(more > 0, more / _MORE_SPREAD, more / less) ** 2
     known = np.minimum(area, areas.max())[:, None]
     other = np.abs(np.log(known) - np.log(areas)) / _OTHER_AREA

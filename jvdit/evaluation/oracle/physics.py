@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 
 from jvdit.data.world.scene import GRAVITY, HALF_EXTENTS, Scenes
 from jvdit.evaluation.oracle.laws import foretold
-from jvdit.evaluation.oracle.tracks import Bounces, Tracks, beat, quantile
+from jvdit.evaluation.oracle.tracks import Bounces, Tracks, beat, median_by, quantile
 
 _NEAR = 2 / 64  # most distance of a bounce from its wall
 _FIRM = 1.2 / 64  # short sides per frame: restitution isn't measured at lower speeds
@@ -64,9 +64,9 @@ def physics(
     scores = {
         "foretold": foretold(tracks, scenes, fps, error),
         "pace": _pace(tracks, bounces, scenes, fps),
-        "restitution": _median_by(of_clip[firm], -(out / into)[firm], count),
+        "restitution": median_by(of_clip[firm], -(out / into)[firm], count),
         "gravity": np.where(
-            scenes.gravity, _median_by(clip, gravity / GRAVITY, count), np.nan
+            scenes.gravity, median_by(clip, gravity / GRAVITY, count), np.nan
         ),
         "teleport": (share(fastest > _FASTEST) > 0).astype(float),
         "moving": share(moving),
@@ -128,16 +128,3 @@ def _crowded(bounces: Bounces, fps: float) -> Bool[np.ndarray, " m"]:
     same &= bounces.axis[:, None] == bounces.axis
     np.fill_diagonal(same, False)
     return (same & (apart < 1 + beat(fps))).any(1)
-
-
-def _median_by(group: np.ndarray, value: np.ndarray, count: int) -> np.ndarray:
-    order = np.lexsort((value, group))
-    group, value = group[order], value[order]
-    size = np.bincount(group, minlength=count)
-    start = np.concatenate([[0], np.cumsum(size)[:-1]])
-    some = size > 0
-    median = np.full(count, np.nan)
-    lower = (start + (size - 1) // 2)[some]
-    upper = (start + size // 2)[some]
-    median[some] = (value[lower] + value[upper]) / 2
-    return median

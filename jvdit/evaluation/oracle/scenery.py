@@ -23,6 +23,7 @@ from jvdit.data.world.scene import PAN_REACH, RAMP_SECONDS, Scenes, light_course
 from jvdit.evaluation.oracle.detection import Detections
 
 _ENOUGH = 32  # pixels of the short side from which on not all are read
+_TOGETHER = 8  # clips that are fitted at once
 _PAN_SHARE = 0.25  # largest camera shift, as a share of the short side
 _PAN_SECONDS = 0.6  # time over which the camera's movement is smooth
 _LEAST_GAIN = 0.02  # least gain in error by which a shift must beat no shift
@@ -69,9 +70,8 @@ def look(
         fps: frames per second.
     """
     grey = video[..., 1]
-    seen = ~found.objects
-    behind = _bar_columns(scenes, video.shape[3], found.side)[:, None, None]
-    levels, left = _fit(grey, seen & ~behind, scenes, shift, found.side)
+    hidden = _bar_columns(scenes, video.shape[3], found.side)
+    levels, left = _fit(grey, found.objects, hidden, scenes, shift, found.side)
     wall, arena = levels[..., 0], levels[..., 0] + levels[..., 1]
     ratio = np.log(
         np.maximum(np.median(arena, 1), 1) / np.maximum(np.median(wall, 1), 1)
@@ -84,18 +84,18 @@ def look(
     contrast = np.median(levels[..., 2:] / gain[..., None], 1) > TEXTURE_STEP / 2
     texture = np.where(contrast[:, 1], 2, np.where(contrast[:, 0], 1, 0))
     plain = np.median(left / gain, 1) < _MOST_LEFT
-    inside = (behind & seen).sum((1, 2, 3))
-    bar_level = (grey * (behind & seen)).sum((1, 2, 3)) / np.maximum(inside, 1)
-    bar_level /= gain.mean(1)
+    bar = np.zeros(len(video), bool)
+    for row in np.flatnonzero(scenes.bar):
+        behind = grey[row][..., hidden[row]][~found.objects[row][..., hidden[row]]]
+        if len(behind):
+            known = np.array([BAR_LEVELS[tone[row]], TONE_LEVELS[tone[row]]])
+            bar[row] = np.abs(behind.mean() / gain[row].mean() - known).argmin() == 0
     return Scenery(
         tone=np.where(plain, tone, -1),
         texture=np.where(plain, texture, -1),
         light=_light(gain, fps),
         pan=_pan(shift / found.side, fps),
-        bar=(inside > 0)
-        & (
-            np.abs(bar_level - BAR_LEVELS[tone]) < np.abs(bar_level - TONE_LEVELS[tone])
-        ),
+        bar=bar,
         gain=gain,
     )
 
@@ -140,7 +140,7 @@ def _shift(
     profile /= profile.std(-1, keepdims=True) + 1e-3
     reach = round(2 * _PAN_SHARE * side)
     shifts = np.arange(-reach, reach + 1) / 2
-    errors = np.stack([_mismatch(profile, shift) for shift in shifts], -1)
+    errors = _mismatch(profile, shifts)
     best = errors.argmin(-1).clip(1, len(shifts) - 2)
     left, middle, right = (
         np.take_along_axis(errors, best[..., None] + i, -1)[..., 0] for i in (-1, 0, 1)
@@ -167,22 +167,25 @@ def _pan(shift: Float[np.ndarray, "b T"], fps: float) -> Int[np.ndarray, " b"]:
     return np.where(apart.min(1) < _PAN_ERROR, kinds[apart.argmin(1)], 9)
 
 
-def _mismatch(profile: np.ndarray, shift: float) -> np.ndarray:
+def _mismatch(
+    profile: Float[np.ndarray, "b T W"], shifts: Float[np.ndarray, " s"]
+) -> Float[np.ndarray, "b T s"]:
     """Mean squared difference from the first frame's profile, shifted right."""
     width = profile.shape[-1]
-    x = np.arange(width) - shift
+    x = np.arange(width) - shifts[:, None]
     inside = (x >= 0) & (x <= width - 1)
-    x = x[inside]
-    whole = np.minimum(x.astype(int), width - 2)
-    part = x - whole
-    first = profile[:, :1]
-    moved = first[..., whole] * (1 - part) + first[..., whole + 1] * part
-    return np.square(profile[..., inside] - moved).mean(-1)
+    whole = x.astype(int).clip(0, width - 2)
+    part, first = x - whole, profile[:, 0]
+    moved = inside * (first[:, whole] * (1 - part) + first[:, whole + 1] * part)
+    total = np.square(profile) @ inside.T + np.square(moved).sum(-1)[:, None]
+    total -= 2 * profile @ moved.swapaxes(1, 2)
+    return total / inside.sum(-1)
 
 
 def _fit(
     grey: UInt8[np.ndarray, "b T H W"],
-    seen: Bool[np.ndarray, "b T H W"],
+    objects: Bool[np.ndarray, "b T H W"],
+    hidden: Bool[np.ndarray, "b W"],
     scenes: Scenes,
     shift: Float[np.ndarray, "b T"],
     side: int,
@@ -194,22 +197,26 @@ def _fit(
         and the root of the mean squared error.
     """
     clips, frames, height, width = grey.shape
-    some = ..., *2 * (slice(None, None, max(side // _ENOUGH, 1)),)
-    grey, seen = grey[some].astype(np.float32), seen[some]
+    step = max(side // _ENOUGH, 1)
+    some = ..., slice(None, None, step), slice(None, None, step)
+    grey = grey[some].astype(np.float32)
+    seen = ~(objects[some] | hidden[:, None, None, some[-1]])
     pan = scenes.pan[:, None]
     offset = np.where(pan != 0, shift / side - PAN_REACH * pan, 0.0)
     products = np.empty((clips, frames, 4, 4), np.float32)
     sums = np.empty((clips, frames, 4), np.float32)
     squares = np.empty((clips, frames), np.float32)
     count = np.empty((clips, frames), np.float32)
-    still = np.flatnonzero(scenes.pan == 0)
-    for rows in (still, *np.flatnonzero(scenes.pan)[:, None]):
+    # All still clips have their walls in the same places; a few stay in the cache.
+    still, panned = np.flatnonzero(scenes.pan == 0), np.flatnonzero(scenes.pan)
+    groups = *np.split(still, range(_TOGETHER, len(still), _TOGETHER)), *panned[:, None]
+    for rows in groups:
         if not len(rows):
             continue
-        # All still clips have their walls in the same places.
-        places = offset[rows[0], : 1 if rows is still else None]
-        parts = background_parts(scenes.arena[rows[0]], places, height, width, side)
-        basis = parts[some].reshape(4, parts.shape[1], -1)
+        places = offset[rows[0], : None if scenes.pan[rows[0]] else 1]
+        arena = scenes.arena[rows[0]]
+        parts = background_parts(arena, places, height, width, side, step)
+        basis = parts.reshape(4, len(places), -1)
         pairs = (basis[:, None] * basis).reshape(16, *basis.shape[1:])
         weight = seen[rows].reshape(len(rows), frames, -1).astype(np.float32)
         light = weight * grey[rows].reshape(weight.shape)

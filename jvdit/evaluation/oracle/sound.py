@@ -5,15 +5,16 @@ Times are in seconds. Dimension names: a audio samples, m bounces (see `tracks`)
 
 import functools
 import itertools
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy.lib.stride_tricks import sliding_window_view
 from scipy.fft import rfft
 
 from jvdit.data.world.render import bounce_tone, loudness
 from jvdit.data.world.scene import MATERIALS, SIZES, Scenes
-from jvdit.evaluation.oracle.tracks import Bounces, Tracks
+from jvdit.evaluation.oracle.tracks import Bounces, Tracks, median_by
 
 _WINDOW, _HOP = 0.016, 0.004
 _RISE = 0.003  # time over which the attack of a sound is measured
@@ -36,38 +37,72 @@ def onsets(audio: Float[np.ndarray, "b a"], rate: int) -> list[Float[np.ndarray,
     Returns:
         The times of the onsets in each clip, in seconds.
     """
-    return [_onsets(clip.astype(np.float32), rate) for clip in audio]
+    return _onsets(_padded(audio, rate), rate)
 
 
-def _onsets(audio: Float[np.ndarray, " a"], rate: int) -> Float[np.ndarray, " n"]:
+def _padded(audio: Float[np.ndarray, "b a"], rate: int) -> Float[np.ndarray, "b p"]:
+    """Sound between two stretches of silence, from which every window can be cut."""
+    room = round(_SPECTRUM * rate)
+    padded = np.zeros((len(audio), audio.shape[1] + 2 * room), np.float32)
+    padded[:, room:-room] = audio
+    return padded
+
+
+def _cut(
+    padded: np.ndarray, clip: np.ndarray, start: np.ndarray, samples: int, rate: int
+) -> Float[np.ndarray, "n samples"]:
+    """Windows of clips, each from a sample on."""
+    return sliding_window_view(padded, samples, 1)[
+        clip, start + round(_SPECTRUM * rate)
+    ]
+
+
+def _onsets(padded: np.ndarray, rate: int) -> list[Float[np.ndarray, " n"]]:
     window, hop = round(_WINDOW * rate), round(_HOP * rate)
-    pieces = sliding_window_view(np.pad(audio, window), window)[::hop]
+    skipped = round(_SPECTRUM * rate) - window
+    places = [_flux_peaks(x[skipped:-skipped], window, hop, rate) for x in padded]
+    ends = np.cumsum([len(x) for x in places])
+    clip = np.searchsorted(ends, np.arange(ends[-1]), "right")
+    around = (np.concatenate(places) + 1) * hop - window // 2
+    return np.split(_attacks(padded, clip, around, rate), ends[:-1])
+
+
+def _flux_peaks(
+    audio: np.ndarray, window: int, hop: int, rate: int
+) -> Int[np.ndarray, " n"]:
+    """The windows, one each hop, at which a sound begins, in order."""
+    pieces = sliding_window_view(audio, window)[::hop]
     level = np.abs(rfft(pieces * np.hanning(window).astype(np.float32)))
-    np.log1p(50 * level, out=level)
-    flux = np.maximum(level[3:] - level[:-3], 0).mean(-1)
+    level *= 50
+    np.log1p(level, out=level)
+    rise = level[3:] - level[:-3]
+    np.maximum(rise, 0, out=rise)
+    flux = rise @ np.full(rise.shape[1], 1 / rise.shape[1], np.float32)
     least = max(np.median(flux) + 0.12 * flux.max(), 0.10)
     inner = flux[1:-1]
     peak = (inner > least) & (inner >= flux[:-2]) & (inner > flux[2:])
     places = np.flatnonzero(peak) + 1
     kept: list[int] = []
-    for place in places[np.argsort(-flux[places], kind="stable")]:
+    for place in places[np.argsort(-flux[places], kind="stable")].tolist():
         if all(abs(place - other) * hop > _APART * rate for other in kept):
-            kept.append(int(place))
-    around = (np.sort(np.array(kept, int)) + 1) * hop - window // 2
-    return _attacks(np.abs(audio), around, rate)
+            kept.append(place)
+    return np.sort(np.array(kept, int))
 
 
-def _attacks(loudness: np.ndarray, around: np.ndarray, rate: int) -> np.ndarray:
+def _attacks(
+    padded: np.ndarray, clip: np.ndarray, around: np.ndarray, rate: int
+) -> Float[np.ndarray, " n"]:
     """The time, in seconds, of the steepest rise of loudness near each place."""
     span, reach = round(_RISE * rate), round(_WINDOW * rate)
-    total = np.pad(np.cumsum(loudness, dtype=np.float64), (span + 1, span), "edge")
-    total[: span + 1] = 0
+    side = span + reach
+    pieces = np.abs(_cut(padded, clip, around - side, 2 * side, rate))
+    total = np.zeros((len(clip), 2 * side + 1))
+    np.cumsum(pieces, 1, np.float64, total[:, 1:])
+    rise = total[:, 2 * span :] - 2 * total[:, span:-span] + total[:, : -2 * span]
     candidates = around[:, None] + np.arange(-reach, reach + 1)
-    candidates = candidates.clip(0, len(loudness) - 1)
-    at = candidates + span  # index of the sum of all samples before the candidate
-    rise = total[at + span] - 2 * total[at] + total[at - span]
-    best = rise.argmax(1) if len(around) else np.zeros(0, int)
-    return candidates[np.arange(len(around)), best] / rate
+    last = padded.shape[1] - 2 * round(_SPECTRUM * rate) - 1
+    rise[(candidates < 0) | (candidates > last)] = -np.inf
+    return candidates[np.arange(len(clip)), rise.argmax(1)] / rate
 
 
 def match(
@@ -126,14 +161,17 @@ def synchrony(
         bounces, and where there is nothing to measure: no bounce is seen, and for the
         first four none is heard either.
     """
-    names = ("sync_40ms", "sync_frame", "sync", "stray", "delay", "lag")
-    names += ("material", "pitch", "loudness")
+    names = ("sync_40ms", "sync_frame", "sync", "stray", "delay", "lag", "material")
     scores = {name: np.full(len(audio), np.nan) for name in names}
     first, last = 1.25 / fps, (tracks.area.shape[1] - 2.25) / fps
-    for clip, heard in enumerate(onsets(audio, rate)):
+    padded = _padded(audio, rate)
+    hard = np.linalg.norm(bounces.after - bounces.before, axis=-1)
+    of_clip = tracks.clip[bounces.track]
+    bangs: list[Bang] = []
+    for clip, heard in enumerate(_onsets(padded, rate)):
         if scenes.bar[clip]:
             continue
-        seen, by, loud = _events(bounces, tracks.clip[bounces.track] == clip)
+        seen, by, loud = _events(bounces, np.flatnonzero(of_clip == clip), hard)
         inside = [(first <= t) & (t <= last) for t in (heard, seen)]
         events = int(inside[0].sum() + inside[1].sum())
         if not events:
@@ -148,30 +186,36 @@ def synchrony(
         if not inside[1].any():
             continue
         scores["delay"][clip], scores["lag"][clip] = _delays(heard, seen[inside[1]])
-        close = [(i, j) for i, j in good if inside[1][j]]
-        fits, cents, peaks = [0.0], [], []
-        for i, j in close:
-            objects = [(tracks.clip[k], tracks.slot[k]) for k in by[j]]
-            kinds = {int(_KINDS[scenes.material[o], scenes.size[o]]) for o in objects}
-            fit, off = _sounds_like(audio[clip], rate, heard[i], kinds)
-            fits.append(fit)
-            cents.append(off)
-            start = round(heard[i] * rate)
-            peaks.append(
-                float(np.abs(audio[clip, start : start + round(_PEAK * rate)]).max())
-            )
-        scores["material"][clip] = np.mean(fits[1:] or fits)
-        if close:
-            scores["pitch"][clip] = np.median(cents)
-            scores["loudness"][clip] = _concordance(loud[[j for _, j in close]], peaks)
-    return scores
+        scores["material"][clip] = 0.0
+        bangs += [
+            Bang(clip, heard[i], [tracks.slot[k] for k in by[j]], loud[j])
+            for i, j in good
+            if inside[1][j]
+        ]
+    return scores | _timbre(padded, rate, bangs, scenes, scores["material"])
+
+
+class Bang(NamedTuple):
+    """A bounce that is seen and heard.
+
+    Attributes:
+        clip: index of its clip.
+        time: when it is heard, in seconds.
+        slots: the objects that bounce, slots of the clip's scene.
+        loud: how loud it should be.
+    """
+
+    clip: int
+    time: float
+    slots: list[int]
+    loud: float
 
 
 _KINDS = np.arange(len(MATERIALS) * len(SIZES)).reshape(len(MATERIALS), len(SIZES))
 
 
 def _events(
-    bounces: Bounces, chosen: np.ndarray
+    bounces: Bounces, chosen: np.ndarray, hard: np.ndarray
 ) -> tuple[np.ndarray, list[set[int]], np.ndarray]:
     """The times of a clip's bounces, what bounces at each, and how loud each should be.
 
@@ -180,9 +224,7 @@ def _events(
     times: list[float] = []
     tracks: list[set[int]] = []
     impacts: list[float] = []
-    order = np.flatnonzero(chosen)
-    hard = np.linalg.norm(bounces.after - bounces.before, axis=-1)
-    for i in order[np.argsort(bounces.time[order])]:
+    for i in chosen[np.argsort(bounces.time[chosen])].tolist():
         track = int(bounces.track[i])
         if not times or bounces.time[i] - times[-1] >= _APART:
             times.append(float(bounces.time[i]))
@@ -205,7 +247,7 @@ def _delays(heard: np.ndarray, seen: np.ndarray) -> tuple[float, float]:
     return delay, float(abs(_LAGS[np.argmax(fit - 1e-3 * np.abs(_LAGS))]))
 
 
-def _concordance(loud: np.ndarray, peaks: list[float]) -> float:
+def _concordance(loud: np.ndarray, peaks: np.ndarray) -> float:
     """The share of pairs of bounces of which the louder has the higher peak."""
     right = [
         (peaks[i] > peaks[j]) == (loud[i] > loud[j])
@@ -215,22 +257,42 @@ def _concordance(loud: np.ndarray, peaks: list[float]) -> float:
     return float(np.mean(right)) if right else np.nan
 
 
-def _sounds_like(
-    audio: np.ndarray, rate: int, time: float, kinds: set[int]
-) -> tuple[float, float]:
-    """Whether the tone nearest to a sound is of one of the kinds, and its cents off."""
-    samples, start = round(_SPECTRUM * rate), round(time * rate)
-    fade = _fade(samples)
+def _timbre(
+    padded: np.ndarray,
+    rate: int,
+    bangs: list[Bang],
+    scenes: Scenes,
+    material: Float[np.ndarray, " b"],
+) -> dict[str, Float[np.ndarray, " b"]]:
+    """Whether bangs sound like what bounces: "material", "pitch", and "loudness".
 
-    def spectrum(piece: np.ndarray) -> np.ndarray:
-        return np.abs(rfft(np.pad(piece, (0, samples - len(piece))) * fade))
-
-    before = audio[max(start - samples, 0) : start][::-1]
-    new = spectrum(audio[start : start + samples]) - spectrum(before)
-    likeness = _tones(rate, samples) @ np.maximum(new, 0)
-    fit = float(likeness[:, len(_CENTS) // 2].argmax() in kinds)
-    cents = [abs(_CENTS[likeness[kind].argmax()]) for kind in kinds]
-    return fit, float(min(cents))
+    `material` is what the first is where there are none.
+    """
+    clips = len(padded)
+    clip = np.array([bang.clip for bang in bangs], int)
+    start = np.rint([bang.time * rate for bang in bangs]).astype(int)
+    told = np.zeros((len(bangs), _KINDS.size), bool)
+    for i, (at, _, slots, _) in enumerate(bangs):
+        told[i, _KINDS[scenes.material[at, slots], scenes.size[at, slots]]] = True
+    samples = round(_SPECTRUM * rate)
+    before = _cut(padded, clip, start - samples, samples, rate)[:, ::-1]
+    after = _cut(padded, clip, start, samples, rate)
+    old, new = (np.abs(rfft(x * _fade(samples))) for x in (before, after))
+    tones = _tones(rate, samples)
+    likeness = np.maximum(new - old, 0) @ tones.reshape(-1, tones.shape[-1]).T
+    likeness = likeness.reshape(len(bangs), *tones.shape[:2])
+    kind = likeness[..., len(_CENTS) // 2].argmax(1)
+    cents = np.where(told, np.abs(_CENTS)[likeness.argmax(2)], np.inf).min(1)
+    fits = np.bincount(clip, told[np.arange(len(bangs)), kind], clips)
+    count = np.bincount(clip, minlength=clips)
+    peaks = np.abs(_cut(padded, clip, start, round(_PEAK * rate), rate)).max(1)
+    loud = np.array([bang.loud for bang in bangs])
+    parts = (np.split(x, np.cumsum(count)[:-1]) for x in (loud, peaks))
+    return {
+        "material": np.where(count, fits / np.maximum(count, 1), material),
+        "pitch": median_by(clip, cents, clips),
+        "loudness": np.array([_concordance(*x) for x in zip(*parts, strict=True)]),
+    }
 
 
 @functools.cache

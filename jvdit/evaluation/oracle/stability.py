@@ -35,13 +35,16 @@ def flicker(
     for row in np.flatnonzero(scenes.pan == 0):
         light = video[row, ..., 1].reshape(video.shape[1], -1).astype(np.float32)
         seen = ~found.objects[row].reshape(light.shape)
-        both = seen[1:] & seen[:-1]
-        if both.mean() < _LEAST_BACKGROUND:
-            both[:] = True
-        now, before = light[1:] * both, light[:-1] * both
+        count = np.count_nonzero(seen[1:] & seen[:-1])
+        if count < _LEAST_BACKGROUND * seen[1:].size:
+            seen[:], count = True, seen[1:].size
+        seen = seen.astype(np.float32)
+        light *= seen
+        now, before = light[1:] * seen[:-1], light[:-1] * seen[1:]
         gain = np.vecdot(now, before) / np.maximum(np.vecdot(before, before), 1.0)
-        now -= gain[:, None] * before
-        mean[row] = np.abs(now).sum() / max(both.sum(), 1) / 255
+        before *= gain[:, None]
+        now -= before
+        mean[row] = np.abs(now, out=now).sum() / count / 255
     return mean
 
 

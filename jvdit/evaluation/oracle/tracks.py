@@ -74,6 +74,22 @@ def quantile(x: Float[np.ndarray, "n *rest"], q: float) -> Float[np.ndarray, " n
     return one + (two - one) * (q * last - low)
 
 
+def median_by(
+    group: Int[np.ndarray, " n"], value: Float[np.ndarray, " n"], count: int
+) -> Float[np.ndarray, " count"]:
+    """The median of the values of each of `count` groups; NaN if there are none."""
+    order = np.lexsort((value, group))
+    group, value = group[order], value[order]
+    size = np.bincount(group, minlength=count)
+    start = np.concatenate([[0], np.cumsum(size)[:-1]])
+    some = size > 0
+    median = np.full(count, np.nan)
+    lower = (start + (size - 1) // 2)[some]
+    upper = (start + size // 2)[some]
+    median[some] = (value[lower] + value[upper]) / 2
+    return median
+
+
 def enough_frames(scenes: Scenes) -> Float[np.ndarray, "b 1"]:
     """The least share of frames that must show an object's color for it to be found."""
     return np.where(scenes.bar, _SEEN_BEHIND_BAR, _SEEN)[:, None]

@@ -6,7 +6,6 @@ are held fixed. So the gradient of each is its own.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jvdit.models.critics import PictureCritic, SoundCritic
+from jvdit.ranges import check_ranges
 from jvdit.training.step import Metrics
 
 _LAST = "conv_out"  # the last layer of the decoder of every autoencoder
@@ -55,11 +55,7 @@ class Critic:
     heeded: bool = True
 
     def __post_init__(self):
-        for name in ("weight", "matching"):
-            if not 0 <= (value := getattr(self, name)) < math.inf:
-                raise ValueError(
-                    f"`critic.{name}` (={value}) must be >= 0 and finite; try 0.5."
-                )
+        check_ranges({"weight": self.weight, "matching": self.matching}, "critic.")
 
     def init(self, key: PRNGKeyArray, clips: Array) -> Any:
         """Initialises the parameters; of the clips only shapes matter."""

@@ -45,12 +45,9 @@ _SILENT = [*PAIRINGS].index("picture")
 
 def check_pairings(shares: Mapping[str, float]) -> None:
     """Raises a ValueError unless the shares are of rows of `PAIRINGS`, and some > 0."""
-    for name, share in shares.items():
-        if name not in PAIRINGS:
-            known = ", ".join(PAIRINGS)
-            raise ValueError(f"pairing {name!r} must be one of: {known}.")
-        if share < 0:
-            raise ValueError(f"pairing {name!r} has a share (={share}) below 0.")
+    if unknown := set(shares) - set(PAIRINGS):
+        known = ", ".join(PAIRINGS)
+        raise ValueError(f"pairing {unknown.pop()!r} must be one of: {known}.")
     if not any(shares.values()):
         raise ValueError("`pairings` must have a share above 0.")
 
