@@ -47,6 +47,9 @@ _TEXT_LENGTH = flags.DEFINE_integer(
 _SHARD = flags.DEFINE_integer(
     "shard", SHARD, "Clips of a file: what is done again after a kill."
 )
+_FOR = flags.DEFINE_string(
+    "for", "", "Config that the latents are for: refuse sizes it doesn't take."
+)
 _connect = cluster.define_flags()
 flags.adopt_module_key_flags(cluster)
 
@@ -67,6 +70,7 @@ def main(argv: list[str]) -> None:
                 _TEXT_LENGTH.value,
                 _AUDIO_VAE.value,
                 _SHARD.value,
+                _FOR.value,
             )
     print(f"latents: {_OUT.value}")
 

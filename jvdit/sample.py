@@ -16,7 +16,8 @@ import dataclasses
 import itertools
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -30,7 +31,7 @@ from jvdit.diffusion.solvers import SOLVERS
 from jvdit.generation.calibration import calibrate
 from jvdit.generation.generator import Generator
 from jvdit.generation.presets import PRESETS
-from jvdit.generation.prompt_lines import read_requests
+from jvdit.generation.prompt_lines import read_prompts, read_request
 from jvdit.generation.request import Request, size_fields
 from jvdit.generation.settings import Settings
 from jvdit.machine import flag_parser
@@ -309,16 +310,69 @@ def _open(mesh: Mesh) -> Bundle:
     )
 
 
-def sample(prompts: list[str]) -> Iterator[pathlib.Path]:
+def _sifted(
+    items: Sequence[tuple[str, Any]], change: Callable[[str, Any], Any]
+) -> tuple[list[tuple[str, Any]], list[str]]:
+    """Changes each item, and leaves out those of which that raises an error.
+
+    Args:
+        items: the place of each, for error messages, and it.
+        change: function of the two.
+
+    Returns:
+        The changed items with their places, and why the others were left out.
+
+    Raises:
+        ValueError: none is left.
+        OSError: the same, for want of a file.
+    """
+    kept, refused = [], []
+    for where, item in items:
+        try:
+            kept.append((where, change(where, item)))
+        except (ValueError, OSError) as error:
+            if len(refused) + 1 == len(items):
+                raise
+            told = str(error)
+            refused.append(told if where in told else f"{where}: {told}")
+            print(f"left out: {refused[-1]}", file=sys.stderr)
+    return kept, refused
+
+
+def _parsed(prompts: Sequence[tuple[str, str]]) -> tuple[list[Any], list[str]]:
+    """Requests with their places, and why others were left out; see `_sifted`."""
+    common, seeds = _common_fields(), itertools.count(_SEED.value)
+
+    def parse(where: str, line: str) -> Request:
+        return read_request(line, where, common | {"seed": next(seeds)})
+
+    return _sifted(prompts, parse)
+
+
+def _checked(request: Request, generator: Generator) -> Request:
+    """A complete request that can be generated, its files read once."""
+    request = generator.complete(request)
+    generator.check(request)
+    request.read_given()
+    return request
+
+
+def sample(prompts: Sequence[tuple[str, str]]) -> Iterator[pathlib.Path]:
     """Generates what the flags and prompts ask for; yields each file once it is there.
 
     What was generated is shown on a sheet even if the rest never comes.
+
+    Args:
+        prompts: the place of each, for error messages, and it.
+
+    Raises:
+        ValueError: a setting is wrong, or a prompt was left out; the others are done.
     """
     if not prompts:
         raise ValueError('give a prompt, "…", or --prompts=FILE.')
-    requests = read_requests(prompts, _common_fields())
     if _SHIFT.value is not None and (_PRESET.value or _LEVELS.value):
         raise ValueError("--shift spaces noise levels that --preset or --levels give.")
+    parsed, refused = _parsed(prompts)
     named = _STEPS, _PRESET, _SOLVER, _SCALE, _SCALE_2, _RESCALE, _DRAFT
     named += _SOUND_SCALE, _SYNC, _SOUND_SYNC, _AFTER
     low, high = map(float, _INTERVAL.value)
@@ -332,7 +386,8 @@ def sample(prompts: list[str]) -> Iterator[pathlib.Path]:
     if not _CALIBRATE.value:
         check_writable(folder)  # before anything is computed
     generator = _load(_mesh(len(prompts)))
-    requests = [generator.complete(request) for request in requests]
+    checked, more = _sifted(parsed, lambda _, request: _checked(request, generator))
+    requests, refused = [request for _, request in checked], refused + more
     settings = settings.complete(generator.model.defaults)
     if _CALIBRATE.value:
         ratios = calibrate(generator, requests[0], **settings.solving)
@@ -373,6 +428,11 @@ def sample(prompts: list[str]) -> Iterator[pathlib.Path]:
             sheet = contact_sheet(films, captions, sounds=sounds)
             write_png(path := free_path(folder, "sheet", ".png"), sheet)
     yield path
+    if refused:
+        raise ValueError(
+            f"{len(refused)} of {len(prompts)} prompts were left out, the first: "
+            f"{refused[0]}"
+        )
 
 
 class _Shown(Bars):
@@ -394,7 +454,7 @@ class _Shown(Bars):
 
 def main(argv: list[str]) -> None:
     """Parses, generates, and turns mistakes of the user into one line."""
-    prompts = argv[1:]
+    prompts = [(f"prompt {i}", line) for i, line in enumerate(argv[1:], 1)]
     with told_in_a_line("stopped; the clips that were ready are written."):
         keep_compilations()
         if _CHECK_LORA.value is not None:
@@ -402,8 +462,7 @@ def main(argv: list[str]) -> None:
             print(report_adapters(model, _CHECK_LORA.value))
             return
         if _PROMPTS.value is not None:
-            lines = pathlib.Path(_PROMPTS.value).read_text().splitlines()
-            prompts += [line for line in lines if line.strip()]
+            prompts += read_prompts(_PROMPTS.value)
         for path in sample(prompts):
             print(path)
 

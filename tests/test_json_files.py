@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from jvdit.diffusion.reuse import Reuse, save_ratios
-from jvdit.generation.prompt_lines import _Line, read_requests
+from jvdit.generation.prompt_lines import _Line, read_request
 from jvdit.generation.request import STATES, Request
 from jvdit.machine.json_files import parse_json, read_json
 from jvdit.machine.lock import FolderLock, _parsed
@@ -168,7 +168,7 @@ def prompts(folder):
     def read():
         line = (folder / "lines").read_bytes().decode(errors="surrogateescape")
         if line.lstrip().startswith("{"):
-            read_requests([line], {"seed": 1})
+            read_request(line, "line 1", {"seed": 1})
 
     return read
 
@@ -392,7 +392,12 @@ def test_what_python_writes_is_read_again(tmp_path):
 def test_a_line_has_the_fields_of_a_request():
     line = [field.name for field in msgspec.structs.fields(_Line)]
     assert {*line, *STATES} == {*Request.__dataclass_fields__}
-    (request,) = read_requests([json.dumps(LINE)], {"seed": 9, "mask": "m.png"})
+    request = read_request(json.dumps(LINE), "", {"seed": 9, "mask": "m.png"})
     assert request == Request(**LINE | {"references": ("b.png",), "fps": 8.0})
     with pytest.raises(ValueError, match="line 1: `promt` is unknown.*`prompt`"):
-        read_requests(['{"promt": "x"}'], {})
+        read_request('{"promt": "x"}', "line 1", {})
+    request = read_request('{"prompt": "x", "references": null}', "", {})
+    assert request == Request("x")
+    for line in ('{"prompt": "\\ud83d"}', "half \ud83d", '{"prompt": "\\u0000"}'):
+        with pytest.raises(ValueError, match="line 1: .*prompt.* has U.[D0]"):
+            read_request(line, "line 1", {})

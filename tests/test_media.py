@@ -320,7 +320,7 @@ def test_unsuitable_files_say_why():
     assert reason(mux(plain), budget=Budget(pixels=100)) == "too_large"
     assert reason(mux(plain), budget=Budget(frames=2)) == "over_budget"
     assert reason(mux(plain), budget=Budget(seconds=0)) == "timeout"
-    assert reason(mux(plain, tags={"color_trc": 16})) == "hdr"
+    assert reason(mux(plain, tags={"colorspace": 14})) == "hdr"
     assert reason(mux(plain, options={"x264-params": "tff=1"})) == "interlaced"
     wav = io.BytesIO()
     with av.open(wav, "w", format="wav") as out:
@@ -388,8 +388,8 @@ REAL = {
     "odd/derived__bitflips.mp4": "corrupt",
     "odd/derived__interlaced.mp4": "interlaced",
     "odd/derived__size_change.ts": "size_change",
-    "odd/media__hdr10-av1.mp4": "hdr",
-    "odd/media__sample_edit_list.mp4": "hdr",
+    "odd/media__hdr10-av1.mp4": None,
+    "odd/media__sample_edit_list.mp4": None,
     "odd/media__8k24fps_300ms.mp4": "too_large",
     "odd/media__sample_dts_hd_ma.mp4": "no_video",
     "odd/media__video_dovi_3840x2160_30fps_dav1_10.mp4": "unsupported",
@@ -409,3 +409,18 @@ def test_real_files(name):
     else:
         clip = decode_clip(CLIPS / name, **window)
         assert clip["video"].shape == (25, 64, 96, 3) and clip["video"].std() > 5
+
+
+def test_the_same_clip_gives_the_same_bytes_whatever_was_decoded_before(tmp_path):
+    """x264's AVX-512 code doesn't, at this size, if it is let."""
+    noise = np.random.default_rng(0).integers(0, 255, (4, 24, 12, 16, 3))
+    found = [set() for _ in noise]
+    for turn in range(30):
+        for k, clip in enumerate(noise.astype(np.uint8)):
+            path = tmp_path / f"{k}.mp4"
+            if turn == 0:
+                encode_clip(path, clip.repeat(6, 1).repeat(6, 2), 8)
+            window = decode_clip(path, frames=9, fps=8, height=64, width=96)
+            encode_clip(buffer := io.BytesIO(), window["video"], 8)
+            found[k].add(buffer.getvalue())
+    assert [len(kinds) for kinds in found] == [1] * len(found)

@@ -1,6 +1,7 @@
 """A finished model as people use it: from the command line and as a function."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from PIL import Image
 from jvdit.data.media.reader import decode_clip, read_metadata
 from jvdit.diffusion.denoise import Guidance
 from jvdit.generation.generator import Generator
-from jvdit.generation.prompt_lines import read_requests
+from jvdit.generation.prompt_lines import read_prompts, read_request
 from jvdit.generation.request import Request, complete
 from jvdit.generation.settings import Settings
 from jvdit.sharding import make_mesh
@@ -55,6 +56,19 @@ def test_from_the_command_line(workdir, generator, tmp_path):
     clip = generator("One object!", seed=5, **again)
     (same,) = generator([Request("One object!", seed=5)], **again)
     np.testing.assert_array_equal(same.video, clip.video)
+    (tmp_path / "damaged.png").write_bytes(b"\x89PNG\r\n")
+    wrong = ['{"seed": 1}', "\\x", '{"prompt": "x", "seed": "1"}']
+    wrong += [json.dumps({"prompt": "x", "mask": str(tmp_path / "damaged.png")})]
+    wrong += ['{"prompt": "good", "references": null}', '{"prompt": "cut \\ud83d"}']
+    prompts.write_text("\n".join(wrong))
+    done = command(*args[1:], f"--prompts={prompts}", f"--out={tmp_path / 'some'}")
+    assert done.returncode == 1 and "4 of 6 prompts were left out" in done.stderr
+    assert all(f"left out: {prompts} line {k}" in done.stderr for k in (1, 3, 4, 6))
+    assert {x.name for x in (tmp_path / "some").glob("*.mp4")} == {
+        "x_6.mp4",
+        "good_9.mp4",
+    }
+
     clip.save(tmp_path / "ours.mp4", scale=clip.viewing_scale)
     ours, written, other = (
         decode_clip(str(file), frames=5, height=16, width=16, fps=8.0)["video"]
@@ -180,9 +194,25 @@ def test_text_states_in_the_place_of_prompts(generator):
 
 def test_a_field_of_the_wrong_kind_is_named():
     with pytest.raises(ValueError, match="line 2: `frames` .='17'. must be `int`"):
-        read_requests(["x", '{"prompt": "y", "frames": "17"}'], {"seed": 0})
-    (request,) = read_requests(['{"prompt": "y", "references": "a.png"}'], {"seed": 4})
+        read_request('{"prompt": "y", "frames": "17"}', "line 2", {"seed": 0})
+    line = '{"prompt": "y", "references": "a.png"}'
+    request = read_request(line, "line 1", {"seed": 4})
     assert request.references == ("a.png",) and request.seed == 4
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_prompt_files_are_read_by_their_mark(tmp_path, encoding):
+    file = tmp_path / "prompts.jsonl"
+    lines = ['{"prompt":"a cat","seed":7}', "", "  ", "ein ‘Café’\u2028 am\x85 Meer"]
+    file.write_bytes("\r\n".join(lines).encode(encoding))
+    (first, line), (second, plain) = read_prompts(str(file))
+    assert read_request(line, first, {"seed": 0}) == Request("a cat", seed=7)
+    assert plain == lines[3] and second == f"{file} line 4"
+    file.write_bytes(b"a dog\ncaf\xe9\n")
+    (_, good), (where, bad) = read_prompts(str(file))
+    assert good == "a dog"
+    with pytest.raises(ValueError, match="prompts.jsonl line 2: the prompt has U.DCE9"):
+        read_request(bad, where, {})
 
 
 @pytest.mark.parametrize("kind", ["uint16", "int32", "float32"])

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -16,6 +17,9 @@ from jvdit.data.sources import (
     TfdsSource,
     WorldSource,
     open_source,
+    origin,
+    source_folder,
+    world_of,
 )
 from jvdit.data.world import World
 
@@ -245,3 +249,52 @@ def test_a_damaged_record_is_one_bad_clip(tmp_path):
     file.write_bytes(data)
     kinds = [type(clip) for clip in LatentSource(path).read(range(3))]
     assert kinds == [dict, BadClip, dict]
+
+
+@pytest.mark.parametrize(
+    "name", ["2024_holidays", "été", "a#b", "_x", "worldcup_clips"]
+)
+def test_a_data_set_may_have_any_name(tmp_path, name):
+    writer = RecordWriter(tmp_path / name, CLIP_FEATURES, shards={"train": 1, "val": 1})
+    for shard, split in enumerate(writer.shards):
+        writer.write_shard(split, 0, [make_example(shard, 4)])
+    path = writer.finish()
+    for source in (tmp_path / name, f"{tmp_path / name}#val", f"{path}#train:2x8x8@8"):
+        assert open_source(str(source)).read([0])[0]["caption"].startswith("grey")
+        assert origin(str(source)) == str(source) and world_of(str(source)) is None
+        folder = str(source_folder(str(source)))
+        assert folder in (str(tmp_path / name), str(path))
+
+
+def test_names_near_the_world_are_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="worldcup_clips"):
+        open_source("worldcup_clips")
+    with pytest.raises(ValueError, match="must read world:SPLIT"):
+        open_source("world")
+
+
+def test_a_folder_of_videos_is_to_be_prepared(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep/a.MOV").touch()
+    for source in (tmp_path, tmp_path / "deep/a.MOV", f"{tmp_path}#val"):
+        with pytest.raises(
+            ValueError, match=r"holds videos.*prepare_clips.py .* --out"
+        ):
+            open_source(str(source))
+
+
+@pytest.mark.parametrize("file", ["features.json", "dataset_info.json"])
+def test_a_damaged_tfds_data_set_is_told_in_a_line(records, tmp_path, file):
+    path = tmp_path / "clips/1.0.0"
+    shutil.copytree(records, path)
+    assert len(open_source(f"tfds:{path}"))
+    text = (path / file).read_text()
+    for damage in (text[:50], "[]", "{}", text.replace("4", "x"), ""):
+        (path / file).write_text(damage)
+        with pytest.raises(ValueError, match=f"TFDS can't open {path}.*; give") as told:
+            open_source(f"tfds:{path}")
+        assert "\n" not in str(told.value)
+    with pytest.raises(ValueError, match="TFDS can't open nowhere.*; give") as told:
+        open_source("tfds:nowhere")
+    assert "\n" not in str(told.value)

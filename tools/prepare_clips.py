@@ -3,17 +3,32 @@ r"""Prepares a data set of clips from videos.
     python tools/prepare_clips.py VIDEOS --out data/clips --frames 81 --fps 16 \
         --size 480x832 832x480 --windows all --val 0.02
 
-VIDEOS is a folder of videos with a .txt caption beside each, a folder with
-metadata.jsonl (file_name, caption), or a table (csv, tsv, json, jsonl, parquet) with
-a column of paths and one of captions. If it is killed, the same command resumes. The
-data set's report.md lists what was skipped, and why.
+VIDEOS is a folder of videos and pictures with a .txt caption beside each, a folder with
+metadata.jsonl (file_name, caption) or with videos.txt and prompt.txt, or a table (csv,
+tsv, json, jsonl, parquet) with a column of paths and one of captions. A picture becomes
+a clip of one frame. If it is killed, the same command resumes. The data set's report.md
+lists what was skipped, and why.
+
+With `pip install 'jvdit[beam]'`, Apache Beam prepares the shards: --runner and all of
+Beam's own options are passed on. Every worker must mount VIDEOS and --out at one place.
+
+    python tools/prepare_clips.py VIDEOS --out data/clips --runner=DirectRunner \
+        --direct_running_mode=multi_processing --direct_num_workers=8
+    python tools/prepare_clips.py /mnt/videos --out /mnt/clips --runner=DataflowRunner \
+        --project=P --region=us-central1 --temp_location=gs://B/tmp \
+        --sdk_container_image=IMAGE --max_num_workers=200
+    … --runner=FlinkRunner --flink_master=HOST:8081 --environment_type=DOCKER
+    … --runner=SparkRunner --spark_master_url=spark://HOST:7077
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
 
-from jvdit.data.ingest.clip_file import Recipe
+from jvdit.data.grid import ClipGrid
+from jvdit.data.ingest.beam import beam_engine
+from jvdit.data.ingest.clip_file import ClipFile, Recipe
 from jvdit.data.ingest.ingest import ingest
 from jvdit.data.records import dataset_directory
 
@@ -30,7 +45,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parses the command line."""
     recipe = Recipe()
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("inputs", nargs="+", help="folders of videos, tables, or video files")
@@ -99,6 +116,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default=recipe.max_pixels,
         help="most pixels of a source frame (default: %(default)s)",
     )
+    add(
+        "--for",
+        dest="config",
+        metavar="CONFIG",
+        help="config that the clips are for: refuse sizes that its model doesn't take",
+    )
     add("--require-caption", action="store_true", help="skip videos without a caption")
     add(
         "--val",
@@ -112,7 +135,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default=64,
         help="source files that go into a shard (default: %(default)s)",
     )
-    add("--workers", type=int, help="worker processes (default: one for each core)")
+    add(
+        "--workers",
+        type=int,
+        help="worker processes (default: one for each core; with --runner, for each "
+        "shard)",
+    )
+    add("--runner", help="runner of Apache Beam (default: processes of this machine)")
     add(
         "--timeout",
         type=float,
@@ -127,9 +156,51 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "(default: %(default)s)",
     )
     add("--overwrite", action="store_true", help="start over, deleting earlier output")
-    args = parser.parse_args(arguments)
+    args, beam = parser.parse_known_args(arguments)
+    if beam and args.runner is None:
+        parser.error(f"unrecognized arguments: {' '.join(beam)}")
+    args.beam = [f"--runner={args.runner}", *beam]
     args.sizes = tuple(args.size)
     return args
+
+
+def _tell(text: str) -> None:
+    print(f"prepare_clips: {text}", file=sys.stderr)
+
+
+def _check_sizes(recipe: Recipe, config: str | None) -> ClipGrid:
+    """Refuses sizes that a config's model doesn't take; without one, says so.
+
+    Raises:
+        ValueError: a size doesn't fit the config.
+    """
+    grid = ClipGrid()
+    if config is not None:  # imports JAX
+        from jvdit.tasks.config_grid import grid_of, read_config
+
+        grid = grid_of(read_config(config))
+    faults = [x for size in recipe.sizes for x in grid.faults(recipe.frames, *size)]
+    told = "; ".join(dict.fromkeys(faults))
+    if told and config is not None:
+        raise ValueError(f"for {config}, {told}.")
+    if told:
+        _tell(f"warning: for most models, {told} (--for CONFIG checks it for one)")
+    return grid
+
+
+def _check_captions(items: Sequence[ClipFile], grid: ClipGrid) -> None:
+    """Says before the work begins that nothing has a caption.
+
+    Raises:
+        ValueError: the training that the clips are for needs some.
+    """
+    if any(item.caption for item in items):
+        return
+    places = ", ".join({item.note: 0 for item in items if item.note})
+    told = f"none of the videos has a caption{places and f' ({places})'}"
+    if grid.needs_captions:
+        raise ValueError(f"{told}, which --for needs; write them first.")
+    _tell(f"warning: {told}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -139,6 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
         recipe = Recipe(
             **{field.name: getattr(args, field.name) for field in fields(Recipe)}
         )
+        grid = _check_sizes(recipe, args.config)
         report = ingest(
             args.inputs,
             args.out,
@@ -149,20 +221,21 @@ def main(arguments: list[str] | None = None) -> int:
             workers=args.workers,
             timeout=args.timeout,
             overwrite=args.overwrite,
+            engine=None if args.runner is None else beam_engine(args.beam),
+            listed=lambda items: _check_captions(items, grid),
         )
     except (ValueError, OSError) as e:
-        print(f"prepare_clips: {e}", file=sys.stderr)
+        _tell(str(e))
         return 2
     except KeyboardInterrupt:
-        print("prepare_clips: stopped; the same command goes on", file=sys.stderr)
+        _tell("stopped; the same command goes on")
         return 130
     directory = dataset_directory(args.out)
     print(f"{report.summary()}\n{directory / 'report.md'}")
     if report.reject_rate > args.max_reject_rate:
-        print(
-            f"prepare_clips: {report.reject_rate:.0%} of the files were skipped, more "
-            f"than --max-reject-rate {args.max_reject_rate:.0%}.",
-            file=sys.stderr,
+        _tell(
+            f"{report.reject_rate:.0%} of the files were skipped, more than "
+            f"--max-reject-rate {args.max_reject_rate:.0%}."
         )
         return 1
     return 0

@@ -37,6 +37,7 @@ from array_record.python.array_record_module import (
 from etils import epath
 from tensorflow_datasets.core import example_serializer
 
+from jvdit.data.parquet import parquet_errors
 from jvdit.machine import files
 from jvdit.machine.json_files import differences, read_json
 
@@ -97,7 +98,11 @@ def tensor_spec(kind: str) -> tuple[np.dtype, int]:
     if match is None:
         known = ["text", "bytes", *SCALARS, "<dtype>[axes], e.g. bfloat16[f h w c]"]
         raise ValueError(f"Unknown feature kind {kind!r}; known: {', '.join(known)}.")
-    return np.dtype(getattr(ml_dtypes, match[1], match[1])), len(match[2].split())
+    try:
+        dtype = np.dtype(getattr(ml_dtypes, match[1], match[1]))
+    except TypeError as error:
+        raise ValueError(f"Unknown feature kind {kind!r}: {error}.") from None
+    return dtype, len(match[2].split())
 
 
 def tfds_features(features: Mapping[str, str]) -> tfds.features.FeaturesDict:
@@ -122,6 +127,24 @@ def tfds_features(features: Mapping[str, str]) -> tfds.features.FeaturesDict:
 def is_version(name: str) -> bool:
     """Whether a directory name is a TFDS version, e.g. 1.0.0."""
     return re.fullmatch(r"\d+\.\d+\.\d+", name) is not None
+
+
+def _tfds_name(folder: str) -> str:
+    """A folder's name as TFDS takes it: letters, digits and _, a letter first."""
+    name = re.sub(r"\W", "_", folder)
+    return name if re.match("[a-zA-Z]", name) else f"data_{name}"
+
+
+def index_schema(features: Mapping[str, str]) -> pa.Schema:
+    """The columns of the index of a data set, see `RecordDataset.index`."""
+    first = [("split", pa.string()), ("shard", pa.int64()), ("record", pa.int64())]
+    scalars = [
+        (name, pa.from_numpy_dtype(SCALARS[kind]))
+        for name, kind in features.items()
+        if kind in SCALARS
+    ]
+    last = [("caption_length", pa.int64())] * ("caption" in features)
+    return pa.schema([*first, ("key", pa.string()), *scalars, *last])
 
 
 def dataset_directory(path: str | Path) -> Path:
@@ -231,7 +254,7 @@ class RecordWriter:
             raise ValueError("`features` must have a text feature named 'key'.")
         self.path = dataset_directory(path)
         named = self.path.parent if is_version(self.path.name) else self.path
-        self.name = re.sub(r"\W", "_", named.resolve().name)
+        self.name = _tfds_name(named.resolve().name)
         self.features = dict(features)
         self.shards = {split: int(count) for split, count in shards.items()}
         self.work = self.path / "_work"
@@ -400,11 +423,7 @@ class RecordWriter:
         counts = collections.Counter(row["key"] for row in rows).most_common(1)
         if counts and counts[0][1] > 1:
             raise ValueError(f"Keys must be unique; {counts[0][0]!r} is not.")
-        first = [("split", pa.string()), ("shard", pa.int64()), ("record", pa.int64())]
-        scalars = [(n, pa.from_numpy_dtype(x)) for n, x in self._scalars.items()]
-        last = [("caption_length", pa.int64())] * ("caption" in self.features)
-        schema = pa.schema([*first, ("key", pa.string()), *scalars, *last])
-        table = pa.Table.from_pylist(rows, schema=schema)
+        table = pa.Table.from_pylist(rows, schema=index_schema(self.features))
         with files.replacing(self.path / "index.parquet") as temporary:
             pq.write_table(table, temporary)
 
@@ -473,14 +492,18 @@ class RecordDataset:
                     f"{file} has {size} bytes, not {shard.file_bytes}; copy it again."
                 )
         self.features, self.settings = manifest.plan.features, manifest.plan.settings
-        self._tfds = tfds_features(self.features)
+        try:
+            self._tfds = tfds_features(self.features)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.path / 'manifest.json'}: {error} {COPY_AGAIN}."
+            ) from None
         identity = [sorted(self.features.items()), [s.digest for s in shards]]
         identity = json.dumps(identity).encode()
         self.fingerprint = hashlib.blake2b(identity, digest_size=16).hexdigest()
         self.index = self._read_index(sum(s.records for s in shards))
-        self._records = array_record_data_source.ArrayRecordDataSource(
-            [str(self.path / s.file) for s in shards if s.records]
-        )
+        held = [str(self.path / shard.file) for shard in shards if shard.records]
+        self._records = _opened(held, self.path)
 
     def _read_index(self, count: int) -> dict[str, np.ndarray]:
         if count == 0:
@@ -488,24 +511,59 @@ class RecordDataset:
         file = self.path / "index.parquet"
         if not file.exists():
             raise FileNotFoundError(f"{file} is missing; {COPY_AGAIN}.")
-        table = pq.read_table(file, filters=[("split", "==", self.split)])
+        wanted = index_schema(self.features)
+        with parquet_errors(file, COPY_AGAIN):
+            table = pq.read_table(file, filters=[("split", "==", self.split)])
+            table = table.select(wanted.names).cast(wanted)
+            if incomplete := [x for x in wanted.names if table[x].null_count]:
+                raise ValueError(f"`{incomplete[0]}` is missing in some rows")
+            columns = {name: table[name].to_numpy() for name in wanted.names[3:]}
+            for name in {"frames", "height", "width", "fps"} & columns.keys():
+                if not (found := columns[name].min(initial=1)) > 0:
+                    raise ValueError(f"`{name}` (={found}) must be positive")
         if table.num_rows != count:
             raise ValueError(
                 f"{file} has {table.num_rows} rows of {self.split!r} and the shards "
                 f"{count} records; {COPY_AGAIN}."
             )
-        table = table.drop_columns(["split", "shard", "record"])
-        return {name: table[name].to_numpy() for name in table.column_names}
+        return columns
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, record: int) -> dict[str, Any]:
-        """Returns one example: str, bytes, numbers, arrays by feature name."""
-        if not 0 <= record < len(self):  # IndexError, so that iteration ends
+        """Returns one example: str, bytes, numbers, arrays by feature name.
+
+        Raises:
+            IndexError: there are fewer records, so that iteration ends.
+            ValueError: the record is damaged.
+        """
+        if not 0 <= record < len(self):
             raise IndexError(f"Record {record} of a data set of {len(self)}.")
-        example: Any = self._tfds.deserialize_example_np(self._records[int(record)])
-        return {
-            name: value.decode() if self.features[name] == "text" else value
-            for name, value in example.items()
-        }
+        try:
+            data = self._records[int(record)]
+            example: Any = self._tfds.deserialize_example_np(data)
+            return {
+                name: value.decode() if self.features[name] == "text" else value
+                for name, value in example.items()
+            }
+        except Exception as error:  # anything, of anything
+            told = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ValueError(
+                f"record {record} of {self.path}, split {self.split!r}, is damaged "
+                f"({told}); {COPY_AGAIN}."
+            ) from error
+
+
+def _opened(shards: list[str], path: Path) -> Any:
+    """Opens shards, naming the first that is damaged."""
+    opened: Any = array_record_data_source.ArrayRecordDataSource
+    try:
+        return opened(shards)
+    except Exception as error:
+        told = " ".join(str(error).split())[:200]
+        for shard in shards if len(shards) > 1 else ():
+            _opened([shard], Path(shard))
+        raise ValueError(
+            f"{path}: a shard is damaged ({told}); {COPY_AGAIN}."
+        ) from error

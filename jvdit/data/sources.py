@@ -28,9 +28,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from jvdit.data.clips import SIZE, BadClip, Clip, Ids, Indexed, Source, make_index
+from jvdit.data.ingest.listing import holds_videos
 from jvdit.data.media.reader import MediaError, decode_clip, probe
 from jvdit.data.order import fingerprint
-from jvdit.data.records import RecordDataset
+from jvdit.data.records import RecordDataset, dataset_directory
 from jvdit.data.world import World
 from jvdit.machine.files import local_path
 
@@ -198,14 +199,30 @@ class RecordSource(VideoWindows):
                 f"{path} holds {sorted(self._records.features)} and no encoded videos; "
                 "read latents with `LatentSource`."
             )
+        _check_features(self._records)
         super().__init__(self._records.index, **window)
         self.fingerprint = fingerprint(
             "records", self._records.fingerprint, *self._settings
         )
 
+    @property
+    def captioned(self) -> bool:
+        """Whether any of the clips has a caption."""
+        return bool(self._records.index["caption_length"].any())
+
     def _encoded(self, video: int) -> tuple[bytes, str]:
         record = self._records[video]
         return record["video"], record["caption"]
+
+
+def _check_features(records: RecordDataset, *more: str) -> None:
+    """Raises ValueError if a data set lacks what every source of clips needs."""
+    for name in ("caption", *SIZE, "fps", "has_audio", *more):
+        if name not in records.features:
+            raise ValueError(
+                f"the records of {records.path} have no `{name}`; they have: "
+                f"{', '.join(sorted(records.features))}."
+            )
 
 
 class TfdsSource(VideoWindows):
@@ -239,13 +256,7 @@ class TfdsSource(VideoWindows):
         caption: str | None = "caption",
         **window: Any,
     ):
-        path = local_path(name)
-        if path.is_dir():
-            builder: Any = tfds.builder_from_directory(path)
-        else:
-            place = None if data_dir is None else local_path(data_dir)
-            builder = tfds.builder(str(name), data_dir=place)
-        self._examples = builder.as_data_source(split=split)
+        builder, self._examples = _opened_tfds(name, split, data_dir)
         info = builder.info.splits[split]
         identity = [builder.info.full_name, split, info.num_examples, info.num_bytes]
         self._features = (video, caption)
@@ -256,7 +267,7 @@ class TfdsSource(VideoWindows):
             try:
                 found = probe(self._example(i)[0], scan=True)
                 rows.append((i, *(getattr(found, name) for name in names)))
-            except MediaError as error:
+            except (MediaError, UnicodeDecodeError) as error:
                 self.rejects.append((i, str(error)))
         if not rows:
             raise ValueError(
@@ -284,6 +295,24 @@ class TfdsSource(VideoWindows):
 
     def _encoded(self, video: int) -> tuple[bytes, str]:
         return self._example(int(self._kept[video]))
+
+
+def _opened_tfds(name: str | Path, split: str, data_dir: Any) -> tuple[Any, Any]:
+    """Opens a TFDS data set: its builder, and the examples of a split."""
+    try:
+        path = local_path(name)
+        if path.is_dir():
+            builder: Any = tfds.builder_from_directory(path)
+        else:
+            place = None if data_dir is None else local_path(data_dir)
+            builder = tfds.builder(str(name), data_dir=place)
+        return builder, builder.as_data_source(split=split)
+    except Exception as error:  # of protobuf, of TFDS, of what it imports
+        told = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(
+            f"TFDS can't open {name}, split {split!r} ({told}); give the name or the "
+            "folder of a data set that was prepared as array_record."
+        ) from error
 
 
 class LatentSource(Indexed):
@@ -319,6 +348,7 @@ class LatentSource(Indexed):
                 f"{path} holds {sorted(features)} and no latents; encode it first, or "
                 "read its videos with `RecordSource`."
             )
+        _check_features(self._records, "text_length")
         self.settings = self._records.settings
         text = index["text_length"]
         if not text.all():
@@ -403,14 +433,14 @@ def open_source(
         ValueError: the name can't be understood, or what it names is damaged.
         FileNotFoundError: there is no such data set.
     """
-    if name.startswith("world"):
+    if _is_world(name):
         return _world(name, audio_rate)
     if not name:
         raise ValueError(
             "a source is empty; name one, such as world:train:17x64x64@8:100000, the "
             "folder of a prepared data set, or tfds:NAME."
         )
-    path, _, part = name.partition("#")
+    path, part = _divided(name)
     match = _SPLIT.fullmatch(part)
     if match is None:
         raise ValueError(
@@ -423,7 +453,7 @@ def open_source(
         options |= zip(SIZE, map(int, match.groups()[1:4]), strict=True)
         options |= {"fps": float(match[5]), "windows": "all"}
     foreign = path.startswith("tfds:")
-    path = path.removeprefix("tfds:") if foreign else str(local_path(path))
+    path = path.removeprefix("tfds:") if foreign else _prepared(path)
     if foreign or "mean" not in RecordDataset(path, split).features:
         if match[6]:
             raise ValueError(f"source {name!r} holds no latents; give FRAMESxHxW@FPS.")
@@ -437,23 +467,52 @@ def open_source(
     return LatentSource(path, split, max_text, pad_text, frames)
 
 
+def source_folder(name: str) -> Path:
+    """The folder of a source that is a prepared data set."""
+    return local_path(_divided(name)[0])
+
+
+def _is_world(name: str) -> bool:
+    return name.partition(":")[0] == "world"
+
+
+def _divided(name: str) -> tuple[str, str]:
+    """A source's folder, which may have a # in its own name, and what follows it."""
+    if "#" not in name or local_path(name).exists():
+        return name, ""
+    path, _, part = name.rpartition("#")
+    return path, part
+
+
+def _prepared(path: str) -> str:
+    """Returns the folder of a data set, unless it is one of videos."""
+    folder = local_path(path)
+    if not (dataset_directory(folder) / "manifest.json").exists():
+        if holds_videos(folder):
+            raise ValueError(
+                f"{folder} holds videos, and no data set of clips; run "
+                f"`python tools/prepare_clips.py {folder} --out CLIPS …` first, and "
+                "give CLIPS."
+            )
+    return str(folder)
+
+
 def origin(name: str) -> str:
     """The name of the source that a source's latents were encoded from, else its own.
 
     Args:
         name: the name of a source that can be opened.
     """
-    path, _, part = name.partition("#")
-    if name.startswith(("world", "tfds:")):
+    if _is_world(name) or name.startswith("tfds:"):
         return name
-    split = part.partition(":")[0] or "train"
-    settings = RecordDataset(str(local_path(path)), split).settings
+    split = _divided(name)[1].partition(":")[0] or "train"
+    settings = RecordDataset(source_folder(name), split).settings
     return settings.get("origins", {}).get(split, name)
 
 
 def world_of(name: str) -> tuple[World, int] | None:
     """The world, and the number of clips, that a source names; None: another source."""
-    if not name.startswith("world"):
+    if not _is_world(name):
         return None
     source = _world(name, 0)
     return source.world, len(source)

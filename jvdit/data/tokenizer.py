@@ -53,7 +53,8 @@ class Tokenizer:
     literal "</s>" or "<pad>" in a caption, which is foreign data, is plain text.
 
     Args:
-        model: path of a sentencepiece model file, or its bytes.
+        model: path of a sentencepiece model file or of a `tokenizer.json` that holds
+            one, or its bytes.
         byte_fallback: what a run of characters outside the vocabulary becomes in a
             model that has byte pieces: "bytes" (the pieces, lossless; sentencepiece) or
             "unk" (one unknown id for the whole run; transformers). Without byte pieces
@@ -81,6 +82,8 @@ class Tokenizer:
                 f"`byte_fallback` (={byte_fallback!r}) must be in ('bytes', 'unk')."
             )
         where = f"{len(model)} bytes" if isinstance(model, bytes) else str(model)
+        if where.endswith(".json"):
+            model = sentencepiece_of(where)
         data = model if isinstance(model, bytes) else Path(model).read_bytes()
         self._processor = processor = sentencepiece.SentencePieceProcessor()
         try:
@@ -273,6 +276,14 @@ def sentencepiece_of(file: str | os.PathLike[str]) -> bytes:
     model = settings.model
     if model.type != "Unigram":
         raise ValueError(f"{file} holds a {model.type} model; that of T5 is Unigram.")
+    try:
+        return _as_proto(settings).SerializeToString()
+    except (TypeError, ValueError) as error:  # of protobuf's fields, and of base64
+        raise ValueError(f"{file} is damaged ({error}); copy it anew.") from error
+
+
+def _as_proto(settings: _TokenizerJson) -> Any:
+    model = settings.model
     proto = _MESSAGES.ModelProto()
     kinds = proto.SentencePiece
     special = dict.fromkeys(
@@ -293,4 +304,4 @@ def sentencepiece_of(file: str | os.PathLike[str]) -> bytes:
     normalizer.escape_whitespaces = True
     if settings.normalizer and (table := settings.normalizer.table()):
         normalizer.precompiled_charsmap = base64.b64decode(table)
-    return proto.SerializeToString()
+    return proto

@@ -1,6 +1,6 @@
 """Reads prompt files: each line is a prompt, or JSON with fields of a `Request`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -8,6 +8,7 @@ from msgspec import UNSET, UnsetType
 
 from jvdit.generation.request import Request
 from jvdit.machine.json_files import parse_json
+from jvdit.machine.text_files import check_text, numbered_lines, read_text
 
 _Picture = str | None | UnsetType
 
@@ -26,32 +27,50 @@ class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     last_image: _Picture = UNSET
     video: _Picture = UNSET
     mask: _Picture = UNSET
-    references: str | tuple[str, ...] | UnsetType = UNSET
+    references: str | tuple[str, ...] | None | UnsetType = UNSET
     sound: bool | None | UnsetType = UNSET
     from_video: _Picture = UNSET
     from_sound: _Picture = UNSET
 
 
-def read_requests(prompts: Sequence[str], common: Mapping[str, Any]) -> list[Request]:
-    """Parses prompts, or lines of JSON, into requests with consecutive seeds.
+def read_prompts(path: str) -> list[tuple[str, str]]:
+    """Reads a prompt file.
 
-    Args:
-        prompts: each is a prompt, or a JSON object with fields of `Request`.
-        common: fields for all requests, which a line of JSON may override; `seed` is
-            that of the first.
+    Returns:
+        The place of each line that isn't blank, such as "prompts.jsonl line 3", and it.
 
     Raises:
-        ValueError: a line of JSON is malformed, or has a field that is unknown or of
-            the wrong type.
+        OSError: the file can't be read.
+        ValueError: it isn't UTF-8, nor UTF-16 with a mark.
     """
-    requests = []
-    for number, line in enumerate(prompts):
-        fields = {**common, "prompt": line, "seed": common.get("seed", 0) + number}
-        if line.lstrip().startswith("{"):
-            given = parse_json(line, f"line {number + 1}", _Line)
-            given = msgspec.structs.asdict(given).items()
-            fields |= {name: value for name, value in given if value is not UNSET}
-            if isinstance(fields.get("references"), str):
-                fields["references"] = (fields["references"],)
-        requests.append(Request(**fields))
-    return requests
+    lines = numbered_lines(read_text(path, lenient=True))
+    return [(f"{path} line {number}", line) for number, line in lines]
+
+
+def read_request(line: str, where: str, common: Mapping[str, Any]) -> Request:
+    """Parses a prompt, or a line of JSON, into a request.
+
+    Args:
+        line: a prompt, or a JSON object with fields of `Request`.
+        where: name of the line in error messages.
+        common: fields for all requests, which a line of JSON may override.
+
+    Raises:
+        ValueError: the JSON is malformed, has a field that is unknown or of the wrong
+            type, or the prompt isn't text.
+    """
+    return Request(**{**common, **_given(line, where)})
+
+
+def _given(line: str, where: str) -> dict[str, Any]:
+    """The fields that a line gives."""
+    if not line.lstrip().startswith("{"):
+        return {"prompt": check_text(line, f"{where}: the prompt")}
+    found = msgspec.structs.asdict(parse_json(line, where, _Line))
+    fields = {name: value for name, value in found.items() if value is not UNSET}
+    for name in ("prompt", "negative_prompt"):
+        check_text(fields.get(name, ""), f"{where}: `{name}`")
+    if "references" in fields:
+        given = fields["references"] or ()
+        fields["references"] = (given,) if isinstance(given, str) else given
+    return fields

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from jvdit.data.clips import SIZE
 from jvdit.data.media.audio import read_sound
+from jvdit.data.media.pictures import read_picture
 from jvdit.data.media.reader import decode_clip, probe
 from jvdit.data.sounds import in_channels
 from jvdit.ranges import check_ranges
@@ -126,6 +127,17 @@ class Request:
     def ends(self) -> list[np.ndarray]:
         """The given first and last frames as uint8 `[H W 3]`, at the clip's size."""
         return [self.fitted(x) for x in self.pictures]
+
+    def read_given(self) -> None:
+        """Reads all that is given, so that a damaged file is found before the work.
+
+        Raises:
+            FileNotFoundError: a file doesn't exist.
+            ValueError: one is damaged, or too short for the clip.
+        """
+        _ = self.ends, self.reference_pictures(), self.waveform(_COARSE, 1)
+        for name in ("video", "mask", "from_video"):
+            self.clip(name)
 
     def samples(self, rate: int) -> int:
         """Samples of a sound as long as the clip, at `rate` Hz."""
@@ -326,26 +338,9 @@ def _picture(source: Pictures, name: str) -> np.ndarray:
         _check(source, 3, name)
         return source
     try:
-        with Image.open(source) as image:
-            return np.asarray(_eight_bits(ImageOps.exif_transpose(image), name))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"`{name}` (={source}) doesn't exist.") from None
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"`{name}` (={source}) is no picture: {error}.") from None
-
-
-def _eight_bits(image: Image.Image, name: str) -> Image.Image:
-    """Converts to RGB with 8 bits; Pillow alone clips larger values to 255."""
-    if image.mode[0] in "IF":
-        values = np.asarray(image, np.float32)
-        most = 65535.0 if image.mode[0] == "I" else 1.0 if values.max() <= 1 else 255.0
-        if not (values.min() >= 0 and values.max() <= most):
-            raise ValueError(
-                f"`{name}` has values from {values.min():g} to {values.max():g}; "
-                "save it with 8 or 16 bits, or as floats in [0, 1]."
-            )
-        image = Image.fromarray(np.rint(values * (255 / most)).astype(np.uint8))
-    return image.convert("RGB")
+        return read_picture(source)
+    except (OSError, ValueError) as error:
+        raise type(error)(f"`{name}` (={source}): {error}") from None
 
 
 def _check(pixels: np.ndarray, ndim: int, name: str) -> None:

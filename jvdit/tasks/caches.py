@@ -1,10 +1,9 @@
 """The encoders that made a cache of latents; refuses stale or mixed caches."""
 
-import pathlib
 from collections.abc import Sequence
 
 from jvdit.config import Config
-from jvdit.data.sources import LatentSource
+from jvdit.data.sources import LatentSource, source_folder
 from jvdit.machine.json_files import differences
 from jvdit.models.audio_vae import AudioVAE
 from jvdit.models.video_vae import VideoVAE
@@ -35,7 +34,7 @@ def cached_autoencoder(
                 f"the latents of {first} and {name} come "
                 f"from two autoencoders: {'; '.join(differing)}. Encode one anew."
             )
-    network = load_network(pathlib.Path(first.partition("#")[0]) / "vae", VideoVAE)
+    network = load_network(source_folder(first) / "vae", VideoVAE)
     if config.autoencoder:
         ours, _ = load_weights(config.autoencoder)
         asked = {"hash": weights_hash(ours)}
@@ -77,7 +76,7 @@ def cached_audio(config: Config, sources: Sequence[LatentSource]) -> Network:
                 f"the sounds of {first} and {name} come from two autoencoders: "
                 f"{'; '.join(differing)}. Encode one anew."
             )
-    folder = pathlib.Path(first.partition("#")[0]) / "audio_vae"
+    folder = source_folder(first) / "audio_vae"
     return load_network(folder, AudioVAE)
 
 
@@ -111,4 +110,4 @@ def cached_captions(
                 f"the captions of {names[0]} and {name} were encoded differently: "
                 f"{'; '.join(differing)}. Encode one anew."
             )
-    return CaptionEncoder.load(names[0].partition("#")[0])
+    return CaptionEncoder.load(str(source_folder(names[0])))

@@ -23,11 +23,14 @@ import numpy as np
 from absl import logging
 
 from jvdit.data.clips import SIZE, BadClip, Clip, Source
+from jvdit.data.grid import ClipGrid
 from jvdit.data.records import RecordDataset, RecordWriter, latent_features
 from jvdit.data.sources import open_source, origin
 from jvdit.machine import cluster
 from jvdit.machine.files import said_if_full
 from jvdit.machine.progress import Bars
+from jvdit.models.video_vae import VideoVAE
+from jvdit.tasks.config_grid import grid_of, read_config
 from jvdit.weights.encoders import CaptionEncoder, ClipEncoder, SoundEncoder
 from jvdit.weights.parameters import module_fields, save_weights
 
@@ -44,6 +47,7 @@ def encode(
     text_length: int = 64,
     audio_vae: str = "",
     shard: int = SHARD,
+    config: str = "",
 ) -> None:
     """Encodes a source of clips, and optionally a second one for validation.
 
@@ -61,6 +65,8 @@ def encode(
         text_length: most tokens of a caption; longer ones are cut.
         audio_vae: the autoencoder of the sound; "": clips become silent.
         shard: how many clips a shard has. Processes divide the work by shards.
+        config: file of the config that the latents are for; "": not known yet, and what
+            few models take is only logged.
 
     Raises:
         ValueError: the folder holds other latents, another run is encoding into it, the
@@ -86,9 +92,7 @@ def encode(
             f"none of the clips of {source} has sound; prepare them from videos that "
             "have, or leave out `audio_vae`."
         )
-    for each in splits.values():
-        for size in np.unique(_sizes(each.index), axis=0):
-            encoder.module.latent_shape(*map(int, size))
+    _check(named, splits, encoder.module, config)
     folder = pathlib.Path(out).absolute()
     settings: dict[str, Any] = {
         "vae": encoder.settings,
@@ -121,6 +125,36 @@ def encode(
                 if each is not None:
                     _save_autoencoder(each, folder, name)
         cluster.check_seen(folder / "vae" / "config.json")
+
+
+def _check(
+    named: Mapping[str, str], splits: Mapping[str, Source], vae: VideoVAE, config: str
+) -> None:
+    """Checks the sizes and captions of clips before any is encoded.
+
+    Raises:
+        ValueError: the autoencoder doesn't take a size, or the config's patches, or its
+            training needs captions.
+    """
+    time, space = vae.temporal_compression, vae.spatial_compression
+    grid = ClipGrid(period=time, height=2 * space, width=2 * space)  # patches of 2 x 2
+    if config:
+        grid = grid_of(read_config(config), vae)
+    for split, source in splits.items():
+        faults = []
+        for size in np.unique(_sizes(source.index), axis=0).tolist():
+            vae.latent_shape(*size)
+            faults += grid.faults(*size)
+        if not getattr(source, "captioned", True):
+            told = f"none of the clips of {named[split]} has a caption"
+            if grid.needs_captions:
+                raise ValueError(f"{told}, and the training of {config} needs some.")
+            logging.warning(told)
+        told = "; ".join(dict.fromkeys(faults))
+        if told and config:
+            raise ValueError(f"{named[split]} isn't for {config}: {told}.")
+        if told:
+            logging.warning("%s: for most models, %s", named[split], told)
 
 
 def _sizes(index, ids: Any = slice(None)) -> np.ndarray:

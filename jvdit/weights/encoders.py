@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, UInt8
 
 from jvdit.data.plan import TEXT_MULTIPLE
 from jvdit.data.sounds import in_channels
-from jvdit.data.tokenizer import Tokenizer, sentencepiece_of
+from jvdit.data.tokenizer import Tokenizer
 from jvdit.machine.cluster import to_host
 from jvdit.machine.compilation import jit
 from jvdit.machine.files import write_atomically
@@ -134,9 +134,7 @@ def release_tokenizer(file: os.PathLike[str]) -> Tokenizer:
     Args:
         file: a sentencepiece model, or a `tokenizer.json`.
     """
-    name = os.fspath(file)
-    model = sentencepiece_of(name) if name.endswith(".json") else name
-    return Tokenizer(model, byte_fallback="unk", clean=True)
+    return Tokenizer(os.fspath(file), byte_fallback="unk", clean=True)
 
 
 def encode_captions(

@@ -180,6 +180,12 @@ def _files(path: pathlib.Path, variant: str = "") -> list[pathlib.Path]:
     chosen = chosen_variant(variants, variant)
     if chosen in indexes:
         index = read_json(indexes[chosen], "download it again", _Index)
+        for tensor, name in index.weight_map.items():
+            if name != pathlib.PurePath(name).name or "\0" in name:
+                raise ValueError(
+                    f"{indexes[chosen]}: `weight_map.{tensor}` (={name!r}) is no file "
+                    "name; download it again."
+                )
         files = [path / name for name in dict.fromkeys(index.weight_map.values())]
         missing = [file.name for file in files if not file.is_file()]
         if missing:

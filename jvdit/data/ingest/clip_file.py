@@ -8,26 +8,55 @@ import io
 import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jvdit.data.media.reader import Budget, MediaError, MediaInfo, decode_clip, probe
-from jvdit.data.media.writer import encode_clip
+from jvdit.data.media.pictures import PICTURES, film_of
+from jvdit.data.media.reader import (
+    Budget,
+    Media,
+    MediaError,
+    MediaInfo,
+    decode_clip,
+    probe,
+)
+from jvdit.data.media.writer import PRESETS, encode_clip
+from jvdit.machine.json_files import nearest
+
+NO_CAPTION = "no caption"
 
 
 class ClipFile(NamedTuple):
-    """A video to prepare.
+    """A video to prepare, or what was found in its place.
 
     Attributes:
         key: name that is unique among the items.
         path: where the file is.
         caption: "" if there is none.
+        reason: one of `REASONS` why it is not even tried; "": it is.
+        detail: what was found.
+        note: where a caption was looked for, if there is none.
     """
 
     key: str
     path: str
     caption: str
+    reason: str = ""
+    detail: str = ""
+    note: str = ""
+
+
+_RANGES = {
+    "frames": (1, 100_000),
+    "fps": (0.01, 1000.0),
+    "audio_rate": (0, 192_000),
+    "crf": (0, 51),
+    "max_upsample": (0.01, 1000.0),
+    "max_repeat": (0.0, 1.0),
+    "max_pixels": (256, 2**31),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +90,16 @@ class Recipe:
     require_caption: bool = False
 
     def __post_init__(self):
-        if self.frames < 1 or not self.fps > 0:
+        for name, (low, high) in _RANGES.items():
+            if not low <= (value := getattr(self, name)) <= high:
+                raise ValueError(
+                    f"`{name}` (={value}) must be in the range {low} to {high}."
+                )
+        if self.preset not in PRESETS:
+            near = nearest(self.preset, PRESETS)
             raise ValueError(
-                f"`frames` (={self.frames}) and `fps` (={self.fps}) must be positive."
+                f"`preset` (={self.preset!r}) must be one of {', '.join(PRESETS)}; the "
+                f"nearest is {near}."
             )
         for height, width in self.sizes:
             if height < 16 or width < 16 or height % 2 or width % 2:
@@ -86,19 +122,33 @@ def prepare_file(item: ClipFile, recipe: Recipe) -> Iterator[dict[str, Any]]:
         {"reason", "detail"} for every window that was not, or for the whole file.
     """
     budget = Budget(pixels=recipe.max_pixels, seconds=math.inf)
+    source: Media = item.path
     try:
         if recipe.require_caption and not item.caption:
-            raise MediaError("no_caption")
-        info = probe(item.path, scan=recipe.windows != "first", budget=budget)
+            raise MediaError("no_caption", item.note)
+        if Path(item.path).suffix.lower() in PICTURES:
+            recipe, source = _as_film(item.path, recipe, budget)
+        info = probe(source, scan=recipe.windows != "first", budget=budget)
         size = choose_size(info, recipe)
     except MediaError as e:
         yield {"reason": e.reason, "detail": e.detail}
         return
     for start in window_starts(info, recipe):
         try:
-            yield _prepare_window(item, recipe, budget, start, size)
+            yield _prepare_window(item, source, recipe, budget, start, size)
         except MediaError as e:
             yield {"reason": e.reason, "detail": e.detail}
+
+
+def _as_film(path: str, recipe: Recipe, budget: Budget) -> tuple[Recipe, bytes]:
+    """A picture as a video, and how to cut it: a still one is a clip of one frame."""
+    try:
+        film = film_of(path)
+    except (OSError, ValueError) as error:
+        raise MediaError("unreadable", str(error)) from None
+    if probe(film, scan=True, budget=budget).frames > 1:
+        return recipe, film
+    return dataclasses.replace(recipe, frames=1, windows="first"), film
 
 
 def choose_size(info: MediaInfo, recipe: Recipe) -> tuple[int, int]:
@@ -148,6 +198,7 @@ def window_starts(info: MediaInfo, recipe: Recipe) -> list[float]:
 
 def _prepare_window(
     item: ClipFile,
+    media: Media,
     recipe: Recipe,
     budget: Budget,
     start: float,
@@ -157,7 +208,7 @@ def _prepare_window(
     window = {"frames": recipe.frames, "height": size[0], "width": size[1]}
     window["fps"] = recipe.fps
     clip = decode_clip(
-        item.path,
+        media,
         **window,
         start_seconds=start,
         audio_rate=recipe.audio_rate,
@@ -190,10 +241,10 @@ def _prepare_window(
         **window,
         "has_audio": clip["has_audio"],
     }
-    return {"clip": example, "notes": _notes(source, repeated)}
+    return {"clip": example, "notes": _notes(source, repeated, item)}
 
 
-def _notes(source: dict[str, Any], repeated: float) -> list[str]:
+def _notes(source: dict[str, Any], repeated: float, item: ClipFile) -> list[str]:
     """Says what was done to a clip that its owner may want to know."""
     sound = source.get("audio", "whole")  # absent if none was asked for
     notes = {
@@ -203,5 +254,8 @@ def _notes(source: dict[str, Any], repeated: float) -> list[str]:
         "over black": source["transparent"],
         f"repeats {repeated:.0%}": repeated > 0,
         f"sound {sound}": sound != "whole",
+        f"{source.get('hdr')} tone-mapped": "hdr" in source,
+        f"{NO_CAPTION} ({item.note})": item.note and not item.caption,
+        NO_CAPTION: not item.note and not item.caption,
     }
     return [note for note, worth in notes.items() if worth]

@@ -16,19 +16,22 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from rich import progress
 from rich.console import Console
 
-from jvdit.data.ingest.clip_file import ClipFile, Recipe, prepare_file
+from jvdit.data.ingest.beam import Engine
+from jvdit.data.ingest.clip_file import NO_CAPTION, ClipFile, Recipe, prepare_file
 from jvdit.data.ingest.listing import list_items
 from jvdit.data.ingest.supervisor import supervise
 from jvdit.data.media.reader import REASONS
 from jvdit.data.records import CLIP_FEATURES, RecordWriter
 from jvdit.machine.files import write_atomically
 from jvdit.machine.json_files import read_json
+from jvdit.machine.text_files import printable
 
+_ASIDE = ("other", "unlisted")  # reasons of files that were hardly meant
 _ROWS = 500  # of a table in the readable report; report.json has all
 
 
@@ -68,7 +71,7 @@ def describe_file(
         "clips": len(outcomes) - len(refused),
         "dropped": len(refused),
         "reason": refused[0]["reason"] if refused else None,
-        "detail": refused[0]["detail"] if refused else None,
+        "detail": printable(refused[0]["detail"]) if refused else None,
         "notes": list(notes),
     }
 
@@ -97,8 +100,17 @@ class Report:
 
     @property
     def reject_rate(self) -> float:
-        """Share of the files that gave no clip."""
-        return len(self.skipped) / max(1, len(self.files))
+        """Share of the files that gave no clip, of those that were meant to."""
+        meant = [entry for entry in self.files if entry["reason"] not in _ASIDE]
+        return sum(not entry["clips"] for entry in meant) / max(1, len(meant))
+
+    @property
+    def uncaptioned(self) -> tuple[int, list[str]]:
+        """Number of clips without a caption, and where one was looked for."""
+        notes = [(e["clips"], n) for e in self.files for n in e["notes"]]
+        bare = [(clips, n) for clips, n in notes if n.startswith(NO_CAPTION)]
+        places = [n.removeprefix(NO_CAPTION).strip(" ()") for _, n in bare]
+        return sum(clips for clips, _ in bare), [*dict.fromkeys(filter(None, places))]
 
     @property
     def reasons(self) -> dict[str, int]:
@@ -109,15 +121,17 @@ class Report:
     def summary(self) -> str:
         """Says it in one line."""
         why = ", ".join(f"{n} {reason}" for reason, n in self.reasons.items())
+        bare, places = self.uncaptioned
+        where = f" ({'; '.join(places[:4])})" if places else ""
         return (
             f"{self.clips} clips of {len(self.files) - len(self.skipped)} files; "
             f"{len(self.skipped)} files skipped" + (f" ({why})" if why else "")
-        )
+        ) + (f"; {bare} clips have no caption{where}" if bare else "")
 
     def write(self, directory: Path) -> None:
         """Writes `report.json` and `report.md`."""
         data = {"recipe": self.recipe, "clips": self.clips, "reasons": self.reasons}
-        data |= {"files": self.files}
+        data |= {"without_caption": self.uncaptioned[0], "files": self.files}
         write_atomically(directory / "report.json", json.dumps(data, indent=1).encode())
         write_atomically(directory / "report.md", self.markdown().encode())
 
@@ -192,7 +206,10 @@ class Plan:
 
 
 def file_digest(path: str) -> str | None:
-    """Returns a hash of a file's size, first and last megabyte; None if unreadable."""
+    """Returns a hash of a file's size, first and last megabyte; None if unreadable.
+
+    A name with a NUL, or with half a character in it, is that of no file.
+    """
     digest = hashlib.blake2b(digest_size=16)
     try:
         with open(path, "rb") as file:
@@ -200,7 +217,7 @@ def file_digest(path: str) -> str | None:
             digest.update(size.to_bytes(8, "little") + file.read(_SAMPLE))
             file.seek(max(_SAMPLE, size - _SAMPLE))
             digest.update(file.read(_SAMPLE))
-    except OSError:
+    except (OSError, ValueError):
         return None
     return digest.hexdigest()
 
@@ -213,7 +230,7 @@ def plan_shards(
     What is missing, or has a copy with the same caption, is refused.
 
     Args:
-        items: the files.
+        items: the files, and what was found in the place of one.
         val_fraction: share of them, about, that goes to "val"; the rest to "train".
         shard_size: files of a shard.
     """
@@ -221,9 +238,10 @@ def plan_shards(
         raise ValueError(f"`val_fraction` (={val_fraction}) must be in [0, 1).")
     if shard_size < 1:
         raise ValueError(f"`shard_size` (={shard_size}) must be positive.")
+    refused = [(item, item.reason, item.detail) for item in items if item.reason]
+    items, seen = [item for item in items if not item.reason], {}
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         digests = list(pool.map(file_digest, [item.path for item in items]))
-    refused, seen = [], {}
     by_split = {"train": [], "val": []}
     for item, digest in zip(items, digests, strict=True):
         if digest is None:
@@ -255,6 +273,8 @@ def ingest(
     workers: int | None = None,
     timeout: float | int = 120.0,
     overwrite: bool = False,
+    listed: Callable[[Sequence[ClipFile]], None] = lambda items: None,
+    engine: Engine | None = None,
     work: Callable[[ClipFile, Recipe], Iterable[Mapping[str, Any]]] = prepare_file,
 ) -> Report:
     """Makes a data set of clips out of videos, or finishes one that was begun.
@@ -268,9 +288,13 @@ def ingest(
         root: what relative paths in tables are relative to.
         val_fraction: share of the files that goes to split "val".
         shard_size: source files of a shard: what a kill can cost.
-        workers: number of processes; None: one for each core.
+        workers: number of processes; None: one for each core, or with an `engine` one
+            for each shard.
         timeout: seconds that one clip may take.
         overwrite: whether a data set that is already there is removed first.
+        listed: is called with all items before the work begins, and may raise.
+        engine: runs the shards elsewhere, where the same folders are mounted; see
+            `beam_engine`. None: they are done here.
         work: what is done to a file; another one than `prepare_file` only in tests.
 
     Raises:
@@ -278,10 +302,13 @@ def ingest(
         ValueError: no video is found or can be used, or `out` holds something else.
     """
     items = list_items(inputs, root=root)
+    meant = sum(item.reason not in _ASIDE for item in items)
+    listed(items)
     plan = plan_shards(items, val_fraction=val_fraction, shard_size=shard_size)
     if not plan.shards:
         raise ValueError(
-            f"None of the {len(items)} videos can be read; e.g. {items[0]}"
+            f"None of the {meant} videos can be read; the first, "
+            f"{plan.refused[0][0].key}: {printable(' '.join(plan.refused[0][1:]))}."
         )
     settings = {"recipe": dataclasses.asdict(recipe), "files": plan.digest}
     shards = collections.Counter(split for split, _ in plan.shards)
@@ -290,20 +317,100 @@ def ingest(
     )
     if writer.finished:
         return Report.read(writer.path)
+    prepare = functools.partial(work, recipe=recipe)
     with writer.alone(), _progress(len(items)) as advance:
-        entries = _fill(writer, plan, recipe, work, workers, timeout, advance)
+        if engine is not None:
+            shard = functools.partial(
+                prepare_shard, prepare=prepare, workers=workers or 1, timeout=timeout
+            )
+            _elsewhere(engine, writer, plan, shard)
+        entries = _fill(writer, plan, prepare, workers, timeout, advance)
         report = Report(sorted(entries, key=lambda e: e["file"]), settings["recipe"])
         report.write(writer.path)
         if not report.clips:
             raise ValueError(
-                f"None of the {len(items)} videos could be used: {report.summary()}; "
+                f"None of the {meant} videos could be used: {report.summary()}; "
                 f"see {writer.path / 'report.md'}."
             )
         writer.finish()
     return report
 
 
-def _fill(writer, plan, recipe, work, workers, timeout, advance) -> list[Entry]:
+class Job(NamedTuple):
+    """A shard to be prepared, wherever: what its writer is made of, and its files."""
+
+    path: str
+    shards: dict[str, int]
+    settings: dict[str, Any]
+    split: str
+    shard: int
+    files: list[ClipFile]
+
+
+def prepare_shard(job: Job, prepare: Any, workers: int, timeout: float | int) -> None:
+    """Writes one shard of a data set that was begun, unless it is done.
+
+    Args:
+        job: the shard.
+        prepare: function of a file, see `prepare_file`.
+        workers: number of processes.
+        timeout: seconds that one clip may take.
+
+    Raises:
+        ValueError: the data set wasn't begun in this folder.
+    """
+    if not (Path(job.path) / "_work/plan.json").exists():
+        raise ValueError(
+            f"a worker finds no data set at {job.path}; give an --out on a file system "
+            "that all workers mount at one place."
+        )
+    writer = RecordWriter(
+        job.path, CLIP_FEATURES, shards=job.shards, settings=job.settings
+    )
+    if not writer.is_done(job.split, job.shard):
+        events = supervise(prepare, job.files, workers=workers, timeout=timeout)
+        with contextlib.closing(events):
+            _write(writer, job.split, job.shard, job.files, events, lambda entry: None)
+
+
+def _elsewhere(engine: Engine, writer: RecordWriter, plan: Plan, work: Any) -> None:
+    """Has an engine write the shards that are missing.
+
+    Raises:
+        ValueError: some are missing all the same.
+    """
+    path = str(writer.path.absolute())
+    jobs = [
+        Job(path, writer.shards, writer.plan.settings, *at, _absolute(files))
+        for at, files in plan.shards.items()
+        if not writer.is_done(*at)
+    ]
+    if jobs:
+        engine(work, jobs)
+    missing = [job for job in jobs if not writer.is_done(job.split, job.shard)]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(jobs)} shards aren't in {path}; give an --out on "
+            "a file system that all workers mount at one place."
+        )
+
+
+def _absolute(files: Sequence[ClipFile]) -> list[ClipFile]:
+    return [item._replace(path=os.path.abspath(item.path)) for item in files]
+
+
+def _record(writer: RecordWriter, split: str, shard: int) -> Path:
+    """The file that says what became of a shard's files."""
+    return writer.work / f"report-{split}-{shard:05d}.json"
+
+
+def _write(writer, split, shard, files, events, advance) -> None:
+    record = _record(writer, split, shard)
+    examples = _examples(events, split, files, record, advance)
+    writer.write_shard(split, shard, examples)
+
+
+def _fill(writer, plan, prepare, workers, timeout, advance) -> list[Entry]:
     """Writes the shards that are missing; returns the entries of all files."""
     entries = [
         describe_file(item.key, None, [{"reason": reason, "detail": detail}])
@@ -314,18 +421,16 @@ def _fill(writer, plan, recipe, work, workers, timeout, advance) -> list[Entry]:
     left = [files for at, files in plan.shards.items() if not writer.is_done(*at)]
     items = [*itertools.chain.from_iterable(left)]
     workers = min(workers or os.cpu_count() or 1, len(items))
-    prepare = functools.partial(work, recipe=recipe)
     events = supervise(prepare, items, workers=workers, timeout=timeout)
     with contextlib.closing(events):
-        for (split, shard), files in plan.shards.items():
-            record = writer.work / f"report-{split}-{shard:05d}.json"
-            if writer.is_done(split, shard):
-                for entry in read_json(record, _REMAKE, list[Entry]):
-                    advance(entry)
-            else:
-                examples = _examples(events, split, files, record, advance)
-                writer.write_shard(split, shard, examples)
-            entries += read_json(record, _REMAKE, list[Entry])
+        for at, files in plan.shards.items():
+            done = writer.is_done(*at)
+            if not done:
+                _write(writer, *at, files, events, advance)
+            found = read_json(_record(writer, *at), _REMAKE, list[Entry])
+            for entry in found if done else ():
+                advance(entry)
+            entries += found
     return entries
 
 

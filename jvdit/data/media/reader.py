@@ -25,11 +25,17 @@ from av.container import InputContainer
 from av.error import DecoderNotFoundError, FFmpegError
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
+from jvdit.data.media import tone
 from jvdit.data.media.audio import decode_audio
 
 # Titles that aren't UTF-8 are no reason to refuse a file; from PyAV 19 on they aren't.
 _LENIENT: dict[str, Any] = (
     {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+)
+VIDEOS = frozenset(
+    ".3g2 .3gp .asf .avi .divx .dv .f4v .flv .gif .ivf .m2t .m2ts .m2v .m4v .mj2 .mkv "
+    ".mjpeg .mov .mp4 .mpeg .mpg .mts .mxf .nut .ogm .ogv .qt .rm .rmvb .ts .vob .webm "
+    ".wmv .y4m".split()
 )
 REASONS = {
     "missing": "there is no such file",
@@ -41,7 +47,7 @@ REASONS = {
     "too_small": "its picture is too small",
     "too_large": "its picture is too large",
     "interlaced": "it is interlaced",
-    "hdr": "it is HDR or of wide gamut (PQ, HLG, BT.2020)",
+    "hdr": "its colours are coded in a way that can't be converted (ICtCp, …)",
     "size_change": "its picture changes size",
     "low_rate": "its frame rate is so low that too many frames would be repeated",
     "over_budget": "too many frames had to be decoded",
@@ -49,10 +55,14 @@ REASONS = {
     "crash": "the decoder died of it",
     "no_caption": "it has no caption",
     "duplicate": "the same file is there under another name",
+    "bad_row": "its row of the table, or the caption in it, can't be read",
+    "bad_caption": "the caption beside it can't be read",
+    "unlisted": "the table in its folder doesn't name it",
+    "other": "it is no video or picture of a kind that is known here",
     "failed": "preparing it failed in a way that was not foreseen",
 }
-_TRANSFER_HDR = {16: "PQ", 18: "HLG"}
-_WIDE = (9, 10)  # BT.2020 as AVColorPrimaries and AVColorSpace, and its cousins
+_WIDE = 9  # BT.2020, as AVColorPrimaries and as AVColorSpace
+_UNCONVERTED = {10: "BT.2020 of constant luminance", 14: "ICtCp", 15: "IPT"}
 Media = str | Path | bytes
 
 
@@ -165,10 +175,8 @@ def _check_frame(frame: av.VideoFrame, first: av.VideoFrame) -> None:
         raise MediaError("corrupt", f"damaged frame at pts {frame.pts}")
     if frame.interlaced_frame:
         raise MediaError("interlaced")
-    if (transfer := _TRANSFER_HDR.get(int(frame.color_trc))) is not None:
-        raise MediaError("hdr", transfer)
-    if int(frame.color_primaries) in _WIDE or int(frame.colorspace) in _WIDE:
-        raise MediaError("hdr", "BT.2020")
+    if (matrix := _UNCONVERTED.get(int(frame.colorspace))) is not None:
+        raise MediaError("hdr", matrix)
     if frame.rotation % 90:
         raise MediaError("corrupt", f"rotated by {frame.rotation} degrees")
     if (frame.height, frame.width) != (first.height, first.width):
@@ -289,18 +297,21 @@ class _Converter:
         method = Interpolation.ACCURATE_RND | (
             Interpolation.AREA if scale < 1 else Interpolation.BICUBIC
         )
+        hdr = _hdr(frame)
         picture = self.reformatter.reformat(
             frame,
             width=w,
             height=h,
-            format="gbrap" if transparent else "gbrp",
+            format="gbrp16le" if hdr else "gbrap" if transparent else "gbrp",
             src_colorspace=_colorspace(frame),
             interpolation=method,
             threads=1,
         ).to_ndarray()
         y, x = (h - height) // 2, (w - width) // 2
         picture = picture[y : y + height, x : x + width]
-        if transparent:  # shown over black
+        if hdr:
+            picture = tone.standard(picture, hdr)
+        elif transparent:  # shown over black
             alpha = picture[..., 3:].astype(np.uint16)
             picture = ((picture[..., :3] * alpha + 127) // 255).astype(np.uint8)
         self.notes = {
@@ -310,17 +321,25 @@ class _Converter:
             "scale": round(scale, 4),
             "cropped": round(1 - height * width / (h * w), 4),
             "transparent": transparent,
-        }
+        } | ({"hdr": hdr} if hdr else {})
         return np.rot90(picture, turn)
 
 
-def _colorspace(frame: av.VideoFrame) -> Colorspace | None:
+def _hdr(frame: av.VideoFrame) -> str:
+    """What `tone.standard` is to undo; "": nothing."""
+    wide = tone.WIDE * (_WIDE in (int(frame.color_primaries), int(frame.colorspace)))
+    return tone.TRANSFERS.get(int(frame.color_trc), wide)
+
+
+def _colorspace(frame: av.VideoFrame) -> Colorspace | int | None:
     """Returns the matrix to assume for an untagged frame: by its size, as players do.
 
     FFmpeg assumes BT.601, which shifts the colours of most HD files.
     """
     if frame.format.is_rgb or int(frame.colorspace) not in _UNTAGGED:
         return None
+    if _hdr(frame):
+        return _WIDE
     large = frame.height >= 720 or frame.width >= 1280
     return Colorspace.ITU709 if large else Colorspace.ITU601
 

@@ -1,6 +1,7 @@
 """Writing of video files: H.264 and AAC in mp4, as every player reads them."""
 
 import contextlib
+import functools
 import io
 import json
 import math
@@ -18,6 +19,8 @@ from jvdit.machine.files import replacing
 
 _BT709 = 1  # AVColorSpace, AVColorPrimaries and AVColorTransferCharacteristic alike
 _AAC_FRAME = 1024  # samples
+PRESETS = "ultrafast superfast veryfast faster fast medium slow slower veryslow".split()
+PRESETS.append("placebo")
 
 
 def encode_clip(
@@ -102,13 +105,25 @@ def _video_stream(container, video, rate, crf, gop, preset):
     stream.height, stream.width = (n + n % 2 for n in video.shape[1:3])
     stream.pix_fmt = "yuv420p"
     stream.time_base = 1 / rate
-    stream.options = {"crf": str(crf), "preset": preset}
+    stream.options = {"crf": str(crf), "preset": preset, **_repeatable()}
     codec = stream.codec_context
     codec.gop_size = gop or max(1, math.floor(rate))
     codec.thread_count = 1
     codec.colorspace = codec.color_primaries = codec.color_trc = _BT709
     codec.color_range = ColorRange.MPEG
     return stream
+
+
+@functools.cache
+def _repeatable() -> dict[str, str]:
+    """Options with which x264 gives the same bytes again.
+
+    Its AVX-512 code for mbtree depends on what was in memory before, at widths that
+    aren't multiples of 128 pixels (seen in x264 165: 16 of 480 clips of 64 x 96).
+    """
+    file = Path("/proc/cpuinfo")
+    wide = file.exists() and "avx512" in file.read_text(errors="ignore")
+    return {"x264-params": "asm=avx2"} if wide else {}
 
 
 def _video_packets(stream, video, rate) -> list[av.Packet]:
