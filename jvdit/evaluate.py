@@ -280,6 +280,7 @@ def _columns(out: pathlib.Path) -> list[ReportColumn]:
                 "knows nothing: give held-out clips of that kind by --data, such as "
                 "'data/clips#val'."
             )
+    check_writable(out)  # before anything is computed
     jobs = [
         (label, world_of(generator, split), setting)
         for label, generator in generators.items()
@@ -328,6 +329,7 @@ def _own_clips(out: pathlib.Path) -> list[pathlib.Path]:
     label, name = (_WORKDIR.value or [""])[0], _DATA.value or ""
     features = clip_features(_FEATURES.value) if _FEATURES.value else None
     generator, (setting, *_) = (run := Generator.load(label)), settings_of(run)
+    check_writable(out)  # before anything is computed
     read, bad = source_clips(open_source(name), name, _N.value)
     whole = Reconstructor(generator.model.networks["vae"])
     real = [whole.fit(clip["video"], generator.unit) for clip in read]
@@ -362,7 +364,6 @@ def evaluate() -> list[pathlib.Path]:
             "name what to evaluate: --workdir=…, --vae=… or --audio_vae=…."
         )
     out = pathlib.Path(_OUT.value or pathlib.Path(_WORKDIR.value[0]) / "evaluation")
-    check_writable(out)
     if _DATA.value is not None:
         return _own_clips(out)
     columns = _columns(out)

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 from doors import command
+from safetensors.numpy import save_file
 
 from jvdit.data.world import World
 from jvdit.data.world.scene import SHAPES
@@ -78,6 +79,50 @@ def test_an_autoencoder_is_measured_with_the_oracle(workdir, tmp_path):
     assert found["clips"] == 4 and 5 < found["measures"]["psnr"][0] < 60
     assert found["oracle"]["real"]["color"][0] > 0.5
     assert "<video" in (tmp_path / "report.html").read_text()
+
+
+def test_a_model_of_ones_own_clips_is_compared_with_held_out_ones(
+    workdir, features, tmp_path
+):
+    data = "world:val:5x18x16@8:5"
+    args = "--workdir", workdir / "dit", "--data", data, "--steps", 2, "--out", tmp_path
+    done = command("evaluate", *args, "--features", features, "--n", 4)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["clips"] == 4 and found["bad"] == []
+    for name in ("random filters", "your features"):
+        distances = found["frechet_distance"][name]
+        assert set(distances) == {"generated", "reconstructed", "real"}
+        assert distances["generated"] > 0
+    losses = found["held_out_loss"]
+    assert losses["loss"]["step"] == 8 and "t=0.5" in losses
+    assert 5 < found["reconstruction"]["psnr"][0] < 60
+    assert (tmp_path / "report.html").read_text().count("<video") == 4
+
+
+@pytest.fixture
+def features(tmp_path):
+    """A network of the user's own."""
+    rng, tensors = np.random.default_rng(0), {}
+    for scale, sizes in enumerate(((3, 4), (4, 5))):
+        name = f"scale_{scale}.conv_0"
+        tensors[f"{name}.kernel"] = rng.normal(size=(3, 3, *sizes)).astype(np.float32)
+        tensors[f"{name}.bias"] = np.zeros(sizes[1], np.float32)
+    folder = tmp_path / "features"
+    folder.mkdir()
+    save_file(tensors, folder / "network.safetensors")
+    return folder
+
+
+def test_a_model_of_other_clips_needs_some_of_them(workdir, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(workdir / "dit" / "model", model)
+    settings = json.loads((model / "generator.json").read_text())
+    settings["sources"] = ["data/clips"]
+    (model / "generator.json").write_text(json.dumps(settings))
+    done = command("evaluate", "--workdir", model)
+    assert done.returncode == 1 and "data/clips#val" in done.stderr
+    assert not (model / "evaluation").exists()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
 
@@ -85,7 +86,20 @@ def test_index_repeats_the_scalars(dataset):
     for name in ("key", "frames", "height", "width", "fps", "has_audio"):
         assert index[name].tolist() == [clip(i)[name] for i in range(5)]
     assert index["caption_length"].tolist() == list(range(5))
+    assert "caption" not in index, "a host has no room for all of them"
     assert index["frames"].dtype == np.int64 and index["has_audio"].dtype == bool
+
+
+def test_captions_are_read_from_the_index_alone(tmp_path, monkeypatch):
+    file = write(tmp_path / "clips").finish() / "index.parquet"
+    data, wanted = RecordDataset(file.parent), [clip(i)["caption"] for i in (3, 0)]
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordDataset, "__getitem__", None)
+        assert data.captions([3, 0]) == wanted
+        assert RecordDataset(file.parent, "val").captions([0]) == [clip(5)["caption"]]
+    # One that was written before they were there.
+    pq.write_table(pq.read_table(file).drop_columns("caption"), file)
+    assert RecordDataset(file.parent).captions([3, 0]) == wanted
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

@@ -20,7 +20,7 @@ import itertools
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,8 @@ def index_schema(features: Mapping[str, str]) -> pa.Schema:
         for name, kind in features.items()
         if kind in SCALARS
     ]
-    last = [("caption_length", pa.int64())] * ("caption" in features)
+    last = [("caption_length", pa.int64()), ("caption", pa.string())]
+    last *= "caption" in features
     return pa.schema([*first, ("key", pa.string()), *scalars, *last])
 
 
@@ -357,6 +358,7 @@ class RecordWriter:
                 row = {n: kind(example[n]).item() for n, kind in self._scalars.items()}
                 if "caption" in self.features:
                     row["caption_length"] = len(example["caption"])
+                    row["caption"] = example["caption"]
                 rows.append({"key": example["key"], **row})
         length, hashed = file.stat().st_size, digest.hexdigest()
         done = Shard(file.name, length, len(rows), size, hashed, rows)
@@ -511,10 +513,11 @@ class RecordDataset:
         file = self.path / "index.parquet"
         if not file.exists():
             raise FileNotFoundError(f"{file} is missing; {COPY_AGAIN}.")
-        wanted = index_schema(self.features)
+        # Captions would fill the memory of a host; `captions` reads them.
+        columns = index_schema(self.features)
+        wanted = pa.schema([x for x in columns if x.name != "caption"])
         with parquet_errors(file, COPY_AGAIN):
-            table = pq.read_table(file, filters=[("split", "==", self.split)])
-            table = table.select(wanted.names).cast(wanted)
+            table = self._indexed(wanted.names).cast(wanted)
             if incomplete := [x for x in wanted.names if table[x].null_count]:
                 raise ValueError(f"`{incomplete[0]}` is missing in some rows")
             columns = {name: table[name].to_numpy() for name in wanted.names[3:]}
@@ -527,6 +530,25 @@ class RecordDataset:
                 f"{count} records; {COPY_AGAIN}."
             )
         return columns
+
+    def _indexed(self, names: Sequence[str]) -> pa.Table:
+        """Columns of the index, of the records of the split."""
+        mine = [("split", "==", self.split)]
+        file = self.path / "index.parquet"
+        return pq.read_table(file, columns=list(names), filters=mine)
+
+    def captions(self, ids: Sequence[int]) -> list[str]:
+        """Returns the captions of records, from the index alone if it holds them.
+
+        Raises:
+            ValueError: it doesn't, as those written before it did, and a record is
+                damaged.
+        """
+        file = self.path / "index.parquet"
+        with parquet_errors(file, COPY_AGAIN):
+            if "caption" in pq.read_schema(file).names:
+                return self._indexed(["caption"])["caption"].take(list(ids)).to_pylist()
+        return [self[i]["caption"] for i in ids]
 
     def __len__(self) -> int:
         return len(self._records)

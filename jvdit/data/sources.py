@@ -371,9 +371,8 @@ class LatentSource(Indexed):
         )
 
     def captions(self, ids: Ids) -> list[str]:
-        """Returns the captions of clips, leaving out those that cannot be read."""
-        clips = self.read(ids)
-        return [clip["caption"] for clip in clips if not isinstance(clip, BadClip)]
+        """Returns the captions of clips; see `RecordDataset.captions`."""
+        return self._records.captions(ids)
 
     def _read_one(self, i: int) -> Clip | BadClip:
         record = self._records[i]
