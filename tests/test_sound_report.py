@@ -32,11 +32,14 @@ def test_a_perfect_one_is_as_the_real_and_wrong_sounds_are_not(tmp_path):
     assert found["measures"]["si_sdr"] == pytest.approx([100.0] * 3)
     assert found["measures"]["log_mel"] == pytest.approx([0.0] * 3)
     scores = found["oracle"]
-    assert scores.keys() == {"real", "reconstructed"} | CONTROLS
+    assert scores.keys() == {"real", "reconstructed", "of another material"} | CONTROLS
     assert scores["reconstructed"] == scores["real"]
     assert scores["real"]["sync_40ms"][0] > 0.8 and scores["real"]["material"][0] > 0.8
     for who in CONTROLS:
         assert scores[who]["sync_40ms"][0] < scores["real"]["sync_40ms"][0] - 0.5
+    other = scores["of another material"]
+    assert other["material"][0] < 0.1
+    assert other["sync_40ms"] == scores["real"]["sync_40ms"]
     assert scores["60 ms late"]["lag"][0] == pytest.approx(0.06, abs=0.011)
     # Nine examples, each with two players and a picture of both spectrograms.
     assert page.count("<video class=heard") == 18 and page.count("<img") == 9

@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from jvdit.data.sources import world_of
 from jvdit.data.world import World
+from jvdit.data.world.scene import MATERIALS, Scenes
 from jvdit.evaluation import distance, oracle
 from jvdit.evaluation.oracle.adherence import confusions
 
@@ -79,8 +80,8 @@ class Measured:
                 seen.reading, seen.tracks, scenes
             ).items():
                 confused[name] = words, counts + confused.get(name, (words, 0))[1]
-            for name, audio in controls(*heard).items():
-                found = oracle.listen(seen, scenes, world.fps, audio, shown.rate)
+            for name, (told, audio) in controls(scenes, *heard).items():
+                found = oracle.listen(seen, told, world.fps, audio, shown.rate)
                 wrong.setdefault(name, []).append(found)
             parts.append(
                 (
@@ -116,15 +117,27 @@ class Measured:
         return oracle.summary(self.scores)
 
 
-def controls(audio: Float[np.ndarray, "b a"] | None, rate: int) -> dict[str, Any]:
-    """Sounds that are wrong in a known way, by name; {} for silent clips."""
+def controls(
+    scenes: Scenes, audio: Float[np.ndarray, "b a"] | None, rate: int
+) -> dict[str, tuple[Scenes, np.ndarray]]:
+    """Sounds that are wrong in a known way, by name; {} for silent clips.
+
+    Returns:
+        For each, what is told of the scenes, and what sounds.
+    """
     if audio is None:
         return {}
     late = np.pad(audio, ((0, 0), (round(LATE * rate), 0)))[:, : audio.shape[1]]
     return {
-        "another clip's": np.roll(audio, 1, axis=0),
-        "60 ms late": late,
-        "silence": np.zeros_like(audio),
+        "another clip's": (scenes, np.roll(audio, 1, axis=0)),
+        "60 ms late": (scenes, late),
+        "silence": (scenes, np.zeros_like(audio)),
+        "of another material": (
+            dataclasses.replace(
+                scenes, material=(scenes.material + 1) % len(MATERIALS)
+            ),
+            audio,
+        ),
     }
 
 

@@ -84,16 +84,20 @@ def _oracle(world: World, pairs: Pairs, rate: int) -> Scores:
     oracle.check_frames(world.frames)
     real = np.stack([x.original.mean(1) for x in pairs.good])
     decoded = np.stack([x.decoded.mean(1) for x in pairs.good])
-    sounds = {"real": real, "reconstructed": decoded, **controls(real, rate)}
-    parts: dict[str, list[dict[str, np.ndarray]]] = {who: [] for who in sounds}
+    parts: dict[str, list[dict[str, np.ndarray]]] = {}
     for start in range(0, len(real), CHUNK):
         some = slice(start, start + CHUNK)
         scenes = world.scenes(np.array([x.index for x in pairs.good[some]]))
         videos = np.stack([x.clip["video"] for x in pairs.good[some]])
         seen = oracle.observe(videos, scenes, world.fps)
-        for who, audio in sounds.items():
-            heard = oracle.listen(seen, scenes, world.fps, audio[some], rate)
-            parts[who].append(heard)
+        sounds = {
+            "real": (scenes, real[some]),
+            "reconstructed": (scenes, decoded[some]),
+            **controls(scenes, real[some], rate),
+        }
+        for who, (told, audio) in sounds.items():
+            heard = oracle.listen(seen, told, world.fps, audio, rate)
+            parts.setdefault(who, []).append(heard)
     return {
         who: oracle.summary({k: np.concatenate([x[k] for x in all_]) for k in all_[0]})
         for who, all_ in parts.items()
