@@ -179,6 +179,20 @@ def test_tfds_data_sets_are_scanned(records, tmp_path):
         TfdsSource(records, video="film")
 
 
+def test_what_was_probed_is_kept_for_the_next_start(records, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = TfdsSource(records)
+    (kept,) = (tmp_path / "jvdit" / "probes").glob("*.json")
+    with monkeypatch.context() as patch:
+        patch.setattr("jvdit.data.sources.probe", None)
+        again = TfdsSource(records)
+    assert again.fingerprint == first.fingerprint and again.rejects == first.rejects
+    for name, column in first.index.items():
+        np.testing.assert_array_equal(again.index[name], column)
+    kept.write_text("[]")  # damaged
+    assert TfdsSource(records).fingerprint == first.fingerprint
+
+
 _SETTINGS = {"vae": {"fields": {"temporal_downsample": [True, True]}}}
 
 

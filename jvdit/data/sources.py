@@ -18,6 +18,8 @@ Configs and command lines name a source by a line of text, see `open_source`:
 =============================  ==================================================
 """
 
+import contextlib
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -33,7 +35,8 @@ from jvdit.data.media.reader import MediaError, decode_clip, probe
 from jvdit.data.order import fingerprint
 from jvdit.data.records import RecordDataset, dataset_directory
 from jvdit.data.world import World
-from jvdit.machine.files import local_path
+from jvdit.machine.files import cache_folder, local_path
+from jvdit.machine.json_files import read_json, write_json
 
 
 class ArraySource(Indexed):
@@ -225,6 +228,14 @@ def _check_features(records: RecordDataset, *more: str) -> None:
             )
 
 
+@dataclasses.dataclass
+class _Probes:
+    """What was found in the examples of a data set, and why others are left out."""
+
+    rows: list[tuple[int, int, int, int, float, bool]]
+    rejects: list[tuple[int, str]]
+
+
 class TfdsSource(VideoWindows):
     """Encoded videos of any TFDS data set that can be read at random.
 
@@ -260,15 +271,10 @@ class TfdsSource(VideoWindows):
         info = builder.info.splits[split]
         identity = [builder.info.full_name, split, info.num_examples, info.num_bytes]
         self._features = (video, caption)
-        self.rejects: list[tuple[int, str]] = []
-        rows = []
         names = (*SIZE, "fps", "has_audio")
-        for i in range(len(self._examples)):
-            try:
-                found = probe(self._example(i)[0], scan=True)
-                rows.append((i, *(getattr(found, name) for name in names)))
-            except (MediaError, UnicodeDecodeError) as error:
-                self.rejects.append((i, str(error)))
+        found = fingerprint(str(builder.data_dir), identity, video, caption)
+        known = cache_folder() / "probes" / f"{found}.json"
+        rows, self.rejects = self._probes(known, names)
         if not rows:
             raise ValueError(
                 f"None of the {len(self._examples)} examples of {name} is a video; the "
@@ -279,6 +285,29 @@ class TfdsSource(VideoWindows):
         self.fingerprint = fingerprint(
             "tfds", identity, rows, video, caption, *self._settings
         )
+
+    def _probes(
+        self, known: Path, names: Sequence[str]
+    ) -> tuple[list[tuple[Any, ...]], list[tuple[int, str]]]:
+        """What is known of each video, and which aren't any; kept for the next start.
+
+        Args:
+            known: file of what was found before, if it was.
+            names: of the columns after the number of the example.
+        """
+        with contextlib.suppress(OSError, ValueError):
+            kept = read_json(known, "delete it", _Probes)
+            return kept.rows, kept.rejects
+        found = _Probes([], [])
+        for i in range(len(self._examples)):
+            try:
+                video = probe(self._example(i)[0], scan=True)
+                found.rows.append((i, *(getattr(video, name) for name in names)))
+            except (MediaError, UnicodeDecodeError) as error:
+                found.rejects.append((i, str(error)))
+        with contextlib.suppress(OSError):  # a home that can't be written to
+            write_json(known, dataclasses.asdict(found))
+        return found.rows, found.rejects
 
     def _example(self, i: int) -> tuple[bytes, str]:
         example = self._examples[i]

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import os
 import pathlib
 import platform
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ import jax
 import jax.core
 
 from jvdit.machine.chips import this_chip
+from jvdit.machine.files import cache_folder
 
 _WORTH = 0.05  # least seconds of compilation on a CPU for a program to be cached
 # Lines of /proc/cpuinfo that identify a CPU's instruction set, on x86 and ARM.
@@ -112,8 +112,7 @@ def keep_compilations(shared: str = "") -> None:
     if jax.process_count() > 1 and shared:
         folder = pathlib.Path(shared)
     else:
-        home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-        folder = pathlib.Path(home).expanduser() / "jvdit"
+        folder = cache_folder()
     folder /= "compiled"
     if jax.default_backend() == "cpu":
         folder /= _processor()

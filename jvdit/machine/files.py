@@ -36,6 +36,14 @@ def local_path(path: str | Path) -> Path:
     return Path(path).expanduser()
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: `jvdit` in the user's cache folder.
+
+    That is XDG_CACHE_HOME, or else ~/.cache.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "jvdit"
+
+
 def temporary_path(path: Path) -> Path:
     """The path to write a file at before it is renamed to `path`."""
     return path.with_name(f".tmp@{socket.gethostname()}@{os.getpid()}@{path.name}")
