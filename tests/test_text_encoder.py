@@ -1,6 +1,7 @@
 """The text encoder: packing, relative positions, layer forms."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,11 @@ import pytest
 from closeness import assert_close
 from stacks import stack_layers
 
+from jvdit.data.tokenizer import Tokenizer, train_tokenizer
 from jvdit.models.text_encoder import VARIANTS, TextEncoder, relative_buckets
+from jvdit.weights import encoders
+from jvdit.weights.encoders import CaptionEncoder
+from jvdit.weights.parameters import Network
 
 SIZES = {**VARIANTS["tiny"], "vocab_size": 50, "num_buckets": 8, "max_distance": 6}
 SEGMENT = jnp.asarray([[1] * 9 + [2] * 4 + [0] * 3])
@@ -111,3 +116,34 @@ def test_half_precision_follows_float32():
     assert half.dtype == jnp.bfloat16
     error = np.linalg.norm(half.astype(jnp.float32) - full) / np.linalg.norm(full)
     assert 1e-5 < error < 0.05
+
+
+def test_the_empty_caption_of_a_release_is_read_without_its_encoder(
+    tmp_path, monkeypatch
+):
+    """It is kept beside the latents: the encoder of a release has gigabytes."""
+    tokenizer = Tokenizer(train_tokenizer(["a red circle moves up"] * 20, 280))
+    module = TextEncoder(**SIZES | {"vocab_size": tokenizer.vocab_size})
+    _, params = model_and_params(vocab_size=tokenizer.vocab_size)
+    release, latents = tmp_path / "release", tmp_path / "latents"
+    latents.mkdir()
+    encoder = CaptionEncoder(Network(module, params), tokenizer, str(release))
+    encoder.save(latents)
+
+    def unread():
+        raise AssertionError("the encoder was read")
+
+    found = types.SimpleNamespace(parts={"text_encoder": release}, tokenizer=release)
+    for name, value in {
+        "model_folder": lambda folder: folder,
+        "is_release": lambda folder: folder == release,
+        "read_release": lambda folder: found,
+        "load_text_encoder": lambda folder: Network(module, unread),
+        "release_tokenizer": lambda file: tokenizer,
+    }.items():
+        monkeypatch.setattr(encoders, name, value)
+    loaded = CaptionEncoder.load(latents)
+    np.testing.assert_array_equal(loaded.null, encoder([""], 1)[0])
+    (latents / "empty_caption.npy").unlink()  # latents from before it was kept
+    with pytest.raises(AssertionError, match="was read"):
+        _ = CaptionEncoder.load(latents).null

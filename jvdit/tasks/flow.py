@@ -143,7 +143,7 @@ class FlowTask(Task):
     def _packed(self, sources, plan, dropout):
         text: dict[str, Any] = {"tokenizer": self.tokenizer}
         if self.captions:
-            text = {"null_embeds": self.captions([""], 1)[0]}
+            text = {"null_embeds": self.captions.null}
             self.captions.free()
         return PackedBatches(
             sources,

@@ -18,7 +18,7 @@ from jvdit.data.sounds import in_channels
 from jvdit.data.tokenizer import Tokenizer
 from jvdit.machine.cluster import to_host
 from jvdit.machine.compilation import jit
-from jvdit.machine.files import write_atomically
+from jvdit.machine.files import replacing, write_atomically
 from jvdit.machine.json_files import read_json, write_json
 from jvdit.models.audio_vae import AudioVAE
 from jvdit.models.audio_vae_chunked import encode_sound
@@ -39,6 +39,7 @@ from jvdit.weights.release import is_release, read_release
 BATCH = 32  # captions in a batch, and most clips in a device's batch
 PIXELS = 1 << 23  # most pixels in it; a clip with more is encoded in pieces
 _REFERENCE = "text_encoder.json"
+_NULL = "empty_caption.npy"
 
 
 @dataclasses.dataclass
@@ -49,11 +50,13 @@ class CaptionEncoder:
         network: the `TextEncoder` and its parameters.
         tokenizer: tokenizer of the captions.
         release: folder of the released model that the encoder comes from, or "".
+        kept_null: the states of the empty caption, if they lay beside its reference.
     """
 
     network: Network
     tokenizer: Tokenizer
     release: str = ""
+    kept_null: Float[np.ndarray, "s e"] | None = None
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]):
@@ -66,14 +69,16 @@ class CaptionEncoder:
         Raises:
             FileNotFoundError: the encoder or its tokenizer is missing.
         """
-        folder = model_folder(folder)
+        folder, null = model_folder(folder), None
         if (folder / _REFERENCE).exists():
+            if (folder / _NULL).exists():
+                null = np.load(folder / _NULL)
             folder = pathlib.Path(read_json(folder / _REFERENCE, "copy it anew", str))
         if is_release(folder):
             release = read_release(folder)
             network = load_text_encoder(release.parts["text_encoder"])
             tokenizer = release_tokenizer(release.tokenizer)
-            return cls(network, tokenizer, str(folder.absolute()))
+            return cls(network, tokenizer, str(folder.absolute()), null)
         model = folder / "tokenizer.model"
         if not model.exists():
             raise FileNotFoundError(
@@ -84,9 +89,14 @@ class CaptionEncoder:
         return cls(network, Tokenizer(model))
 
     def save(self, folder: pathlib.Path) -> None:
-        """Saves the encoder, or for a released model only the path of the release."""
+        """Saves the encoder; for a released model its path and the empty caption.
+
+        A training with cached states then needn't read 11 GB for that one.
+        """
         if self.release:
             write_json(folder / _REFERENCE, self.release)
+            with replacing(folder / _NULL) as scratch, scratch.open("wb") as file:
+                np.save(file, self.null.astype(np.float32))
             return
         self.network.save(folder / "text_encoder")
         write_atomically(folder / "tokenizer.model", self.tokenizer.model)
@@ -95,6 +105,11 @@ class CaptionEncoder:
     def module(self) -> TextEncoder:
         """The text encoder module."""
         return self.network.module
+
+    @property
+    def null(self) -> Float[np.ndarray, "s e"]:
+        """The states of the empty caption."""
+        return self([""], 1)[0] if self.kept_null is None else self.kept_null
 
     @cached_property
     def settings(self) -> dict[str, Any]:
