@@ -389,7 +389,7 @@ REAL = {
     "odd/derived__interlaced.mp4": "interlaced",
     "odd/derived__size_change.ts": "size_change",
     "odd/media__hdr10-av1.mp4": None,
-    "odd/media__sample_edit_list.mp4": None,
+    "odd/media__sample_edit_list.mp4": "short",
     "odd/media__8k24fps_300ms.mp4": "too_large",
     "odd/media__sample_dts_hd_ma.mp4": "no_video",
     "odd/media__video_dovi_3840x2160_30fps_dav1_10.mp4": "unsupported",

@@ -55,7 +55,8 @@ def sharpness(video: Frames, wanted: Frames) -> Float[np.ndarray, "*b"]:
     def energy(values: Frames) -> np.ndarray:
         x = values.astype(np.float64)
         down, right = (np.square(np.diff(x, axis=axis)) for axis in (-3, -2))
-        return down.mean((-4, -3, -2, -1)) + right.mean((-4, -3, -2, -1))
+        every = (-4, -3, -2, -1)
+        return np.asarray(down.mean(every) + right.mean(every))
 
     whole = energy(wanted)
     return np.asarray(energy(video) / np.where(whole > 0, whole, np.nan))

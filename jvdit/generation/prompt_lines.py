@@ -57,9 +57,13 @@ def read_request(line: str, where: str, common: Mapping[str, Any]) -> Request:
 
     Raises:
         ValueError: the JSON is malformed, has a field that is unknown or of the wrong
-            type, or the prompt isn't text.
+            type or out of its range, or the prompt isn't text.
     """
-    return Request(**{**common, **_given(line, where)})
+    given = _given(line, where)
+    try:
+        return Request(**{**common, **given})
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _given(line: str, where: str) -> dict[str, Any]:
