@@ -39,7 +39,7 @@ def get_config():
     """Settings of the stages."""
     real = stage(300, BOX)
     real.optim.lr = 2e-3
-    plain, sharp = (stage(250, "{workdir}/real/model") for _ in range(2))
+    plain, sharp = (stage(100, "{workdir}/real/model") for _ in range(2))
     plain.optim.lr = sharp.optim.lr = 1e-3
     sharp.critic.start = 1
     return defaults.stages(real=real, plain=plain, sharp=sharp)

@@ -67,7 +67,7 @@ def report_clips(
         for name, f in MEASURES.items()
     }
     measures = oracle.summary(each)
-    known = {"random filters": random_features}
+    known = {"random filters": _random_features}
     known |= {"your features": features} if features else {}
     distances = {name: _distances(clips, f) for name, f in known.items()}
     losses = {
@@ -121,6 +121,11 @@ def report_clips(
     title = f"{model}: {len(clips)} clips of {data}"
     write_atomically(out / "report.html", report.page(title, parts).encode())
     return [out / "report.json", out / "report.html"]
+
+
+def _random_features(clips: Sequence[Video]) -> Float[np.ndarray, "n f"]:
+    """`random_features` of clips of any sizes."""
+    return np.concatenate([random_features(clip[None]) for clip in clips])
 
 
 def _distances(clips: Sequence[Compared], features: Features) -> dict[str, float]:

@@ -29,11 +29,11 @@ def clip_features(
         FileNotFoundError: there is no network.
         ValueError: it isn't of the kind that is read.
     """
-    params = read_features(folder)
+    params = jax.device_put(read_features(folder))
 
     @jax.jit
     def one(video: Array) -> Array:
-        last = given_features(params, to_float(video))[-1].mean((1, 2))
+        last = given_features(params, to_float(video[None])[0])[-1].mean((1, 2))
         change = jnp.abs(jnp.diff(last, axis=0)).sum(0) / max(len(last) - 1, 1)
         return jnp.concatenate([last.mean(0), change])
 
