@@ -19,27 +19,25 @@ from jvdit import config as defaults
 
 AUDIO_VAE = "jvdit/box/sound"
 BOX = "jvdit/box"
-_KINDS = {"single": 32_768, "pair": 8_192}  # clips
 
 
 def clips():
     """Settings of the DiT."""
     config = world_box.get_config().stages.videos
     config.start_from = BOX
-    config.steps = 6000
-    latents = tuple("{workdir}/latents_" + kind for kind in _KINDS)
-    config.data.sources = latents + tuple(f"{name}#train:1" for name in latents)
-    config.data.weights = (0.4, 0.12, 0.36, 0.12)
-    config.data.validation = "{workdir}/latents_single#val"
+    config.steps = 2400
+    config.data.sources = ("{workdir}/latents", "{workdir}/latents#train:1")
+    config.data.weights = (0.5, 0.5)
+    config.data.validation = "{workdir}/latents#val"
     config.data.rows = 32
     # A clip is 80 tokens of picture and 29 of sound.
     config.data.sound_budget = 29
     config.pairings = {
-        "together": 0.25,
-        "apart": 0.1,
-        "picture_to_sound": 0.45,
-        "sound_to_picture": 0.12,
-        "picture": 0.08,
+        "together": 0.3,
+        "apart": 0.15,
+        "picture_to_sound": 0.4,
+        "sound_to_picture": 0.05,
+        "picture": 0.1,
         "sound": 0.0,
     }
     config.matmul_precision = "default"
@@ -50,13 +48,10 @@ def clips():
 
 def get_config():
     """Settings of the stages."""
-    latents = {
-        f"latents_{kind}": defaults.encode(
-            f"world:{kind}:9x32x32@8:{clips}",
-            vae=BOX,
-            audio_vae=AUDIO_VAE,
-            validation="world:single:9x32x32@8:256:1",
-        )
-        for kind, clips in _KINDS.items()
-    }
-    return defaults.stages(**latents, clips=clips())
+    latents = defaults.encode(
+        "world:single:9x32x32@8:32768",
+        vae=BOX,
+        audio_vae=AUDIO_VAE,
+        validation="world:single:9x32x32@8:256:1",
+    )
+    return defaults.stages(latents=latents, clips=clips())

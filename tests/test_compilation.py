@@ -61,6 +61,13 @@ def test_an_option_that_is_none_is_named(text):
         compilation.compiler_options([text])
 
 
+def test_an_option_that_xla_does_not_take_is_named():
+    compilation.check_options(["xla_embed_ir_in_executable=true"])
+    for text in ("xla_nonsense=1", "xla_embed_ir_in_executable=perhaps"):
+        with pytest.raises(ValueError, match=f"compiler_options.*{text}"):
+            compilation.check_options([text])
+
+
 def test_programs_are_kept_where_compiling_takes_long(monkeypatch, tmp_path):
     told, kept = [], jax.config.jax_compilation_cache_dir
     compilation.keep_compilations()

@@ -79,8 +79,9 @@ def test_the_world_renders_what_is_asked_for():
     assert first["caption"] == expected["caption"][0]
     assert WorldSource(world, 20, audio=False).read([3])[0]["audio"] is None
     assert WorldSource(world, 21).fingerprint != source.fingerprint
-    with pytest.raises(ValueError, match="holds 0"):
-        WorldSource(world, 0)
+    for wrong in (0, 2 * 10**10):
+        with pytest.raises(ValueError, match=f"num_clips. .={wrong}. .*from 1 to"):
+            WorldSource(world, wrong)
 
 
 def test_arrays_are_a_source():

@@ -76,6 +76,9 @@ class ArraySource(Indexed):
         return dict(self._clips[i])
 
 
+_MOST_CLIPS = 10**8  # an index of so many has 2 GB
+
+
 class WorldSource(Indexed):
     """Clips of the procedural world, rendered when they are read.
 
@@ -83,9 +86,17 @@ class WorldSource(Indexed):
         world: split, size and rates.
         num_clips: how many clips of the split, from the first.
         audio: whether to render the sound.
+
+    Raises:
+        ValueError: there are none, or more than an index has room for.
     """
 
     def __init__(self, world: World, num_clips: int, *, audio: bool = True):
+        if not 0 < num_clips <= _MOST_CLIPS:
+            raise ValueError(
+                f"`num_clips` (={num_clips}) of the world must be from 1 to "
+                f"{_MOST_CLIPS}."
+            )
         self.world = world
         self._audio = audio
         columns = {name: getattr(world, name) for name in (*SIZE, "fps")}

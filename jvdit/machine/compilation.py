@@ -37,6 +37,25 @@ def compiler_options(given: Sequence[str] = ()) -> dict[str, str] | None:
         # In bfloat16, YNNPACK is faster than what the options choose.
         if precision == "bfloat16" or not _known(tuple(options.items())):
             options = {}
+    return {**options, **_parsed(given)} or None
+
+
+def check_options(given: Sequence[str]) -> None:
+    """Checks that XLA takes options on the devices of this process.
+
+    Raises:
+        ValueError: one isn't of the form NAME=VALUE, or XLA doesn't take it.
+    """
+    for option in _parsed(given).items():
+        if not _known((option,)):
+            raise ValueError(
+                f"`compiler_options` has {'='.join(option)!r}, which this version of "
+                f"XLA doesn't take on {this_chip().kind}."
+            )
+
+
+def _parsed(given: Sequence[str]) -> dict[str, str]:
+    options = {}
     for text in given:
         name, equals, value = text.partition("=")
         if not (name.startswith("xla") and equals and value):
@@ -45,12 +64,12 @@ def compiler_options(given: Sequence[str] = ()) -> dict[str, str] | None:
                 "such as xla_tpu_scoped_vmem_limit_kib=65536."
             )
         options[name] = value
-    return options or None
+    return options
 
 
 @functools.cache
 def _known(options: tuple[tuple[str, str], ...]) -> bool:
-    """Whether this version of XLA knows all of these CPU options."""
+    """Whether this version of XLA takes all of these options."""
     program = jax.jit(lambda: 0, compiler_options=dict(options))
     try:
         program.lower().compile()

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from jvdit.config import Config
 from jvdit.machine import cluster
+from jvdit.machine.compilation import check_options
 from jvdit.machine.files import said_if_full
 from jvdit.machine.json_files import read_json, write_json
 from jvdit.machine.lock import FolderLock
@@ -65,6 +66,7 @@ def train(config: Config, workdir: str, stop: StopRequest | None = None) -> int:
         with StopRequest() as stop:
             return train(config, workdir, stop)
     check_ranges(config.to_dict())
+    check_options(config.compiler_options)
     if config.matmul_precision not in PRECISIONS:
         raise ValueError(
             f"`matmul_precision` (={config.matmul_precision!r}) must be one of: "
