@@ -35,7 +35,7 @@ def compiler_options(given: Sequence[str] = ()) -> dict[str, str] | None:
     if chip.kind == "cpu":
         precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
         # In bfloat16, YNNPACK is faster than what the options choose.
-        if precision == "bfloat16" or not _known(tuple(options.items())):
+        if precision == "bfloat16" or _refusal(tuple(options.items())):
             options = {}
     return {**options, **_parsed(given)} or None
 
@@ -47,10 +47,10 @@ def check_options(given: Sequence[str]) -> None:
         ValueError: one isn't of the form NAME=VALUE, or XLA doesn't take it.
     """
     for option in _parsed(given).items():
-        if not _known((option,)):
+        if reason := _refusal((option,)):
             raise ValueError(
-                f"`compiler_options` has {'='.join(option)!r}, which this version of "
-                f"XLA doesn't take on {this_chip().kind}."
+                f"`compiler_options` has {'='.join(option)!r}, which XLA doesn't take "
+                f"here: {reason}"
             )
 
 
@@ -68,14 +68,14 @@ def _parsed(given: Sequence[str]) -> dict[str, str]:
 
 
 @functools.cache
-def _known(options: tuple[tuple[str, str], ...]) -> bool:
-    """Whether this version of XLA takes all of these options."""
+def _refusal(options: tuple[tuple[str, str], ...]) -> str:
+    """Why this version of XLA doesn't take these options; "" if it does."""
     program = jax.jit(lambda: 0, compiler_options=dict(options))
     try:
         program.lower().compile()
-    except (jax.errors.JaxRuntimeError, ValueError):
-        return False
-    return True
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        return str(error).splitlines()[0]
+    return ""
 
 
 class jit:
