@@ -6,8 +6,8 @@
 
 The finished autoencoder is runs/clips/vae/videos. The last stage trains it on beside a
 critic, which asks for texture where the errors alone settle for blur. It gives
-runs/clips/vae/sharp and was not run yet; --config.order='("images", "videos")' leaves
-it out. Clips of another size or place:
+runs/clips/vae/sharp and was not run yet (`clips_critic.py` shows what a critic does);
+--config.order='("images", "videos")' leaves it out. Clips of another size or place:
 --config.stages.videos.data.sources='("…#train:17x128x128@8",)' and so on.
 """
 
