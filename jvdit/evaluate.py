@@ -152,6 +152,9 @@ _ROWS = flags.DEFINE_integer(
     lower_bound=1,
 )
 
+for _name, _original in (("num_frames", "frames"), ("num_inference_steps", "steps")):
+    flags.DEFINE_alias(_name, _original)
+
 
 @dataclasses.dataclass(frozen=True)
 class Setting:

@@ -16,12 +16,14 @@ class Bars(Progress):
     and every half minute.
 
     Args:
+        more: text columns behind the others, as `TextColumn` takes them; a log is
+            without them.
         show: whether anything is shown.
     """
 
-    def __init__(self, show: bool = True):
+    def __init__(self, *more: str, show: bool = True):
         console = Console(stderr=True, quiet=not show)
-        columns = *Progress.get_default_columns(), MofNCompleteColumn()
+        columns = *Progress.get_default_columns(), MofNCompleteColumn(), *more
         super().__init__(*columns, console=console, disable=not console.is_terminal)
         self._told: dict[TaskID, tuple[str, float]] = {}
 

@@ -178,7 +178,7 @@ def _write(
         for i in range(writer.shards[split])
     ]
     mine = pieces[jax.process_index() :: jax.process_count()]
-    with Bars(cluster.is_lead()) as progress:
+    with Bars(show=cluster.is_lead()) as progress:
         task = progress.add_task("encoding", total=sum(len(ids) for *_, ids in mine))
         for split, i, ids in mine:
             if not writer.is_done(split, i):

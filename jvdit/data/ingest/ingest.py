@@ -18,9 +18,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
-from rich import progress
-from rich.console import Console
-
 from jvdit.data.ingest.beam import Engine
 from jvdit.data.ingest.clip_file import NO_CAPTION, ClipFile, Recipe, prepare_file
 from jvdit.data.ingest.listing import list_items
@@ -29,6 +26,7 @@ from jvdit.data.media.reader import REASONS
 from jvdit.data.records import CLIP_FEATURES, RecordWriter
 from jvdit.machine.files import write_atomically
 from jvdit.machine.json_files import read_json
+from jvdit.machine.progress import Bars
 from jvdit.machine.text_files import printable
 
 _ASIDE = ("other", "unlisted")  # reasons of files that were hardly meant
@@ -301,10 +299,12 @@ def ingest(
         FileNotFoundError: an input does not exist.
         ValueError: no video is found or can be used, or `out` holds something else.
     """
-    items = list_items(inputs, root=root)
+    with Bars() as bars:
+        bars.add_task(f"listing {', '.join(map(str, inputs))}", total=None)
+        items = list_items(inputs, root=root)
+        listed(items)
+        plan = plan_shards(items, val_fraction=val_fraction, shard_size=shard_size)
     meant = sum(item.reason not in _ASIDE for item in items)
-    listed(items)
-    plan = plan_shards(items, val_fraction=val_fraction, shard_size=shard_size)
     if not plan.shards:
         raise ValueError(
             f"None of the {meant} videos can be read; the first, "
@@ -457,21 +457,10 @@ def _examples(events, split, files, record, advance) -> Iterator[Mapping[str, An
 @contextlib.contextmanager
 def _progress(total: int) -> Iterator[Callable[[Entry], None]]:
     """Shows how far the work is; yields what is to be called for every file."""
-    console = Console(stderr=True)
-    bar = progress.Progress(
-        "files",
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        "{task.fields[clips]} clips, {task.fields[skipped]} skipped",
-        progress.TimeElapsedColumn(),
-        "ETA",
-        progress.TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
+    bar = Bars("{task.fields[clips]} clips, {task.fields[skipped]} skipped")
     taken = skipped = 0
     with bar:
-        task = bar.add_task("", total=total, clips=0, skipped=0)
+        task = bar.add_task("files", total=total, clips=0, skipped=0)
 
         def advance(entry: Entry) -> None:
             nonlocal taken, skipped
