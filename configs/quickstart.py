@@ -40,6 +40,6 @@ def get_config():
     dit.data.update(max_clips=1, text_budget=48, validation="{workdir}/latents#val")
     dit.optim.lr, dit.optim.warmup = 1e-3, 20
     dit.evaluate_every = dit.checkpoint_every = 100
-    dit.sample_every = 250
+    dit.sample_every = 125
     dit.sample.prompts = PROMPTS
     return defaults.stages(latents=latents, dit=dit)

@@ -1,9 +1,12 @@
 """What the README shows is run, or at least known."""
 
 import itertools
+import os
 import pathlib
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -46,3 +49,33 @@ def test_commands_name_what_is_there(words):
             assert word[2:].partition("=")[0] in flags, word
         if word.startswith("configs/"):
             assert (ROOT / word).exists(), word
+
+
+# So few clips and steps that it takes a minute.
+_SHORT = """--config.stages.latents.source=world:falling:9x32x32@8:64
+--config.stages.latents.validation=world:falling:9x32x32@8:8:1
+--config.stages.dit.steps=2 --config.stages.dit.data.rows=4
+--config.stages.dit.data.validation_clips=4 --config.stages.dit.sample.steps=2"""
+
+
+def test_the_quickstart_runs_as_it_is_shown(tmp_path):
+    """In a process of its own, and then the model that it made is sampled."""
+    (train,) = (x for x in commands() if "configs/quickstart.py" in x)
+    train = [x.replace("configs/quickstart.py", "quickstart") for x in train]
+    for words in (
+        [*train, *_SHORT.split()],
+        ["jvdit.sample", "one object: …", "--workdir", "runs/quickstart/dit"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", *words],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+    samples = tmp_path / "runs/quickstart/dit/samples"
+    assert {"step_0000000.png", "step_0000002.png"} <= {
+        x.name for x in samples.iterdir()
+    }
+    assert len([*(tmp_path / "samples").glob("*.mp4")]) == 1
