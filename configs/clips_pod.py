@@ -1,4 +1,4 @@
-r"""Text to video on one's own clips of many sizes: 460 M parameters, for a TPU slice.
+r"""Text to video on one's own clips of many sizes: 420 M parameters, for a TPU slice.
 
     python tools/prepare_clips.py VIDEOS --out data/clips --frames 81 --fps 16 \
         --size 480x832 832x480 640x640 --windows all --val 0.01
