@@ -10,8 +10,8 @@ sound, or with gaps in it, are left out. Stereo: --config.vae.channels=2; anothe
 --config.vae.sample_rate=24000, with more latents a second as well. Clips of another
 place or length: --config.data.sources='("…#train:16x16x16@8",)' and so on.
 
-On the sound of 204 public clips the 1,200 steps took about 45 minutes of two cores,
-beside much other work. Of held-out files it has the loudness and not yet the pitch
+On the sound of 204 public clips the 1,200 steps took 49 minutes of two cores, beside
+much other work. Of held-out files it has the loudness and not yet the pitch
 (SI-SDR -10.1 dB, -36.1 before; log-mel distance 8.5 dB, 17.1 before): a beginning.
 """
 

@@ -329,9 +329,15 @@ def _autoencoder() -> list[pathlib.Path]:
 
 def _own_clips(out: pathlib.Path) -> list[pathlib.Path]:
     """Reports on a model of one's own clips, by held-out ones."""
-    label, name = (_WORKDIR.value or [""])[0], _DATA.value or ""
+    label, *others = _WORKDIR.value or [""]
+    name, generator = _DATA.value or "", Generator.load(label)
+    setting, *more = settings_of(generator)
+    if others or more:
+        raise ValueError(
+            "--data compares one model in one setting: give one --workdir, and one "
+            "number for --steps and --guidance."
+        )
     features = clip_features(_FEATURES.value) if _FEATURES.value else None
-    generator, (setting, *_) = (run := Generator.load(label)), settings_of(run)
     check_writable(out)  # before anything is computed
     read, bad = source_clips(open_source(name), name, _N.value)
     whole = Reconstructor(generator.model.networks["vae"])
@@ -369,6 +375,8 @@ def evaluate() -> list[pathlib.Path]:
     out = pathlib.Path(_OUT.value or pathlib.Path(_WORKDIR.value[0]) / "evaluation")
     if _DATA.value is not None:
         return _own_clips(out)
+    if _FEATURES.value is not None:
+        raise ValueError("--features compares clips with those of --data; give both.")
     columns = _columns(out)
     worlds = dict.fromkeys(column.world for column in columns)
     heard = {c.world for c in columns if c.measured.clips.audio is not None}

@@ -123,6 +123,12 @@ def test_a_model_of_other_clips_needs_some_of_them(workdir, tmp_path):
     done = command("evaluate", "--workdir", model)
     assert done.returncode == 1 and "data/clips#val" in done.stderr
     assert not (model / "evaluation").exists()
+    for args, told in (
+        (["--data", "world:val:5x16x16@8:4", "--steps", "2,3"], "one setting"),
+        (["--features", "nowhere"], "give both"),
+    ):
+        done = command("evaluate", "--workdir", workdir / "dit", *args)
+        assert done.returncode == 1 and told in done.stderr
 
 
 @pytest.mark.parametrize(

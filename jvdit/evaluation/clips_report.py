@@ -77,50 +77,52 @@ def report_clips(
         for name, points in history.items()
         if name.startswith(_HELD_OUT) and points
     }
-    write_json(
-        out / "report.json",
-        {
-            "model": model,
-            "data": data,
-            "clips": len(clips),
-            "bad": list(bad),
-            "reconstruction": measures,
-            "frechet_distance": distances,
-            "held_out_loss": losses,
-        },
-    )
+    found = {
+        "reconstruction": measures,
+        "frechet_distance": distances,
+        "held_out_loss": losses,
+    }
+    told = {"model": model, "data": data, "clips": len(clips), "bad": list(bad)}
+    write_json(out / "report.json", told | found)
+    title = f"{model}: {len(clips)} clips of {data}"
     parts = [
         report.section("Clips it makes for held-out captions", *_figures(clips)),
+        *_tables(measures, distances, losses),
+    ]
+    write_atomically(out / "report.html", report.page(title, parts).encode())
+    return [out / "report.json", out / "report.html"]
+
+
+def _tables(
+    measures: Mapping[str, report.Interval],
+    distances: Mapping[str, Mapping[str, float]],
+    losses: Mapping[str, Mapping[str, Any]],
+) -> list[str]:
+    """The sections of the page that hold numbers."""
+    sets = {"generated": "generated", "reconstructed": "reconstructed"}
+    sets["real"] = "half of the real to half"
+    apart = [
+        [name, *(f"{x[k]:.4g}" if k in x else "–" for k in sets)]
+        for name, x in distances.items()
+    ]
+    quality = [
+        [f"{k} <small>{MEANING[k]}</small>", report.number(v)]
+        for k, v in measures.items()
+    ]
+    lost = [[k, f"{x['loss']:.4g}", f"{x['step']}"] for k, x in losses.items()]
+    return [
         report.section(
             "Fréchet distance to the held-out clips, lower is better",
-            report.table(
-                ["features", "generated", "reconstructed", "half of the real to half"],
-                [[k, *(f"{x:.4g}" for x in v.values())] for k, v in distances.items()],
-            ),
+            report.table(["features", *sets.values()], apart),
         ),
-        report.section(
-            "Its autoencoder on them",
-            report.table(
-                ["", ""],
-                [
-                    [f"{k} <small>{MEANING[k]}</small>", report.number(v)]
-                    for k, v in measures.items()
-                ],
-            ),
-        ),
+        report.section("Its autoencoder on them", report.table(["", ""], quality)),
         report.section(
             "Loss on the held-out clips of its training, by noise level",
-            report.table(
-                ["", "loss", "after steps"],
-                [[k, f"{x['loss']:.4g}", f"{x['step']}"] for k, x in losses.items()],
-            )
-            if losses
+            report.table(["", "loss", "after steps"], lost)
+            if lost
             else "<p>its folder has no history of a training</p>",
         ),
     ]
-    title = f"{model}: {len(clips)} clips of {data}"
-    write_atomically(out / "report.html", report.page(title, parts).encode())
-    return [out / "report.json", out / "report.html"]
 
 
 def _random_features(clips: Sequence[Video]) -> Float[np.ndarray, "n f"]:

@@ -30,6 +30,7 @@ from jvdit.machine import cluster
 from jvdit.machine.files import said_if_full
 from jvdit.machine.progress import Bars
 from jvdit.models.video_vae import VideoVAE
+from jvdit.ranges import check_ranges
 from jvdit.tasks.config_grid import grid_of, read_config
 from jvdit.weights.encoders import CaptionEncoder, ClipEncoder, SoundEncoder
 from jvdit.weights.parameters import module_fields, save_weights
@@ -76,8 +77,7 @@ def encode(
         OSError: files can't be written, for example because the disk is full.
     """
     cluster.check_alike(locals())
-    if shard < 1:
-        raise ValueError(f"`shard` (={shard}) must be at least 1 clip.")
+    check_ranges({"shard": shard, "text_length": text_length})
     encoder = ClipEncoder.load(vae)
     sounds = SoundEncoder.load(audio_vae) if audio_vae else None
     rate = sounds.module.sample_rate if sounds else 0
