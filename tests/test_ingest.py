@@ -361,6 +361,17 @@ def run_tool(*arguments):
     )
 
 
+def test_flags_of_the_tool_are_read_as_users_write_them(tmp_path):
+    wrong = run_tool(tmp_path, "--out", tmp_path / "x", "--audio_rte", "0")
+    assert wrong.returncode == 2 and "did you mean --audio-rate?" in wrong.stderr
+    (tmp_path / "none").mkdir()
+    options = (
+        "--frames 5 --fps 8 --size 32x48 --audio_rate=0 --max_reject_rate 1".split()
+    )
+    right = run_tool(tmp_path / "none", "--out", tmp_path / "x", *options)
+    assert "No video" in right.stderr
+
+
 def test_command_line(folder, tmp_path):
     options = "--frames 5 --fps 8 --size 32x48 48x32 --workers 1".split()
     (tmp_path / "none").mkdir()

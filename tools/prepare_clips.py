@@ -25,12 +25,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 from jvdit.data.grid import ClipGrid
 from jvdit.data.ingest.beam import beam_engine
 from jvdit.data.ingest.clip_file import ClipFile, Recipe
 from jvdit.data.ingest.ingest import ingest
 from jvdit.data.records import dataset_directory
+from jvdit.machine.json_files import nearest
 
 
 def size(text: str) -> tuple[int, int]:
@@ -49,7 +51,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
+    known = []
+
+    def add(name: str, **options: Any) -> None:
+        known.append(name)
+        parser.add_argument(name, **options)
+
     add("inputs", nargs="+", help="folders of videos, tables, or video files")
     add("--out", required=True, help="folder of the data set")
     add("--root", help="folder that relative paths in tables start from")
@@ -156,12 +163,24 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "(default: %(default)s)",
     )
     add("--overwrite", action="store_true", help="start over, deleting earlier output")
-    args, beam = parser.parse_known_args(arguments)
+    given = [
+        _as_defined(x, known)
+        for x in (sys.argv[1:] if arguments is None else arguments)
+    ]
+    args, beam = parser.parse_known_args(given)
     if beam and args.runner is None:
-        parser.error(f"unrecognized arguments: {' '.join(beam)}")
+        near = nearest(beam[0].partition("=")[0], known)
+        parser.error(f"unrecognized arguments: {' '.join(beam)}; did you mean {near}?")
     args.beam = [f"--runner={args.runner}", *beam]
     args.sizes = tuple(args.size)
     return args
+
+
+def _as_defined(argument: str, known: Sequence[str]) -> str:
+    """An argument, with hyphens for the underscores that other commands have."""
+    name, equals, value = argument.partition("=")
+    other = name.replace("_", "-")
+    return f"{other}{equals}{value}" if other in known else argument
 
 
 def _tell(text: str) -> None:
