@@ -86,14 +86,28 @@ _SEED = flags.DEFINE_integer(
 _IMAGE = flags.DEFINE_string("image", None, "Picture that is the first frame.")
 _LAST = flags.DEFINE_string("last", None, "Picture that is the last frame.")
 _VIDEO = flags.DEFINE_string(
-    "video", None, "Footage, or a control signal such as depth, to follow (VACE)."
+    "video", None, "Footage to change, or a control signal to follow, such as depth."
 )
 _MASK = flags.DEFINE_string(
-    "mask", None, "Video that is white where --video is to change (VACE)."
+    "mask", None, "Video that is white where --video is to change."
 )
 _REFERENCES = flags.DEFINE_list(
-    "references", [], "Pictures of what is to appear, with commas between (VACE)."
+    "references", [], "Pictures of what is to appear, with commas between."
 )
+_KEYFRAMES = flags.DEFINE_list(
+    "keyframes",
+    [],
+    "Pictures at their times in seconds, such as 0.5:a.png,1:b.png.",
+)
+_FOOTAGE = {
+    name: flags.DEFINE_string(name, None, told)
+    for name, told in (
+        ("prefix", "Video that the clip begins with, and goes on from."),
+        ("suffix", "Video that the clip ends with."),
+        ("interpolate", "Video to double the frame rate of."),
+        ("upscale", "Video to double the size of."),
+    )
+}
 _SOUND = flags.DEFINE_boolean(
     "sound", None, "Whether clips have sound (default: yes, if the model can)."
 )
@@ -254,6 +268,17 @@ def free_path(folder: pathlib.Path, name: str, suffix: str) -> pathlib.Path:
     return next(path for path in paths if not path.exists())
 
 
+def _keyframe(text: str) -> tuple[float, str]:
+    """Seconds and picture of an entry of --keyframes."""
+    time, _, picture = text.partition(":")
+    try:
+        return float(time), picture
+    except ValueError:
+        raise ValueError(
+            f"--keyframes (={text!r}) must read SECONDS:PICTURE, such as 0.5:a.png."
+        ) from None
+
+
 def _common_fields() -> dict[str, Any]:
     """What the flags say of all requests."""
     return size_fields({}, _SIZE.value, _FRAMES.value, _FPS.value) | {
@@ -264,6 +289,8 @@ def _common_fields() -> dict[str, Any]:
         "video": _VIDEO.value,
         "mask": _MASK.value,
         "references": tuple(_REFERENCES.value),
+        "keyframes": tuple(map(_keyframe, _KEYFRAMES.value)),
+        **{name: flag.value for name, flag in _FOOTAGE.items()},
         "sound": _SOUND.value,
         "from_video": _FROM_VIDEO.value,
         "from_sound": _FROM_SOUND.value,

@@ -40,7 +40,6 @@ def clip(number, frames, sounds, *, given=False):
     item = Item(
         patchify(latents, PATCH),
         positions(latents.shape[:3], PATCH, 8.0, 2),
-        givable=np.zeros(4 * frames, np.uint8),
         text_embeds=rng.normal(size=(3, TEXT)).astype(np.float32),
         clip_id=number,
     )

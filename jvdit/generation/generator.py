@@ -364,8 +364,10 @@ class Generator:
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         if all(each.scale != 1 for each in guidances.values()) and ways % 2 == 0:
             ways //= 2  # guidance doubles the rows
+        items = self._inputs.items(requests, sizes, given, noise)
+        beside = [item.beside for item in items[0]]
         batches = batches_of(
-            *self._inputs.items(requests, sizes, given, noise),
+            *items,
             [request.seed for request in requests],
             rows,
             ways,
@@ -383,7 +385,8 @@ class Generator:
                 reuse=reuse,
                 conditioning_scale=conditioning_scale,
             )
-            found = unpacked(batch, latents, sizes, sounds, model.patch_size, channels)
+            counts = sizes, sounds, beside
+            found = unpacked(batch, latents, *counts, model.patch_size, channels)
             yield {
                 i: x._replace(picture=x.picture[given[i].lead :])
                 for i, x in found.items()
@@ -407,8 +410,8 @@ class Generator:
         self, request: Request, video: np.ndarray, sound: np.ndarray | None
     ) -> GeneratedClip:
         """A clip of its picture and its latent sound; what was given stays as it is."""
-        footage = request.clip("from_video")
-        clip = GeneratedClip(video if footage is None else footage, request.fps or 8.0)
+        video = request.kept(video, "inpaint" in self.model.conditions)
+        clip = GeneratedClip(video, request.fps or 8.0)
         if sound is None:
             return clip
         vae = self.model.audio_vae

@@ -14,7 +14,8 @@ from jvdit.data.conditions import Known, Place, known
 from jvdit.data.items import Item, item_of, with_sound
 from jvdit.data.patches import Size, sound_positions
 from jvdit.generation.codec import Codec
-from jvdit.generation.request import Request, for_encoder
+from jvdit.generation.footage import for_encoder
+from jvdit.generation.request import Request
 from jvdit.generation.residence import Residence
 from jvdit.machine.cluster import to_host
 from jvdit.machine.compilation import jit
@@ -92,8 +93,9 @@ class Inputs:
             item = item_of(
                 start if noise is None else np.asarray(noise[i], np.float32),
                 patch_size=model.patch_size,
-                fps=request.fps if model.seconds else None,
+                fps=float(request.fps or 1.0),
                 temporal_compression=model.vae.temporal_compression,
+                seconds=model.seconds,
                 known=given[i],
                 text_embeds=positive[i],
             )
@@ -118,7 +120,10 @@ class Inputs:
             None if self.model.seconds else request.fps,
             self.model.vae.temporal_compression,
         )
-        return with_sound(item, latents, place, given=given.sound is not None)
+        clean = given.sound is not None
+        if clean and given.sound_clean is not None:
+            clean = given.sound_clean
+        return with_sound(item, latents, place, given=clean)
 
     def sounds(self, request: Request) -> int:
         """Latents of the sound of a complete request; 0: it is silent."""

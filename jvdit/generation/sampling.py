@@ -358,6 +358,7 @@ def unpacked(
     latents: np.ndarray,
     sizes: Sequence[Size],
     sounds: Sequence[int],
+    beside: Sequence[int],
     patch_size: Size,
     channels: tuple[int, int],
 ) -> dict[int, Latents]:
@@ -368,18 +369,20 @@ def unpacked(
         latents: packed, denoised.
         sizes: latent frames, height and width of each request.
         sounds: latents of its sound; 0: it is silent.
+        beside: tokens that are given beside it.
         patch_size: latent frames, height and width of a token.
         channels: of a latent of a picture, and of a sound.
     """
     latents = latents[: len(batch.rows)]
     order = [*chain(*batch.rows)]
     row_sizes = [[sizes[i] for i in row] for row in batch.rows]
-    pictures = chain(*unpack_rows(latents, row_sizes, patch_size, channels[0]))
+    others = [[beside[i] for i in row] for row in batch.rows]
+    pictures = unpack_rows(latents, row_sizes, patch_size, channels[0], others)
     heard: Iterable[Any] = [None] * len(order)
     if batch.kinds:
         counts = [[sounds[i] for i in row] for row in batch.rows]
         heard = chain(*unpack_sounds(latents, counts, batch.kinds[1], channels[1]))
     return {
         i: Latents(picture, sound if sounds[i] else None)
-        for i, picture, sound in zip(order, pictures, heard, strict=True)
+        for i, picture, sound in zip(order, chain(*pictures), heard, strict=True)
     }

@@ -93,7 +93,7 @@ def packed_shapes(
     if text_width:
         text = {"text_embeds": np.zeros((0, text_width), np.float32)}
     blank, position = (np.zeros((1, c), np.float32) for c in (channels, 3))
-    item = Item(blank, position, givable=np.zeros(1, np.uint8), **text)
+    item = Item(blank, position, **text)
     bounds = data.token_budget, data.text_budget, data.max_clips, data.sound_budget
     batch = pack_rows([[item]], *bounds, max(channels, sound_channels))
     batch.pop("clip_id")

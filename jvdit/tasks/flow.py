@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from jvdit.config import Config
 from jvdit.data.builders import PackedBatches
+from jvdit.data.conditions.giving import given_sources, marking
 from jvdit.data.items import Statistics
 from jvdit.data.plan import PackPlan
 from jvdit.data.sources import LatentSource, open_source, origin
@@ -63,9 +64,17 @@ class FlowTask(Task):
             self.audio_vae = cached_audio(config, self.sources)
         self.captions = cached_captions(config, self.sources)
         self.tokenizer = self.captions.tokenizer if self.captions else self._tokenizer()
-        self.plan = self._plan(self.sources, config.seed, data.weights or None)
+        drawn, weights = given_sources(
+            self.sources,
+            data.weights or None,
+            given_shares(config),
+            tuple(config.patch_size),
+        )
+        self.plan = self._plan(drawn, config.seed, weights)
         self.fingerprint = self.plan.fingerprint
-        self.batch_builder = self._packed(self.sources, self.plan, data.caption_dropout)
+        self.batch_builder = self._packed(
+            drawn, self.plan, data.caption_dropout, marking(given_shares(config))
+        )
         self.example, _ = self.batch_builder[0]
         one_clip = data.max_clips == 1 and self.plan.padding == 0
         one_clip = one_clip and not data.sound_budget
@@ -94,7 +103,7 @@ class FlowTask(Task):
         self._validation = None
         if data.validation:
             held = [self.open(data.validation)]
-            self._validation = self._packed(held, self._plan(held, 0), 0.0)
+            self._validation = self._packed(held, self._plan(held, 0))
         self._measure = jit(self.objective.validate)
 
     # Building
@@ -140,7 +149,7 @@ class FlowTask(Task):
             captions += source.captions(range(0, len(source), stride))
         return Tokenizer(train_tokenizer(captions, self.config.vocab_size))
 
-    def _packed(self, sources, plan, dropout):
+    def _packed(self, sources, plan, dropout=0.0, given=None):
         text: dict[str, Any] = {"tokenizer": self.tokenizer}
         if self.captions:
             text = {"null_embeds": self.captions.null}
@@ -151,7 +160,7 @@ class FlowTask(Task):
             latents=Statistics.of(self.vae.module),
             sounds=Statistics.of(self.audio_vae.module) if self.audio_vae else None,
             temporal_compression=self.vae.module.temporal_compression,
-            conditions=[name for name, _ in given_shares(self.config)],
+            given=given or {},
             caption_dropout=dropout,
             seconds=self.config.conventions.seconds,
             pad_text=self.config.conventions.pad_text,

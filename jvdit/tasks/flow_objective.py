@@ -62,7 +62,7 @@ def flow_objective(
         one_clip=one_clip,
         pad_text=config.conventions.pad_text,
         boundary=_boundary(config, mesh),
-        given=given_shares(config),
+        given=tuple(given_shares(config)),
         **sound,
     )
 
@@ -89,7 +89,7 @@ def _sound(config: Config, mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def given_shares(config: Config) -> tuple[tuple[str, float], ...]:
+def given_shares(config: Config) -> dict[str, float]:
     """The conditions that a training gives, each with the share of clips.
 
     Raises:
@@ -102,7 +102,7 @@ def given_shares(config: Config) -> tuple[tuple[str, float], ...]:
                 f"`given.{name}` (={share}) needs tokens of one frame, and `patch_size`"
                 f" (={tuple(config.patch_size)}) has {frames}."
             )
-    return tuple((name, share) for name, share in config.given.items() if share)
+    return {name: share for name, share in config.given.items() if share}
 
 
 def _boundary(config: Config, mesh: Mesh) -> float:
