@@ -83,7 +83,8 @@ class Views(LatentSource):
 
 def learned(video, name, seed=0):
     """A clip in training, always given one condition."""
-    row, mean = CONDITIONS[name], encode(to_float(video))
+    row = CONDITIONS[name]
+    mean = encode(to_float(video))[row.headless :]
     view, beside = None, 0
     if row.beside is not None:
         view = view_of(row.beside.view, video)
@@ -102,7 +103,8 @@ def learned(video, name, seed=0):
         rng=np.random.default_rng(seed),
     )
     logvar = np.full_like(mean, -4.0)
-    return what, item_of(mean, known=what, logvar=logvar, text_embeds=TEXT, **HOW)
+    how = HOW | {"first": int(row.headless), "logvar": logvar}
+    return what, item_of(mean, known=what, text_embeds=TEXT, **how)
 
 
 def asked(video, name, what):
@@ -115,6 +117,7 @@ def asked(video, name, what):
         "first_frame": {"image": video[0]},
         "prefix": {"prefix": video[: 1 + (kept - 1) * STRIDE]},
         "suffix": {"suffix": video[FRAMES - len(times) :]},
+        "extend": {"tail": encode(to_float(video))[1 : 1 + kept]},
         "keyframes": {"keyframes": tuple((i / FPS, video[i]) for i in at)},
         "interpolate": {"interpolate": video[::2]},
         "upscale": {"upscale": halved(video)},
@@ -141,8 +144,9 @@ def test_a_request_gives_what_training_gave(video, name, seed):
     request = asked(video, name, what)
     check_given([name], request.given)
     found = known([name], request, PLACE)
-    blank = np.zeros((5, 8, 8, 3), np.float32)
-    theirs = item_of(blank, known=found, text_embeds=TEXT, **HOW)
+    blank = np.zeros((5 - found.headless, 8, 8, 3), np.float32)
+    how = HOW | {"first": int(found.headless)}
+    theirs = item_of(blank, known=found, text_embeds=TEXT, **how)
     np.testing.assert_array_equal(theirs.position, ours.position)
     np.testing.assert_array_equal(theirs.level, ours.level)
     assert theirs.beside == ours.beside

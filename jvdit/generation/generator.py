@@ -357,7 +357,10 @@ class Generator:
         given = [
             self._inputs.known(*pair) for pair in zip(requests, sizes, strict=True)
         ]
-        sizes = [(f + g.lead, h, w) for (f, h, w), g in zip(sizes, given, strict=True)]
+        sizes = [
+            (f + g.lead - g.headless, h, w)
+            for (f, h, w), g in zip(sizes, given, strict=True)
+        ]
         sounds = [self._inputs.sounds(request) for request in requests]
         channels = (model.vae.latent_channels, model.dit.sound_channels)
         guidances = {"dit": guidance, "dit_low": low_guidance or guidance}

@@ -97,6 +97,7 @@ class Inputs:
                 temporal_compression=model.vae.temporal_compression,
                 seconds=model.seconds,
                 known=given[i],
+                first=int(given[i].headless),
                 text_embeds=positive[i],
             )
             found.append(self._with_sound(item, request, given[i]))

@@ -32,6 +32,7 @@ LENIENT = 0.15
 PICTURES = ("image", "last_image", "video", "mask", "prefix", "suffix", "interpolate")
 PICTURES += "upscale", "from_video", "from_sound"
 SEVERAL = ("references", "keyframes")
+LATENTS = ("tail",)
 STATES = ("prompt_embeds", "negative_prompt_embeds")
 
 
@@ -67,6 +68,8 @@ class Request:
         suffix: footage that the clip ends with.
         interpolate: footage of half the frame rate, as long as the clip.
         upscale: footage of half the size, as long as the clip.
+        tail: normalised latents [f h w c] that the clip goes on from. It begins amid a
+            longer clip: of its first latent frame there is nothing.
         sound: whether the clip has sound; None: if its model can make some.
         from_video: footage to make sound for; the clip keeps its picture.
         from_sound: a sound file, or float32 [a e] at the model's rate in [-1, 1], to
@@ -95,6 +98,7 @@ class Request:
     suffix: Pictures | None = None
     interpolate: Pictures | None = None
     upscale: Pictures | None = None
+    tail: np.ndarray | None = None
     sound: bool | None = None
     from_video: Pictures | None = None
     from_sound: Pictures | None = None
@@ -120,7 +124,8 @@ class Request:
     def given(self) -> list[str]:
         """The names of the fields that hold images or video."""
         names = [name for name in PICTURES if getattr(self, name) is not None]
-        return names + [name for name in SEVERAL if getattr(self, name)]
+        names += [name for name in SEVERAL if getattr(self, name)]
+        return names + [name for name in LATENTS if getattr(self, name) is not None]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -129,7 +134,7 @@ class Request:
         fields |= {name: _named(fields[name]) for name in PICTURES}
         fields["references"] = [_named(x) for x in self.references]
         fields["keyframes"] = [[time, _named(x)] for time, x in self.keyframes]
-        for name in STATES:
+        for name in (*STATES, *LATENTS):
             if (states := fields[name]) is not None:
                 fields[name] = f"states {'x'.join(map(str, states.shape))}"
         return {k: v for k, v in fields.items() if v is not None and v != []}

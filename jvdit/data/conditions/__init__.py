@@ -53,6 +53,7 @@ CONDITIONS = {
     # Clean cells of the clip: our own models, and Wan 2.2 TI2V.
     "first_frame": Condition(cells.first_frame, ("image",), marks=cells.first),
     "prefix": Condition(cells.prefix, ("prefix",), marks=cells.beginning),
+    "extend": Condition(cells.tail, ("tail",), marks=cells.beginning, headless=True),
     "inpaint": Condition(cells.masked, ("video", "mask"), marks=cells.box),
     # Tokens beside it.
     "suffix": Condition(beside.suffix, ("last_image", "suffix"), beside=beside.SUFFIX),

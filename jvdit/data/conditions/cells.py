@@ -86,6 +86,16 @@ def _beginning(video: np.ndarray, place: Place) -> Known:
     return Known(latents=latents, clean=clean)
 
 
+def tail(request: Asked, place: Place) -> Known:
+    """Latents that the clip goes on from: it begins amid a longer one."""
+    if (found := request.tail) is None:
+        return Known()
+    latents = np.zeros((place.frames - 1, *found.shape[1:]), np.float32)
+    clean = np.zeros(latents.shape[:3], bool)
+    latents[: len(found)], clean[: len(found)] = found, True
+    return Known(latents=latents, clean=clean, headless=True)
+
+
 # Masks
 
 

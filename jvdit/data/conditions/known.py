@@ -37,6 +37,8 @@ class Known(NamedTuple):
         control: the signal for control blocks.
         image: states of an image encoder.
         lead: latent frames that come before the clip, and are cut off at the end.
+        headless: the clip begins amid another: without the first latent frame, which
+            alone is of one pixel frame.
         sound: latents of the sound.
         sound_clean: which of them are given; None: all.
     """
@@ -48,6 +50,7 @@ class Known(NamedTuple):
     control: Float[np.ndarray, "f h w v"] | None = None
     image: Float[np.ndarray, "i z"] | None = None
     lead: int = 0
+    headless: bool = False
     sound: Float[np.ndarray, "n e"] | None = None
     sound_clean: Bool[np.ndarray, "n"] | None = None
 
@@ -77,6 +80,11 @@ class Asked(Protocol):
 
     def clip(self, name: str) -> np.ndarray | None:
         """`video`, `mask`, `from_video`, … `[T H W 3]`."""
+        ...
+
+    @property
+    def tail(self) -> np.ndarray | None:
+        """Latents `[f h w c]` that the clip goes on from, amid a longer one."""
         ...
 
     def reference_pictures(self) -> list[np.ndarray]:
@@ -132,6 +140,7 @@ def merged(parts: Iterable[Known]) -> Known:
                 clean = clean | found.clean
         together = {"latents": latents, "clean": clean}
         fields["lead"] = max(found.lead, part.lead)
+        fields["headless"] = found.headless or part.headless
         found = found._replace(**fields, **together, parts=(*found.parts, *part.parts))
     return found
 
