@@ -18,7 +18,7 @@ from jvdit.data.conditions.giving import (
     known_in_training,
     marking,
 )
-from jvdit.data.conditions.known import Place
+from jvdit.data.conditions.known import Place, Tail
 from jvdit.data.items import Statistics, item_of
 from jvdit.data.plan import PackPlan
 from jvdit.data.sources import LatentSource
@@ -117,7 +117,7 @@ def asked(video, name, what):
         "first_frame": {"image": video[0]},
         "prefix": {"prefix": video[: 1 + (kept - 1) * STRIDE]},
         "suffix": {"suffix": video[FRAMES - len(times) :]},
-        "extend": {"tail": encode(to_float(video))[1 : 1 + kept]},
+        "extend": {"tail": Tail(encode(to_float(video))[1 : 1 + kept])},
         "keyframes": {"keyframes": tuple((i / FPS, video[i]) for i in at)},
         "interpolate": {"interpolate": video[::2]},
         "upscale": {"upscale": halved(video)},

@@ -151,7 +151,11 @@ def frame_clock(
 
 
 def sound_positions(
-    count: int, rate: float, fps: float | None, temporal_compression: int
+    count: int,
+    rate: float,
+    fps: float | None,
+    temporal_compression: int,
+    late: float = 0.0,
 ) -> Float[np.ndarray, "n 3"]:
     """Returns the (t, y, x) coordinates of the tokens of a sound.
 
@@ -161,11 +165,12 @@ def sound_positions(
         fps: of the clip whose positions in time count latent frames, so that both kinds
             share its clock. None: t is in seconds.
         temporal_compression: pixel frames that a latent frame after the first covers.
+        late: seconds after which the sound begins.
 
     Returns:
         t at the middle of each token; y and x are 0.
     """
     position = np.zeros((count, 3), np.float32)
-    t = (np.arange(count) + 0.5) / rate
+    t = late + (np.arange(count) + 0.5) / rate
     position[:, 0] = t if fps is None else frame_clock(t, fps, temporal_compression)
     return position

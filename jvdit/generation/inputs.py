@@ -112,26 +112,29 @@ class Inputs:
         count = self.sounds(request)
         if not count:
             return item
-        vae, latents = self.model.audio_vae, given.sound
-        if latents is None:
-            latents = np.zeros((count, vae.latent_channels), np.float32)
+        vae = self.model.audio_vae
+        latents = np.zeros((count, vae.latent_channels), np.float32)
+        known = 0
+        if given.sound is not None:
+            known = min(len(given.sound), count)
+            latents[:known] = given.sound[:known]
         place = sound_positions(
             count,
             vae.latent_rate,
             None if self.model.seconds else request.fps,
             self.model.vae.temporal_compression,
+            given.late,
         )
-        clean = given.sound is not None
-        if clean and given.sound_clean is not None:
-            clean = given.sound_clean
-        return with_sound(item, latents, place, given=clean)
+        return with_sound(item, latents, place, given=np.arange(count) < known)
 
     def sounds(self, request: Request) -> int:
         """Latents of the sound of a complete request; 0: it is silent."""
         if not request.sound:
             return 0
         vae = self.model.audio_vae
-        return vae.length(request.samples(vae.sample_rate))
+        late = 0.0 if request.tail is None else request.tail.late
+        samples = request.samples(vae.sample_rate) - round(late * vae.sample_rate)
+        return vae.length(samples)
 
     def _texts(self, requests: Sequence[Request]) -> list[list[np.ndarray]]:
         """The text states of the prompts, and of the negative prompts."""

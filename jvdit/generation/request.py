@@ -12,7 +12,9 @@ from jaxtyping import UInt8
 from PIL import ImageOps
 
 from jvdit.data.clips import SIZE
+from jvdit.data.conditions.known import Tail
 from jvdit.data.media.audio import read_sound
+from jvdit.data.media.reader import probe
 from jvdit.data.sounds import in_channels
 from jvdit.generation.footage import (
     FOOTAGE,
@@ -68,8 +70,8 @@ class Request:
         suffix: footage that the clip ends with.
         interpolate: footage of half the frame rate, as long as the clip.
         upscale: footage of half the size, as long as the clip.
-        tail: normalised latents [f h w c] that the clip goes on from. It begins amid a
-            longer clip: of its first latent frame there is nothing.
+        tail: latents that the clip goes on from. It begins amid a longer clip: of its
+            first latent frame there is nothing.
         sound: whether the clip has sound; None: if its model can make some.
         from_video: footage to make sound for; the clip keeps its picture.
         from_sound: a sound file, or float32 [a e] at the model's rate in [-1, 1], to
@@ -98,7 +100,7 @@ class Request:
     suffix: Pictures | None = None
     interpolate: Pictures | None = None
     upscale: Pictures | None = None
-    tail: np.ndarray | None = None
+    tail: Tail | None = None
     sound: bool | None = None
     from_video: Pictures | None = None
     from_sound: Pictures | None = None
@@ -134,7 +136,8 @@ class Request:
         fields |= {name: _named(fields[name]) for name in PICTURES}
         fields["references"] = [_named(x) for x in self.references]
         fields["keyframes"] = [[time, _named(x)] for time, x in self.keyframes]
-        for name in (*STATES, *LATENTS):
+        fields.pop("tail")
+        for name in STATES:
             if (states := fields[name]) is not None:
                 fields[name] = f"states {'x'.join(map(str, states.shape))}"
         return {k: v for k, v in fields.items() if v is not None and v != []}
@@ -199,6 +202,24 @@ class Request:
             )
         audio = in_channels(audio, channels).astype(np.float32)[:wanted]
         return np.pad(audio, ((0, wanted - len(audio)), (0, 0)))
+
+    def sound_of(self, name: str, rate: int, channels: int) -> np.ndarray | None:
+        """The sound of footage that the clip begins with, as float32 `[a e]`.
+
+        Args:
+            name: of the field.
+            rate: samples per second.
+            channels: 1: mixed down; 2: one channel is repeated.
+
+        Returns:
+            The samples; None if the file has none.
+        """
+        source = getattr(self, name)
+        if isinstance(source, np.ndarray) or not probe(source).has_audio:
+            return None
+        frames = footage_length(source, name, float(self.fps or 1.0))
+        audio = in_channels(read_sound(source, rate), channels).astype(np.float32)
+        return audio[: round(frames / (self.fps or 1.0) * rate)]
 
     def fitted(self, picture: np.ndarray) -> np.ndarray:
         """Resizes an image to cover the clip's size, and center-crops it."""

@@ -72,7 +72,13 @@ def beginning(layout: Layout, rng: np.random.Generator) -> Marks:
 def prefix(request: Asked, place: Place) -> Known:
     """Given footage that the clip goes on from."""
     video = request.clip("prefix")
-    return Known() if video is None else _beginning(video, place)
+    if video is None:
+        return Known()
+    known = _beginning(video, place)
+    audio = request.sound_of("prefix", *place.sound) if place.encode_sound else None
+    if audio is None or place.encode_sound is None:
+        return known
+    return known._replace(sound=place.encode_sound(audio))
 
 
 def _beginning(video: np.ndarray, place: Place) -> Known:
@@ -90,10 +96,12 @@ def tail(request: Asked, place: Place) -> Known:
     """Latents that the clip goes on from: it begins amid a longer one."""
     if (found := request.tail) is None:
         return Known()
-    latents = np.zeros((place.frames - 1, *found.shape[1:]), np.float32)
+    picture = found.picture
+    latents = np.zeros((place.frames - 1, *picture.shape[1:]), np.float32)
     clean = np.zeros(latents.shape[:3], bool)
-    latents[: len(found)], clean[: len(found)] = found, True
-    return Known(latents=latents, clean=clean, headless=True)
+    latents[: len(picture)], clean[: len(picture)] = picture, True
+    known = Known(latents=latents, clean=clean, headless=True, late=found.late)
+    return known._replace(sound=found.sound)
 
 
 # Masks

@@ -26,6 +26,21 @@ class Part(NamedTuple):
     cell: int = 1
 
 
+class Tail(NamedTuple):
+    """The end of a clip that another goes on from, in latents.
+
+    Attributes:
+        picture: its last latent frames, none of them the first of a clip.
+        sound: latents of the sound from then on; None: there is none.
+        late: seconds from the last pixel frame before those of `picture` until its
+            sound begins, less than a latent of it lasts.
+    """
+
+    picture: Float[np.ndarray, "f h w c"]
+    sound: Float[np.ndarray, "n e"] | None = None
+    late: float = 0.0
+
+
 class Known(NamedTuple):
     """What is known of a clip, on the grid of its latents and beside it.
 
@@ -39,8 +54,9 @@ class Known(NamedTuple):
         lead: latent frames that come before the clip, and are cut off at the end.
         headless: the clip begins amid another: without the first latent frame, which
             alone is of one pixel frame.
-        sound: latents of the sound.
+        sound: latents of the sound, or of its beginning.
         sound_clean: which of them are given; None: all.
+        late: seconds after which the sound begins.
     """
 
     latents: Float[np.ndarray, "f h w c"] | None = None
@@ -53,6 +69,7 @@ class Known(NamedTuple):
     headless: bool = False
     sound: Float[np.ndarray, "n e"] | None = None
     sound_clean: Bool[np.ndarray, "n"] | None = None
+    late: float = 0.0
 
 
 @runtime_checkable
@@ -83,8 +100,12 @@ class Asked(Protocol):
         ...
 
     @property
-    def tail(self) -> np.ndarray | None:
-        """Latents `[f h w c]` that the clip goes on from, amid a longer one."""
+    def tail(self) -> Tail | None:
+        """What the clip goes on from, amid a longer one."""
+        ...
+
+    def sound_of(self, name: str, rate: int, channels: int) -> np.ndarray | None:
+        """The sound `[a e]` of footage; None: there is none."""
         ...
 
     def reference_pictures(self) -> list[np.ndarray]:
@@ -139,8 +160,8 @@ def merged(parts: Iterable[Known]) -> Known:
                 latents = np.where(clean[..., None], latents, found.latents)
                 clean = clean | found.clean
         together = {"latents": latents, "clean": clean}
-        fields["lead"] = max(found.lead, part.lead)
-        fields["headless"] = found.headless or part.headless
+        for name in ("lead", "headless", "late"):
+            fields[name] = max(getattr(found, name), getattr(part, name))
         found = found._replace(**fields, **together, parts=(*found.parts, *part.parts))
     return found
 
