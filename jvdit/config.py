@@ -183,8 +183,8 @@ def flow(variant: str = "world-s", text_variant: str = "world") -> Config:
     # Folder of an autoencoder whose latents the cache must hold. "": whichever
     # autoencoder wrote the cache.
     config.autoencoder = ""
-    # Which network of a released `start_from` is trained: "dit", "dit_low" (the expert
-    # for low noise) or "both", with the time at which the one takes over.
+    # "both" trains two experts, one for times above the boundary, "dit", and one below,
+    # "dit_low"; of a released `start_from` either can be trained alone.
     config.expert = "dit"
     config.boundary = 0.0
     # Of `MODELS`; its fields are those of `dit`, whichever it is.

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+import thread_config
 from closeness import assert_close
 from jaxtyping import Float
 
@@ -21,11 +22,15 @@ from jvdit.data.conditions.giving import (
 from jvdit.data.conditions.known import Place, Tail
 from jvdit.data.items import Statistics, item_of
 from jvdit.data.plan import PackPlan
-from jvdit.data.sources import LatentSource
+from jvdit.data.sources import LatentSource, open_source
 from jvdit.data.world import World
 from jvdit.diffusion.denoise import Guidance
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request
+from jvdit.sharding import make_mesh
+from jvdit.tasks.encoding import encode as encode_dataset
+from jvdit.tasks.flow import FlowTask
+from jvdit.weights.encoders import ClipEncoder
 
 FRAMES, SIDE, FPS, STRIDE = 9, 16, 8.0, 2
 PATCH, TEXT = (1, 2, 2), np.zeros((2, 5), np.float32)
@@ -335,3 +340,43 @@ def test_a_clip_for_footage_is_as_large_and_long_as_that(able):
     large = Request("", upscale=video, frames=5)
     height, width = able.complete(large).size[1:]
     assert (height, width) == (32, 48)
+
+
+# The whole way
+
+
+def test_views_are_encoded_and_trained_with(workdir, tmp_path):
+    """What encoding stores beside a clip is what its encoder makes of the view."""
+    encode_dataset(
+        "world:train:5x16x16@8:16",
+        str(workdir / "vae"),
+        str(tmp_path / "latents"),
+        views=("stills", "small"),
+    )
+    source = open_source(f"{tmp_path}/latents")
+    encoder = ClipEncoder.load(workdir / "vae")
+    clip = World("train", 0, 5, 16, 16, fps=8.0).clips(np.arange(4), audio=False)
+    for name, parts in (
+        ("stills", clip["video"][3][:, None]),
+        ("small", np.stack([halved(x) for x in clip["video"]])[3:]),
+    ):
+        source.view = name
+        padded = np.concatenate([parts] * 8)[:8]  # a device each
+        found = np.asarray(encoder(padded)[0])[: len(parts)]
+        stored = source.read([3])[0]["view"]
+        np.testing.assert_allclose(
+            stored, found.reshape(stored.shape), rtol=0.01, atol=0.01
+        )
+    config = thread_config.flow_config(workdir)
+    config.data.sources, config.data.validation = (f"{tmp_path}/latents",), ""
+    config.given.keyframes, config.data.token_budget = 0.9, 16
+    task = FlowTask(config, make_mesh(), tmp_path / "run")
+    assert task.objective.conditions == ("first_frame", "keyframes")
+    batch, bad = task.batch_builder[0]
+    assert not bad and task.names(batch)[0].startswith(f"{tmp_path}/latents:")
+    assert ((batch["level"] == 0) & (batch["segment"] > 0)).any()
+    config.given.upscale = 0.05
+    with pytest.raises(ValueError, match="upscale.*can't be given of any clip"):
+        FlowTask(config, make_mesh(), tmp_path / "run")
+    with pytest.raises(ValueError, match="view 'larger' must be one of: stills"):
+        encode_dataset("world:train:5x16x16@8:16", "x", "y", views=("larger",))

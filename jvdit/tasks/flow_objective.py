@@ -12,7 +12,6 @@ from jvdit.models.text_encoder import TextEncoder
 from jvdit.training.objectives.denoising import FlowObjective
 from jvdit.training.objectives.pairings import check_pairings
 from jvdit.weights.parameters import build
-from jvdit.weights.release import is_release
 
 
 def flow_objective(
@@ -109,12 +108,10 @@ def _boundary(config: Config, mesh: Mesh) -> float:
     """The time t between two experts that are trained together; 0 for one network."""
     if config.expert != "both":
         return 0.0
-    released = config.start_from and is_release(config.start_from)
-    if not 0 < config.boundary < 1 or config.lora.rank or not released:
+    if not 0 < config.boundary < 1 or config.lora.rank:
         raise ValueError(
-            f"`expert` 'both' needs a `boundary` (={config.boundary}) inside (0, 1)"
-            ", a released `start_from`, and no `lora.rank`: adapt one expert after "
-            "the other."
+            f"`expert` 'both' needs a `boundary` (={config.boundary}) inside (0, 1), "
+            "and no `lora.rank`: adapt one expert after the other."
         )
     ways = 2 * mesh.shape["data"] * mesh.shape["fsdp"]
     ways *= config.optim.accumulate

@@ -86,7 +86,10 @@ def _own_parameters(
     whole = pathlib.Path(folder)
     # A folder may hold a network itself, as that of the sounds does in the box.
     alone = len(wanted) == 1 and (whole / "weights.safetensors").exists()
-    params = {n: load_weights(whole if alone else whole / n)[0] for n in wanted}
+    places = {name: whole if alone else whole / name for name in wanted}
+    if "dit_low" in wanted and not (whole / "dit_low").exists():
+        places["dit_low"] = places["dit"]  # both experts begin as the one network
+    params = {name: load_weights(place)[0] for name, place in places.items()}
     params = {name: _grown(x, name, wanted, fresh) for name, x in params.items()}
     _check_alike(
         params,
@@ -94,8 +97,8 @@ def _own_parameters(
         f"{folder} holds other networks than this config's",
         "change `start_from` or the sizes of the networks",
     )
-    places = parameter_shardings(params, mesh)
-    return jax.tree.map(_divided, params, places, dict(wanted))
+    shardings = parameter_shardings(params, mesh)
+    return jax.tree.map(_divided, params, shardings, dict(wanted))
 
 
 def _grown(held: Any, name: str, wanted: Mapping[str, Any], fresh: Fresh | None) -> Any:
