@@ -71,6 +71,7 @@ RANGES: dict[str, Range | tuple[str, ...]] = {
     "*sync_scale": _WEIGHT,
     "*fps": _POSITIVE,
     "steps": _COUNT,
+    "strength": _SHARE,
     "frames": _COUNT,
     "height": _COUNT,
     "width": _COUNT,

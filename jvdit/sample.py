@@ -32,6 +32,7 @@ from jvdit.data.sheets import contact_sheet, write_png
 from jvdit.diffusion.reuse import Reuse, save_ratios
 from jvdit.diffusion.solvers import SOLVERS
 from jvdit.generation.calibration import calibrate
+from jvdit.generation.cascade import check_stage, refine
 from jvdit.generation.drift import Drift
 from jvdit.generation.films import Film, Scene, check_film, make_film
 from jvdit.generation.generator import Generator
@@ -112,8 +113,20 @@ _FOOTAGE = {
         ("suffix", "Video that the clip ends with."),
         ("interpolate", "Video to double the frame rate of."),
         ("upscale", "Video to double the size of."),
+        ("restyle", "Video to make anew, as the prompt has it; see --strength."),
     )
 }
+_STRENGTH = flags.DEFINE_float(
+    "strength",
+    0.6,
+    "How far --restyle goes, 0 to 1: the larger, the less is left of the video.",
+)
+_CASCADE = flags.DEFINE_list(
+    "cascade",
+    [],
+    "What to do with each clip then: interpolate, upscale, or both, each perhaps with "
+    "a model of its own: upscale=WORKDIR.",
+)
 _SECONDS = flags.DEFINE_float(
     "seconds",
     None,
@@ -416,7 +429,7 @@ def _settings() -> Settings:
     if _SHIFT.value is not None and (_PRESET.value or _LEVELS.value):
         raise ValueError("--shift spaces noise levels that --preset or --levels give.")
     named = _STEPS, _PRESET, _SOLVER, _SCALE, _SCALE_2, _RESCALE, _DRAFT
-    named += _SOUND_SCALE, _SYNC, _SOUND_SYNC, _AFTER
+    named += _SOUND_SCALE, _SYNC, _SOUND_SYNC, _AFTER, _STRENGTH
     low, high = map(float, _INTERVAL.value)
     return Settings(
         guidance_interval=(low, high),
@@ -513,17 +526,36 @@ def _clips(
 ) -> Iterator[_Written]:
     """Generates clips and writes each."""
     reuse = Reuse.load(_REUSE.value, _THRESHOLD.value) if _REUSE.value else None
-    told = _told(settings, generator.model)
+    told, stages = _told(settings, generator.model), _stages(generator)
     with _Shown(len(requests)) as watch:
         made = generator.clips(
             requests, settings, rows=_ROWS.value, watch=watch, reuse=reuse
         )
         for done, (i, clip) in enumerate(made, 1):
-            path = free_path(pathlib.Path(_OUT.value), clip_name(requests[i]), ".mp4")
+            request = requests[i]
+            for stage, by in stages:
+                request, clip = refine(by, stage, request, clip, settings, watch=watch)
+            path = free_path(pathlib.Path(_OUT.value), clip_name(request), ".mp4")
             scale = _ENLARGED.value or clip.viewing_scale
-            clip.save(path, {"jvdit": requests[i].settings | told}, scale)
+            about = request.settings | told
+            if stages:
+                about |= {"cascade": _CASCADE.value}
+            clip.save(path, {"jvdit": about}, scale)
             watch.clips(done)
-            yield _Written(path, requests[i].prompt, clip.video, clip.spectrogram)
+            yield _Written(path, request.prompt, clip.video, clip.spectrogram)
+
+
+def _stages(generator: Generator) -> list[tuple[str, Generator]]:
+    """The stages of --cascade, each with its generator."""
+    found = []
+    for text in _CASCADE.value:
+        stage, _, folder = text.partition("=")
+        by = generator
+        if folder:
+            by = Generator.load(pathlib.Path(folder).absolute(), generator.mesh)
+        check_stage(by, stage)
+        found.append((stage, by))
+    return found
 
 
 def _film(generator: Generator, request: Request) -> Film:

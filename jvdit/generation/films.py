@@ -37,7 +37,7 @@ class Scene(NamedTuple):
     prompt: str
 
 
-class Piece(NamedTuple):
+class FilmPiece(NamedTuple):
     """The next frames of a film, and the next samples of its sound.
 
     Attributes:
@@ -134,7 +134,7 @@ def make_film(
     generator: Generator,
     film: Film,
     settings: Settings = Settings(),  # noqa: B008
-) -> Iterator[Piece]:
+) -> Iterator[FilmPiece]:
     """Makes a film, and yields its pieces as soon as they are decoded.
 
     Args:
@@ -219,7 +219,7 @@ class _Shooting:
         if request.sound:
             self._sound = _Soundtrack(generator, film.frames / self._fps)
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self) -> Iterator[FilmPiece]:
         """The pieces of the film, in order."""
         total, done = self._film.frames, 0
         decode = self._generator.codec.decoder()
@@ -232,7 +232,7 @@ class _Shooting:
             if self._sound is not None:
                 audio = self._sound.heard(last=done == total)
                 self._sound.forget(self._origin)
-            yield Piece(video, audio, done, total)
+            yield FilmPiece(video, audio, done, total)
 
     def _latents(self) -> Iterator[tuple[np.ndarray | None, np.ndarray]]:
         """New latents of the picture, and the pixels that they were encoded from."""

@@ -44,6 +44,7 @@ FOOTAGE = {
     "suffix": Footage(whole=False),
     "interpolate": Footage(slower=2),
     "upscale": Footage(smaller=2),
+    "restyle": Footage(),
 }
 
 

@@ -23,6 +23,7 @@ from jvdit.generation.experts import Experts, hint_scales
 from jvdit.generation.inputs import Inputs
 from jvdit.generation.request import STATES, Request, complete
 from jvdit.generation.residence import Residence, fits_together
+from jvdit.generation.restyle import begun
 from jvdit.generation.results import GeneratedClip, Latents
 from jvdit.generation.sampling import (
     OnStep,
@@ -211,10 +212,13 @@ class Generator:
             animate = partial(self.clips, watch=watch, **options)
             yield from drafted(requests, rows, paint, animate)
             return
+        options |= settings.solving
+        if any(x.restyle is not None for x in requests):
+            how = settings.steps or 1, settings.strength
+            options |= begun(self.model, self.codec, requests, *how)
         parts = self.solve(
             requests,
             on_step=lambda done, total, _: watch("denoising", done, total),
-            **settings.solving,
             **options,
         )
         for latents in parts:
@@ -228,6 +232,7 @@ class Generator:
             asked = found.from_video is not None or found.from_sound is not None
             # A picture has no sound.
             heard = self.model.has_sound and (found.frames != 1 or asked)
+            heard = heard and found.restyle is None
             found = dataclasses.replace(found, sound=heard or asked)
         return found
 

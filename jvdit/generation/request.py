@@ -35,11 +35,12 @@ PICTURES = ("image", "last_image", "video", "mask", "prefix", "suffix", "interpo
 PICTURES += "upscale", "from_video", "from_sound"
 SEVERAL = ("references", "keyframes")
 LATENTS = ("tail",)
+FIELDS_GIVEN = (*PICTURES, *SEVERAL, *LATENTS, "restyle")
 STATES = ("prompt_embeds", "negative_prompt_embeds")
 
 
 # Of these a clip lasts as long as what is given.
-_LASTING = "from_video", "upscale", "interpolate"
+_LASTING = "from_video", "upscale", "interpolate", "restyle"
 # Defaults for the fields that neither the request nor its model sets.
 _SUITS = {"negative_prompt": "", "frames": 17, "height": 64, "width": 64, "fps": 8.0}
 
@@ -70,6 +71,7 @@ class Request:
         suffix: footage that the clip ends with.
         interpolate: footage of half the frame rate, as long as the clip.
         upscale: footage of half the size, as long as the clip.
+        restyle: footage to make anew, from a part of its noise (`Settings.strength`).
         tail: latents that the clip goes on from. It begins amid a longer clip: of its
             first latent frame there is nothing.
         sound: whether the clip has sound; None: if its model can make some.
@@ -100,6 +102,7 @@ class Request:
     suffix: Pictures | None = None
     interpolate: Pictures | None = None
     upscale: Pictures | None = None
+    restyle: Pictures | None = None
     tail: Tail | None = None
     sound: bool | None = None
     from_video: Pictures | None = None
@@ -133,7 +136,7 @@ class Request:
     def settings(self) -> dict[str, Any]:
         """The fields as JSON values; images and video as file name, or as shape."""
         fields = {x.name: getattr(self, x.name) for x in dataclasses.fields(self)}
-        fields |= {name: _named(fields[name]) for name in PICTURES}
+        fields |= {name: _named(fields[name]) for name in (*PICTURES, "restyle")}
         fields["references"] = [_named(x) for x in self.references]
         fields["keyframes"] = [[time, _named(x)] for time, x in self.keyframes]
         fields.pop("tail")
