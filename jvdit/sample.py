@@ -106,16 +106,15 @@ _KEYFRAMES = flags.DEFINE_list(
     [],
     "Pictures at their times in seconds, such as 0.5:a.png,1:b.png.",
 )
-_FOOTAGE = {
-    name: flags.DEFINE_string(name, None, told)
-    for name, told in (
-        ("prefix", "Video that the clip begins with, and goes on from."),
-        ("suffix", "Video that the clip ends with."),
-        ("interpolate", "Video to double the frame rate of."),
-        ("upscale", "Video to double the size of."),
-        ("restyle", "Video to make anew, as the prompt has it; see --strength."),
-    )
-}
+_FOOTAGE = (
+    flags.DEFINE_string("prefix", None, "Video that the clip goes on from."),
+    flags.DEFINE_string("suffix", None, "Video that the clip ends with."),
+    flags.DEFINE_string("interpolate", None, "Video to double the frame rate of."),
+    flags.DEFINE_string("upscale", None, "Video to double the size of."),
+    flags.DEFINE_string(
+        "restyle", None, "Video to make anew, as the prompt has it; see --strength."
+    ),
+)
 _STRENGTH = flags.DEFINE_float(
     "strength",
     0.6,
@@ -330,7 +329,7 @@ def _common_fields() -> dict[str, Any]:
             _timed("keyframes", x, "SECONDS:PICTURE, such as 0.5:a.png")
             for x in _KEYFRAMES.value
         ),
-        **{name: flag.value for name, flag in _FOOTAGE.items()},
+        **{flag.name: flag.value for flag in _FOOTAGE},
         "sound": _SOUND.value,
         "from_video": _FROM_VIDEO.value,
         "from_sound": _FROM_SOUND.value,

@@ -25,6 +25,7 @@ from jvdit.data.plan import PackPlan
 from jvdit.data.sources import LatentSource, open_source
 from jvdit.data.world import World
 from jvdit.diffusion.denoise import Guidance
+from jvdit.evaluation.giving_truth import GIVEN, Truth
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request
 from jvdit.sharding import make_mesh
@@ -285,6 +286,27 @@ def test_fields_that_go_together(video):
     ):
         with pytest.raises(ValueError, match=message):
             check_given(["inpaint", "suffix"], Request("", **given).given)
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_what_evaluation_gives_is_what_models_take(video, name):
+    """And the pixels that it names are those that are given."""
+    row, clip = GIVEN[name], Truth(video, FPS, np.zeros((9_000, 1), np.float32))
+    size = {"frames": FRAMES, "height": SIDE, "width": SIDE, "fps": FPS}
+    request = Request("", **size, **row.fields(clip))
+    taken = {field for x in CONDITIONS.values() for field in x.takes}
+    assert set(request.given) <= taken
+    assert request.waveform(8_000, 1) is None or name == "sound"
+    if name != "sound":
+        request.read_given()
+    where = row.where(video)
+    assert where.shape == video.shape[:3]
+    blank = request.kept(np.zeros_like(video), masked=True)
+    if name in ("prefix", "inpaint", "outpaint", "picture"):
+        np.testing.assert_array_equal(blank, np.where(where[..., None], video, 0))
+    frames = where.all(axis=(1, 2)).sum()
+    wanted = {"both_ends": 2, "suffix": 3, "keyframes": 2, "interpolate": 5, "first": 1}
+    assert frames == wanted.get(name, frames)
 
 
 # Sampling
