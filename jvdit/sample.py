@@ -27,14 +27,13 @@ from absl import flags
 from jax.sharding import Mesh
 
 from jvdit.box import FOLDER
-from jvdit.data.media.writer import ClipWriter
 from jvdit.data.sheets import contact_sheet, write_png
 from jvdit.diffusion.reuse import Reuse, save_ratios
 from jvdit.diffusion.solvers import SOLVERS
 from jvdit.generation.calibration import calibrate
 from jvdit.generation.cascade import check_stage, refine
-from jvdit.generation.drift import Drift
-from jvdit.generation.films import Film, Scene, check_film, make_film
+from jvdit.generation.film_file import write_film
+from jvdit.generation.films import Film, Scene, check_film
 from jvdit.generation.generator import Generator
 from jvdit.generation.presets import PRESETS
 from jvdit.generation.prompt_lines import read_prompts, read_request
@@ -578,28 +577,22 @@ def _films(
     told = _told(settings, generator.model)
     for film in films:
         request = film.request
-        fps, rate = float(request.fps or 1.0), 0
-        if request.sound:
-            rate = generator.model.audio_vae.sample_rate
+        path = free_path(pathlib.Path(_OUT.value), clip_name(request), ".mp4")
         more = {"frames": film.frames, "carry": film.carry, "extend": _EXTEND.value}
         more["scenes"] = [list(scene) for scene in film.scenes]
-        drift, stills = Drift(film.frames / fps, fps), []
-        path = free_path(pathlib.Path(_OUT.value), clip_name(request), ".mp4")
-        scale = _ENLARGED.value or viewing_scale(request.size[1:])
-        size = request.size[1] * scale, request.size[2] * scale
-        sound = (generator.model.audio_vae.channels, rate) if rate else (0, 0)
-        about = {"jvdit": request.settings | told | more}
-        with Bars() as bars, ClipWriter(path, size, fps, sound, metadata=about) as file:
+        with Bars() as bars:
             task = bars.add_task("frames", total=film.frames)
-            for piece in make_film(generator, film, settings):
-                video = piece.video.repeat(scale, axis=1).repeat(scale, axis=2)
-                file.write(video, piece.audio)
-                stills.append(piece.video[-1])
-                bars.update(task, completed=piece.done)
-                last = piece.done == piece.total
-                for line in drift.add(piece.video, piece.audio, last):
-                    bars.print(line)
-        yield _Written(path, request.prompt, np.stack(stills))
+            stills = write_film(
+                path,
+                generator,
+                film,
+                settings,
+                metadata={"jvdit": request.settings | told | more},
+                scale=_ENLARGED.value or viewing_scale(request.size[1:]),
+                on_frames=lambda done, task=task: bars.update(task, completed=done),
+                tell=bars.print,
+            )
+        yield _Written(path, request.prompt, stills)
 
 
 class _Shown(Bars):
