@@ -22,7 +22,8 @@ GRID = [((5, 2, 4), 8.0, 0)]  # a clip of 40 tokens
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(tiles, "TILE", 16)
+    monkeypatch.setattr(tiles, "LEAST", 16)
+    monkeypatch.setattr(tiles, "MOST", 16)
     blocks = Blocks((128,) * 3, (128,) * 3, cores=2, gradients=0)
     monkeypatch.setattr(mosaic, "_blocks", lambda: blocks)
 
