@@ -143,7 +143,7 @@ def places(tokens: Tokens) -> Places:
     b, n = tokens.latents.shape[:2]
     clip = tokens.segment
     clip = jnp.zeros((b, n), jnp.int32) if clip is None else clip
-    t, y, x = (tokens.position[..., axis] for axis in range(3))
+    t, y, x = jnp.moveaxis(tokens.position, -1, 0)
     sound = jnp.broadcast_to(jnp.arange(n)[None] >= (tokens.kinds or (n,))[0], (b, n))
     clips, times, sounds, order = _sorted(clip, t, sound.astype(jnp.int32))
     if tokens.kinds:
@@ -152,10 +152,7 @@ def places(tokens: Tokens) -> Places:
     number = jnp.cumsum(begins | _changes(times), axis=1, dtype=jnp.int32)
     first = jax.lax.cummax(jnp.where(begins, number, 0), axis=1)
     frame = _unsorted(number - first, order)
-    # A sound has no place, so all of it is one cell.
-    *keys, order = _sorted(
-        clip, sound.astype(jnp.int32), *(jnp.where(sound, 0, z) for z in (y, x))
-    )
+    *keys, order = _sorted(clip, sound.astype(jnp.int32), y, x)
     changes = [_changes(key) for key in keys]
     number = jnp.cumsum(sum(changes[1:], changes[0]), axis=1, dtype=jnp.int32)
     sees = tokens.sees
