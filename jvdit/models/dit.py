@@ -120,8 +120,8 @@ class DiT(Layer):
         chunk_frames: frames of a chunk of the pattern "chunk_causal".
         window_frames: frames before and after its own that a token sees in "windowed".
         skips: each block of the second half takes what left its counterpart in the
-            first, the last block what left the first (U-ViT, arXiv:2209.12152), by a
-            projection that at first passes none of it on.
+            first, the last block what left the first (arXiv:2209.12152, 2405.04233), by
+            a projection that at first passes none of it on.
         dtype: type of the computation; norms, softmax and modulation stay float32.
         remat: what the backward pass recomputes: "none", "full" (whole blocks), "dots"
             (all but matrix products), "attention" (all but flash attention), or

@@ -29,6 +29,8 @@ from jvdit.sharding import constrain
 # Tables of `rope_tables`.
 Rotation = tuple[Float[Array, "b n k"], Float[Array, "b n k"]]
 Attend = Callable[..., Array]
+# The name under which compiled programs choose between the patterns of a cycle.
+CHOICE = "pattern_of_layer"
 
 
 @flax.struct.dataclass
@@ -76,7 +78,8 @@ class Context:
 
         def chosen(*inputs: Array, **how: Any) -> Array:
             ways = [partial(form, **how) for form in forms]
-            return jax.lax.switch(layer % len(ways), ways, *inputs)
+            with jax.named_scope(CHOICE):
+                return jax.lax.switch(layer % len(ways), ways, *inputs)
 
         return chosen
 
