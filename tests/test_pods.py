@@ -105,21 +105,17 @@ is_host_transfer=true, frontend_attributes={{{attributes}}}\n"
 )
 def test_a_cycle_of_layers_takes_each_of_its_patterns_as_often(source, times):
     """Of another choice the longer way counts."""
-    made = "  ROOT %p = f32[4]{{0}} fusion(%x), kind=kOutput, calls=%f, {}\n}}\n\n"
-    rest = CYCLES.replace("1750000", "0")
-    text = "\n".join(
-        f"%{name} (x: f32[4]) -> f32[4] {{\n  %x = f32[4]{{0}} parameter(0)\n"
-        + made.format(cycles)
-        for name, cycles in (("a", CYCLES), ("b", rest))
-    )
-    head = TEXT[: TEXT.index("ENTRY")] + text + "ENTRY %main (x: f32[4]) -> f32[4] {\n"
-    text = f"""{head}  %x = f32[4]{{0}} parameter(0)
-  ROOT %c = f32[4]{{0}} conditional(%x, %x, %x), branch_computations={{%a, %b}}, \
-metadata={{op_name="{source}"}}
-}}
-"""
-    chip = CHIPS["v5p"]
-    made = forecast(read(text), chip, AXES)
+    text = TEXT[: TEXT.index("ENTRY")]
+    for name, cycles in (("a", CYCLES), ("b", CYCLES.replace("1750000", "0"))):
+        text += f"%{name} (x: f32[4]) -> f32[4] {{\n"
+        text += "  %x = f32[4]{0} parameter(0)\n  ROOT %p = f32[4]{0} fusion(%x), "
+        text += (
+            f'kind=kOutput, calls=%f, metadata={{op_name="{source}"}}, {cycles}\n}}\n'
+        )
+    text += "ENTRY %main (x: f32[4]) -> f32[4] {\n  %x = f32[4]{0} parameter(0)\n"
+    text += "  ROOT %c = f32[4]{0} conditional(%x, %x, %x), "
+    text += "branch_computations={%a, %b}\n}\n"
+    made = forecast(read(text), CHIPS["v5p"], AXES)
     assert made.seconds == pytest.approx(times * 1e-3)
 
 

@@ -311,7 +311,9 @@ class _Walk:
             return self.run(each.attribute("to_apply"), times)
         if each.op == "conditional":
             names = self.program.branches(each)
-            if CHOICE in each.source:  # a cycle of layers takes each as often
+            # Of a choice in the backward pass only what is chosen knows its source.
+            inner = (x for name in names for x in self.program.computations[name])
+            if any(CHOICE in x.source for x in inner):  # layers take each as often
                 return sum(self.run(x, times / len(names)) for x in names) / len(names)
             return max((self.run(x, times) for x in names), default=0.0)
         kernel = next((x for x in inside if '"tpu_custom_call"' in x.text), None)
