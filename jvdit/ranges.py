@@ -127,6 +127,7 @@ RANGES: dict[str, Range | tuple[str, ...]] = {
     "dit.*cond_channels": _NONE_OR_MORE,
     "dit.image_*": _NONE_OR_MORE,
     "dit.own_blocks": _NONE_OR_MORE,
+    "dit.window_frames": _NONE_OR_MORE,
     "dit.*": _COUNT,
     "vae.*": _COUNT,
     "text_encoder.*": _COUNT,

@@ -26,6 +26,7 @@ from jvdit.data.records import RecordDataset
 from jvdit.diffusion.denoise import Guidance
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request
+from jvdit.generation.sampling import Chunk
 from jvdit.sharding import make_mesh
 from jvdit.tasks.encoding import encode
 from jvdit.tasks.flow import FlowTask
@@ -508,6 +509,29 @@ def test_adapters_of_a_model_of_ones_own(workdir, tmp_path):
     config.start_from = ""
     with pytest.raises(ValueError, match="`start_from` names no model"):
         train(config, str(tmp_path / "none"))
+
+
+def test_attention_patterns_are_trained_and_sampled_on_rows_of_one_grid(
+    latents, tmp_path, monkeypatch
+):
+    config = thread_config.flow_config(latents)
+    config.data.update(max_clips=1, token_budget=4)
+    config.dit.update(depth=2, patterns=("spatial", "temporal"), skips=True)
+    config.steps = 2
+    config.sample.update(prompts=(), scored=0)
+    config.checkpoint_every = config.sample_every = config.evaluate_every = 0
+    task = FlowTask(config, make_mesh(), tmp_path / "task")
+    assert task.objective.frames == 2
+    full = task.objective.dit.clone(patterns=(), skips=True)
+    tokens, text = (task.example[x].shape[1] for x in ("segment", "text_segment"))
+    assert task.flops < 8 * full.flops(tokens, text, "weights")
+    train(config, str(tmp_path / "on"))
+    generator = Generator.load(tmp_path / "on")
+    request = Request("two objects", frames=5, height=16, width=16, seed=3)
+    found = generator.latents([request], steps=2)
+    # The same by the rule of visibility, as in rows of several clips.
+    monkeypatch.setattr(Chunk, "frames", 0)
+    assert_close(found, generator.latents([request], steps=2))
 
 
 def test_a_field_that_came_later_is_at_its_default_in_an_old_workdir(tmp_path):

@@ -174,3 +174,19 @@ def sound_positions(
     t = late + (np.arange(count) + 0.5) / rate
     position[:, 0] = t if fps is None else frame_clock(t, fps, temporal_compression)
     return position
+
+
+def grid_frames(position: Float[np.ndarray, "b n 3"]) -> int:
+    """How many frames every row has, if each is one grid; 0: they aren't, or differ.
+
+    Args:
+        position: of the tokens of one clip a row. A grid has them frame after frame,
+            later ones later in time, each of the same cells in the same order.
+    """
+    frames = len(np.unique(position[0, :, 0]))
+    if position.shape[1] % frames:
+        return 0
+    grid = rearrange(position, "b (f s) a -> b f s a", f=frames)
+    t, cells = grid[..., 0], grid[..., 1:]
+    alike = (t == t[:, :, :1]).all() and (cells == cells[:, :1]).all()
+    return frames if alike and (np.diff(t[:, :, 0]) > 0).all() else 0

@@ -15,6 +15,7 @@ from jvdit.config import Config
 from jvdit.data.builders import PackedBatches
 from jvdit.data.conditions.giving import given_sources, marking
 from jvdit.data.items import Statistics
+from jvdit.data.patches import grid_frames
 from jvdit.data.plan import PackPlan
 from jvdit.data.sources import LatentSource, open_source, origin
 from jvdit.data.tokenizer import Tokenizer, train_tokenizer
@@ -78,6 +79,11 @@ class FlowTask(Task):
         self.example, _ = self.batch_builder[0]
         one_clip = data.max_clips == 1 and self.plan.padding == 0
         one_clip = one_clip and not data.sound_budget
+        held = [self.open(data.validation)] if data.validation else []
+        lengths = [x.index["frames"] for x in (*self.sources, *held)]
+        frames = np.concatenate(lengths) // config.patch_size[0]
+        # What is given beside some clips would make their rows longer than a grid.
+        alike = one_clip and np.ptp(frames) == 0 and len(drawn) == len(self.sources)
         self.objective = flow_objective(
             config,
             mesh,
@@ -88,6 +94,7 @@ class FlowTask(Task):
             sound_channels=self.audio_vae.module.latent_channels
             if self.audio_vae
             else 0,
+            frames=grid_frames(self.example["position"]) if alike else 0,
         )
         if self.objective.lora:
             self.frozen, self.fresh = self._base(), ("lora",)
@@ -96,13 +103,13 @@ class FlowTask(Task):
         self.summary = f"{clips} clips, {self.plan.padding:.1%} padding"
         rows, tokens = self.example["segment"].shape
         text = self.example["text_segment"].shape[1]
-        self.flops = float(rows * self.hosts * self.objective.flops(tokens, text))
+        each = self.objective.flops(tokens, text, round(frames.mean()))
+        self.flops = float(rows * self.hosts * each)
         drawn = config.sample.pictures
         self.pictures = open_bundle(drawn) if drawn else None
         self.samples = Samples(config, self.bundle, mesh)
         self._validation = None
-        if data.validation:
-            held = [self.open(data.validation)]
+        if held:
             self._validation = self._packed(held, self._plan(held, 0))
         self._measure = jit(self.objective.validate)
 

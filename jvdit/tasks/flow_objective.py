@@ -23,6 +23,7 @@ def flow_objective(
     vocab_size: int,
     one_clip: bool,
     sound_channels: int = 0,
+    frames: int = 0,
 ) -> FlowObjective:
     """Builds the denoising objective from a config and the sizes that the data set.
 
@@ -34,6 +35,7 @@ def flow_objective(
         vocab_size: vocabulary of the trained text encoder's tokenizer.
         one_clip: every row is exactly one clip without padding, so no mask is needed.
         sound_channels: channels of a token of sound; 0: clips are silent.
+        frames: of every row, if it is one grid, see `Tokens`.
 
     Raises:
         ValueError: settings contradict one another.
@@ -62,6 +64,7 @@ def flow_objective(
         pad_text=config.conventions.pad_text,
         boundary=_boundary(config, mesh),
         given=tuple(given_shares(config)),
+        frames=frames,
         **sound,
     )
 

@@ -83,6 +83,7 @@ class FlowObjective:
         pairings: shares of the rows of `PAIRINGS`, by name, for clips with sound.
         cut: share of those clips in which picture and sound don't see one another.
         sound_weight: weight of the sound's mean error beside the picture's.
+        frames: of every row, if it is one grid, see `Tokens`; 0: rows aren't so.
     """
 
     dit: Backbone
@@ -98,6 +99,7 @@ class FlowObjective:
     pairings: tuple[tuple[str, float], ...] = ()
     cut: float = 0.0
     sound_weight: float = 1.0
+    frames: int = 0
 
     def init(self, key: PRNGKeyArray, batch: Batch) -> Any:
         """Initialises the parameters by network: "dit", "text_encoder", "dit_low".
@@ -129,14 +131,16 @@ class FlowObjective:
         pairs = tuple(x for x, share in shares if share and x in CONDITIONS)
         return self.given + pairs
 
-    def flops(self, tokens: int, text: int) -> int:
+    def flops(self, tokens: int, text: int, frames: int = 0) -> int:
         """FLOPs of one row in a training step, forward and backward.
 
         Args:
             tokens: tokens of a row.
             text: text states of a row.
+            frames: of a clip, in tokens.
         """
-        return self.dit.flops(tokens, text, "adapters" if self.lora else "weights")
+        trained = "adapters" if self.lora else "weights"
+        return self.dit.flops(tokens, text, trained, frames)
 
     def prepare(self, batch: Batch, key: PRNGKeyArray) -> Batch:
         """Draws a timestep for each clip, and a key for each row."""
@@ -266,7 +270,7 @@ class FlowObjective:
     def _tokens(self, batch: Batch, latents: Array) -> Tokens:
         given = bool(self.given)
         how = {"one_clip": self.one_clip, "given": given, "kinds": self.kinds}
-        return Tokens.of(batch, latents, **how)
+        return Tokens.of(batch, latents, frames=self.frames, **how)
 
     def _text(self, params: Any, batch: Batch) -> Text:
         text = text_of(self.text_encoder, params, batch)
