@@ -82,6 +82,6 @@ def dubbed(
 
 
 def _is_open(request: Request) -> bool:
-    """Whether nothing says yet what a clip begins with."""
-    given = request.image, request.from_video
-    return request.frames != 1 and all(x is None for x in given)
+    """Whether nothing is given yet of what is to be seen, but for its subject."""
+    given = {*request.given, *["restyle"] * (request.restyle is not None)}
+    return request.frames != 1 and given <= {"references", "from_sound"}
