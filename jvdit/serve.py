@@ -1,0 +1,175 @@
+"""Serves clips over HTTP: `python -m jvdit.serve`, then http://127.0.0.1:8000.
+
+One process owns the devices. Requests wait in a queue, are answered in the shape of
+OpenAI's videos API, and outlive the server. A page shows what is made.
+"""
+
+from jvdit.machine.huge_pages import use_huge_pages
+
+if __name__ == "__main__":
+    use_huge_pages()  # begins this process anew, so before what takes seconds
+
+
+import os
+import pathlib
+from typing import Any
+
+from absl import flags
+
+from jvdit.box import FOLDER
+from jvdit.generation.generator import Generator
+from jvdit.machine import flag_parser
+from jvdit.machine.command import refuse_arguments, told_in_a_line
+from jvdit.machine.compilation import keep_compilations
+from jvdit.machine.files import check_writable
+from jvdit.machine.lock import FolderLock
+from jvdit.sharding import make_mesh, parse_mesh
+from jvdit.weights.adapters import strengths
+from jvdit.weights.opening import EXPERTS, open_bundle, with_adapters
+
+_WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "Folder of a training run, or of its finished model (default: the small model in "
+    "the box).",
+)
+_PRETRAINED = flags.DEFINE_string(
+    "pretrained",
+    None,
+    "Folder of a released Wan 2 model, or its id on the Hugging Face Hub, instead of "
+    "--workdir.",
+)
+_LORA = flags.DEFINE_multi_string(
+    "lora",
+    [],
+    "Adapter files (LoRA and its kin), each perhaps with its strength: FILE:0.8,FILE.",
+)
+_NAME = flags.DEFINE_string(
+    "name", None, "What the model is called (default: as its folder)."
+)
+_OUT = flags.DEFINE_string("out", "served", "Folder that keeps the jobs and clips.")
+_HOST = flags.DEFINE_string(
+    "host", "127.0.0.1", "Address to listen at; all but this machine's needs --token."
+)
+_PORT = flags.DEFINE_integer(
+    "port", 8000, "Port to listen at.", lower_bound=0, upper_bound=65535
+)
+_TOKEN = flags.DEFINE_string(
+    "token", None, "What clients must show (default: the variable JVDIT_TOKEN)."
+)
+_TOKENS = flags.DEFINE_integer(
+    "tokens",
+    None,
+    "Most latent tokens of a clip (default: twice those of the model's own).",
+    lower_bound=1,
+)
+_QUEUE = flags.DEFINE_integer("queue", 64, "Most jobs that wait.", lower_bound=1)
+_KEEP = flags.DEFINE_float(
+    "keep", 24.0, "Hours that finished clips are kept.", lower_bound=0.0
+)
+_DISK = flags.DEFINE_float(
+    "disk", 4.0, "GB of disk space; the oldest clips give way.", lower_bound=0.001
+)
+_BODY = flags.DEFINE_integer("body", 64, "Most MB of a request.", lower_bound=1)
+_GRACE = flags.DEFINE_float(
+    "grace",
+    30.0,
+    "Seconds that running clips may take once the server is told to stop; what isn't "
+    "finished then waits for the next start.",
+    lower_bound=0.0,
+)
+_MESH = flags.DEFINE_string(
+    "mesh", None, "Devices along each axis, such as data=2 (default: all along data)."
+)
+
+
+def _token() -> str:
+    """The token that clients must show; "" for this machine alone."""
+    from jvdit.serving.guard import is_loopback
+
+    token = _TOKEN.value or os.environ.get("JVDIT_TOKEN", "")
+    if not token and not is_loopback(_HOST.value):
+        raise ValueError(
+            f"--host={_HOST.value} can be reached by others: give a --token that they "
+            "must show, or listen at 127.0.0.1."
+        )
+    return token
+
+
+def _generator() -> tuple[Generator, dict[str, str]]:
+    """The generator, and the flags that open its model."""
+    if _WORKDIR.value is not None and _PRETRAINED.value is not None:
+        raise ValueError("give one of --workdir and --pretrained, not both.")
+    mesh = make_mesh(parse_mesh(_MESH.value) if _MESH.value else None)
+    folder = pathlib.Path(_WORKDIR.value or FOLDER).absolute()
+    model = open_bundle(_PRETRAINED.value or folder, mesh)
+    if files := strengths(_LORA.value):
+        model = with_adapters(model, files, EXPERTS)
+    flag = _WORKDIR if _PRETRAINED.value is None else _PRETRAINED
+    source = {flag.name: flag.value} if flag.value else {}
+    if _LORA.value:
+        source["lora"] = ",".join(_LORA.value)
+    return Generator(model, mesh), source
+
+
+def serve() -> None:
+    """Serves until the process is told to stop.
+
+    Raises:
+        ValueError: a setting is wrong, or another server holds the folder.
+        OSError: the folder or the port can't be used.
+    """
+    try:
+        import uvicorn
+
+        from jvdit.serving import app, jobs, served, worker
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{error.name} is missing: pip install 'jvdit[serve]'."
+        ) from None
+    token, folder = _token(), pathlib.Path(_OUT.value)
+    check_writable(folder)
+    lock = FolderLock(folder)
+    lock.acquire()
+    try:
+        limits = jobs.Limits(
+            waiting=_QUEUE.value,
+            seconds=_KEEP.value * 3600,
+            num_bytes=int(_DISK.value * 2**30),
+        )
+        queue = jobs.Jobs(folder, limits)
+        generator, source = _generator()
+        name = (
+            _NAME.value or pathlib.Path(next(iter(source.values()), "jvdit-box")).name
+        )
+        model = served.Served(generator, name, _TOKENS.value or 0, source=source)
+        made: Any = app.make_app(
+            queue,
+            worker.Worker(queue, model),
+            _GRACE.value,
+            token=token,
+            num_bytes=_BODY.value << 20,
+        )
+        uvicorn.run(
+            made,
+            host=_HOST.value,
+            port=_PORT.value,
+            log_level="warning",
+            limit_concurrency=256,
+            timeout_graceful_shutdown=5,
+            server_header=False,
+        )
+    finally:
+        lock.release()
+
+
+def main(argv: list[str]) -> None:
+    """Parses, serves, and turns mistakes of the user into one line."""
+    refuse_arguments(argv)
+    with told_in_a_line("stopped; what waits goes on with the next start."):
+        keep_compilations()
+        serve()
+
+
+if __name__ == "__main__":
+    flag_parser.run(main)
