@@ -60,9 +60,15 @@ _TOKEN = flags.DEFINE_string(
 _TOKENS = flags.DEFINE_integer(
     "tokens",
     None,
-    "Most latent tokens of a clip (default: twice those of the model's own).",
+    "Latent tokens of a row, and the most of a clip (default: as many as two of the "
+    "model's own clips take).",
     lower_bound=1,
 )
+_ROWS = flags.DEFINE_integer(
+    "rows", 1, "Rows of so many tokens that are denoised together.", lower_bound=1
+)
+_CLIPS = flags.DEFINE_integer("clips", 4, "Most clips in a row.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("max_steps", 100, "Most steps of a clip.", lower_bound=1)
 _QUEUE = flags.DEFINE_integer("queue", 64, "Most jobs that wait.", lower_bound=1)
 _KEEP = flags.DEFINE_float(
     "keep", 24.0, "Hours that finished clips are kept.", lower_bound=0.0
@@ -122,7 +128,7 @@ def serve() -> None:
     try:
         import uvicorn
 
-        from jvdit.serving import app, jobs, served, worker
+        from jvdit.serving import app, jobs, packed, served, worker
     except ModuleNotFoundError as error:
         raise ValueError(
             f"{error.name} is missing: pip install 'jvdit[serve]'."
@@ -142,10 +148,13 @@ def serve() -> None:
         name = (
             _NAME.value or pathlib.Path(next(iter(source.values()), "jvdit-box")).name
         )
-        model = served.Served(generator, name, _TOKENS.value or 0, source=source)
+        model = served.Served(generator, name, _TOKENS.value or 0, _STEPS.value, source)
+        rows = packed.Packed(
+            generator, model.tokens, _ROWS.value, _CLIPS.value, model.steps
+        )
         made: Any = app.make_app(
             queue,
-            worker.Worker(queue, model),
+            worker.Worker(queue, model, rows),
             _GRACE.value,
             token=token,
             num_bytes=_BODY.value << 20,

@@ -218,7 +218,7 @@ class Generator:
             **options,
         )
         for latents in parts:
-            yield from self._decoded(latents, requests, watch)
+            yield from self.decoded(latents, requests, watch)
 
     def complete(self, request: Request) -> Request:
         """Fills the fields that a request leaves open with the model's defaults."""
@@ -354,18 +354,16 @@ class Generator:
         hint_scales(model, conditioning_scale)
         requests = [self.complete(request) for request in requests]
         sizes = [self.check(request) for request in requests]
-        given = [
-            self._inputs.known(*pair) for pair in zip(requests, sizes, strict=True)
-        ]
+        given = [self.inputs.known(*pair) for pair in zip(requests, sizes, strict=True)]
         sizes = [(f + g.lead, h, w) for (f, h, w), g in zip(sizes, given, strict=True)]
-        sounds = [self._inputs.sounds(request) for request in requests]
+        sounds = [self.inputs.sounds(request) for request in requests]
         channels = (model.vae.latent_channels, model.dit.sound_channels)
         guidances = {"dit": guidance, "dit_low": low_guidance or guidance}
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         if all(each.scale != 1 for each in guidances.values()) and ways % 2 == 0:
             ways //= 2  # guidance doubles the rows
         batches = batches_of(
-            *self._inputs.items(requests, sizes, given, noise),
+            *self.inputs.items(requests, sizes, given, noise),
             [request.seed for request in requests],
             rows,
             ways,
@@ -391,7 +389,7 @@ class Generator:
 
     # Implementation
 
-    def _decoded(
+    def decoded(
         self, latents: Mapping[int, Latents], requests: Sequence[Request], watch: Watch
     ) -> Iterator[tuple[int, GeneratedClip]]:
         """Decodes the clips of a batch; pictures of one size are decoded together."""
@@ -465,5 +463,6 @@ class Generator:
         return Stepper(self.model.dit, self.model.path)
 
     @property
-    def _inputs(self) -> Inputs:
+    def inputs(self) -> Inputs:
+        """Turns requests into the inputs of the network."""
         return Inputs(self.model, self.residence, self.mesh, self.codec)

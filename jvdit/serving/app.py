@@ -17,7 +17,7 @@ from starlette.routing import Route
 from jvdit.machine.command import MISTAKES
 from jvdit.serving.bodies import Files, read_body
 from jvdit.serving.guard import Guard, TooLarge, refusal, too_large
-from jvdit.serving.jobs import CLIP, DONE, POSTER, WAITING, Full, Job, Jobs
+from jvdit.serving.jobs import CLIP, DONE, POSTER, WAITING, Full, Jobs, VideoJob
 from jvdit.serving.video_request import VideoRequest, in_api_words
 from jvdit.serving.worker import Worker
 
@@ -81,18 +81,21 @@ class Api:
             return refusal(500, job.error)
         return self._file(job, CLIP, "video/mp4")
 
-    async def _created(self, http: HttpRequest) -> Job:
+    async def _created(self, http: HttpRequest) -> VideoJob:
         takes = [x["name"] for x in self.served.card["conditions"]]
         fields, files = await read_body(http, takes)
         return await run_in_threadpool(self._add, fields, files)
 
-    def _add(self, fields: dict[str, Any], files: Files) -> Job:
+    def _add(self, fields: dict[str, Any], files: Files) -> VideoJob:
         """Checks what is asked, and puts it in the queue."""
         asked, jobs = VideoRequest.of(fields), self.jobs
         id, names = jobs.receive(files)
         try:
-            request, settings = self.served.order(asked, jobs.paths(id, names))
-            request.read_given()
+            try:
+                request, settings = self.served.order(asked, jobs.paths(id, names))
+                request.read_given()
+            except MISTAKES as error:  # an OSError is about a file that was given
+                raise ValueError(jobs.without_paths(id, str(error))) from error
             return jobs.add(id, names, asked, self.served.told(request, settings))
         except BaseException:
             jobs.discard(id)
@@ -140,7 +143,7 @@ class Api:
             raise HTTPException(404, f"the video is {job.status}; it has no content.")
         return self._file(job, *kinds[variant])
 
-    def _file(self, job: Job, file: str, kind: str) -> Response:
+    def _file(self, job: VideoJob, file: str, kind: str) -> Response:
         name = f"{job.id}.{file.rpartition('.')[2]}"
         return FileResponse(
             self.jobs.path(job.id, file),
@@ -176,15 +179,16 @@ class Api:
             "in_progress": sum(not job.over and job.status != WAITING for job in jobs),
         }
         status = "ok" if ready else "warming up" if alive else "stopped"
-        return JSONResponse({"status": status, **counts}, 200 if alive else 503)
+        found = {"status": status, **counts, "same_bits": self.worker.same_bits}
+        return JSONResponse(found, 200 if alive else 503)
 
-    def _found(self, http: HttpRequest) -> Job:
+    def _found(self, http: HttpRequest) -> VideoJob:
         job = self.jobs.find(http.path_params["id"])
         if job is None:
             raise HTTPException(404, "there is no such video, or no longer.")
         return job
 
-    def _view(self, job: Job) -> dict[str, Any]:
+    def _view(self, job: VideoJob) -> dict[str, Any]:
         """A job as the API shows it."""
         expires, over = self.jobs.expires_at(job), job.completed_at
         return {

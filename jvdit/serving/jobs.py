@@ -29,7 +29,7 @@ class Full(Exception):
     """The queue or the disk takes no more for now; the message says which."""
 
 
-class Job(msgspec.Struct):
+class VideoJob(msgspec.Struct):
     """One clip that was asked for.
 
     Attributes:
@@ -94,7 +94,7 @@ class Jobs:
         self.folder, self.limits = folder, limits
         self.changed = threading.Condition(threading.RLock())
         self.previews: dict[str, bytes] = {}
-        self._jobs: dict[str, Job] = {}
+        self._jobs: dict[str, VideoJob] = {}
         self._bytes: dict[str, int] = {}
         folder.mkdir(parents=True, exist_ok=True)
         sweep_temporary(folder)
@@ -103,13 +103,13 @@ class Jobs:
             self._weigh(job)
         self._next = max((x.number for x in self._jobs.values()), default=0) + 1
 
-    def _kept(self) -> Iterator[Job]:
+    def _kept(self) -> Iterator[VideoJob]:
         """The jobs that an earlier server left in the folder."""
         for folder in self.folder.glob("video_*"):
             if not (file := folder / _JOB).exists():  # it never came to be a job
                 shutil.rmtree(folder, ignore_errors=True)
                 continue
-            job = read_json(file, f"remove {file.parent}", Job)
+            job = read_json(file, f"remove {file.parent}", VideoJob)
             if not job.over:
                 made = (file.parent / CLIP).exists()
                 job.status, job.progress = (DONE, 100) if made else (WAITING, 0)
@@ -150,14 +150,14 @@ class Jobs:
 
     def add(
         self, id: str, files: dict[str, list[str]], asked: VideoRequest, told: Any
-    ) -> Job:
+    ) -> VideoJob:
         """Puts a job at the end of the queue.
 
         Args:
             id: from `receive`.
             files: the same.
             asked: what was asked.
-            told: see `Job`.
+            told: see `VideoJob`.
 
         Raises:
             Full: as for `receive`.
@@ -165,7 +165,7 @@ class Jobs:
         """
         with self.changed:
             self._check_room()
-            job = Job(id, self._next, asked, files, time.time(), told=told)
+            job = VideoJob(id, self._next, asked, files, time.time(), told=told)
             self._store(job)
             self._next += 1
             self._jobs[id] = job
@@ -190,44 +190,48 @@ class Jobs:
             for name, several in files.items()
         }
 
-    def find(self, id: str) -> Job | None:
+    def without_paths(self, id: str, text: str) -> str:
+        """A message in which files of a job go by their names alone."""
+        return text.replace(f"{self.folder / id}{os.sep}", "")
+
+    def find(self, id: str) -> VideoJob | None:
         """A job by its id; None: there is none, or no longer."""
         with self.changed:
             return self._jobs.get(id)
 
-    def all(self) -> list[Job]:
+    def all(self) -> list[VideoJob]:
         """All jobs, the oldest first."""
         with self.changed:
             return [*self._jobs.values()]
 
-    def waiting(self) -> list[Job]:
+    def waiting(self) -> list[VideoJob]:
         """The jobs that wait, the oldest first."""
         return [job for job in self.all() if job.status == WAITING]
 
-    def begin(self, job: Job) -> bool:
+    def begin(self, job: VideoJob) -> bool:
         """Notes that a job is worked on; False: it was cancelled meanwhile."""
         return self._update(job, status=RUNNING)
 
-    def progress(self, job: Job, share: float) -> bool:
+    def progress(self, job: VideoJob, share: float) -> bool:
         """Notes how much of a job is done; False: it was cancelled meanwhile."""
         with self.changed:
             job.progress = min(int(100 * share), 99)
             return job.id in self._jobs
 
-    def put_back(self, job: Job) -> None:
+    def put_back(self, job: VideoJob) -> None:
         """Has a job wait again, in its old place."""
         self._update(job, status=WAITING, progress=0)
 
-    def complete(self, job: Job) -> None:
+    def complete(self, job: VideoJob) -> None:
         """Notes that the clip of a job lies in its folder."""
         self._update(job, status=DONE, progress=100, completed_at=time.time())
 
-    def fail(self, job: Job, error: str) -> None:
+    def fail(self, job: VideoJob, error: str) -> None:
         """Notes why there is no clip."""
         now = time.time()
         self._update(job, status=FAILED, error=error, completed_at=now)
 
-    def _update(self, job: Job, **fields: Any) -> bool:
+    def _update(self, job: VideoJob, **fields: Any) -> bool:
         with self.changed:
             for name, value in fields.items():
                 setattr(job, name, value)
@@ -251,7 +255,7 @@ class Jobs:
             self.changed.notify_all()
             return True
 
-    def expires_at(self, job: Job) -> float | None:
+    def expires_at(self, job: VideoJob) -> float | None:
         """When a job that is over is forgotten; None: it isn't over."""
         over = job.completed_at
         return None if over is None else over + self.limits.seconds
@@ -273,9 +277,9 @@ class Jobs:
         with self.changed:
             return sum(self._bytes.values()) >= self.limits.num_bytes
 
-    def _store(self, job: Job) -> None:
+    def _store(self, job: VideoJob) -> None:
         write_json(self.path(job.id, _JOB), msgspec.to_builtins(job))
 
-    def _weigh(self, job: Job) -> None:
+    def _weigh(self, job: VideoJob) -> None:
         with os.scandir(self.folder / job.id) as files:
             self._bytes[job.id] = sum(file.stat().st_size for file in files)

@@ -12,6 +12,7 @@ from jvdit.data.patches import token_grid
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request, size_like
 from jvdit.generation.settings import Settings
+from jvdit.serving.berths import ALIGNED
 from jvdit.serving.video_request import VideoRequest
 
 # How a browser may choose a file for a condition; all others are pictures.
@@ -26,7 +27,8 @@ class Served:
     Attributes:
         generator: makes clips with it.
         name: that it goes by.
-        tokens: most tokens of a clip; 0: twice those of the model's own.
+        tokens: most tokens of a clip; 0: as many as two of the model's
+            own take.
         steps: most steps of a clip.
         source: flags of `jvdit.sample` that open this model.
     """
@@ -40,7 +42,9 @@ class Served:
     def __post_init__(self):
         if not self.tokens:
             usual = self.generator.complete(Request("")).size
-            object.__setattr__(self, "tokens", 2 * self.tokens_of(*usual))
+            count = self.tokens_of(*usual)
+            both = -(-count // ALIGNED) * ALIGNED + count
+            object.__setattr__(self, "tokens", both)
 
     def order(
         self, asked: VideoRequest, paths: Mapping[str, Sequence[str]]
@@ -69,27 +73,24 @@ class Served:
         model.check_given([*paths])
         fps = model.defaults.get("fps", 8.0)
         request = asked.request(fps, model.vae.temporal_compression, paths)
-        self._check_tokens(request)
         settings = asked.settings.complete(model.defaults)
         if (settings.steps or 1) > self.steps:
             raise ValueError(
                 f"`steps` (={settings.steps}) must be at most {self.steps} here."
             )
         request = self.generator.complete(request)
-        self._check_tokens(request)
         self.generator.check(request)
+        self._check_tokens(request)
         return request, settings
 
     def tokens_of(self, frames: int, height: int, width: int) -> int:
         """Tokens of the picture of a clip."""
         model = self.generator.model
         size = model.vae.latent_shape(frames, height, width)
-        return math.prod(max(n, 1) for n in token_grid(size, model.patch_size))
+        return math.prod(token_grid(size, model.patch_size))
 
     def _check_tokens(self, request: Request) -> None:
         """Raises a ValueError with the largest clip that fits, unless this one does."""
-        if None in (request.frames, request.height, request.width):
-            return
         frames, height, width = request.size
         if (count := self.tokens_of(frames, height, width)) <= self.tokens:
             return

@@ -18,6 +18,7 @@ _Prompt = Annotated[str, msgspec.Meta(max_length=_LONGEST)]
 _SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})")
 # What our settings are called in this API, for the messages of errors.
 _NAMES = {"frames": "num_frames", "steps": "num_inference_steps"}
+_NAMES |= {"T": "num_frames", "H": "height", "W": "width"}
 _OF_SIZE = ("height", "width")
 
 

@@ -1,24 +1,62 @@
-"""The thread that owns the devices: takes jobs from the queue and makes their clips."""
+"""The thread that owns the devices: takes jobs from the queue and makes their clips.
 
+Between the steps of its rows, clips that are finished leave and waiting ones enter, the
+oldest first. A younger one may pass an older one that finds no room, but never into the
+row that is kept for it. What can't be packed is made by itself, in its turn.
+"""
+
+import dataclasses
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from jvdit.generation.draft import passes
+from jvdit.generation.request import Request
 from jvdit.generation.results import GeneratedClip
+from jvdit.generation.settings import Settings
 from jvdit.machine.command import MISTAKES
-from jvdit.serving.jobs import CLIP, POSTER, Job, Jobs
-from jvdit.serving.preview import webp
+from jvdit.serving.jobs import CLIP, POSTER, Jobs, VideoJob
+from jvdit.serving.packed import Aboard, Packed
+from jvdit.serving.preview import Colours, webp
 from jvdit.serving.served import Served
 
 _IDLE = 5.0  # seconds between two looks at what has expired
+_GLANCE = 0.5  # seconds between two previews of a clip
+# Where each phase of a clip that is made by itself begins, and its share of the whole.
+_SHARES = {"drafting": (0.0, 0.2), "denoising": (0.2, 0.7), "decoding": (0.9, 0.1)}
 
 
 class Dropped(Exception):
     """The job that runs was cancelled, or the server stops."""
+
+
+@dataclasses.dataclass
+class Voyage:
+    """A job on its way through the rows.
+
+    Attributes:
+        job: the job.
+        settings: complete.
+        passes: of its clip, see `passes`.
+        request: of the pass that comes next, or is made now.
+        needs: tokens of that.
+        clip: its place in a row; None: it waits for one.
+        done: passes that are over.
+        seen: when it was last looked at.
+    """
+
+    job: VideoJob
+    settings: Settings
+    passes: Generator[Request, GeneratedClip, GeneratedClip]
+    request: Request
+    needs: tuple[int, int]
+    clip: Aboard | None = None
+    done: int = 0
+    seen: float = 0.0
 
 
 class Worker(threading.Thread):
@@ -26,19 +64,24 @@ class Worker(threading.Thread):
 
     Attributes:
         ready: set once all is compiled.
+        same_bits: whether, on these devices, a clip's bits were the same wherever it
+            lay in a row; None: that isn't known yet.
 
     Args:
         jobs: the queue.
         served: the model.
+        packed: rows for many clips; None: each is made by itself.
     """
 
-    def __init__(self, jobs: Jobs, served: Served):
+    def __init__(self, jobs: Jobs, served: Served, packed: Packed | None = None):
         super().__init__(name="worker", daemon=True)
-        self.jobs, self.served = jobs, served
+        self.jobs, self.served, self.packed = jobs, served, packed
         self.ready = threading.Event()
+        self.same_bits: bool | None = None
+        self._voyages: dict[str, Voyage] = {}
         self._deadline: float | None = None  # when to leave what isn't finished
-        self._writing: list[Future[None]] = []
         self._writer = ThreadPoolExecutor(1, "writer")
+        self._colours: Colours | None = None
 
     def stop(self, grace: float) -> None:
         """Begins nothing more, and puts back what isn't finished in time.
@@ -49,51 +92,176 @@ class Worker(threading.Thread):
         with self.jobs.changed:
             self._deadline = time.monotonic() + grace
             self.jobs.changed.notify_all()
-        self.join()
+        if self.ident is not None:
+            self.join()
         self._writer.shutdown()
 
     def run(self) -> None:
         """Works until `stop` is called."""
+        try:
+            self._warm_up()
+            while self._goes_on():
+                self.jobs.expire()
+                self._forget_cancelled()
+                if self._deadline is None:
+                    self._admit()
+                if self._under_way():
+                    self._step()
+                    continue
+                with self.jobs.changed:
+                    if self._deadline is None and not self.jobs.waiting():
+                        self.jobs.changed.wait(_IDLE)
+        except Exception:  # the devices are lost: jobs wait for the next start
+            traceback.print_exc(file=sys.stderr)
+        for voyage in self._voyages.values():
+            self.jobs.put_back(voyage.job)
+
+    def _warm_up(self) -> None:
+        if self.packed is not None:
+            generator = self.served.generator
+            if self.packed.takes(self.packed.settings):
+                self.same_bits = self.packed.warm_up()
+                _, height, width = generator.complete(Request("")).size
+                self._colours = Colours(generator.codec.encode, height, width)
+            else:
+                self.packed = None
         self.ready.set()
-        while not self._stopping:
-            self.jobs.expire()
-            if waiting := self.jobs.waiting():
-                self._alone(waiting[0])
+
+    def _goes_on(self) -> bool:
+        return self._deadline is None or (
+            time.monotonic() < self._deadline and self._under_way() > 0
+        )
+
+    def _under_way(self) -> int:
+        """How many jobs have a clip in a row."""
+        return sum(voyage.clip is not None for voyage in self._voyages.values())
+
+    def _forget_cancelled(self) -> None:
+        for voyage in [*self._voyages.values()]:
+            if self.jobs.find(voyage.job.id) is None:
+                self._disembark(voyage)
+                self._forget(voyage)
+
+    def _disembark(self, voyage: Voyage) -> None:
+        if voyage.clip is not None and self.packed is not None:
+            self.packed.leave(voyage.clip)
+            voyage.clip = None
+
+    def _forget(self, voyage: Voyage) -> None:
+        self._voyages.pop(voyage.job.id, None)
+
+    def _admit(self) -> None:
+        """Lets waiting clips into the rows, or makes one by itself."""
+        closed: set[int] = set()
+        for job in self._candidates():
+            voyage = self._voyages.get(job.id)
+            if voyage is None and not self.guard(job, lambda j=job: self._prepare(j)):
                 continue
-            with self.jobs.changed:
-                if not self._stopping and not self.jobs.waiting():
-                    self.jobs.changed.wait(_IDLE)
+            voyage = self._voyages.get(job.id)
+            if voyage is None or self.packed is None:  # it can't be packed
+                if not closed:
+                    self._alone(job)
+                    return
+                continue
+            berth = self.packed.find(voyage.needs, closed)
+            if berth is not None:
+                self.guard(job, lambda v=voyage, b=berth: self._enter(v, b))
+            elif not closed:
+                closed.add(self.packed.soonest(voyage.needs))
 
-    @property
-    def _stopping(self) -> bool:
-        return self._deadline is not None
+    def _candidates(self) -> Iterator[VideoJob]:
+        """Jobs that want a place, the oldest first."""
+        between = [x.job for x in self._voyages.values() if x.clip is None]
+        jobs = {job.id: job for job in (*between, *self.jobs.waiting())}
+        yield from sorted(jobs.values(), key=lambda job: job.number)
 
-    @property
-    def _out_of_time(self) -> bool:
-        return self._deadline is not None and time.monotonic() >= self._deadline
+    def _prepare(self, job: VideoJob) -> None:
+        """Makes a voyage of a job, if its clip can be packed."""
+        request, settings = self._order(job)
+        if self.packed is None or not self.packed.takes(settings):
+            return
+        steps = passes(request, bool(settings.draft), bool(settings.sound_after))
+        first = next(steps)
+        needs = self.packed.counts(first)
+        self._voyages[job.id] = Voyage(job, settings, steps, first, needs)
 
-    def _alone(self, job: Job) -> None:
+    def _order(self, job: VideoJob) -> tuple[Request, Settings]:
+        return self.served.order(job.asked, self.jobs.paths(job.id, job.files))
+
+    def _enter(self, voyage: Voyage, berth: Any) -> None:
+        assert self.packed is not None
+        if not voyage.done and not self.jobs.begin(voyage.job):
+            self._forget(voyage)
+            return
+        voyage.clip = self.packed.enter(voyage.request, voyage.settings, berth)
+
+    def _step(self) -> None:
+        """Takes a step of all clips in the rows; finished ones leave."""
+        assert self.packed is not None
+        finished = self.packed.step()
+        for voyage in [*self._voyages.values()]:
+            if voyage.clip is None:
+                continue
+            job = voyage.job
+            if voyage.clip in finished:
+                self.guard(job, lambda v=voyage: self._arrive(v))
+            else:
+                self._look(voyage, voyage.clip)
+
+    def _look(self, voyage: Voyage, clip: Aboard) -> None:
+        """Notes the progress of a clip, and what is to be seen of it."""
+        many = voyage.done + 1 + (voyage.request.frames == 1 and not voyage.done)
+        share = clip.index / (clip.index + clip.left)
+        self.jobs.progress(voyage.job, (voyage.done + share) / many)
+        now = time.monotonic()
+        if self.packed is None or self._colours is None or now < voyage.seen + _GLANCE:
+            return
+        voyage.seen = now
+        frames = self._colours(self.packed.foreseen(clip))
+        seconds = (voyage.request.frames or 1) / (voyage.request.fps or 8.0)
+        picture = webp(frames, 1000 * seconds / len(frames))
+        if self.jobs.find(voyage.job.id) is not None:
+            self.jobs.previews[voyage.job.id] = picture
+
+    def _arrive(self, voyage: Voyage) -> None:
+        """Decodes what a pass has made, and goes on to the next one."""
+        assert self.packed is not None and voyage.clip is not None
+        try:
+            latents = self.packed.latents(voyage.clip)
+        finally:
+            self._disembark(voyage)
+        told = lambda *_: None  # noqa: E731
+        made = self.served.generator.decoded({0: latents}, [voyage.request], told)
+        ((_, clip),) = made
+        try:
+            voyage.request = voyage.passes.send(clip)
+        except StopIteration as end:
+            self._forget(voyage)
+            self.finish(voyage.job, end.value)
+            return
+        voyage.done += 1
+        voyage.needs = self.packed.counts(voyage.request)
+
+    def _alone(self, job: VideoJob) -> None:
         """Makes a clip by itself, from beginning to end."""
 
         def watch(doing: str, done: int, total: int) -> None:
-            share = _SHARES[doing]
-            kept = self.jobs.progress(job, share[0] + done / total * share[1])
-            if not kept or self._out_of_time:
+            begun, share = _SHARES[doing]
+            kept = self.jobs.progress(job, begun + done / total * share)
+            late = self._deadline is not None and time.monotonic() >= self._deadline
+            if not kept or late:
                 raise Dropped
 
         def make() -> None:
-            request, settings = self.served.order(
-                job.asked, self.jobs.paths(job.id, job.files)
-            )
-            for _, clip in self.served.generator.clips(
-                [request], settings, rows=1, watch=watch
-            ):
+            request, settings = self._order(job)
+            clips = self.served.generator.clips
+            for _, clip in clips([request], settings, rows=1, watch=watch):
                 self.finish(job, clip)
 
         if self.jobs.begin(job):
             self.guard(job, make)
 
-    def guard(self, job: Job, work: Callable[[], Any]) -> bool:
+    def guard(self, job: VideoJob, work: Callable[[], Any]) -> bool:
         """Does some work on a job, which fails if that does; whether it didn't."""
         try:
             work()
@@ -101,32 +269,26 @@ class Worker(threading.Thread):
         except Dropped:
             self.jobs.put_back(job)
         except Exception as error:
+            if voyage := self._voyages.pop(job.id, None):
+                self._disembark(voyage)
             mistake = isinstance(error, MISTAKES)
             if not mistake:
                 traceback.print_exc(file=sys.stderr)
             told = str(error) if mistake else "the server made a mistake; see its log."
-            self.jobs.fail(job, told)
+            self.jobs.fail(job, self.jobs.without_paths(job.id, told))
         return False
 
-    def finish(self, job: Job, clip: GeneratedClip) -> None:
+    def finish(self, job: VideoJob, clip: GeneratedClip) -> None:
         """Writes a clip in another thread, and notes that it is there."""
 
-        def write() -> None:
-            def save() -> None:
-                jobs = self.jobs
-                if jobs.find(job.id) is None:
-                    return
-                poster = clip.video[len(clip.video) // 2]
-                jobs.path(job.id, POSTER).write_bytes(webp([poster]))
-                metadata = {"jvdit": job.told.get("settings", {})}
-                path = jobs.path(job.id, CLIP)
-                clip.save(path, metadata, clip.viewing_scale)
-                jobs.complete(job)
+        def save() -> None:
+            jobs = self.jobs
+            if jobs.find(job.id) is None:
+                return
+            poster = clip.video[len(clip.video) // 2]
+            jobs.path(job.id, POSTER).write_bytes(webp([poster]))
+            metadata = {"jvdit": job.told.get("settings", {})}
+            clip.save(jobs.path(job.id, CLIP), metadata, clip.viewing_scale)
+            jobs.complete(job)
 
-            self.guard(job, save)
-
-        self._writer.submit(write)
-
-
-# Where each phase of making a clip begins, and its share of the whole.
-_SHARES = {"drafting": (0.0, 0.2), "denoising": (0.2, 0.7), "decoding": (0.9, 0.1)}
+        self._writer.submit(self.guard, job, save)
