@@ -44,6 +44,12 @@ _LORA = flags.DEFINE_multi_string(
     [],
     "Adapter files (LoRA and its kin), each perhaps with its strength: FILE:0.8,FILE.",
 )
+_OFFERED = flags.DEFINE_multi_string(
+    "offer_lora",
+    [],
+    "Adapter that a request may name, as NAME=FILE or NAME=FILE:0.8; those clips are "
+    "made by themselves.",
+)
 _NAME = flags.DEFINE_string(
     "name", None, "What the model is called (default: as its folder)."
 )
@@ -116,6 +122,18 @@ def _generator() -> tuple[Generator, dict[str, str]]:
     if _LORA.value:
         source["lora"] = ",".join(_LORA.value)
     return Generator(model, mesh), source
+
+
+def _offered(generator: Generator) -> dict[str, Generator]:
+    """Generators with an adapter that requests may name, by its name."""
+    found = {}
+    for text in _OFFERED.value:
+        name, equals, file = text.partition("=")
+        if not (name and equals and file):
+            raise ValueError(f"--offer_lora (={text!r}) must read NAME=FILE.")
+        model = with_adapters(generator.model, strengths([file]), EXPERTS)
+        found[name] = generator.beside(model)
+    return found
 
 
 def serve() -> None:

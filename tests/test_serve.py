@@ -164,7 +164,7 @@ MISTAKES = {
     "both": ({"seconds": 1, "num_frames": 9}, "num_frames"),
     "size": ({"size": "32"}, "size"),
     "odd size": ({"size": "33x32"}, "width"),
-    "large": ({"size": "99996x99996"}, "208"),
+    "large": ({"size": "99992x99992"}, "208"),
     "nan": ({"seconds": float("nan")}, "seconds"),
     "type": ({"seed": "three"}, "seed"),
     "seed": ({"seed": -1}, "seed"),

@@ -90,10 +90,17 @@ class Generator:
         if model is not self.model:
             path = dataclasses.replace(self.model.path, timesteps=0)
             policy = dataclasses.replace(self.model.policy, levels=levels)
-            model = dataclasses.replace(self.model, path=path, policy=policy)
-            made = dataclasses.replace(self, model=model)
-            made._held = self.model.networks, self.residence
+            made = self.beside(
+                dataclasses.replace(self.model, path=path, policy=policy)
+            )
             self._timed[levels] = self.model, made
+        return made
+
+    def beside(self, model: Bundle) -> "Generator":
+        """A generator of a variant of the model; equal networks have one memory."""
+        made = dataclasses.replace(self, model=model)
+        if model.networks is self.model.networks:
+            made._held = model.networks, self.residence
         return made
 
     def load_params(self, params: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 _SMOOTH = Image.Resampling.BICUBIC
-_SAMPLES = 6  # pictures from which colours are learned
+_SAMPLES = 6  # pictures of each sort from which colours are learned
 
 
 def webp(
@@ -50,10 +50,13 @@ class Colours:
         self, encode: Callable[[np.ndarray], np.ndarray], height: int, width: int
     ):
         rng, inputs, wanted = np.random.default_rng(0), [], []
-        for _ in range(_SAMPLES):
-            rough = rng.integers(0, 256, (5, 5, 3), np.uint8)
-            smooth = Image.fromarray(rough).resize((width, height), _SMOOTH)
-            picture = np.asarray(smooth, np.float32) / 127.5 - 1
+        for grey in [False, True] * _SAMPLES:
+            # Greys with edges: without them greys of clips would be seen in colour.
+            rough = rng.integers(0, 256, (3, 3, 1) if grey else (5, 5, 3), np.uint8)
+            rough = Image.fromarray(np.broadcast_to(rough, (*rough.shape[:2], 3)))
+            way = Image.Resampling.NEAREST if grey else _SMOOTH
+            drawn = np.asarray(rough.resize((width, height), way), np.float32)
+            picture = drawn / 127.5 - 1
             (latents,) = encode(picture[None])
             sides = {"h": latents.shape[0], "w": latents.shape[1]}
             means = reduce(picture, "(h p) (w q) c -> h w c", "mean", **sides)

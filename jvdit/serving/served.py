@@ -31,6 +31,7 @@ class Served:
             own take.
         steps: most steps of a clip.
         source: flags of `jvdit.sample` that open this model.
+        loras: generators with an adapter, by the name that requests give it.
     """
 
     generator: Generator
@@ -38,6 +39,7 @@ class Served:
     tokens: int = 0
     steps: int = 100
     source: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    loras: Mapping[str, Generator] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if not self.tokens:
@@ -65,10 +67,10 @@ class Served:
                 f"`model` (={asked.model[:60]!r}) isn't served here; take "
                 f"{self.name!r}, or leave it out."
             )
-        if asked.lora is not None:
+        if asked.lora is not None and asked.lora not in self.loras:
             raise ValueError(
-                f"`lora` (={asked.lora[:60]!r}) isn't offered; this server's adapters "
-                "were chosen at its start (--lora)."
+                f"`lora` (={asked.lora[:60]!r}) isn't offered here; "
+                f"{', '.join(self.loras) or 'none'} is (--offer_lora)."
             )
         model.check_given([*paths])
         fps = model.defaults.get("fps", 8.0)
@@ -82,6 +84,10 @@ class Served:
         self.generator.check(request)
         self._check_tokens(request)
         return request, settings
+
+    def maker(self, asked: VideoRequest) -> Generator:
+        """The generator for what is asked, with its adapter if it names one."""
+        return self.generator if asked.lora is None else self.loras[asked.lora]
 
     def tokens_of(self, frames: int, height: int, width: int) -> int:
         """Tokens of the picture of a clip."""
@@ -209,6 +215,7 @@ class Served:
                 for name in taken
             ],
             "sound": model.has_sound,
+            "loras": [*self.loras],
             "defaults": {
                 "size": f"{suits.width}x{suits.height}",
                 "num_frames": suits.frames,

@@ -178,7 +178,8 @@ class Worker(threading.Thread):
     def _prepare(self, job: VideoJob) -> None:
         """Makes a voyage of a job, if its clip can be packed."""
         request, settings = self._order(job)
-        if self.packed is None or not self.packed.takes(settings):
+        plain = self.served.maker(job.asked) is self.served.generator
+        if self.packed is None or not plain or not self.packed.takes(settings):
             return
         steps = passes(request, bool(settings.draft), bool(settings.sound_after))
         first = next(steps)
@@ -254,7 +255,7 @@ class Worker(threading.Thread):
 
         def make() -> None:
             request, settings = self._order(job)
-            clips = self.served.generator.clips
+            clips = self.served.maker(job.asked).clips
             for _, clip in clips([request], settings, rows=1, watch=watch):
                 self.finish(job, clip)
 
