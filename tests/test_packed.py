@@ -13,6 +13,11 @@ from packed_bits import PROMPT, order, rows, run
 from jvdit.generation.draft import passes
 from jvdit.generation.request import Request
 from jvdit.serving.berths import Berth, RowShape, find_berth, soonest
+from jvdit.serving.jobs import Jobs
+from jvdit.serving.packed import Aboard
+from jvdit.serving.served import Served
+from jvdit.serving.video_request import VideoRequest
+from jvdit.serving.worker import Worker
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +111,28 @@ def test_the_oldest_waits_for_the_row_that_is_free_first():
     }
     assert soonest(shape, left, (64, 0)) == 0
     assert soonest(shape, left, (128, 0)) == 1
+
+
+def test_no_younger_clip_delays_the_oldest(packed, tmp_path, monkeypatch):
+    def enter(request, settings, berth):
+        clip = Aboard(request, berth, (1, 1, 1), np.zeros(settings.steps + 1), 1.0)
+        packed.aboard.append(clip)
+        return clip
+
+    monkeypatch.setattr(packed, "enter", enter)
+    monkeypatch.setattr(packed, "_place", lambda: None)
+    jobs = Jobs(tmp_path)
+    worker = Worker(jobs, Served(packed.generator, "box"), packed)
+    sides = [64, 112, 32, 64]  # of pictures: 64, 196, 16 and 64 of 208 tokens
+    for side in sides:
+        fields = {"prompt": "a", "num_frames": 1, "size": f"{side}x{side}"}
+        jobs.add(*jobs.receive({}), VideoRequest.of(fields), {})
+    seen = []
+    while jobs.waiting():
+        worker._admit()
+        seen.append([clip.request.height for clip in packed.aboard])
+        for voyage in [*worker._voyages.values()]:
+            if voyage.clip is not None:
+                worker._disembark(voyage)
+                worker._forget(voyage)
+    assert seen == [[64], [112], [32, 64]]
