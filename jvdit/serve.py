@@ -71,7 +71,11 @@ _TOKENS = flags.DEFINE_integer(
     lower_bound=1,
 )
 _ROWS = flags.DEFINE_integer(
-    "rows", 1, "Rows of so many tokens that are denoised together.", lower_bound=1
+    "rows",
+    None,
+    "Rows of so many tokens that are denoised together (default: one for each device "
+    "along data and fsdp, or for two where guidance doubles them).",
+    lower_bound=1,
 )
 _CLIPS = flags.DEFINE_integer("clips", 4, "Most clips in a row.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("max_steps", 100, "Most steps of a clip.", lower_bound=1)
@@ -168,7 +172,7 @@ def serve() -> None:
         )
         model = served.Served(generator, name, _TOKENS.value or 0, _STEPS.value, source)
         rows = packed.Packed(
-            generator, model.tokens, _ROWS.value, _CLIPS.value, model.steps
+            generator, model.tokens, _CLIPS.value, model.steps, _ROWS.value
         )
         made: Any = app.make_app(
             queue,
@@ -177,6 +181,7 @@ def serve() -> None:
             token=token,
             num_bytes=_BODY.value << 20,
         )
+        print(f"{name} is served at http://{_HOST.value}:{_PORT.value}", flush=True)
         uvicorn.run(
             made,
             host=_HOST.value,

@@ -95,13 +95,18 @@ class Packed:
     Args:
         generator: of the model.
         tokens: of a row, at least those of the largest clip.
-        rows: how many rows.
         clips: most clips of a row.
         steps: most steps of a clip.
+        rows: how many rows; None: as many as the mesh divides, with guidance.
     """
 
     def __init__(
-        self, generator: Generator, tokens: int, rows: int, clips: int, steps: int
+        self,
+        generator: Generator,
+        tokens: int,
+        clips: int,
+        steps: int,
+        rows: int | None = None,
     ):
         model, mesh = generator.model, generator.mesh
         self.generator, self.steps = generator, steps
@@ -116,8 +121,11 @@ class Packed:
             sounds = -(-int(heard * share) // unit) * unit
         channels = max(model.dit.in_channels, model.dit.sound_channels)
         text = -(-model.text_length // ALIGNED) * ALIGNED, model.dit.text_width
-        self.shape = RowShape(rows, tokens, sounds, clips, *text, channels)
         self.settings = Settings().complete(model.defaults)
+        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        if self.settings.guidance_scale != 1 and ways % 2 == 0:
+            ways //= 2  # guidance doubles the rows
+        self.shape = RowShape(rows or ways, tokens, sounds, clips, *text, channels)
         self.aboard: list[Aboard] = []
         self._arrays = blank_rows(self.shape)
         self._placed: Any = None
@@ -339,13 +347,15 @@ class Packed:
             )
         second = self.find(counts, taken=[first]) or first
         found = []
-        for berth in (first, second):
-            clip = self.enter(request, settings, berth)
+        # The text encoder takes one prompt, or two: of the clip, and what to avoid.
+        for berth, prompt in ((first, ""), (first, "a"), (second, "a")):
+            asked = dataclasses.replace(request, prompt=prompt, negative_prompt="")
+            clip = self.enter(asked, settings, berth)
             while clip not in self.step():
                 pass
             found.append(self.latents(clip).picture)
             self.leave(clip)
-        return np.array_equal(*found)
+        return np.array_equal(*found[1:])
 
 
 def _tokens_of(generator: Generator, request: Request) -> int:

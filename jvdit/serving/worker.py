@@ -14,6 +14,8 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
+
 from jvdit.generation.draft import passes
 from jvdit.generation.request import Request
 from jvdit.generation.results import GeneratedClip
@@ -117,14 +119,18 @@ class Worker(threading.Thread):
             self.jobs.put_back(voyage.job)
 
     def _warm_up(self) -> None:
+        """Compiles what clips of the model's own size need."""
+        if self.packed is not None and not self.packed.takes(self.packed.settings):
+            self.packed = None
         if self.packed is not None:
+            self.same_bits = self.packed.warm_up()
             generator = self.served.generator
-            if self.packed.takes(self.packed.settings):
-                self.same_bits = self.packed.warm_up()
-                _, height, width = generator.complete(Request("")).size
-                self._colours = Colours(generator.codec.encode, height, width)
-            else:
-                self.packed = None
+            usual, codec, vae = Request(""), generator.codec, generator.model.vae
+            frames, height, width = generator.complete(usual).size
+            self._colours = Colours(codec.encode, height, width)
+            for many in {frames, 1}:
+                size = vae.latent_shape(many, height, width)
+                codec.decode(np.zeros((1, *size, vae.latent_channels), np.float32))
         self.ready.set()
 
     def _goes_on(self) -> bool:
