@@ -34,18 +34,18 @@ def order(packed, seed, steps, scale=2.0, **fields):
 
 def run(packed, orders, arrivals):
     """Latents of each, which come at these steps, and wait until there is room."""
-    found, aboard, step = {}, {}, 0
+    found, running, step = {}, {}, 0
     waiting = [*zip(arrivals, range(len(orders)), strict=True)]
-    while waiting or aboard:
+    while waiting or running:
         for when, i in [*waiting]:
-            berth = packed.find(packed.counts(orders[i][0]))
-            if when <= step and berth is not None:
-                aboard[i] = packed.enter(*orders[i], berth)
+            slot = packed.find(packed.counts(orders[i][0]))
+            if when <= step and slot is not None:
+                running[i] = packed.enter(*orders[i], slot)
                 waiting.remove((when, i))
         for clip in packed.step():
-            (i,) = [i for i, other in aboard.items() if other is clip]
+            (i,) = [i for i, other in running.items() if other is clip]
             found[i] = packed.latents(clip).picture
-            packed.leave(aboard.pop(i))
+            packed.leave(running.pop(i))
         step += 1
     return found
 

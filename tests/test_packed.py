@@ -12,10 +12,10 @@ from packed_bits import PROMPT, order, rows, run
 
 from jvdit.generation.draft import passes
 from jvdit.generation.request import Request
-from jvdit.serving.berths import Berth, RowShape, find_berth, soonest
 from jvdit.serving.jobs import Jobs
-from jvdit.serving.packed import Aboard
+from jvdit.serving.packed import PackedClip
 from jvdit.serving.served import Served
+from jvdit.serving.slots import RowShape, RowSlot, find_slot, soonest
 from jvdit.serving.video_request import VideoRequest
 from jvdit.serving.worker import Worker
 
@@ -83,40 +83,40 @@ def test_passes_draw_a_picture_and_then_the_sound():
     assert end.value.value == "all of it"
 
 
-def test_berths_lie_apart_and_within_blocks():
+def test_slots_lie_apart_and_within_blocks():
     shape, taken = RowShape(2, 640, 640, 8, 48, 8, 4), []
     for count in np.random.default_rng(0).integers(1, 300, 40).tolist():
-        if (berth := find_berth(shape, taken, (count, 5))) is None:
+        if (slot := find_slot(shape, taken, (count, 5))) is None:
             continue
-        start, count = berth.starts[0], berth.counts[0]
+        start, count = slot.starts[0], slot.counts[0]
         assert start % 64 == 0 and start + count <= 640
         assert start % 256 == 0 or start % 256 + count <= 256
         for other in taken:
-            if other.row == berth.row:
-                assert other.slot != berth.slot
+            if other.row == slot.row:
+                assert other.number != slot.number
                 for kind in range(2):
-                    a, b = other.starts[kind], berth.starts[kind]
-                    assert a + other.counts[kind] <= b or b + berth.counts[kind] <= a
-        taken.append(berth)
-    assert {berth.row for berth in taken} == {0, 1}
-    assert find_berth(shape, [], (641, 0)) is None
+                    a, b = other.starts[kind], slot.starts[kind]
+                    assert a + other.counts[kind] <= b or b + slot.counts[kind] <= a
+        taken.append(slot)
+    assert {slot.row for slot in taken} == {0, 1}
+    assert find_slot(shape, [], (641, 0)) is None
 
 
 def test_the_oldest_waits_for_the_row_that_is_free_first():
     shape = RowShape(2, 128, 0, 4, 48, 8, 4)
     left = {
-        Berth(0, 0, (0, 0), (64, 0)): 9,
-        Berth(0, 1, (64, 0), (64, 0)): 1,
-        Berth(1, 0, (0, 0), (128, 0)): 5,
+        RowSlot(0, 0, (0, 0), (64, 0)): 9,
+        RowSlot(0, 1, (64, 0), (64, 0)): 1,
+        RowSlot(1, 0, (0, 0), (128, 0)): 5,
     }
     assert soonest(shape, left, (64, 0)) == 0
     assert soonest(shape, left, (128, 0)) == 1
 
 
 def test_no_younger_clip_delays_the_oldest(packed, tmp_path, monkeypatch):
-    def enter(request, settings, berth):
-        clip = Aboard(request, berth, (1, 1, 1), np.zeros(settings.steps + 1), 1.0)
-        packed.aboard.append(clip)
+    def enter(request, settings, slot):
+        clip = PackedClip(request, slot, (1, 1, 1), np.zeros(settings.steps + 1), 1.0)
+        packed.running.append(clip)
         return clip
 
     monkeypatch.setattr(packed, "enter", enter)
@@ -130,9 +130,9 @@ def test_no_younger_clip_delays_the_oldest(packed, tmp_path, monkeypatch):
     seen = []
     while jobs.waiting():
         worker._admit()
-        seen.append([clip.request.height for clip in packed.aboard])
-        for voyage in [*worker._voyages.values()]:
-            if voyage.clip is not None:
-                worker._disembark(voyage)
-                worker._forget(voyage)
+        seen.append([clip.request.height for clip in packed.running])
+        for entry in [*worker._entries.values()]:
+            if entry.clip is not None:
+                worker._take_out(entry)
+                worker._forget(entry)
     assert seen == [[64], [112], [32, 64]]

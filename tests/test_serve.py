@@ -31,6 +31,7 @@ from jvdit.generation.results import GeneratedClip  # noqa: E402
 from jvdit.serving.app import make_app  # noqa: E402
 from jvdit.serving.jobs import Jobs, Limits  # noqa: E402
 from jvdit.serving.served import Served  # noqa: E402
+from jvdit.serving.video_request import VideoRequest  # noqa: E402
 from jvdit.serving.worker import Worker  # noqa: E402
 from jvdit.sharding import make_mesh  # noqa: E402
 from jvdit.weights.opening import open_bundle  # noqa: E402
@@ -82,6 +83,7 @@ def serving(folder, generator, limits=Limits(), grace=0.0, **bounds):  # noqa: B
         yield types.SimpleNamespace(port=port, jobs=jobs, worker=worker)
     finally:
         server.should_exit = True
+        until(lambda: worker._deadline is not None)
         generator.gate.set()
         thread.join()
 
@@ -336,6 +338,20 @@ def test_jobs_are_made_in_order_and_cancelled(tmp_path, fake):
         assert {x.name for x in tmp_path.glob("video_*")} == {ids[1], ids[3]}
 
 
+@pytest.mark.parametrize("grace", [20.0, 0.0])
+def test_what_runs_at_the_end_is_finished_or_stored(tmp_path, fake, grace):
+    fake.gate.clear()
+    with serving(tmp_path, fake, grace=grace) as server:
+        ids = [create(server.port)[1]["id"] for _ in range(2)]
+        until(lambda: server.jobs.find(ids[0]).status == "in_progress")
+    first, second = Jobs(tmp_path).all()
+    assert [first.id, second.id] == ids
+    assert first.status == ("completed" if grace else "queued")
+    assert second.status == "queued"
+    with serving(tmp_path, fake) as server:
+        until(lambda: all(job.status == "completed" for job in server.jobs.all()))
+
+
 def test_a_client_that_goes_away_cancels(tmp_path, fake):
     fake.gate.clear()
     with serving(tmp_path, fake) as server:
@@ -438,6 +454,16 @@ def _health(port):
     with contextlib.suppress(OSError):
         return ask(port, "GET", "/health")[1]["status"] in ("ok", "warming up")
     return False
+
+
+def test_only_adapters_that_are_offered_may_be_named(fake):
+    tuned = FakeGenerator()
+    served = Served(fake, "fake", loras={"gravity": tuned})
+    asked = VideoRequest.of({"prompt": PROMPT, "lora": "gravity"})
+    served.order(asked, {})
+    assert served.maker(asked) is tuned and served.card["loras"] == ["gravity"]
+    with pytest.raises(ValueError, match="gravity is"):
+        served.order(VideoRequest.of({"prompt": PROMPT, "lora": "other"}), {})
 
 
 def test_the_largest_request_is_that_of_the_rows(fake):

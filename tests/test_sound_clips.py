@@ -143,21 +143,21 @@ def test_clips_with_sound_are_packed_while_others_run(generator, heard):
         (request(seed=3, from_video=video), 5, 2.0),
         (request(seed=4, from_sound=audio), 2, 1.0),
     ]
-    found, aboard, waiting = {}, {}, [*range(len(orders))]
-    while waiting or aboard:
+    found, running, waiting = {}, {}, [*range(len(orders))]
+    while waiting or running:
         if waiting:  # one more before every step
             i = waiting.pop(0)
             asked, steps, scale = orders[i]
             asked = generator.complete(asked)
             how = {"steps": steps, "guidance_scale": scale}
             how = dataclasses.replace(packed.settings, **how)
-            berth = packed.find(packed.counts(asked))
-            aboard[i] = packed.enter(asked, how, berth), asked, how
+            slot = packed.find(packed.counts(asked))
+            running[i] = packed.enter(asked, how, slot), asked, how
         for clip in packed.step():
-            (i,) = [i for i, (other, *_) in aboard.items() if other is clip]
+            (i,) = [i for i, (other, *_) in running.items() if other is clip]
             found[i] = packed.latents(clip)
             packed.leave(clip)
-            _, asked, how = aboard.pop(i)
+            _, asked, how = running.pop(i)
             (alone,) = generator.solve([asked], **how.solving)
             np.testing.assert_allclose(found[i].picture, alone[0].picture, atol=1e-3)
             assert (found[i].sound is None) == (alone[0].sound is None)

@@ -6,7 +6,7 @@ one static shape. Each is at a step of its own.
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -27,16 +27,16 @@ from jvdit.generation.settings import Settings
 from jvdit.machine.cluster import to_host
 from jvdit.machine.compilation import jit
 from jvdit.models.backbones import Backbone
-from jvdit.serving.berths import (
+from jvdit.serving.slots import (
     ALIGNED,
     BLOCK,
-    Berth,
     RowShape,
+    RowSlot,
     blank_rows,
-    board,
-    find_berth,
-    leave,
+    clear,
+    find_slot,
     places,
+    put,
     soonest,
 )
 from jvdit.shapes import Text, Tokens
@@ -44,12 +44,12 @@ from jvdit.sharding import rows_sharding
 
 
 @dataclasses.dataclass
-class Aboard:
+class PackedClip:
     """A clip that is being denoised.
 
     Attributes:
         request: complete.
-        berth: its place.
+        slot: its place.
         size: its latent frames, height and width.
         times: its timesteps, from 1 down to 0.
         scale: of its guidance.
@@ -58,7 +58,7 @@ class Aboard:
     """
 
     request: Request
-    berth: Berth
+    slot: RowSlot
     size: Size
     times: np.ndarray
     scale: float
@@ -126,7 +126,7 @@ class Packed:
         if self.settings.guidance_scale != 1 and ways % 2 == 0:
             ways //= 2  # guidance doubles the rows
         self.shape = RowShape(rows or ways, tokens, sounds, clips, *text, channels)
-        self.aboard: list[Aboard] = []
+        self.running: list[PackedClip] = []
         self._arrays = blank_rows(self.shape)
         self._placed: Any = None
         self._solution: Any = None
@@ -135,6 +135,12 @@ class Packed:
     @property
     def _level_shape(self) -> tuple[int, int]:
         return self.shape.rows, self.shape.levels * (len(self.shape.kinds) or 1)
+
+    @cached_property
+    def _adapters(self) -> dict[str, Any]:
+        """The network's variables besides its parameters, placed once."""
+        variables = self.generator.experts.variables("dit")
+        return {name: x for name, x in variables.items() if name != "params"}
 
     @property
     def _denoising(self) -> Denoising:
@@ -179,42 +185,42 @@ class Packed:
         self,
         counts: tuple[int, int],
         closed: Collection[int] = (),
-        taken: Sequence[Berth] | None = None,
-    ) -> Berth | None:
+        taken: Sequence[RowSlot] | None = None,
+    ) -> RowSlot | None:
         """Finds a place for a clip; None: there is no room at the moment.
 
         Args:
             counts: from `counts`.
             closed: rows that are kept for others.
-            taken: places of others; None: those of the clips that are aboard.
+            taken: places of others; None: those of the clips that are denoised.
         """
-        taken = [x.berth for x in self.aboard] if taken is None else taken
-        return find_berth(self.shape, taken, counts, closed)
+        taken = [x.slot for x in self.running] if taken is None else taken
+        return find_slot(self.shape, taken, counts, closed)
 
     def soonest(self, counts: tuple[int, int]) -> int:
         """The row in which there will be room for so many tokens soonest."""
-        return soonest(self.shape, {x.berth: x.left for x in self.aboard}, counts)
+        return soonest(self.shape, {x.slot: x.left for x in self.running}, counts)
 
-    def enter(self, request: Request, settings: Settings, berth: Berth) -> Aboard:
+    def enter(self, request: Request, settings: Settings, slot: RowSlot) -> PackedClip:
         """Puts a clip in a row.
 
         Args:
             request: complete, and checked.
             settings: complete, of those that it `takes`.
-            berth: from `find`.
+            slot: from `find`.
         """
         generator = self.generator
         size, inputs = generator.check(request), generator.inputs
         given = inputs.known(request, size)
         (item,), (null,) = inputs.items([request], [size], [given], None)
-        board(self._arrays, self.shape, berth, item, null)
-        count = berth.counts[0]
+        put(self._arrays, self.shape, slot, item, null)
+        count = slot.counts[0]
         if not np.any(np.broadcast_to(item.level, len(item.latents))[:count]):
-            count = berth.counts[1] or count  # the picture is given
+            count = slot.counts[1] or count  # the picture is given
         times = self._times(settings.steps or 1, count)
-        clip = Aboard(request, berth, size, times, settings.guidance_scale or 1.0)
+        clip = PackedClip(request, slot, size, times, settings.guidance_scale or 1.0)
         self._enter(clip)
-        self.aboard.append(clip)
+        self.running.append(clip)
         return clip
 
     def _times(self, steps: int, count: int) -> np.ndarray:
@@ -226,31 +232,31 @@ class Packed:
         sized = _sized(model.policy, padded, np.full(len(padded), count, np.float32))
         return np.asarray(sized)[: len(even)]
 
-    def _enter(self, clip: Aboard) -> None:
+    def _enter(self, clip: PackedClip) -> None:
         """Draws the noise of a clip, and clears what the solver kept in its place."""
-        berth = clip.berth
+        slot = clip.slot
         fresh = np.zeros(self._arrays["segment"].shape, bool)
-        for place in places(self.shape, berth):
-            fresh[berth.row, place] = True
+        for place in places(self.shape, slot):
+            fresh[slot.row, place] = True
         fresh_level = np.zeros(self._level_shape, bool)
-        for level, other in zip(self._levels(berth), OTHER_NOISE, strict=False):
-            fresh_level[berth.row, level] = True
+        for level, other in zip(self._levels(slot), OTHER_NOISE, strict=False):
+            fresh_level[slot.row, level] = True
             seed = (clip.request.seed ^ other) % (1 << 32)
-            self._seeds[berth.row, level] = seed
+            self._seeds[slot.row, level] = seed
         self._place()
         with jax.set_mesh(self.generator.mesh):
-            put = partial(jax.device_put, device=self._sharding)
+            placed = partial(jax.device_put, device=self._sharding)
             self._solution = _entered(
                 self._denoising,
                 self._solution,
                 self._placed[0],
-                *put((self._seeds, fresh, fresh_level)),
+                *placed((self._seeds, fresh, fresh_level)),
             )
 
-    def _levels(self, berth: Berth) -> list[int]:
+    def _levels(self, slot: RowSlot) -> list[int]:
         """The noise levels of a clip, one for each kind."""
         kinds = len(self.shape.kinds) or 1
-        return [kind * self.shape.levels + berth.slot + 1 for kind in range(kinds)]
+        return [kind * self.shape.levels + slot.number + 1 for kind in range(kinds)]
 
     @property
     def _sharding(self) -> Any:
@@ -271,16 +277,16 @@ class Packed:
             if self._solution is None:
                 self._solution = _begun(self._denoising, self._placed[0], self._seeds)
 
-    def step(self) -> list[Aboard]:
+    def step(self) -> list[PackedClip]:
         """Takes a step of every clip, and returns those that are finished."""
         shape = self._level_shape
         index, steps = np.zeros(shape, np.int32), np.ones(shape, np.int32)
         t, t_next = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         scales = np.ones(shape, np.float32)
         own = self._denoising.guidance.sound_scale
-        for clip in self.aboard:
-            for kind, level in enumerate(self._levels(clip.berth)):
-                at = clip.berth.row, level
+        for clip in self.running:
+            for kind, level in enumerate(self._levels(clip.slot)):
+                at = clip.slot.row, level
                 index[at], steps[at] = clip.index, len(clip.times) - 1
                 t[at], t_next[at] = clip.times[clip.index : clip.index + 2]
                 scales[at] = own if kind and own is not None else clip.scale
@@ -288,19 +294,19 @@ class Packed:
             now = (index, steps, t, t_next, scales, self._seeds)
             self._solution, broken = _stepped(
                 self._denoising,
-                self.generator.experts.variables("dit"),
+                {"params": self.generator.residence["dit"], **self._adapters},
                 self._solution,
                 *self._placed,
                 *jax.device_put(now, self._sharding),
             )
             broken = to_host(broken)  # this also waits
-        for clip in self.aboard:
+        for clip in self.running:
             clip.index += 1
-            for place in places(self.shape, clip.berth):
-                clip.broken |= bool(broken[clip.berth.row, place].any())
-        return [clip for clip in self.aboard if clip.broken or not clip.left]
+            for place in places(self.shape, clip.slot):
+                clip.broken |= bool(broken[clip.slot.row, place].any())
+        return [clip for clip in self.running if clip.broken or not clip.left]
 
-    def latents(self, clip: Aboard) -> Latents:
+    def latents(self, clip: PackedClip) -> Latents:
         """The latents of a clip as they are now.
 
         Raises:
@@ -310,26 +316,26 @@ class Packed:
             raise ValueError("the network made numbers that aren't finite.")
         return self._read(self._solution[0], clip)
 
-    def foreseen(self, clip: Aboard) -> np.ndarray:
+    def foreseen(self, clip: PackedClip) -> np.ndarray:
         """The latents `[f h w c]` of a picture as the solver foresees their end."""
         latents, state = self._solution
         return self._read(state.get("x0", latents), clip).picture
 
-    def _read(self, tokens: Array, clip: Aboard) -> Latents:
-        model, berth = self.generator.model, clip.berth
-        row = to_host(tokens)[berth.row]
-        pictures, sounds = (row[place] for place in places(self.shape, berth))
+    def _read(self, tokens: Array, clip: PackedClip) -> Latents:
+        model, slot = self.generator.model, clip.slot
+        row = to_host(tokens)[slot.row]
+        pictures, sounds = (row[place] for place in places(self.shape, slot))
         channels, patch = model.vae.latent_channels, model.patch_size
         ((picture,),) = unpack_rows(pictures[None], [[clip.size]], patch, channels)
         sound = sounds[:, : model.dit.sound_channels]
         return Latents(np.array(picture), np.array(sound) if len(sounds) else None)
 
-    def leave(self, clip: Aboard) -> None:
+    def leave(self, clip: PackedClip) -> None:
         """Takes a clip out of its row."""
-        self.aboard.remove(clip)
-        leave(self._arrays, self.shape, clip.berth)
-        for level in self._levels(clip.berth):
-            self._seeds[clip.berth.row, level] = 0
+        self.running.remove(clip)
+        clear(self._arrays, self.shape, clip.slot)
+        for level in self._levels(clip.slot):
+            self._seeds[clip.slot.row, level] = 0
         self._place()
 
     def warm_up(self) -> bool:
@@ -348,9 +354,9 @@ class Packed:
         second = self.find(counts, taken=[first]) or first
         found = []
         # The text encoder takes one prompt, or two: of the clip, and what to avoid.
-        for berth, prompt in ((first, ""), (first, "a"), (second, "a")):
+        for slot, prompt in ((first, ""), (first, "a"), (second, "a")):
             asked = dataclasses.replace(request, prompt=prompt, negative_prompt="")
-            clip = self.enter(asked, settings, berth)
+            clip = self.enter(asked, settings, slot)
             while clip not in self.step():
                 pass
             found.append(self.latents(clip).picture)

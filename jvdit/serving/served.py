@@ -12,7 +12,7 @@ from jvdit.data.patches import token_grid
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request, size_like
 from jvdit.generation.settings import Settings
-from jvdit.serving.berths import ALIGNED
+from jvdit.serving.slots import ALIGNED
 from jvdit.serving.video_request import VideoRequest
 
 # How a browser may choose a file for a condition; all others are pictures.

@@ -22,7 +22,7 @@ from jvdit.generation.results import GeneratedClip
 from jvdit.generation.settings import Settings
 from jvdit.machine.command import MISTAKES
 from jvdit.serving.jobs import CLIP, POSTER, Jobs, VideoJob
-from jvdit.serving.packed import Aboard, Packed
+from jvdit.serving.packed import Packed, PackedClip
 from jvdit.serving.preview import Colours, webp
 from jvdit.serving.served import Served
 
@@ -37,8 +37,8 @@ class Dropped(Exception):
 
 
 @dataclasses.dataclass
-class Voyage:
-    """A job on its way through the rows.
+class PackedJob:
+    """A job whose clip is packed.
 
     Attributes:
         job: the job.
@@ -56,7 +56,7 @@ class Voyage:
     passes: Generator[Request, GeneratedClip, GeneratedClip]
     request: Request
     needs: tuple[int, int]
-    clip: Aboard | None = None
+    clip: PackedClip | None = None
     done: int = 0
     seen: float = 0.0
 
@@ -80,7 +80,7 @@ class Worker(threading.Thread):
         self.jobs, self.served, self.packed = jobs, served, packed
         self.ready = threading.Event()
         self.same_bits: bool | None = None
-        self._voyages: dict[str, Voyage] = {}
+        self._entries: dict[str, PackedJob] = {}
         self._deadline: float | None = None  # when to leave what isn't finished
         self._writer = ThreadPoolExecutor(1, "writer")
         self._colours: Colours | None = None
@@ -104,9 +104,8 @@ class Worker(threading.Thread):
             self._warm_up()
             while self._goes_on():
                 self.jobs.expire()
-                self._forget_cancelled()
-                if self._deadline is None:
-                    self._admit()
+                self._drop_cancelled()
+                self._admit()
                 if self._under_way():
                     self._step()
                     continue
@@ -115,8 +114,8 @@ class Worker(threading.Thread):
                         self.jobs.changed.wait(_IDLE)
         except Exception:  # the devices are lost: jobs wait for the next start
             traceback.print_exc(file=sys.stderr)
-        for voyage in self._voyages.values():
-            self.jobs.put_back(voyage.job)
+        for entry in self._entries.values():
+            self.jobs.put_back(entry.job)
 
     def _warm_up(self) -> None:
         """Compiles what clips of the model's own size need."""
@@ -135,119 +134,122 @@ class Worker(threading.Thread):
 
     def _goes_on(self) -> bool:
         return self._deadline is None or (
-            time.monotonic() < self._deadline and self._under_way() > 0
+            time.monotonic() < self._deadline and self._under_way()
         )
 
-    def _under_way(self) -> int:
-        """How many jobs have a clip in a row."""
-        return sum(voyage.clip is not None for voyage in self._voyages.values())
+    def _under_way(self) -> bool:
+        """Whether a packed clip was begun."""
+        return any(entry.clip or entry.done for entry in self._entries.values())
 
-    def _forget_cancelled(self) -> None:
-        for voyage in [*self._voyages.values()]:
-            if self.jobs.find(voyage.job.id) is None:
-                self._disembark(voyage)
-                self._forget(voyage)
+    def _drop_cancelled(self) -> None:
+        for entry in [*self._entries.values()]:
+            if self.jobs.find(entry.job.id) is None:
+                self._take_out(entry)
+                self._forget(entry)
 
-    def _disembark(self, voyage: Voyage) -> None:
-        if voyage.clip is not None and self.packed is not None:
-            self.packed.leave(voyage.clip)
-            voyage.clip = None
+    def _take_out(self, entry: PackedJob) -> None:
+        if entry.clip is not None and self.packed is not None:
+            self.packed.leave(entry.clip)
+            entry.clip = None
 
-    def _forget(self, voyage: Voyage) -> None:
-        self._voyages.pop(voyage.job.id, None)
+    def _forget(self, entry: PackedJob) -> None:
+        self._entries.pop(entry.job.id, None)
 
     def _admit(self) -> None:
         """Lets waiting clips into the rows, or makes one by itself."""
         closed: set[int] = set()
         for job in self._candidates():
-            voyage = self._voyages.get(job.id)
-            if voyage is None and not self.guard(job, lambda j=job: self._prepare(j)):
+            entry = self._entries.get(job.id)
+            if entry is None and not self.guard(job, lambda j=job: self._prepare(j)):
                 continue
-            voyage = self._voyages.get(job.id)
-            if voyage is None or self.packed is None:  # it can't be packed
+            entry = self._entries.get(job.id)
+            if entry is None or self.packed is None:  # it can't be packed
                 if not closed:
                     self._alone(job)
                     return
                 continue
-            berth = self.packed.find(voyage.needs, closed)
-            if berth is not None:
-                self.guard(job, lambda v=voyage, b=berth: self._enter(v, b))
+            slot = self.packed.find(entry.needs, closed)
+            if slot is not None:
+                self.guard(job, lambda e=entry, s=slot: self._enter(e, s))
             elif not closed:
-                closed.add(self.packed.soonest(voyage.needs))
+                closed.add(self.packed.soonest(entry.needs))
 
     def _candidates(self) -> Iterator[VideoJob]:
-        """Jobs that want a place, the oldest first."""
-        between = [x.job for x in self._voyages.values() if x.clip is None]
-        jobs = {job.id: job for job in (*between, *self.jobs.waiting())}
+        """Jobs that want a place, the oldest first; at the end only those begun."""
+        waiting = self.jobs.waiting() if self._deadline is None else []
+        between = [x.job for x in self._entries.values() if x.clip is None and x.done]
+        jobs = {job.id: job for job in (*between, *waiting)}
         yield from sorted(jobs.values(), key=lambda job: job.number)
 
     def _prepare(self, job: VideoJob) -> None:
-        """Makes a voyage of a job, if its clip can be packed."""
+        """Makes an entry of a job, if its clip can be packed."""
         request, settings = self._order(job)
         plain = self.served.maker(job.asked) is self.served.generator
         if self.packed is None or not plain or not self.packed.takes(settings):
             return
+        if self.packed.find(self.packed.counts(request), taken=()) is None:
+            return  # its sound is too long for a row
         steps = passes(request, bool(settings.draft), bool(settings.sound_after))
         first = next(steps)
         needs = self.packed.counts(first)
-        self._voyages[job.id] = Voyage(job, settings, steps, first, needs)
+        self._entries[job.id] = PackedJob(job, settings, steps, first, needs)
 
     def _order(self, job: VideoJob) -> tuple[Request, Settings]:
         return self.served.order(job.asked, self.jobs.paths(job.id, job.files))
 
-    def _enter(self, voyage: Voyage, berth: Any) -> None:
+    def _enter(self, entry: PackedJob, slot: Any) -> None:
         assert self.packed is not None
-        if not voyage.done and not self.jobs.begin(voyage.job):
-            self._forget(voyage)
+        if not entry.done and not self.jobs.begin(entry.job):
+            self._forget(entry)
             return
-        voyage.clip = self.packed.enter(voyage.request, voyage.settings, berth)
+        entry.clip = self.packed.enter(entry.request, entry.settings, slot)
 
     def _step(self) -> None:
         """Takes a step of all clips in the rows; finished ones leave."""
         assert self.packed is not None
         finished = self.packed.step()
-        for voyage in [*self._voyages.values()]:
-            if voyage.clip is None:
+        for entry in [*self._entries.values()]:
+            if entry.clip is None:
                 continue
-            job = voyage.job
-            if voyage.clip in finished:
-                self.guard(job, lambda v=voyage: self._arrive(v))
+            job = entry.job
+            if entry.clip in finished:
+                self.guard(job, lambda e=entry: self._advance(e))
             else:
-                self._look(voyage, voyage.clip)
+                self._look(entry, entry.clip)
 
-    def _look(self, voyage: Voyage, clip: Aboard) -> None:
+    def _look(self, entry: PackedJob, clip: PackedClip) -> None:
         """Notes the progress of a clip, and what is to be seen of it."""
-        many = voyage.done + 1 + (voyage.request.frames == 1 and not voyage.done)
+        many = entry.done + 1 + (entry.request.frames == 1 and not entry.done)
         share = clip.index / (clip.index + clip.left)
-        self.jobs.progress(voyage.job, (voyage.done + share) / many)
+        self.jobs.progress(entry.job, (entry.done + share) / many)
         now = time.monotonic()
-        if self.packed is None or self._colours is None or now < voyage.seen + _GLANCE:
+        if self.packed is None or self._colours is None or now < entry.seen + _GLANCE:
             return
-        voyage.seen = now
+        entry.seen = now
         frames = self._colours(self.packed.foreseen(clip))
-        seconds = (voyage.request.frames or 1) / (voyage.request.fps or 8.0)
+        seconds = (entry.request.frames or 1) / (entry.request.fps or 8.0)
         picture = webp(frames, 1000 * seconds / len(frames))
-        if self.jobs.find(voyage.job.id) is not None:
-            self.jobs.previews[voyage.job.id] = picture
+        if self.jobs.find(entry.job.id) is not None:
+            self.jobs.previews[entry.job.id] = picture
 
-    def _arrive(self, voyage: Voyage) -> None:
+    def _advance(self, entry: PackedJob) -> None:
         """Decodes what a pass has made, and goes on to the next one."""
-        assert self.packed is not None and voyage.clip is not None
+        assert self.packed is not None and entry.clip is not None
         try:
-            latents = self.packed.latents(voyage.clip)
+            latents = self.packed.latents(entry.clip)
         finally:
-            self._disembark(voyage)
+            self._take_out(entry)
         told = lambda *_: None  # noqa: E731
-        made = self.served.generator.decoded({0: latents}, [voyage.request], told)
+        made = self.served.generator.decoded({0: latents}, [entry.request], told)
         ((_, clip),) = made
         try:
-            voyage.request = voyage.passes.send(clip)
+            entry.request = entry.passes.send(clip)
         except StopIteration as end:
-            self._forget(voyage)
-            self.finish(voyage.job, end.value)
+            self._forget(entry)
+            self.finish(entry.job, end.value)
             return
-        voyage.done += 1
-        voyage.needs = self.packed.counts(voyage.request)
+        entry.done += 1
+        entry.needs = self.packed.counts(entry.request)
 
     def _alone(self, job: VideoJob) -> None:
         """Makes a clip by itself, from beginning to end."""
@@ -276,8 +278,8 @@ class Worker(threading.Thread):
         except Dropped:
             self.jobs.put_back(job)
         except Exception as error:
-            if voyage := self._voyages.pop(job.id, None):
-                self._disembark(voyage)
+            if entry := self._entries.pop(job.id, None):
+                self._take_out(entry)
             mistake = isinstance(error, MISTAKES)
             if not mistake:
                 traceback.print_exc(file=sys.stderr)

@@ -56,18 +56,18 @@ class RowShape:
         return self.tokens, self.sounds
 
 
-class Berth(NamedTuple):
+class RowSlot(NamedTuple):
     """The place of a clip.
 
     Attributes:
         row: its row.
-        slot: its number in the row, from 0.
+        number: its number in the row, from 0.
         starts: its first token of each kind, among those of that kind.
         counts: its tokens of each kind.
     """
 
     row: int
-    slot: int
+    number: int
     starts: tuple[int, int]
     counts: tuple[int, int]
 
@@ -90,19 +90,19 @@ def blank_rows(shape: RowShape) -> dict[str, np.ndarray]:
     }
 
 
-def places(shape: RowShape, berth: Berth) -> list[slice]:
+def places(shape: RowShape, slot: RowSlot) -> list[slice]:
     """Where the tokens of a clip lie in its row, for each kind."""
     firsts = (0, shape.tokens)
     return [
         slice(first + start, first + start + count)
-        for first, start, count in zip(firsts, berth.starts, berth.counts, strict=True)
+        for first, start, count in zip(firsts, slot.starts, slot.counts, strict=True)
     ]
 
 
-def board(
+def put(
     arrays: dict[str, np.ndarray],
     shape: RowShape,
-    berth: Berth,
+    slot: RowSlot,
     item: Item,
     null: Item,
 ) -> None:
@@ -111,14 +111,14 @@ def board(
     Args:
         arrays: from `blank_rows`, changed here.
         shape: of the rows.
-        berth: the clip's place.
+        slot: the clip's place.
         item: the clip.
         null: the same with its negative prompt.
     """
-    row, own = berth.row, berth.slot + 1
+    row, own = slot.row, slot.number + 1
     level = np.broadcast_to(item.level, len(item.latents))
     for kind, (place, (low, high)) in enumerate(
-        zip(places(shape, berth), item.spans, strict=True)
+        zip(places(shape, slot), item.spans, strict=True)
     ):
         clean = kind * shape.levels
         width = item.latents.shape[1]
@@ -127,7 +127,7 @@ def board(
         arrays["position"][row, place] = item.position[low:high]
         arrays["segment"][row, place] = own
         arrays["level"][row, place] = clean + np.where(level[low:high], own, 0)
-    first = berth.slot * shape.text
+    first = slot.number * shape.text
     for name, of in (("text", item), ("null", null)):
         words = slice(first, first + len(of.text))
         whole = slice(first, first + shape.text)
@@ -137,23 +137,23 @@ def board(
         arrays[f"{name}_embeds"][row, words] = of.text
 
 
-def leave(arrays: dict[str, np.ndarray], shape: RowShape, berth: Berth) -> None:
+def clear(arrays: dict[str, np.ndarray], shape: RowShape, slot: RowSlot) -> None:
     """Turns a clip's place to padding again."""
     blank = blank_rows(dataclasses.replace(shape, rows=1))
-    first = berth.slot * shape.text
+    first = slot.number * shape.text
     text = slice(first, first + shape.text)
     for name, value in blank.items():
         of_text = name.startswith(("text", "null"))
-        for place in [text] if of_text else places(shape, berth):
-            arrays[name][berth.row, place] = value[0, place]
+        for place in [text] if of_text else places(shape, slot):
+            arrays[name][slot.row, place] = value[0, place]
 
 
-def find_berth(
+def find_slot(
     shape: RowShape,
-    taken: Iterable[Berth],
+    taken: Iterable[RowSlot],
     counts: tuple[int, int],
     closed: Collection[int] = (),
-) -> Berth | None:
+) -> RowSlot | None:
     """Finds a free place, the first that is large enough.
 
     Args:
@@ -166,8 +166,8 @@ def find_berth(
     for row in range(shape.rows):
         if row in closed:
             continue
-        there = [berth for berth in taken if berth.row == row]
-        slots = {*range(shape.clips)} - {berth.slot for berth in there}
+        there = [slot for slot in taken if slot.row == row]
+        numbers = {*range(shape.clips)} - {slot.number for slot in there}
         starts: list[Any] = [
             _gap(
                 [(x.starts[kind], x.counts[kind]) for x in there],
@@ -176,8 +176,8 @@ def find_berth(
             )
             for kind in range(2)
         ]
-        if slots and None not in starts:
-            return Berth(row, min(slots), (starts[0], starts[1]), counts)
+        if numbers and None not in starts:
+            return RowSlot(row, min(numbers), (starts[0], starts[1]), counts)
     return None
 
 
@@ -191,7 +191,7 @@ def _gap(spans: list[tuple[int, int]], count: int, budget: int) -> int | None:
     return None
 
 
-def soonest(shape: RowShape, left: dict[Berth, int], counts: tuple[int, int]) -> int:
+def soonest(shape: RowShape, left: dict[RowSlot, int], counts: tuple[int, int]) -> int:
     """The row in which so many tokens become free soonest, if nobody else enters.
 
     Args:
@@ -200,7 +200,7 @@ def soonest(shape: RowShape, left: dict[Berth, int], counts: tuple[int, int]) ->
         counts: tokens of each kind that are needed.
     """
     for steps in sorted(set(left.values())):
-        staying = [berth for berth, more in left.items() if more > steps]
-        if (found := find_berth(shape, staying, counts)) is not None:
+        staying = [slot for slot, more in left.items() if more > steps]
+        if (found := find_slot(shape, staying, counts)) is not None:
             return found.row
     return 0
