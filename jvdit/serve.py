@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
 import os
 import pathlib
+import socket
 from typing import Any
 
 from absl import flags
@@ -112,6 +113,25 @@ def _token() -> str:
     return token
 
 
+def _socket() -> socket.socket:
+    """A socket at the host and port, taken before anything is loaded.
+
+    Raises:
+        OSError: it can't be had.
+    """
+    where = _HOST.value, _PORT.value
+    family = socket.AF_INET6 if ":" in _HOST.value else socket.AF_INET
+    found = socket.socket(family)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind(where)
+    except OSError as error:
+        found.close()
+        told = f"--host={where[0]} --port={where[1]}: {error.strerror or error}"
+        raise OSError(f"{told}; choose another.") from None
+    return found
+
+
 def _generator() -> tuple[Generator, dict[str, str]]:
     """The generator, and the flags that open its model."""
     if _WORKDIR.value is not None and _PRETRAINED.value is not None:
@@ -155,7 +175,7 @@ def serve() -> None:
         raise ValueError(
             f"{error.name} is missing: pip install 'jvdit[serve]'."
         ) from None
-    token, folder = _token(), pathlib.Path(_OUT.value)
+    token, folder, listening = _token(), pathlib.Path(_OUT.value), _socket()
     check_writable(folder)
     lock = FolderLock(folder)
     lock.acquire()
@@ -181,16 +201,16 @@ def serve() -> None:
             token=token,
             num_bytes=_BODY.value << 20,
         )
-        print(f"{name} is served at http://{_HOST.value}:{_PORT.value}", flush=True)
-        uvicorn.run(
+        config = uvicorn.Config(
             made,
-            host=_HOST.value,
-            port=_PORT.value,
             log_level="warning",
             limit_concurrency=256,
             timeout_graceful_shutdown=5,
             server_header=False,
         )
+        place = f"http://{_HOST.value}:{listening.getsockname()[1]}"
+        print(f"{name} is served at {place}", flush=True)
+        uvicorn.Server(config).run([listening])
     finally:
         lock.release()
 

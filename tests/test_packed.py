@@ -15,7 +15,7 @@ from jvdit.generation.request import Request
 from jvdit.serving.jobs import Jobs
 from jvdit.serving.packed import PackedClip
 from jvdit.serving.served import Served
-from jvdit.serving.slots import RowShape, RowSlot, find_slot, soonest
+from jvdit.serving.slots import RowShape, RowSlot, find_slot, room_of_text, soonest
 from jvdit.serving.video_request import VideoRequest
 from jvdit.serving.worker import Worker
 
@@ -100,6 +100,11 @@ def test_slots_lie_apart_and_within_blocks():
         taken.append(slot)
     assert {slot.row for slot in taken} == {0, 1}
     assert find_slot(shape, [], (641, 0)) is None
+
+
+def test_texts_lie_within_blocks():
+    rooms = {count: room_of_text(count) for count in (48, 64, 77, 192, 256, 512, 300)}
+    assert rooms == {48: 64, 64: 64, 77: 128, 192: 256, 256: 256, 512: 512, 300: 512}
 
 
 def test_the_oldest_waits_for_the_row_that_is_free_first():

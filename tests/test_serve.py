@@ -300,6 +300,12 @@ def test_others_are_served_with_a_token_only():
     assert done.returncode == 1 and "--token" in done.stderr
 
 
+def test_a_port_that_is_taken_is_told_before_anything_is_loaded():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = command("serve", f"--port={taken.getsockname()[1]}")
+    assert done.returncode == 1 and "in use" in done.stderr
+
+
 def test_a_full_queue_says_so(tmp_path, fake):
     fake.gate.clear()
     with serving(tmp_path, fake, Limits(waiting=3)) as server:

@@ -28,7 +28,6 @@ from jvdit.machine.cluster import to_host
 from jvdit.machine.compilation import jit
 from jvdit.models.backbones import Backbone
 from jvdit.serving.slots import (
-    ALIGNED,
     BLOCK,
     RowShape,
     RowSlot,
@@ -37,6 +36,7 @@ from jvdit.serving.slots import (
     find_slot,
     places,
     put,
+    room_of_text,
     soonest,
 )
 from jvdit.shapes import Text, Tokens
@@ -120,7 +120,7 @@ class Packed:
             share = tokens / max(_tokens_of(generator, usual), 1)
             sounds = -(-int(heard * share) // unit) * unit
         channels = max(model.dit.in_channels, model.dit.sound_channels)
-        text = -(-model.text_length // ALIGNED) * ALIGNED, model.dit.text_width
+        text = room_of_text(model.text_length), model.dit.text_width
         self.settings = Settings().complete(model.defaults)
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
         if self.settings.guidance_scale != 1 and ways % 2 == 0:

@@ -191,6 +191,14 @@ def _gap(spans: list[tuple[int, int]], count: int, budget: int) -> int | None:
     return None
 
 
+def room_of_text(count: int) -> int:
+    """The room of a text of so many states, none of which lies across a block's end."""
+    room = ALIGNED
+    while room < min(count, BLOCK):
+        room *= 2
+    return -(-count // room) * room
+
+
 def soonest(shape: RowShape, left: dict[RowSlot, int], counts: tuple[int, int]) -> int:
     """The row in which so many tokens become free soonest, if nobody else enters.
 
