@@ -183,8 +183,8 @@ def flow(variant: str = "world-s", text_variant: str = "world") -> Config:
     # Folder of an autoencoder whose latents the cache must hold. "": whichever
     # autoencoder wrote the cache.
     config.autoencoder = ""
-    # Which network of a released `start_from` is trained: "dit", "dit_low" (the expert
-    # for low noise) or "both", with the time at which the one takes over.
+    # "both" trains two experts, one for times above the boundary, "dit", and one below,
+    # "dit_low"; of a released `start_from` either can be trained alone.
     config.expert = "dit"
     config.boundary = 0.0
     # Of `MODELS`; its fields are those of `dit`, whichever it is.
@@ -194,7 +194,7 @@ def flow(variant: str = "world-s", text_variant: str = "world") -> Config:
     config.dit = fields_of(module, variants[variant], *decided)
     # Share of the clips of which each condition is given, so that the model takes it:
     # with `first_frame` a request's `image`.
-    config.given = {name: 0.0 for name, row in CONDITIONS.items() if row.marks}
+    config.given = {name: 0.0 for name, row in CONDITIONS.items() if row.trains}
     # Of clips with sound (`data.sound_budget`): shares of what is learned of them, the
     # rows of `pairings.PAIRINGS`; share in which picture and sound don't see one
     # another, for guidance towards what is in step; weight of the sound's error.
@@ -276,6 +276,7 @@ def encode(
     text_encoder: str = "",
     text_length: int = 64,
     audio_vae: str = "",
+    views: tuple[str, ...] = (),
 ) -> Config:
     """Encoding a source to latents, as a stage of a config of several.
 
@@ -286,6 +287,7 @@ def encode(
         text_encoder: folder of the text encoder for the captions. "": none.
         text_length: tokens of a caption at the most.
         audio_vae: folder of the audio autoencoder. "": clips become silent.
+        views: what to encode beside the clips for `given`, names of `VIEWS`.
     """
     return ConfigDict({"objective": "encode", **locals()})
 

@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 from absl import flags
 
+from jvdit.data.conditions.beside import VIEWS
 from jvdit.machine import cluster, flag_parser
 from jvdit.machine.command import refuse_arguments, told_in_a_line
 from jvdit.machine.compilation import keep_compilations
@@ -50,6 +51,11 @@ _SHARD = flags.DEFINE_integer(
 _FOR = flags.DEFINE_string(
     "for", "", "Config that the latents are for: refuse sizes it doesn't take."
 )
+_VIEWS = flags.DEFINE_list(
+    "views",
+    [],
+    f"What else to encode of each clip, for conditions to train: {', '.join(VIEWS)}.",
+)
 _connect = cluster.define_flags()
 flags.adopt_module_key_flags(cluster)
 
@@ -71,6 +77,7 @@ def main(argv: list[str]) -> None:
                 _AUDIO_VAE.value,
                 _SHARD.value,
                 _FOR.value,
+                _VIEWS.value,
             )
     print(f"latents: {_OUT.value}")
 

@@ -28,6 +28,7 @@ from jvdit.data.world.scene import SPLITS
 from jvdit.diffusion.solvers import SOLVERS
 from jvdit.evaluation.autoencoder_report import source_clips
 from jvdit.evaluation.clips_report import Compared, report_clips
+from jvdit.evaluation.giving_truth import GIVEN, Truth
 from jvdit.evaluation.measuring import (
     Measured,
     Shown,
@@ -120,12 +121,11 @@ _DRAFT = flags.DEFINE_boolean(
     "Draw a picture first, and then the clip that begins with it (default: the "
     "model's).",
 )
-_GIVEN = flags.DEFINE_enum(
+_GIVEN = flags.DEFINE_list(
     "given",
-    None,
-    ["picture", "sound"],
-    "What is given of the world's own clips: make sound for their picture, or the "
-    "reverse.",
+    ["nothing"],
+    "What is given of the world's own clips, so that the rest is made: "
+    f"{', '.join(GIVEN)}. Each is a column of the report.",
 )
 _SYNC = flags.DEFINE_float(
     "sound_sync_scale",
@@ -164,13 +164,13 @@ class Setting:
     guidance: float
     solver: str
     draft: bool
-    given: str = ""
+    given: str = "nothing"
     sync: float = 1.0
     after: bool = False
 
     def __str__(self) -> str:
         told = ", from a draft" * self.draft
-        told += f", the {self.given} given" * bool(self.given)
+        told += f", given {self.given}" * (self.given != "nothing")
         told += ", its sound afterwards" * self.after
         told += f", guided in step {self.sync:g}" * (self.sync != 1)
         return f"{self.solver} {self.steps} steps, guidance {self.guidance:g}{told}"
@@ -196,12 +196,17 @@ def settings_of(generator: Generator) -> list[Setting]:
     if suits.draft:
         generator.model.check_draft()
     sync = 1.0 if suits.sound_sync_scale is None else suits.sound_sync_scale
-    given, after = _GIVEN.value or "", bool(suits.sound_after)
-    how = suits.solver or "", bool(suits.draft), given, sync, after
-    pairs = list(itertools.product(steps, scales))
-    for count, scale in pairs:
+    for name in _GIVEN.value:
+        if name not in GIVEN:
+            raise ValueError(f"--given={name} must be among: {', '.join(GIVEN)}.")
+    solver, draft = suits.solver or "", bool(suits.draft)
+    found = list(itertools.product(steps, scales, _GIVEN.value))
+    for count, scale, _ in found:
         Settings(steps=count, guidance_scale=scale)  # raises if they are out of range
-    return [Setting(*pair, *how) for pair in pairs]
+    return [
+        Setting(count, scale, solver, draft, given, sync, bool(suits.sound_after))
+        for count, scale, given in found
+    ]
 
 
 def world_of(generator: Generator, split: str) -> World:
@@ -212,18 +217,23 @@ def world_of(generator: Generator, split: str) -> World:
     if generator.model.has_sound:
         rate = generator.model.audio_vae.sample_rate
         world = dataclasses.replace(world, audio_rate=rate)
-    generator.check(_requests(world, np.arange(1))[0])
+    for given in _GIVEN.value:
+        if given in GIVEN:
+            generator.check(_requests(world, np.arange(1), given)[0])
     return world
 
 
-def _requests(world: World, ids: np.ndarray) -> list[Request]:
+def _requests(world: World, ids: np.ndarray, what: str) -> list[Request]:
     """Requests for clips of scenes, by their captions and what else is given."""
     size = {name: getattr(world, name) for name in ("frames", "height", "width")}
-    what = {"picture": "from_video", "sound": "from_sound"}.get(_GIVEN.value or "")
     given: list[dict[str, Any]] = [{}] * len(ids)
-    if what:
-        clips = world.clips(ids)["video" if what == "from_video" else "audio"]
-        given = [{what: clip} for clip in clips]
+    if what != "nothing":
+        clips = world.clips(ids, audio=what == "sound")
+        sounds = clips["audio"] if what == "sound" else [None] * len(ids)
+        given = [
+            GIVEN[what].fields(Truth(video, world.fps, audio))
+            for video, audio in zip(clips["video"], sounds, strict=True)
+        ]
     return [
         Request(prompt, "", fps=world.fps, seed=int(i), **size, **more)
         for i, prompt, more in zip(ids, world.captions(ids), given, strict=True)
@@ -242,7 +252,7 @@ def generated(
         file = folder / f"{ids[0]:06d}-{len(ids)}.npz"
         if not file.exists():
             clips = generator(
-                _requests(world, ids),
+                _requests(world, ids, setting.given),
                 draft=setting.draft,
                 steps=setting.steps,
                 solver=setting.solver,

@@ -18,9 +18,11 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
@@ -29,10 +31,14 @@ from jvdit.data.sheets import contact_sheet, write_png
 from jvdit.diffusion.reuse import Reuse, save_ratios
 from jvdit.diffusion.solvers import SOLVERS
 from jvdit.generation.calibration import calibrate
+from jvdit.generation.cascade import check_stage, refine
+from jvdit.generation.film_file import write_film
+from jvdit.generation.films import Film, Scene, check_film
 from jvdit.generation.generator import Generator
 from jvdit.generation.presets import PRESETS
 from jvdit.generation.prompt_lines import read_prompts, read_request
 from jvdit.generation.request import Request, size_fields
+from jvdit.generation.results import viewing_scale
 from jvdit.generation.settings import Settings
 from jvdit.machine import flag_parser
 from jvdit.machine.command import told_in_a_line
@@ -86,13 +92,58 @@ _SEED = flags.DEFINE_integer(
 _IMAGE = flags.DEFINE_string("image", None, "Picture that is the first frame.")
 _LAST = flags.DEFINE_string("last", None, "Picture that is the last frame.")
 _VIDEO = flags.DEFINE_string(
-    "video", None, "Footage, or a control signal such as depth, to follow (VACE)."
+    "video", None, "Footage to change, or a control signal to follow, such as depth."
 )
 _MASK = flags.DEFINE_string(
-    "mask", None, "Video that is white where --video is to change (VACE)."
+    "mask", None, "Video that is white where --video is to change."
 )
 _REFERENCES = flags.DEFINE_list(
-    "references", [], "Pictures of what is to appear, with commas between (VACE)."
+    "references", [], "Pictures of what is to appear, with commas between."
+)
+_KEYFRAMES = flags.DEFINE_list(
+    "keyframes",
+    [],
+    "Pictures at their times in seconds, such as 0.5:a.png,1:b.png.",
+)
+_FOOTAGE = (
+    flags.DEFINE_string("prefix", None, "Video that the clip goes on from."),
+    flags.DEFINE_string("suffix", None, "Video that the clip ends with."),
+    flags.DEFINE_string("interpolate", None, "Video to double the frame rate of."),
+    flags.DEFINE_string("upscale", None, "Video to double the size of."),
+    flags.DEFINE_string(
+        "restyle", None, "Video to make anew, as the prompt has it; see --strength."
+    ),
+)
+_STRENGTH = flags.DEFINE_float(
+    "strength",
+    0.6,
+    "How far --restyle goes, 0 to 1: the larger, the less is left of the video.",
+)
+_CASCADE = flags.DEFINE_list(
+    "cascade",
+    [],
+    "What to do with each clip then: interpolate, upscale, or both, each perhaps with "
+    "a model of its own: upscale=WORKDIR.",
+)
+_SECONDS = flags.DEFINE_float(
+    "seconds",
+    None,
+    "Make a film that lasts so long, window after window of --frames.",
+    lower_bound=0.0,
+)
+_EXTEND = flags.DEFINE_string(
+    "extend", None, "Video of any length that the film goes on from."
+)
+_SCENE = flags.DEFINE_multi_string(
+    "scene",
+    [],
+    "A scene of the film, as SECONDS:PROMPT; until the first, the prompt itself holds.",
+)
+_CARRY = flags.DEFINE_integer(
+    "carry",
+    None,
+    "Latent frames of a window that the one before has made (default: half of them).",
+    lower_bound=1,
 )
 _SOUND = flags.DEFINE_boolean(
     "sound", None, "Whether clips have sound (default: yes, if the model can)."
@@ -254,6 +305,15 @@ def free_path(folder: pathlib.Path, name: str, suffix: str) -> pathlib.Path:
     return next(path for path in paths if not path.exists())
 
 
+def _timed(flag: str, text: str, example: str) -> tuple[float, str]:
+    """Seconds, and what follows the colon, of an entry of a flag."""
+    time, _, what = text.partition(":")
+    try:
+        return float(time), what
+    except ValueError:
+        raise ValueError(f"--{flag} (={text!r}) must read {example}.") from None
+
+
 def _common_fields() -> dict[str, Any]:
     """What the flags say of all requests."""
     return size_fields({}, _SIZE.value, _FRAMES.value, _FPS.value) | {
@@ -264,6 +324,11 @@ def _common_fields() -> dict[str, Any]:
         "video": _VIDEO.value,
         "mask": _MASK.value,
         "references": tuple(_REFERENCES.value),
+        "keyframes": tuple(
+            _timed("keyframes", x, "SECONDS:PICTURE, such as 0.5:a.png")
+            for x in _KEYFRAMES.value
+        ),
+        **{flag.name: flag.value for flag in _FOOTAGE},
         "sound": _SOUND.value,
         "from_video": _FROM_VIDEO.value,
         "from_sound": _FROM_SOUND.value,
@@ -349,12 +414,60 @@ def _parsed(prompts: Sequence[tuple[str, str]]) -> tuple[list[Any], list[str]]:
     return _sifted(prompts, parse)
 
 
-def _checked(request: Request, generator: Generator) -> Request:
+def _checked(generator: Generator, request: Request) -> Request:
     """A complete request that can be generated, its files read once."""
     request = generator.complete(request)
     generator.check(request)
     request.read_given()
     return request
+
+
+def _settings() -> Settings:
+    """What the flags say of sampling."""
+    if _SHIFT.value is not None and (_PRESET.value or _LEVELS.value):
+        raise ValueError("--shift spaces noise levels that --preset or --levels give.")
+    named = _STEPS, _PRESET, _SOLVER, _SCALE, _SCALE_2, _RESCALE, _DRAFT
+    named += _SOUND_SCALE, _SYNC, _SOUND_SYNC, _AFTER, _STRENGTH
+    low, high = map(float, _INTERVAL.value)
+    return Settings(
+        guidance_interval=(low, high),
+        conditioning_scale=tuple(map(float, _CONDITIONING.value)),
+        levels=_LEVELS.value and tuple(map(float, _LEVELS.value)),
+        **{flag.name: flag.value for flag in named},
+    )
+
+
+def _told(settings: Settings, model: Bundle) -> dict[str, Any]:
+    """What a clip's file says of how it was made, besides its request."""
+    told = {k: x for k, x in dataclasses.asdict(settings).items() if x is not None}
+    if settings.levels is None:
+        told["shift"] = model.policy.shift
+    if not model.boundary:
+        told.pop("guidance_scale_2", None)
+    if not model.dit.control_channels:
+        told.pop("conditioning_scale")
+    if not model.has_sound:
+        for flag in (_SOUND_SCALE, _SYNC, _SOUND_SYNC, _AFTER):
+            told.pop(flag.name, None)
+    files = _WORKDIR, _PRETRAINED, _DIT, _DIT_LOW, _LORA, _LORA_HIGH, _LORA_LOW, _REUSE
+    return told | {flag.name: flag.value for flag in files if flag.value}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Written:
+    """A file that was written, and what a sheet shows of it.
+
+    Attributes:
+        path: of the file.
+        prompt: of the clip.
+        video: its frames, or some of them.
+        spectrogram: of its sound, if it has some.
+    """
+
+    path: pathlib.Path
+    prompt: str
+    video: np.ndarray
+    spectrogram: np.ndarray | None = None
 
 
 def sample(prompts: Sequence[tuple[str, str]]) -> Iterator[pathlib.Path]:
@@ -370,23 +483,14 @@ def sample(prompts: Sequence[tuple[str, str]]) -> Iterator[pathlib.Path]:
     """
     if not prompts:
         raise ValueError('give a prompt, "…", or --prompts=FILE.')
-    if _SHIFT.value is not None and (_PRESET.value or _LEVELS.value):
-        raise ValueError("--shift spaces noise levels that --preset or --levels give.")
     parsed, refused = _parsed(prompts)
-    named = _STEPS, _PRESET, _SOLVER, _SCALE, _SCALE_2, _RESCALE, _DRAFT
-    named += _SOUND_SCALE, _SYNC, _SOUND_SYNC, _AFTER
-    low, high = map(float, _INTERVAL.value)
-    settings = Settings(
-        guidance_interval=(low, high),
-        conditioning_scale=tuple(map(float, _CONDITIONING.value)),
-        levels=_LEVELS.value and tuple(map(float, _LEVELS.value)),
-        **{flag.name: flag.value for flag in named},
-    )
-    folder = pathlib.Path(_OUT.value)
+    settings, folder = _settings(), pathlib.Path(_OUT.value)
     if not _CALIBRATE.value:
         check_writable(folder)  # before anything is computed
     generator = _load(_mesh(len(prompts)))
-    checked, more = _sifted(parsed, lambda _, request: _checked(request, generator))
+    films = bool(_SECONDS.value or _EXTEND.value or _SCENE.value)
+    check = partial(_film, generator) if films else partial(_checked, generator)
+    checked, more = _sifted(parsed, lambda _, request: check(request))
     requests, refused = [request for _, request in checked], refused + more
     settings = settings.complete(generator.model.defaults)
     if _CALIBRATE.value:
@@ -394,38 +498,18 @@ def sample(prompts: Sequence[tuple[str, str]]) -> Iterator[pathlib.Path]:
         save_ratios(_CALIBRATE.value, ratios)
         yield pathlib.Path(_CALIBRATE.value)
         return
-    reuse = Reuse.load(_REUSE.value, _THRESHOLD.value) if _REUSE.value else None
-    told = {k: x for k, x in dataclasses.asdict(settings).items() if x is not None}
-    if settings.levels is None:
-        told["shift"] = generator.model.policy.shift
-    if not generator.model.boundary:
-        told.pop("guidance_scale_2", None)
-    if not generator.model.dit.control_channels:
-        told.pop("conditioning_scale")
-    if not generator.model.has_sound:
-        for flag in (_SOUND_SCALE, _SYNC, _SOUND_SYNC, _AFTER):
-            told.pop(flag.name, None)
-    files = _WORKDIR, _PRETRAINED, _DIT, _DIT_LOW, _LORA, _LORA_HIGH, _LORA_LOW, _REUSE
-    told |= {flag.name: flag.value for flag in files if flag.value}
-    shown = {}
+    shown: list[_Written] = []
     try:
-        with _Shown(len(requests)) as watch:
-            made = generator.clips(
-                requests, settings, rows=_ROWS.value, watch=watch, reuse=reuse
-            )
-            for i, clip in made:
-                path = free_path(folder, clip_name(requests[i]), ".mp4")
-                scale = _ENLARGED.value or clip.viewing_scale
-                clip.save(path, {"jvdit": requests[i].settings | told}, scale)
-                shown[i] = clip
-                watch.clips(len(shown))
-                yield path
+        for one in (_films if films else _clips)(generator, requests, settings):
+            shown.append(one)
+            yield one.path
     finally:
         if shown:
-            captions = [requests[i].prompt for i in sorted(shown)]
-            clips = [shown[i] for i in sorted(shown)]
-            films, sounds = zip(*((x.video, x.spectrogram) for x in clips), strict=True)
-            sheet = contact_sheet(films, captions, sounds=sounds)
+            sheet = contact_sheet(
+                [x.video for x in shown],
+                [x.prompt for x in shown],
+                sounds=[x.spectrogram for x in shown],
+            )
             write_png(path := free_path(folder, "sheet", ".png"), sheet)
     yield path
     if refused:
@@ -433,6 +517,82 @@ def sample(prompts: Sequence[tuple[str, str]]) -> Iterator[pathlib.Path]:
             f"{len(refused)} of {len(prompts)} prompts were left out, the first: "
             f"{refused[0]}"
         )
+
+
+def _clips(
+    generator: Generator, requests: Sequence[Request], settings: Settings
+) -> Iterator[_Written]:
+    """Generates clips and writes each."""
+    reuse = Reuse.load(_REUSE.value, _THRESHOLD.value) if _REUSE.value else None
+    told, stages = _told(settings, generator.model), _stages(generator)
+    with _Shown(len(requests)) as watch:
+        made = generator.clips(
+            requests, settings, rows=_ROWS.value, watch=watch, reuse=reuse
+        )
+        for done, (i, clip) in enumerate(made, 1):
+            request = requests[i]
+            for stage, by in stages:
+                request, clip = refine(by, stage, request, clip, settings, watch=watch)
+            path = free_path(pathlib.Path(_OUT.value), clip_name(request), ".mp4")
+            scale = _ENLARGED.value or clip.viewing_scale
+            about = request.settings | told
+            if stages:
+                about |= {"cascade": _CASCADE.value}
+            clip.save(path, {"jvdit": about}, scale)
+            watch.clips(done)
+            yield _Written(path, request.prompt, clip.video, clip.spectrogram)
+
+
+def _stages(generator: Generator) -> list[tuple[str, Generator]]:
+    """The stages of --cascade, each with its generator."""
+    found = []
+    for text in _CASCADE.value:
+        stage, _, folder = text.partition("=")
+        by = generator
+        if folder:
+            by = Generator.load(pathlib.Path(folder).absolute(), generator.mesh)
+        check_stage(by, stage)
+        found.append((stage, by))
+    return found
+
+
+def _film(generator: Generator, request: Request) -> Film:
+    """The film that a request and the flags ask for, complete and possible."""
+    request = generator.complete(request)
+    request.read_given()
+    fps = float(request.fps or 1.0)
+    frames = round((_SECONDS.value or 0.0) * fps)
+    if frames < 1:
+        raise ValueError("--seconds says how long the film lasts; give it.")
+    example = "SECONDS:PROMPT"
+    scenes = [Scene(*_timed("scene", text, example)) for text in _SCENE.value]
+    film = Film(request, frames, _EXTEND.value, scenes, _CARRY.value)
+    return check_film(generator, film)
+
+
+def _films(
+    generator: Generator, films: Sequence[Film], settings: Settings
+) -> Iterator[_Written]:
+    """Makes films, and writes each while it is being made."""
+    told = _told(settings, generator.model)
+    for film in films:
+        request = film.request
+        path = free_path(pathlib.Path(_OUT.value), clip_name(request), ".mp4")
+        more = {"frames": film.frames, "carry": film.carry, "extend": _EXTEND.value}
+        more["scenes"] = [list(scene) for scene in film.scenes]
+        with Bars() as bars:
+            task = bars.add_task("frames", total=film.frames)
+            stills = write_film(
+                path,
+                generator,
+                film,
+                settings,
+                metadata={"jvdit": request.settings | told | more},
+                scale=_ENLARGED.value or viewing_scale(request.size[1:]),
+                on_frames=lambda done, task=task: bars.update(task, completed=done),
+                tell=bars.print,
+            )
+        yield _Written(path, request.prompt, stills)
 
 
 class _Shown(Bars):

@@ -82,6 +82,9 @@ class Tokens:
             every other, and attention takes the maskless kernel.
         kinds: how many tokens of a row are of each kind, which lie side by side:
             pictures, sounds. (): all are pictures'.
+        frames: how many frames each row has if it is exactly one clip, frame after
+            frame, each of the same cells in the same order. 0: rows aren't so, or
+            differ; then attention patterns follow from positions alone.
     """
 
     latents: Float[Array, "b n c"]
@@ -92,6 +95,7 @@ class Tokens:
     control: Float[Array, "b n v"] | None = None
     visible: Visible | None = None
     kinds: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
+    frames: int = flax.struct.field(pytree_node=False, default=0)
 
     @classmethod
     def of(
@@ -102,6 +106,7 @@ class Tokens:
         one_clip: bool = False,
         given: bool = True,
         kinds: tuple[int, ...] = (),
+        frames: int = 0,
     ) -> "Tokens":
         """The tokens of a packed batch, to be learned from or generated.
 
@@ -112,6 +117,7 @@ class Tokens:
             given: tokens may be given; if none is, and `one_clip`, all of a row are at
                 one level.
             kinds: how many tokens of a row are of each kind; (): there is one kind.
+            frames: of every row, if it is one grid.
         """
         names = "cond", "control"
         alike = one_clip and not (given or kinds)
@@ -121,6 +127,7 @@ class Tokens:
             segment=None if one_clip else batch["segment"],
             level=None if alike else batch["level"],
             kinds=kinds,
+            frames=frames,
             **{name: batch[name] for name in names if name in batch},
         )
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from jvdit.data.conditions import CONDITIONS, Known, Place, known, may_be_given
+from jvdit.data.conditions import CONDITIONS, known
+from jvdit.data.conditions.known import Known, Place
 from jvdit.data.items import item_of
 from jvdit.data.packing import pack_rows
 from jvdit.data.patches import patchify
@@ -27,30 +28,6 @@ def latents():
 
 def packed(*items):
     return pack_rows([items], 64, 16, 3)
-
-
-@pytest.mark.parametrize("given", [False, True])
-def test_a_request_has_the_tokens_of_the_clip_that_it_asks_for(latents, given):
-    """Given its first frame, it has the levels that training gives such a clip."""
-    what = Known()
-    if given:
-        clean = np.zeros(latents.shape[:3], bool)
-        clean[0] = True
-        what = Known(latents=latents, clean=clean)
-    asked = item_of(np.zeros_like(latents), known=what, text_embeds=TEXT, **HOW)
-    learned = item_of(latents, conditions=("first_frame",), text_embeds=TEXT, **HOW)
-    found, want = packed(asked), packed(learned)
-    givable = want.pop("givable")
-    if given:
-        want["level"] = np.where(givable, 0, want["level"])
-    assert set(found) == set(want)
-    for name in set(want) - {"latents"}:
-        np.testing.assert_array_equal(found[name], want[name], name)
-    is_given = givable if given else np.zeros_like(givable)
-    np.testing.assert_array_equal(
-        found["latents"], np.where(is_given[..., None], want["latents"], 0)
-    )
-    assert asked.is_given == given and not learned.is_given
 
 
 def test_levels_of_clips_that_share_a_row(latents):
@@ -95,10 +72,3 @@ def size():
 def test_every_condition_takes_what_it_needs():
     for name, row in CONDITIONS.items():
         assert set(row.needs) <= set(row.takes), name
-
-
-def test_training_gives_the_first_frame_of_clips_alone():
-    assert may_be_given(("first_frame",), GRID).reshape(GRID)[0].all()
-    assert may_be_given(("first_frame",), GRID).sum() == GRID[1] * GRID[2]
-    assert not may_be_given(("first_frame",), (1, 2, 3)).any()
-    assert not may_be_given((), GRID).any()

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from closeness import assert_close
 
-from jvdit.data.conditions import may_be_given
 from jvdit.diffusion.denoise import denoise
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
 from jvdit.models import dit, text_encoder
@@ -21,7 +20,6 @@ from jvdit.training.objectives.denoising import (
     FlowObjective,
     clip_sizes,
     text_of,
-    with_given,
 )
 from jvdit.training.optim import Optim
 from jvdit.training.state import new_state, state_shardings
@@ -122,29 +120,15 @@ def test_padding_and_other_clips_do_not_count(objective, params, batch):
 
 @pytest.fixture(scope="module")
 def framed(batch):
-    """The same rows as a picture of 4 tokens and a clip of 3 beside 2."""
-    grids = (1, 2, 2), (2, 1, 3)
-    parts = [may_be_given(("first_frame",), grid) for grid in grids]
-    givable = np.concatenate([*parts, np.zeros(3, np.uint8)])[
-        [*range(9), *range(10, 13)]
-    ]
-    return {**batch, "givable": jnp.asarray(np.tile(givable, (8, 1)))}
-
-
-def test_a_first_frame_is_given_to_clips_alone(objective, framed):
-    """A picture has nothing else to generate; padding is nobody's first frame."""
-    changed = with_given(framed, jnp.ones((8, 2), bool))["level"] != framed["level"]
-    np.testing.assert_array_equal(np.flatnonzero(changed[0]), [4, 5, 6])
-    left = with_given(framed, jnp.zeros((8, 2), bool))["level"]
-    np.testing.assert_array_equal(left, framed["level"])
-    half = dataclasses.replace(objective, given=(("first_frame", 0.5),))
-    drawn = [half.prepare(framed, jax.random.key(i))["level"] for i in range(20)]
-    assert 0.35 < np.mean([x[:, 4] == 0 for x in drawn]) < 0.65
+    """The same rows, of whose second clip 3 of 5 tokens are given."""
+    level = np.array(batch["level"])
+    level[:, 4:7] = 0
+    return {**batch, "level": jnp.asarray(level)}
 
 
 def test_what_is_given_is_clean_and_costs_nothing(objective, params, framed):
     """No noise reaches it, the others see it, and it has no part in the loss."""
-    given = dataclasses.replace(objective, given=(("first_frame", 1.0),))
+    given = dataclasses.replace(objective, given=("first_frame",))
     prepared = given.prepare(framed, jax.random.key(0))
     assert given.weight(prepared) == 8 * (4 + 2)
     x0, keys = framed["latents"], jax.random.split(jax.random.key(3))
@@ -162,20 +146,18 @@ def test_what_is_given_is_clean_and_costs_nothing(objective, params, framed):
     assert_close(moved[:, :4], first[:, :4])
 
 
-def test_a_row_of_one_clip_needs_no_mask_for_its_first_frame(objective, params, framed):
+def test_a_row_of_one_clip_needs_no_mask_for_what_is_given(objective, params, framed):
     """The same loss, with segments and without."""
-    alone = {name: value[:, 4:9] for name, value in framed.items() if name[0] in "lpg"}
-    alone["level"] = alone["segment"] = jnp.ones((8, 5), jnp.int32)
+    alone = {name: value[:, 4:9] for name, value in framed.items() if name[0] in "lp"}
+    alone["segment"] = jnp.ones((8, 5), jnp.int32)
+    alone["level"] = alone["segment"].at[:4, :3].set(0)
     alone |= {"text_ids": framed["text_ids"][:, 3:7], "valid": jnp.ones((8, 1), bool)}
     alone["text_segment"] = jnp.ones((8, 4), jnp.int32)
     losses = []
     for one_clip in (False, True):
-        made = dataclasses.replace(
-            objective, given=(("first_frame", 0.5),), one_clip=one_clip
-        )
+        made = dataclasses.replace(objective, given=("first_frame",), one_clip=one_clip)
         prepared = made.prepare(alone, jax.random.key(1))
         losses.append(jax.jit(made.loss)(params, prepared)[0])
-    assert 0 < (prepared["level"][:, 0] == 0).sum() < 8
     assert_close(*losses)
 
 

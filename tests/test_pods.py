@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jvdit.machine.chips import CHIPS, topology
 from jvdit.machine.compilation import jit
+from jvdit.models.dit_blocks import CHOICE
 from jvdit.models.video_vae import VARIANTS, VideoVAE
 from jvdit.pods.forecast import arrays, forecast, group, read
 from jvdit.pods.programs import pod_mesh, train_program, vae_program
@@ -97,6 +98,25 @@ def across(op, name, shape, kind):
     attributes = ",".join(f'_xla_{k}="{v}"' for k, v in told.items())
     return f"  %{name} = ({shape}, u32[], token[]) {op}(%x), channel_id=1, \
 is_host_transfer=true, frontend_attributes={{{attributes}}}\n"
+
+
+@pytest.mark.parametrize(
+    "source, times", [("DiT/x/cond", 1), (f"DiT/{CHOICE}/cond", 0.5)]
+)
+def test_a_cycle_of_layers_takes_each_of_its_patterns_as_often(source, times):
+    """Of another choice the longer way counts."""
+    text = TEXT[: TEXT.index("ENTRY")]
+    for name, cycles in (("a", CYCLES), ("b", CYCLES.replace("1750000", "0"))):
+        text += f"%{name} (x: f32[4]) -> f32[4] {{\n"
+        text += "  %x = f32[4]{0} parameter(0)\n  ROOT %p = f32[4]{0} fusion(%x), "
+        text += (
+            f'kind=kOutput, calls=%f, metadata={{op_name="{source}"}}, {cycles}\n}}\n'
+        )
+    text += "ENTRY %main (x: f32[4]) -> f32[4] {\n  %x = f32[4]{0} parameter(0)\n"
+    text += "  ROOT %c = f32[4]{0} conditional(%x, %x, %x), "
+    text += "branch_computations={%a, %b}\n}\n"
+    made = forecast(read(text), CHIPS["v5p"], AXES)
+    assert made.seconds == pytest.approx(times * 1e-3)
 
 
 def test_slices_send_over_the_network_behind_what_runs_meanwhile():

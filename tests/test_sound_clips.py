@@ -15,8 +15,10 @@ from jvdit.data.media.reader import decode_clip
 from jvdit.data.sources import open_source
 from jvdit.data.world import World
 from jvdit.diffusion.denoise import Guidance
+from jvdit.generation.films import Film, make_film
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request
+from jvdit.generation.settings import Settings
 from jvdit.serving.packed import Packed
 from jvdit.tasks.loop import train
 from jvdit.tasks.stages import run
@@ -280,3 +282,33 @@ def test_what_is_heard_is_reported_with_its_controls(heard, tmp_path):
     assert {"another clip's", "60 ms late"} <= set(column["controls"])
     page = (tmp_path / "report.html").read_text()
     assert "class=heard" in page
+
+
+def test_a_film_sounds_as_its_latents_do_at_once(generator):
+    """Each window knows the sound of the one before, at its own times."""
+    model = dataclasses.replace(generator.model, conditions=("extend",))
+    shooting, windows = Generator(model), []
+    solve = shooting.solve
+
+    def noted(requests, **options):
+        for found in solve(requests, **options):
+            windows.append((requests[0], found[0]))
+            yield found
+
+    shooting.solve = noted  # type: ignore[method-assign]
+    settings = Settings(**SETTINGS, guidance_scale=1.0)
+    film = Film(request(frames=13, seed=7), 30, carry=2)
+    pieces = [*make_film(shooting, film, settings)]
+    audio = np.concatenate([x.audio for x in pieces])
+    assert audio.shape == (round(30 / 8 * RATE), 1)
+    assert sum(len(x.audio) > 0 for x in pieces) > 2  # written as it is made
+    heard = [windows[0][1].sound]
+    for asked, found in windows[1:]:
+        known = asked.tail.sound
+        so_far = np.concatenate(heard)
+        np.testing.assert_array_equal(known, so_far[len(so_far) - len(known) :])
+        assert 0 <= asked.tail.late < 512 / RATE
+        np.testing.assert_allclose(found.sound[: len(known)], known, atol=1e-5)
+        heard.append(found.sound[len(known) :])
+    whole = shooting.codec.decode_sound(np.concatenate(heard), len(audio))
+    np.testing.assert_allclose(audio, whole, atol=1e-5)

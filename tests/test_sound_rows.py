@@ -19,7 +19,7 @@ from jvdit.sharding import batch_sharding, make_mesh
 from jvdit.training.objectives.denoising import FlowObjective, generated
 from jvdit.training.objectives.pairings import PAIRINGS, check_pairings, paired
 from jvdit.weights.adapters import ANY, read_lora, write_lora
-from jvdit.weights.growing import grown, lacks_sound
+from jvdit.weights.growing import grown, lacks_parts
 from jvdit.weights.wan import dit_rules
 
 KINDS, CLIPS, PATCH = (24, 8), 2, (1, 2, 2)
@@ -40,7 +40,6 @@ def clip(number, frames, sounds, *, given=False):
     item = Item(
         patchify(latents, PATCH),
         positions(latents.shape[:3], PATCH, 8.0, 2),
-        givable=np.zeros(4 * frames, np.uint8),
         text_embeds=rng.normal(size=(3, TEXT)).astype(np.float32),
         clip_id=number,
     )
@@ -252,7 +251,7 @@ def test_a_network_grown_from_a_silent_one_shows_the_same_pictures(batch, scan):
     held = jax.jit(silent.init)(key, *silent.example_inputs())["params"]
     held = jax.tree.map(lambda x: x + 0.03, held)
     new = jax.jit(heard.init)(key, *heard.example_inputs())["params"]
-    assert lacks_sound(held, new) and not lacks_sound(new, new)
+    assert lacks_parts(held, new) and not lacks_parts(new, new)
     flat = flatten_dict(new, sep="/")
     asked = []
 

@@ -26,12 +26,14 @@ from jvdit.data.records import RecordDataset
 from jvdit.diffusion.denoise import Guidance
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request
+from jvdit.generation.sampling import Chunk
 from jvdit.sharding import make_mesh
 from jvdit.tasks.encoding import encode
 from jvdit.tasks.flow import FlowTask
 from jvdit.tasks.loop import train
 from jvdit.training.checkpoint import claim_workdir
-from jvdit.weights.opening import with_adapters
+from jvdit.weights.bundle import read_bundle
+from jvdit.weights.opening import EXPERTS, with_adapters
 from jvdit.weights.parameters import load_weights, save_weights, weights_hash
 
 HERE = pathlib.Path(__file__).parent
@@ -178,6 +180,30 @@ def test_each_of_two_experts_is_guided_by_its_own_scale(workdir, generator):
         error = np.abs(found[scales] - want).max() / np.abs(want).max()
         assert error < 1e-4, (scales, error)
     assert np.abs(found[1.0, 4.0] - found[4.0, 1.0]).max() > 0.1
+
+
+def test_two_experts_are_trained_from_one_network(workdir, tmp_path):
+    """Each at its own times, and both are saved; a sample asks the one in charge."""
+    config = thread_config.flow_config(workdir)
+    config.start_from = str(workdir / "dit/model")
+    config.expert, config.boundary, config.steps = "both", 0.5, 2
+    config.data.rows, config.sample.prompts, config.sample.scored = 16, (), 0
+    config.data.validation, config.given.first_frame = "", 0.0
+    config.optim.ema, config.optim.warmup = 0.0, 0
+    train(config, str(tmp_path))
+    model = read_bundle(tmp_path / "model")
+    assert model.boundary == 0.5
+    before = load_weights(workdir / "dit/model/dit")[0]["head"]["kernel"]
+    heads = [model.networks[name].params["head"]["kernel"] for name in EXPERTS]
+    assert all(np.abs(head - before).max() > 1e-5 for head in heads)
+    assert np.abs(heads[0] - heads[1]).max() > 1e-5
+    request, spans = Request("x", frames=5, height=16, width=16), {}
+    for name in EXPERTS:
+        params = tree.map(lambda x: x + 0.1, model.networks[name].params)
+        changed = Generator(model.with_params({name: params}))
+        (spans[name],) = changed.latents([request], steps=4)
+    (plain,) = Generator(model).latents([request], steps=4)
+    assert all(np.abs(x - plain).max() > 1e-3 for x in spans.values())
 
 
 def test_tokens_that_devices_do_not_divide_are_padded(workdir, generator):
@@ -483,6 +509,29 @@ def test_adapters_of_a_model_of_ones_own(workdir, tmp_path):
     config.start_from = ""
     with pytest.raises(ValueError, match="`start_from` names no model"):
         train(config, str(tmp_path / "none"))
+
+
+def test_attention_patterns_are_trained_and_sampled_on_rows_of_one_grid(
+    latents, tmp_path, monkeypatch
+):
+    config = thread_config.flow_config(latents)
+    config.data.update(max_clips=1, token_budget=4)
+    config.dit.update(depth=2, patterns=("spatial", "temporal"), skips=True)
+    config.steps = 2
+    config.sample.update(prompts=(), scored=0)
+    config.checkpoint_every = config.sample_every = config.evaluate_every = 0
+    task = FlowTask(config, make_mesh(), tmp_path / "task")
+    assert task.objective.frames == 2
+    full = task.objective.dit.clone(patterns=(), skips=True)
+    tokens, text = (task.example[x].shape[1] for x in ("segment", "text_segment"))
+    assert task.flops < 8 * full.flops(tokens, text, "weights")
+    train(config, str(tmp_path / "on"))
+    generator = Generator.load(tmp_path / "on")
+    request = Request("two objects", frames=5, height=16, width=16, seed=3)
+    found = generator.latents([request], steps=2)
+    # The same by the rule of visibility, as in rows of several clips.
+    monkeypatch.setattr(Chunk, "frames", 0)
+    assert_close(found, generator.latents([request], steps=2))
 
 
 def test_a_field_that_came_later_is_at_its_default_in_an_old_workdir(tmp_path):

@@ -31,10 +31,11 @@ from jvdit.data.plan import BucketPlan, PackPlan
 from jvdit.data.sources import ArraySource
 from jvdit.machine.compilation import jit
 from jvdit.machine.huge_pages import use_huge_pages
+from jvdit.models.attention.dispatch import attention
 from jvdit.models.audio_vae import VARIANTS, AudioVAE
 from jvdit.models.dit import DiT
 from jvdit.models.video_vae import VideoVAE
-from jvdit.shapes import Text, Tokens
+from jvdit.shapes import Text, Tokens, Visible
 
 BATCH, DEPTH, WIDTH, HEADS, CHANNELS, TEXT, STATES = 4, 6, 256, 4, 16, 256, 64
 # Two videos: torch takes a slow path for convolutions over time of a single one.
@@ -43,6 +44,7 @@ AUDIO_WIDTH, SOUND = 32, (2, 48_000, 1)  # half of KVAE-Audio's width, a second
 # Latent frames, height and width of the clips that are packed.
 PIPELINE_SIZES = [(1, 16, 16), (3, 8, 16), (5, 8, 8), (5, 16, 8), (5, 16, 16)]
 PACKING_SIZES = [(1, 32, 32), (5, 32, 32), (5, 24, 40), (9, 30, 52), (21, 30, 52)]
+ATTENDED = 4096  # tokens of the benchmark of attention alone
 Run = Callable[[], Any]
 Row = dict[str, Any]
 
@@ -88,17 +90,18 @@ def check_sizes(params: Any, model: Any) -> None:
         raise RuntimeError("The numbers of parameters differ: not the same network.")
 
 
-def our_dit(inputs: tuple[Any, ...], train: bool) -> tuple[Any, Run]:
+def our_dit(inputs: tuple[Any, ...], train: bool, **fields: Any) -> tuple[Any, Run]:
     """Our network's parameters, and its forward pass or training step to time.
 
     Args:
         inputs: (tokens, t, text, target).
         train: time a training step instead of a forward pass.
+        **fields: of the network, beside its sizes.
     """
     patch = 4 * CHANNELS
     sound = patch // 2 if inputs[0].kinds else 0
     sizes = (WIDTH, DEPTH, HEADS, 4 * WIDTH, patch, patch, TEXT)
-    model = DiT(*sizes, sound_channels=sound)
+    model = DiT(*sizes, sound_channels=sound, **fields)
     params = jax.jit(model.init)(jax.random.key(0), *inputs[:3])
     forward, optimizer = jit(model.apply), optax.adamw(1e-4, weight_decay=0.01)
 
@@ -143,25 +146,61 @@ def their_dit(params: Any, peers: Any, inputs: tuple[Any, ...], train: bool) -> 
     return step if train else torch.inference_mode()(lambda: model(*arrays))
 
 
+def clips(tokens: int) -> tuple[tuple[Any, ...], tuple[np.ndarray, ...]]:
+    """Inputs of our network and of the peer: whole clips of 5 latent frames."""
+    area = tokens // 5
+    h = max(x for x in range(1, math.isqrt(area) + 1) if area % x == 0)
+    rng = np.random.default_rng(0)
+    size = (2, BATCH, CHANNELS, 5, 2 * h, 2 * area // h)
+    x, y = rng.normal(size=size).astype(np.float32)
+    states = rng.normal(size=(BATCH, STATES, TEXT)).astype(np.float32)
+    t = np.linspace(0.1, 0.9, BATCH, dtype=np.float32)
+    axes = "a b c f (h p) (w q) -> a b (f h w) (p q c)"
+    patches = jnp.asarray(rearrange(np.stack([x, y]), axes, p=2, q=2))
+    cells = np.indices((5, h, area // h)).reshape(1, 3, tokens)
+    position = jnp.asarray(np.repeat(cells, BATCH, 0), jnp.float32).mT
+    ours = Tokens(patches[0], position, frames=5), t[:, None]
+    ours = *ours, Text(jnp.asarray(states)), patches[1]
+    return ours, (x, 1000 * t, states, y)
+
+
 def dit(args: argparse.Namespace, peers: Any, train: bool = False) -> Iterator[Row]:
-    """Times the DiT on whole clips of 5 latent frames."""
+    """Times the DiT on whole clips."""
     for tokens in args.tokens:
-        area = tokens // 5
-        h = max(x for x in range(1, math.isqrt(area) + 1) if area % x == 0)
-        rng = np.random.default_rng(0)
-        size = (2, BATCH, CHANNELS, 5, 2 * h, 2 * area // h)
-        x, y = rng.normal(size=size).astype(np.float32)
-        states = rng.normal(size=(BATCH, STATES, TEXT)).astype(np.float32)
-        t = np.linspace(0.1, 0.9, BATCH, dtype=np.float32)
-        pattern = "a b c f (h p) (w q) -> a b (f h w) (p q c)"
-        patches = jnp.asarray(rearrange(np.stack([x, y]), pattern, p=2, q=2))
-        cells = np.indices((5, h, area // h)).reshape(1, 3, tokens)
-        position = jnp.asarray(np.repeat(cells, BATCH, 0), jnp.float32).mT
-        packed, text = Tokens(patches[0], position), Text(jnp.asarray(states))
-        params, ours = our_dit((packed, t[:, None], text, patches[1]), train)
-        theirs = peers and their_dit(params, peers, (x, 1000 * t, states, y), train)
+        given, other = clips(tokens)
+        params, ours = our_dit(given, train)
+        theirs = peers and their_dit(params, peers, other, train)
         what = f"{'train' if train else 'denoise'} {BATCH} x {tokens} tokens"
         yield measure(what, args.rounds, ours, theirs)
+
+
+def patterns(args: argparse.Namespace, _: Any) -> Iterator[Row]:
+    """Times attention that alternates between space and time against full attention."""
+    for tokens in args.tokens:
+        for train in (False, True):
+            runs = [
+                our_dit(clips(tokens)[0], train, patterns=names)[1]
+                for names in (("spatial", "temporal"), ())
+            ]
+            what = f"alternating {'train' if train else 'denoise'} {BATCH} x {tokens}"
+            yield measure(what, args.rounds, *runs)
+
+
+def kernels(args: argparse.Namespace, _: Any) -> Iterator[Row]:
+    """Times attention alone, forward and backward, of 8 causal chunks against all."""
+    shape = (1, ATTENDED, HEADS, WIDTH // HEADS)
+    q, k, v = np.random.default_rng(0).normal(size=(3, *shape)).astype(np.float32)
+    chunk = jnp.arange(ATTENDED)[None] // (ATTENDED // 8)
+    seen = Visible(chunk, jnp.zeros_like(chunk), chunk)
+
+    def run(**how: Any) -> Run:
+        def total(*qkv: Any) -> Any:
+            return attention(*qkv, implementation="mapped", **how).sum()
+
+        return functools.partial(jit(jax.grad(total, argnums=(0, 1, 2))), q, k, v)
+
+    runs = run(visible=seen, pattern="chunk_causal"), run()
+    yield measure(f"8 causal chunks of {ATTENDED // 8}", args.rounds, *runs)
 
 
 def sound(args: argparse.Namespace, _: Any) -> Iterator[Row]:
@@ -277,6 +316,8 @@ def packing(args: argparse.Namespace, _: Any) -> Iterator[Row]:
 
 CASES = {"denoise": dit, "train": functools.partial(dit, train=True), "vae": vae}
 CASES |= {
+    "patterns": patterns,
+    "kernels": kernels,
     "audio_vae": audio_vae,
     "sound": sound,
     "pipeline": pipeline,

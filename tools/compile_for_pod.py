@@ -85,7 +85,7 @@ _CLIP = flags.DEFINE_string(
     "clip",
     "81x720x1280",
     "Frames, height and width in pixels (TxHxW) of the clip that --step encode or "
-    "--step decode takes.",
+    "--step decode takes, or of the clip of a row whose network has `dit.patterns`.",
 )
 _ROWS = flags.DEFINE_integer(
     "rows",
@@ -195,6 +195,11 @@ def lower(config: Any, mesh: Any, result: Result) -> Any:
     sounds = config.data.sound_budget
     pictures, text = config.data.token_budget, config.data.text_budget
     tokens = pictures + sounds
+    # In tokens, of the one clip of each row.
+    frames = 0
+    if config.dit.patterns:
+        vae = video_vae.VideoVAE(**video_vae.VARIANTS[_VAE.value])
+        frames = vae.latent_shape(*_clip())[0] // config.patch_size[0]
     if _STEP.value == "train":
         lowered, state, places = train_program(
             config,
@@ -203,6 +208,7 @@ def lower(config: Any, mesh: Any, result: Result) -> Any:
             _LATENTS.value,
             text_width,
             _SOUND_LATENTS.value,
+            frames,
         )
         result.memory = {
             "weights": share(state.params, places.params),
@@ -215,17 +221,20 @@ def lower(config: Any, mesh: Any, result: Result) -> Any:
             result.memory["frozen weights"] = held
         module = _module(config, text_width)
         trained = "adapters" if config.lora.rank else "weights"
-        result.flops = float(result.rows * module.flops(tokens, text, trained))
+        each = module.flops(tokens, text, trained, frames)
+        result.flops = float(result.rows * each)
         return lowered
     module = _module(config, text_width, param_dtype=config.dit.dtype)
-    lowered = sample_program(module, mesh, result.rows, pictures, text, sounds)
+    sizes = result.rows, pictures, text, sounds, frames
+    lowered = sample_program(module, mesh, *sizes)
     params = lowered.in_avals[0][0]["params"]
     places = parameter_shardings(params, mesh)
     result.memory = {"weights": share(params, places)}
     result.slivers = slivers(params, places)
     # In sampling all steps are one program; this one has two, with guidance.
     result.steps = SAMPLED
-    result.flops = 2.0 * SAMPLED * result.rows * module.flops(tokens, text)
+    each = module.flops(tokens, text, frames=frames)
+    result.flops = 2.0 * SAMPLED * result.rows * each
     return lowered
 
 
@@ -234,14 +243,8 @@ def lower_clip(mesh: Any, result: Result) -> tuple[Any, Any]:
 
     The table shows the time of all pieces of the clip.
     """
-    try:
-        frames, height, width = map(int, _CLIP.value.split("x"))
-    except ValueError as error:
-        raise ValueError(
-            f"`clip` (={_CLIP.value}) must be TxHxW, such as 81x720x1280."
-        ) from error
+    clip = frames, height, width = _clip()
     vae = video_vae.VideoVAE(**video_vae.VARIANTS[_VAE.value])
-    clip = frames, height, width
     mesh = autoencoder_mesh(mesh, *vae.latent_shape(*clip)[1:])
     result.mesh = dict(mesh.shape)
     lowered, pieces = vae_program(vae, mesh, clip, _STEP.value)
@@ -252,6 +255,17 @@ def lower_clip(mesh: Any, result: Result) -> tuple[Any, Any]:
         )
     result.steps = 1 / pieces
     return lowered, mesh
+
+
+def _clip() -> tuple[int, int, int]:
+    """Frames, height and width of `--clip`."""
+    try:
+        frames, height, width = map(int, _CLIP.value.split("x"))
+    except ValueError as error:
+        raise ValueError(
+            f"`clip` (={_CLIP.value}) must be TxHxW, such as 81x720x1280."
+        ) from error
+    return frames, height, width
 
 
 def _module(config: Any, text_width: int, **changed: Any) -> DiT:

@@ -12,15 +12,17 @@ import math
 import operator
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from jvdit.data.clips import BadClip, Clip, Source
+from jvdit.data.conditions.giving import GivenSource, known_in_training
+from jvdit.data.conditions.known import Known
 from jvdit.data.items import Item, Statistics, item_of, with_sound
-from jvdit.data.order import stable_uniform
+from jvdit.data.order import stable_hash, stable_uniform
 from jvdit.data.packing import pack_rows
 from jvdit.data.patches import sound_positions
 from jvdit.data.plan import BucketPlan, PackPlan, Slot
@@ -31,7 +33,8 @@ Bad = list[tuple[int, str]]  # (clip id, reason)
 
 _NAMES = {"mean": "latents", "logvar": "log variances"}
 _NAMES |= {f"sound_{name}": f"{what} of a sound" for name, what in _NAMES.items()}
-_DROPOUT = 17  # tells this use of the seed from others
+_NAMES["view"] = "latents beside the clip"
+_DROPOUT, _GIVING = 17, 18  # tell these uses of the seed from others
 _NAMED = 16  # clips that an error names
 
 
@@ -163,7 +166,8 @@ class PackedBatches(Builder):
             (imported ones).
         pad_text: whether text states are filled up to their room with zeros that
             tokens see, as imported models do.
-        conditions: what training may give, names of `CONDITIONS`.
+        given: share of the clips of which each condition is given, by name; of those
+            that change a clip's length the sources say so themselves.
         host: which host this is.
         hosts: how many there are.
         timeout: seconds that one reading of clips may take.
@@ -182,7 +186,7 @@ class PackedBatches(Builder):
     caption_dropout: float = 0.0
     seconds: bool = True
     pad_text: bool = False
-    conditions: Sequence[str] = ()
+    given: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         super().__post_init__()
@@ -203,9 +207,17 @@ class PackedBatches(Builder):
         if self.sounds is not None:
             self._width = max(self._channels, self.sounds.width)
         text = 4 if self.null_embeds is None else 4 * self.null_embeds.shape[1]
-        row = (plan.token_budget + plan.sound_budget) * (8 * self._width + 21)
+        row = (plan.token_budget + plan.sound_budget) * (8 * self._width + 20)
         row += plan.text_budget * (text + 4) + 9 * plan.max_clips
         self.nbytes = row * plan.rows_per_step // self.hosts
+
+    def locate(self, clip_id: int) -> tuple[int, int]:
+        """Returns the source of a clip id, and which clip of it that is."""
+        number, clip = super().locate(clip_id)
+        source = self.sources[number]
+        if isinstance(source, GivenSource):
+            return source.origin(clip)
+        return number, clip
 
     def __getitem__(self, step: int) -> tuple[Arrays, Bad]:
         """Returns the batch of a step and what could not be read for it."""
@@ -217,13 +229,15 @@ class PackedBatches(Builder):
             places = np.arange(len(row))
             drawn = stable_uniform(self.plan.seed, _DROPOUT, step, r, places)
             packed.append([])
-            for slot, dropped in zip(row, drawn < self.caption_dropout, strict=True):
+            each = enumerate(zip(row, drawn < self.caption_dropout, strict=True))
+            for place, (slot, dropped) in each:
                 clip: Any = next(clips)
                 if reason := self._fault(slot, clip):
                     bad.append((self.clip_id(slot), reason))
                     packed[-1].append(self._empty_item(slot))
                 else:
-                    packed[-1].append(self._item(slot, clip, bool(dropped)))
+                    key = stable_hash(self.plan.seed, _GIVING, step, r, place)
+                    packed[-1].append(self._item(slot, clip, bool(dropped), int(key)))
         plan = self.plan
         budgets = plan.token_budget, plan.text_budget, plan.max_clips
         return pack_rows(packed, *budgets, plan.sound_budget, self._width), bad
@@ -234,27 +248,60 @@ class PackedBatches(Builder):
             return clip.reason
         mean, channels = clip["mean"], self.latents.width
         pieces = map(operator.floordiv, mean.shape, self.plan.patch_size)
-        if math.prod(pieces) != slot.tokens or mean.shape[3] != channels:
+        tokens = slot.tokens - self._beside(slot)
+        if math.prod(pieces) != tokens or mean.shape[3] != channels:
             return (
-                f"latents of {mean.shape}, planned as {slot.tokens} tokens of "
+                f"latents of {mean.shape}, planned as {tokens} tokens of "
                 f"{channels} channels"
             )
         if slot.sounds and len(clip.get("sound_mean", ())) != slot.sounds:
             return f"a sound of other than the {slot.sounds} latents that were planned"
-        for name in ("mean", "logvar", "sound_mean", "sound_logvar"):
+        for name in ("mean", "logvar", "view", "sound_mean", "sound_logvar"):
             if not np.isfinite(clip.get(name, 0.0)).all():
                 return f"{_NAMES[name]} that are not finite"
         return None
 
-    def _item(self, slot: Slot, clip: Clip, dropped: bool) -> Item:
+    def _beside(self, slot: Slot) -> int:
+        """Tokens that are given beside a clip."""
+        source = self.sources[slot.source]
+        if not isinstance(source, GivenSource):
+            return 0
+        return source.beside(slot.clip) // math.prod(self.plan.patch_size)
+
+    def _known(self, slot: Slot, clip: Clip, mean: np.ndarray, key: int) -> Known:
+        """What training gives of a clip."""
+        condition = getattr(self.sources[slot.source], "condition", "")
+        if not condition and not any(self.given.values()):
+            return Known()
+        view = clip.get("view")
+        if view is not None:
+            view, _ = self.latents.normalized(view, None)
+        rate = self.sounds.rate if self.sounds else 1.0
+        return known_in_training(
+            mean,
+            view,
+            condition,
+            self.given,
+            patch_size=self.plan.patch_size,
+            fps=float(clip["fps"]),
+            temporal_compression=self.temporal_compression,
+            beside=self._beside(slot),
+            sounds=np.arange(1, slot.sounds + 1) / rate,
+            rng=np.random.Generator(np.random.Philox(key=key)),
+        )
+
+    def _item(self, slot: Slot, clip: Clip, dropped: bool, key: int) -> Item:
         mean, logvar = self.latents.normalized(clip["mean"], clip.get("logvar"))
+        known = self._known(slot, clip, mean, key)
         item = item_of(
             mean,
             patch_size=self.plan.patch_size,
-            fps=float(clip["fps"]) if self.seconds else None,
+            fps=float(clip["fps"]),
             temporal_compression=self.temporal_compression,
-            conditions=self.conditions,
+            seconds=self.seconds,
+            known=known,
             logvar=logvar,
+            first=getattr(self.sources[slot.source], "first", 0),
             clip_id=self.clip_id(slot),
             **self._text(slot, clip, dropped),
         )
@@ -268,7 +315,8 @@ class PackedBatches(Builder):
             None if self.seconds else float(clip["fps"]),
             self.temporal_compression,
         )
-        return with_sound(item, mean, place, logvar=logvar)
+        given = False if known.sound_clean is None else known.sound_clean
+        return with_sound(item, mean, place, given=given, logvar=logvar)
 
     def _text(self, slot: Slot, clip: Clip, dropped: bool) -> dict[str, Any]:
         if self.tokenizer is not None:
@@ -295,7 +343,6 @@ class PackedBatches(Builder):
             np.zeros((tokens, self._channels), np.float32),
             np.zeros((tokens, 3), np.float32),
             sounds=slot.sounds,
-            givable=np.zeros(tokens, np.uint8),
             clip_id=self.clip_id(slot),
             valid=False,
             **text,

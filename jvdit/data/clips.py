@@ -13,7 +13,7 @@ Ids = Sequence[int | np.integer] | np.ndarray
 SIZE = ("frames", "height", "width")
 _TYPES = dict.fromkeys(SIZE, np.int32)
 _TYPES |= {"fps": np.float64, "has_audio": np.bool_, "text_length": np.int32}
-_TYPES["sounds"] = np.int32
+_TYPES |= {"sounds": np.int32, "given": np.int32}
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,9 @@ class Source(Protocol):
     Attributes:
         index: one entry a clip: `frames`, `height` and `width` (pixels, or latents for
             a source of latents), `fps` (pixel frames per second), `has_audio`,
-            `text_length` (text tokens; 0 where it is unknown), and `sounds` (latents of
-            the sound; 0 in a source of pixels).
+            `text_length` (text tokens; 0 where it is unknown), `sounds` (latents of the
+            sound; 0 in a source of pixels), and `given` (latents beside those of the
+            clip; 0 but in a `GivenSource`).
         fingerprint: equal for sources that return equal clips.
     """
 
@@ -52,7 +53,8 @@ class Source(Protocol):
         A clip of pixels has `video` uint8 [T H W 3], `fps`, `caption`, `audio` float32
         [a channels] in [-1, 1] or None, and `audio_rate`. A clip of latents has `mean`
         [f h w c], `fps`, `caption`, and may have `logvar` [f h w c], `text_embeds`
-        [s e], and `sound_mean` and `sound_logvar` [n c].
+        [s e], `sound_mean` and `sound_logvar` [n c], and `view` [f h w c], see
+        `LatentSource`.
         """
         ...
 
@@ -83,7 +85,7 @@ class Indexed:
 
 def make_index(count: int, **columns: Any) -> dict[str, np.ndarray]:
     """Returns the index of `count` clips; every column may be one value for all."""
-    columns = {"has_audio": False, "text_length": 0, "sounds": 0} | columns
+    columns = {"has_audio": False, "text_length": 0, "sounds": 0, "given": 0} | columns
     if columns.keys() != _TYPES.keys():
         raise ValueError(
             f"An index has the columns {sorted(_TYPES)}, and these differ: "

@@ -5,14 +5,19 @@ The loader makes an `Item` of a clip's latents, the sampler one of a request, bo
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int, Shaped, UInt8
+from jaxtyping import Bool, Float, Int, Shaped
 
-from jvdit.data.conditions import Known, may_be_given
-from jvdit.data.patches import Size, patchify, positions, token_grid
+from jvdit.data.conditions.known import Known
+from jvdit.data.patches import (
+    Size,
+    frame_clock,
+    part_positions,
+    patchify,
+    positions,
+)
 
 # A posterior this narrow is a point: sampling it returns its mean.
 POINT_LOGVAR = -30.0
@@ -24,19 +29,19 @@ class Item:
     """One clip (or one request) in tokens, ready to be put in a row.
 
     Attributes:
-        latents: its tokens, those of its picture before those of its sound.
+        latents: its tokens: those of its picture, what is given beside them, and those
+            of its sound.
         position: (t, y, x) of each.
         sounds: how many are of its sound.
+        beside: how many are of pictures and clips that are given beside it.
         level: of noise: 0 of those that are given, and stay clean; 1 of those that are
             generated.
-        givable: what training may give of them, see `may_be_given`. None: this isn't
-            for training.
         logvar: log variance of each, where `latents` is the mean of a posterior. None:
             `latents` is exact.
         text_ids: ids of its caption. Exactly one of this and `text_embeds` is given.
         text_embeds: states of a text encoder for its caption.
-        cond: channels beside those of the tokens, see `Tokens`. Like `givable`,
-            `control` and `image`, either all items of a batch have it or none has.
+        cond: channels beside those of the tokens, see `Tokens`. Like `control`
+            and `image`, either all items of a batch have it or none has.
         control: control signal under each token.
         image: states of an image encoder; such an item has a row to itself.
         clip_id: which clip it is, at least 0.
@@ -47,8 +52,8 @@ class Item:
     latents: Float[np.ndarray, "n c"]
     position: Float[np.ndarray, "n 3"]
     sounds: int = 0
+    beside: int = 0
     level: Int[np.ndarray, "n"] | int = 1
-    givable: UInt8[np.ndarray, "n"] | None = None
     logvar: Float[np.ndarray, "n c"] | None = None
     text_ids: Int[np.ndarray, "s"] | None = None
     text_embeds: Float[np.ndarray, "s e"] | None = None
@@ -90,11 +95,12 @@ def item_of(
     latents: Float[np.ndarray, "f h w c"],
     *,
     patch_size: Size,
-    fps: float | None,
+    fps: float,
     temporal_compression: int,
+    seconds: bool = True,
     known: Known = Known(),  # noqa: B008 - immutable
-    conditions: Sequence[str] | None = None,
     logvar: Float[np.ndarray, "f h w c"] | None = None,
+    first: int = 0,
     **fields: Any,
 ) -> Item:
     """One clip in tokens.
@@ -102,18 +108,20 @@ def item_of(
     Args:
         latents: normalised; of a request noise, or zeros where it is drawn later.
         patch_size: latent frames, height and width of a token.
-        fps: pixel frames per second. None: positions in time count latent frames, see
-            `positions`.
+        fps: pixel frames per second.
         temporal_compression: pixel frames of a latent frame after the first.
-        known: of a request.
-        conditions: what training may give. None: this is a request.
+        seconds: whether positions in time count seconds or latent frames.
+        known: what is given of it.
         logvar: of the posterior of which `latents` is the mean.
+        first: number of the first latent frame; 1 of a clip that begins amid another.
         **fields: of the `Item`: its text, its `clip_id`.
     """
     size = latents.shape[:3]
     if known.clean is not None:
-        latents = np.where(known.clean[..., None], known.latents, latents)
-        clean = patchify(known.clean[..., None], patch_size).all(axis=-1)
+        clean = known.clean[..., None]
+        latents = np.where(clean, known.latents, latents)
+        logvar = None if logvar is None else np.where(clean, POINT_LOGVAR, logvar)
+        clean = patchify(clean, patch_size).all(axis=-1)
         fields["level"] = 1 - clean.astype(np.int32)
     for name, value in (
         ("cond", known.cond),
@@ -121,14 +129,27 @@ def item_of(
         ("logvar", logvar),
     ):
         fields[name] = None if value is None else patchify(value, patch_size)
-    if conditions is not None:
-        fields["givable"] = may_be_given(conditions, token_grid(size, patch_size))
-    return Item(
-        patchify(latents, patch_size),
-        positions(size, patch_size, fps, temporal_compression),
+    item = Item(
+        patchify(latents, patch_size).astype(np.float32),
+        positions(
+            size, patch_size, fps if seconds else None, temporal_compression, first
+        ),
         image=known.image,
         **fields,
     )
+    for part in known.parts:
+        times = part.times
+        if not seconds:
+            times = frame_clock(times, fps, temporal_compression)
+        place = part_positions(part.latents.shape[:3], patch_size, times, part.cell)
+        item = _with_given(item, patchify(part.latents, patch_size), place)
+    return item
+
+
+def _with_given(item: Item, latents: np.ndarray, position: np.ndarray) -> Item:
+    """Adds clean tokens beside those of a clip without sound."""
+    made = _longer(item, latents, position, level=0, logvar=POINT_LOGVAR)
+    return dataclasses.replace(made, beside=item.beside + len(latents))
 
 
 def with_sound(
@@ -136,7 +157,7 @@ def with_sound(
     latents: Float[np.ndarray, "n c"],
     position: Float[np.ndarray, "n 3"],
     *,
-    given: bool = False,
+    given: Bool[np.ndarray, "n"] | bool = False,
     logvar: Float[np.ndarray, "n c"] | None = None,
 ) -> Item:
     """Adds the tokens of its sound to a clip in tokens of its picture.
@@ -145,24 +166,47 @@ def with_sound(
         item: the clip.
         latents: of its sound, normalised; of a request noise, or zeros.
         position: of each, see `sound_positions`.
-        given: the sound is given, and stays clean.
+        given: which of it is given, and stays clean.
         logvar: of the posterior of which `latents` is the mean.
     """
+    given = np.broadcast_to(np.asarray(given), len(latents))
+    if logvar is not None:
+        logvar = np.where(given[:, None], POINT_LOGVAR, logvar)
+    made = _longer(item, latents, position, level=1 - given, logvar=logvar)
+    return dataclasses.replace(made, sounds=len(latents))
+
+
+def _longer(
+    item: Item, latents: np.ndarray, position: np.ndarray, *, level: Any, logvar: Any
+) -> Item:
+    """Adds tokens to a clip, after all others.
+
+    Args:
+        item: the clip.
+        latents: of the new tokens.
+        position: of each.
+        level: of each, or of all.
+        logvar: of the posteriors whose means `latents` are; None: they are exact.
+    """
     count, width = len(latents), max(item.latents.shape[1], latents.shape[1])
-    level = np.broadcast_to(item.level, len(item.latents))
+    levels = (
+        np.broadcast_to(x, n)
+        for x, n in ((item.level, len(item.latents)), (level, count))
+    )
     fields: dict[str, Any] = {
         "latents": _joined(item.latents, latents, width),
         "position": np.concatenate([item.position, position]),
-        "level": np.concatenate([level, np.full(count, 1 - given)]).astype(np.int32),
-        "sounds": count,
+        "level": np.concatenate([*levels]).astype(np.int32),
     }
-    if item.logvar is not None or logvar is not None:
+    if item.logvar is not None or isinstance(logvar, np.ndarray):
         parts = (
-            np.full(x.shape, POINT_LOGVAR, np.float32) if known is None else known
+            np.full(x.shape, POINT_LOGVAR, np.float32)
+            if known is None
+            else np.broadcast_to(known, x.shape)
             for x, known in ((item.latents, item.logvar), (latents, logvar))
         )
         fields["logvar"] = _joined(*parts, width, POINT_LOGVAR)
-    for name in ("givable", "cond", "control"):
+    for name in ("cond", "control"):
         if (value := getattr(item, name)) is not None:
             blank = np.zeros((count, *value.shape[1:]), value.dtype)
             fields[name] = np.concatenate([value, blank])

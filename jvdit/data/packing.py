@@ -19,7 +19,7 @@ from jvdit.data.patches import Size, token_grid, unpatchify
 _OPEN_ROWS = 512  # rows that best fit chooses from
 
 # What only some batches have of each token.
-_EXTRAS = ("givable", "cond", "control")
+_EXTRAS = ("cond", "control")
 
 
 def best_fit(
@@ -84,8 +84,8 @@ def pack_rows(
     Returns:
         `latents`, `logvar` [b n c], `position` [b n 3], `segment`, `level` [b n],
         `text_ids` [b s] or `text_embeds` [b s e], `text_segment` [b s], `valid` [b m],
-        `clip_id` [b m] (-1: empty place), and `givable` [b n], `cond` [b n u],
-        `control` [b n v], `image` [b i z] where items have them. Item i of a row is
+        `clip_id` [b m] (-1: empty place), and `cond` [b n u], `control` [b n v],
+        `image` [b i z] where items have them. Item i of a row is
         segment i + 1 in its tokens and in its text; the level of its tokens that are
         generated is i + 1 in pictures, m + i + 2 in sounds. Segment 0 is padding, whose
         latents are zero; padding and what is given is at the clean level of its kind.
@@ -195,6 +195,7 @@ def unpack_rows(
     latent_sizes: Sequence[Sequence[Size]],
     patch_size: Size,
     channels: int,
+    beside: Sequence[Sequence[int]] | None = None,
 ) -> list[list[Shaped[np.ndarray, "f h w c"]]]:
     """Takes rows apart into the pictures' latents of their items; undoes `pack_rows`.
 
@@ -203,14 +204,17 @@ def unpack_rows(
         latent_sizes: those of each item of each row.
         patch_size: latent frames, height and width of a token.
         channels: of a latent.
+        beside: tokens that are given beside each item; None: there are none.
     """
     rows, width = [], channels * math.prod(patch_size)
-    for row, sizes in zip(np.asarray(tokens)[..., :width], latent_sizes, strict=True):
+    more = beside or [[0] * len(sizes) for sizes in latent_sizes]
+    each = zip(np.asarray(tokens)[..., :width], latent_sizes, more, strict=True)
+    for row, sizes, given in each:
         start, items = 0, []
-        for size in sizes:
+        for size, others in zip(sizes, given, strict=True):
             count = math.prod(token_grid(size, patch_size))
             items.append(unpatchify(row[start : start + count], size, patch_size))
-            start += count
+            start += count + others
         rows.append(items)
     return rows
 

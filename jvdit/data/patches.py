@@ -61,9 +61,11 @@ def unpatchify(
 
 
 def latent_times(
-    frames: int, fps: float, temporal_compression: int
+    frames: int, fps: float, temporal_compression: int, first: int = 0
 ) -> Float[np.ndarray, "f"]:
     """Returns the time of each latent frame of a causal VAE, in seconds.
+
+    They are counted from `first`.
 
     Latent frame 0 is pixel frame 0 alone, and latent frame i > 0 covers the pixel
     frames from `temporal_compression * (i - 1) + 1` to `temporal_compression * i`; its
@@ -71,14 +73,18 @@ def latent_times(
     """
     if not fps > 0:
         raise ValueError(f"`fps` (={fps}) must be positive.")
-    i = np.arange(frames)
+    i = np.arange(first, first + frames)
     middle = temporal_compression * (i - 1) + (temporal_compression + 1) / 2
     return np.where(i == 0, 0.0, middle) / fps
 
 
 @functools.lru_cache(maxsize=1024)
 def positions(
-    latent_size: Size, patch_size: Size, fps: float | None, temporal_compression: int
+    latent_size: Size,
+    patch_size: Size,
+    fps: float | None,
+    temporal_compression: int,
+    first: int = 0,
 ) -> Float[np.ndarray, "n 3"]:
     """Returns the (t, y, x) coordinates of the tokens of one clip.
 
@@ -88,6 +94,7 @@ def positions(
         fps: pixel frames per second of the clip. None: t counts tokens like y and x, as
             imported models do.
         temporal_compression: pixel frames that a latent frame after the first covers.
+        first: number of the first latent frame; 1 of a clip that begins amid another.
 
     Returns:
         t in seconds, the mean over the latent frames of the patch, so that clips of
@@ -97,18 +104,58 @@ def positions(
     """
     f, h, w = token_grid(latent_size, patch_size)
     if fps is None:
-        t = np.arange(f, dtype=np.float64)
+        t = first / patch_size[0] + np.arange(f, dtype=np.float64)
     else:
-        times = latent_times(latent_size[0], fps, temporal_compression)
+        times = latent_times(latent_size[0], fps, temporal_compression, first)
         t = rearrange(times, "(f pt) -> f pt", f=f).mean(axis=1)
-    grid = np.meshgrid(t, np.arange(h), np.arange(w), indexing="ij")
-    position = rearrange(np.stack(grid), "a f h w -> (f h w) a").astype(np.float32)
+    position = _grid(t, np.arange(h), np.arange(w))
     position.flags.writeable = False
     return position
 
 
+def part_positions(
+    latent_size: Size,
+    patch_size: Size,
+    times: Float[np.ndarray, "f"],
+    cell: int,
+) -> Float[np.ndarray, "n 3"]:
+    """Returns the (t, y, x) coordinates of tokens that lie beside those of a clip.
+
+    Args:
+        latent_size: latent frames, height and width of what lies there.
+        patch_size: latent frames, height and width of a patch; one frame.
+        times: t of each latent frame.
+        cell: side of its cells, in cells of the clip.
+    """
+    _, h, w = token_grid(latent_size, patch_size)
+    # The middle of each token, in the clip's tokens.
+    y, x = ((np.arange(n) + 0.5) * cell - 0.5 for n in (h, w))
+    return _grid(times, y, x)
+
+
+def _grid(t: np.ndarray, y: np.ndarray, x: np.ndarray) -> Float[np.ndarray, "n 3"]:
+    grid = np.meshgrid(t, y, x, indexing="ij")
+    return rearrange(np.stack(grid), "a f h w -> (f h w) a").astype(np.float32)
+
+
+def frame_clock(
+    times: Float[np.ndarray, "n"], fps: float, temporal_compression: int
+) -> Float[np.ndarray, "n"]:
+    """Seconds in latent frames: the inverse of `latent_times`.
+
+    Before the first frame ends it isn't one; there a latent frame is as long as it is
+    after that.
+    """
+    late = (times * fps + (temporal_compression - 1) / 2) / temporal_compression
+    return np.where(times > 0, late, times * fps / temporal_compression)
+
+
 def sound_positions(
-    count: int, rate: float, fps: float | None, temporal_compression: int
+    count: int,
+    rate: float,
+    fps: float | None,
+    temporal_compression: int,
+    late: float = 0.0,
 ) -> Float[np.ndarray, "n 3"]:
     """Returns the (t, y, x) coordinates of the tokens of a sound.
 
@@ -118,14 +165,28 @@ def sound_positions(
         fps: of the clip whose positions in time count latent frames, so that both kinds
             share its clock. None: t is in seconds.
         temporal_compression: pixel frames that a latent frame after the first covers.
+        late: seconds after which the sound begins.
 
     Returns:
         t at the middle of each token; y and x are 0.
     """
     position = np.zeros((count, 3), np.float32)
-    t = (np.arange(count) + 0.5) / rate
-    if fps is not None:
-        # The inverse of `latent_times`, for frames after the first.
-        t = (t * fps + (temporal_compression - 1) / 2) / temporal_compression
-    position[:, 0] = t
+    t = late + (np.arange(count) + 0.5) / rate
+    position[:, 0] = t if fps is None else frame_clock(t, fps, temporal_compression)
     return position
+
+
+def grid_frames(position: Float[np.ndarray, "b n 3"]) -> int:
+    """How many frames every row has, if each is one grid; 0: they aren't, or differ.
+
+    Args:
+        position: of the tokens of one clip a row. A grid has them frame after frame,
+            later ones later in time, each of the same cells in the same order.
+    """
+    frames = len(np.unique(position[0, :, 0]))
+    if position.shape[1] % frames:
+        return 0
+    grid = rearrange(position, "b (f s) a -> b f s a", f=frames)
+    t, cells = grid[..., 0], grid[..., 1:]
+    alike = (t == t[:, :, :1]).all() and (cells == cells[:, :1]).all()
+    return frames if alike and (np.diff(t[:, :, 0]) > 0).all() else 0

@@ -46,8 +46,8 @@ class Slot(NamedTuple):
 
     Attributes:
         source, clip: which source, and which clip of it.
-        tokens, text: tokens of the clip's picture, and text tokens kept for its
-            caption.
+        tokens, text: tokens of the clip's picture and of what is given beside it, and
+            text tokens kept for its caption.
         sounds: tokens of its sound.
     """
 
@@ -125,7 +125,7 @@ class PackPlan(StepPlan):
 
     Args:
         indexes: the index of each source: `frames`, `height`, `width` of the latents
-            and `text_length`, one entry a clip.
+            and `text_length`, one entry a clip; `given` may count latents beside them.
         weights: share of the clips (not of the tokens) that each source gets, in any
             unit. None: as many as it has.
         patch_size: latent frames, height and width of a patch.
@@ -158,6 +158,7 @@ class PackPlan(StepPlan):
         keys = []
         for source, index in enumerate(indexes):
             tokens = _token_counts(source, _clip_sizes(index), self.patch_size)
+            tokens = tokens + index.get("given", 0) // math.prod(self.patch_size)
             text = np.maximum(np.asarray(index["text_length"], np.int64), 1)
             text = -(-text // TEXT_MULTIPLE) * TEXT_MULTIPLE
             _check_budget(source, "token_budget", budgets[0], tokens)

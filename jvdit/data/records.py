@@ -68,6 +68,7 @@ def latent_features(
     logvar: bool = True,
     text: bool = True,
     sound: bool = False,
+    views: Sequence[str] = (),
 ) -> dict[str, str]:
     """Returns the features of a data set of latents.
 
@@ -76,15 +77,16 @@ def latent_features(
         logvar: whether the posterior's log variance is kept beside its mean.
         text: whether text encoder states, trimmed to their length, are stored.
         sound: whether latents of the sound are stored.
+        views: names of `VIEWS`, of which the means are stored.
 
     Returns:
-        Features of `mean` (and `logvar`) [f h w c], `text_embeds` [s e], `sound_mean`
-        (and `sound_logvar`) [n c], the caption and the scalars; `frames`, `height` and
-        `width` count latents, `text_length` the text tokens (0 without `text_embeds`),
-        `sounds` the latents of the sound (0 for a silent clip).
+        Features of `mean` (and `logvar`) and of views [f h w c], `text_embeds` [s e],
+        `sound_mean` (and `sound_logvar`) [n c], the caption and the scalars; `frames`,
+        `height` and `width` count latents, `text_length` the text tokens (0 without
+        `text_embeds`), `sounds` the latents of the sound (0 for a silent clip).
     """
     names: list[str] = ["mean", "logvar"] if logvar else ["mean"]
-    tensors = dict.fromkeys(names, f"{dtype}[f h w c]")
+    tensors = dict.fromkeys([*names, *views], f"{dtype}[f h w c]")
     if text:
         tensors["text_embeds"] = f"{dtype}[s e]"
     if sound:

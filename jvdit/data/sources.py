@@ -30,6 +30,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from jvdit.data.clips import SIZE, BadClip, Clip, Ids, Indexed, Source, make_index
+from jvdit.data.conditions.beside import VIEWS
 from jvdit.data.ingest.listing import holds_videos
 from jvdit.data.media.reader import MediaError, decode_clip, probe
 from jvdit.data.order import fingerprint
@@ -367,7 +368,10 @@ class LatentSource(Indexed):
             autoencoder codes without looking at the others. None: all.
 
     Attributes:
+        path: the data set directory.
         settings: what made the latents: the VAE, its normalisation and so on.
+        views: names of `VIEWS` that were encoded beside the clips.
+        view: the one that is read with them; "": none.
 
     Raises:
         ValueError: the data set holds no latents, or none of so many frames.
@@ -389,7 +393,8 @@ class LatentSource(Indexed):
                 "read its videos with `RecordSource`."
             )
         _check_features(self._records, "text_length")
-        self.settings = self._records.settings
+        self.path, self.settings = self._records.path, self._records.settings
+        self.views, self.view = tuple(x for x in VIEWS if x in features), ""
         text = index["text_length"]
         if not text.all():
             # No tokenizer makes more tokens of a caption than it has characters, but
@@ -401,7 +406,7 @@ class LatentSource(Indexed):
         taken = {name: index[name] for name in (*SIZE, "fps", "has_audio")}
         taken["sounds"] = index.get("sounds", 0)
         if frames is not None:
-            most = _latent_frames(frames, self.settings["vae"]["fields"])
+            most = _latent_frames(frames, self.temporal_compression)
             taken["frames"] = np.minimum(taken["frames"], most)
             taken["sounds"] = self._sounds(frames, taken)
         self.index = make_index(len(self._records), text_length=text, **taken)
@@ -409,6 +414,12 @@ class LatentSource(Indexed):
         self.fingerprint = fingerprint(
             "latents", self._records.fingerprint, max_text, *options
         )
+
+    @property
+    def temporal_compression(self) -> int:
+        """Pixel frames of a latent frame after the first."""
+        fields = self.settings["vae"]["fields"]
+        return 2 ** sum(map(bool, fields["temporal_downsample"]))
 
     def captions(self, ids: Ids) -> list[str]:
         """Returns the captions of clips; see `RecordDataset.captions`."""
@@ -420,13 +431,18 @@ class LatentSource(Indexed):
         if record["mean"].shape[:3] != size:
             return BadClip(f"latents of {record['mean'].shape}, indexed as {size}")
         clip = {name: record[name] for name in ("caption", "fps", "has_audio")}
-        frames, sounds = self.index["frames"][i], self.index["sounds"][i]
+        frames, sounds = (int(self.index[name][i]) for name in ("frames", "sounds"))
         lengths = {"mean": frames, "logvar": frames, "text_embeds": None}
         if sounds:
             lengths |= {"sound_mean": sounds, "sound_logvar": sounds}
         for name, most in lengths.items():
             if name in record:
                 clip[name] = np.asarray(record[name][:most], np.float32)
+        if self.view:
+            size = frames, *size[1:]
+            found = VIEWS[self.view].size(size, self.temporal_compression)
+            most = found[0] if found else 0
+            clip["view"] = np.asarray(record[self.view][:most], np.float32)
         return clip
 
     def _sounds(self, frames: int, index: Mapping[str, Any]) -> Any:
@@ -439,9 +455,8 @@ class LatentSource(Indexed):
         return np.minimum(index["sounds"], held.astype(np.int64))
 
 
-def _latent_frames(frames: int, vae: dict[str, Any]) -> int:
-    """How many latent frames hold the first `frames` pixel frames of a clip."""
-    each = 2 ** sum(map(bool, vae["temporal_downsample"]))
+def _latent_frames(frames: int, each: int) -> int:
+    """How many latent frames, of `each` pixel frames, hold the first `frames`."""
     whole, rest = divmod(frames - 1, each)
     if frames < 1 or rest:
         near = 1 + max(whole, 0) * each

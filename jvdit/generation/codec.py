@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
@@ -13,7 +14,12 @@ from jvdit.machine.cluster import to_host
 from jvdit.machine.compilation import jit
 from jvdit.models.audio_vae_chunked import decode_sound, encode_sound
 from jvdit.models.video_vae import to_uint8
-from jvdit.models.video_vae_chunked import decode_normalized, encode_normalized
+from jvdit.models.video_vae_chunked import (
+    decode_normalized,
+    decode_step,
+    decoded_at_once,
+    encode_normalized,
+)
 from jvdit.sharding import autoencoder_mesh
 from jvdit.weights.bundle import Bundle
 
@@ -51,6 +57,32 @@ class Codec:
                 if on_frames is not None:
                     on_frames(sum(x.shape[1] for x in frames), total)
         return np.concatenate(frames, axis=1)
+
+    def decoder(
+        self,
+    ) -> Callable[[Float[np.ndarray, "f h w c"]], UInt8[np.ndarray, "T H W 3"]]:
+        """Makes a function that decodes a clip piece by piece, in order.
+
+        Each call goes on from the state that the one before left in the autoencoder, so
+        all of them together give what the whole clip would.
+        """
+        vae, cache = self.model.vae, {}
+
+        def decode(latents: np.ndarray) -> np.ndarray:
+            nonlocal cache
+            x = vae.denormalize(jnp.asarray(latents)[None])
+            pieces = [x] if cache else [x[:, :1], x[:, 1:]]
+            frames = []
+            with jax.set_mesh(autoencoder_mesh(self.mesh, *latents.shape[1:3])):
+                most = decoded_at_once(vae, len(latents) + 1, *latents.shape[1:3])
+                for piece in pieces:
+                    for start in range(0, piece.shape[1], most):
+                        part = piece[:, start : start + most]
+                        video, cache = decode_step(vae, self.params["vae"], part, cache)
+                        frames.append(to_host(_bytes(video))[0])
+            return np.concatenate(frames)
+
+        return decode
 
     def encode(
         self, video: Float[np.ndarray, "T H W 3"]

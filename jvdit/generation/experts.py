@@ -56,7 +56,10 @@ class Experts:
     ) -> np.ndarray:
         """Denoises a batch to t = 0, one expert after the other."""
         start = start._replace(
-            one_clip=batch.one_clip, given=batch.given, kinds=batch.kinds
+            one_clip=batch.one_clip,
+            given=batch.given,
+            kinds=batch.kinds,
+            frames=batch.frames if self.stepper.dit.patterns else 0,
         )
         places, running = rows_sharding(self.mesh, len(batch.seeds)), None
         for name, span in self.spans(start.steps).items():

@@ -23,6 +23,7 @@ from jvdit.generation.experts import Experts, hint_scales
 from jvdit.generation.inputs import Inputs
 from jvdit.generation.request import STATES, Request, complete
 from jvdit.generation.residence import Residence, fits_together
+from jvdit.generation.restyle import begun
 from jvdit.generation.results import GeneratedClip, Latents
 from jvdit.generation.sampling import (
     OnStep,
@@ -218,10 +219,13 @@ class Generator:
             animate = partial(self.clips, watch=watch, **options)
             yield from drafted(requests, rows, paint, animate)
             return
+        options |= settings.solving
+        if any(x.restyle is not None for x in requests):
+            how = settings.steps or 1, settings.strength
+            options |= begun(self.model, self.codec, requests, *how)
         parts = self.solve(
             requests,
             on_step=lambda done, total, _: watch("denoising", done, total),
-            **settings.solving,
             **options,
         )
         for latents in parts:
@@ -235,6 +239,7 @@ class Generator:
             asked = found.from_video is not None or found.from_sound is not None
             # A picture has no sound.
             heard = self.model.has_sound and (found.frames != 1 or asked)
+            heard = heard and found.restyle is None
             found = dataclasses.replace(found, sound=heard or asked)
         return found
 
@@ -362,15 +367,20 @@ class Generator:
         requests = [self.complete(request) for request in requests]
         sizes = [self.check(request) for request in requests]
         given = [self.inputs.known(*pair) for pair in zip(requests, sizes, strict=True)]
-        sizes = [(f + g.lead, h, w) for (f, h, w), g in zip(sizes, given, strict=True)]
+        sizes = [
+            (f + g.lead - g.headless, h, w)
+            for (f, h, w), g in zip(sizes, given, strict=True)
+        ]
         sounds = [self.inputs.sounds(request) for request in requests]
         channels = (model.vae.latent_channels, model.dit.sound_channels)
         guidances = {"dit": guidance, "dit_low": low_guidance or guidance}
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         if all(each.scale != 1 for each in guidances.values()) and ways % 2 == 0:
             ways //= 2  # guidance doubles the rows
+        items = self.inputs.items(requests, sizes, given, noise)
+        beside = [item.beside for item in items[0]]
         batches = batches_of(
-            *self.inputs.items(requests, sizes, given, noise),
+            *items,
             [request.seed for request in requests],
             rows,
             ways,
@@ -388,7 +398,8 @@ class Generator:
                 reuse=reuse,
                 conditioning_scale=conditioning_scale,
             )
-            found = unpacked(batch, latents, sizes, sounds, model.patch_size, channels)
+            counts = sizes, sounds, beside
+            found = unpacked(batch, latents, *counts, model.patch_size, channels)
             yield {
                 i: x._replace(picture=x.picture[given[i].lead :])
                 for i, x in found.items()
@@ -412,8 +423,8 @@ class Generator:
         self, request: Request, video: np.ndarray, sound: np.ndarray | None
     ) -> GeneratedClip:
         """A clip of its picture and its latent sound; what was given stays as it is."""
-        footage = request.clip("from_video")
-        clip = GeneratedClip(video if footage is None else footage, request.fps or 8.0)
+        video = request.kept(video, "inpaint" in self.model.conditions)
+        clip = GeneratedClip(video, request.fps or 8.0)
         if sound is None:
             return clip
         vae = self.model.audio_vae

@@ -14,7 +14,8 @@ from jvdit.data.conditions import Known, Place, known
 from jvdit.data.items import Item, item_of, with_sound
 from jvdit.data.patches import Size, sound_positions
 from jvdit.generation.codec import Codec
-from jvdit.generation.request import Request, for_encoder
+from jvdit.generation.footage import for_encoder
+from jvdit.generation.request import Request
 from jvdit.generation.residence import Residence
 from jvdit.machine.cluster import to_host
 from jvdit.machine.compilation import jit
@@ -92,9 +93,11 @@ class Inputs:
             item = item_of(
                 start if noise is None else np.asarray(noise[i], np.float32),
                 patch_size=model.patch_size,
-                fps=request.fps if model.seconds else None,
+                fps=float(request.fps or 1.0),
                 temporal_compression=model.vae.temporal_compression,
+                seconds=model.seconds,
                 known=given[i],
+                first=int(given[i].headless),
                 text_embeds=positive[i],
             )
             found.append(self._with_sound(item, request, given[i]))
@@ -109,23 +112,29 @@ class Inputs:
         count = self.sounds(request)
         if not count:
             return item
-        vae, latents = self.model.audio_vae, given.sound
-        if latents is None:
-            latents = np.zeros((count, vae.latent_channels), np.float32)
+        vae = self.model.audio_vae
+        latents = np.zeros((count, vae.latent_channels), np.float32)
+        known = 0
+        if given.sound is not None:
+            known = min(len(given.sound), count)
+            latents[:known] = given.sound[:known]
         place = sound_positions(
             count,
             vae.latent_rate,
             None if self.model.seconds else request.fps,
             self.model.vae.temporal_compression,
+            given.late,
         )
-        return with_sound(item, latents, place, given=given.sound is not None)
+        return with_sound(item, latents, place, given=np.arange(count) < known)
 
     def sounds(self, request: Request) -> int:
         """Latents of the sound of a complete request; 0: it is silent."""
         if not request.sound:
             return 0
         vae = self.model.audio_vae
-        return vae.length(request.samples(vae.sample_rate))
+        late = 0.0 if request.tail is None else request.tail.late
+        samples = request.samples(vae.sample_rate) - round(late * vae.sample_rate)
+        return vae.length(samples)
 
     def _texts(self, requests: Sequence[Request]) -> list[list[np.ndarray]]:
         """The text states of the prompts, and of the negative prompts."""

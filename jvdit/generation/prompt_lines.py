@@ -28,6 +28,12 @@ class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     video: _Picture = UNSET
     mask: _Picture = UNSET
     references: str | tuple[str, ...] | None | UnsetType = UNSET
+    keyframes: tuple[tuple[float, str], ...] | UnsetType = UNSET
+    prefix: _Picture = UNSET
+    suffix: _Picture = UNSET
+    interpolate: _Picture = UNSET
+    upscale: _Picture = UNSET
+    restyle: _Picture = UNSET
     sound: bool | None | UnsetType = UNSET
     from_video: _Picture = UNSET
     from_sound: _Picture = UNSET

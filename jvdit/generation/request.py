@@ -1,36 +1,46 @@
 """Requests: the prompt, size, seed and conditioning images of a clip to generate."""
 
 import dataclasses
+import math
 import os
-import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps
+from jaxtyping import UInt8
+from PIL import ImageOps
 
 from jvdit.data.clips import SIZE
+from jvdit.data.conditions.known import Tail
 from jvdit.data.media.audio import read_sound
-from jvdit.data.media.pictures import read_picture
-from jvdit.data.media.reader import decode_clip, probe
+from jvdit.data.media.reader import probe
 from jvdit.data.sounds import in_channels
+from jvdit.generation.footage import (
+    FOOTAGE,
+    Pictures,
+    footage_length,
+    footage_shape,
+    read_footage,
+    read_still,
+    resized,
+)
 from jvdit.ranges import check_ranges
-
-# A file path, or pixels: uint8 [H W 3], or [T H W 3] for a video.
-Pictures = str | os.PathLike[str] | np.ndarray
 
 _COARSE = 8000  # Hz at which the length of a sound is measured
 # Seconds by which a given sound and its clip may differ: files end with a whole packet.
 LENIENT = 0.15
-_SMOOTH = Image.Resampling.LANCZOS
-# Mean and standard deviation of each colour channel in [0, 1] that CLIP was trained on.
-_CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-_CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
-PICTURES = ("image", "last_image", "video", "mask", "from_video", "from_sound")
+PICTURES = ("image", "last_image", "video", "mask", "prefix", "suffix", "interpolate")
+PICTURES += "upscale", "from_video", "from_sound"
+SEVERAL = ("references", "keyframes")
+LATENTS = ("tail",)
+FIELDS_GIVEN = (*PICTURES, *SEVERAL, *LATENTS, "restyle")
 STATES = ("prompt_embeds", "negative_prompt_embeds")
+
+
+# Of these a clip lasts as long as what is given.
+_LASTING = "from_video", "upscale", "interpolate", "restyle"
 # Defaults for the fields that neither the request nor its model sets.
 _SUITS = {"negative_prompt": "", "frames": 17, "height": 64, "width": 64, "fps": 8.0}
 
@@ -56,6 +66,14 @@ class Request:
             extend where `mask` is black.
         mask: white where to generate, black where `video` is kept; None: all white.
         references: images of what is to appear in the clip.
+        keyframes: seconds, and the image that is to be seen then, of each.
+        prefix: footage that the clip begins with, and goes on from.
+        suffix: footage that the clip ends with.
+        interpolate: footage of half the frame rate, as long as the clip.
+        upscale: footage of half the size, as long as the clip.
+        restyle: footage to make anew, from a part of its noise (`Settings.strength`).
+        tail: latents that the clip goes on from. It begins amid a longer clip: of its
+            first latent frame there is nothing.
         sound: whether the clip has sound; None: if its model can make some.
         from_video: footage to make sound for; the clip keeps its picture.
         from_sound: a sound file, or float32 [a e] at the model's rate in [-1, 1], to
@@ -79,6 +97,13 @@ class Request:
     video: Pictures | None = None
     mask: Pictures | None = None
     references: tuple[Pictures, ...] = ()
+    keyframes: tuple[tuple[float, Pictures], ...] = ()
+    prefix: Pictures | None = None
+    suffix: Pictures | None = None
+    interpolate: Pictures | None = None
+    upscale: Pictures | None = None
+    restyle: Pictures | None = None
+    tail: Tail | None = None
     sound: bool | None = None
     from_video: Pictures | None = None
     from_sound: Pictures | None = None
@@ -104,14 +129,17 @@ class Request:
     def given(self) -> list[str]:
         """The names of the fields that hold images or video."""
         names = [name for name in PICTURES if getattr(self, name) is not None]
-        return names + ["references"] * bool(self.references)
+        names += [name for name in SEVERAL if getattr(self, name)]
+        return names + [name for name in LATENTS if getattr(self, name) is not None]
 
     @property
     def settings(self) -> dict[str, Any]:
         """The fields as JSON values; images and video as file name, or as shape."""
         fields = {x.name: getattr(self, x.name) for x in dataclasses.fields(self)}
-        fields |= {name: _named(fields[name]) for name in PICTURES}
+        fields |= {name: _named(fields[name]) for name in (*PICTURES, "restyle")}
         fields["references"] = [_named(x) for x in self.references]
+        fields["keyframes"] = [[time, _named(x)] for time, x in self.keyframes]
+        fields.pop("tail")
         for name in STATES:
             if (states := fields[name]) is not None:
                 fields[name] = f"states {'x'.join(map(str, states.shape))}"
@@ -121,12 +149,17 @@ class Request:
     def pictures(self) -> list[np.ndarray]:
         """The given first and last frames as uint8 `[H W 3]`, at their own sizes."""
         ends = (("image", self.image), ("last_image", self.last_image))
-        return [_picture(x, name) for name, x in ends if x is not None]
+        return [read_still(x, name) for name, x in ends if x is not None]
 
     @property
     def ends(self) -> list[np.ndarray]:
         """The given first and last frames as uint8 `[H W 3]`, at the clip's size."""
         return [self.fitted(x) for x in self.pictures]
+
+    def end(self, name: str) -> np.ndarray | None:
+        """One of them, `image` or `last_image`; None: it isn't given."""
+        picture = getattr(self, name)
+        return None if picture is None else self.fitted(read_still(picture, name))
 
     def read_given(self) -> None:
         """Reads all that is given, so that a damaged file is found before the work.
@@ -136,8 +169,7 @@ class Request:
             ValueError: one is damaged, or too short for the clip.
         """
         _ = self.ends, self.reference_pictures(), self.waveform(_COARSE, 1)
-        for name in ("video", "mask", "from_video"):
-            self.clip(name)
+        _ = self.pictures_in_time(), *map(self.clip, FOOTAGE)
 
     def samples(self, rate: int) -> int:
         """Samples of a sound as long as the clip, at `rate` Hz."""
@@ -174,50 +206,91 @@ class Request:
         audio = in_channels(audio, channels).astype(np.float32)[:wanted]
         return np.pad(audio, ((0, wanted - len(audio)), (0, 0)))
 
-    def fitted(self, picture: np.ndarray) -> np.ndarray:
-        """Resizes an image to cover the clip's size, and center-crops it."""
-        fits = picture.shape[:2] == self.size[1:]
-        return picture if fits else self._resized(picture, ImageOps.fit)
-
-    def clip(self, name: str) -> np.ndarray | None:
-        """Reads a field of footage as uint8 `[T H W 3]`, at the size of the clip.
+    def sound_of(self, name: str, rate: int, channels: int) -> np.ndarray | None:
+        """The sound of footage that the clip begins with, as float32 `[a e]`.
 
         Args:
-            name: "video", "mask" or "from_video".
+            name: of the field.
+            rate: samples per second.
+            channels: 1: mixed down; 2: one channel is repeated.
+
+        Returns:
+            The samples; None if the file has none.
+        """
+        source = getattr(self, name)
+        if isinstance(source, np.ndarray) or not probe(source).has_audio:
+            return None
+        frames = footage_length(source, name, float(self.fps or 1.0))
+        audio = in_channels(read_sound(source, rate), channels).astype(np.float32)
+        return audio[: round(frames / (self.fps or 1.0) * rate)]
+
+    def fitted(self, picture: np.ndarray) -> np.ndarray:
+        """Resizes an image to cover the clip's size, and center-crops it."""
+        return resized(picture, self.size[1:], ImageOps.fit)
+
+    def clip(self, name: str) -> np.ndarray | None:
+        """Reads a field of footage as uint8 `[T H W 3]`, as the clip needs it.
+
+        Args:
+            name: a row of `FOOTAGE`, which says of what rate, size and length.
 
         Returns:
             The pixels; None if the request has no such field.
 
         Raises:
-            ValueError: it has fewer frames than the clip.
+            ValueError: its length or size doesn't go with the clip's.
             FileNotFoundError: the file doesn't exist.
         """
         source = getattr(self, name)
         if source is None:
             return None
-        frames = self.size[0]
-        if isinstance(source, np.ndarray):
-            _check(source, 4, name)
-            if len(source) < frames:
+        return read_footage(source, name, self.size, float(self.fps or 1.0))
+
+    def kept(
+        self, video: UInt8[np.ndarray, "T H W 3"], masked: bool
+    ) -> UInt8[np.ndarray, "T H W 3"]:
+        """A generated clip, in which pixels that were given are as they were.
+
+        Args:
+            video: the clip.
+            masked: `video` stays where `mask` is black.
+        """
+        if (footage := self.clip("from_video")) is not None:
+            return footage
+        video = video.copy()
+        if (footage := self.clip("prefix")) is not None:
+            video[: len(footage)] = footage
+        footage, mask = self.clip("video"), self.clip("mask")
+        if masked and footage is not None and mask is not None:
+            video = np.where(mask[..., :1] > 127, video, footage)
+        return video
+
+    def pictures_in_time(self) -> list[tuple[float, np.ndarray]]:
+        """The keyframes: seconds, and uint8 `[H W 3]` at the clip's size.
+
+        Raises:
+            ValueError: one lies beyond the end of the clip.
+        """
+        fps, found = self.fps or 1.0, []
+        last = (self.size[0] - 1) / fps
+        for time, picture in self.keyframes:
+            if not 0 <= time <= last + 0.5 / fps:
                 raise ValueError(
-                    f"`{name}` has {len(source)} frames and the clip {frames}; "
-                    f"give at least as many, or ask for {len(source)}."
+                    f"a keyframe at {time:g} s lies outside the clip, whose frames are "
+                    f"from 0 to {last:g} s."
                 )
-            return np.stack([self.fitted(x) for x in source[:frames]])
-        size = dict(zip(SIZE, self.size, strict=True))
-        return decode_clip(_existing(source, name), fps=self.fps, **size)["video"]
+            at = round(time * fps) / fps  # a frame's own time
+            found.append((at, self.fitted(read_still(picture, "keyframes"))))
+        return found
 
     def reference_pictures(self) -> list[np.ndarray]:
         """The reference images as uint8 `[H W 3]`, padded with white to the clip."""
         return [
-            self._resized(_picture(x, "references"), ImageOps.pad, color="white")
+            resized(
+                read_still(x, "references"), self.size[1:], ImageOps.pad, color="white"
+            )
             for x in self.references
         ]
-
-    def _resized(self, picture: np.ndarray, way: Any, **options: Any) -> np.ndarray:
-        _, height, width = self.size
-        image = Image.fromarray(picture)
-        return np.asarray(way(image, (width, height), _SMOOTH, **options))
 
 
 def complete(
@@ -241,38 +314,36 @@ def complete(
         fields["frames"] = 1 + max(int(lasts * fps + 0.01) - 1, 0) // period * period
     if {"height", "width"} <= set(open_fields) and (shape := _shape(request)):
         pixels = suits["height"] * suits["width"]
+        if request.upscale is not None:
+            pixels = math.prod(shape)
         fields["height"], fields["width"] = size_like(shape, pixels, unit)
     return dataclasses.replace(request, **fields)
 
 
 def _duration(request: Request, fps: float) -> float:
     """Seconds of the footage or sound that is given; 0: none is, or it isn't known."""
-    video, sound = request.from_video, request.from_sound
-    if isinstance(video, np.ndarray):
-        return len(video) / fps
-    if video is not None:
-        return probe(_existing(video, "from_video"), scan=True).duration
+    for name in _LASTING:
+        if (video := getattr(request, name)) is not None:
+            return footage_length(video, name, fps) / fps * _slower(video, name)
+    sound = request.from_sound
     if sound is None or isinstance(sound, np.ndarray):
         return 0.0
     return len(read_sound(sound, _COARSE)) / _COARSE
 
 
+def _slower(video: Pictures, name: str) -> int:
+    """How many frames of the clip there are for each of pixels; a file has its rate."""
+    return FOOTAGE[name].slower if isinstance(video, np.ndarray) else 1
+
+
 def _shape(request: Request) -> tuple[int, int] | None:
     """Height and width of the first picture that is given; None: there is none."""
-    video = request.from_video
-    if isinstance(video, np.ndarray):
-        return video.shape[1:3]
-    if video is not None:
-        info = probe(_existing(video, "from_video"))
-        return info.height, info.width
+    for name, row in FOOTAGE.items():
+        if name != "mask" and (video := getattr(request, name)) is not None:
+            height, width = footage_shape(video, name)
+            return height * row.smaller, width * row.smaller
     pictures = request.pictures
     return pictures[0].shape[:2] if pictures else None
-
-
-def _existing(source: str | os.PathLike[str], name: str) -> str:
-    if not pathlib.Path(source).exists():
-        raise FileNotFoundError(f"`{name}` (={source}) doesn't exist.")
-    return os.fspath(source)
 
 
 def size_fields(
@@ -314,41 +385,6 @@ def size_like(shape: tuple[int, int], pixels: int, unit: int) -> tuple[int, int]
     height, width = (pixels * aspect) ** 0.5, (pixels / aspect) ** 0.5
     sides = [max(int(x + 1e-6) // unit, 1) * unit for x in (height, width)]
     return sides[0], sides[1]
-
-
-def for_encoder(
-    picture: UInt8[np.ndarray, "H W 3"], side: int
-) -> Float[np.ndarray, "S S 3"]:
-    """Preprocesses an image for CLIP, as transformers' CLIPImageProcessor does.
-
-    Resizes the shorter side to `side`, center-crops to a square, and normalises each
-    colour channel. (diffusers does the same; Wan's own code squeezes the whole image
-    into the square instead.)
-    """
-    height, width = picture.shape[:2]
-    size = [side * n // min(height, width) for n in (width, height)]
-    image = Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC)
-    left, top = ((x - side) // 2 for x in size)
-    square = np.asarray(image, np.float32)[top : top + side, left : left + side] / 255
-    return (square - _CLIP_MEAN) / _CLIP_STD
-
-
-def _picture(source: Pictures, name: str) -> np.ndarray:
-    if isinstance(source, np.ndarray):
-        _check(source, 3, name)
-        return source
-    try:
-        return read_picture(source)
-    except (OSError, ValueError) as error:
-        raise type(error)(f"`{name}` (={source}): {error}") from None
-
-
-def _check(pixels: np.ndarray, ndim: int, name: str) -> None:
-    if pixels.ndim != ndim or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
-        wanted = "[T H W 3]" if ndim == 4 else "[H W 3]"
-        raise ValueError(
-            f"`{name}` is {pixels.dtype} {list(pixels.shape)}; give uint8 {wanted}."
-        )
 
 
 def _named(source: Pictures | None) -> str | None:

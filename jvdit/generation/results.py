@@ -54,7 +54,7 @@ class GeneratedClip(NamedTuple):
     @property
     def viewing_scale(self) -> int:
         """How many times to enlarge the clip so that its short side has 256 pixels."""
-        return max(1, -(-_WATCHED // min(self.video.shape[1:3])))
+        return viewing_scale(self.video.shape[1:3])
 
     def save(
         self,
@@ -72,3 +72,12 @@ class GeneratedClip(NamedTuple):
         sound = {"audio": self.audio, "audio_rate": self.audio_rate}
         video = self.video.repeat(scale, axis=1).repeat(scale, axis=2)
         encode_clip(Path(path), video, self.fps, metadata=metadata, **sound)
+
+
+def viewing_scale(size: tuple[int, int]) -> int:
+    """How many times to enlarge a clip so that its short side has 256 pixels.
+
+    Args:
+        size: its height and width.
+    """
+    return max(1, -(-_WATCHED // min(size)))

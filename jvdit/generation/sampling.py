@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from jvdit.data.items import Item
 from jvdit.data.packing import best_fit, pack_rows, unpack_rows, unpack_sounds
-from jvdit.data.patches import Size
+from jvdit.data.patches import Size, grid_frames
 from jvdit.diffusion.denoise import Guidance, guided
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
 from jvdit.diffusion.reuse import COLLECTION, Memory
@@ -57,6 +57,11 @@ class Chunk(NamedTuple):
     def one_clip(self) -> bool:
         """Whether every row is exactly one clip without padding."""
         return not self.kinds and bool((self.arrays["segment"] == 1).all())
+
+    @property
+    def frames(self) -> int:
+        """How many frames every row has, if it is one grid; 0: rows aren't so."""
+        return grid_frames(self.arrays["position"]) if self.one_clip else 0
 
 
 class Running(NamedTuple):
@@ -160,6 +165,7 @@ class Start(NamedTuple):
         one_clip: every row is exactly one clip without padding, so no mask is needed.
         given: some tokens may be given (clean).
         kinds: how many tokens of a row are of each kind; (): all clips are silent.
+        frames: of every row, if it is one grid and the network asks for them.
     """
 
     path: NoisePath
@@ -170,6 +176,7 @@ class Start(NamedTuple):
     one_clip: bool = False
     given: bool = False
     kinds: tuple[int, ...] = ()
+    frames: int = 0
 
 
 @partial(jit, static_argnames="start")
@@ -183,10 +190,10 @@ def start_noise(start: Start, arrays: dict[str, Array], seeds: Array) -> Running
         arrays: the packed batch, `Chunk.arrays`.
         seeds: noise seed for each noise level, `Chunk.seeds`.
     """
-    path, policy, steps, solver, noisy, one_clip, given, kinds = start
+    path, policy, steps, solver, noisy, one_clip, given, kinds, frames = start
     keys = jax.vmap(jax.vmap(jax.random.key))(seeds)
     how = {"one_clip": one_clip, "given": given, "kinds": kinds}
-    tokens = Tokens.of(arrays, arrays["latents"], **how)
+    tokens = Tokens.of(arrays, arrays["latents"], frames=frames, **how)
     levels = seeds.shape[1] // (len(kinds) or 1)  # of each kind; the first is clean
     times = _times(start, arrays, levels)
     if tokens.level is None:
@@ -358,6 +365,7 @@ def unpacked(
     latents: np.ndarray,
     sizes: Sequence[Size],
     sounds: Sequence[int],
+    beside: Sequence[int],
     patch_size: Size,
     channels: tuple[int, int],
 ) -> dict[int, Latents]:
@@ -368,18 +376,20 @@ def unpacked(
         latents: packed, denoised.
         sizes: latent frames, height and width of each request.
         sounds: latents of its sound; 0: it is silent.
+        beside: tokens that are given beside it.
         patch_size: latent frames, height and width of a token.
         channels: of a latent of a picture, and of a sound.
     """
     latents = latents[: len(batch.rows)]
     order = [*chain(*batch.rows)]
     row_sizes = [[sizes[i] for i in row] for row in batch.rows]
-    pictures = chain(*unpack_rows(latents, row_sizes, patch_size, channels[0]))
+    others = [[beside[i] for i in row] for row in batch.rows]
+    pictures = unpack_rows(latents, row_sizes, patch_size, channels[0], others)
     heard: Iterable[Any] = [None] * len(order)
     if batch.kinds:
         counts = [[sounds[i] for i in row] for row in batch.rows]
         heard = chain(*unpack_sounds(latents, counts, batch.kinds[1], channels[1]))
     return {
         i: Latents(picture, sound if sounds[i] else None)
-        for i, picture, sound in zip(order, pictures, heard, strict=True)
+        for i, picture, sound in zip(order, chain(*pictures), heard, strict=True)
     }

@@ -46,6 +46,8 @@ class Settings:
         sound_after: generate the picture first, then the sound for it.
         conditioning_scale: how strongly a control signal is followed (VACE): one factor
             for all layers, or one for each that takes hints.
+        strength: of requests with `restyle`, share of the steps that are taken, 0 to 1:
+            the larger, the less of the footage is left.
 
     Raises:
         ValueError: the solver is unknown, or a number is out of range.
@@ -65,11 +67,12 @@ class Settings:
     draft: bool | None = None
     sound_after: bool | None = None
     conditioning_scale: float | tuple[float, ...] = 1.0
+    strength: float = 0.6
 
     def __post_init__(self):
         if self.solver is not None:
             check_solver(self.solver)
-        check_ranges({"steps": self.steps})
+        check_ranges({"steps": self.steps, "strength": self.strength})
         if self.preset is not None:
             preset_settings(self.preset)
         TimestepPolicy(levels=tuple(self.levels or ()))

@@ -1,6 +1,6 @@
 """Backbones by name: the networks that denoise packed tokens, and their sizes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jax.typing import DTypeLike
@@ -14,7 +14,8 @@ from jvdit.shapes import Text, Tokens
 class Backbone(Protocol):
     """A Linen module `(tokens, t, text) -> velocity [b n o]`, as `DiT` is documented.
 
-    A channel count of 0 says that it takes no such input.
+    A channel count of 0 says that it takes no such input; without `patterns` it doesn't
+    ask for the frames of its tokens.
     """
 
     width: int
@@ -26,11 +27,14 @@ class Backbone(Protocol):
     sound_channels: int
     image_width: int
     image_length: int
+    patterns: Sequence[str]
     dtype: DTypeLike
     init: Any
     apply: Any
 
-    def flops(self, tokens: int, text: int, trained: str = "nothing") -> int:
+    def flops(
+        self, tokens: int, text: int, trained: str = "nothing", frames: int = 0
+    ) -> int:
         """Floating-point operations of a row."""
         ...
 

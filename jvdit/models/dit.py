@@ -4,6 +4,7 @@ Wan-shaped (arXiv:2503.20314): the released Wan 2.1 and 2.2 networks are rows of
 `VARIANTS`, and our own models differ from them in fields only.
 """
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from jaxtyping import Array, Float
 
 from jvdit.models.attention.dispatch import rope_tables, wan_axes_dims
 from jvdit.models.attention.mosaic import warn_of_heads
+from jvdit.models.attention.patterns import PATTERNS, Reach, rules, share
 from jvdit.models.dense import Dense, Layer
 from jvdit.models.dit_blocks import (
     Block,
@@ -113,6 +115,13 @@ class DiT(Layer):
             and modulation, of its own; 0: there is no sound.
         own_blocks: first blocks in whose self-attention sound has projections of its
             own; None: a third of them.
+        patterns: names in `PATTERNS`, a cycle: layer i has `patterns[i % len]`; () is
+            full attention in all of them, ("spatial", "temporal") alternates.
+        chunk_frames: frames of a chunk of the pattern "chunk_causal".
+        window_frames: frames before and after its own that a token sees in "windowed".
+        skips: each block of the second half takes what left its counterpart in the
+            first, the last block what left the first (arXiv:2209.12152, 2405.04233), by
+            a projection that at first passes none of it on.
         dtype: type of the computation; norms, softmax and modulation stay float32.
         remat: what the backward pass recomputes: "none", "full" (whole blocks), "dots"
             (all but matrix products), "attention" (all but flash attention), or
@@ -144,6 +153,10 @@ class DiT(Layer):
     control_layers: Sequence[int] = ()
     sound_channels: int = 0
     own_blocks: int | None = None
+    patterns: Sequence[str] = ()
+    chunk_frames: int = 4
+    window_frames: int = 1
+    skips: bool = False
     remat: str = "none"
     scan_layers: bool = False
     attention_implementation: str = "auto"
@@ -221,7 +234,7 @@ class DiT(Layer):
         time, rows = self._time_embedding(t)
         kinds = tokens.kinds
         lay = partial(jax.tree.map, lambda x: laid_out(x, kinds))
-        sees, texts = tokens.sees, text.seen_by(tokens)
+        texts = text.seen_by(tokens)
         if texts is not None:
             texts = texts._replace(low=lay(texts.low), high=lay(texts.high))
         image = ImageEmbed(width, self.image_length, name="image_embed", **self.types)
@@ -235,11 +248,12 @@ class DiT(Layer):
                 self.rope_theta,
                 self.position_scale,
             ),
-            visible=lay(sees),
+            visible=lay(rules(tokens, self.patterns or ("full",), self._reach)),
             text=embed(text.embeds),
             text_visible=texts,
             image=None if text.image is None else image(text.image),
             kinds=kinds,
+            frames=tokens.frames,
         )
 
     def _head(self, x: Array, context: Context) -> Float[Array, "b n o"]:
@@ -280,10 +294,11 @@ class DiT(Layer):
         block, fields = rematerialise(ControlBlock, self.remat), self.fields_of(Block)
         count, hints = len(self.control_layers), []
         if self.scan_layers:
-            stack = scanned(block, count, nn.broadcast)(name="controls", **fields)
-            return stack(y, context)[1]
-        for i in range(count):
-            y, hint = block(name=f"control_{i}", **fields)(y, context)
+            stack = scanned(block, count, (0, nn.broadcast))(name="controls", **fields)
+            return stack(y, self._numbers(self.control_layers), context)[1]
+        for i, layer in enumerate(self.control_layers):
+            fields["patterns"] = self._pattern(layer)
+            y, hint = block(name=f"control_{i}", **fields)(y, None, context)
             hints.append(hint)
         return jnp.stack(hints)
 
@@ -292,24 +307,56 @@ class DiT(Layer):
         layers = list(self.control_layers)
         slots = [layers.index(i) if i in layers else -1 for i in range(self.depth)]
         if self.scan_layers:
-            block = rematerialise(ScanBlock, self.remat)
-            axes = (0, nn.broadcast, nn.broadcast)
-            own = self._own
-            stacks = [("blocks", own > 0, slots[:own] or slots)]
-            stacks += [(f"blocks_{own}", False, slots[own:])] * (0 < own < self.depth)
-            for name, is_own, part in stacks:
-                fields["own"] = is_own
-                stack = scanned(block, len(part), axes)(name=name, **fields)
-                x, _ = stack(x, jnp.array(part), hints, context)
-            return x
-        block = rematerialise(Block, self.remat)
+            return self._stacks(x, slots, hints, context)
+        block, left = rematerialise(Block, self.remat), []
         for i, slot in enumerate(slots):
-            fields["own"] = i < self._own
+            fields |= {"own": i < self._own, "patterns": self._pattern(i)}
             layer = block(name=f"block_{i}", **fields)
-            x = fusion_boundary(layer(x, context))
+            skip = left[self.depth - 1 - i] if i >= self._skipping else None
+            x = fusion_boundary(layer(x, context, skip))
             if hints is not None and slot >= 0:
                 x = x + hints[slot]
+            left.append(x)
         return x
+
+    def _stacks(
+        self, x: Array, slots: Sequence[int], hints: Array | None, context: Context
+    ) -> Array:
+        """The blocks in stacks, which end where blocks begin to be others."""
+        block, fields = rematerialise(ScanBlock, self.remat), self.fields_of(Block)
+        depth, left = self.depth, []
+        starts = sorted({0, self._own, self._skipping} - {depth})
+        for start, end in itertools.pairwise([*starts, depth]):
+            skip = None
+            if start >= self._skipping:
+                skip = jnp.concatenate(left)[depth - end : depth - start][::-1]
+            fields |= {"own": start < self._own, "kept": end <= self._skipping < depth}
+            name = f"blocks_{start}" if start else "blocks"
+            axes = (0, 0, 0, nn.broadcast, nn.broadcast)
+            stack = scanned(block, end - start, axes)(name=name, **fields)
+            here = jnp.array(slots[start:end]), skip, self._numbers(range(start, end))
+            x, kept = stack(x, *here, hints, context)
+            if kept is not None:
+                left.append(kept)
+        return x
+
+    @property
+    def _skipping(self) -> int:
+        """The first block that takes what left an earlier one."""
+        return (self.depth + 1) // 2 if self.skips else self.depth
+
+    @property
+    def _reach(self) -> Reach:
+        return Reach(self.chunk_frames, self.window_frames)
+
+    def _pattern(self, layer: int) -> tuple[str, ...]:
+        """The pattern of a layer, alone; (): that of all is full attention."""
+        patterns = tuple(self.patterns)
+        return patterns and (patterns[layer % len(patterns)],)
+
+    def _numbers(self, layers: Sequence[int]) -> Array | None:
+        """Numbers of layers, which choose their patterns where there are several."""
+        return jnp.array(layers) if len(self.patterns) > 1 else None
 
     @property
     def _own(self) -> int:
@@ -344,6 +391,7 @@ class DiT(Layer):
                 f"tokens have {channels} channels but `in_channels` is "
                 f"{self.in_channels}: the channels of a patch times its cells."
             )
+        self._check_patterns(tokens)
         if tokens.kinds and not self.sound_channels:
             raise ValueError("the tokens are of two kinds but `sound_channels` is 0.")
         for name, wanted, given in (
@@ -370,11 +418,31 @@ class DiT(Layer):
                 "give every token its level."
             )
 
-    def flops(self, tokens: int, text: int, trained: str = "nothing") -> int:
+    def _check_patterns(self, tokens: Tokens) -> None:
+        """Checks that they are known, and that the tokens allow for them."""
+        given = f"`patterns` (={tuple(self.patterns)})"
+        if not set(self.patterns) <= set(PATTERNS):
+            raise ValueError(f"{given} must be names in: {', '.join(PATTERNS)}.")
+        n = tokens.latents.shape[1]
+        if tokens.frames and (n % tokens.frames or tokens.kinds):
+            raise ValueError(
+                f"`tokens.frames` (={tokens.frames}) must divide the {n} tokens of a "
+                "row of one kind; it is 0 where rows are no grids."
+            )
+        if self.patterns and tokens.visible is not None and not tokens.kinds:
+            raise ValueError(
+                "`tokens.visible` says itself what attention sees; leave it out for a "
+                f"network with {given}."
+            )
+
+    def flops(
+        self, tokens: int, text: int, trained: str = "nothing", frames: int = 0
+    ) -> int:
         """Floating-point operations that a row takes, for its share of a chip's peak.
 
         Counts two for each multiply-add of every matrix product, attention over all
-        pairs of the row included; what is computed again doesn't count.
+        pairs of the row included, or over those that a pattern shows in a row of one
+        clip; what is computed again doesn't count.
 
         Args:
             tokens: latent tokens of the row.
@@ -383,6 +451,10 @@ class DiT(Layer):
                 product has a gradient of either factor, three passes; "adapters":
                 frozen weights have none, two passes, but the factors of attention
                 have both. The small products of the adapters don't count.
+            frames: of a clip, in tokens, by which `patterns` see.
+
+        Raises:
+            ValueError: there are patterns, and `frames` isn't known.
         """
         weights, attention = _PASSES[trained]
         d, ffn = self.width, self.ffn_width
@@ -392,6 +464,19 @@ class DiT(Layer):
         ends *= tokens * d
         ends += text * (self.text_width * d + d * d)
         ends += self.freq_dim * d + 7 * d * d
-        block = weights * (tokens * each_token + text * each_text)
-        block += attention * 2 * tokens * (tokens + text) * d
-        return 2 * (self.depth * block + weights * ends)
+        block = tokens * each_token + text * each_text
+        ends += (self.depth - self._skipping) * tokens * 2 * d * d
+        shares = [self._share(i, tokens, frames) for i in range(self.depth)]
+        pairs = tokens * (round(sum(shares) * tokens) + self.depth * text)
+        products = weights * (self.depth * block + ends) + attention * 2 * pairs * d
+        return 2 * products
+
+    def _share(self, layer: int, tokens: int, frames: int) -> float:
+        """The share of the pairs of tokens that see each other in a layer."""
+        (name,) = self._pattern(layer) or ("full",)
+        if name != "full" and frames < 1:
+            raise ValueError(
+                f"`patterns` (={tuple(self.patterns)}) see by frames, and `frames` "
+                f"(={frames}) of a clip must be at least 1."
+            )
+        return share(name, frames, max(tokens // max(frames, 1), 1), self._reach)

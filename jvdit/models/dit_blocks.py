@@ -1,6 +1,8 @@
 """Blocks of the DiT: attention, modulated blocks, control blocks, image embedding."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -26,6 +28,9 @@ from jvdit.sharding import constrain
 
 # Tables of `rope_tables`.
 Rotation = tuple[Float[Array, "b n k"], Float[Array, "b n k"]]
+Attend = Callable[..., Array]
+# The name under which compiled programs choose between the patterns of a cycle.
+CHOICE = "pattern_of_layer"
 
 
 @flax.struct.dataclass
@@ -37,22 +42,46 @@ class Context:
         rows: shifts, scales and gates of each noise level, in float32.
         level: which noise level each token is at. None: there is one.
         rotation: tables of `rope_tables` for the tokens.
-        visible: which tokens each token sees; None: all.
+        visible: which tokens each token sees, by the names of patterns; None: all.
         text: states of the text, as wide as a token.
         text_visible: which of them each token sees; None: all.
         image: states of a picture, as wide as a token, or None.
         kinds: how many tokens are of each kind, see `models.kinds`; (): there is one.
+        frames: of every row, see `Tokens`; 0: rows are no grids.
     """
 
     time: Float[Array, "b g d"]
     rows: Float[Array, "b g 6 d"]
     level: Int[Array, "b n"] | None
     rotation: Rotation
-    visible: Visible | None
+    visible: dict[str, Visible | None]
     text: Float[Array, "b s d"]
     text_visible: Visible | None
     image: Float[Array, "b i d"] | None
     kinds: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
+    frames: int = flax.struct.field(pytree_node=False, default=0)
+
+    def attend(self, patterns: Sequence[str], layer: Int[Array, ""] | None) -> Attend:
+        """Self-attention by the pattern of a layer.
+
+        Args:
+            patterns: a cycle of them, or that of the layer alone.
+            layer: its number, where there are several.
+        """
+        forms = [
+            partial(attention, visible=self.visible[x], pattern=x, frames=self.frames)
+            for x in patterns or ("full",)
+        ]
+        if layer is None:
+            (form,) = forms
+            return form
+
+        def chosen(*inputs: Array, **how: Any) -> Array:
+            ways = [partial(form, **how) for form in forms]
+            with jax.named_scope(CHOICE):
+                return jax.lax.switch(layer % len(ways), ways, *inputs)
+
+        return chosen
 
 
 class Attention(Layer):
@@ -80,6 +109,7 @@ class Attention(Layer):
         rotation: Rotation | None = None,
         image: Float[Array, "b i d"] | None = None,
         kinds: tuple[int, ...] = (),
+        attend: Attend | None = None,
     ) -> Float[Array, "b n d"]:
         """Lets the tokens of `x` attend to those of `context`.
 
@@ -92,6 +122,7 @@ class Attention(Layer):
                 softmax of their own; every token sees them. None: there are none.
             kinds: how many tokens are of each kind, if each has projections of its own;
                 (): all have the same.
+            attend: `attention` that knows what is visible; None: `visible` says it.
         """
 
         def linear(
@@ -115,12 +146,13 @@ class Attention(Layer):
         q, k, v = heads(q), heads(k), heads(linear("value", context))
         if rotation is not None:
             q, k = rotate(q, *rotation), rotate(k, *rotation)
-        attend = partial(attention, implementation=self.implementation)
-        out = attend(q, k, v, visible, keys=self.keys)
+        form = {"implementation": self.implementation}
+        attend = attend or partial(attention, visible=visible)
+        out = attend(q, k, v, keys=self.keys, **form)
         if image is not None:
             k = heads(linear("image_key", image, "image_key_norm", ()))
             v = heads(linear("image_value", image, kinds=()))
-            out = out + attend(q, k, v, keys="text")
+            out = out + attention(q, k, v, keys="text", **form)
         return linear("out", rearrange(out, "b n q k -> b n (q k)"))
 
 
@@ -129,6 +161,7 @@ class Block(Layer):
 
     Attributes: as in `DiT`, and
         own: whether each kind of tokens has projections of its own in self-attention.
+        patterns: the pattern of its self-attention, or those of several layers.
     """
 
     num_heads: int
@@ -138,13 +171,29 @@ class Block(Layer):
     eps: float = 1e-6
     attention_implementation: str = "auto"
     own: bool = False
+    patterns: Sequence[str] = ()
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b n d"], context: Context
+        self,
+        x: Float[Array, "b n d"],
+        context: Context,
+        skip: Float[Array, "b n d"] | None = None,
+        layer: Int[Array, ""] | None = None,
     ) -> Float[Array, "b n d"]:
-        """Updates the tokens; norms, modulation and residual sums are float32."""
+        """Updates the tokens; norms, modulation and residual sums are float32.
+
+        Args:
+            x: the tokens.
+            context: what else there is.
+            skip: what an earlier block made of them, which joins in first.
+            layer: the number of this block, which chooses from `patterns`. None: there
+                is one pattern.
+        """
         kinds = self.types
+        if skip is not None:
+            x = jnp.concatenate([x, skip], axis=-1)
+            x = Dense(skip.shape[-1], kernel_init=_first, name="skip", **kinds)(x)
         x = checkpoint_name(x, BLOCK_INPUT)
         heads = (self.num_heads, self.qk_norm, self.eps, self.attention_implementation)
         modulation = Modulation(6, param_dtype=self.param_dtype, name="modulation")
@@ -155,9 +204,9 @@ class Block(Layer):
         y = Attention(*heads, name="self_attention", **kinds)(
             y,
             y,
-            context.visible,
-            context.rotation,
+            rotation=context.rotation,
             kinds=context.kinds if self.own else (),
+            attend=context.attend(self.patterns, layer),
         )
         x = (x + y * gate).astype(self.dtype)
 
@@ -175,16 +224,27 @@ class Block(Layer):
 
 
 class ScanBlock(Block):
-    """A block as the body of `nn.scan`: its carry is the tokens."""
+    """A block as the body of `nn.scan`: its carry is the tokens.
+
+    Attributes: as of `Block`, and
+        kept: whether the tokens that leave each block are kept, for later ones.
+    """
+
+    kept: bool = False
 
     @nn.compact
-    def __call__(self, x, slot, hints, context):
+    def __call__(self, x, slot, skip, layer, hints, context):
         """Updates the tokens, and adds the hint in `slot`; -1: none."""
-        x = super().__call__(x, context)
-        if hints is None:
-            return x, None
-        hint = jax.lax.dynamic_index_in_dim(hints, slot, keepdims=False)
-        return x + jnp.where(slot >= 0, hint, 0), None
+        x = super().__call__(x, context, skip, layer)
+        if hints is not None:
+            hint = jax.lax.dynamic_index_in_dim(hints, slot, keepdims=False)
+            x = x + jnp.where(slot >= 0, hint, 0)
+        return x, x if self.kept else None
+
+
+def _first(key: Any, shape: tuple[int, int], dtype: Any = jnp.float32) -> Array:
+    """A kernel that passes on the first half of its input."""
+    return jnp.eye(*shape, dtype=dtype)
 
 
 class ControlBlock(Block):
@@ -194,9 +254,9 @@ class ControlBlock(Block):
     """
 
     @nn.compact
-    def __call__(self, x, context):
+    def __call__(self, x, layer, context):
         """Updates the control tokens; returns (tokens, hint)."""
-        x = super().__call__(x, context)
+        x = super().__call__(x, context, layer=layer)
         zeros = nn.initializers.zeros
         return x, Dense(x.shape[-1], kernel_init=zeros, name="hint", **self.types)(x)
 

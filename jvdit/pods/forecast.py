@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from jvdit.machine.chips import Chip
+from jvdit.models.dit_blocks import CHOICE
 
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2}
 _BYTES |= {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "s64": 8, "u64": 8}
@@ -251,7 +252,7 @@ def forecast(program: Program, chip: Chip, axes: Mapping[str, int]) -> Forecast:
         axes: sizes of the mesh axes by name, in the order of the devices.
     """
     walk = _Walk(program, chip, axes)
-    walk.result.seconds = walk.run(program.entry, 1)
+    walk.result.seconds = walk.run(program.entry, 1.0)
     return walk.result
 
 
@@ -261,7 +262,7 @@ class _Walk:
         self.devices = int(np.prod([*axes.values()]))
         self.result = Forecast()
 
-    def run(self, name: str, times: int) -> float:
+    def run(self, name: str, times: float) -> float:
         """Seconds of one run of a computation; its parts are counted `times` times."""
         now = wire = 0.0  # times until which the core and the links are busy
         arrivals: dict[str, float] = {}
@@ -297,7 +298,7 @@ class _Walk:
         return now
 
     def _work(
-        self, each: Instruction, inside: Sequence[Instruction], times: int
+        self, each: Instruction, inside: Sequence[Instruction], times: float
     ) -> float:
         """Seconds of an instruction that the core computes.
 
@@ -309,8 +310,12 @@ class _Walk:
         if each.op == "call":
             return self.run(each.attribute("to_apply"), times)
         if each.op == "conditional":
-            branches = (self.run(name, times) for name in self.program.branches(each))
-            return max(branches, default=0.0)
+            names = self.program.branches(each)
+            # Of a choice in the backward pass only what is chosen knows its source.
+            inner = (x for name in names for x in self.program.computations[name])
+            if any(CHOICE in x.source for x in inner):  # layers take each as often
+                return sum(self.run(x, times / len(names)) for x in names) / len(names)
+            return max((self.run(x, times) for x in names), default=0.0)
         kernel = next((x for x in inside if '"tpu_custom_call"' in x.text), None)
         if kernel is not None:
             return self._add("attention", kernel, self._flash(kernel), times)
@@ -320,12 +325,12 @@ class _Walk:
         kind = "products" if each.op == "convolution" else kind
         return self._add(kind, each, each.cycles / self.chip.clock, times)
 
-    def _add(self, kind: str, each: Instruction, seconds: float, times: int) -> float:
+    def _add(self, kind: str, each: Instruction, seconds: float, times: float) -> float:
         self.result.parts[kind] += seconds * times
         self.result.sources[_part(each.source)] += seconds * times
         return seconds
 
-    def _wait(self, seconds: float, times: int) -> float:
+    def _wait(self, seconds: float, times: float) -> float:
         seconds = max(seconds, 0.0)
         self.result.parts["links"] += seconds * times
         return seconds
@@ -341,7 +346,7 @@ class _Walk:
         products, speed = (5, backward) if "backward" in each.name else (2, forward)
         return products * product / (self.chip.peak * speed)
 
-    def _transfer(self, each: Instruction, kind: str, times: int) -> float:
+    def _transfer(self, each: Instruction, kind: str, times: float) -> float:
         """Seconds of a collective on the links; also counts the bytes a chip sends."""
         together = group(each.text, self.devices)
         size = 2 if kind == "collective-permute" else len(together)

@@ -93,7 +93,7 @@ def packed_shapes(
     if text_width:
         text = {"text_embeds": np.zeros((0, text_width), np.float32)}
     blank, position = (np.zeros((1, c), np.float32) for c in (channels, 3))
-    item = Item(blank, position, givable=np.zeros(1, np.uint8), **text)
+    item = Item(blank, position, **text)
     bounds = data.token_budget, data.text_budget, data.max_clips, data.sound_budget
     batch = pack_rows([[item]], *bounds, max(channels, sound_channels))
     batch.pop("clip_id")
@@ -107,6 +107,7 @@ def train_program(
     latent_channels: int,
     text_width: int,
     sound_channels: int = 0,
+    frames: int = 0,
 ) -> tuple[Any, TrainState, TrainState]:
     """Lowers one training step of a DiT on full rows of latents.
 
@@ -119,6 +120,7 @@ def train_program(
             along.
         sound_channels: latent channels of the audio autoencoder, of a config with a
             `sound_budget`.
+        frames: of the one clip of each row, in tokens; 0: not known.
 
     Returns:
         The lowered program, the shapes of its training state, and their shardings.
@@ -127,6 +129,7 @@ def train_program(
     channels = latent_channels * pt * ph * pw
     sound_channels = sound_channels if config.data.sound_budget else 0
     batch = packed_shapes(config, rows, channels, text_width, sound_channels)
+    one_clip = config.data.max_clips == 1 and not sound_channels
     optim = Optim(**config.optim.to_dict())
     with jax.set_mesh(mesh), jax.default_matmul_precision(config.matmul_precision):
         objective = flow_objective(
@@ -135,8 +138,9 @@ def train_program(
             channels=channels,
             text_width=text_width,
             vocab_size=config.vocab_size,
-            one_clip=config.data.max_clips == 1 and not sound_channels,
+            one_clip=one_clip,
             sound_channels=sound_channels,
+            frames=frames if one_clip else 0,
         )
         optimizer, frozen = optim.optimizer(config.steps), {}
         if objective.lora:
@@ -169,6 +173,7 @@ def sample_program(
     tokens: int,
     text_length: int,
     sounds: int = 0,
+    frames: int = 0,
 ) -> Any:
     """Lowers `SAMPLED` solver steps with guidance, in the module's dtypes.
 
@@ -179,6 +184,7 @@ def sample_program(
         tokens: tokens of each clip.
         text_length: text states of each prompt.
         sounds: tokens of the sound of each clip; 0: they are silent.
+        frames: of each clip, in tokens; 0: not known.
 
     Returns:
         The lowered program.
@@ -195,7 +201,8 @@ def sample_program(
     arrays = {name: _shape(*row, width) for name, width in widths.items() if width}
     arrays |= {name: _shape(*row, dtype=jnp.int32) for name in ("segment", "level")}
     how = NoisePath(), TimestepPolicy(), SAMPLED, "unipc"
-    start = Start(*how, one_clip=one_clip, kinds=kinds)
+    frames = frames if one_clip else 0
+    start = Start(*how, one_clip=one_clip, kinds=kinds, frames=frames)
     image = None
     if module.image_width:
         image = _shape(rows, module.image_length or 257, module.image_width)

@@ -42,6 +42,9 @@ from jvdit.serving.slots import (
 from jvdit.shapes import Text, Tokens
 from jvdit.sharding import rows_sharding
 
+# What may be given of packed clips: it is clean tokens in their own places.
+_PACKED = {"image", "from_video", "from_sound"}
+
 
 @dataclasses.dataclass
 class PackedClip:
@@ -150,11 +153,12 @@ class Packed:
             model.dit, model.path, solver or "unipc", guidance, self.shape.kinds
         )
 
-    def takes(self, settings: Settings) -> bool:
+    def takes(self, settings: Settings, request: Request | None = None) -> bool:
         """Whether clips of these settings, and of this model, can be packed.
 
         Those with two networks, channels beside the noise, control, image states or
-        levels of their own can't; nor can guided ones where the model's own aren't.
+        levels of their own can't; nor can guided ones where the model's own aren't, or
+        what is given by tokens beside the clip's own.
         """
         model = self.generator.model
         dit = model.dit
@@ -174,6 +178,7 @@ class Packed:
             and not settings.levels
             and settings.solver != "heun"
             and guides
+            and not {*(request.given if request else ())} - _PACKED
         )
 
     def counts(self, request: Request) -> tuple[int, int]:

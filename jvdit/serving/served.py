@@ -16,8 +16,9 @@ from jvdit.serving.slots import ALIGNED
 from jvdit.serving.video_request import VideoRequest
 
 # How a browser may choose a file for a condition; all others are pictures.
-_ACCEPTS = {"video": "video/*", "mask": "video/*", "from_video": "video/*"}
-_ACCEPTS |= {"from_sound": "audio/*"}
+_FILMS = "video", "mask", "from_video", "prefix", "suffix", "interpolate", "upscale"
+_ACCEPTS = dict.fromkeys(_FILMS, "video/*") | {"from_sound": "audio/*"}
+_NO_FILES = "keyframes", "tail"  # conditions that are more than files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +200,8 @@ class Served:
         settings = Settings().complete(model.defaults)
         rows = [CONDITIONS[name] for name in model.conditions]
         needed = {name for row in rows for name in row.needs}
-        taken = dict.fromkeys(name for row in rows for name in row.takes)
+        names = (name for row in rows for name in row.takes)
+        taken = dict.fromkeys(name for name in names if name not in _NO_FILES)
         return {
             "id": self.name,
             "object": "model",

@@ -185,7 +185,7 @@ class Worker(threading.Thread):
         """Makes an entry of a job, if its clip can be packed."""
         request, settings = self._order(job)
         plain = self.served.maker(job.asked) is self.served.generator
-        if self.packed is None or not plain or not self.packed.takes(settings):
+        if self.packed is None or not plain or not self.packed.takes(settings, request):
             return
         if self.packed.find(self.packed.counts(request), taken=()) is None:
             return  # its sound is too long for a row

@@ -23,6 +23,7 @@ import numpy as np
 from absl import logging
 
 from jvdit.data.clips import SIZE, BadClip, Clip, Source
+from jvdit.data.conditions.beside import VIEWS
 from jvdit.data.grid import ClipGrid
 from jvdit.data.records import RecordDataset, RecordWriter, latent_features
 from jvdit.data.sources import open_source, origin
@@ -49,6 +50,7 @@ def encode(
     audio_vae: str = "",
     shard: int = SHARD,
     config: str = "",
+    views: Sequence[str] = (),
 ) -> None:
     """Encodes a source of clips, and optionally a second one for validation.
 
@@ -68,16 +70,20 @@ def encode(
         shard: how many clips a shard has. Processes divide the work by shards.
         config: file of the config that the latents are for; "": not known yet, and what
             few models take is only logged.
+        views: names of `VIEWS` to encode beside the clips, for what training gives of
+            them (`given`).
 
     Raises:
-        ValueError: the folder holds other latents, another run is encoding into it, the
-            autoencoder doesn't take the size of a clip, or the processes don't see the
-            same folder.
+        ValueError: a view isn't known, the folder holds other latents, another run is
+            encoding into it, the autoencoder doesn't take the size of a clip, or the
+            processes don't see the same folder.
         FileNotFoundError: there is no such source or autoencoder.
         OSError: files can't be written, for example because the disk is full.
     """
     cluster.check_alike(locals())
     check_ranges({"shard": shard, "text_length": text_length})
+    if unknown := [name for name in views if name not in VIEWS]:
+        raise ValueError(f"view {unknown[0]!r} must be one of: {', '.join(VIEWS)}.")
     encoder = ClipEncoder.load(vae)
     sounds = SoundEncoder.load(audio_vae) if audio_vae else None
     rate = sounds.module.sample_rate if sounds else 0
@@ -109,12 +115,19 @@ def encode(
     with said_if_full(folder), cluster.held(folder):
         writer = RecordWriter(
             folder,
-            latent_features(text=states is not None, sound=sounds is not None),
+            latent_features(
+                text=states is not None, sound=sounds is not None, views=views
+            ),
             shards={name: -(-len(each) // shard) for name, each in splits.items()},
             settings=settings,
         )
         with ThreadPoolExecutor(_READERS) as threads:
-            _write(writer, splits, shard, _Maker(encoder, sounds, states, threads))
+            _write(
+                writer,
+                splits,
+                shard,
+                _Maker(encoder, sounds, states, threads, tuple(views)),
+            )
         cluster.wait_for_others(f"encoded {folder}")
         if cluster.is_lead():
             cluster.await_seen(lambda: all(_shards(writer)), f"all shards of {folder}")
@@ -196,12 +209,14 @@ class _Maker:
         sounds: that of sounds; None: sound isn't encoded.
         states: encodes captions to text states; None: captions aren't encoded.
         threads: threads that read clips.
+        views: names of `VIEWS` to encode beside the clips.
     """
 
     encoder: ClipEncoder
     sounds: SoundEncoder | None
     states: Callable[[Sequence[str]], list[np.ndarray]] | None
     threads: ThreadPoolExecutor
+    views: tuple[str, ...] = ()
 
     def records(
         self, source: Source, split: str, ids: Sequence[int]
@@ -220,9 +235,11 @@ class _Maker:
                 videos = np.stack([clip["video"] for clip in clips.values()])
                 # The last batch is padded to the same shape: one compilation.
                 spare = np.repeat(videos[:1], rows - len(videos), axis=0)
-                moments = self.encoder(np.concatenate([videos, spare]))
+                videos = np.concatenate([videos, spare])
+                moments = self.encoder(videos)
+                views = {name: self._view(name, videos) for name in self.views}
                 yield from before
-                before = self._made(clips, split, moments)
+                before = self._made(clips, split, moments, views)
         yield from before
 
     def _read(self, source: Source, split: str, ids: Sequence[int]) -> dict[int, Clip]:
@@ -238,16 +255,39 @@ class _Maker:
                 good[i] = clip
         return good
 
+    def _view(self, name: str, videos: np.ndarray) -> np.ndarray:
+        """The latents of a view of clips of one size, `[b f h w c]`; maybe none."""
+        view, vae = VIEWS[name], self.encoder.module
+        rows, size = len(videos), vae.latent_shape(*videos.shape[1:4])
+        channels = vae.latent_channels
+        if view.size(size, vae.temporal_compression) is None:
+            return np.zeros((rows, 0, *size[1:], channels), jnp.bfloat16)
+        parts = np.concatenate([view.clips(video) for video in videos])
+        batch = self.encoder.rows(len(parts), parts.shape[1:4])
+        padded = np.pad(parts, ((0, -len(parts) % batch), *((0, 0),) * 4))
+        means = [
+            np.asarray(self.encoder(padded[i : i + batch])[0]).astype(jnp.bfloat16)
+            for i in range(0, len(padded), batch)
+        ]
+        means = np.concatenate(means)[: len(parts)]
+        return means.reshape(rows, -1, *means.shape[2:])
+
     def _made(
-        self, clips: Mapping[int, Clip], split: str, moments: Sequence[Any]
+        self,
+        clips: Mapping[int, Clip],
+        split: str,
+        moments: Sequence[Any],
+        views: Mapping[str, np.ndarray],
     ) -> Iterator[dict[str, Any]]:
         """Builds the records of one batch, whose last rows may be padding."""
         texts: list[Any] = [None] * len(clips)
         if self.states is not None:
             texts = self.states([clip["caption"] for clip in clips.values()])
         made = *map(np.asarray, moments), texts, self._sounds([*clips.values()])
-        for (i, clip), *found, sound in zip(clips.items(), *made, strict=False):
-            yield _record(f"{split}-{i:09d}", clip, *found) | sound
+        rows = zip(clips.items(), *made, strict=False)
+        for row, ((i, clip), *found, sound) in enumerate(rows):
+            beside = {name: view[row] for name, view in views.items()}
+            yield _record(f"{split}-{i:09d}", clip, *found) | sound | beside
 
     def _sounds(self, clips: Sequence[Clip]) -> list[dict[str, Any]]:
         """What each record has of its sound; sounds of a length go together."""

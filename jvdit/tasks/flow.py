@@ -13,7 +13,9 @@ from jax.sharding import Mesh
 
 from jvdit.config import Config
 from jvdit.data.builders import PackedBatches
+from jvdit.data.conditions.giving import given_sources, marking
 from jvdit.data.items import Statistics
+from jvdit.data.patches import grid_frames
 from jvdit.data.plan import PackPlan
 from jvdit.data.sources import LatentSource, open_source, origin
 from jvdit.data.tokenizer import Tokenizer, train_tokenizer
@@ -63,12 +65,25 @@ class FlowTask(Task):
             self.audio_vae = cached_audio(config, self.sources)
         self.captions = cached_captions(config, self.sources)
         self.tokenizer = self.captions.tokenizer if self.captions else self._tokenizer()
-        self.plan = self._plan(self.sources, config.seed, data.weights or None)
+        drawn, weights = given_sources(
+            self.sources,
+            data.weights or None,
+            given_shares(config),
+            tuple(config.patch_size),
+        )
+        self.plan = self._plan(drawn, config.seed, weights)
         self.fingerprint = self.plan.fingerprint
-        self.batch_builder = self._packed(self.sources, self.plan, data.caption_dropout)
+        self.batch_builder = self._packed(
+            drawn, self.plan, data.caption_dropout, marking(given_shares(config))
+        )
         self.example, _ = self.batch_builder[0]
         one_clip = data.max_clips == 1 and self.plan.padding == 0
         one_clip = one_clip and not data.sound_budget
+        held = [self.open(data.validation)] if data.validation else []
+        lengths = [x.index["frames"] for x in (*self.sources, *held)]
+        frames = np.concatenate(lengths) // config.patch_size[0]
+        # What is given beside some clips would make their rows longer than a grid.
+        alike = one_clip and np.ptp(frames) == 0 and len(drawn) == len(self.sources)
         self.objective = flow_objective(
             config,
             mesh,
@@ -79,6 +94,7 @@ class FlowTask(Task):
             sound_channels=self.audio_vae.module.latent_channels
             if self.audio_vae
             else 0,
+            frames=grid_frames(self.example["position"]) if alike else 0,
         )
         if self.objective.lora:
             self.frozen, self.fresh = self._base(), ("lora",)
@@ -87,14 +103,14 @@ class FlowTask(Task):
         self.summary = f"{clips} clips, {self.plan.padding:.1%} padding"
         rows, tokens = self.example["segment"].shape
         text = self.example["text_segment"].shape[1]
-        self.flops = float(rows * self.hosts * self.objective.flops(tokens, text))
+        each = self.objective.flops(tokens, text, round(frames.mean()))
+        self.flops = float(rows * self.hosts * each)
         drawn = config.sample.pictures
         self.pictures = open_bundle(drawn) if drawn else None
         self.samples = Samples(config, self.bundle, mesh)
         self._validation = None
-        if data.validation:
-            held = [self.open(data.validation)]
-            self._validation = self._packed(held, self._plan(held, 0), 0.0)
+        if held:
+            self._validation = self._packed(held, self._plan(held, 0))
         self._measure = jit(self.objective.validate)
 
     # Building
@@ -140,7 +156,7 @@ class FlowTask(Task):
             captions += source.captions(range(0, len(source), stride))
         return Tokenizer(train_tokenizer(captions, self.config.vocab_size))
 
-    def _packed(self, sources, plan, dropout):
+    def _packed(self, sources, plan, dropout=0.0, given=None):
         text: dict[str, Any] = {"tokenizer": self.tokenizer}
         if self.captions:
             text = {"null_embeds": self.captions.null}
@@ -151,7 +167,7 @@ class FlowTask(Task):
             latents=Statistics.of(self.vae.module),
             sounds=Statistics.of(self.audio_vae.module) if self.audio_vae else None,
             temporal_compression=self.vae.module.temporal_compression,
-            conditions=[name for name, _ in given_shares(self.config)],
+            given=given or {},
             caption_dropout=dropout,
             seconds=self.config.conventions.seconds,
             pad_text=self.config.conventions.pad_text,

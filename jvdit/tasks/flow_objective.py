@@ -12,7 +12,6 @@ from jvdit.models.text_encoder import TextEncoder
 from jvdit.training.objectives.denoising import FlowObjective
 from jvdit.training.objectives.pairings import check_pairings
 from jvdit.weights.parameters import build
-from jvdit.weights.release import is_release
 
 
 def flow_objective(
@@ -24,6 +23,7 @@ def flow_objective(
     vocab_size: int,
     one_clip: bool,
     sound_channels: int = 0,
+    frames: int = 0,
 ) -> FlowObjective:
     """Builds the denoising objective from a config and the sizes that the data set.
 
@@ -35,6 +35,7 @@ def flow_objective(
         vocab_size: vocabulary of the trained text encoder's tokenizer.
         one_clip: every row is exactly one clip without padding, so no mask is needed.
         sound_channels: channels of a token of sound; 0: clips are silent.
+        frames: of every row, if it is one grid, see `Tokens`.
 
     Raises:
         ValueError: settings contradict one another.
@@ -62,7 +63,8 @@ def flow_objective(
         one_clip=one_clip,
         pad_text=config.conventions.pad_text,
         boundary=_boundary(config, mesh),
-        given=given_shares(config),
+        given=tuple(given_shares(config)),
+        frames=frames,
         **sound,
     )
 
@@ -89,7 +91,7 @@ def _sound(config: Config, mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def given_shares(config: Config) -> tuple[tuple[str, float], ...]:
+def given_shares(config: Config) -> dict[str, float]:
     """The conditions that a training gives, each with the share of clips.
 
     Raises:
@@ -102,19 +104,17 @@ def given_shares(config: Config) -> tuple[tuple[str, float], ...]:
                 f"`given.{name}` (={share}) needs tokens of one frame, and `patch_size`"
                 f" (={tuple(config.patch_size)}) has {frames}."
             )
-    return tuple((name, share) for name, share in config.given.items() if share)
+    return {name: share for name, share in config.given.items() if share}
 
 
 def _boundary(config: Config, mesh: Mesh) -> float:
     """The time t between two experts that are trained together; 0 for one network."""
     if config.expert != "both":
         return 0.0
-    released = config.start_from and is_release(config.start_from)
-    if not 0 < config.boundary < 1 or config.lora.rank or not released:
+    if not 0 < config.boundary < 1 or config.lora.rank:
         raise ValueError(
-            f"`expert` 'both' needs a `boundary` (={config.boundary}) inside (0, 1)"
-            ", a released `start_from`, and no `lora.rank`: adapt one expert after "
-            "the other."
+            f"`expert` 'both' needs a `boundary` (={config.boundary}) inside (0, 1), "
+            "and no `lora.rank`: adapt one expert after the other."
         )
     ways = 2 * mesh.shape["data"] * mesh.shape["fsdp"]
     ways *= config.optim.accumulate

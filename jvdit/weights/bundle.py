@@ -169,6 +169,7 @@ class _ModelSettings(msgspec.Struct, frozen=True):
     seconds: bool = True
     pad_text: bool = False
     sources: tuple[str, ...] = ()
+    boundary: float = 0.0
     conventions: _Conventions | None = None
 
     def __post_init__(self):
@@ -212,7 +213,10 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
     settings = read_json(folder / _SETTINGS, remedy, _ModelSettings)
     text = CaptionEncoder.load(folder)
     networks = {"text_encoder": text.network}
-    modules = {"dit": MODELS[settings.backbone].module, "vae": VideoVAE}
+    backbone = MODELS[settings.backbone].module
+    modules = {"dit": backbone, "vae": VideoVAE}
+    if settings.boundary:
+        modules["dit_low"] = backbone
     if (folder / "audio_vae").is_dir():
         modules["audio_vae"] = AudioVAE
     for name, module in modules.items():
@@ -242,7 +246,8 @@ def sources_of(folder: str | os.PathLike[str]) -> tuple[str, ...]:
 def save_bundle(folder: str | os.PathLike[str], model: Bundle) -> None:
     """Saves a whole model in one folder, for `read_bundle`."""
     folder = pathlib.Path(folder)
-    for name in ("dit", "vae", *["audio_vae"] * model.has_sound):
+    experts = ("dit", "dit_low")[: 2 if model.boundary else 1]
+    for name in (*experts, "vae", *["audio_vae"] * model.has_sound):
         model.networks[name].save(folder / name)
     text = model.networks["text_encoder"], model.tokenizer, model.text_release
     CaptionEncoder(*text).save(folder)

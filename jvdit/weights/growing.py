@@ -1,4 +1,4 @@
-"""Weights of a silent network as those of one with sound, to train on from."""
+"""Weights of a network as those of one with sound or long skips, to train on from."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,12 +13,10 @@ from jvdit.models.layers import stack_of
 _SOUND = SUFFIXES[1]
 
 
-def lacks_sound(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether a network has sound that the weights of another don't."""
-    ours, theirs = (flatten_dict(x, sep="/") for x in (wanted, held))
-    return any("sound" in path for path in ours) and not any(
-        "sound" in path for path in theirs
-    )
+def lacks_parts(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether a network has sound or skips that the weights of another don't."""
+    ours, theirs = (" ".join(flatten_dict(x, sep="/")) for x in (wanted, held))
+    return any(part in ours and part not in theirs for part in ("sound", "/skip/"))
 
 
 def grown(
@@ -26,14 +24,14 @@ def grown(
     wanted: Mapping[str, Any],
     fresh: Callable[[Sequence[str]], Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """The weights of a network with sound, from those of one of the same size without.
+    """The weights of a network with such parts, from those of one of its size without.
 
     Sound begins with the attention and modulation of pictures. Its projections in and
-    out are new, so that pictures are at first what they were.
+    out, and those of skips, are new, so that pictures are at first what they were.
 
     Args:
-        held: weights of the silent network.
-        wanted: shapes of those of the network with sound.
+        held: weights of the network without.
+        wanted: shapes of those of the network with them.
         fresh: makes the initial weights at some paths.
     """
     theirs: dict[str, Any] = flatten_dict(held, sep="/")

@@ -15,7 +15,7 @@ from jvdit.machine.json_files import differences
 from jvdit.sharding import parameter_shardings
 from jvdit.weights.bundle import Bundle
 from jvdit.weights.folders import load_dit
-from jvdit.weights.growing import grown, lacks_sound
+from jvdit.weights.growing import grown, lacks_parts
 from jvdit.weights.parameters import load_weights, weights_hash
 from jvdit.weights.release import is_release, read_release
 
@@ -41,8 +41,8 @@ def finished_parameters(
         mesh: the device mesh.
         expert: the expert of a released model to read as "dit", "dit" or "dit_low";
             "both": read each as itself.
-        fresh: makes the initial parameters of a network at some paths, for the sound of
-            one that starts from a silent one.
+        fresh: makes the initial parameters of a network at some paths, for the sound or
+            the long skips of one that starts from one without.
 
     Raises:
         FileNotFoundError: a network is missing in the folder.
@@ -86,7 +86,10 @@ def _own_parameters(
     whole = pathlib.Path(folder)
     # A folder may hold a network itself, as that of the sounds does in the box.
     alone = len(wanted) == 1 and (whole / "weights.safetensors").exists()
-    params = {n: load_weights(whole if alone else whole / n)[0] for n in wanted}
+    places = {name: whole if alone else whole / name for name in wanted}
+    if "dit_low" in wanted and not (whole / "dit_low").exists():
+        places["dit_low"] = places["dit"]  # both experts begin as the one network
+    params = {name: load_weights(place)[0] for name, place in places.items()}
     params = {name: _grown(x, name, wanted, fresh) for name, x in params.items()}
     _check_alike(
         params,
@@ -94,13 +97,13 @@ def _own_parameters(
         f"{folder} holds other networks than this config's",
         "change `start_from` or the sizes of the networks",
     )
-    places = parameter_shardings(params, mesh)
-    return jax.tree.map(_divided, params, places, dict(wanted))
+    shardings = parameter_shardings(params, mesh)
+    return jax.tree.map(_divided, params, shardings, dict(wanted))
 
 
 def _grown(held: Any, name: str, wanted: Mapping[str, Any], fresh: Fresh | None) -> Any:
-    """Parameters of a network, with what sound has of its own if they lack it."""
-    if fresh is None or not lacks_sound(held, wanted[name]):
+    """Parameters of a network, with what sound and skips have of their own."""
+    if fresh is None or not lacks_parts(held, wanted[name]):
         return held
     return grown(held, wanted[name], partial(fresh, name))
 

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from jvdit.generation.request import for_encoder
+from jvdit.generation.footage import for_encoder
 from jvdit.models.image_encoder import VARIANTS, ImageEncoder
 from jvdit.sharding import make_mesh
 from jvdit.weights import clip

@@ -59,25 +59,114 @@ def encode_clip(
         ValueError: the arrays are of another shape or type.
     """
     _check(video, fps, audio, audio_rate)
-    buffer = isinstance(target, io.BytesIO)
-    place = contextlib.nullcontext(target) if buffer else replacing(Path(target))
-    # The index goes first in files, for the web; a buffer cannot be reopened for it.
-    options = {} if buffer else {"movflags": "+faststart"}
-    with place as file, av.open(file, "w", format="mp4", options=options) as container:
+    channels = 0 if audio is None else audio.shape[1]
+    how = {"crf": crf, "gop": gop, "preset": preset, "metadata": metadata}
+    size, sound = video.shape[1:3], (channels, audio_rate)
+    with ClipWriter(target, size, fps, sound, **how) as writer:
+        writer.write(video, audio)
+
+
+class ClipWriter:
+    """Writes a clip piece by piece, in constant memory; see `encode_clip`.
+
+    Use it as a context: the file appears, whole, when that is left without an error.
+
+    Args:
+        target: path, or a buffer.
+        size: height and width in pixels.
+        fps: frames per second.
+        sound: channels, and samples per second; (0, 0): the clip is silent.
+        crf, gop, preset, metadata: as of `encode_clip`.
+    """
+
+    def __init__(
+        self,
+        target: str | Path | io.BytesIO,
+        size: tuple[int, int],
+        fps: float | int,
+        sound: tuple[int, int] = (0, 0),
+        *,
+        crf: int = 18,
+        gop: int | None = None,
+        preset: str = "medium",
+        metadata: Mapping[str, Any] | None = None,
+    ):
+        self._stack = contextlib.ExitStack()
+        buffer = isinstance(target, io.BytesIO)
+        place = contextlib.nullcontext(target) if buffer else replacing(Path(target))
+        # The index goes first in files, for the web; a buffer can't be reopened for it.
+        options = {} if buffer else {"movflags": "+faststart"}
+        file = self._stack.enter_context(place)
+        container = av.open(file, "w", format="mp4", options=options)
+        self._container = self._stack.enter_context(container)
         if metadata is not None:
             container.metadata["comment"] = json.dumps(metadata, sort_keys=True)
-        rate = Fraction(fps).limit_denominator(100_000)
-        picture = _video_stream(container, video, rate, crf, gop, preset)
-        if audio is not None:  # all streams before any packet
-            sound: Any = container.add_stream("aac", rate=audio_rate)
-            sound.layout = "mono" if audio.shape[1] == 1 else "stereo"
-            sound.bit_rate = 96_000 * audio.shape[1]
-        packets: list[Any] = _video_packets(picture, video, rate)
+        self._rate = Fraction(fps).limit_denominator(100_000)
+        streams = [_video_stream(container, size, self._rate, crf, gop, preset)]
+        if sound[0]:  # all streams before any packet
+            streams.append(_audio_stream(container, *sound))
+        self._streams: list[Any] = streams
+        self._waiting: list[av.Packet] = []
+        self._samples = np.zeros((0, sound[0]), np.float32)
+        self._frames, self._begun, self._sample_rate = 0, 0, sound[1]
+
+    def __enter__(self) -> "ClipWriter":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is not None:
+            self._stack.__exit__(*error)
+            return
+        with self._stack:
+            self._sound(np.zeros((0, self._samples.shape[1])), last=True)
+            for stream in self._streams:
+                self._waiting += stream.encode()
+            self._mux(self._waiting)
+
+    def write(
+        self,
+        video: Shaped[np.ndarray, "T H W 3"],
+        audio: Float[np.ndarray, "a channels"] | None = None,
+    ) -> None:
+        """Writes the next frames, and the next samples of the sound, if any."""
+        for picture in video:
+            frame = _picture(picture)
+            frame.pts, frame.time_base = self._frames, 1 / self._rate
+            self._frames += 1
+            self._waiting += self._streams[0].encode(frame)
         if audio is not None:
-            packets += _audio_packets(sound, audio, audio_rate)
-        # Interleaved by time, so that a player need not jump about.
-        packets.sort(key=lambda p: (p.dts * p.time_base, p.stream.index))
-        container.mux(packets)
+            self._sound(audio)
+        # Interleaved by time, so that a player need not jump about: what is later than
+        # the last of any stream waits.
+        last = [
+            max((_time(p) for p in self._waiting if p.stream is stream), default=None)
+            for stream in self._streams
+        ]
+        if None not in last:
+            ready = [p for p in self._waiting if _time(p) <= min(last)]
+            self._waiting = [p for p in self._waiting if _time(p) > min(last)]
+            self._mux(ready)
+
+    def _sound(self, audio: np.ndarray, last: bool = False) -> None:
+        """Encodes whole frames of the sound, and at the end what is left."""
+        self._samples = np.concatenate([self._samples, audio.astype(np.float32)])
+        while len(self._samples) >= _AAC_FRAME or (last and len(self._samples)):
+            block, self._samples = np.split(self._samples, [_AAC_FRAME])
+            planes = np.ascontiguousarray(np.clip(block, -1, 1).T)
+            layout = "mono" if len(planes) == 1 else "stereo"
+            frame = av.AudioFrame.from_ndarray(planes, "fltp", layout)
+            frame.sample_rate = self._sample_rate
+            frame.pts, frame.time_base = self._begun, Fraction(1, self._sample_rate)
+            self._begun += len(block)
+            self._waiting += self._streams[1].encode(frame)
+
+    def _mux(self, packets: list[av.Packet]) -> None:
+        packets.sort(key=lambda p: (_time(p), p.stream.index))
+        self._container.mux(packets)
+
+
+def _time(packet: Any) -> Fraction:
+    return packet.dts * packet.time_base
 
 
 def _check(video, fps, audio, audio_rate) -> None:
@@ -99,10 +188,18 @@ def _check(video, fps, audio, audio_rate) -> None:
         raise ValueError(f"`audio_rate` (={audio_rate}) must be given with `audio`.")
 
 
-def _video_stream(container, video, rate, crf, gop, preset):
+def _audio_stream(container, channels, rate):
+    """Adds the sound: AAC of 96 kbit/s for each channel."""
+    stream: Any = container.add_stream("aac", rate=rate)
+    stream.layout = "mono" if channels == 1 else "stereo"
+    stream.bit_rate = 96_000 * channels
+    return stream
+
+
+def _video_stream(container, size, rate, crf, gop, preset):
     """Adds the video stream: even size, BT.709, short groups of pictures."""
     stream = container.add_stream("libx264", rate=rate)
-    stream.height, stream.width = (n + n % 2 for n in video.shape[1:3])
+    stream.height, stream.width = (n + n % 2 for n in size)
     stream.pix_fmt = "yuv420p"
     stream.time_base = 1 / rate
     stream.options = {"crf": str(crf), "preset": preset, **_repeatable()}
@@ -126,34 +223,18 @@ def _repeatable() -> dict[str, str]:
     return {"x264-params": "asm=avx2"} if wide else {}
 
 
-def _video_packets(stream, video, rate) -> list[av.Packet]:
-    odd = [(0, 0), *((0, n % 2) for n in video.shape[1:3]), (0, 0)]
+def _picture(pixels: np.ndarray) -> av.VideoFrame:
+    """A frame of even size, in the colours of the file."""
+    odd = [*((0, n % 2) for n in pixels.shape[:2]), (0, 0)]
     if any(after for _, after in odd):
-        video = np.pad(video, odd, mode="edge")
-    packets = []
-    for k, picture in enumerate(video):
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), "rgb24")
-        frame = frame.reformat(
-            format="yuv420p",
-            dst_colorspace=Colorspace.ITU709,
-            dst_color_range=ColorRange.MPEG,
-            interpolation=Interpolation.AREA | Interpolation.ACCURATE_RND,
-            threads=1,
-        )
-        frame.colorspace = frame.color_primaries = frame.color_trc = _BT709
-        frame.pts, frame.time_base = k, 1 / rate
-        packets += stream.encode(frame)
-    return packets + stream.encode()
-
-
-def _audio_packets(stream, audio, rate) -> list[av.Packet]:
-    planes = np.clip(audio, -1, 1).astype(np.float32).T
-    layout = "mono" if len(planes) == 1 else "stereo"
-    packets = []
-    for start in range(0, planes.shape[1], _AAC_FRAME):
-        block = np.ascontiguousarray(planes[:, start : start + _AAC_FRAME])
-        frame = av.AudioFrame.from_ndarray(block, "fltp", layout)
-        frame.sample_rate = rate
-        frame.pts, frame.time_base = start, Fraction(1, rate)
-        packets += stream.encode(frame)
-    return packets + stream.encode()
+        pixels = np.pad(pixels, odd, mode="edge")
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), "rgb24")
+    frame = frame.reformat(
+        format="yuv420p",
+        dst_colorspace=Colorspace.ITU709,
+        dst_color_range=ColorRange.MPEG,
+        interpolation=Interpolation.AREA | Interpolation.ACCURATE_RND,
+        threads=1,
+    )
+    frame.colorspace = frame.color_primaries = frame.color_trc = _BT709
+    return frame

@@ -15,7 +15,16 @@ from jaxtyping import Array, Float
 
 from jvdit.models.attention.mosaic import MOSAIC, suits_mosaic
 from jvdit.models.attention.parallel import divided
-from jvdit.models.attention.pieces import DENSE, Keys, Queries, flash, pad
+from jvdit.models.attention.patterns import PATTERNS
+from jvdit.models.attention.pieces import (
+    DENSE,
+    Keys,
+    Pieces,
+    Queries,
+    flash,
+    pad,
+)
+from jvdit.models.attention.tiles import sparse
 from jvdit.shapes import Visible
 from jvdit.sharding import alone, platform
 
@@ -36,6 +45,8 @@ def attention(
     *,
     keys: str = "tokens",
     implementation: str = "auto",
+    pattern: str = "full",
+    frames: int = 0,
 ) -> Queries:
     """Softmax attention of each query to the keys that it sees.
 
@@ -54,31 +65,56 @@ def attention(
             in half precision; "mosaic", TPU flash attention; "auto", the best of
             them on this backend. On a mesh, what each device does with its part
             (`parallel`).
+        pattern: that of self-attention by which `visible` hides most of the keys.
+        frames: of the one clip, in order, that each row is exactly, all with the same
+            cells in the same order; 0: rows are not, or differ.
 
     Raises:
-        ValueError: the form, or the name of the keys' axis, is unknown.
+        ValueError: the form, the pattern, or the name of the keys' axis is unknown.
     """
     for name, value, known in (
         ("implementation", implementation, IMPLEMENTATIONS),
         ("keys", keys, KEYS),
+        ("pattern", pattern, PATTERNS),
     ):
         if value not in known:
             raise ValueError(f"`{name}` (={value!r}) must be in: {', '.join(known)}.")
-    local = partial(_local, implementation, keys == "tokens")
+    local = partial(_local, implementation, keys == "tokens", pattern, frames)
     if alone():
         return local(q, k, v, visible)
     fast = platform() == "tpu" and suits_mosaic(q, k)
-    pieces = MOSAIC if implementation == "mosaic" or fast else DENSE
+    pieces = _pieces(
+        "mosaic" if implementation == "mosaic" or fast else "mapped", pattern
+    )
     return divided(local, pieces, q, k, v, visible, keys)
 
 
+def _pieces(form: str, pattern: str) -> Pieces:
+    """The two passes of a form, which leave out what a pattern hides."""
+    pieces, row = PIECES[form], PATTERNS[pattern]
+    return pieces if row.rule is None else sparse(pieces, row.sorts)
+
+
 def _local(
-    form: Any, keep: bool, q: Array, k: Array, v: Array, visible: Visible | None
+    form: Any,
+    keep: bool,
+    pattern: str,
+    frames: int,
+    q: Array,
+    k: Array,
+    v: Array,
+    visible: Visible | None,
 ) -> Array:
     """Attention on one device."""
+    if frames and (folded := PATTERNS[pattern].folded):
+        grid = {"f": frames, "b": len(q)}
+        q, k, v = (rearrange(x, f"b (f s) q k -> {folded}", **grid) for x in (q, k, v))
+        form = "auto" if form == "mosaic" and not suits_mosaic(q, k) else form
+        out = _local(form, keep, "full", 0, q, k, v, None)
+        return rearrange(out, f"{folded} -> b (f s) q k", **grid)
     form = _best_implementation(q, k) if form == "auto" else form
     if form in PIECES:
-        return flash(q, k, v, visible, PIECES[form], keep)
+        return flash(q, k, v, visible, _pieces(form, pattern), keep)
     n, s, seen = q.shape[1], k.shape[1], visible
     lengths: dict[str, Array] = {}
     if form == "cudnn" and (n % 2 or s % 2):

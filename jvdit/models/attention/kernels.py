@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from jvdit.models.attention.pieces import HIDDEN, NOTHING
+from jvdit.models.attention.pieces import HIDDEN, NOTHING, meets
 
 LANES = 128
 LN2 = math.log(2)
@@ -30,22 +30,6 @@ _LAST = (((1,), (1,)), ((), ()))
 _FIRST = (((0,), (0,)), ((), ()))
 _FIRST_LAST = (((0,), (1,)), ((), ()))
 _product = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-
-
-def meets(edges: Any, row: Any, i: Any, j: Any) -> Any:
-    """Whether a block of queries may see any of a block of keys.
-
-    Args:
-        edges: of the blocks of each row: the least `low` and the greatest `high` of
-            queries, the least and the greatest id of keys; or nothing.
-        row: of the batch.
-        i: which block of queries.
-        j: which block of keys.
-    """
-    if not edges:
-        return True
-    low, high, first, last = edges
-    return (low[row, i] <= last[row, j]) & (first[row, j] <= high[row, i])
 
 
 def _hide(scores: jax.Array, ids: Any, part: Any, left: Any) -> jax.Array:

@@ -20,7 +20,15 @@ from jaxtyping import Array, Float
 from jvdit.machine.chips import Blocks, this_chip
 from jvdit.models.attention import kernels
 from jvdit.models.attention.kernels import LANES
-from jvdit.models.attention.pieces import Keys, Pieces, Queries, Sums, pad
+from jvdit.models.attention.pieces import (
+    Keys,
+    Pieces,
+    Queries,
+    Sums,
+    edges,
+    meets,
+    pad,
+)
 from jvdit.shapes import Visible
 from jvdit.sharding import platform
 
@@ -114,24 +122,6 @@ def _ids(visible: Visible | None, held: int) -> list[Array]:
     return [jnp.broadcast_to(id[..., None], (*id.shape, LANES)), *bounds]
 
 
-def _edges(visible: Visible | None, block: int, held: int) -> list[Array]:
-    """Bounds and ids of whole blocks of queries and keys, as `kernels.meets` has it."""
-    if visible is None:
-        return []
-
-    def of_blocks(x: Array, size: int, reduce: Any) -> Array:
-        places = (0, 0), (0, -x.shape[1] % size)
-        return reduce(jnp.pad(x, places, "edge").reshape(len(x), -1, size), axis=-1)
-
-    id, low, high = visible
-    return [
-        of_blocks(low, block, jnp.min),
-        of_blocks(low if high is None else high, block, jnp.max),
-        of_blocks(id, held, jnp.min),
-        of_blocks(id, held, jnp.max),
-    ]
-
-
 def _block(at: Any, axis: int, *shape: int, each: int = 1) -> pl.BlockSpec:
     """A block of tokens of a head.
 
@@ -152,7 +142,7 @@ def _block(at: Any, axis: int, *shape: int, each: int = 1) -> pl.BlockSpec:
 
 def _if_seen(block: Any, edges: Any, row: Any, i: Any, j: Any) -> Any:
     """A block to fetch; the first, which may be there, where nothing is visible."""
-    return jnp.where(kernels.meets(edges, row, i, j), block, 0) if edges else block
+    return jnp.where(meets(edges, row, i, j), block, 0) if edges else block
 
 
 def _run(kernel: Any, edges: list[Array], inputs: Any, grid: Any, **settings: Any):
@@ -193,7 +183,7 @@ def mosaic_forward(
     rows, tokens, heads, channels = q.shape
     keys, most = k.shape[1], _blocks().ahead
     block, held = block_for(tokens, most[0]), block_for(keys, most[1])
-    ids, edges = _ids(visible, held), _edges(visible, block, held)
+    ids, ends = _ids(visible, held), edges(visible, block, held)
     q, k, v = map(_lines, (q, k, v))
     of_query = partial(_block, lambda h, i, j, *_: i)
     of_key = partial(_block, lambda h, i, j, *e: _if_seen(j, e, h // heads, i, j))
@@ -219,7 +209,7 @@ def mosaic_forward(
         jax.ShapeDtypeStruct((len(q), 1, tokens), jnp.float32),
     ]
     settings = {"name": "flash_forward", "out_shape": shapes, **_settings(2, q, k, 3)}
-    out, lse = _run(kernel, edges, (_scaled(q), k, v, *ids), grid, **settings)
+    out, lse = _run(kernel, ends, (_scaled(q), k, v, *ids), grid, **settings)
     return _rows(out, rows), lse.reshape(rows, heads, tokens)
 
 
@@ -268,7 +258,7 @@ def _backward(
     cores, blocks, held = _share(keys)
     block = block_for(tokens, most[0])
     padded = _whole(tokens, block)
-    ids, edges = _ids(visible, held), _edges(visible, block, held)
+    ids, ends = _ids(visible, held), edges(visible, block, held)
     of_query = partial(
         _block,
         lambda h, core, j, i, *e: _if_seen(i, e, h // heads, i, core * blocks + j),
@@ -300,7 +290,7 @@ def _backward(
     ]
     settings = {"name": "flash_backward", "out_shape": shapes, **_settings(5, q, k, 4)}
     inputs = _scaled(q), k, v, grad, *(pad(x, 2, padded) for x in (lse, slope)), *ids
-    dq, dk, dv = _run(kernel, edges, inputs, grid, **settings)
+    dq, dk, dv = _run(kernel, ends, inputs, grid, **settings)
     dq = (dq.sum(axis=0) * channels**-0.5).astype(q.dtype)
     return dq[..., :tokens].swapaxes(1, 2), dk, dv
 

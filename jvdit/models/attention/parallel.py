@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from jvdit.models.attention.pieces import (
     RESIDUALS,
     Keys,
     Pieces,
     Queries,
+    both,
     slope_of,
 )
 from jvdit.shapes import Visible
@@ -126,10 +127,7 @@ def _ring_forward(q, k, v, visible, pieces, sizes):
     out, lse = pieces.forward(*next(turns))
     out = out.astype(jnp.float32)
     for here in turns:
-        part, part_lse = pieces.forward(*here)
-        total = jnp.logaddexp(lse, part_lse)
-        out = out * _by_query(lse - total) + part * _by_query(part_lse - total)
-        lse = total
+        out, lse = both(out, lse, *pieces.forward(*here))
     out, lse = (checkpoint_name(x, RESIDUALS) for x in (out.astype(q.dtype), lse))
     return out, (q, k, v, visible, out, lse)
 
@@ -168,7 +166,3 @@ def _pass_on(values, sizes: tuple[int, int]):
     size = ulysses * ring
     steps = [(i, (i + ulysses) % size) for i in range(size)]
     return jax.tree.map(lambda x: jax.lax.ppermute(x, AXIS, steps), values)
-
-
-def _by_query(log_weight: Float[Array, "b q n"]) -> Float[Array, "b n q 1"]:
-    return jnp.exp(log_weight).swapaxes(1, 2)[..., None]

@@ -7,7 +7,7 @@ scores. Here are the two passes in plain products; those of a kernel fit the sam
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +81,51 @@ def pad(x: Array, axis: int, length: int, value: int = 0) -> Array:
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, length - x.shape[axis])
     return jnp.pad(x, widths, constant_values=value)
+
+
+def both(
+    out: Queries, lse: Sums, more: Queries, more_lse: Sums
+) -> tuple[Queries, Sums]:
+    """Attention to the keys of two pieces, in float32, from that to each of them."""
+    total = jnp.logaddexp(lse, more_lse)
+    first, second = (
+        jnp.exp(x - total).swapaxes(1, 2)[..., None] for x in (lse, more_lse)
+    )
+    return out * first + more * second, total
+
+
+def edges(visible: Visible | None, block: int, held: int) -> list[Array]:
+    """Bounds and ids of whole blocks of queries and keys, as `meets` has it."""
+    if visible is None:
+        return []
+
+    def of_blocks(x: Array, size: int, reduce: Any) -> Array:
+        places = (0, 0), (0, -x.shape[1] % size)
+        return reduce(jnp.pad(x, places, "edge").reshape(len(x), -1, size), axis=-1)
+
+    id, low, high = visible
+    return [
+        of_blocks(low, block, jnp.min),
+        of_blocks(low if high is None else high, block, jnp.max),
+        of_blocks(id, held, jnp.min),
+        of_blocks(id, held, jnp.max),
+    ]
+
+
+def meets(edges: Any, row: Any, i: Any, j: Any) -> Any:
+    """Whether a block of queries may see any of a block of keys.
+
+    Args:
+        edges: of the blocks of each row: the least `low` and the greatest `high` of
+            queries, the least and the greatest id of keys; or nothing.
+        row: of the batch.
+        i: which block of queries.
+        j: which block of keys.
+    """
+    if not edges:
+        return True
+    low, high, first, last = edges
+    return (low[row, i] <= last[row, j]) & (first[row, j] <= high[row, i])
 
 
 def slope_of(out: Queries, grad: Queries) -> Sums:

@@ -49,21 +49,6 @@ def generated(batch: Batch) -> Bool[Array, "b n"]:
     return batch["level"] % levels > 0
 
 
-def with_given(batch: Batch, chosen: Bool[Array, "b m"], number: int = 0) -> Batch:
-    """Gives what a condition marks of the chosen clips: puts these tokens at t = 0.
-
-    Args:
-        batch: a packed batch.
-        chosen: which clips of each row.
-        number: of the condition among those that training gives.
-    """
-    chosen = jnp.pad(chosen, ((0, 0), (1, 0)))
-    of_chosen = jnp.take_along_axis(chosen, batch["segment"], axis=1)
-    marked = (batch["givable"] >> number) & 1 > 0
-    level = jnp.where(marked & of_chosen, 0, batch["level"])
-    return {**batch, "level": level}
-
-
 def clip_sizes(batch: Batch) -> Float[Array, "b m"]:
     """How many tokens each clip of each row has; 0 for an empty slot."""
     clips = batch["valid"].shape[1]
@@ -91,14 +76,14 @@ class FlowObjective:
             Wan's do.
         boundary: with two experts, "dit" is trained at t above this and "dit_low"
             below, on the first and the second half of a batch's rows. 0: one network.
-        given: share of clips, 0 to 1, that are trained with what each condition marks
-            given, by name: as a request gives it in sampling.
+        given: the conditions that clips are trained with, names in `CONDITIONS`.
         lora: LoRA adapters of `dit` to train; everything else is then frozen. None: the
             networks themselves are trained.
         kinds: how many tokens of a row are of each kind; (): there are pictures alone.
         pairings: shares of the rows of `PAIRINGS`, by name, for clips with sound.
         cut: share of those clips in which picture and sound don't see one another.
         sound_weight: weight of the sound's mean error beside the picture's.
+        frames: of every row, if it is one grid, see `Tokens`; 0: rows aren't so.
     """
 
     dit: Backbone
@@ -108,12 +93,13 @@ class FlowObjective:
     one_clip: bool = False
     pad_text: bool = False
     boundary: float = 0.0
-    given: tuple[tuple[str, float], ...] = ()
+    given: tuple[str, ...] = ()
     lora: LoRA | None = None
     kinds: tuple[int, ...] = ()
     pairings: tuple[tuple[str, float], ...] = ()
     cut: float = 0.0
     sound_weight: float = 1.0
+    frames: int = 0
 
     def init(self, key: PRNGKeyArray, batch: Batch) -> Any:
         """Initialises the parameters by network: "dit", "text_encoder", "dit_low".
@@ -141,26 +127,24 @@ class FlowObjective:
     @property
     def conditions(self) -> tuple[str, ...]:
         """The conditions that the network is trained with, names in `CONDITIONS`."""
-        first = tuple(name for name, _ in self.given)
         shares = self.pairings if self.kinds else ()
-        return first + tuple(x for x, share in shares if share and x in CONDITIONS)
+        pairs = tuple(x for x, share in shares if share and x in CONDITIONS)
+        return self.given + pairs
 
-    def flops(self, tokens: int, text: int) -> int:
+    def flops(self, tokens: int, text: int, frames: int = 0) -> int:
         """FLOPs of one row in a training step, forward and backward.
 
         Args:
             tokens: tokens of a row.
             text: text states of a row.
+            frames: of a clip, in tokens.
         """
-        return self.dit.flops(tokens, text, "adapters" if self.lora else "weights")
+        trained = "adapters" if self.lora else "weights"
+        return self.dit.flops(tokens, text, trained, frames)
 
     def prepare(self, batch: Batch, key: PRNGKeyArray) -> Batch:
-        """Draws a timestep and given first frames for the clips, a key for each row."""
+        """Draws a timestep for each clip, and a key for each row."""
         time_key, row_key = jax.random.split(key)
-        for number, (_, share) in enumerate(self.given):
-            given_key = jax.random.fold_in(key, 2 + number)
-            chosen = jax.random.bernoulli(given_key, share, batch["valid"].shape)
-            batch = with_given(batch, chosen, number)
         rows = jax.random.split(row_key, len(batch["segment"]))
         if self.kinds:
             return {**self._paired(batch, time_key), "key": rows}
@@ -286,7 +270,7 @@ class FlowObjective:
     def _tokens(self, batch: Batch, latents: Array) -> Tokens:
         given = bool(self.given)
         how = {"one_clip": self.one_clip, "given": given, "kinds": self.kinds}
-        return Tokens.of(batch, latents, **how)
+        return Tokens.of(batch, latents, frames=self.frames, **how)
 
     def _text(self, params: Any, batch: Batch) -> Text:
         text = text_of(self.text_encoder, params, batch)

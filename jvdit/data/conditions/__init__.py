@@ -1,0 +1,120 @@
+"""What may be known of a clip besides its text, as a network takes it.
+
+A model's file names its conditions, rows of `CONDITIONS`. Each says which fields of a
+request it takes and needs, and turns them into what is `Known`: tokens that are clean,
+in the clip or beside it, channels beside the noise, or a control signal. A row that can
+be trained says how training gives the same of a clip.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jvdit.data.conditions import beside, cells, channels
+from jvdit.data.conditions.beside import Beside
+from jvdit.data.conditions.cells import Layout, Marks
+from jvdit.data.conditions.known import Asked, Known, Place, merged
+
+
+class Condition(NamedTuple):
+    """A row of `CONDITIONS`.
+
+    Attributes:
+        known: makes it of a request that has what the condition needs.
+        takes: fields of a request that it makes use of.
+        needs: those without which it can't be.
+        marks: tokens of a clip that training gives. None: of its own it gives none.
+        beside: what it gives beside the clip.
+        headless: training leaves out the first latent frame, which alone has the time
+            0: the clip begins amid another.
+    """
+
+    known: Callable[[Asked, Place], Known]
+    takes: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    marks: Callable[[Layout, np.random.Generator], Marks] | None = None
+    beside: Beside | None = None
+    headless: bool = False
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is training for it."""
+        return self.marks is not None or self.beside is not None
+
+    @property
+    def changes_length(self) -> bool:
+        """Whether a clip of which it is given has other than its own tokens."""
+        return self.beside is not None or self.headless
+
+
+_BOTH = ("image", "last_image")
+CONDITIONS = {
+    # Clean cells of the clip: our own models, and Wan 2.2 TI2V.
+    "first_frame": Condition(cells.first_frame, ("image",), marks=cells.first),
+    "prefix": Condition(cells.prefix, ("prefix",), marks=cells.beginning),
+    "extend": Condition(cells.tail, ("tail",), marks=cells.beginning, headless=True),
+    "inpaint": Condition(cells.masked, ("video", "mask"), marks=cells.box),
+    # Tokens beside it.
+    "suffix": Condition(beside.suffix, ("last_image", "suffix"), beside=beside.SUFFIX),
+    "keyframes": Condition(beside.keyframes, ("keyframes",), beside=beside.KEYFRAMES),
+    "reference": Condition(
+        beside.references, ("references",), beside=beside.REFERENCES
+    ),
+    "interpolate": Condition(beside.slow, ("interpolate",), beside=beside.SLOW),
+    "upscale": Condition(beside.small, ("upscale",), beside=beside.SMALL),
+    # Channels beside the noise: Wan 2.2 I2V, 2.1 I2V, and 2.1 FLF2V.
+    "end_channels": Condition(channels.end_channels, _BOTH, needs=("image",)),
+    "first_channels": Condition(channels.end_channels, ("image",), needs=("image",)),
+    "both_channels": Condition(channels.end_channels, _BOTH, needs=_BOTH),
+    # One kind clean, see `pairings.PAIRINGS`.
+    "picture_to_sound": Condition(cells.whole, ("from_video",)),
+    "sound_to_picture": Condition(cells.waveform, ("from_sound",)),
+    # A signal for control blocks: VACE.
+    "control": Condition(channels.control_signal, ("video", "mask", "references")),
+}
+
+
+def known(conditions: Sequence[str], request: Asked, place: Place) -> Known:
+    """What is known of a clip by the conditions of its model.
+
+    Args:
+        conditions: names of `CONDITIONS`.
+        request: that `check_given` let pass.
+        place: of the clip.
+    """
+    return merged(CONDITIONS[name].known(request, place) for name in conditions)
+
+
+def check_given(conditions: Sequence[str], given: Sequence[str]) -> None:
+    """Raises ValueError if what a request gives isn't what a model takes.
+
+    Args:
+        conditions: of the model.
+        given: the names of the fields.
+    """
+    rows = [CONDITIONS[name] for name in conditions]
+    takes = dict.fromkeys(x for row in rows for x in row.takes)
+    for name in given:
+        if name not in takes:
+            told = " and ".join(f"`{x}`" for x in takes) or "no pictures"
+            raise ValueError(f"`{name}` was given, but this model takes {told}.")
+    for name in (x for row in rows for x in row.needs):
+        if name not in given:
+            raise ValueError(f"this model needs `{name}`: give it a picture.")
+    if "mask" in given and "video" not in given:
+        raise ValueError("`mask` says what to keep of `video`; give both.")
+    if "video" in given and "mask" not in given and "control" not in conditions:
+        raise ValueError("`video` is kept where `mask` is black; give both.")
+    if "suffix" in given and "last_image" in given:
+        raise ValueError("`suffix` and `last_image` both say how it ends; give one.")
+
+
+def check_conditions(conditions: Sequence[str]) -> tuple[str, ...]:
+    """The conditions; raises ValueError if one isn't a row of `CONDITIONS`."""
+    for name in conditions:
+        if name not in CONDITIONS:
+            raise ValueError(
+                f"{name!r} is no condition that is known: {', '.join(CONDITIONS)}."
+            )
+    return tuple(conditions)

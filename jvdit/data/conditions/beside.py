@@ -1,0 +1,198 @@
+"""Conditions that are tokens beside the clip: pictures and clips encoded by themselves.
+
+A causal autoencoder codes a frame from those before it, so neither a later frame nor a
+lower rate or size of a clip has latents among the clip's own. Each is encoded by itself
+and lies, clean, at the positions where it belongs.
+
+A data set of latents keeps such views of its clips (`VIEWS`); training takes from them
+what a request would give.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from jvdit.data.conditions.known import Asked, Known, Part, Place, to_pixels
+from jvdit.data.order import stable_hash
+from jvdit.data.patches import Size, latent_times
+
+MOST_STILLS = 3  # that training gives of a clip
+_REFERENCE = -1.0  # seconds of the first reference; the others come before it
+
+
+# Views
+
+
+class View(NamedTuple):
+    """A row of `VIEWS`.
+
+    Attributes:
+        clips: the clips `[k T H W 3]` to encode, of a clip's pixels.
+        size: latent frames, height and width of the view, all of its clips one after
+            another, by those of the clip and the pixel frames of a latent frame; None:
+            such a clip has no such view.
+        times: seconds of each latent frame, by how many there are, frames per second
+            of the clip, and pixel frames of a latent frame.
+        cell: side of its cells, in cells of the clip.
+    """
+
+    clips: Callable[[UInt8[np.ndarray, "T H W 3"]], UInt8[np.ndarray, "k _T _H _W 3"]]
+    size: Callable[[Size, int], Size | None]
+    times: Callable[[int, float, int], Float[np.ndarray, "f"]]
+    cell: int = 1
+
+
+def _stills(size: Size, compression: int) -> Size | None:
+    return (1 + (size[0] - 1) * compression, *size[1:]) if size[0] > 1 else None
+
+
+def _slow(size: Size, compression: int) -> Size | None:
+    odd = (size[0] - 1) % 2
+    return (1 + (size[0] - 1) // 2, *size[1:]) if size[0] > 1 and not odd else None
+
+
+def _small(size: Size, compression: int) -> Size | None:
+    f, h, w = size
+    return None if h % 2 or w % 2 else (f, h // 2, w // 2)
+
+
+def halved(video: UInt8[np.ndarray, "T H W 3"]) -> UInt8[np.ndarray, "T _H _W 3"]:
+    """The video at half its size: the mean of every 2 x 2 pixels."""
+    t, h, w, _ = video.shape
+    cells = video.reshape(t, h // 2, 2, w // 2, 2, 3)
+    return np.round(cells.mean((2, 4), dtype=np.float32)).astype(np.uint8)
+
+
+VIEWS = {
+    # Every frame as a picture.
+    "stills": View(lambda x: x[:, None], _stills, lambda n, fps, _: np.arange(n) / fps),
+    # Every second frame, as a clip of half the rate.
+    "slow": View(
+        lambda x: x[None, ::2], _slow, lambda n, fps, c: latent_times(n, fps / 2, c)
+    ),
+    # The clip at half its size.
+    "small": View(lambda x: halved(x)[None], _small, latent_times, cell=2),
+}
+
+
+# What training takes of them
+
+
+class Beside(NamedTuple):
+    """What training gives of a view.
+
+    Attributes:
+        view: its name in `VIEWS`.
+        count: how many of its latent frames each clip is given, by how many there are
+            and the numbers of the clips.
+        chosen: which, by how many there are and are given.
+        somewhere: they have a place in time.
+    """
+
+    view: str
+    count: Callable[[int, Int[np.ndarray, "k"]], Int[np.ndarray, "k"]]
+    chosen: Callable[[int, int, np.random.Generator], Int[np.ndarray, "f"]]
+    somewhere: bool = True
+
+    def part(
+        self,
+        latents: Float[np.ndarray, "f h w c"],
+        count: int,
+        fps: float,
+        temporal_compression: int,
+        rng: np.random.Generator,
+    ) -> Part:
+        """What is given of a clip.
+
+        Args:
+            latents: of the view, normalised.
+            count: how many of its latent frames.
+            fps: frames per second of the clip.
+            temporal_compression: pixel frames of a latent frame after the first.
+            rng: decides which.
+        """
+        view = VIEWS[self.view]
+        which = self.chosen(len(latents), count, rng)
+        times = view.times(len(latents), fps, temporal_compression)[which]
+        if not self.somewhere:
+            times = _REFERENCE * np.arange(1, count + 1)
+        return Part(latents[which], times, view.cell)
+
+
+def _some(stored: int, clips: Int[np.ndarray, "k"]) -> Int[np.ndarray, "k"]:
+    """One to `MOST_STILLS`, always the same of a clip."""
+    count = 1 + (stable_hash(19, clips) % np.uint64(MOST_STILLS)).astype(np.int64)
+    return np.minimum(count, stored - 1)
+
+
+def _all(stored: int, clips: Int[np.ndarray, "k"]) -> Int[np.ndarray, "k"]:
+    return np.full(len(clips), stored)
+
+
+def _scattered(stored: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    return np.sort(rng.choice(stored, count, replace=False))
+
+
+def _last(stored: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    return np.arange(stored - count, stored)
+
+
+KEYFRAMES = Beside("stills", _some, _scattered)
+SUFFIX = Beside("stills", _some, _last)
+REFERENCES = Beside("stills", _some, _scattered, somewhere=False)
+SLOW = Beside("slow", _all, _last)
+SMALL = Beside("small", _all, _last)
+
+
+# What a request gives
+
+
+def keyframes(request: Asked, place: Place) -> Known:
+    """Pictures at any times."""
+    return _pictures(request.pictures_in_time(), place)
+
+
+def suffix(request: Asked, place: Place) -> Known:
+    """The last frame, or the frames of footage that the clip ends with."""
+    frames, fps = request.size[0], request.fps or 1.0
+    video, last = request.clip("suffix"), request.end("last_image")
+    if video is None:
+        video = np.zeros((0, 0, 0, 3), np.uint8) if last is None else last[None]
+    first = frames - len(video)
+    return _pictures([((first + i) / fps, x) for i, x in enumerate(video)], place)
+
+
+def references(request: Asked, place: Place) -> Known:
+    """Pictures of what is to appear."""
+    found = enumerate(request.reference_pictures(), 1)
+    return _pictures([(_REFERENCE * i, x) for i, x in found], place)
+
+
+def _pictures(given: list[tuple[float, np.ndarray]], place: Place) -> Known:
+    if not given:
+        return Known()
+    latents = [place.encode(to_pixels(picture)[None]) for _, picture in given]
+    times = np.array([time for time, _ in given])
+    return Known(parts=(Part(np.concatenate(latents), times),))
+
+
+def slow(request: Asked, place: Place) -> Known:
+    """Footage of half the rate."""
+    return _footage("interpolate", "slow", request, place)
+
+
+def small(request: Asked, place: Place) -> Known:
+    """Footage of half the size."""
+    return _footage("upscale", "small", request, place)
+
+
+def _footage(field: str, name: str, request: Asked, place: Place) -> Known:
+    video, view = request.clip(field), VIEWS[name]
+    if video is None:
+        return Known()
+    latents = place.encode(to_pixels(video))
+    fps = request.fps or 1.0
+    times = view.times(len(latents), float(fps), place.temporal_compression)
+    return Known(parts=(Part(latents, times, view.cell),))

@@ -1,0 +1,171 @@
+"""Conditions that are clean cells of the clip: how it begins, what to keep of it.
+
+In training a condition marks cells of a clip, from its layout and random numbers; in
+sampling it encodes what a request gives, and marks the same kind of cells.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from jvdit.data.conditions.known import Asked, Known, Place, to_pixels
+from jvdit.data.patches import Size
+
+
+class Layout(NamedTuple):
+    """The tokens of a clip of which training gives some.
+
+    Attributes:
+        grid: how many there are along time, height and width.
+        ends: seconds at which each of its frames ends.
+        sounds: seconds at which each token of its sound ends.
+    """
+
+    grid: Size
+    ends: Float[np.ndarray, "f"]
+    sounds: Float[np.ndarray, "n"]
+
+    def nothing(self) -> "Marks":
+        """No token."""
+        return Marks(np.zeros(self.grid, bool), np.zeros(len(self.sounds), bool))
+
+
+class Marks(NamedTuple):
+    """Which tokens of a clip are given.
+
+    Attributes:
+        cells: of its picture.
+        sounds: of its sound.
+    """
+
+    cells: Bool[np.ndarray, "f h w"]
+    sounds: Bool[np.ndarray, "n"]
+
+
+# First frames
+
+
+def first(layout: Layout, rng: np.random.Generator) -> Marks:
+    """The first frame of a clip; a picture has nothing after it to be learned."""
+    marks = layout.nothing()
+    marks.cells[0] = layout.grid[0] > 1
+    return marks
+
+
+def first_frame(request: Asked, place: Place) -> Known:
+    """A given first frame."""
+    image = request.end("image")
+    return Known() if image is None else _beginning(image[None], place)
+
+
+def beginning(layout: Layout, rng: np.random.Generator) -> Marks:
+    """A beginning of any length, and the sound until its end."""
+    marks, frames = layout.nothing(), layout.grid[0]
+    if frames > 1:
+        count = int(rng.integers(1, frames))
+        marks.cells[:count] = True
+        marks.sounds[:] = layout.sounds <= layout.ends[count - 1] + 1e-6
+    return marks
+
+
+def prefix(request: Asked, place: Place) -> Known:
+    """Given footage that the clip goes on from."""
+    video = request.clip("prefix")
+    if video is None:
+        return Known()
+    known = _beginning(video, place)
+    audio = request.sound_of("prefix", *place.sound) if place.encode_sound else None
+    if audio is None or place.encode_sound is None:
+        return known
+    return known._replace(sound=place.encode_sound(audio))
+
+
+def _beginning(video: np.ndarray, place: Place) -> Known:
+    # Whole latent frames; what is left over at the end is generated anew.
+    compression = place.temporal_compression
+    kept = 1 + (len(video) - 1) // compression * compression
+    found = place.encode(to_pixels(video[:kept]))
+    latents = np.zeros((place.frames, *found.shape[1:]), np.float32)
+    clean = np.zeros(latents.shape[:3], bool)
+    latents[: len(found)], clean[: len(found)] = found, True
+    return Known(latents=latents, clean=clean)
+
+
+def tail(request: Asked, place: Place) -> Known:
+    """Latents that the clip goes on from: it begins amid a longer one."""
+    if (found := request.tail) is None:
+        return Known()
+    picture = found.picture
+    latents = np.zeros((place.frames - 1, *picture.shape[1:]), np.float32)
+    clean = np.zeros(latents.shape[:3], bool)
+    latents[: len(picture)], clean[: len(picture)] = picture, True
+    known = Known(latents=latents, clean=clean, headless=True, late=found.late)
+    return known._replace(sound=found.sound)
+
+
+# Masks
+
+
+def box(layout: Layout, rng: np.random.Generator) -> Marks:
+    """A box in space and time, or all but a box; half of them last as long as the clip.
+
+    What is inside a box is what inpainting makes; what is outside, outpainting.
+    """
+    marks, grid = layout.nothing(), layout.grid
+    if grid[1] * grid[2] < 2:
+        return marks
+    sides = []
+    for length in grid:
+        size = max(1, round(length * rng.uniform(0.25, 0.75)))
+        start = int(rng.integers(0, length - size + 1))
+        sides.append(slice(start, start + size))
+    if rng.random() < 0.5:
+        sides[0] = slice(None)
+    marks.cells[tuple(sides)] = True
+    if rng.random() < 0.5 or marks.cells.all():
+        np.logical_not(marks.cells, out=marks.cells)
+    return marks
+
+
+def masked(request: Asked, place: Place) -> Known:
+    """Footage of which a mask, white where to generate, leaves the rest.
+
+    A cell of latents is kept if all of its pixels are.
+    """
+    video, mask = request.clip("video"), request.clip("mask")
+    if video is None or mask is None:
+        return Known()
+    latents = place.encode(to_pixels(video))
+    return Known(latents=latents, clean=~changed(mask, place).any(axis=(2, 4)))
+
+
+def changed(mask: np.ndarray, place: Place) -> Bool[np.ndarray, "f h p w q"]:
+    """Which pixels of each latent frame a mask, white above the half, changes."""
+    white = mask[..., 0] > 127
+    first, rest = white[:1], white[1:]
+    compression, side = place.temporal_compression, place.spatial_compression
+    rest = rest.reshape(-1, compression, *white.shape[1:]).any(axis=1)
+    frames = np.concatenate([first, rest])
+    f, height, width = frames.shape
+    return frames.reshape(f, height // side, side, width // side, side)
+
+
+# One kind given whole
+
+
+def whole(request: Asked, place: Place) -> Known:
+    """All of the picture, to which sound is made."""
+    video = request.clip("from_video")
+    if video is None:
+        return Known()
+    latents = place.encode(to_pixels(video))
+    return Known(latents=latents, clean=np.ones(latents.shape[:3], bool))
+
+
+def waveform(request: Asked, place: Place) -> Known:
+    """All of the sound, to which a picture is made."""
+    audio = request.waveform(*place.sound)
+    if audio is None or place.encode_sound is None:
+        return Known()
+    return Known(sound=place.encode_sound(audio))

@@ -1,0 +1,323 @@
+"""Clips of any length, window after window, in constant memory.
+
+Each window begins with the last latents of what is there, clean, as training gives them
+with `extend`. What is carried are latents and the state of the autoencoder: no pixel is
+encoded again, so that neither colours nor sharpness change at a seam. A model of sound
+carries that the same way.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from jvdit.data.conditions.known import Tail, to_pixels
+from jvdit.generation.draft import drafted
+from jvdit.generation.footage import Pictures, footage_length, read_footage
+from jvdit.generation.generator import Generator
+from jvdit.generation.request import Request
+from jvdit.generation.results import Latents
+from jvdit.generation.settings import Settings
+
+_NEXT = 0x9E3779B1  # added to a film's seed for each of its windows
+
+
+class Scene(NamedTuple):
+    """A part of a film.
+
+    Attributes:
+        start: seconds from the beginning of the film.
+        prompt: what is to be seen.
+    """
+
+    start: float
+    prompt: str
+
+
+class FilmPiece(NamedTuple):
+    """The next frames of a film, and the next samples of its sound.
+
+    Attributes:
+        video: RGB pixels in [0, 255].
+        audio: samples in [-1, 1], which may lag behind the frames; None: it is silent.
+        done, total: frames of the film so far, and in all.
+    """
+
+    video: UInt8[np.ndarray, "T H W 3"]
+    audio: Float[np.ndarray, "a e"] | None
+    done: int
+    total: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Film:
+    """A clip that is made window by window.
+
+    Attributes:
+        request: what is asked for. Its `frames` are those of a window.
+        frames: of the whole film.
+        footage: video that it begins with, and goes on from.
+        scenes: prompts and when they begin, in order; before the first, and if there is
+            none, that of the request holds. What is to be seen in all of them can be
+            kept by the request's `references`.
+        carry: latent frames of a window that come from the one before. None: half.
+
+    Raises:
+        ValueError: scenes are out of order, or begin after the end.
+    """
+
+    request: Request
+    frames: int
+    footage: Pictures | None = None
+    scenes: Sequence[Scene] = ()
+    carry: int | None = None
+
+    def __post_init__(self):
+        starts = [scene.start for scene in self.scenes]
+        if starts != sorted(set(starts)) or any(not s >= 0 for s in starts):
+            raise ValueError(
+                f"scenes begin at {', '.join(f'{s:g}' for s in starts)} s; each must "
+                "begin after the one before, from 0 s on."
+            )
+        fps = self.request.fps
+        if fps and starts and starts[-1] * fps >= self.frames:
+            raise ValueError(
+                f"a scene begins at {starts[-1]:g} s, and the film ends at "
+                f"{self.frames / fps:g} s; make it longer."
+            )
+
+    def prompt(self, seconds: float) -> str:
+        """What is to be seen at a time."""
+        shown = [x.prompt for x in self.scenes if x.start <= seconds + 1e-6]
+        return shown[-1] if shown else self.request.prompt
+
+
+def check_film(generator: Generator, film: Film) -> Film:
+    """A film, complete, that a model can make.
+
+    Raises:
+        ValueError: the model wasn't trained with `extend`, or the window is too short
+            or takes what only its first one could have.
+    """
+    model = generator.model
+    request = generator.complete(film.request)
+    if "extend" not in model.conditions:
+        raise ValueError(
+            "this model can't go on from what it made: train one with "
+            "`given.extend`, or ask for clips of the length of a window."
+        )
+    generator.check(request)
+    windows = model.vae.latent_shape(*request.size)[0] - 1
+    carry = windows // 2 if film.carry is None else film.carry
+    if not 1 <= carry < windows:
+        raise ValueError(
+            f"`carry` (={carry}) must leave something to make of the {windows} latent "
+            f"frames of a window of {request.frames} frames: 1 to {windows - 1}."
+        )
+    film = dataclasses.replace(film, request=request, carry=carry)
+    if film.footage is not None:
+        fps = float(request.fps or 1.0)
+        length = footage_length(film.footage, "prefix", fps)
+        least = 1 + carry * model.vae.temporal_compression
+        if not least <= length < film.frames:
+            raise ValueError(
+                f"the footage has {length} frames: give at least {least}, and fewer "
+                f"than the {film.frames} of the film."
+            )
+    return film
+
+
+def make_film(
+    generator: Generator,
+    film: Film,
+    settings: Settings = Settings(),  # noqa: B008
+) -> Iterator[FilmPiece]:
+    """Makes a film, and yields its pieces as soon as they are decoded.
+
+    Args:
+        generator: of a model that was trained with `extend`.
+        film: what to make.
+        settings: solver, number of steps, and guidance.
+
+    Raises:
+        ValueError: as of `check_film`; before anything is computed.
+    """
+    film = check_film(generator, film)
+    settings = settings.complete(generator.model.defaults)
+    return _Shooting(generator, film, settings).pieces()
+
+
+class _Soundtrack:
+    """The latents of a film's sound that are still needed, and its samples.
+
+    Args:
+        generator: of the film.
+        seconds: that it lasts.
+    """
+
+    def __init__(self, generator: Generator, seconds: float):
+        self._vae, self._codec = generator.model.audio_vae, generator.codec
+        self._latents = np.zeros((0, self._vae.latent_channels), np.float32)
+        self._start = self._samples = 0  # of the latents that are held; given out
+        self._total = round(seconds * self._vae.sample_rate)
+
+    def add(self, latents: np.ndarray) -> None:
+        """Adds the latents that follow."""
+        self._latents = np.concatenate([self._latents, latents])
+
+    def since(self, origin: float) -> tuple[np.ndarray, float]:
+        """The latents that begin at a time or later, and by how much the first does."""
+        rate = self._vae.latent_rate
+        first = math.ceil(origin * rate - 1e-6)
+        return self._latents[first - self._start :], first / rate - origin
+
+    def heard(self, last: bool) -> Float[np.ndarray, "a e"]:
+        """The samples that no later latent changes; at the end all that are left."""
+        vae, hop = self._vae, self._vae.hop
+        margin, end = vae.margins[1], self._start + len(self._latents)
+        until = self._total if last else min((end - margin) * hop, self._total)
+        if until <= self._samples:
+            return np.zeros((0, vae.channels), np.float32)
+        first = max(self._samples // hop - margin, self._start)
+        latents = self._latents[first - self._start :]
+        audio = self._codec.decode_sound(latents, len(latents) * hop)
+        audio = audio[self._samples - first * hop : until - first * hop]
+        short = until - self._samples - len(audio)
+        self._samples = until
+        return np.pad(audio, ((0, short), (0, 0)))
+
+    def forget(self, origin: float) -> None:
+        """Drops what neither a window from this time on needs, nor the decoder."""
+        first = min(
+            math.floor(origin * self._vae.latent_rate),
+            self._samples // self._vae.hop - self._vae.margins[1],
+        )
+        drop = max(first - self._start, 0)
+        self._latents, self._start = self._latents[drop:], self._start + drop
+
+
+class _Shooting:
+    """A film that is being made.
+
+    Args:
+        generator: of its model.
+        film: what to make, complete.
+        settings: the same.
+    """
+
+    def __init__(self, generator: Generator, film: Film, settings: Settings):
+        self._generator, self._film, self._settings = generator, film, settings
+        self._request = request = film.request
+        self._fps, self._carry = float(request.fps or 1.0), film.carry or 1
+        self._each = generator.model.vae.temporal_compression
+        self._tail: np.ndarray | None = None  # the last latents of the picture
+        self._count = 0  # of the latents of the picture so far
+        self._sound = None
+        if request.sound:
+            self._sound = _Soundtrack(generator, film.frames / self._fps)
+
+    def pieces(self) -> Iterator[FilmPiece]:
+        """The pieces of the film, in order."""
+        total, done = self._film.frames, 0
+        decode = self._generator.codec.decoder()
+        for given, latents in self._latents():
+            video = decode(latents)  # of footage, too: later pieces go on from there
+            video = video if given is None else given
+            video = video[: total - done]
+            done += len(video)
+            audio = None
+            if self._sound is not None:
+                audio = self._sound.heard(last=done == total)
+                self._sound.forget(self._origin)
+            yield FilmPiece(video, audio, done, total)
+
+    def _latents(self) -> Iterator[tuple[np.ndarray | None, np.ndarray]]:
+        """New latents of the picture, and the pixels that they were encoded from."""
+        needed = 1 + math.ceil((self._film.frames - 1) / self._each)
+        if self._film.footage is None:
+            yield None, self._kept(self._solved(self._first()))
+        else:
+            video, latents = self._read(self._film.footage)
+            yield video, self._kept(latents)
+        while self._count < needed:
+            request = self._next()
+            known = 0
+            if request.tail is not None and request.tail.sound is not None:
+                known = len(request.tail.sound)
+            made = self._solved(request)
+            sound = None if made.sound is None else made.sound[known:]
+            yield None, self._kept(Latents(made.picture[self._carry :], sound))
+
+    @property
+    def _origin(self) -> float:
+        """When the clock of the next window begins, in seconds of the film."""
+        return self._each * (self._count - self._carry - 1) / self._fps
+
+    def _first(self) -> Request:
+        """The first window; with a draft, the picture that it begins with is made."""
+        request = dataclasses.replace(self._request, prompt=self._film.prompt(0.0))
+        if not self._settings.draft:
+            return request
+        plain = dataclasses.replace(self._settings, draft=False)
+        begun: list[Request] = []
+
+        def paint(requests):
+            return self._generator.painter.clips(requests, plain)
+
+        def animate(requests):
+            begun.extend(requests)
+            return iter(())
+
+        list(drafted([request], 1, paint, animate))
+        return begun[0]
+
+    def _next(self) -> Request:
+        """The window that follows what is there."""
+        middle = self._origin + self._each * self._carry / self._fps
+        tail = Tail(np.asarray(self._tail))
+        if self._sound is not None:
+            sound, late = self._sound.since(self._origin)
+            tail = tail._replace(sound=sound, late=late)
+        return dataclasses.replace(
+            self._request,
+            prompt=self._film.prompt(middle),
+            seed=(self._request.seed + _NEXT * self._count) % 2**32,
+            tail=tail,
+            image=None,
+            last_image=None,
+            keyframes=(),
+        )
+
+    def _solved(self, request: Request) -> Latents:
+        (found,) = self._generator.solve([request], **self._settings.solving)
+        return found[0]
+
+    def _kept(self, latents: Latents) -> np.ndarray:
+        """Keeps of new latents what is needed later; returns those of the picture."""
+        picture, sound = latents
+        before = picture[:0] if self._tail is None else self._tail
+        self._tail = np.concatenate([before, picture])[-self._carry :]
+        self._count += len(picture)
+        if self._sound is not None and sound is not None:
+            self._sound.add(sound)
+        return picture
+
+    def _read(self, footage: Pictures) -> tuple[np.ndarray, Latents]:
+        """The pixels of footage, in whole latent frames, and their latents."""
+        request, codec = self._request, self._generator.codec
+        size = (self._film.frames, *request.size[1:])
+        video = read_footage(footage, "prefix", size, self._fps)
+        video = video[: 1 + (len(video) - 1) // self._each * self._each]
+        latents = Latents(codec.encode(to_pixels(video)))
+        if self._sound is None:
+            return video, latents
+        vae = self._generator.model.audio_vae
+        given = dataclasses.replace(request, prefix=footage)
+        audio = given.sound_of("prefix", vae.sample_rate, vae.channels)
+        count = round(len(video) / self._fps * vae.sample_rate) // vae.hop
+        if audio is None:  # silence
+            audio = np.zeros((count * vae.hop, vae.channels), np.float32)
+        return video, latents._replace(sound=codec.encode_sound(audio)[:count])
