@@ -5,7 +5,7 @@ import pathlib
 import runpy
 import sys
 
-COMMANDS = ("sample", "train", "encode", "evaluate")
+COMMANDS = ("sample", "serve", "train", "encode", "evaluate")
 
 
 def summary(command: str) -> str:

@@ -15,9 +15,9 @@ FLOORS = (
     {"training"},
     {"config"},
     {"generation"},
-    {"tasks"},
+    {"tasks", "serving"},
     {"pods"},
-    {"encode", "sample", "evaluate", "train", "__main__"},
+    {"encode", "sample", "serve", "evaluate", "train", "__main__"},
 )
 FORBIDDEN = {"torch", "tensorflow", "transformers", "diffusers", "pickle"}
 

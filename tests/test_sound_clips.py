@@ -19,6 +19,7 @@ from jvdit.generation.films import Film, make_film
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request
 from jvdit.generation.settings import Settings
+from jvdit.serving.packed import Packed
 from jvdit.tasks.loop import train
 from jvdit.tasks.stages import run
 from jvdit.training.metrics import read_history
@@ -129,6 +130,42 @@ def test_sound_may_come_after_its_picture(generator):
     given = dataclasses.replace(plain, from_video=picture)
     want = generator(given, **SETTINGS)
     np.testing.assert_allclose(found.audio, want.audio, atol=1e-5)
+
+
+def test_clips_with_sound_are_packed_while_others_run(generator, heard):
+    """One that is silent, one that is heard, and one of whose kinds each is given."""
+    packed = Packed(generator, tokens=64, rows=2, clips=3, steps=6)
+    assert packed.takes(packed.settings) and packed.shape.sounds > 0
+    rng = np.random.default_rng(0)
+    video = rng.integers(0, 256, (5, 16, 16, 3), np.uint8)
+    audio = rng.normal(size=(5000, 1)).astype(np.float32) / 5
+    orders = [
+        (request(seed=1, sound=False), 3, 1.5),
+        (request(seed=2), 4, 3.0),
+        (request(seed=3, from_video=video), 5, 2.0),
+        (request(seed=4, from_sound=audio), 2, 1.0),
+    ]
+    found, running, waiting = {}, {}, [*range(len(orders))]
+    while waiting or running:
+        if waiting:  # one more before every step
+            i = waiting.pop(0)
+            asked, steps, scale = orders[i]
+            asked = generator.complete(asked)
+            how = {"steps": steps, "guidance_scale": scale}
+            how = dataclasses.replace(packed.settings, **how)
+            slot = packed.find(packed.counts(asked))
+            running[i] = packed.enter(asked, how, slot), asked, how
+        for clip in packed.step():
+            (i,) = [i for i, (other, *_) in running.items() if other is clip]
+            found[i] = packed.latents(clip)
+            packed.leave(clip)
+            _, asked, how = running.pop(i)
+            (alone,) = generator.solve([asked], **how.solving)
+            np.testing.assert_allclose(found[i].picture, alone[0].picture, atol=1e-3)
+            assert (found[i].sound is None) == (alone[0].sound is None)
+            if alone[0].sound is not None:
+                np.testing.assert_allclose(found[i].sound, alone[0].sound, atol=1e-3)
+    assert found[0].sound is None and len(found) == 4
 
 
 def test_guidance_is_of_each_kind(generator):

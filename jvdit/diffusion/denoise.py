@@ -85,7 +85,12 @@ class Guidance:
 
 
 def guided(
-    model: Model, text: Text, null_text: Text, path: NoisePath, guidance: Guidance
+    model: Model,
+    text: Text,
+    null_text: Text,
+    path: NoisePath,
+    guidance: Guidance,
+    scales: Float[Array, "b g"] | None = None,
 ) -> Denoiser:
     """Builds a denoiser with classifier-free guidance.
 
@@ -97,6 +102,8 @@ def guided(
         null_text: text states of the empty or negative prompts.
         path: the noise path that the network was trained on.
         guidance: scales, interval and rescale.
+        scales: of the text for each noise level, in the place of the guidance's, if
+            that guides by the text at all.
     """
 
     def denoiser(tokens: Tokens, t: Float[Array, "b g"]) -> Float[Array, "b n c"]:
@@ -115,15 +122,16 @@ def guided(
         made = jnp.split(denoise(model, rows[0], times, rows[1], path), len(passes))
         low, high = guidance.interval
 
-        def spread(scales: tuple[float, float]) -> Array:
+        def spread(pair: tuple[float, float], scale: Array | None = None) -> Array:
             """The scale of each token, in the interval."""
-            each = t.shape[1] // kinds
-            scale = jnp.asarray(scales[:kinds]).repeat(each)[None]
+            if scale is None:
+                each = t.shape[1] // kinds
+                scale = jnp.asarray(pair[:kinds]).repeat(each)[None]
             return tokens.per_token(jnp.where((t >= low) & (t <= high), scale, 1.0))
 
         with_text = velocity = made[0]
         if by_text:
-            velocity = made[1] + spread(guidance.text) * (with_text - made[1])
+            velocity = made[1] + spread(guidance.text, scales) * (with_text - made[1])
         if in_step:
             velocity += (spread(guidance.sync) - 1) * (with_text - made[-1])
         if guidance.rescale == 0:

@@ -264,27 +264,43 @@ class TimestepPolicy:
         Raises:
             ValueError: `steps` is not positive, or not the number of `levels`.
         """
+        shape = (steps + 1, *num_tokens.shape)
+        even = self.even(steps, timesteps)
+        t = jnp.asarray(even).reshape(-1, *(1 for _ in shape[1:]))
+        return self.sized(*(jnp.broadcast_to(x, shape) for x in (t, num_tokens[None])))
+
+    def even(self, steps: int, timesteps: int = 0) -> Float[np.ndarray, " times"]:
+        """The times of a solver before what depends on the size of a clip (`sized`).
+
+        Args:
+            steps: how many steps the solver takes.
+            timesteps: as for `times`.
+
+        Raises:
+            ValueError: as for `times`.
+        """
         if steps < 1:
             raise ValueError(f"`steps` (={steps}) must be at least 1; try 30.")
-        shape = (steps + 1, *num_tokens.shape)
         if self.levels:
             if steps != len(self.levels):
                 raise ValueError(
                     f"`steps` (={steps}) must be {len(self.levels)}, one for each of "
                     f"`levels` (={self.levels}); leave it out."
                 )
-            t = jnp.asarray((*self.levels, 0.0), jnp.float32)
-            return jnp.broadcast_to(t.reshape(-1, *(1 for _ in shape[1:])), shape)
+            return np.asarray([*self.levels, 0.0], np.float32)
         first, end = self.grid
         even = np.linspace(self.start, end, steps + (not self.reach_end))
         even = np.append(even[:steps], 0.0)
-        alike = self.shift_tokens is None
-        if alike:
+        if self.shift_tokens is None:
             even = np.minimum(_shifted(even, self.shift), first)
             even = _rounded(even, timesteps)
-        t = jnp.asarray(even, jnp.float32).reshape(-1, *(1 for _ in shape[1:]))
-        t, tokens = (jnp.broadcast_to(x, shape) for x in (t, num_tokens[None]))
-        return t if alike else jnp.minimum(self.shifted(t, tokens), first)
+        return even.astype(np.float32)
+
+    def sized(self, t: Times, num_tokens: Times) -> Times:
+        """Times from `even`, shifted as suits clips of this many tokens."""
+        if self.levels or self.shift_tokens is None:
+            return t
+        return jnp.minimum(self.shifted(t, num_tokens), self.grid[0])
 
 
 def _shifted(t: Any, s: Any) -> Any:

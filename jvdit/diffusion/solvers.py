@@ -1,7 +1,8 @@
 """Solvers: from noise at t = 1 to data at t = 0 in a given number of steps.
 
 A solver is a function of one step, `step(denoiser, x, now, state) -> (x, state)`,
-listed in `SOLVERS`. `advance` runs it over steps in one `lax.scan`. Each noise level
+listed in `SOLVERS`. `advance` runs it over steps in one `lax.scan`; `advance_each`
+takes one step, of which each clip may be at another. Each noise level
 of a row has its own times, so clips of any size, each with its own shift, are denoised
 together; a level that stays at t = 0 (clean tokens, padding) is left untouched.
 """
@@ -23,16 +24,16 @@ class Now(NamedTuple):
     """What a solver step is given besides x and the solver's own state.
 
     Attributes:
-        index: number of the step, from 0.
-        steps: how many steps there are in all.
+        index: number of the step, from 0; perhaps one for each noise level.
+        steps: how many steps there are in all; likewise.
         t: time of each noise level before the step.
         t_next: time of each noise level after the step.
         path: the noise path that the network was trained on.
         keys: random key for each noise level at this step.
     """
 
-    index: Int[Array, ""]
-    steps: int
+    index: Int[Array, "*b g"]
+    steps: int | Int[Array, "b g"]
     t: Float[Array, "b g"]
     t_next: Float[Array, "b g"]
     path: NoisePath
@@ -206,8 +207,8 @@ def _unipc_correct(denoiser, x, now, state):
     start = x.with_latents(state["x"])
     corrected = _exponential_step(start, state["x0"], state["t"], now.t, now.path)
     corrected -= x.per_token(alpha * phi_1) * curve
-    still = x.per_token(now.t) == 0
-    return jnp.where(now.first | still, x.latents, corrected), x0
+    still = x.per_token(jnp.where(now.first, 0.0, now.t)) == 0
+    return jnp.where(still, x.latents, corrected), x0
 
 
 def _divide(a, b):
@@ -225,7 +226,8 @@ def _exponential_step(x: Tokens, data, t, t_next, path: NoisePath):
 
 
 def _fold(keys, index):
-    return jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys, index)
+    index = jnp.broadcast_to(index, keys.shape)
+    return jax.vmap(jax.vmap(jax.random.fold_in))(keys, index)
 
 
 _UNIPC = ("x", "x0", "earlier_x0"), ("t", "t_lambda", "earlier_lambda")
@@ -324,10 +326,9 @@ def advance(
         if memory is not None:
             memory.value, memory.index = kept, index
         now = Now(index, steps, t, t_next, path, _fold(keys, index))
-        moved, state = step(denoiser, x, now, state)
-        latents = jnp.where(x.per_token(t) == x.per_token(t_next), x.latents, moved)
+        moved = _moved(step, denoiser, Solution(x, state), now)
         kept = None if memory is None else memory.value
-        return (Solution(x.with_latents(latents), state), kept), None
+        return (moved, kept), None
 
     count = steps - int(first) if count is None else count
     now_at = [
@@ -339,3 +340,37 @@ def advance(
     if memory is not None:
         memory.value = carry[1]
     return carry[0]
+
+
+def _moved(step: Step, denoiser: Denoiser, solution: Solution, now: Now) -> Solution:
+    """The solution after a step; noise levels whose time stays are left untouched."""
+    x, state = solution
+    moved, state = step(denoiser, x, now, state)
+    latents = jnp.where(x.per_token(now.t) == x.per_token(now.t_next), x.latents, moved)
+    return Solution(x.with_latents(latents), state)
+
+
+def advance_each(
+    denoiser: Denoiser, solution: Solution, now: Now, solver: str = "unipc"
+) -> Solution:
+    """Takes one step, which may be another one for each noise level.
+
+    So clips that began at different times, and take different numbers of steps, are
+    denoised together.
+
+    Args:
+        denoiser: predicts the velocity at (tokens, t); see `guided`.
+        solution: with the state of `begin` at noise levels whose `index` is 0.
+        now: the step of each noise level; `keys` are those of the clips. A level that
+            is clean has `t` and `t_next` 0.
+        solver: a name in `SOLVERS`, but not "heun", whose last step is another.
+
+    Raises:
+        ValueError: the solver is unknown, or "heun".
+    """
+    step, *_ = SOLVERS[check_solver(solver)]
+    if solver == "heun":
+        raise ValueError("`solver` (='heun') ends for all clips at once; take 'unipc'.")
+    return _moved(
+        step, denoiser, solution, now._replace(keys=_fold(now.keys, now.index))
+    )

@@ -10,8 +10,7 @@ both come out of noise together and neither is sure yet (arXiv:2511.21579, secti
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 from jvdit.generation.request import Request
 from jvdit.generation.results import GeneratedClip
@@ -39,12 +38,7 @@ def drafted(
     for start in range(0, len(requests), rows):
         begun = list(requests[start : start + rows])
         wanted = [i for i, x in enumerate(begun) if _is_open(x)]
-        silent: dict[str, Any] = {"frames": 1, "sound": False, "from_sound": None}
-        drafts = [
-            dataclasses.replace(x, **silent, seed=x.seed ^ _OTHER_NOISE)
-            for x in (begun[i] for i in wanted)
-        ]
-        for i, clip in paint(drafts):
+        for i, clip in paint([_draft(begun[i]) for i in wanted]):
             place = wanted[i]
             begun[place] = dataclasses.replace(begun[place], image=clip.video[0])
         for i, clip in animate(begun):
@@ -68,17 +62,54 @@ def dubbed(
     """
     for start in range(0, len(requests), rows):
         begun = list(requests[start : start + rows])
-        wanted = [
-            i
-            for i, x in enumerate(begun)
-            if x.sound and x.from_video is None and x.from_sound is None
-        ]
+        wanted = [i for i, x in enumerate(begun) if _is_undubbed(x)]
         silent = [dataclasses.replace(begun[i], sound=False) for i in wanted]
         for i, clip in show(silent):
             place = wanted[i]
             begun[place] = dataclasses.replace(begun[place], from_video=clip.video)
         for i, clip in dub(begun):
             yield start + i, clip
+
+
+def passes(
+    request: Request, draft: bool, sound_after: bool
+) -> Generator[Request, GeneratedClip, GeneratedClip]:
+    """The passes of one clip: yields what to generate, and is sent what came of it.
+
+    Args:
+        request: complete.
+        draft: whether a picture is drawn first.
+        sound_after: whether the picture comes before the sound.
+
+    Returns:
+        The clip.
+    """
+    if sound_after and _is_undubbed(request):
+        silent = dataclasses.replace(request, sound=False)
+        shown = yield from passes(silent, draft, False)
+        return (yield dataclasses.replace(request, from_video=shown.video))
+    if draft and _is_open(request):
+        drawn = yield _draft(request)
+        request = dataclasses.replace(request, image=drawn.video[0])
+    return (yield request)
+
+
+def _draft(request: Request) -> Request:
+    """The picture that a clip begins with."""
+    return dataclasses.replace(
+        request,
+        frames=1,
+        sound=False,
+        from_sound=None,
+        seed=request.seed ^ _OTHER_NOISE,
+    )
+
+
+def _is_undubbed(request: Request) -> bool:
+    """Whether neither kind of a clip with sound is given."""
+    return bool(
+        request.sound and request.from_video is None and request.from_sound is None
+    )
 
 
 def _is_open(request: Request) -> bool:

@@ -91,10 +91,17 @@ class Generator:
         if model is not self.model:
             path = dataclasses.replace(self.model.path, timesteps=0)
             policy = dataclasses.replace(self.model.policy, levels=levels)
-            model = dataclasses.replace(self.model, path=path, policy=policy)
-            made = dataclasses.replace(self, model=model)
-            made._held = self.model.networks, self.residence
+            made = self.beside(
+                dataclasses.replace(self.model, path=path, policy=policy)
+            )
             self._timed[levels] = self.model, made
+        return made
+
+    def beside(self, model: Bundle) -> "Generator":
+        """A generator of a variant of the model; equal networks have one memory."""
+        made = dataclasses.replace(self, model=model)
+        if model.networks is self.model.networks:
+            made._held = model.networks, self.residence
         return made
 
     def load_params(self, params: Mapping[str, Any]) -> None:
@@ -222,7 +229,7 @@ class Generator:
             **options,
         )
         for latents in parts:
-            yield from self._decoded(latents, requests, watch)
+            yield from self.decoded(latents, requests, watch)
 
     def complete(self, request: Request) -> Request:
         """Fills the fields that a request leaves open with the model's defaults."""
@@ -359,20 +366,18 @@ class Generator:
         hint_scales(model, conditioning_scale)
         requests = [self.complete(request) for request in requests]
         sizes = [self.check(request) for request in requests]
-        given = [
-            self._inputs.known(*pair) for pair in zip(requests, sizes, strict=True)
-        ]
+        given = [self.inputs.known(*pair) for pair in zip(requests, sizes, strict=True)]
         sizes = [
             (f + g.lead - g.headless, h, w)
             for (f, h, w), g in zip(sizes, given, strict=True)
         ]
-        sounds = [self._inputs.sounds(request) for request in requests]
+        sounds = [self.inputs.sounds(request) for request in requests]
         channels = (model.vae.latent_channels, model.dit.sound_channels)
         guidances = {"dit": guidance, "dit_low": low_guidance or guidance}
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         if all(each.scale != 1 for each in guidances.values()) and ways % 2 == 0:
             ways //= 2  # guidance doubles the rows
-        items = self._inputs.items(requests, sizes, given, noise)
+        items = self.inputs.items(requests, sizes, given, noise)
         beside = [item.beside for item in items[0]]
         batches = batches_of(
             *items,
@@ -402,7 +407,7 @@ class Generator:
 
     # Implementation
 
-    def _decoded(
+    def decoded(
         self, latents: Mapping[int, Latents], requests: Sequence[Request], watch: Watch
     ) -> Iterator[tuple[int, GeneratedClip]]:
         """Decodes the clips of a batch; pictures of one size are decoded together."""
@@ -476,5 +481,6 @@ class Generator:
         return Stepper(self.model.dit, self.model.path)
 
     @property
-    def _inputs(self) -> Inputs:
+    def inputs(self) -> Inputs:
+        """Turns requests into the inputs of the network."""
         return Inputs(self.model, self.residence, self.mesh, self.codec)

@@ -29,7 +29,7 @@ OnStep = Callable[[int, int, np.ndarray], None]
 
 
 # XORed into a clip's seed to get those of its picture's and its sound's noise.
-_OTHER_NOISE = (0, 1 << 30)
+OTHER_NOISE = (0, 1 << 30)
 
 
 class Chunk(NamedTuple):
@@ -125,7 +125,7 @@ def batches_of(
             places = np.zeros((size, len(kinds) or 1, clips + 1), np.uint32)
             for r, row in enumerate(filled):
                 for i, request in enumerate(row, 1):
-                    for kind, other in enumerate(_OTHER_NOISE[: len(kinds) or 1]):
+                    for kind, other in enumerate(OTHER_NOISE[: len(kinds) or 1]):
                         places[r, kind, i] = (seeds[request] ^ other) % (1 << 32)
             places = places.reshape(size, -1)
             batches.append(Chunk(chunk, arrays, null, places, given, kinds))

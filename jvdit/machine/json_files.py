@@ -74,10 +74,15 @@ def parse_json(
     return fit_json(found, where, kind, remedy)
 
 
-def fit_json(found: Any, where: str, kind: Any, remedy: str) -> Any:
-    """Converts JSON values that are already parsed to a type, as `parse_json` does."""
+def fit_json(
+    found: Any, where: str, kind: Any, remedy: str, strict: bool = True
+) -> Any:
+    """Converts JSON values that are already parsed to a type, as `parse_json` does.
+
+    If not `strict`, numbers may be text, as in forms.
+    """
     try:
-        return msgspec.convert(found, kind, str_keys=True)
+        return msgspec.convert(found, kind, str_keys=True, strict=strict)
     except (ValueError, RecursionError) as error:
         told = _explained(str(error), found, kind)
         raise ValueError(f"{where}: {told}; {remedy}.") from error
