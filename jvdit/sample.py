@@ -110,6 +110,7 @@ _FOOTAGE = (
     flags.DEFINE_string("suffix", None, "Video that the clip ends with."),
     flags.DEFINE_string("interpolate", None, "Video to double the frame rate of."),
     flags.DEFINE_string("upscale", None, "Video to double the size of."),
+    flags.DEFINE_string("edges", None, "Video whose edges the clip follows."),
     flags.DEFINE_string(
         "restyle", None, "Video to make anew, as the prompt has it; see --strength."
     ),

@@ -32,6 +32,8 @@ from jvdit.sharding import make_mesh
 from jvdit.tasks.encoding import encode as encode_dataset
 from jvdit.tasks.flow import FlowTask
 from jvdit.weights.encoders import ClipEncoder
+from jvdit.weights.growing import lacks_parts
+from jvdit.weights.parameters import load_weights
 
 FRAMES, SIDE, FPS, STRIDE = 9, 16, 8.0, 2
 PATCH, TEXT = (1, 2, 2), np.zeros((2, 5), np.float32)
@@ -91,16 +93,15 @@ def learned(video, name, seed=0):
     """A clip in training, always given one condition."""
     row = CONDITIONS[name]
     mean = encode(to_float(video))[row.headless :]
-    view, beside = None, 0
+    view, beside = view_of(row.view, video) if row.view else None, 0
     if row.beside is not None:
-        view = view_of(row.beside.view, video)
         cells = np.prod(view.shape[1:3])
         beside = int(row.beside.count(len(view), np.array([seed]))[0] * cells) // 4
     what = known_in_training(
         mean,
         view,
-        name if row.changes_length else "",
-        {} if row.changes_length else {name: 1.0},
+        name if row.changes_clips else "",
+        {} if row.changes_clips else {name: 1.0},
         patch_size=PATCH,
         fps=FPS,
         temporal_compression=STRIDE,
@@ -127,6 +128,7 @@ def asked(video, name, what):
         "keyframes": {"keyframes": tuple((i / FPS, video[i]) for i in at)},
         "interpolate": {"interpolate": video[::2]},
         "upscale": {"upscale": halved(video)},
+        "edges": {"edges": video},
     }
     if name == "inpaint":
         change = np.repeat(~what.clean, [1] + [STRIDE] * 4, axis=0)
@@ -156,7 +158,11 @@ def test_a_request_gives_what_training_gave(video, name, seed):
     np.testing.assert_array_equal(theirs.position, ours.position)
     np.testing.assert_array_equal(theirs.level, ours.level)
     assert theirs.beside == ours.beside
-    clean = np.asarray(ours.level) == 0
+    clean = np.broadcast_to(ours.level, len(ours.latents)) == 0
+    if CONDITIONS[name].channels:
+        np.testing.assert_allclose(theirs.cond, ours.cond, atol=1e-5)
+        assert np.abs(ours.cond).max() > 0.5 and not clean.any()
+        return
     assert 0 < clean.sum() < len(clean)
     np.testing.assert_allclose(theirs.latents[clean], ours.latents[clean], atol=1e-2)
     assert (ours.logvar[clean] < -20).all() and (ours.logvar[~clean] == -4).all()
@@ -319,7 +325,8 @@ def able(generator):
     params = jax.tree.map(
         lambda x: x + 0.2 * rng.normal(size=x.shape), model.networks["dit"].params
     )
-    model = dataclasses.replace(model, conditions=tuple(TRAINED))
+    taken = tuple(name for name in TRAINED if not CONDITIONS[name].channels)
+    model = dataclasses.replace(model, conditions=taken)
     return Generator(model.with_params({"dit": params}))
 
 
@@ -373,7 +380,7 @@ def test_views_are_encoded_and_trained_with(workdir, tmp_path):
         "world:train:5x16x16@8:16",
         str(workdir / "vae"),
         str(tmp_path / "latents"),
-        views=("stills", "small"),
+        views=("stills", "small", "edges"),
     )
     source = open_source(f"{tmp_path}/latents")
     encoder = ClipEncoder.load(workdir / "vae")
@@ -395,9 +402,23 @@ def test_views_are_encoded_and_trained_with(workdir, tmp_path):
     task = FlowTask(config, make_mesh(), tmp_path / "run")
     assert task.objective.conditions == ("first_frame", "keyframes")
     batch, bad = task.batch_builder[0]
-    assert not bad and task.names(batch)[0].startswith(f"{tmp_path}/latents:")
+    assert (
+        "cond" not in batch
+        and not bad
+        and task.names(batch)[0].startswith(f"{tmp_path}/latents:")
+    )
     assert ((batch["level"] == 0) & (batch["segment"] > 0)).any()
-    config.given.upscale = 0.05
+    config.given.edges = 0.05
+    task = FlowTask(config, make_mesh(), tmp_path / "run")
+    assert task.objective.dit.cond_channels == 8
+    drawn = [task.batch_builder[i][0]["cond"] for i in range(8)]
+    followed = np.concatenate([x.any(axis=(1, 2)) for x in drawn])
+    assert drawn[0].shape[-1] == 8 and 0 < followed.mean() < 0.5
+    params = load_weights(workdir / "dit/model/dit")[0]
+    key, example = jax.random.key(0), task.example
+    wanted = jax.eval_shape(task.objective.init, key, example)["dit"]
+    assert lacks_parts(params, wanted)
+    config.given.edges, config.given.upscale = 0.0, 0.05
     with pytest.raises(ValueError, match="upscale.*can't be given of any clip"):
         FlowTask(config, make_mesh(), tmp_path / "run")
     with pytest.raises(ValueError, match="view 'larger' must be one of: stills"):

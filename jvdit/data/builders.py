@@ -167,7 +167,8 @@ class PackedBatches(Builder):
         pad_text: whether text states are filled up to their room with zeros that
             tokens see, as imported models do.
         given: share of the clips of which each condition is given, by name; of those
-            that change a clip's length the sources say so themselves.
+            that change a clip the sources say so themselves.
+        cond_channels: of a token beside the noise, zeros where nothing is given.
         host: which host this is.
         hosts: how many there are.
         timeout: seconds that one reading of clips may take.
@@ -187,6 +188,7 @@ class PackedBatches(Builder):
     seconds: bool = True
     pad_text: bool = False
     given: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    cond_channels: int = 0
 
     def __post_init__(self):
         super().__post_init__()
@@ -293,6 +295,9 @@ class PackedBatches(Builder):
     def _item(self, slot: Slot, clip: Clip, dropped: bool, key: int) -> Item:
         mean, logvar = self.latents.normalized(clip["mean"], clip.get("logvar"))
         known = self._known(slot, clip, mean, key)
+        if self.cond_channels and known.cond is None:
+            width = self.cond_channels // math.prod(self.plan.patch_size)
+            known = known._replace(cond=np.zeros((*mean.shape[:3], width), np.float32))
         item = item_of(
             mean,
             patch_size=self.plan.patch_size,
@@ -339,6 +344,8 @@ class PackedBatches(Builder):
         if self.null_embeds is not None:
             text = {"text_embeds": np.zeros((0, self.null_embeds.shape[1]), np.float32)}
         tokens = slot.tokens + slot.sounds
+        if self.cond_channels:
+            text["cond"] = np.zeros((tokens, self.cond_channels), np.float32)
         return Item(
             np.zeros((tokens, self._channels), np.float32),
             np.zeros((tokens, 3), np.float32),

@@ -100,6 +100,7 @@ GIVEN: dict[str, Giving] = {
         lambda x: {"interpolate": x.video[::2]}, _frames(slice(None, None, 2))
     ),
     "upscale": Giving(lambda x: {"upscale": halved(x.video)}, _ALL),
+    "edges": Giving(lambda x: {"edges": x.video}, _NOTHING),
     "picture": Giving(lambda x: {"from_video": x.video}, _ALL),
     "sound": Giving(lambda x: {"from_sound": x.audio}, _NOTHING),
 }

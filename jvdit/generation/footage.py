@@ -45,6 +45,7 @@ FOOTAGE = {
     "interpolate": Footage(slower=2),
     "upscale": Footage(smaller=2),
     "restyle": Footage(),
+    "edges": Footage(),
 }
 
 

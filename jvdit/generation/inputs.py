@@ -1,6 +1,7 @@
 """Network inputs of requests: text states, conditions, and latent tokens."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -56,6 +57,10 @@ class Inputs:
             heard = self.model.audio_vae.sample_rate, self.model.audio_vae.channels
             place = place._replace(encode_sound=self.codec.encode_sound, sound=heard)
         found = known(self.model.conditions, request, place)
+        if self.model.dit.cond_channels and found.cond is None:
+            width = self.model.dit.cond_channels // math.prod(self.model.patch_size)
+            cond = np.zeros((*size, width), np.float32)[found.headless :]
+            found = found._replace(cond=cond)
         encoder = self.model.image_encoder
         if encoder is None:
             return found

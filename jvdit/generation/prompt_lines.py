@@ -33,6 +33,7 @@ class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     suffix: _Picture = UNSET
     interpolate: _Picture = UNSET
     upscale: _Picture = UNSET
+    edges: _Picture = UNSET
     restyle: _Picture = UNSET
     sound: bool | None | UnsetType = UNSET
     from_video: _Picture = UNSET

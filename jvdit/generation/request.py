@@ -32,7 +32,7 @@ _COARSE = 8000  # Hz at which the length of a sound is measured
 LENIENT = 0.15
 
 PICTURES = ("image", "last_image", "video", "mask", "prefix", "suffix", "interpolate")
-PICTURES += "upscale", "from_video", "from_sound"
+PICTURES += "upscale", "edges", "from_video", "from_sound"
 SEVERAL = ("references", "keyframes")
 LATENTS = ("tail",)
 FIELDS_GIVEN = (*PICTURES, *SEVERAL, *LATENTS, "restyle")
@@ -40,7 +40,7 @@ STATES = ("prompt_embeds", "negative_prompt_embeds")
 
 
 # Of these a clip lasts as long as what is given.
-_LASTING = "from_video", "upscale", "interpolate", "restyle"
+_LASTING = "from_video", "upscale", "interpolate", "restyle", "edges"
 # Defaults for the fields that neither the request nor its model sets.
 _SUITS = {"negative_prompt": "", "frames": 17, "height": 64, "width": 64, "fps": 8.0}
 
@@ -71,6 +71,7 @@ class Request:
         suffix: footage that the clip ends with.
         interpolate: footage of half the frame rate, as long as the clip.
         upscale: footage of half the size, as long as the clip.
+        edges: footage whose edges the clip follows.
         restyle: footage to make anew, from a part of its noise (`Settings.strength`).
         tail: latents that the clip goes on from. It begins amid a longer clip: of its
             first latent frame there is nothing.
@@ -102,6 +103,7 @@ class Request:
     suffix: Pictures | None = None
     interpolate: Pictures | None = None
     upscale: Pictures | None = None
+    edges: Pictures | None = None
     restyle: Pictures | None = None
     tail: Tail | None = None
     sound: bool | None = None

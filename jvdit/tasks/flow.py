@@ -30,7 +30,7 @@ from jvdit.tasks.caches import (
     cached_autoencoder,
     cached_captions,
 )
-from jvdit.tasks.flow_objective import flow_objective, given_shares
+from jvdit.tasks.flow_objective import cond_channels, flow_objective, given_shares
 from jvdit.tasks.samples import Samples
 from jvdit.tasks.task import Task
 from jvdit.training.objectives.denoising import FlowObjective
@@ -161,12 +161,15 @@ class FlowTask(Task):
         if self.captions:
             text = {"null_embeds": self.captions.null}
             self.captions.free()
+        vae = self.vae.module
+        channels = vae.latent_channels * math.prod(self.config.patch_size)
         return PackedBatches(
             sources,
             plan,
-            latents=Statistics.of(self.vae.module),
+            cond_channels=cond_channels(self.config, channels),
+            latents=Statistics.of(vae),
             sounds=Statistics.of(self.audio_vae.module) if self.audio_vae else None,
-            temporal_compression=self.vae.module.temporal_compression,
+            temporal_compression=vae.temporal_compression,
             given=given or {},
             caption_dropout=dropout,
             seconds=self.config.conventions.seconds,

@@ -5,6 +5,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jvdit.config import Config
+from jvdit.data.conditions import CONDITIONS
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
 from jvdit.models.backbones import MODELS
 from jvdit.models.lora import LoRA
@@ -50,6 +51,8 @@ def flow_objective(
         "out_channels": channels,
         "text_width": text_width,
     }
+    if more := cond_channels(config, channels):
+        network["cond_channels"] = more
     sound = _sound(config, mesh) if sound_channels else {}
     if sound_channels:
         network["sound_channels"] = sound_channels
@@ -89,6 +92,17 @@ def _sound(config: Config, mesh: Mesh) -> dict[str, Any]:
         "cut": config.cut,
         "sound_weight": config.sound_weight,
     }
+
+
+def cond_channels(config: Config, channels: int) -> int:
+    """Channels of a token beside the noise, for what training gives by them.
+
+    Args:
+        config: the training's config.
+        channels: of a token: latent channels times the cells of a patch.
+    """
+    asked = any(CONDITIONS[name].channels for name in given_shares(config))
+    return channels if asked else 0
 
 
 def given_shares(config: Config) -> dict[str, float]:

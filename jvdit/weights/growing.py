@@ -1,4 +1,4 @@
-"""Weights of a network as those of one with sound or long skips, to train on from."""
+"""Weights of a network as those of one with more parts, to train on from."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -11,12 +11,13 @@ from jvdit.models.kinds import SUFFIXES
 from jvdit.models.layers import stack_of
 
 _SOUND = SUFFIXES[1]
+_PARTS = "sound", "/skip/", "cond_embed"
 
 
 def lacks_parts(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether a network has sound or skips that the weights of another don't."""
+    """Whether a network has a part that the weights of another don't have."""
     ours, theirs = (" ".join(flatten_dict(x, sep="/")) for x in (wanted, held))
-    return any(part in ours and part not in theirs for part in ("sound", "/skip/"))
+    return any(part in ours and part not in theirs for part in _PARTS)
 
 
 def grown(
@@ -27,7 +28,8 @@ def grown(
     """The weights of a network with such parts, from those of one of its size without.
 
     Sound begins with the attention and modulation of pictures. Its projections in and
-    out, and those of skips, are new, so that pictures are at first what they were.
+    out, those of skips and of channels beside the noise are new, so that pictures are
+    at first what they were.
 
     Args:
         held: weights of the network without.

@@ -26,6 +26,8 @@ class Condition(NamedTuple):
         needs: those without which it can't be.
         marks: tokens of a clip that training gives. None: of its own it gives none.
         beside: what it gives beside the clip.
+        channels: the view of a clip that training gives as channels beside the noise,
+            by a projection that starts at zero.
         headless: training leaves out the first latent frame, which alone has the time
             0: the clip begins amid another.
     """
@@ -35,17 +37,23 @@ class Condition(NamedTuple):
     needs: tuple[str, ...] = ()
     marks: Callable[[Layout, np.random.Generator], Marks] | None = None
     beside: Beside | None = None
+    channels: str = ""
     headless: bool = False
 
     @property
     def trains(self) -> bool:
         """Whether there is training for it."""
-        return self.marks is not None or self.beside is not None
+        return self.marks is not None or self.view != "" or self.headless
 
     @property
-    def changes_length(self) -> bool:
-        """Whether a clip of which it is given has other than its own tokens."""
-        return self.beside is not None or self.headless
+    def view(self) -> str:
+        """What training needs beside the latents of a clip, in `VIEWS`; "": nothing."""
+        return self.channels if self.beside is None else self.beside.view
+
+    @property
+    def changes_clips(self) -> bool:
+        """Whether a clip of which it is given has other tokens, or more beside them."""
+        return self.view != "" or self.headless
 
 
 _BOTH = ("image", "last_image")
@@ -63,6 +71,8 @@ CONDITIONS = {
     ),
     "interpolate": Condition(beside.slow, ("interpolate",), beside=beside.SLOW),
     "upscale": Condition(beside.small, ("upscale",), beside=beside.SMALL),
+    # Channels beside the noise: a control signal of our own models.
+    "edges": Condition(beside.outlines, ("edges",), channels="edges"),
     # Channels beside the noise: Wan 2.2 I2V, 2.1 I2V, and 2.1 FLF2V.
     "end_channels": Condition(channels.end_channels, _BOTH, needs=("image",)),
     "first_channels": Condition(channels.end_channels, ("image",), needs=("image",)),

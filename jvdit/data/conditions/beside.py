@@ -1,4 +1,4 @@
-"""Conditions that are tokens beside the clip: pictures and clips encoded by themselves.
+"""Conditions that are encoded by themselves: tokens beside the clip, or channels.
 
 A causal autoencoder codes a frame from those before it, so neither a later frame nor a
 lower rate or size of a clip has latents among the clip's own. Each is encoded by itself
@@ -65,6 +65,18 @@ def halved(video: UInt8[np.ndarray, "T H W 3"]) -> UInt8[np.ndarray, "T _H _W 3"
     return np.round(cells.mean((2, 4), dtype=np.float32)).astype(np.uint8)
 
 
+def edges(video: UInt8[np.ndarray, "T H W 3"]) -> UInt8[np.ndarray, "T H W 3"]:
+    """Where brightness changes, white on black, whichever way and whatever its colour.
+
+    Each colour's gradient, by central differences; the largest of the three.
+    """
+    x = np.pad(video.astype(np.float32), ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+    vertical = x[:, 2:, 1:-1] - x[:, :-2, 1:-1]
+    horizontal = x[:, 1:-1, 2:] - x[:, 1:-1, :-2]
+    found = np.hypot(vertical, horizontal).max(-1, keepdims=True)
+    return np.clip(found, 0, 255).astype(np.uint8).repeat(3, axis=-1)
+
+
 VIEWS = {
     # Every frame as a picture.
     "stills": View(lambda x: x[:, None], _stills, lambda n, fps, _: np.arange(n) / fps),
@@ -74,6 +86,8 @@ VIEWS = {
     ),
     # The clip at half its size.
     "small": View(lambda x: halved(x)[None], _small, latent_times, cell=2),
+    # Its edges, as a clip.
+    "edges": View(lambda x: edges(x)[None], lambda size, _: size, latent_times),
 }
 
 
@@ -186,6 +200,14 @@ def slow(request: Asked, place: Place) -> Known:
 def small(request: Asked, place: Place) -> Known:
     """Footage of half the size."""
     return _footage("upscale", "small", request, place)
+
+
+def outlines(request: Asked, place: Place) -> Known:
+    """The edges of footage, as channels beside the noise."""
+    video = request.clip("edges")
+    if video is None:
+        return Known()
+    return Known(cond=place.encode(to_pixels(edges(video))))
 
 
 def _footage(field: str, name: str, request: Asked, place: Place) -> Known:

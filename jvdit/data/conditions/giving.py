@@ -1,7 +1,8 @@
 """What training gives of clips: sources of clips with what is given, and marks.
 
 Conditions that add tokens to a clip, or leave some out, change its length; so the plan
-must know of which clips they are given. It sees another source of the same clips, whose
+must know of which clips they are given, as the reader must where more has to be read.
+It sees another source of the same clips, whose
 weight is the condition's share (`given_sources`). All others mark tokens of whatever
 clip comes, by random numbers of its step and place (`known_in_training`).
 """
@@ -9,7 +10,6 @@ clip comes, by random numbers of its step and place (`known_in_training`).
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -53,8 +53,7 @@ class GivenSource:
         sizes = np.stack([source.index[name] for name in SIZE], axis=1)
         given = np.zeros(len(sizes), np.int64)
         fits = sizes[:, 0] > 2 * row.headless
-        if row.beside is not None:
-            view = row.beside.view
+        if view := row.view:
             if view not in source.views:
                 raise ValueError(
                     f"`given.{condition}` needs latents with the view {view!r}; encode "
@@ -64,7 +63,7 @@ class GivenSource:
             for size in np.unique(sizes, axis=0):
                 alike = np.flatnonzero((sizes == size).all(1))
                 given[alike] = self._cells(tuple(size.tolist()), alike, patch_size)
-            fits &= given > 0
+            fits &= given >= (row.beside is not None)
         self._ids = np.flatnonzero(fits)
         if not len(self._ids):
             raise ValueError(
@@ -101,11 +100,14 @@ class GivenSource:
 
     def _cells(self, size: Size, clips: np.ndarray, patch_size: Size) -> np.ndarray:
         """Latents that each of several clips of a size is given; 0: it can't be."""
-        beside: Any = CONDITIONS[self.condition].beside
-        found = VIEWS[beside.view].size(size, self._source.temporal_compression)
-        if found is None or any(x % p for x, p in zip(found, patch_size, strict=True)):
+        row = CONDITIONS[self.condition]
+        found = VIEWS[row.view].size(size, self._source.temporal_compression)
+        odd = found is None or any(
+            x % p for x, p in zip(found, patch_size, strict=True)
+        )
+        if found is None or odd or row.beside is None:
             return np.zeros(len(clips), np.int64)
-        return beside.count(found[0], clips) * math.prod(found[1:])
+        return row.beside.count(found[0], clips) * math.prod(found[1:])
 
 
 def given_sources(
@@ -133,7 +135,7 @@ def given_sources(
     changing = {
         name: share
         for name, share in shares.items()
-        if share and CONDITIONS[name].changes_length
+        if share and CONDITIONS[name].changes_clips
     }
     if not changing:
         return found, None if weights is None else [*weights]
@@ -198,6 +200,8 @@ def known_in_training(
         shares = {condition: 1.0}
     marks = _drawn(shares, layout, rng)
     known = Known(sound_clean=marks.sounds)
+    if row is not None and row.channels:
+        known = known._replace(cond=view)
     if row is not None and row.beside is not None and view is not None:
         count = beside * math.prod(patch_size) // math.prod(view.shape[1:3])
         part = row.beside.part(view, count, fps, temporal_compression, rng)
@@ -225,4 +229,4 @@ def _drawn(
 
 def marking(shares: Mapping[str, float]) -> dict[str, float]:
     """Those of the shares whose conditions mark tokens of whatever clip comes."""
-    return {k: x for k, x in shares.items() if not CONDITIONS[k].changes_length}
+    return {k: x for k, x in shares.items() if not CONDITIONS[k].changes_clips}
