@@ -49,11 +49,9 @@ def films(generator: Generator, world: World) -> tuple[np.ndarray, np.ndarray | 
                 bars.update(task, completed=i * world.frames + piece.done)
                 pieces.append(piece)
             videos.append(np.concatenate([x.video for x in pieces]))
-            sounds += (
-                [np.concatenate([x.audio for x in pieces if x.audio is not None])[:, 0]]
-                if pieces[0].audio is not None
-                else []
-            )
+            heard = [x.audio for x in pieces if x.audio is not None]
+            if heard:
+                sounds.append(np.concatenate(heard)[:, 0])
     return np.stack(videos), np.stack(sounds) if sounds else None
 
 

@@ -43,7 +43,7 @@ from jvdit.shapes import Text, Tokens
 from jvdit.sharding import rows_sharding
 
 # What may be given of packed clips: it is clean tokens in their own places.
-_PACKED = {"image", "from_video", "from_sound"}
+_PACKED = {"image", "prefix", "video", "mask", "from_video", "from_sound"}
 
 
 @dataclasses.dataclass
