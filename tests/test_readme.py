@@ -41,7 +41,8 @@ def test_commands_name_what_is_there(words):
     if name in ("pytest", "jvdit"):
         return
     file = ROOT / (name.replace(".", "/") + ".py" if "/" not in name else name)
-    source = file.read_text() + (ROOT / "jvdit/machine/cluster.py").read_text()
+    more = "machine/cluster.py", "generation/sample_flags.py"
+    source = "".join(x.read_text() for x in (file, *(ROOT / "jvdit" / y for y in more)))
     flags = {x for pair in re.findall(_DEFINED, source) for x in pair if x}
     flags |= {"config"} if "DEFINE_config_file" in source else set()
     for word in itertools.takewhile(lambda word: word != "--", rest):
