@@ -8,6 +8,7 @@ import pytest
 import thread_config
 from closeness import assert_close
 from jaxtyping import Float
+from PIL import Image
 
 from jvdit.data.builders import PackedBatches
 from jvdit.data.clips import SIZE, make_index
@@ -282,6 +283,19 @@ def test_what_does_not_go_with_the_clip(given, message):
             size[name] = np.zeros((value, SIDE, SIDE, 3), np.uint8)
     with pytest.raises(ValueError, match=message):
         Request("", **size).read_given()
+
+
+def test_a_mask_may_be_a_picture(video, tmp_path):
+    """It holds for all frames, whatever its size."""
+    mask = np.zeros((2 * SIDE, 2 * SIDE, 3), np.uint8)
+    mask[:, SIDE:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    size = {"frames": FRAMES, "height": SIDE, "width": SIDE, "fps": FPS}
+    for given in (mask, tmp_path / "mask.png"):
+        found = Request("", video=video, mask=given, **size).clip("mask")
+        assert found.shape == video.shape
+        assert (found[..., : SIDE // 2, :] < 127).all()
+        assert (found[..., SIDE // 2 :, :] > 127).all()
 
 
 def test_fields_that_go_together(video):

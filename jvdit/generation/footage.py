@@ -1,5 +1,6 @@
 """Reads the pictures and the footage that requests give, as their clips need them."""
 
+import contextlib
 import os
 import pathlib
 from typing import Any, NamedTuple
@@ -79,6 +80,8 @@ def read_footage(
                 "`frames`, or give less of it."
             )
     sides = height // row.smaller, width // row.smaller
+    if name == "mask" and (still := _still(source)) is not None:
+        return np.repeat(resized(still, sides, ImageOps.fit)[None], length, axis=0)
     if not isinstance(source, np.ndarray):
         wanted = dict(zip(SIZE, (length, *sides), strict=True))
         return decode_clip(existing(source, name), fps=fps / row.slower, **wanted)[
@@ -91,6 +94,15 @@ def read_footage(
             "least as many, or ask for fewer."
         )
     return np.stack([resized(x, sides, ImageOps.fit) for x in source[:length]])
+
+
+def _still(source: Pictures) -> np.ndarray | None:
+    """A picture, for all frames; None: it's a video."""
+    if isinstance(source, np.ndarray):
+        return source if source.ndim == 3 else None
+    with contextlib.suppress(OSError, ValueError):
+        return read_picture(source)
+    return None
 
 
 def footage_length(source: Pictures, name: str, fps: float) -> int:

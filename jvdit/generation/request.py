@@ -64,7 +64,8 @@ class Request:
         last_image: the last frame.
         video: a control signal (depth, pose, …) to follow, or footage to keep or
             extend where `mask` is black.
-        mask: white where to generate, black where `video` is kept; None: all white.
+        mask: white where to generate, black where `video` is kept: a video, or an image
+            for all frames; None: all white.
         references: images of what is to appear in the clip.
         keyframes: seconds, and the image that is to be seen then, of each.
         prefix: footage that the clip begins with, and goes on from.

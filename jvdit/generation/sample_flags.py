@@ -54,7 +54,7 @@ VIDEO = flags.DEFINE_string(
     "video", None, "Footage to change, or a control signal to follow, such as depth."
 )
 MASK = flags.DEFINE_string(
-    "mask", None, "Video that is white where --video is to change."
+    "mask", None, "Picture or video that is white where --video is to change."
 )
 REFERENCES = flags.DEFINE_list(
     "references", [], "Pictures of what is to appear, with commas between."

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from absl import logging
 from jaxtyping import Float
 
 from jvdit.data.clips import SIZE, BadClip, Clip, Ids
@@ -161,6 +162,8 @@ def given_sources(
             left[number] -= more[-1]
         if len(faults) == len(sources):
             raise faults[0]
+        for fault in faults:
+            logging.warning("%s Its clips train without.", fault)
     return found, left + more
 
 
