@@ -45,7 +45,7 @@ def _flags_of(door):
             del held[name]
     try:
         main = importlib.import_module(door).main
-        for flag in flags.FLAGS.flags_by_module_dict()[door]:
+        for flag in flags.FLAGS.get_key_flags_for_module(door):
             flag.unparse()
             held[flag.name] = flag
         yield main

@@ -243,7 +243,15 @@ def test_it_says_that_it_was_stopped(tmp_path):
     assert job.returncode == 130
 
 
-def test_ctrl_c_waits_until_a_worker_has_what_it_begins_with():
+@pytest.fixture
+def interruptible():
+    """Ctrl-C does what it does in a new process, whatever ran in this one before."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_waits_until_a_worker_has_what_it_begins_with(interruptible):
     ended, reached = threading.Event(), []
     # Another thread takes the signal, and Python then interrupts the main one.
     threading.Thread(target=ended.wait, daemon=True).start()

@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from jvdit.diffusion.reuse import Reuse, save_ratios
 from jvdit.generation.prompt_lines import _Line, read_request
-from jvdit.generation.request import STATES, Request
+from jvdit.generation.request import LATENTS, STATES, Request
 from jvdit.machine.json_files import parse_json, read_json
 from jvdit.machine.lock import FolderLock, _parsed
 from jvdit.models.audio_vae import AudioVAE
@@ -391,7 +391,7 @@ def test_what_python_writes_is_read_again(tmp_path):
 
 def test_a_line_has_the_fields_of_a_request():
     line = [field.name for field in msgspec.structs.fields(_Line)]
-    assert {*line, *STATES} == {*Request.__dataclass_fields__}
+    assert {*line, *STATES, *LATENTS} == {*Request.__dataclass_fields__}
     request = read_request(json.dumps(LINE), "", {"seed": 9, "mask": "m.png"})
     assert request == Request(**LINE | {"references": ("b.png",), "fps": 8.0})
     with pytest.raises(ValueError, match="line 1: `promt` is unknown.*`prompt`"):

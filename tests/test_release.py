@@ -285,7 +285,7 @@ def test_pictures_that_a_model_does_not_take():
         check_given(["control"], Request("", mask=picture[None]).given)
     with pytest.raises(ValueError, match="'depth' is no condition.*first_frame"):
         check_conditions(["depth"])
-    with pytest.raises(ValueError, match="has 1 frames and the clip 17"):
+    with pytest.raises(ValueError, match="has 1 frames and the clip needs 17"):
         size = {"frames": 17, "height": 8, "width": 8}
         Request("", video=picture[None], **size).clip("video")
     with pytest.raises(ValueError, match=r"uint8 \[H W 3\]"):

@@ -383,6 +383,7 @@ def test_a_failure_is_the_job_s_own(tmp_path, fake):
 
 
 def test_results_expire_and_give_way(tmp_path, fake):
+    fake.gate.set()
     with serving(tmp_path, fake, Limits(kept=2)) as server:
         ids = [create(server.port)[1]["id"] for _ in range(4)]
         until(lambda: all((x := server.jobs.find(i)) is None or x.over for i in ids))
