@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from closeness import assert_close
+from products import count_products
 from stacks import stack_layers, unstack_layers
 
 from jvdit.models.attention import mosaic
@@ -324,20 +325,6 @@ def test_timestep_embedding_is_cosines_then_sines():
     )
     with pytest.raises(ValueError, match=r"\(=7\) must be even; try 8"):
         timestep_embedding(jnp.ones(3), 7)
-
-
-def count_products(jaxpr):
-    """Twice the multiply-adds of every matrix product in a program."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            size = int(np.prod([left[axis] for axis in contracted]))
-            total += 2 * size * int(np.prod(equation.outvars[0].aval.shape))
-        for sub in jax.core.jaxprs_in_params(equation.params):
-            total += count_products(sub)
-    return total
 
 
 def test_flops_are_those_of_the_program():

@@ -9,6 +9,7 @@ import pytest
 from closeness import assert_close
 from flax.traverse_util import flatten_dict
 from packed_rows import REACH, packed, row_of, tokens_of
+from products import count_products
 
 from jvdit.models.attention.dispatch import rope_tables, wan_axes_dims
 from jvdit.models.dit import VARIANTS, DiT
@@ -213,20 +214,6 @@ def test_the_last_block_takes_what_left_the_first(scan):
         for i in range(4)
     ]
     np.testing.assert_array_equal(np.array(found) > 0, [True, False, False, True])
-
-
-def count_products(jaxpr):
-    """Twice the multiply-adds of every matrix product in a program."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            size = int(np.prod([left[axis] for axis in contracted]))
-            total += 2 * size * int(np.prod(equation.outvars[0].aval.shape))
-        for sub in jax.core.jaxprs_in_params(equation.params):
-            total += count_products(sub)
-    return total
 
 
 @pytest.mark.parametrize("patterns", [(), ALTERNATING, ("temporal", "full")])
