@@ -114,7 +114,7 @@ RANGES: dict[str, Range | tuple[str, ...]] = {
     "path.timesteps": _NONE_OR_MORE,
     "timesteps.mean": _ANY,
     "timesteps.std": _POSITIVE,
-    "timesteps.shift*": _POSITIVE,
+    "timesteps.*shift*": _POSITIVE,
     "timesteps.*": _SHARE,
     "*.num_heads": _NONE_OR_MORE,  # 0: an autoencoder without attention
     "*.eps": _POSITIVE,

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from jvdit.ranges import check_ranges
+
 SCHEDULES = ("flow", "linear", "cosine")
 TARGETS = ("velocity", "noise", "x0")
 DISTRIBUTIONS = ("uniform", "logit_normal")
@@ -152,6 +154,9 @@ class TimestepPolicy:
         shift_tokens: the token count that `shift` was chosen for. None: every clip has
             the same shift.
         shift_range: smallest and largest s.
+        sound_shift: how many times larger s is for a sound than for a picture of as
+            many tokens, where it has times of its own: what is heard when is decided at
+            more noise than how it sounds.
         span: training timesteps lie between these two; with two experts, the part of
             one of them.
         grid: sampling starts from the first of these, after the shift; the second is
@@ -174,6 +179,7 @@ class TimestepPolicy:
     shift: float = 1.0
     shift_tokens: int | None = None
     shift_range: tuple[float, float] = (1.0, 12.0)
+    sound_shift: float = 1.0
     span: tuple[float, float] = (0.0, 1.0)
     grid: tuple[float, float] = (1.0, 0.0)
     start: float = 1.0
@@ -188,6 +194,7 @@ class TimestepPolicy:
                 "timesteps are divided by 1000."
             )
         _check("distribution", self.distribution, DISTRIBUTIONS)
+        check_ranges({"sound_shift": self.sound_shift}, "timesteps.")
         low, high = self.shift_range
         if not 0 < low <= self.shift <= high:
             raise ValueError(
@@ -203,6 +210,17 @@ class TimestepPolicy:
         pairs = ("shift_range", "span", "grid", "levels")
         given = {k: tuple(settings[k]) for k in pairs if k in settings}
         return cls(**{**settings, **given})
+
+    @property
+    def of_sound(self) -> "TimestepPolicy":
+        """The same policy for sounds by themselves."""
+        low, high = (x * self.sound_shift for x in self.shift_range)
+        return dataclasses.replace(
+            self,
+            shift=self.shift * self.sound_shift,
+            shift_range=(low, high),
+            sound_shift=1.0,
+        )
 
     def shift_for(self, num_tokens: Times) -> Times:
         """The shift s of clips with this many tokens."""

@@ -219,11 +219,10 @@ def _times(
     kinds = start.kinds or (arrays["segment"].shape[1],)
     ends = np.cumsum(kinds)[:-1].tolist()
     parts, times = jnp.split(arrays["segment"], ends, axis=1), []
-    for segment in parts:
+    policies = start.policy, start.policy.of_sound
+    for policy, segment in zip(policies, parts, strict=False):
         counts = jax.nn.one_hot(segment, levels).sum(1)
-        found = start.policy.times(
-            start.steps, jnp.maximum(counts, 1.0), path.timesteps
-        )
+        found = policy.times(start.steps, jnp.maximum(counts, 1.0), path.timesteps)
         times.append(found.at[:, :, 0].set(0.0))
     if len(times) > 1:
         level = jnp.split(arrays["level"], ends, axis=1)[0]

@@ -219,22 +219,22 @@ class Packed:
         given = inputs.known(request, size)
         (item,), (null,) = inputs.items([request], [size], [given], None)
         put(self._arrays, self.shape, slot, item, null)
-        count = slot.counts[0]
-        if not np.any(np.broadcast_to(item.level, len(item.latents))[:count]):
-            count = slot.counts[1] or count  # the picture is given
-        times = self._times(settings.steps or 1, count)
+        count, policy = slot.counts[0], generator.model.policy
+        heard = len(slot.counts) > 1 and slot.counts[1]
+        if heard and not np.any(np.broadcast_to(item.level, len(item.latents))[:count]):
+            count, policy = heard, policy.of_sound  # the picture is given
+        times = self._times(policy, settings.steps or 1, count)
         clip = PackedClip(request, slot, size, times, settings.guidance_scale or 1.0)
         self._enter(clip)
         self.running.append(clip)
         return clip
 
-    def _times(self, steps: int, count: int) -> np.ndarray:
+    def _times(self, policy: TimestepPolicy, steps: int, count: int) -> np.ndarray:
         """The timesteps of a clip, from 1 down to 0."""
-        model = self.generator.model
-        even = model.policy.even(steps, model.path.timesteps)
+        even = policy.even(steps, self.generator.model.path.timesteps)
         padded = np.zeros(self.steps + 1, np.float32)
         padded[: len(even)] = even
-        sized = _sized(model.policy, padded, np.full(len(padded), count, np.float32))
+        sized = _sized(policy, padded, np.full(len(padded), count, np.float32))
         return np.asarray(sized)[: len(even)]
 
     def _enter(self, clip: PackedClip) -> None:

@@ -91,8 +91,10 @@ def paired(
     row = jnp.where(sizes[:, 1] > 0, row, _SILENT)
     comes = jnp.asarray(table)[row].swapaxes(1, 2)  # [b kinds m]
     together = jnp.asarray([x.together for x in PAIRINGS.values()])[row]
+    policies = policy, policy.of_sound
     times = [
-        policy.sample(k, jnp.maximum(sizes[:, i], 1)) for i, k in enumerate(keys[1:])
+        policies[i].sample(k, jnp.maximum(sizes[:, i], 1))
+        for i, k in enumerate(keys[1:])
     ]
     t = jnp.stack([times[0], jnp.where(together, times[0], times[1])], axis=1)
 
