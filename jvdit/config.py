@@ -195,6 +195,9 @@ def flow(variant: str = "world-s", text_variant: str = "world") -> Config:
     # Share of the clips of which each condition is given, so that the model takes it:
     # with `first_frame` a request's `image`.
     config.given = {name: 0.0 for name, row in CONDITIONS.items() if row.trains}
+    # Share of the clips whose chunks (`dit.chunk_frames`) have noise levels of their
+    # own, so that a causal model can stream, and of these the share that begins clean.
+    config.forcing = {"share": 0.0, "clean": 0.5}
     # Of clips with sound (`data.sound_budget`): shares of what is learned of them, the
     # rows of `pairings.PAIRINGS`; share in which picture and sound don't see one
     # another, for guidance towards what is in step; weight of the sound's error.

@@ -98,6 +98,7 @@ RANGES: dict[str, Range | tuple[str, ...]] = {
     "pairings.*": _WEIGHT,
     "sound_weight": _WEIGHT,
     "given.*": _SHARE,
+    "forcing.*": _SHARE,
     "data.caption_dropout": _SHARE,
     "cut": _SHARE,
     "boundary": _SHARE,

@@ -279,7 +279,8 @@ def _film(generator: Generator, request: Request) -> Film:
         raise ValueError("--seconds says how long the film lasts; give it.")
     example = "SECONDS:PROMPT"
     scenes = [Scene(*asked.timed("scene", text, example)) for text in asked.SCENE.value]
-    film = Film(request, frames, asked.EXTEND.value, scenes, asked.CARRY.value)
+    kept = asked.CARRY.value, asked.SINK.value
+    film = Film(request, frames, asked.EXTEND.value, scenes, *kept)
     return check_film(generator, film)
 
 
@@ -294,6 +295,7 @@ def _films(
         more = {
             "frames": film.frames,
             "carry": film.carry,
+            "sink": film.sink,
             "extend": asked.EXTEND.value,
         }
         more["scenes"] = [list(scene) for scene in film.scenes]

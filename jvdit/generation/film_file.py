@@ -30,7 +30,7 @@ def write_film(
 
     Args:
         path: of the file, which appears whole or not at all.
-        generator: of a model that was trained with `extend`.
+        generator: of a model that was trained with `extend` or `forcing`.
         film: what to make, complete (`check_film`).
         settings: solver, number of steps, and guidance.
         metadata: JSON values kept in the file.

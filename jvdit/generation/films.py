@@ -1,9 +1,9 @@
-"""Clips of any length, window after window, in constant memory.
+"""Clips of any length, in constant memory, written while they are made.
 
 Each window begins with the last latents of what is there, clean, as training gives them
-with `extend`. What is carried are latents and the state of the autoencoder: no pixel is
-encoded again, so that neither colours nor sharpness change at a seam. A model of sound
-carries that the same way.
+with `extend`; a causal model streams chunk by chunk, see `streaming`. What is carried
+are latents and the state of the autoencoder: no pixel is encoded again, so that neither
+colours nor sharpness change at a seam. A model of sound carries that the same way.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request
 from jvdit.generation.results import Latents
 from jvdit.generation.settings import Settings
+from jvdit.generation.streaming import Stream, check_stream
 
 _NEXT = 0x9E3779B1  # added to a film's seed for each of its windows
 
@@ -63,7 +64,10 @@ class Film:
         scenes: prompts and when they begin, in order; before the first, and if there is
             none, that of the request holds. What is to be seen in all of them can be
             kept by the request's `references`.
-        carry: latent frames of a window that come from the one before. None: half.
+        carry: latent frames of a window that come from the one before, or that a
+            chunk of a stream sees before it. None: half of a window; of a stream, all
+            but the chunk and the first latent frame of a clip.
+        sink: the first latent frames, which a stream sees for good, besides.
 
     Raises:
         ValueError: scenes are out of order, or begin after the end.
@@ -74,6 +78,7 @@ class Film:
     footage: Pictures | None = None
     scenes: Sequence[Scene] = ()
     carry: int | None = None
+    sink: int = 0
 
     def __post_init__(self):
         starts = [scene.start for scene in self.scenes]
@@ -99,35 +104,61 @@ def check_film(generator: Generator, film: Film) -> Film:
     """A film, complete, that a model can make.
 
     Raises:
-        ValueError: the model wasn't trained with `extend`, or the window is too short
-            or takes what only its first one could have.
+        ValueError: the model was trained neither with `extend` nor with `forcing`, or
+            the window is too short or takes what only its first one could have.
     """
     model = generator.model
     request = generator.complete(film.request)
-    if "extend" not in model.conditions:
-        raise ValueError(
-            "this model can't go on from what it made: train one with "
-            "`given.extend`, or ask for clips of the length of a window."
-        )
     generator.check(request)
-    windows = model.vae.latent_shape(*request.size)[0] - 1
-    carry = windows // 2 if film.carry is None else film.carry
-    if not 1 <= carry < windows:
-        raise ValueError(
-            f"`carry` (={carry}) must leave something to make of the {windows} latent "
-            f"frames of a window of {request.frames} frames: 1 to {windows - 1}."
-        )
-    film = dataclasses.replace(film, request=request, carry=carry)
+    film = dataclasses.replace(film, request=request)
+    after_first = model.vae.latent_shape(*request.size)[0] - 1
+    if "stream" in model.conditions:
+        begins = chunk = model.dit.chunk_frames
+        carry = max((after_first - chunk) // chunk, 1) * chunk
+        film = _carrying(film, carry)
+        check_stream(generator, request, film.carry or 0, film.sink)
+    else:
+        film = _carrying(film, after_first // 2)
+        begins = 1 + (film.carry or 0)
+        _check_windows(generator, film, after_first)
     if film.footage is not None:
         fps = float(request.fps or 1.0)
         length = footage_length(film.footage, "prefix", fps)
-        least = 1 + carry * model.vae.temporal_compression
+        least = 1 + (begins - 1) * model.vae.temporal_compression
         if not least <= length < film.frames:
             raise ValueError(
                 f"the footage has {length} frames: give at least {least}, and fewer "
                 f"than the {film.frames} of the film."
             )
     return film
+
+
+def _carrying(film: Film, usual: int) -> Film:
+    """The film with so many latent frames carried, if it doesn't say."""
+    carry = usual if film.carry is None else film.carry
+    return dataclasses.replace(film, carry=carry)
+
+
+def _check_windows(generator: Generator, film: Film, most: int) -> None:
+    """Raises a ValueError unless a model can make a film window after window.
+
+    Args:
+        generator: of the model.
+        film: with what is carried.
+        most: latent frames of a window after the first.
+    """
+    if "extend" not in generator.model.conditions:
+        raise ValueError(
+            "this model can't go on from what it made: train one with `given.extend` "
+            "or `forcing.share`, or ask for clips of the length of a window."
+        )
+    if film.sink:
+        raise ValueError(f"`sink` (={film.sink}) is for models that stream.")
+    if not 1 <= (film.carry or 0) < most:
+        raise ValueError(
+            f"`carry` (={film.carry}) must leave something to make of the {most} latent"
+            f" frames of a window of {film.request.frames} frames: 1 to {most - 1}."
+        )
 
 
 def make_film(
@@ -138,7 +169,7 @@ def make_film(
     """Makes a film, and yields its pieces as soon as they are decoded.
 
     Args:
-        generator: of a model that was trained with `extend`.
+        generator: of a model that was trained with `extend` or `forcing`.
         film: what to make.
         settings: solver, number of steps, and guidance.
 
@@ -237,6 +268,9 @@ class _Shooting:
     def _latents(self) -> Iterator[tuple[np.ndarray | None, np.ndarray]]:
         """New latents of the picture, and the pixels that they were encoded from."""
         needed = 1 + math.ceil((self._film.frames - 1) / self._each)
+        if "stream" in self._generator.model.conditions:
+            yield from self._streamed(needed)
+            return
         if self._film.footage is None:
             yield None, self._kept(self._solved(self._first()))
         else:
@@ -250,6 +284,23 @@ class _Shooting:
             made = self._solved(request)
             sound = None if made.sound is None else made.sound[known:]
             yield None, self._kept(Latents(made.picture[self._carry :], sound))
+
+    def _streamed(self, needed: int) -> Iterator[tuple[np.ndarray | None, np.ndarray]]:
+        """The latents of a causal model, chunk after chunk."""
+        film, solving = self._film, self._settings.solving
+        begun = film.footage is not None
+        request = film.request if begun else self._first()
+        window = film.carry or 1
+        stream = Stream(self._generator, request, solving, window, film.sink)
+        if film.footage is not None:
+            video, (latents, _) = self._read(film.footage)
+            count = len(latents) // stream.chunk * stream.chunk
+            video = video[: 1 + (count - 1) * self._each]
+            stream.take(latents[:count], film.prompt(0.0))
+            yield video, latents[:count]
+        while stream.count < needed:
+            begins = max(self._each * (stream.count - 1), 0) / self._fps
+            yield None, stream.next(film.prompt(begins))
 
     @property
     def _origin(self) -> float:

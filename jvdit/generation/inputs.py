@@ -91,7 +91,7 @@ class Inputs:
             The items of the requests with their prompts, and the same items with their
             negative prompts.
         """
-        positive, negative = self._texts(requests)
+        positive, negative = self.texts(requests)
         found, model = [], self.model
         for i, request in enumerate(requests):
             start = np.zeros((*sizes[i], model.vae.latent_channels), np.float32)
@@ -141,7 +141,7 @@ class Inputs:
         samples = request.samples(vae.sample_rate) - round(late * vae.sample_rate)
         return vae.length(samples)
 
-    def _texts(self, requests: Sequence[Request]) -> list[list[np.ndarray]]:
+    def texts(self, requests: Sequence[Request]) -> list[list[np.ndarray]]:
         """The text states of the prompts, and of the negative prompts."""
         kinds = [
             [(request.prompt, request.prompt_embeds) for request in requests],

@@ -102,8 +102,15 @@ SCENE = flags.DEFINE_multi_string(
 CARRY = flags.DEFINE_integer(
     "carry",
     None,
-    "Latent frames of a window that the one before has made (default: half of them).",
+    "Latent frames of a window of a film that the one before has made (default: half "
+    "of them), or that each chunk of a causal model sees before it.",
     lower_bound=1,
+)
+SINK = flags.DEFINE_integer(
+    "sink",
+    0,
+    "First latent frames that each chunk of a causal model sees, besides.",
+    lower_bound=0,
 )
 SOUND = flags.DEFINE_boolean(
     "sound", None, "Whether clips have sound (default: yes, if the model can)."

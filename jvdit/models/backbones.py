@@ -28,9 +28,15 @@ class Backbone(Protocol):
     image_width: int
     image_length: int
     patterns: Sequence[str]
+    chunk_frames: int
     dtype: DTypeLike
     init: Any
     apply: Any
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether no chunk of a clip sees a later one."""
+        ...
 
     def flops(
         self, tokens: int, text: int, trained: str = "nothing", frames: int = 0

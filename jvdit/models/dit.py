@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from jvdit.models.attention.dispatch import rope_tables, wan_axes_dims
 from jvdit.models.attention.mosaic import warn_of_heads
+from jvdit.models.attention.past import Past
 from jvdit.models.attention.patterns import PATTERNS, Reach, rules, share
 from jvdit.models.dense import Dense, Layer
 from jvdit.models.dit_blocks import (
@@ -163,7 +164,11 @@ class DiT(Layer):
 
     @nn.compact
     def __call__(
-        self, tokens: Tokens, t: Float[Array, "b g"], text: Text
+        self,
+        tokens: Tokens,
+        t: Float[Array, "b g"],
+        text: Text,
+        past: Past | None = None,
     ) -> Float[Array, "b n o"]:
         """Predicts the velocity dx/dt of every token.
 
@@ -171,6 +176,9 @@ class DiT(Layer):
             tokens: noisy latents with their positions, levels and what they see.
             t: noise levels of each row: 0 is data, 1 is noise.
             text: text states, of which tokens attend to those that they see.
+            past: the chunks before this one, of a causal network. Their keys and values
+                are in the collection "cache", which takes those of these tokens in if
+                it is mutable.
 
         Returns:
             Velocity in float32. Padding tokens have values without meaning.
@@ -179,8 +187,9 @@ class DiT(Layer):
             ValueError: a field or an argument doesn't fit the others.
         """
         self._check(tokens, t, text)
+        self._check_patterns(tokens, past)
         x = self._embed(tokens)
-        context = self._context(tokens, t, text)
+        context = self._context(tokens, t, text, past)
         x = reused(self, x, lambda dit, x: dit._blocks(x, tokens, context))
         return self._head(x, context)
 
@@ -227,7 +236,9 @@ class DiT(Layer):
             x += known(laid_out(tokens.cond, tokens.kinds))
         return constrain(x, "batch", "tokens", None)
 
-    def _context(self, tokens: Tokens, t: Array, text: Text) -> Context:
+    def _context(
+        self, tokens: Tokens, t: Array, text: Text, past: Past | None
+    ) -> Context:
         """Embeds noise levels, positions, text and picture, once for all blocks."""
         width = self.width
         embed = Mlp(width, width, nn.gelu, _init, name="text_embed", **self.types)
@@ -238,20 +249,23 @@ class DiT(Layer):
         if texts is not None:
             texts = texts._replace(low=lay(texts.low), high=lay(texts.high))
         image = ImageEmbed(width, self.image_length, name="image_embed", **self.types)
+        names, position = self.patterns or ("full",), lay(tokens.position)
+        visible = lay(rules(tokens, names, self._reach))
+        if past is not None:
+            position = jnp.concatenate([past.position, position], axis=1)
+            visible = dict.fromkeys(names, past.seen_with(tokens.latents.shape[1]))
         return Context(
             time=time,
             rows=rows,
             level=lay(tokens.level) if t.shape[1] > 1 else None,
             rotation=rope_tables(
-                lay(tokens.position),
-                self._rope_dims,
-                self.rope_theta,
-                self.position_scale,
+                position, self._rope_dims, self.rope_theta, self.position_scale
             ),
-            visible=lay(rules(tokens, self.patterns or ("full",), self._reach)),
+            visible=visible,
             text=embed(text.embeds),
             text_visible=texts,
             image=None if text.image is None else image(text.image),
+            past=past,
             kinds=kinds,
             frames=tokens.frames,
         )
@@ -341,6 +355,11 @@ class DiT(Layer):
         return x
 
     @property
+    def is_causal(self) -> bool:
+        """Whether no chunk of a clip sees a later one, so that clips can stream."""
+        return set(self.patterns) == {"chunk_causal"}
+
+    @property
     def _skipping(self) -> int:
         """The first block that takes what left an earlier one."""
         return (self.depth + 1) // 2 if self.skips else self.depth
@@ -391,7 +410,6 @@ class DiT(Layer):
                 f"tokens have {channels} channels but `in_channels` is "
                 f"{self.in_channels}: the channels of a patch times its cells."
             )
-        self._check_patterns(tokens)
         if tokens.kinds and not self.sound_channels:
             raise ValueError("the tokens are of two kinds but `sound_channels` is 0.")
         for name, wanted, given in (
@@ -418,12 +436,17 @@ class DiT(Layer):
                 "give every token its level."
             )
 
-    def _check_patterns(self, tokens: Tokens) -> None:
+    def _check_patterns(self, tokens: Tokens, past: Past | None) -> None:
         """Checks that they are known, and that the tokens allow for them."""
         given = f"`patterns` (={tuple(self.patterns)})"
         if not set(self.patterns) <= set(PATTERNS):
             raise ValueError(f"{given} must be names in: {', '.join(PATTERNS)}.")
         n = tokens.latents.shape[1]
+        if past is not None and not (self.is_causal and tokens.segment is None):
+            raise ValueError(
+                f"{given} must all be 'chunk_causal' for a network to go on from what "
+                "it kept, and rows must be one clip each."
+            )
         if tokens.frames and (n % tokens.frames or tokens.kinds):
             raise ValueError(
                 f"`tokens.frames` (={tokens.frames}) must divide the {n} tokens of a "

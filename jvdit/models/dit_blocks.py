@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jvdit.models.attention.dispatch import attention, rotate
+from jvdit.models.attention.past import Past
 from jvdit.models.dense import Dense, Layer
 from jvdit.models.kinds import SUFFIXES, join, split
 from jvdit.models.layers import (
@@ -27,7 +28,7 @@ from jvdit.shapes import Visible
 from jvdit.sharding import constrain
 
 # Tables of `rope_tables`.
-Rotation = tuple[Float[Array, "b n k"], Float[Array, "b n k"]]
+Rotation = tuple[Float[Array, "b _ k"], Float[Array, "b _ k"]]
 Attend = Callable[..., Array]
 # The name under which compiled programs choose between the patterns of a cycle.
 CHOICE = "pattern_of_layer"
@@ -41,12 +42,13 @@ class Context:
         time: embedding of each noise level, in float32.
         rows: shifts, scales and gates of each noise level, in float32.
         level: which noise level each token is at. None: there is one.
-        rotation: tables of `rope_tables` for the tokens.
+        rotation: tables of `rope_tables` for the tokens, after those of `past`.
         visible: which tokens each token sees, by the names of patterns; None: all.
         text: states of the text, as wide as a token.
         text_visible: which of them each token sees; None: all.
         image: states of a picture, as wide as a token, or None.
         kinds: how many tokens are of each kind, see `models.kinds`; (): there is one.
+        past: the tokens before them, of which blocks keep keys and values, or None.
         frames: of every row, see `Tokens`; 0: rows are no grids.
     """
 
@@ -58,6 +60,7 @@ class Context:
     text: Float[Array, "b s d"]
     text_visible: Visible | None
     image: Float[Array, "b i d"] | None
+    past: Past | None = None
     kinds: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
     frames: int = flax.struct.field(pytree_node=False, default=0)
 
@@ -69,7 +72,13 @@ class Context:
             layer: its number, where there are several.
         """
         forms = [
-            partial(attention, visible=self.visible[x], pattern=x, frames=self.frames)
+            partial(
+                attention,
+                visible=self.visible[x],
+                # With the past before them, tokens see nearly all.
+                pattern=x if self.past is None else "full",
+                frames=self.frames,
+            )
             for x in patterns or ("full",)
         ]
         if layer is None:
@@ -110,6 +119,7 @@ class Attention(Layer):
         image: Float[Array, "b i d"] | None = None,
         kinds: tuple[int, ...] = (),
         attend: Attend | None = None,
+        past: Past | None = None,
     ) -> Float[Array, "b n d"]:
         """Lets the tokens of `x` attend to those of `context`.
 
@@ -123,6 +133,8 @@ class Attention(Layer):
             kinds: how many tokens are of each kind, if each has projections of its own;
                 (): all have the same.
             attend: `attention` that knows what is visible; None: `visible` says it.
+            past: the tokens before these, whose keys and values the collection "cache"
+                holds, and takes these into if it is mutable. None: there are none.
         """
 
         def linear(
@@ -144,8 +156,11 @@ class Attention(Layer):
         norms = ("query_norm", "key_norm") if self.qk_norm else ("", "")
         q, k = linear("query", x, norms[0]), linear("key", context, norms[1])
         q, k, v = heads(q), heads(k), heads(linear("value", context))
+        if past is not None:
+            k, v = self._after("keys", k, past), self._after("values", v, past)
         if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
+            q = rotate(q, *(table[:, -q.shape[1] :] for table in rotation))
+            k = rotate(k, *rotation)
         form = {"implementation": self.implementation}
         attend = attend or partial(attention, visible=visible)
         out = attend(q, k, v, keys=self.keys, **form)
@@ -154,6 +169,15 @@ class Attention(Layer):
             v = heads(linear("image_value", image, kinds=()))
             out = out + attention(q, k, v, keys="text", **form)
         return linear("out", rearrange(out, "b n q k -> b n (q k)"))
+
+    def _after(self, name: str, new: Array, past: Past) -> Array:
+        """Keys or values after those that are kept; also keeps them, if it may."""
+        shape = (len(new), past.position.shape[1], *new.shape[2:])
+        kept = self.variable("cache", name, jnp.zeros, shape, new.dtype)
+        joined = jnp.concatenate([kept.value, new], axis=1)
+        if self.is_mutable_collection("cache"):
+            kept.value = past.moved(kept.value, new)
+        return joined
 
 
 class Block(Layer):
@@ -207,6 +231,7 @@ class Block(Layer):
             rotation=context.rotation,
             kinds=context.kinds if self.own else (),
             attend=context.attend(self.patterns, layer),
+            past=context.past,
         )
         x = (x + y * gate).astype(self.dtype)
 

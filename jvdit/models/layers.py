@@ -238,7 +238,7 @@ def scanned(block: type[nn.Module], length: int, in_axes: Any) -> type[nn.Module
     """
     return nn.scan(
         block,
-        variable_axes={"params": 0, "lora": 0},
+        variable_axes={"params": 0, "lora": 0, "cache": 0},
         split_rngs={"params": True, "lora": True},
         in_axes=in_axes,
         length=length,

@@ -95,6 +95,7 @@ class FlowTask(Task):
             if self.audio_vae
             else 0,
             frames=grid_frames(self.example["position"]) if alike else 0,
+            longest=int(frames.max()),
         )
         if self.objective.lora:
             self.frozen, self.fresh = self._base(), ("lora",)

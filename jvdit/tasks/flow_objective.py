@@ -7,10 +7,11 @@ from jax.sharding import Mesh
 from jvdit.config import Config
 from jvdit.data.conditions import CONDITIONS
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
-from jvdit.models.backbones import MODELS
+from jvdit.models.backbones import MODELS, Backbone
 from jvdit.models.lora import LoRA
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.training.objectives.denoising import FlowObjective
+from jvdit.training.objectives.forcing import Forcing
 from jvdit.training.objectives.pairings import check_pairings
 from jvdit.weights.parameters import build
 
@@ -25,6 +26,7 @@ def flow_objective(
     one_clip: bool,
     sound_channels: int = 0,
     frames: int = 0,
+    longest: int = 1,
 ) -> FlowObjective:
     """Builds the denoising objective from a config and the sizes that the data set.
 
@@ -37,6 +39,7 @@ def flow_objective(
         one_clip: every row is exactly one clip without padding, so no mask is needed.
         sound_channels: channels of a token of sound; 0: clips are silent.
         frames: of every row, if it is one grid, see `Tokens`.
+        longest: frames of the longest clip, in tokens.
 
     Raises:
         ValueError: settings contradict one another.
@@ -57,9 +60,10 @@ def flow_objective(
     if sound_channels:
         network["sound_channels"] = sound_channels
     lora = config.lora.to_dict()
+    dit = build(MODELS[config.backbone].module, network)
     return FlowObjective(
         lora=LoRA(**lora) if lora["rank"] else None,
-        dit=build(MODELS[config.backbone].module, network),
+        dit=dit,
         text_encoder=text_encoder,
         path=NoisePath(**config.path),
         policy=TimestepPolicy.of(config.timesteps.to_dict()),
@@ -68,6 +72,7 @@ def flow_objective(
         boundary=_boundary(config, mesh),
         given=tuple(given_shares(config)),
         frames=frames,
+        forcing=_forcing(config, dit, longest),
         **sound,
     )
 
@@ -119,6 +124,32 @@ def given_shares(config: Config) -> dict[str, float]:
                 f" (={tuple(config.patch_size)}) has {frames}."
             )
     return {name: share for name, share in config.given.items() if share}
+
+
+def _forcing(config: Config, dit: Backbone, longest: int) -> Forcing:
+    """How chunks of clips have noise levels of their own.
+
+    Raises:
+        ValueError: what streams must be causal, silent, and one network.
+    """
+    shares = config.forcing.to_dict()
+    if not shares["share"]:
+        return Forcing(**shares)
+    if not dit.is_causal:
+        raise ValueError(
+            f"`forcing.share` (={shares['share']}) needs a network of which no chunk "
+            "sees a later one: set `dit.patterns` to ('chunk_causal',)."
+        )
+    for name, value in (
+        ("data.sound_budget", config.data.sound_budget),
+        ("boundary", config.boundary),
+    ):
+        if value:
+            raise ValueError(
+                f"`forcing.share` (={shares['share']}) is for pictures and one "
+                f"network; set `{name}` (={value}) to 0."
+            )
+    return Forcing(**shares, chunks=-(-longest // dit.chunk_frames))
 
 
 def _boundary(config: Config, mesh: Mesh) -> float:

@@ -71,6 +71,8 @@ CONDITIONS = {
     ),
     "interpolate": Condition(beside.slow, ("interpolate",), beside=beside.SLOW),
     "upscale": Condition(beside.small, ("upscale",), beside=beside.SMALL),
+    # What it made before, chunk after chunk, see `models.attention.past`.
+    "stream": Condition(cells.nothing, ()),
     # Channels beside the noise: a control signal of our own models.
     "edges": Condition(beside.outlines, ("edges",), channels="edges"),
     # Channels beside the noise: Wan 2.2 I2V, 2.1 I2V, and 2.1 FLF2V.

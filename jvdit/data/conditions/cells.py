@@ -154,6 +154,11 @@ def changed(mask: np.ndarray, place: Place) -> Bool[np.ndarray, "f h p w q"]:
 # One kind given whole
 
 
+def nothing(request: Asked, place: Place) -> Known:
+    """Nothing of what a request gives."""
+    return Known()
+
+
 def whole(request: Asked, place: Place) -> Known:
     """All of the picture, to which sound is made."""
     video = request.clip("from_video")

@@ -15,11 +15,13 @@ from jvdit.data.conditions import CONDITIONS
 from jvdit.data.items import KINDS
 from jvdit.diffusion.denoise import denoise
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
+from jvdit.models.attention.patterns import places
 from jvdit.models.backbones import Backbone
 from jvdit.models.kinds import side_by_side
 from jvdit.models.lora import LoRA
 from jvdit.models.text_encoder import TextEncoder
 from jvdit.shapes import Text, Tokens, apart
+from jvdit.training.objectives.forcing import Forcing
 from jvdit.training.objectives.pairings import paired
 from jvdit.training.step import Batch, Metrics
 
@@ -45,7 +47,8 @@ def text_of(text_encoder: TextEncoder | None, params: Any, batch: Batch) -> Text
 
 def generated(batch: Batch) -> Bool[Array, "b n"]:
     """Which tokens are generated, so neither padding nor given."""
-    levels = batch["valid"].shape[1] + 1  # of each kind; the first is clean
+    # Of each kind, of which the first is clean; chunks may have some of their own.
+    levels = batch.get("t", batch["valid"]).shape[-1] + 1
     return batch["level"] % levels > 0
 
 
@@ -84,6 +87,7 @@ class FlowObjective:
         cut: share of those clips in which picture and sound don't see one another.
         sound_weight: weight of the sound's mean error beside the picture's.
         frames: of every row, if it is one grid, see `Tokens`; 0: rows aren't so.
+        forcing: whether chunks of clips have levels of their own.
     """
 
     dit: Backbone
@@ -100,6 +104,7 @@ class FlowObjective:
     cut: float = 0.0
     sound_weight: float = 1.0
     frames: int = 0
+    forcing: Forcing = Forcing()
 
     def init(self, key: PRNGKeyArray, batch: Batch) -> Any:
         """Initialises the parameters by network: "dit", "text_encoder", "dit_low".
@@ -129,7 +134,7 @@ class FlowObjective:
         """The conditions that the network is trained with, names in `CONDITIONS`."""
         shares = self.pairings if self.kinds else ()
         pairs = tuple(x for x, share in shares if share and x in CONDITIONS)
-        return self.given + pairs
+        return self.given + pairs + ("stream",) * bool(self.forcing.share)
 
     def flops(self, tokens: int, text: int, frames: int = 0) -> int:
         """FLOPs of one row in a training step, forward and backward.
@@ -160,6 +165,12 @@ class FlowObjective:
                 for span, each, half in parts
             ]
             t = jnp.concatenate(halves)
+        if self.forcing.share:
+            tokens = self._tokens(batch, batch["latents"])
+            chunk = places(tokens).frame // self.dit.chunk_frames
+            key = jax.random.fold_in(key, 1)
+            batch = self.forcing.forced(batch, key, self.policy, chunk, t)
+            return {**batch, "key": rows}
         return {**batch, "t": t, "key": rows}
 
     def _paired(self, batch: Batch, key: PRNGKeyArray) -> Batch:
@@ -268,7 +279,7 @@ class FlowObjective:
         return error, jnp.broadcast_to(token_t[..., 0], error.shape)
 
     def _tokens(self, batch: Batch, latents: Array) -> Tokens:
-        given = bool(self.given)
+        given = bool(self.given) or self.forcing.share > 0
         how = {"one_clip": self.one_clip, "given": given, "kinds": self.kinds}
         return Tokens.of(batch, latents, frames=self.frames, **how)
 
