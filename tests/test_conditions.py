@@ -33,7 +33,7 @@ from jvdit.sharding import make_mesh
 from jvdit.tasks.encoding import encode as encode_dataset
 from jvdit.tasks.flow import FlowTask
 from jvdit.weights.encoders import ClipEncoder
-from jvdit.weights.growing import lacks_parts
+from jvdit.weights.fitting import other_parts
 from jvdit.weights.parameters import load_weights
 
 FRAMES, SIDE, FPS, STRIDE = 9, 16, 8.0, 2
@@ -431,7 +431,7 @@ def test_views_are_encoded_and_trained_with(workdir, tmp_path):
     params = load_weights(workdir / "dit/model/dit")[0]
     key, example = jax.random.key(0), task.example
     wanted = jax.eval_shape(task.objective.init, key, example)["dit"]
-    assert lacks_parts(params, wanted)
+    assert other_parts(params, wanted)
     config.given.edges, config.given.upscale = 0.0, 0.05
     with pytest.raises(ValueError, match="upscale.*can't be given of any clip"):
         FlowTask(config, make_mesh(), tmp_path / "run")

@@ -16,7 +16,7 @@ from jvdit.models.dit import VARIANTS, DiT
 from jvdit.models.layers import stack_of
 from jvdit.shapes import Text, Visible
 from jvdit.sharding import make_mesh
-from jvdit.weights.growing import grown, lacks_parts
+from jvdit.weights.fitting import fitted, other_parts
 
 SIZES = {**VARIANTS["tiny"], "in_channels": 4, "out_channels": 4, "text_width": 6}
 SIZES |= {"depth": 3, "chunk_frames": REACH.chunk, "window_frames": REACH.window}
@@ -179,9 +179,9 @@ def test_long_skips_start_as_the_plain_network_and_are_learned(depth, scan):
     np.testing.assert_array_equal(kernels, np.stack([np.eye(64, 32)] * len(kernels)))
 
     # So a training may start from the weights of a network without.
-    assert lacks_parts(plain, fresh) and not lacks_parts(fresh, fresh)
+    assert other_parts(plain, fresh) and not other_parts(fresh, fresh)
     flat = flatten_dict(fresh, sep="/")
-    begun = grown(plain, fresh, lambda paths: {path: flat[path] for path in paths})
+    begun = fitted(plain, fresh, lambda paths: {path: flat[path] for path in paths})
 
     def loss(params, model):
         return jnp.mean((model.apply({"params": params}, *given) - 1) ** 2)

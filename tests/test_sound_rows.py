@@ -19,7 +19,7 @@ from jvdit.sharding import batch_sharding, make_mesh
 from jvdit.training.objectives.denoising import FlowObjective, generated
 from jvdit.training.objectives.pairings import PAIRINGS, check_pairings, paired
 from jvdit.weights.adapters import ANY, read_lora, write_lora
-from jvdit.weights.growing import grown, lacks_parts
+from jvdit.weights.fitting import fitted, other_parts
 from jvdit.weights.wan import dit_rules
 
 KINDS, CLIPS, PATCH = (24, 8), 2, (1, 2, 2)
@@ -251,7 +251,7 @@ def test_a_network_grown_from_a_silent_one_shows_the_same_pictures(batch, scan):
     held = jax.jit(silent.init)(key, *silent.example_inputs())["params"]
     held = jax.tree.map(lambda x: x + 0.03, held)
     new = jax.jit(heard.init)(key, *heard.example_inputs())["params"]
-    assert lacks_parts(held, new) and not lacks_parts(new, new)
+    assert other_parts(held, new) and not other_parts(new, new)
     flat = flatten_dict(new, sep="/")
     asked = []
 
@@ -259,12 +259,20 @@ def test_a_network_grown_from_a_silent_one_shows_the_same_pictures(batch, scan):
         asked.extend(paths)
         return {path: flat[path] for path in paths}
 
-    params = grown(held, new, fresh)
+    params = fitted(held, new, fresh)
     assert {x.partition("/")[0] for x in asked} == {"sound_embed", "sound_head"}
     inputs = Tokens.of(row, row["latents"]), times(row)[:, : CLIPS + 1], text_of(row)
     want = jax.jit(silent.apply)({"params": held}, *inputs)
     found = jax.jit(heard.apply)({"params": params}, *inputs)
     assert_close(found, want)
+    # And back: what sound has of its own is left out, whichever way blocks are stacked.
+    assert other_parts(params, held)
+    for other in (scan, not scan):
+        again = silent.clone(scan_layers=other)
+        shapes = jax.eval_shape(again.init, key, *silent.example_inputs())["params"]
+        less = fitted(params, shapes, fresh)
+        found = jax.jit(again.apply)({"params": less}, *inputs)
+        assert_close(found, want)
 
 
 @pytest.mark.parametrize("scan", [False, True])

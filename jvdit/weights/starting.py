@@ -14,8 +14,8 @@ from jax.sharding import Mesh, NamedSharding
 from jvdit.machine.json_files import differences
 from jvdit.sharding import parameter_shardings
 from jvdit.weights.bundle import Bundle
+from jvdit.weights.fitting import fitted, other_parts
 from jvdit.weights.folders import load_dit
-from jvdit.weights.growing import grown, lacks_parts
 from jvdit.weights.parameters import load_weights, weights_hash
 from jvdit.weights.release import is_release, read_release
 
@@ -66,7 +66,7 @@ def finished_parameters(
         dtype = jax.tree.leaves(shapes)[0].dtype
         scan = "blocks" in shapes
         held = load_dit(parts[name], mesh, dtype, scan_layers=scan).params
-        params[name] = _grown(held, name, wanted, fresh)
+        params[name] = _fitted(held, name, wanted, fresh)
         _check_alike(
             params[name],
             shapes,
@@ -90,7 +90,7 @@ def _own_parameters(
     if "dit_low" in wanted and not (whole / "dit_low").exists():
         places["dit_low"] = places["dit"]  # both experts begin as the one network
     params = {name: load_weights(place)[0] for name, place in places.items()}
-    params = {name: _grown(x, name, wanted, fresh) for name, x in params.items()}
+    params = {name: _fitted(x, name, wanted, fresh) for name, x in params.items()}
     _check_alike(
         params,
         dict(wanted),
@@ -101,11 +101,13 @@ def _own_parameters(
     return jax.tree.map(_divided, params, shardings, dict(wanted))
 
 
-def _grown(held: Any, name: str, wanted: Mapping[str, Any], fresh: Fresh | None) -> Any:
-    """Parameters of a network, with what sound and skips have of their own."""
-    if fresh is None or not lacks_parts(held, wanted[name]):
+def _fitted(
+    held: Any, name: str, wanted: Mapping[str, Any], fresh: Fresh | None
+) -> Any:
+    """Parameters of a network, with the parts that it has, and no others."""
+    if fresh is None or not other_parts(held, wanted[name]):
         return held
-    return grown(held, wanted[name], partial(fresh, name))
+    return fitted(held, wanted[name], partial(fresh, name))
 
 
 def _check_alike(held: Any, asked: Any, other: str, remedy: str) -> None:
