@@ -285,3 +285,27 @@ def test_bucket_weights_and_hosts():
 def test_bucket_mistakes_are_explained():
     with pytest.raises(ValueError, match=r"1, 64, 64.*`pixel_budget` \(=100\)"):
         make_buckets(9, sizes=PIXEL_SIZES, pixel_budget=100, multiple=1)
+
+
+@pytest.mark.parametrize("hosts", [2, 4, 8])
+def test_no_host_has_more_pairs_of_tokens_than_others(hosts):
+    """Long clips take longer than short ones of as many tokens."""
+    sizes = [(21, 16, 16), (9, 16, 16), (5, 8, 8), (1, 16, 16), (1, 8, 8)]
+    budgets = {"token_budget": 1400, "text_budget": 4096, "max_clips": 40}
+    plan = PackPlan([make_index(9000, sizes=sizes)], rows_per_step=64, **budgets)
+
+    def pairs(rows):
+        return sum(slot.tokens**2 for row in rows for slot in row)
+
+    uneven, before = [], []
+    for step in range(5):
+        whole = plan.rows(step)
+        parts = [plan.rows(step, host, hosts) for host in range(hosts)]
+        assert [*itertools.chain(*parts)] == whole
+        counts = [pairs(part) for part in parts]
+        uneven.append(max(counts) / np.mean(counts))
+        # As they would lie if they were shuffled.
+        order = np.random.default_rng(step).permutation(64).reshape(hosts, -1)
+        shuffled = [pairs([whole[i] for i in part]) for part in order]
+        before.append(max(shuffled) / np.mean(shuffled))
+    assert np.mean(uneven) - 1 < (np.mean(before) - 1) / 2, (uneven, before)

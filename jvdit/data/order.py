@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 _VERSION = 1  # of the order; part of every fingerprint
 
@@ -136,6 +137,24 @@ def _apportion(total: int, shares: np.ndarray) -> np.ndarray:
     whole, rest = np.divmod(shares * over, shares.sum())
     whole[np.argsort(-rest, kind="stable")[: over - whole.sum()]] += 1
     return whole + shares * turns
+
+
+def evenly_dealt(cost: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
+    """An order in which both halves cost nearly the same, and the halves of those.
+
+    Args:
+        cost: of each of some things.
+    """
+    if np.ptp(cost) == 0:
+        return np.arange(len(cost))
+
+    def dealt(falling: np.ndarray) -> np.ndarray:
+        if len(falling) % 2:
+            return falling
+        first = np.isin(np.arange(len(falling)) % 4, (0, 3))
+        return np.concatenate([dealt(falling[first]), dealt(falling[~first])])
+
+    return dealt(np.argsort(-cost, kind="stable"))
 
 
 def host_share(name: str, total: int, step: int, host: int, hosts: int) -> np.ndarray:

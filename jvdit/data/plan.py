@@ -23,6 +23,7 @@ from jaxtyping import Int
 
 from jvdit.data.order import (
     Streams,
+    evenly_dealt,
     fingerprint,
     host_share,
     permute,
@@ -123,6 +124,10 @@ class PackPlan(StepPlan):
     the others go on from epoch to epoch: no clip is ever skipped, and the sizes of a
     source keep their proportions to within one clip of each size an epoch.
 
+    Rows have equally many tokens, but a long clip has more pairs of them than short
+    ones: the rows of a step lie so that its halves, and the halves of those, have
+    nearly the same number of pairs, and no host or device waits for the others.
+
     Args:
         indexes: the index of each source: `frames`, `height`, `width` of the latents
             and `text_length`, one entry a clip; `given` may count latents beside them.
@@ -212,6 +217,8 @@ class PackPlan(StepPlan):
         self._block_start = np.arange(self._blocks + 1) * self._block_rows + (
             np.arange(self._blocks + 1) * self._rest_rows // self._blocks
         )
+        tokens = (streams.key[:, 0] + streams.key[:, 2:].sum(axis=1))[self._stream]
+        self._pairs = np.add.reduceat(tokens**2, self._row_start[:-1])
         used = int(places @ streams.key[:, 0])
         self.padding = 1 - used / (self.rows_per_epoch * self.token_budget)
         self.steps_per_epoch = self.rows_per_epoch / self.rows_per_step
@@ -225,8 +232,13 @@ class PackPlan(StepPlan):
             ValueError: the rows cannot be shared equally, or `step` is negative.
         """
         mine = host_share("rows_per_step", self.rows_per_step, step, host, hosts)
-        epoch, row = np.divmod(step * self.rows_per_step + mine, self.rows_per_epoch)
+        every = step * self.rows_per_step + np.arange(self.rows_per_step)
+        epoch, row = np.divmod(every, self.rows_per_epoch)
         template, block = self._templates(epoch, row)
+        chosen = mine
+        if epoch[0] == epoch[-1]:  # the rows of an epoch stay together
+            chosen = evenly_dealt(self._pairs[template])[mine]
+        epoch, template, block = epoch[chosen], template[chosen], block[chosen]
         sizes = self._row_start[template + 1] - self._row_start[template]
         which = np.repeat(np.arange(len(mine)), sizes)
         place = np.arange(len(which)) + np.repeat(
