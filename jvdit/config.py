@@ -195,6 +195,9 @@ def flow(variant: str = "world-s", text_variant: str = "world") -> Config:
     # Share of the clips of which each condition is given, so that the model takes it:
     # with `first_frame` a request's `image`.
     config.given = {name: 0.0 for name, row in CONDITIONS.items() if row.trains}
+    # Noise that given tokens have in training, though the network is told that they are
+    # clean: so that a film bears with what it made itself. 0: none.
+    config.given_noise = 0.0
     # Share of the clips whose chunks (`dit.chunk_frames`) have noise levels of their
     # own, so that a causal model can stream, and of these the share that begins clean.
     config.forcing = {"share": 0.0, "clean": 0.5}

@@ -97,7 +97,7 @@ RANGES: dict[str, Range | tuple[str, ...]] = {
     "loss.*": _WEIGHT,
     "pairings.*": _WEIGHT,
     "sound_weight": _WEIGHT,
-    "given.*": _SHARE,
+    "given*": _SHARE,
     "forcing.*": _SHARE,
     "data.caption_dropout": _SHARE,
     "cut": _SHARE,

@@ -224,3 +224,21 @@ def test_cached_text_embeddings_take_the_encoder_s_place(objective, params, batc
     found = text_of(None, params, cached)
     assert isinstance(found, Text)
     np.testing.assert_array_equal(found.embeds, states.embeds)
+
+
+def test_given_tokens_may_be_a_little_noisy(objective, params, batch):
+    """The network is told that they are clean, and learns nothing of them."""
+    noise = jax.random.normal(jax.random.key(3), batch["latents"].shape)
+    t, sigma = jnp.full((8, 2), 0.4), 0.1
+    given = np.arange(12) < 2
+    batch = batch | {"level": jnp.where(given, 0, batch["level"])}
+    noisy = dataclasses.replace(objective, given=("prefix",), given_noise=sigma)
+    found, _ = jax.jit(noisy.error)(params, batch, batch["latents"], noise, t)
+    plain = dataclasses.replace(noisy, given_noise=0.0)
+    mixed = NoisePath().mix(batch["latents"], noise, jnp.asarray(sigma))
+    known = jnp.where(given[:, None], mixed, batch["latents"])
+    want, _ = jax.jit(plain.error)(params, batch, known, noise, t)
+    assert_close(found, want)
+    other, _ = jax.jit(plain.error)(params, batch, batch["latents"], noise, t)
+    assert jnp.abs(found - other)[:, 2:4].max() > 1e-4
+    np.testing.assert_array_equal(np.asarray(found)[:, :2], 0)

@@ -71,6 +71,7 @@ def flow_objective(
         pad_text=config.conventions.pad_text,
         boundary=_boundary(config, mesh),
         given=tuple(given_shares(config)),
+        given_noise=config.given_noise,
         frames=frames,
         forcing=_forcing(config, dit, longest),
         **sound,

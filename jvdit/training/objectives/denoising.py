@@ -80,6 +80,8 @@ class FlowObjective:
         boundary: with two experts, "dit" is trained at t above this and "dit_low"
             below, on the first and the second half of a batch's rows. 0: one network.
         given: the conditions that clips are trained with, names in `CONDITIONS`.
+        given_noise: time t at which given tokens are in truth, for which the network is
+            told 0 (noise augmentation, arXiv:2106.15282).
         lora: LoRA adapters of `dit` to train; everything else is then frozen. None: the
             networks themselves are trained.
         kinds: how many tokens of a row are of each kind; (): there are pictures alone.
@@ -98,6 +100,7 @@ class FlowObjective:
     pad_text: bool = False
     boundary: float = 0.0
     given: tuple[str, ...] = ()
+    given_noise: float = 0.0
     lora: LoRA | None = None
     kinds: tuple[int, ...] = ()
     pairings: tuple[tuple[str, float], ...] = ()
@@ -255,7 +258,11 @@ class FlowObjective:
         if clean.level is not None:
             levels = jnp.pad(t, (*((0, 0),) * (t.ndim - 1), (1, 0))).reshape(len(t), -1)
         token_t = clean.per_token(levels)
-        tokens = clean.with_latents(self.path.mix(x0, noise, token_t))
+        noisy_t = token_t
+        if self.given_noise:
+            learned = generated(batch)[..., None]
+            noisy_t = jnp.where(learned, token_t, self.given_noise)
+        tokens = clean.with_latents(self.path.mix(x0, noise, noisy_t))
         variables, rngs = {"params": params[name]}, {}
         if self.lora is not None:
             variables["lora"] = self.lora.active(params["lora"], rng is not None)
