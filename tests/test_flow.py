@@ -68,6 +68,22 @@ def test_shift_grows_with_tokens_inside_its_bounds():
     np.testing.assert_allclose(shifts, [1.0, 2.0, 2.6, 3.0], rtol=1e-6)
 
 
+def test_sound_has_later_times():
+    """Along with a picture, and by itself, where its own size counts."""
+    how = {"shift_tokens": 100, "shift_range": (1.5, 9.0)}
+    policy = TimestepPolicy(shift=2.0, sound_shift=3.0, **how)
+    even, few, many = jnp.linspace(0, 1, 9), jnp.full(9, 1.0), jnp.full(9, 100.0)
+    along = policy.sound_times(policy.shifted(even, many))
+    want = TimestepPolicy(shift=6.0).shifted(even, many)
+    np.testing.assert_allclose(along, want, rtol=1e-6)
+    np.testing.assert_allclose(policy.of_sound.shift_for(few), 4.5)  # 3 x 1.5
+    plain = TimestepPolicy(shift=2.0, **how)
+    assert plain.of_sound == plain
+    np.testing.assert_array_equal(plain.sound_times(even), even)
+    with pytest.raises(ValueError, match=r"timesteps\.sound_shift.*=0"):
+        TimestepPolicy(sound_shift=0.0)
+
+
 def test_training_times_follow_the_quantile_and_are_shifted():
     policy = TimestepPolicy(shift=3.0)
     t = policy.sample(jax.random.key(0), jnp.full((64,), 7.0))

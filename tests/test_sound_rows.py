@@ -12,6 +12,7 @@ from jvdit.data.packing import pack_rows, unpack_rows, unpack_sounds
 from jvdit.data.patches import latent_times, patchify, positions, sound_positions
 from jvdit.diffusion.denoise import denoise
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
+from jvdit.generation import sampling
 from jvdit.models.dit import VARIANTS, DiT
 from jvdit.models.lora import LoRA
 from jvdit.shapes import Text, Tokens, apart
@@ -318,6 +319,25 @@ def test_a_pairing_decides_what_is_learned(batch, name):
     t = np.asarray(made["t"])
     assert t.shape == (4, 2, CLIPS)
     assert (t[heard, 0, 0] == t[heard, 1, 0]).all() == together
+
+
+@pytest.mark.parametrize("given", ["", "picture", "sound"])
+def test_training_and_sampling_have_sound_at_the_same_times(batch, given):
+    """Its own where it is made for a picture, and later ones where along with it."""
+    policy = TimestepPolicy(shift=2.0, shift_range=(1.0, 9.0), sound_shift=3.0)
+    task = "together" if not given else [*PAIRINGS][2 + (given == "sound")]
+    made = paired(batch, jax.random.key(3), {task: 1.0}, policy, KINDS)
+    arrays = {name: made[name] for name in ("segment", "level")}
+    start = sampling.Start(NoisePath(), policy, 8, "euler", kinds=KINDS)
+    times = np.asarray(sampling._times(start, arrays, CLIPS + 1))[:, 0]
+    picture, sound = times[:, 1], times[:, CLIPS + 2]
+    even = jnp.linspace(1, 0, 9)
+    np.testing.assert_allclose(picture, TimestepPolicy(shift=2.0).shifted(even, even))
+    later = TimestepPolicy(shift=6.0).shifted(even, even)
+    np.testing.assert_allclose(sound, later, rtol=1e-5)
+    if not given:
+        drawn = made["t"][0, :, 0]
+        np.testing.assert_allclose(drawn[1], policy.sound_times(drawn[0]), rtol=1e-6)
 
 
 def test_the_loss_is_the_sum_of_the_means_of_the_kinds(batch):

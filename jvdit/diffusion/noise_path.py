@@ -154,9 +154,8 @@ class TimestepPolicy:
         shift_tokens: the token count that `shift` was chosen for. None: every clip has
             the same shift.
         shift_range: smallest and largest s.
-        sound_shift: how many times larger s is for a sound than for a picture of as
-            many tokens, where it has times of its own: what is heard when is decided at
-            more noise than how it sounds.
+        sound_shift: how many times larger s is for a sound than for a picture: what is
+            heard when is decided at more noise than what is seen where.
         span: training timesteps lie between these two; with two experts, the part of
             one of them.
         grid: sampling starts from the first of these, after the shift; the second is
@@ -221,6 +220,10 @@ class TimestepPolicy:
             shift_range=(low, high),
             sound_shift=1.0,
         )
+
+    def sound_times(self, t: Times) -> Times:
+        """The times of a sound that is made along with a picture at these times."""
+        return _shifted(t, self.sound_shift)
 
     def shift_for(self, num_tokens: Times) -> Times:
         """The shift s of clips with this many tokens."""

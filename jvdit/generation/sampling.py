@@ -212,8 +212,8 @@ def _times(
 ) -> Float[Array, "times b g"]:
     """The timesteps of each noise level of each row, so many for each kind.
 
-    The picture and the sound of a clip are at one time. Where one of them is given, the
-    other has the times of its own size.
+    The sound of a clip goes along with its picture (`sound_times`). Where one of them
+    is given, the other has the times of its own size.
     """
     path = start.path
     kinds = start.kinds or (arrays["segment"].shape[1],)
@@ -227,7 +227,8 @@ def _times(
     if len(times) > 1:
         level = jnp.split(arrays["level"], ends, axis=1)[0]
         generated = jax.nn.one_hot(level, levels).sum(1) > 0
-        times[1] = jnp.where(generated.at[:, 0].set(False)[None], *times)
+        along = start.policy.sound_times(times[0])
+        times[1] = jnp.where(generated.at[:, 0].set(False)[None], along, times[1])
     return jnp.concatenate(times, axis=-1)
 
 

@@ -54,7 +54,7 @@ class PackedClip:
         request: complete.
         slot: its place.
         size: its latent frames, height and width.
-        times: its timesteps, from 1 down to 0.
+        times: the timesteps of its picture and of its sound, from 1 down to 0.
         scale: of its guidance.
         index: steps that are done.
         broken: whether the network has made numbers that aren't finite.
@@ -219,18 +219,21 @@ class Packed:
         given = inputs.known(request, size)
         (item,), (null,) = inputs.items([request], [size], [given], None)
         put(self._arrays, self.shape, slot, item, null)
-        count, policy = slot.counts[0], generator.model.policy
-        heard = len(slot.counts) > 1 and slot.counts[1]
-        if heard and not np.any(np.broadcast_to(item.level, len(item.latents))[:count]):
-            count, policy = heard, policy.of_sound  # the picture is given
-        times = self._times(policy, settings.steps or 1, count)
+        count, steps = slot.counts[0], settings.steps or 1
+        policy = generator.model.policy
+        times = self._times(policy, steps, count)
+        along = np.asarray(policy.sound_times(times))
+        if not np.any(np.broadcast_to(item.level, len(item.latents))[:count]):
+            # The picture is given, so its sound goes by its own size.
+            along = self._times(policy.of_sound, steps, max(item.sounds, 1))
+        times = np.stack([times, along], axis=1)
         clip = PackedClip(request, slot, size, times, settings.guidance_scale or 1.0)
         self._enter(clip)
         self.running.append(clip)
         return clip
 
     def _times(self, policy: TimestepPolicy, steps: int, count: int) -> np.ndarray:
-        """The timesteps of a clip, from 1 down to 0."""
+        """The timesteps of so many tokens, from 1 down to 0."""
         even = policy.even(steps, self.generator.model.path.timesteps)
         padded = np.zeros(self.steps + 1, np.float32)
         padded[: len(even)] = even
@@ -293,7 +296,7 @@ class Packed:
             for kind, level in enumerate(self._levels(clip.slot)):
                 at = clip.slot.row, level
                 index[at], steps[at] = clip.index, len(clip.times) - 1
-                t[at], t_next[at] = clip.times[clip.index : clip.index + 2]
+                t[at], t_next[at] = clip.times[clip.index : clip.index + 2, kind]
                 scales[at] = own if kind and own is not None else clip.scale
         with jax.set_mesh(self.generator.mesh):
             now = (index, steps, t, t_next, scales, self._seeds)

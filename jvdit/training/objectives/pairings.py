@@ -24,7 +24,7 @@ class Pairing(NamedTuple):
 
     Attributes:
         picture, sound: how each comes: NOISY, CLEAN or ABSENT.
-        together: whether both are at one time.
+        together: whether both are at one step of the way, see `sound_times`.
     """
 
     picture: int
@@ -96,7 +96,8 @@ def paired(
         policies[i].sample(k, jnp.maximum(sizes[:, i], 1))
         for i, k in enumerate(keys[1:])
     ]
-    t = jnp.stack([times[0], jnp.where(together, times[0], times[1])], axis=1)
+    along = policy.sound_times(times[0])
+    t = jnp.stack([times[0], jnp.where(together, along, times[1])], axis=1)
 
     def of_token(values: Array, fill: int) -> Array:
         """Spreads a value of each clip and kind to its tokens; padding has `fill`."""
