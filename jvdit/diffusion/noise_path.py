@@ -221,8 +221,11 @@ class TimestepPolicy:
             sound_shift=1.0,
         )
 
-    def sound_times(self, t: Times) -> Times:
-        """The times of a sound that is made along with a picture at these times."""
+    def sound_times(self, t: Float[Any, "*shape"]) -> Float[Any, "*shape"]:
+        """The times of a sound that is made along with a picture at these times.
+
+        Works on arrays of numpy and of JAX.
+        """
         return _shifted(t, self.sound_shift)
 
     def shift_for(self, num_tokens: Times) -> Times:

@@ -222,7 +222,7 @@ class Packed:
         count, steps = slot.counts[0], settings.steps or 1
         policy = generator.model.policy
         times = self._times(policy, steps, count)
-        along = np.asarray(policy.sound_times(times))
+        along = policy.sound_times(times)
         if not np.any(np.broadcast_to(item.level, len(item.latents))[:count]):
             # The picture is given, so its sound goes by its own size.
             along = self._times(policy.of_sound, steps, max(item.sounds, 1))
