@@ -473,6 +473,26 @@ def test_only_adapters_that_are_offered_may_be_named(fake):
         served.order(VideoRequest.of({"prompt": PROMPT, "lora": "other"}), {})
 
 
+def test_an_offered_adapter_that_is_no_file_is_told(tmp_path):
+    done = command("serve", "--offer_lora=gravity", "--port=0", f"--out={tmp_path}")
+    assert done.returncode == 1 and "must read NAME=FILE" in done.stderr
+    done = command("serve", "--offer_lora=x=no.file", "--port=0", f"--out={tmp_path}")
+    assert done.returncode == 1 and "no.file" in done.stderr
+
+
+def test_what_opens_the_model_is_said_of_each_clip(fake):
+    asked = VideoRequest.of({"prompt": PROMPT})
+    for source, opened in (
+        ({}, ""),
+        ({"quantize": "int8"}, "quantize='int8'"),
+        ({"pretrained": "wan", "quantize": "int8"}, "'wan', quantize='int8'"),
+    ):
+        served = Served(fake, "fake", source=source)
+        told = served.told(*served.order(asked, {}))
+        assert f"Generator.load({opened})" in told["python"]
+        assert all(f"--{k}={v}" in told["command"] for k, v in source.items())
+
+
 def test_the_largest_request_is_that_of_the_rows(fake):
     served = Served(fake, "fake")
     assert served.tokens == 208 and served.tokens_of(9, 32, 32) == 80
