@@ -7,6 +7,7 @@ matches the whole name holds for it, and for each number of a tuple.
 import dataclasses
 import fnmatch
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -29,7 +30,9 @@ class Range:
     without: str = ""
 
     def holds(self, value: int | float) -> bool:
-        """Whether a number lies in the range; NaN never does."""
+        """Whether a number lies in the range; NaN, or one beyond floats, never does."""
+        if isinstance(value, int) and abs(value) > sys.float_info.max:
+            return False
         if not self.whole:
             value = float(np.float32(value))  # as which it is computed with
         low = self.low < value or (self.low == value and not self._open("low"))
@@ -55,6 +58,7 @@ _ANY = Range()
 _SHARE = Range(0, 1)
 _WEIGHT = Range(0)
 _POSITIVE = Range(0, without="low")
+_SCALE = Range(0, 1000)  # what is larger makes numbers that aren't finite
 _DECAY = Range(0, 1, without="high")
 _NONE_OR_MORE = Range(0, whole=True)
 _COUNT = Range(1, whole=True)
@@ -67,9 +71,9 @@ RANGES: dict[str, Range | tuple[str, ...]] = {
     "seed": _SEED,
     "*guidance_rescale": _SHARE,
     "*guidance_interval": _SHARE,
-    "*guidance_scale*": _WEIGHT,
-    "*sync_scale": _WEIGHT,
-    "*fps": _POSITIVE,
+    "*guidance_scale*": _SCALE,
+    "*sync_scale": _SCALE,
+    "*fps": Range(0.01, 1000),
     "steps": _COUNT,
     "strength": _SHARE,
     "frames": _COUNT,

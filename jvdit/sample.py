@@ -93,7 +93,9 @@ def _load(mesh: Mesh) -> Generator:
             model = with_adapters(model, files, networks)
     if asked.SCALE_2.value is not None and not model.boundary:
         raise ValueError("--guidance_scale_2 is for models of two experts.")
-    return Generator(model, mesh)
+    generator = Generator(model, mesh, quantize=asked.QUANTIZE.value or "")
+    print(generator.room.told, file=sys.stderr)
+    return generator
 
 
 def _open(mesh: Mesh) -> Bundle:
@@ -263,7 +265,8 @@ def _stages(generator: Generator) -> list[tuple[str, Generator]]:
         stage, _, folder = text.partition("=")
         by = generator
         if folder:
-            by = Generator.load(pathlib.Path(folder).absolute(), generator.mesh)
+            place = pathlib.Path(folder).absolute()
+            by = Generator.load(place, generator.mesh, generator.quantize)
         check_stage(by, stage)
         found.append((stage, by))
     return found

@@ -10,6 +10,7 @@ if __name__ == "__main__":
     use_huge_pages()  # begins this process anew, so before what takes seconds
 
 
+import contextlib
 import os
 import pathlib
 import socket
@@ -26,6 +27,7 @@ from jvdit.machine.files import check_writable
 from jvdit.machine.lock import FolderLock
 from jvdit.sharding import make_mesh, parse_mesh
 from jvdit.weights.adapters import strengths
+from jvdit.weights.few_bits import FORMS
 from jvdit.weights.opening import EXPERTS, open_bundle, with_adapters
 
 _WORKDIR = flags.DEFINE_string(
@@ -50,6 +52,12 @@ _OFFERED = flags.DEFINE_multi_string(
     [],
     "Adapter that a request may name, as NAME=FILE or NAME=FILE:0.8; those clips are "
     "made by themselves.",
+)
+_QUANTIZE = flags.DEFINE_enum(
+    "quantize",
+    None,
+    [*FORMS],
+    "Hold the weights of the DiT and of the text encoder in few bits.",
 )
 _NAME = flags.DEFINE_string(
     "name", None, "What the model is called (default: as its folder)."
@@ -141,11 +149,13 @@ def _generator() -> tuple[Generator, dict[str, str]]:
     model = open_bundle(_PRETRAINED.value or folder, mesh)
     if files := strengths(_LORA.value):
         model = with_adapters(model, files, EXPERTS)
-    flag = _WORKDIR if _PRETRAINED.value is None else _PRETRAINED
-    source = {flag.name: flag.value} if flag.value else {}
+    generator = Generator(model, mesh, quantize=_QUANTIZE.value or "")
+    print(generator.room.told, flush=True)
+    flags_given = _WORKDIR, _PRETRAINED, _QUANTIZE
+    source = {flag.name: flag.value for flag in flags_given if flag.value}
     if _LORA.value:
         source["lora"] = ",".join(_LORA.value)
-    return Generator(model, mesh), source
+    return generator, source
 
 
 def _offered(generator: Generator) -> dict[str, Generator]:
@@ -175,11 +185,13 @@ def serve() -> None:
         raise ValueError(
             f"{error.name} is missing: pip install 'jvdit[serve]'."
         ) from None
-    token, folder, listening = _token(), pathlib.Path(_OUT.value), _socket()
-    check_writable(folder)
-    lock = FolderLock(folder)
-    lock.acquire()
-    try:
+    token, folder = _token(), pathlib.Path(_OUT.value)
+    with contextlib.ExitStack() as held:
+        listening = held.enter_context(_socket())
+        check_writable(folder)
+        lock = FolderLock(folder)
+        lock.acquire()
+        held.callback(lock.release)
         limits = jobs.Limits(
             waiting=_QUEUE.value,
             seconds=_KEEP.value * 3600,
@@ -187,10 +199,11 @@ def serve() -> None:
         )
         queue = jobs.Jobs(folder, limits)
         generator, source = _generator()
-        name = (
-            _NAME.value or pathlib.Path(next(iter(source.values()), "jvdit-box")).name
-        )
-        model = served.Served(generator, name, _TOKENS.value or 0, _STEPS.value, source)
+        opened = _PRETRAINED.value or _WORKDIR.value or "jvdit-box"
+        name = _NAME.value or pathlib.Path(opened).name
+        bounds = _TOKENS.value or 0, _STEPS.value
+        loras = _offered(generator)
+        model = served.Served(generator, name, *bounds, source, loras)
         rows = packed.Packed(
             generator, model.tokens, _CLIPS.value, model.steps, _ROWS.value
         )
@@ -211,8 +224,6 @@ def serve() -> None:
         place = f"http://{_HOST.value}:{listening.getsockname()[1]}"
         print(f"{name} is served at {place}", flush=True)
         uvicorn.Server(config).run([listening])
-    finally:
-        lock.release()
 
 
 def main(argv: list[str]) -> None:

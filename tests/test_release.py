@@ -19,7 +19,8 @@ from jvdit.data.tokenizer import (
     train_tokenizer,
 )
 from jvdit.generation.request import Request, size_like
-from jvdit.generation.residence import Residence, fits_together
+from jvdit.generation.residence import Residence
+from jvdit.generation.room import Room
 from jvdit.models.dit import VARIANTS
 from jvdit.sharding import make_mesh
 from jvdit.weights.bundle import Bundle
@@ -343,4 +344,6 @@ def test_one_network_is_on_the_devices_at_a_time():
         for name in "xxyx":
             _ = residence[name]
         assert "".join(brought) == want
-    assert fits_together(1000, mesh) and not fits_together(1 << 60, mesh)
+    for count, fits in ((1000, True), (1 << 60, False)):
+        shapes = {"a": jax.ShapeDtypeStruct((count,), float)}
+        assert Room({"vae": Network(None, bring, shapes)}, mesh).together == fits

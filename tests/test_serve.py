@@ -161,6 +161,7 @@ MISTAKES = {
     "nested": ({"conditions": {"imag": "data:image/png;base64,AA=="}}, "imag"),
     "steps": ({"num_inference_steps": 0}, "num_inference_steps"),
     "many steps": ({"num_inference_steps": 10**9}, "num_inference_steps"),
+    "endless": ({"num_inference_steps": "9" * 400}, "num_inference_steps"),
     "frames": ({"num_frames": -1}, "num_frames"),
     "frames that no latents make": ({"num_frames": 4000000}, "num_frames"),
     "both": ({"seconds": 1, "num_frames": 9}, "num_frames"),
@@ -170,6 +171,9 @@ MISTAKES = {
     "nan": ({"seconds": float("nan")}, "seconds"),
     "type": ({"seed": "three"}, "seed"),
     "seed": ({"seed": -1}, "seed"),
+    "scale": ({"guidance_scale": 2.0**70}, "guidance_scale"),
+    "fast": ({"fps": 2.0**70}, "fps"),
+    "slow": ({"fps": 1e-20}, "fps"),
     "nul": ({"prompt": "a\0b"}, "prompt"),
     "long": ({"prompt": "x" * 30000}, "prompt"),
     "model": ({"model": "sora-2"}, "model"),
@@ -278,7 +282,9 @@ def test_half_an_upload_leaves_nothing(served):
 
 
 def test_other_sites_and_names_are_refused(served):
-    for headers in ({"origin": "http://evil.example"}, {"host": "evil.example"}):
+    wrong = [{"origin": x} for x in ("http://evil.example", "http://[", "null")]
+    wrong += [{"host": x} for x in ("evil.example", "[", "[::1", "a b", "")]
+    for headers in wrong:
         assert ask(served.port, "GET", "/v1/videos", **headers)[0] == 403
     own = f"http://127.0.0.1:{served.port}"
     assert ask(served.port, "GET", "/v1/videos", origin=own)[0] == 200
@@ -471,6 +477,26 @@ def test_only_adapters_that_are_offered_may_be_named(fake):
     assert served.maker(asked) is tuned and served.card["loras"] == ["gravity"]
     with pytest.raises(ValueError, match="gravity is"):
         served.order(VideoRequest.of({"prompt": PROMPT, "lora": "other"}), {})
+
+
+def test_an_offered_adapter_that_is_no_file_is_told(tmp_path):
+    done = command("serve", "--offer_lora=gravity", "--port=0", f"--out={tmp_path}")
+    assert done.returncode == 1 and "must read NAME=FILE" in done.stderr
+    done = command("serve", "--offer_lora=x=no.file", "--port=0", f"--out={tmp_path}")
+    assert done.returncode == 1 and "no.file" in done.stderr
+
+
+def test_what_opens_the_model_is_said_of_each_clip(fake):
+    asked = VideoRequest.of({"prompt": PROMPT})
+    for source, opened in (
+        ({}, ""),
+        ({"quantize": "int8"}, "quantize='int8'"),
+        ({"pretrained": "wan", "quantize": "int8"}, "'wan', quantize='int8'"),
+    ):
+        served = Served(fake, "fake", source=source)
+        told = served.told(*served.order(asked, {}))
+        assert f"Generator.load({opened})" in told["python"]
+        assert all(f"--{k}={v}" in told["command"] for k, v in source.items())
 
 
 def test_the_largest_request_is_that_of_the_rows(fake):

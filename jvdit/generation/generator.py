@@ -22,9 +22,10 @@ from jvdit.generation.draft import drafted, dubbed
 from jvdit.generation.experts import Experts, hint_scales
 from jvdit.generation.inputs import Inputs
 from jvdit.generation.request import STATES, Request, complete
-from jvdit.generation.residence import Residence, fits_together
+from jvdit.generation.residence import Residence
 from jvdit.generation.restyle import begun
 from jvdit.generation.results import GeneratedClip, Latents
+from jvdit.generation.room import Room
 from jvdit.generation.sampling import (
     OnStep,
     Start,
@@ -37,6 +38,7 @@ from jvdit.sharding import (
     make_mesh,
 )
 from jvdit.weights.bundle import Bundle, save_bundle
+from jvdit.weights.few_bits import check_form
 from jvdit.weights.opening import open_bundle
 
 ROWS = 8  # rows of a batch that are denoised together
@@ -54,17 +56,27 @@ class Generator:
         together: True keeps the parameters of all networks on the devices; False holds
             one network there at a time, to save memory. By default decided by whether
             they fit.
+        quantize: a name in `FORMS` of `few_bits`, such as "int8": the kernels of the
+            DiT and of the text encoder are held so, in a half or less of the memory.
+
+    Raises:
+        ValueError: `quantize` is no such name.
     """
 
     model: Bundle
     mesh: Mesh = dataclasses.field(default_factory=make_mesh)
     together: bool | None = None
+    quantize: str = ""
+
+    def __post_init__(self):
+        check_form(self.quantize)
 
     @classmethod
     def load(
         cls,
         folder: str | os.PathLike[str] = FOLDER,
         mesh: Mesh | None = None,
+        quantize: str = "",
         **options: Any,
     ) -> "Generator":
         """Loads a finished model; by default the small one that comes with jvdit.
@@ -72,6 +84,7 @@ class Generator:
         Args:
             folder: a training workdir, its `model` folder, or a released Wan model.
             mesh: the device mesh; by default all devices along `data`.
+            quantize: form of the weights, as of the class.
             **options: for a released model: `dtype`, `shift`, `parts` and the other
                 arguments of `open_bundle`.
 
@@ -79,8 +92,9 @@ class Generator:
             FileNotFoundError: the model or a part of it is missing.
             ValueError: the folder holds something else, or damaged files.
         """
+        check_form(quantize)
         mesh = make_mesh() if mesh is None else mesh
-        return cls(open_bundle(folder, mesh, **options), mesh)
+        return cls(open_bundle(folder, mesh, **options), mesh, quantize=quantize)
 
     def timed(self, levels: tuple[float, ...]) -> "Generator":
         """The same generator at noise levels of its own; one for each, with one memory.
@@ -444,14 +458,17 @@ class Generator:
         """The parameters by network, placed on the devices when they are needed."""
         networks, held = self._held
         if networks is not self.model.networks:
-            together = self.together
-            if together is None:
-                together = fits_together(self.model.num_bytes, self.mesh)
-            networks = self.model.networks
+            networks, together = self.model.networks, self.together
+            together = self.room.together if together is None else together
             sources = {name: x.source for name, x in networks.items()}
-            held = Residence(sources, self.mesh, together)
+            held = Residence(sources, self.mesh, together, self.quantize)
             self._held = networks, held
         return held
+
+    @property
+    def room(self) -> Room:
+        """What the networks take of the devices' memory, and whether they fit."""
+        return Room(self.model.networks, self.mesh, self.quantize)
 
     @cached_property
     def _held(self) -> tuple[Any, Any]:
@@ -468,7 +485,7 @@ class Generator:
         """Generates the images of drafts: this generator, or that of `pictures`."""
         if self.model.pictures is None:
             return self
-        return Generator(self.model.pictures, self.mesh)
+        return Generator(self.model.pictures, self.mesh, quantize=self.quantize)
 
     @property
     def experts(self) -> Experts:

@@ -1,17 +1,14 @@
 """Keeps the parameters of several networks on the devices, or loads them in turn."""
 
-import math
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from jvdit.sharding import parameter_shardings, shard_axes
+from jvdit.sharding import parameter_shardings
+from jvdit.weights.few_bits import NETWORKS, few_bits
 from jvdit.weights.parameters import Parameters
-
-_SHARE = 0.8  # share of memory that parameters may take; activations need the rest
 
 
 class Residence:
@@ -24,12 +21,20 @@ class Residence:
         mesh: the device mesh.
         together: True keeps loaded parameters on the mesh; False frees those of the
             other networks when one is looked up, so that one is there at a time.
+        form: in which `few_bits` holds the kernels of large networks; "": as they are.
     """
 
-    def __init__(self, sources: Mapping[str, Parameters], mesh: Mesh, together: bool):
+    def __init__(
+        self,
+        sources: Mapping[str, Parameters],
+        mesh: Mesh,
+        together: bool,
+        form: str = "",
+    ):
         self._sources = dict(sources)
         self._mesh = mesh
         self._together = together
+        self._form = form
         self._placed: dict[str, Any] = {}
 
     def __getitem__(self, name: str) -> Any:
@@ -38,10 +43,11 @@ class Residence:
                 if callable(source) and other != name:
                     self._placed.pop(other, None)
         if name not in self._placed:
-            source = self._sources[name]
+            source, form = self._sources[name], self._form * (name in NETWORKS)
             if callable(source):
-                self._placed[name] = source()
+                self._placed[name] = source(form) if form else source()
             else:
+                source = few_bits(source, form)
                 places = parameter_shardings(source, self._mesh)
                 self._placed[name] = jax.device_put(source, places)
         return self._placed[name]
@@ -49,20 +55,3 @@ class Residence:
     def update(self, params: Mapping[str, Any]) -> None:
         """Replaces the parameters of some networks by others already on the mesh."""
         self._placed.update(params)
-
-
-def fits_together(num_bytes: int, mesh: Mesh) -> bool:
-    """Whether parameters fit on the devices and leave room for activations.
-
-    A device that doesn't report its memory is assumed to share the host's.
-
-    Args:
-        num_bytes: size of all parameters together.
-        mesh: the device mesh over which they are sharded.
-    """
-    limit = (mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit")
-    if limit is None:
-        limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        limit //= mesh.devices.size
-    ways = math.prod(mesh.shape[name] for name in shard_axes({}, mesh))
-    return num_bytes <= _SHARE * limit * ways

@@ -11,6 +11,7 @@ from jvdit.generation.presets import PRESETS
 from jvdit.generation.request import size_fields
 from jvdit.generation.settings import Settings
 from jvdit.weights.bundle import Bundle
+from jvdit.weights.few_bits import FORMS
 
 WORKDIR = flags.DEFINE_string(
     "workdir",
@@ -217,6 +218,12 @@ DTYPE = flags.DEFINE_enum(
     ["bfloat16", "float32"],
     "Precision of a released model's weights and computation.",
 )
+QUANTIZE = flags.DEFINE_enum(
+    "quantize",
+    None,
+    [*FORMS],
+    "Hold the weights of the DiT and of the text encoder in few bits.",
+)
 VARIANT = flags.DEFINE_string(
     "variant", "", "Version of a released model's weights, such as fp16."
 )
@@ -314,4 +321,5 @@ def told_settings(settings: Settings, model: Bundle) -> dict[str, Any]:
         for flag in (SOUND_SCALE, SYNC, SOUND_SYNC, AFTER):
             told.pop(flag.name, None)
     files = WORKDIR, PRETRAINED, DIT, DIT_LOW, LORA, LORA_HIGH, LORA_LOW, REUSE
+    files += (QUANTIZE,)
     return told | {flag.name: flag.value for flag in files if flag.value}

@@ -19,6 +19,8 @@ from jaxtyping import Array, Float
 from jvdit.models.lora import RATE, A, B
 from jvdit.sharding import alone, platform
 
+SCALE = "scale"  # beside a kernel in few bits: what each of its columns is times
+
 
 def product(x: Float[Array, "*batch i"], kernel: Float[Array, "i o"]) -> Array:
     """The product of a linear layer, rounded where JAX asks for it."""
@@ -71,6 +73,19 @@ def turned(x: Float[Array, "i o"]) -> Float[Array, "o i"]:
 _rounded_product.defvjp(_forward, _backward)
 
 
+def _after(x: Array, kernel: Array) -> Array:
+    """A kernel in few bits that can't be widened before x is known.
+
+    XLA would do so for all layers before the first, and once for all steps of a solver.
+    """
+    if platform() != "cpu":
+        return jax.lax.optimization_barrier((kernel, x))[0]
+    # There XLA drops barriers. Where x isn't a number, wrong bits do no harm.
+    bits = jax.lax.bitcast_convert_type(kernel, jnp.int8)
+    bits ^= jnp.isnan(x.reshape(-1)[0]).astype(jnp.int8)
+    return jax.lax.bitcast_convert_type(bits, kernel.dtype)
+
+
 def along_last(vector: Float[Any, " d"], x: Array) -> Any:
     """A vector as an array that broadcasts along the last axis of `x`."""
     return vector.reshape((1,) * (x.ndim - 1) + (-1,))
@@ -107,7 +122,8 @@ class Layer(nn.Module, kw_only=True):
 class Dense(Layer):
     """A linear layer over the last axis, with an adapter where it is given one.
 
-    The adapter is in the collection "lora", see `lora.py`.
+    The adapter is in the collection "lora", see `lora.py`. The kernel may be given in
+    few bits, with its `SCALE` beside it, see `few_bits.py`.
 
     Attributes:
         features: channels of the result.
@@ -125,7 +141,12 @@ class Dense(Layer):
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         x = x.astype(self.dtype)
+        scale = self.get_variable("params", SCALE)
+        if scale is not None:
+            kernel = _after(x, kernel)
         y = product(x, kernel.astype(self.dtype))
+        if scale is not None:
+            y = (y * along_last(scale, y)).astype(self.dtype)
         if self.use_bias:
             bias = self.constant("bias", 0, self.features)
             y += along_last(bias.astype(self.dtype), y)

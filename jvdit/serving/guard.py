@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -42,6 +42,14 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(name).is_loopback
     except ValueError:
         return name == "localhost"
+
+
+def _split(url: str) -> SplitResult:
+    """The parts of a URL; none of one that is malformed."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")
 
 
 class TooLarge(Exception):
@@ -107,10 +115,10 @@ class Guard:
 
     def _refused(self, path: str, headers: Headers) -> JSONResponse | None:
         host = headers.get("host", "")
-        if not self.token and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+        if not self.token and not is_loopback(_split(f"//{host}").hostname or ""):
             return refusal(403, f"this server isn't called {host[:80]!r}.")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _split(origin).netloc != host:
             return refusal(403, f"pages of {origin[:80]!r} may not use this server.")
         if self.token and path.startswith("/v1"):
             shown = headers.get("authorization", "")

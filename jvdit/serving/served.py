@@ -177,14 +177,17 @@ class Served:
         fields |= self._recipe(request, settings)
         if "references" in fields:
             fields["references"] = (fields["references"],)
-        folder = next((v for v in self.source.values()), None)
-        opened = "" if folder is None else repr(folder)
+        source = self.source
+        folder = source.get("workdir") or source.get("pretrained")
+        opened = [] if folder is None else [repr(folder)]
+        if form := source.get("quantize"):
+            opened.append(f"quantize={form!r}")
         lines = [f"    {name}={value!r}," for name, value in fields.items()]
         return "\n".join(
             [
                 "from jvdit import Generator",
                 "",
-                f"generator = Generator.load({opened})",
+                f"generator = Generator.load({', '.join(opened)})",
                 "clip = generator(",
                 f"    {request.prompt!r},",
                 *lines,

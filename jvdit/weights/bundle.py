@@ -112,15 +112,10 @@ class Bundle:
         network = self.networks.get("image_encoder")
         return None if network is None else network.module
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all parameters that are read from files when they are needed."""
-        return sum(network.num_bytes for network in self.networks.values())
-
     def with_params(self, params: Mapping[str, Any]) -> "Bundle":
         """A copy of the model with other parameters for some networks, by name."""
         changed = {
-            name: dataclasses.replace(self.networks[name], source=source, num_bytes=0)
+            name: dataclasses.replace(self.networks[name], source=source, shapes=None)
             for name, source in params.items()
         }
         return dataclasses.replace(self, networks={**self.networks, **changed})

@@ -299,8 +299,8 @@ def _load(
     shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
     places = None if mesh is None else parameter_shardings(shapes, mesh)
     bring = loader(table, tensors, shapes, places, dtype, os.fspath(tensors.path))
-    size = sum(x.size for x in jax.tree.leaves(shapes)) * jnp.dtype(dtype).itemsize
-    return Network(module, bring, size)
+    held = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
+    return Network(module, bring, held)
 
 
 def _types(dtype: DTypeLike) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Annotated, Any
 
 import jax
@@ -20,6 +20,7 @@ from safetensors.numpy import save_file
 
 from jvdit.machine.files import replacing
 from jvdit.machine.json_files import fit_json, read_json, write_json
+from jvdit.weights.few_bits import few_bits
 from jvdit.weights.tensors import PathLike, TensorFiles
 
 _DIGEST = "digest"  # key of the weights' digest in the metadata of their file
@@ -119,8 +120,9 @@ def weights_hash(params: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-# A tree of parameters, or a function that loads one onto the devices at every call.
-Parameters = Any | Callable[[], Any]
+# A tree of parameters, or a function that loads one onto the devices at every call; a
+# form of `few_bits` is its argument.
+Parameters = Any | Callable[..., Any]
 
 
 _DTYPE = Annotated[str, msgspec.Meta(pattern="^(float32|bfloat16|float16|float64)$")]
@@ -133,22 +135,29 @@ class Network:
     Attributes:
         module: the Linen module.
         source: a parameter tree, or a function that loads one onto the devices.
-        num_bytes: size of the parameters that a function loads; 0 for a tree.
+        shapes: of the parameters that a function loads; None for a tree.
     """
 
     module: Any
     source: Parameters
-    num_bytes: int = 0
+    shapes: Any = None
 
     def load(self) -> Any:
         """Returns the parameters; a function loads them again at every call."""
         return self.source() if callable(self.source) else self.source
 
+    def num_bytes(self, form: str = "") -> int:
+        """Bytes of the parameters, in a form of `few_bits` or as they are."""
+        held = self.source if self.shapes is None else self.shapes
+        found = jax.eval_shape(partial(few_bits, form=form), held)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(found))
+
     def changed(self, change: Callable[[Any], Any]) -> "Network":
         """The same network with its parameters changed, whenever they are loaded."""
         source = self.source
         if callable(source):
-            return dataclasses.replace(self, source=lambda: change(source()))
+            made = lambda form="": few_bits(change(source()), form)  # noqa: E731
+            return dataclasses.replace(self, source=made)
         return dataclasses.replace(self, source=change(source))
 
     def save(self, folder: PathLike) -> None:

@@ -24,6 +24,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
 from jvdit.models.layers import stack_of
+from jvdit.sharding import replicated
+from jvdit.weights.few_bits import in_few_bits
 
 Shape = tuple[int, ...]
 
@@ -271,11 +273,12 @@ def loader(
     shardings: Any | None = None,
     dtype: DTypeLike | None = None,
     what: str = "the checkpoint",
-) -> Callable[[], dict[str, Any]]:
+) -> Callable[..., dict[str, Any]]:
     """Returns a function that loads a module's parameters from released tensors.
 
     Tensors go to the devices one after another, each device getting its own shard; the
-    host never holds more than one tensor beside the memory-mapped files.
+    host never holds more than one tensor beside the memory-mapped files. Given a form
+    of `few_bits`, each is in it before the next one comes.
 
     Args:
         rules: rule table of the network.
@@ -294,21 +297,25 @@ def loader(
     theirs = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     pieces = assign(rules, theirs, ours, what)
 
-    def load() -> dict[str, Any]:
-        leaves = {}
+    def load(form: str = "") -> dict[str, Any]:
+        leaves: dict[str, Any] = {}
         for path, leaf in wanted.items():
             kind, place = jnp.dtype(dtype or leaf.dtype), places.get(path)
             name, rule, layer = pieces[path][0]
             if layer is None:
-                leaves[path] = _placed(rule.to_ours(tensors[name]), kind, place)
+                placed = _placed(rule.to_ours(tensors[name]), kind, place)
+                leaves |= in_few_bits(path, placed, form)
                 continue
             # Layer after layer is written into a stack that is already sharded.
-            zeros, write = _stacking(leaf.shape, kind, place)
-            leaves[path] = zeros()
             inner = place and NamedSharding(place.mesh, PartitionSpec(*place.spec[1:]))
             for name, rule, layer in pieces[path]:
                 placed = _placed(rule.to_ours(tensors[name]), kind, inner)
-                leaves[path] = write(leaves[path], placed, layer)
+                for part, x in in_few_bits(path, placed, form).items():
+                    where = place if part == path else place and replicated(place.mesh)
+                    shape = len(pieces[path]), *x.shape
+                    zeros, write = _stacking(shape, x.dtype, where)
+                    stack = leaves[part] if part in leaves else zeros()
+                    leaves[part] = write(stack, x, layer)
         return unflatten_dict(leaves, sep="/")
 
     return load
