@@ -18,6 +18,7 @@ from typing import Any
 from absl import flags
 
 from jvdit.box import FOLDER
+from jvdit.generation import provenance_flags
 from jvdit.generation.generator import Generator
 from jvdit.machine import flag_parser
 from jvdit.machine.command import refuse_arguments, told_in_a_line
@@ -27,6 +28,9 @@ from jvdit.machine.lock import FolderLock
 from jvdit.sharding import make_mesh, parse_mesh
 from jvdit.weights.adapters import strengths
 from jvdit.weights.opening import EXPERTS, open_bundle, with_adapters
+from jvdit.weights.starting import model_hash
+
+flags.adopt_module_key_flags(provenance_flags)
 
 _WORKDIR = flags.DEFINE_string(
     "workdir",
@@ -175,6 +179,7 @@ def serve() -> None:
         raise ValueError(
             f"{error.name} is missing: pip install 'jvdit[serve]'."
         ) from None
+    signed = provenance_flags.provenance()
     token, folder, listening = _token(), pathlib.Path(_OUT.value), _socket()
     check_writable(folder)
     lock = FolderLock(folder)
@@ -191,12 +196,13 @@ def serve() -> None:
             _NAME.value or pathlib.Path(next(iter(source.values()), "jvdit-box")).name
         )
         model = served.Served(generator, name, _TOKENS.value or 0, _STEPS.value, source)
+        signed = signed and signed.of(model_hash(generator.model))
         rows = packed.Packed(
             generator, model.tokens, _CLIPS.value, model.steps, _ROWS.value
         )
         made: Any = app.make_app(
             queue,
-            worker.Worker(queue, model, rows),
+            worker.Worker(queue, model, rows, signed),
             _GRACE.value,
             token=token,
             num_bytes=_BODY.value << 20,

@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from jvdit.serving.jobs import CLIP, POSTER, Jobs, VideoJob
 from jvdit.serving.packed import Packed, PackedClip
 from jvdit.serving.preview import Colours, webp
 from jvdit.serving.served import Served
+
+if TYPE_CHECKING:
+    from jvdit.generation.provenance import Provenance
 
 _IDLE = 5.0  # seconds between two looks at what has expired
 _GLANCE = 0.5  # seconds between two previews of a clip
@@ -73,11 +76,19 @@ class Worker(threading.Thread):
         jobs: the queue.
         served: the model.
         packed: rows for many clips; None: each is made by itself.
+        signed: signs the files; None: nothing does.
     """
 
-    def __init__(self, jobs: Jobs, served: Served, packed: Packed | None = None):
+    def __init__(
+        self,
+        jobs: Jobs,
+        served: Served,
+        packed: Packed | None = None,
+        signed: "Provenance | None" = None,
+    ):
         super().__init__(name="worker", daemon=True)
         self.jobs, self.served, self.packed = jobs, served, packed
+        self.signed = signed
         self.ready = threading.Event()
         self.same_bits: bool | None = None
         self._entries: dict[str, PackedJob] = {}
@@ -294,10 +305,17 @@ class Worker(threading.Thread):
             jobs = self.jobs
             if jobs.find(job.id) is None:
                 return
-            poster = clip.video[len(clip.video) // 2]
-            jobs.path(job.id, POSTER).write_bytes(webp([poster]))
-            metadata = {"jvdit": job.told.get("settings", {})}
-            clip.save(jobs.path(job.id, CLIP), metadata, clip.viewing_scale)
+            about = {"prompt": job.asked.prompt, **job.told.get("settings", {})}
+            about |= {"lora": job.asked.lora} if job.asked.lora else {}
+            given = map(tuple, jobs.paths(job.id, job.files).values())
+            made, sign = (about, *given), None
+            poster = webp([clip.video[len(clip.video) // 2]])
+            if self.signed is not None:
+                sign = self.signed.signing(*made)
+                poster = self.signed.signed(poster, *made)
+            jobs.path(job.id, POSTER).write_bytes(poster)
+            scale = clip.viewing_scale
+            clip.save(jobs.path(job.id, CLIP), {"jvdit": about}, scale, sign)
             jobs.complete(job)
 
         self._writer.submit(self.guard, job, save)
