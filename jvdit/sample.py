@@ -45,6 +45,7 @@ from jvdit.generation.settings import Settings
 from jvdit.machine import flag_parser
 from jvdit.machine.command import told_in_a_line
 from jvdit.machine.compilation import keep_compilations
+from jvdit.machine.energy import Energy, Meter, Shares
 from jvdit.machine.files import check_writable, write_atomically
 from jvdit.machine.progress import Bars
 from jvdit.sharding import make_mesh, parse_mesh, sampling_sizes
@@ -263,23 +264,27 @@ def _clips(
         else None
     )
     stages = _stages(generator)
+    shares = Shares(meter := Meter())
     with _Shown(len(requests)) as watch:
         made = generator.clips(
             requests, settings, rows=asked.ROWS.value, watch=watch, reuse=reuse
         )
         for done, (i, clip) in enumerate(made, 1):
-            request = requests[i]
+            request, energy = requests[i], shares.next(clip.together)
             for stage, by in stages:
                 request, clip = refine(by, stage, request, clip, settings, watch=watch)
+                energy += meter.lap()
             path = free_path(pathlib.Path(asked.OUT.value), clip_name(request), ".mp4")
             scale = asked.ENLARGED.value or clip.viewing_scale
-            about = request.settings | told
+            about = request.settings | told | {"energy": energy.told}
             if stages:
                 about |= {"cascade": asked.CASCADE.value}
             sign = signed and signed.signing(about, requests[i])
             clip.save(path, {"jvdit": about}, scale, sign)
-            watch.clips(done)
+            watch.clips(done, meter.total * (1 / done))
             yield _Written(path, request.prompt, clip.video, clip.spectrogram)
+        each = meter.total * (1 / len(requests))
+        watch.print(f"{each} for each of {len(requests)} clips")
 
 
 def _stages(generator: Generator) -> list[tuple[str, Generator]]:
@@ -326,7 +331,7 @@ def _films(
             "extend": asked.EXTEND.value,
         }
         more["scenes"] = [list(scene) for scene in film.scenes]
-        about = request.settings | told | more
+        about, meter = request.settings | told | more, Meter()
         with Bars() as bars:
             task = bars.add_task("frames", total=film.frames)
             stills = write_film(
@@ -338,26 +343,40 @@ def _films(
                 scale=asked.ENLARGED.value or viewing_scale(request.size[1:]),
                 on_frames=lambda done, task=task: bars.update(task, completed=done),
                 tell=bars.print,
-                finish=signed and signed.signing(about, request, film.footage),
+                finish=partial(_finish_film, signed, film, about, meter),
             )
+            bars.print(f"{meter.total} for the film")
         yield _Written(path, request.prompt, stills)
+
+
+def _finish_film(
+    signed: "Provenance | None",
+    film: Film,
+    about: dict[str, Any],
+    meter: Meter,
+    path: pathlib.Path,
+) -> None:
+    """Signs a film, with the energy that is known once it is done."""
+    if signed:
+        told = about | {"energy": meter.total.told}
+        signed.signing(told, film.request, film.footage)(path)
 
 
 class _Shown(Bars):
     """Bars of the clips that are ready, and of what is done at the moment."""
 
     def __init__(self, count: int):
-        super().__init__()
-        self._clips = self.add_task("clips", total=count)
-        self._now = self.add_task("compiling", total=None)
+        super().__init__("{task.fields[energy]}")
+        self._clips = self.add_task("clips", total=count, energy="")
+        self._now = self.add_task("compiling", total=None, energy="")
 
     def __call__(self, doing: str, done: int, total: int) -> None:
         """Shows how many steps or frames are done."""
         self.update(self._now, description=doing, total=total, completed=done)
 
-    def clips(self, done: int) -> None:
-        """Shows how many clips are ready."""
-        self.update(self._clips, completed=done)
+    def clips(self, done: int, each: Energy) -> None:
+        """Shows how many clips are ready, and the energy of each on average."""
+        self.update(self._clips, completed=done, energy=str(each))
 
 
 def main(argv: list[str]) -> None:

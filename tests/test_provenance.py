@@ -25,6 +25,7 @@ from jvdit.generation.provenance import ASSERTION, Provenance  # noqa: E402
 from jvdit.generation.request import Request  # noqa: E402
 from jvdit.generation.results import STATEMENT, GeneratedClip  # noqa: E402
 from jvdit.machine import signing_key  # noqa: E402
+from jvdit.machine.energy import Energy  # noqa: E402
 from jvdit.machine.signing_key import KEY, ROOT, local_key, own_key  # noqa: E402
 from jvdit.serving.jobs import CLIP as CLIP_FILE  # noqa: E402
 from jvdit.serving.jobs import POSTER, Jobs  # noqa: E402
@@ -237,14 +238,15 @@ def test_a_server_signs_clips_and_posters(tmp_path, signed):
     told = {"settings": {"seed": 3}}
     job = jobs.add(id, files, VideoRequest(prompt="a"), told)
     worker = Worker(jobs, Served(Generator.load(), "box"), signed=signed)
-    worker.finish(job, CLIP)
+    spent = Energy(3.0, "modelled: in a test")
+    worker.finish(job, CLIP, spent)
     worker.stop(0.0)
     assert job.status == "completed"
     for name in (CLIP_FILE, POSTER):
         state, _, manifest = read(jobs.path(id, name))
         assert state == "Valid"
         told = json.loads(assertions(manifest)[ASSERTION]["settings"])
-        assert told == {"prompt": "a", "seed": 3}
+        assert told == {"prompt": "a", "seed": 3, "energy": spent.told}
         assert [x["title"] for x in manifest["ingredients"]] == ["image-0.upload"]
     assert read_metadata(jobs.path(id, CLIP_FILE))["jvdit"]["prompt"] == "a"
 

@@ -37,12 +37,14 @@ class GeneratedClip(NamedTuple):
         audio: samples in [-1, 1], of which the first sounds with the first frame; None:
             the clip is silent.
         audio_rate: samples per second; 0: the clip is silent.
+        together: how many clips were denoised at once, this one among them.
     """
 
     video: UInt8[np.ndarray, "T H W 3"]
     fps: float
     audio: Float[np.ndarray, "a e"] | None = None
     audio_rate: int = 0
+    together: int = 1
 
     @property
     def spectrogram(self) -> UInt8[np.ndarray, "h w 3"] | None:
