@@ -14,6 +14,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import itertools
+import json
 import pathlib
 import re
 from collections.abc import Callable, Iterator
@@ -52,6 +53,7 @@ from jvdit.generation.settings import Settings
 from jvdit.machine import flag_parser
 from jvdit.machine.command import told_in_a_line
 from jvdit.machine.compilation import keep_compilations
+from jvdit.machine.energy import Energy, Meter
 from jvdit.machine.files import (
     check_writable,
     replacing,
@@ -246,11 +248,23 @@ def generated(
     setting: Setting,
     folder: pathlib.Path,
     advance: Callable[[int], None],
+    spent: list[Energy],
 ) -> Iterator[Shown]:
-    """Clips of the split's first prompts, in chunks; those that are there are read."""
+    """Clips of the split's first prompts, in chunks; those that are there are read.
+
+    Args:
+        generator: of the model.
+        world: the split.
+        setting: of generation.
+        folder: that keeps the clips.
+        advance: called with the number of clips of each chunk.
+        spent: gets the energy of each chunk, as it was when that was made.
+    """
+    meter = Meter()
     for ids in chunks(_N.value):
         file = folder / f"{ids[0]:06d}-{len(ids)}.npz"
         if not file.exists():
+            meter.lap()
             clips = generator(
                 _requests(world, ids, setting.given),
                 draft=setting.draft,
@@ -265,10 +279,13 @@ def generated(
             if clips[0].audio is not None:
                 kept["audio"] = np.stack([clip.audio for clip in clips])
                 kept["rate"] = np.array(clips[0].audio_rate)
+            kept["energy"] = np.array(json.dumps(dataclasses.asdict(meter.lap())))
             with replacing(file) as scratch, scratch.open("wb") as opened:
                 np.savez(opened, **kept)
         advance(len(ids))
         with np.load(file) as held:
+            if "energy" in held:
+                spent.append(Energy(**json.loads(str(held["energy"]))))
             rate = int(held["rate"]) if "rate" in held else 0
             yield Shown(held["videos"], held["audio"] if rate else None, rate)
 
@@ -305,16 +322,19 @@ def _columns(out: pathlib.Path) -> list[ReportColumn]:
         for label, *job in jobs:
             world, setting = job
             task = progress.add_task(f"{label}: {setting}", total=_N.value)
+            spent: list[Energy] = []
             clips = generated(
                 generators[label],
                 world,
                 setting,
                 _folder(out, generators[label], job),
                 lambda count, task=task: progress.advance(task, count),
+                spent,
             )
             trained = tuple(trained_on(generators[label].model.sources))
             measured = Measured.of(world, clips)
-            columns.append(ReportColumn(label, setting, world, measured, trained))
+            each = sum(spent[1:], spent[0]) * (1 / _N.value) if spent else None
+            columns.append(ReportColumn(label, setting, world, measured, trained, each))
     return columns
 
 

@@ -14,12 +14,13 @@ if __name__ == "__main__":
 
 import dataclasses
 import itertools
+import json
 import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -27,8 +28,9 @@ from absl import flags
 from jax.sharding import Mesh
 
 from jvdit.box import FOLDER
-from jvdit.data.sheets import contact_sheet, write_png
+from jvdit.data.sheets import contact_sheet, png
 from jvdit.diffusion.reuse import Reuse, save_ratios
+from jvdit.generation import provenance_flags
 from jvdit.generation import sample_flags as asked
 from jvdit.generation.calibration import calibrate
 from jvdit.generation.cascade import check_stage, refine
@@ -36,21 +38,28 @@ from jvdit.generation.film_file import write_film
 from jvdit.generation.films import Film, Scene, check_film
 from jvdit.generation.generator import Generator
 from jvdit.generation.prompt_lines import read_prompts, read_request
+from jvdit.generation.provenance_flags import provenance
 from jvdit.generation.request import Request
-from jvdit.generation.results import viewing_scale
+from jvdit.generation.results import STATEMENT, viewing_scale
 from jvdit.generation.settings import Settings
 from jvdit.machine import flag_parser
 from jvdit.machine.command import told_in_a_line
 from jvdit.machine.compilation import keep_compilations
-from jvdit.machine.files import check_writable
+from jvdit.machine.energy import Energy, Meter, Shares
+from jvdit.machine.files import check_writable, write_atomically
 from jvdit.machine.progress import Bars
 from jvdit.sharding import make_mesh, parse_mesh, sampling_sizes
 from jvdit.weights.adapter_report import report_adapters
 from jvdit.weights.adapters import strengths
 from jvdit.weights.bundle import Bundle
 from jvdit.weights.opening import EXPERTS, open_bundle, with_adapters
+from jvdit.weights.starting import model_hash
 
-flags.adopt_module_key_flags(asked)
+if TYPE_CHECKING:
+    from jvdit.generation.provenance import Provenance
+
+for _module in (asked, provenance_flags):
+    flags.adopt_module_key_flags(_module)
 
 _LETTERS, _BYTES = 80, 160  # of a prompt in a file's name, at the most
 
@@ -194,7 +203,7 @@ def sample(prompts: Sequence[tuple[str, str]]) -> Iterator[pathlib.Path]:
     """
     if not prompts:
         raise ValueError('give a prompt, "…", or --prompts=FILE.')
-    parsed, refused = _parsed(prompts)
+    signed, (parsed, refused) = provenance(), _parsed(prompts)
     settings, folder = asked.sampling_settings(), pathlib.Path(asked.OUT.value)
     if not asked.CALIBRATE.value:
         check_writable(folder)  # before anything is computed
@@ -209,9 +218,12 @@ def sample(prompts: Sequence[tuple[str, str]]) -> Iterator[pathlib.Path]:
         save_ratios(asked.CALIBRATE.value, ratios)
         yield pathlib.Path(asked.CALIBRATE.value)
         return
+    told = asked.told_settings(settings, generator.model)
+    signed = signed and signed.of(model_hash(generator.model))
+    make: Any = _films if films else _clips
     shown: list[_Written] = []
     try:
-        for one in (_films if films else _clips)(generator, requests, settings):
+        for one in make(generator, requests, settings, told, signed):
             shown.append(one)
             yield one.path
     finally:
@@ -221,7 +233,9 @@ def sample(prompts: Sequence[tuple[str, str]]) -> Iterator[pathlib.Path]:
                 [x.prompt for x in shown],
                 sounds=[x.spectrogram for x in shown],
             )
-            write_png(path := free_path(folder, "sheet", ".png"), sheet)
+            path = free_path(folder, "sheet", ".png")
+            data = png(sheet, {"Description": STATEMENT, "Comment": json.dumps(told)})
+            write_atomically(path, signed.signed(data, told) if signed else data)
     yield path
     if refused:
         raise ValueError(
@@ -231,31 +245,48 @@ def sample(prompts: Sequence[tuple[str, str]]) -> Iterator[pathlib.Path]:
 
 
 def _clips(
-    generator: Generator, requests: Sequence[Request], settings: Settings
+    generator: Generator,
+    requests: Sequence[Request],
+    settings: Settings,
+    told: dict[str, Any],
+    signed: "Provenance | None",
 ) -> Iterator[_Written]:
-    """Generates clips and writes each."""
+    """Generates clips and writes each.
+
+    Args:
+        generator: of the model.
+        requests: complete.
+        settings: likewise.
+        told: what the files say of them.
+        signed: signs the files.
+    """
     reuse = (
         Reuse.load(asked.REUSE.value, asked.THRESHOLD.value)
         if asked.REUSE.value
         else None
     )
-    told, stages = asked.told_settings(settings, generator.model), _stages(generator)
+    stages = _stages(generator)
+    shares = Shares(meter := Meter())
     with _Shown(len(requests)) as watch:
         made = generator.clips(
             requests, settings, rows=asked.ROWS.value, watch=watch, reuse=reuse
         )
         for done, (i, clip) in enumerate(made, 1):
-            request = requests[i]
+            request, energy = requests[i], shares.next(clip.together)
             for stage, by in stages:
                 request, clip = refine(by, stage, request, clip, settings, watch=watch)
+                energy += meter.lap()
             path = free_path(pathlib.Path(asked.OUT.value), clip_name(request), ".mp4")
             scale = asked.ENLARGED.value or clip.viewing_scale
-            about = request.settings | told
+            about = request.settings | told | {"energy": energy.told}
             if stages:
                 about |= {"cascade": asked.CASCADE.value}
-            clip.save(path, {"jvdit": about}, scale)
-            watch.clips(done)
+            sign = signed and signed.signing(about, requests[i])
+            clip.save(path, {"jvdit": about}, scale, sign)
+            watch.clips(done, meter.total * (1 / done))
             yield _Written(path, request.prompt, clip.video, clip.spectrogram)
+        each = meter.total * (1 / len(requests))
+        watch.print(f"{each} for each of {len(requests)} clips")
 
 
 def _stages(generator: Generator) -> list[tuple[str, Generator]]:
@@ -288,10 +319,13 @@ def _film(generator: Generator, request: Request) -> Film:
 
 
 def _films(
-    generator: Generator, films: Sequence[Film], settings: Settings
+    generator: Generator,
+    films: Sequence[Film],
+    settings: Settings,
+    told: dict[str, Any],
+    signed: "Provenance | None",
 ) -> Iterator[_Written]:
-    """Makes films, and writes each while it is being made."""
-    told = asked.told_settings(settings, generator.model)
+    """Makes films, and writes each while it is being made; see `_clips`."""
     for film in films:
         request = film.request
         path = free_path(pathlib.Path(asked.OUT.value), clip_name(request), ".mp4")
@@ -302,6 +336,7 @@ def _films(
             "extend": asked.EXTEND.value,
         }
         more["scenes"] = [list(scene) for scene in film.scenes]
+        about, meter = request.settings | told | more, Meter()
         with Bars() as bars:
             task = bars.add_task("frames", total=film.frames)
             stills = write_film(
@@ -309,29 +344,44 @@ def _films(
                 generator,
                 film,
                 settings,
-                metadata={"jvdit": request.settings | told | more},
+                metadata={"jvdit": about},
                 scale=asked.ENLARGED.value or viewing_scale(request.size[1:]),
                 on_frames=lambda done, task=task: bars.update(task, completed=done),
                 tell=bars.print,
+                finish=partial(_finish_film, signed, film, about, meter),
             )
+            bars.print(f"{meter.total} for the film")
         yield _Written(path, request.prompt, stills)
+
+
+def _finish_film(
+    signed: "Provenance | None",
+    film: Film,
+    about: dict[str, Any],
+    meter: Meter,
+    path: pathlib.Path,
+) -> None:
+    """Signs a film, with the energy that is known once it is done."""
+    if signed:
+        told = about | {"energy": meter.total.told}
+        signed.signing(told, film.request, film.footage)(path)
 
 
 class _Shown(Bars):
     """Bars of the clips that are ready, and of what is done at the moment."""
 
     def __init__(self, count: int):
-        super().__init__()
-        self._clips = self.add_task("clips", total=count)
-        self._now = self.add_task("compiling", total=None)
+        super().__init__("{task.fields[energy]}")
+        self._clips = self.add_task("clips", total=count, energy="")
+        self._now = self.add_task("compiling", total=None, energy="")
 
     def __call__(self, doing: str, done: int, total: int) -> None:
         """Shows how many steps or frames are done."""
         self.update(self._now, description=doing, total=total, completed=done)
 
-    def clips(self, done: int) -> None:
-        """Shows how many clips are ready."""
-        self.update(self._clips, completed=done)
+    def clips(self, done: int, each: Energy) -> None:
+        """Shows how many clips are ready, and the energy of each on average."""
+        self.update(self._clips, completed=done, energy=str(each))
 
 
 def main(argv: list[str]) -> None:

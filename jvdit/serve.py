@@ -19,6 +19,7 @@ from typing import Any
 from absl import flags
 
 from jvdit.box import FOLDER
+from jvdit.generation import provenance_flags
 from jvdit.generation.generator import Generator
 from jvdit.machine import flag_parser
 from jvdit.machine.command import refuse_arguments, told_in_a_line
@@ -29,6 +30,9 @@ from jvdit.sharding import make_mesh, parse_mesh
 from jvdit.weights.adapters import strengths
 from jvdit.weights.few_bits import FORMS
 from jvdit.weights.opening import EXPERTS, open_bundle, with_adapters
+from jvdit.weights.starting import model_hash
+
+flags.adopt_module_key_flags(provenance_flags)
 
 _WORKDIR = flags.DEFINE_string(
     "workdir",
@@ -185,6 +189,7 @@ def serve() -> None:
         raise ValueError(
             f"{error.name} is missing: pip install 'jvdit[serve]'."
         ) from None
+    signed = provenance_flags.provenance()
     token, folder = _token(), pathlib.Path(_OUT.value)
     with contextlib.ExitStack() as held:
         listening = held.enter_context(_socket())
@@ -204,12 +209,13 @@ def serve() -> None:
         bounds = _TOKENS.value or 0, _STEPS.value
         loras = _offered(generator)
         model = served.Served(generator, name, *bounds, source, loras)
+        signed = signed and signed.of(model_hash(generator.model))
         rows = packed.Packed(
             generator, model.tokens, _CLIPS.value, model.steps, _ROWS.value
         )
         made: Any = app.make_app(
             queue,
-            worker.Worker(queue, model, rows),
+            worker.Worker(queue, model, rows, signed),
             _GRACE.value,
             token=token,
             num_bytes=_BODY.value << 20,

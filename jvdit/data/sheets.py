@@ -2,12 +2,14 @@
 
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from jvdit.machine.files import write_atomically
 
@@ -99,6 +101,20 @@ def _strip(sound: UInt8[np.ndarray, "h w 3"], row: list[Image.Image]) -> Image.I
 
 def write_png(path: str | Path, image: UInt8[np.ndarray, "h w 3"]) -> None:
     """Writes a picture, RGB in [0, 255], as a PNG file that is whole or absent."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG")
-    write_atomically(Path(path), buffer.getvalue())
+    write_atomically(Path(path), png(image))
+
+
+def png(
+    image: UInt8[np.ndarray, "h w 3"], told: Mapping[str, str] = MappingProxyType({})
+) -> bytes:
+    """A picture, RGB in [0, 255], as a PNG file.
+
+    Args:
+        image: the picture.
+        told: what the file says of itself by PNG's keywords, such as "Description".
+    """
+    buffer, info = io.BytesIO(), PngInfo()
+    for keyword, text in told.items():
+        info.add_itxt(keyword, text)
+    Image.fromarray(image).save(buffer, format="PNG", pnginfo=info)
+    return buffer.getvalue()

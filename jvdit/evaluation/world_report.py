@@ -19,6 +19,7 @@ from jvdit.evaluation.measuring import (
 from jvdit.evaluation.oracle import observe, summary
 from jvdit.evaluation.oracle.adherence import describe
 from jvdit.evaluation.overlay import overlay
+from jvdit.machine.energy import Energy
 
 _ASIDE, _REAL = 1_000_000, 512  # first and number of the other real clips
 _SHOWN = tuple(f"oracle/{n}" for n in ("all", "color", "shape", "direction"))
@@ -37,6 +38,7 @@ class ReportColumn:
         world: the world whose prompts the clips were generated from.
         measured: the clips and their scores.
         trained: the worlds that the model was trained on, from `trained_on`.
+        energy: of each clip on average; None: unknown.
     """
 
     label: str
@@ -44,6 +46,7 @@ class ReportColumn:
     world: World
     measured: Measured
     trained: tuple[tuple[World, int], ...] = ()
+    energy: Energy | None = None
 
     @property
     def name(self) -> str:
@@ -72,6 +75,7 @@ def results_of(
                 "workdir": column.label,
                 "world": dataclasses.asdict(world),
                 **dataclasses.asdict(column.how),
+                "energy": column.energy and column.energy.told,
                 "met_in_training": int(met.sum()) if column.trained else None,
                 "scores": measured.summary,
                 "real": bound.summary,
@@ -169,6 +173,8 @@ def page(
         size = f"{world.frames} x {world.height} x {world.width} at {world.fps:g} fps"
         table = report.score_table(bound.summary, scores, bound.counts)
         parts.append(report.section(f"{world.split}, {size}", table))
+    if told := [[x.name, str(x.energy)] for x in columns if x.energy]:
+        parts.append(report.section("Energy", report.table(["", "a clip"], told)))
     if found := compositions(columns):
         rows = [
             [k, *("–" if v[x] is None else f"{v[x]:+.2f}" for x in NAMES)]

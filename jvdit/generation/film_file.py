@@ -12,6 +12,7 @@ from jvdit.data.media.writer import ClipWriter
 from jvdit.generation.drift import Drift
 from jvdit.generation.films import Film, make_film
 from jvdit.generation.generator import Generator
+from jvdit.generation.results import STATEMENT
 from jvdit.generation.settings import Settings
 
 
@@ -23,6 +24,7 @@ def write_film(
     *,
     metadata: Mapping[str, Any],
     scale: int = 1,
+    finish: Callable[[Path], None] | None = None,
     on_frames: Callable[[int], None] = lambda done: None,
     tell: Callable[[str], None] = print,
 ) -> UInt8[np.ndarray, "k H W 3"]:
@@ -35,6 +37,7 @@ def write_film(
         settings: solver, number of steps, and guidance.
         metadata: JSON values kept in the file.
         scale: side of the square of pixels that each pixel becomes.
+        finish: called with the path of the whole file before it appears.
         on_frames: progress callback, called with the frames that are written.
         tell: called with a line about each stretch of time: what has drifted.
 
@@ -48,7 +51,8 @@ def write_film(
         sound = vae.channels, vae.sample_rate
     size = request.size[1] * scale, request.size[2] * scale
     drift, stills = Drift(film.frames / fps, fps), []
-    with ClipWriter(Path(path), size, fps, sound, metadata=metadata) as file:
+    told = {"metadata": metadata, "description": STATEMENT}
+    with ClipWriter(Path(path), size, fps, sound, **told, finish=finish) as file:
         for piece in make_film(generator, film, settings):
             video = piece.video.repeat(scale, axis=1).repeat(scale, axis=2)
             file.write(video, piece.audio)

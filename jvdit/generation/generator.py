@@ -431,7 +431,8 @@ class Generator:
             stack = np.stack([latents[i].picture for i in alike])
             told = lambda *counts: watch("decoding", *counts)  # noqa: E731
             for i, video in zip(alike, self.codec.decode(stack, told), strict=True):
-                yield i, self._clip(requests[i], video, latents[i].sound)
+                clip = self._clip(requests[i], video, latents[i].sound)
+                yield i, clip._replace(together=len(latents))
 
     def _clip(
         self, request: Request, video: np.ndarray, sound: np.ndarray | None

@@ -43,6 +43,8 @@ class Chip:
         flash: share of the peak that the flash attention kernels reach, forward and
             backward: from their schedules (tools/kernel_schedules.py), less 5 % for
             the overhead between blocks; at most 0.8.
+        watts: the most that it draws, as published; of a CPU, what a busy core draws on
+            average (servers of 280 to 400 W with 48 to 96 cores: 4 to 8).
         options: XLA compiler options.
         blocks: block sizes of the flash attention kernels.
     """
@@ -54,6 +56,7 @@ class Chip:
     network: float = math.nan
     clock: float = math.nan
     flash: tuple[float, float] = (0.80, 0.80)
+    watts: float = math.nan
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
     blocks: Blocks = Blocks()
 
@@ -70,6 +73,7 @@ CHIPS: Mapping[str, Chip] = {
     "v4": Chip(
         "TPU v4",
         275e12,
+        watts=192.0,
         options=_ASYNC,
         blocks=Blocks((512, 1024, 512), (512, 512, 512), cores=2, **_SMALL),
     ),
@@ -107,10 +111,10 @@ CHIPS: Mapping[str, Chip] = {
         blocks=Blocks((2048, 2048, 1024), (1024, 2048, 256), **_LARGE),
     ),
     "tpu": Chip("TPU", options=_ASYNC),
-    "a100": Chip("NVIDIA A100", 312e12),
-    "h100": Chip("NVIDIA H100", 989e12),
-    "h200": Chip("NVIDIA H200", 989e12),
-    "cpu": Chip("cpu", options=_EIGEN),
+    "a100": Chip("NVIDIA A100", 312e12, watts=400.0),
+    "h100": Chip("NVIDIA H100", 989e12, watts=700.0),
+    "h200": Chip("NVIDIA H200", 989e12, watts=700.0),
+    "cpu": Chip("cpu", watts=7.5, options=_EIGEN),
 }
 RENTED = ("v5e", "v5p", "v6e")  # chips whose slices programs are forecast for
 

@@ -44,6 +44,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "jvdit"
 
 
+def config_folder() -> Path:
+    """Where what can't be made again is kept: `jvdit` in the user's config folder.
+
+    That is XDG_CONFIG_HOME, or else ~/.config.
+    """
+    return Path(os.environ.get("XDG_CONFIG_HOME", "~/.config")).expanduser() / "jvdit"
+
+
 def temporary_path(path: Path) -> Path:
     """The path to write a file at before it is renamed to `path`."""
     return path.with_name(f".tmp@{socket.gethostname()}@{os.getpid()}@{path.name}")

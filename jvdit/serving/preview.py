@@ -7,6 +7,9 @@ import numpy as np
 from einops import reduce
 from jaxtyping import Float, UInt8
 from PIL import Image
+from PIL.ExifTags import Base
+
+from jvdit.generation.results import STATEMENT
 
 _SMOOTH = Image.Resampling.BICUBIC
 _SAMPLES = 6  # pictures of each sort from which colours are learned
@@ -29,8 +32,10 @@ def webp(
     width, height = (round(n * scale) for n in pictures[0].size)
     pictures = [x.resize((width, height), _SMOOTH) for x in pictures]
     buffer = io.BytesIO()
+    exif = Image.Exif()
+    exif[Base.ImageDescription] = STATEMENT
     timing = {"duration": round(milliseconds), "loop": 0}
-    more = {"save_all": True, "append_images": pictures[1:], **timing}
+    more = {"exif": exif, "save_all": True, "append_images": pictures[1:], **timing}
     pictures[0].save(buffer, "webp", quality=80, method=0, **more)
     return buffer.getvalue()
 

@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,10 +21,14 @@ from jvdit.generation.request import Request
 from jvdit.generation.results import GeneratedClip
 from jvdit.generation.settings import Settings
 from jvdit.machine.command import MISTAKES
+from jvdit.machine.energy import Energy, Meter
 from jvdit.serving.jobs import CLIP, POSTER, Jobs, VideoJob
 from jvdit.serving.packed import Packed, PackedClip
 from jvdit.serving.preview import Colours, webp
 from jvdit.serving.served import Served
+
+if TYPE_CHECKING:
+    from jvdit.generation.provenance import Provenance
 
 _IDLE = 5.0  # seconds between two looks at what has expired
 _GLANCE = 0.5  # seconds between two previews of a clip
@@ -49,6 +53,7 @@ class PackedJob:
         clip: its place in a row; None: it waits for one.
         done: passes that are over.
         seen: when it was last looked at.
+        energy: so far; None: none.
     """
 
     job: VideoJob
@@ -59,6 +64,12 @@ class PackedJob:
     clip: PackedClip | None = None
     done: int = 0
     seen: float = 0.0
+    energy: Energy | None = None
+
+    def spend(self, energy: Energy) -> Energy:
+        """Adds what it took; returns all so far."""
+        self.energy = energy if self.energy is None else self.energy + energy
+        return self.energy
 
 
 class Worker(threading.Thread):
@@ -73,17 +84,26 @@ class Worker(threading.Thread):
         jobs: the queue.
         served: the model.
         packed: rows for many clips; None: each is made by itself.
+        signed: signs the files; None: nothing does.
     """
 
-    def __init__(self, jobs: Jobs, served: Served, packed: Packed | None = None):
+    def __init__(
+        self,
+        jobs: Jobs,
+        served: Served,
+        packed: Packed | None = None,
+        signed: "Provenance | None" = None,
+    ):
         super().__init__(name="worker", daemon=True)
         self.jobs, self.served, self.packed = jobs, served, packed
+        self.signed = signed
         self.ready = threading.Event()
         self.same_bits: bool | None = None
         self._entries: dict[str, PackedJob] = {}
         self._deadline: float | None = None  # when to leave what isn't finished
         self._writer = ThreadPoolExecutor(1, "writer")
         self._colours: Colours | None = None
+        self._meter = Meter()
 
     def stop(self, grace: float) -> None:
         """Begins nothing more, and puts back what isn't finished in time.
@@ -112,6 +132,7 @@ class Worker(threading.Thread):
                 with self.jobs.changed:
                     if self._deadline is None and not self.jobs.waiting():
                         self.jobs.changed.wait(_IDLE)
+                        self._meter.lap()  # belongs to no clip
         except Exception:  # the devices are lost: jobs wait for the next start
             traceback.print_exc(file=sys.stderr)
         for entry in self._entries.values():
@@ -207,11 +228,13 @@ class Worker(threading.Thread):
     def _step(self) -> None:
         """Takes a step of all clips in the rows; finished ones leave."""
         assert self.packed is not None
-        finished = self.packed.step()
+        finished, spent = self.packed.step(), self._meter.lap()
+        needs = [sum(x.needs) for x in self._entries.values() if x.clip]
         for entry in [*self._entries.values()]:
             if entry.clip is None:
                 continue
             job = entry.job
+            entry.spend(spent * (sum(entry.needs) / sum(needs)))
             if entry.clip in finished:
                 self.guard(job, lambda e=entry: self._advance(e))
             else:
@@ -246,8 +269,9 @@ class Worker(threading.Thread):
             entry.request = entry.passes.send(clip)
         except StopIteration as end:
             self._forget(entry)
-            self.finish(entry.job, end.value)
+            self.finish(entry.job, end.value, entry.spend(self._meter.lap()))
             return
+        entry.spend(self._meter.lap())
         entry.done += 1
         entry.needs = self.packed.counts(entry.request)
 
@@ -265,8 +289,9 @@ class Worker(threading.Thread):
             request, settings = self._order(job)
             clips = self.served.maker(job.asked).clips
             for _, clip in clips([request], settings, rows=1, watch=watch):
-                self.finish(job, clip)
+                self.finish(job, clip, self._meter.lap())
 
+        self._meter.lap()
         if self.jobs.begin(job):
             self.guard(job, make)
 
@@ -287,17 +312,26 @@ class Worker(threading.Thread):
             self.jobs.fail(job, self.jobs.without_paths(job.id, told))
         return False
 
-    def finish(self, job: VideoJob, clip: GeneratedClip) -> None:
+    def finish(self, job: VideoJob, clip: GeneratedClip, energy: Energy) -> None:
         """Writes a clip in another thread, and notes that it is there."""
 
         def save() -> None:
             jobs = self.jobs
             if jobs.find(job.id) is None:
                 return
-            poster = clip.video[len(clip.video) // 2]
-            jobs.path(job.id, POSTER).write_bytes(webp([poster]))
-            metadata = {"jvdit": job.told.get("settings", {})}
-            clip.save(jobs.path(job.id, CLIP), metadata, clip.viewing_scale)
+            job.told = job.told | {"energy": energy.told}
+            about = {"prompt": job.asked.prompt, **job.told.get("settings", {})}
+            about |= {"energy": energy.told}
+            about |= {"lora": job.asked.lora} if job.asked.lora else {}
+            given = map(tuple, jobs.paths(job.id, job.files).values())
+            made, sign = (about, *given), None
+            poster = webp([clip.video[len(clip.video) // 2]])
+            if self.signed is not None:
+                sign = self.signed.signing(*made)
+                poster = self.signed.signed(poster, *made)
+            jobs.path(job.id, POSTER).write_bytes(poster)
+            scale = clip.viewing_scale
+            clip.save(jobs.path(job.id, CLIP), {"jvdit": about}, scale, sign)
             jobs.complete(job)
 
         self._writer.submit(self.guard, job, save)

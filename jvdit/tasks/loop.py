@@ -34,7 +34,7 @@ from jvdit.training.checkpoint import (
     owned,
     was_saved,
 )
-from jvdit.training.metrics import Metrics, Throughput, status_line
+from jvdit.training.metrics import Metrics, Spent, Throughput, status_line
 from jvdit.training.state import TrainState, new_state, state_shardings
 from jvdit.training.step import jit_train_step
 from jvdit.training.trace import Trace
@@ -195,6 +195,7 @@ class _Loop:
         )
         with metrics, task.batches(self.start) as batches, self.stop.saving():
             self._greet(metrics)
+            self.spent = Spent(self.workdir)
             self._use_objective(self.start)
             self._compile_together()
             if self._missed_look():
@@ -227,7 +228,8 @@ class _Loop:
             task.save(self.state.ema, self.workdir / "model")
             stopped = f"stopped at step {done}, saved; the same command goes on"
             finished = f"finished: {self.workdir}/model"
-            metrics.say(stopped if self.stop.asked else finished)
+            told = stopped if self.stop.asked else finished
+            metrics.say(f"{told}; {self.spent.total}")
         return done
 
     def _compile_together(self):
@@ -284,7 +286,8 @@ class _Loop:
         if _due(number + 1, self.config.log_every):
             found = {name: float(value) for name, value in values.items()}
             speed, told = rates.rates(), {"bad_clips": batches.bad}
-            for named in found, {f"speed/{k}": v for k, v in speed.items()}, told:
+            speeds = {f"speed/{k}": v for k, v in speed.items()}
+            for named in found, speeds, self.spent.scalars, told:
                 metrics.scalars(number + 1, named)
             metrics.show(number + 1, status_line(found, speed, batches.bad))
         while batches.reports:

@@ -24,10 +24,12 @@ from rich.table import Column
 
 from jvdit.data.sheets import contact_sheet, write_png
 from jvdit.machine.chips import this_chip
+from jvdit.machine.energy import Energy, Meter
 from jvdit.machine.json_files import parse_json
 from jvdit.training.loggers import TensorBoard, WandB, logger_named
 
 _HISTORY = "history.jsonl"
+_JOULES = "energy/joules"  # in the history
 
 
 def peak_flops() -> float:
@@ -208,6 +210,30 @@ def status_line(values: dict[str, float], speed: dict[str, float], bad: int) -> 
     if bad:
         parts.append(f"bad clips {bad}")
     return " ".join(parts)
+
+
+class Spent:
+    """The energy of a whole run, over its restarts.
+
+    Args:
+        workdir: of the run, whose history says what was spent before.
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str]):
+        points = read_history(workdir).get(_JOULES, [])
+        self._before, self._meter = points[-1][1] if points else 0.0, Meter()
+
+    @property
+    def total(self) -> Energy:
+        """The energy so far; what a killed run spent after its last log isn't in it."""
+        now = self._meter.total
+        before = Energy(self._before, now.source)
+        return now + before if self._before else now
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        """The same, to be logged."""
+        return {_JOULES: self.total.joules}
 
 
 class Throughput:

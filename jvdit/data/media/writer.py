@@ -5,7 +5,7 @@ import functools
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ def encode_clip(
     gop: int | None = None,
     preset: str = "medium",
     metadata: Mapping[str, Any] | None = None,
+    **more: Any,
 ) -> None:
     """Writes a clip as an mp4 file: H.264 yuv420p tagged BT.709, AAC.
 
@@ -54,6 +55,7 @@ def encode_clip(
             random access cheap.
         preset: x264's trade of time for size.
         metadata: JSON values kept in the file; see `read_metadata`.
+        **more: `description` and `finish`, as of `ClipWriter`.
 
     Raises:
         ValueError: the arrays are of another shape or type.
@@ -62,7 +64,7 @@ def encode_clip(
     channels = 0 if audio is None else audio.shape[1]
     how = {"crf": crf, "gop": gop, "preset": preset, "metadata": metadata}
     size, sound = video.shape[1:3], (channels, audio_rate)
-    with ClipWriter(target, size, fps, sound, **how) as writer:
+    with ClipWriter(target, size, fps, sound, **how, **more) as writer:
         writer.write(video, audio)
 
 
@@ -77,6 +79,8 @@ class ClipWriter:
         fps: frames per second.
         sound: channels, and samples per second; (0, 0): the clip is silent.
         crf, gop, preset, metadata: as of `encode_clip`.
+        description: what the file is, in a sentence that players show.
+        finish: called with the path of the whole file before it appears at `target`.
     """
 
     def __init__(
@@ -90,6 +94,8 @@ class ClipWriter:
         gop: int | None = None,
         preset: str = "medium",
         metadata: Mapping[str, Any] | None = None,
+        description: str = "",
+        finish: Callable[[Path], None] | None = None,
     ):
         self._stack = contextlib.ExitStack()
         buffer = isinstance(target, io.BytesIO)
@@ -97,8 +103,12 @@ class ClipWriter:
         # The index goes first in files, for the web; a buffer can't be reopened for it.
         options = {} if buffer else {"movflags": "+faststart"}
         file = self._stack.enter_context(place)
+        if finish is not None:
+            self._stack.push(lambda error, *_: None if error else finish(file))
         container = av.open(file, "w", format="mp4", options=options)
         self._container = self._stack.enter_context(container)
+        if description:
+            container.metadata["description"] = description
         if metadata is not None:
             container.metadata["comment"] = json.dumps(metadata, sort_keys=True)
         self._rate = Fraction(fps).limit_denominator(100_000)

@@ -1,0 +1,59 @@
+"""The flags of what signs the files of `jvdit.sample` and `jvdit.serve`."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from jvdit.machine.files import config_folder
+
+if TYPE_CHECKING:
+    from jvdit.generation.provenance import Provenance
+
+C2PA = flags.DEFINE_boolean(
+    "c2pa",
+    True,
+    "Sign a C2PA manifest into each file, which says that it is AI-generated, and how; "
+    "needs pip install 'jvdit[provenance]'.",
+)
+C2PA_KEY = flags.DEFINE_string(
+    "c2pa_key",
+    None,
+    "File of the private key that signs, in PEM (default: one made at first use, in "
+    "~/.config/jvdit).",
+)
+C2PA_CERT = flags.DEFINE_string(
+    "c2pa_cert", None, "File of that key's certificates, in PEM."
+)
+
+
+def provenance() -> "Provenance | None":
+    """What signs the files of a model; None: nothing does, and a line says why.
+
+    Raises:
+        ValueError: a key was given, and can't sign.
+        OSError: it can't be read.
+    """
+    own = C2PA_KEY.value, C2PA_CERT.value
+    if (own[0] is None) != (own[1] is None):
+        raise ValueError("--c2pa_key and --c2pa_cert go together; give both.")
+    if not C2PA.value:
+        return None
+    unsigned = "files are written without a C2PA manifest"
+    try:
+        from jvdit.generation.provenance import Provenance
+        from jvdit.machine.signing_key import local_key, own_key
+    except ImportError as error:
+        told = f"{error.name} is missing: pip install 'jvdit[provenance]'."
+        if own[0]:
+            raise ValueError(told) from None
+        print(f"{unsigned}; {told}", file=sys.stderr)
+        return None
+    if own[0] and own[1]:
+        return Provenance(own_key(Path(own[0]), Path(own[1])))
+    try:
+        return Provenance(local_key(config_folder()))
+    except OSError as error:
+        print(f"{unsigned}; there is no place for a key: {error}", file=sys.stderr)
+        return None
