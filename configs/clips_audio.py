@@ -18,7 +18,7 @@ much other work. Of held-out files it has the loudness and not yet the pitch
 from jvdit import config as defaults
 
 CLIPS = "data/clips"
-BOX = "jvdit/box/sound"
+BOX = "jvdit/box/audio_vae"
 
 
 def get_config():

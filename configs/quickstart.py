@@ -30,14 +30,17 @@ def get_config():
     latents = defaults.encode(
         "world:falling:9x32x32@8:4096",
         vae=str(FOLDER / "vae"),
+        audio_vae=str(FOLDER / "audio_vae"),
         validation="world:falling:9x32x32@8:64:1",
     )
-    dit = world_box.get_config().stages.videos
+    dit = world_box.everything()
     dit.start_from = str(FOLDER)
     dit.steps = 250
     dit.data.sources, dit.data.weights = ("{workdir}/latents",), ()
-    # Rows of one clip: no pictures beside it, and so no mask.
-    dit.data.update(max_clips=1, text_budget=48, validation="{workdir}/latents#val")
+    # Rows of one clip and its sound: no pictures beside it.
+    dit.data.update(token_budget=80, sound_budget=29, max_clips=1, text_budget=48)
+    dit.data.update(rows=32, validation="{workdir}/latents#val")
+    dit.given.update(dict.fromkeys(dit.given, 0.0) | {"first_frame": 0.75})
     dit.optim.lr, dit.optim.warmup = 1e-3, 20
     dit.evaluate_every = dit.checkpoint_every = 100
     dit.sample_every = 125

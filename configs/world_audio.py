@@ -2,7 +2,7 @@
 
     python -m jvdit.train --config configs/world_audio.py --workdir runs/world/audio
 
-The finished autoencoder is runs/world/audio; that of the box, jvdit/box/sound, took
+The finished autoencoder is runs/world/audio; that of the box, jvdit/box/audio_vae, took
 2,500 steps in 47 minutes of two cores of an EPYC, beside other work. Of 256 clips of
 split test SI-SDR is 12.3 dB, and the oracle hears .951 of the bounces within 40 ms
 (real: .945) and the right material in .978 (.977).

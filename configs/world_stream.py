@@ -15,7 +15,7 @@ BOX = "jvdit/box"
 
 def clips():
     """Settings of the DiT."""
-    config = world_box.get_config().stages.videos
+    config = world_box.silent()
     config.start_from = BOX
     config.steps = 1500
     config.dit.patterns, config.dit.chunk_frames = ("chunk_causal",), 1

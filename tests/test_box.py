@@ -45,7 +45,7 @@ def test_its_sounds_come_back_in_step():
     world = World("test", seed=1, frames=17, height=32, width=32)
     ids = np.arange(16)
     clips, scenes = world.clips(ids), world.scenes(ids)
-    reconstruct = SoundReconstructor(FOLDER / "sound")
+    reconstruct = SoundReconstructor(FOLDER / "audio_vae")
     decoded = np.stack([reconstruct(x) for x in clips["audio"]])
     real, found = (
         oracle.means(oracle.score(clips["video"], scenes, world.fps, x[..., 0]))

@@ -47,6 +47,13 @@ def test_whatever_a_library_raises_is_one_line(error, behind):
     assert "\n" not in str(raised.value) and "Make room" in str(raised.value)
 
 
+def test_weights_are_for_whoever_may_read_other_files(tmp_path):
+    save_weights(tmp_path / "a", {"kernel": np.zeros(2)}, {})
+    (tmp_path / "other").touch()
+    mode = (tmp_path / "other").stat().st_mode
+    assert (tmp_path / "a/weights.safetensors").stat().st_mode == mode
+
+
 def test_another_error_stays_what_it_is():
     for error in (ValueError("no"), FileNotFoundError(errno.ENOENT, "x", "y")):
         with pytest.raises(type(error)) as raised, said_if_full():

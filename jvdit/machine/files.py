@@ -104,6 +104,9 @@ def check_writable(folder: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path that is renamed to `path` unless an error is raised.
 
+    Who may read the file is as for any other: safetensors would have it for its owner
+    alone.
+
     Raises:
         FullDiskError: the disk is full.
     """
@@ -111,7 +114,10 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = temporary_path(path)
     try:
         with said_if_full(path):
+            temporary.touch()
+            mode = temporary.stat().st_mode
             yield temporary
+            temporary.chmod(mode)
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
