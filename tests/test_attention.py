@@ -1,5 +1,7 @@
 """Attention: all its forms against float64, what they see, and rotary positions."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,7 @@ from jvdit.models.attention.dispatch import (
 from jvdit.models.attention.pieces import RESIDUALS
 from jvdit.shapes import Visible
 
-FORMS = ["mapped", "xla", "cudnn", "auto"]
+FORMS = ["mapped", "steady", "xla", "cudnn", "auto"]
 
 # The third query's segment has no key; the last two tokens are padding.
 Q_SEGMENT = np.array([[1, 1, 4, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 1]], np.int32)
@@ -211,3 +213,15 @@ def test_axes_that_do_not_fit_the_positions_raise():
     for axes_dims in ((6, 6), (6, 3, 3)):
         with pytest.raises(ValueError, match="3 even numbers"):
             rope_tables(draw(1, 4, 3), axes_dims)
+
+
+@pytest.mark.parametrize("form", ["steady", "mapped"])
+def test_a_clip_has_the_same_bits_beside_whatever(form):
+    """But not where long keys of others decide how it is computed."""
+    q, k, v = (draw(1, 192, 2, 8, seed=i) for i in range(3))
+    segment = jnp.asarray(np.repeat([[1, 2]], 96, axis=1))
+    visible = Visible.packed(segment)
+    run = jax.jit(partial(attention, implementation=form))
+    alone = run(q, k, v, visible)[:, :96]
+    among = run(q, k.at[:, 96:].mul(1e3), v, visible)[:, :96]
+    assert np.array_equal(alone, among) == (form == "steady")

@@ -40,7 +40,7 @@ from jvdit.serving.slots import (
     soonest,
 )
 from jvdit.shapes import Text, Tokens
-from jvdit.sharding import rows_sharding
+from jvdit.sharding import platform, rows_sharding
 
 # What may be given of packed clips: it is clean tokens in their own places.
 _PACKED = {"image", "prefix", "video", "mask", "from_video", "from_sound"}
@@ -149,9 +149,11 @@ class Packed:
     def _denoising(self) -> Denoising:
         model = self.generator.model
         guidance, solver = self.settings.solving["guidance"], self.settings.solver
-        return Denoising(
-            model.dit, model.path, solver or "unipc", guidance, self.shape.kinds
-        )
+        dit = model.dit
+        if platform() == "cpu" and dit.attention_implementation == "auto":
+            # The bits of a clip shouldn't depend on the scores of others.
+            dit = dit.clone(attention_implementation="steady")
+        return Denoising(dit, model.path, solver or "unipc", guidance, self.shape.kinds)
 
     def takes(self, settings: Settings, request: Request | None = None) -> bool:
         """Whether clips of these settings, and of this model, can be packed.

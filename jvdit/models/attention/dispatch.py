@@ -18,6 +18,7 @@ from jvdit.models.attention.parallel import divided
 from jvdit.models.attention.patterns import PATTERNS
 from jvdit.models.attention.pieces import (
     DENSE,
+    STEADY,
     Keys,
     Pieces,
     Queries,
@@ -28,9 +29,9 @@ from jvdit.models.attention.tiles import sparse
 from jvdit.shapes import Visible
 from jvdit.sharding import alone, platform
 
-IMPLEMENTATIONS = ("auto", "mapped", "xla", "cudnn", "mosaic")
+IMPLEMENTATIONS = ("auto", "mapped", "steady", "xla", "cudnn", "mosaic")
 KEYS = ("tokens", "text")
-PIECES = {"mapped": DENSE, "mosaic": MOSAIC}
+PIECES = {"mapped": DENSE, "steady": STEADY, "mosaic": MOSAIC}
 
 # Scores of a head up to which they stay in a processor's cache without being mapped.
 FEW_SCORES = 192**2
@@ -61,7 +62,8 @@ def attention(
         keys: how a mesh divides the keys: "tokens", as the queries; "text", not at
             all: they are few, and a rematerialised block attends to them again.
         implementation: "mapped", one head of one row at a time, recomputed in the
-            backward pass (CPU); "xla", plain; "cudnn", GPU flash attention
+            backward pass (CPU); "steady", the same, of which a query has the same bits
+            whatever else is in its row; "xla", plain; "cudnn", GPU flash attention
             in half precision; "mosaic", TPU flash attention; "auto", the best of
             them on this backend. On a mesh, what each device does with its part
             (`parallel`).
@@ -83,9 +85,8 @@ def attention(
     if alone():
         return local(q, k, v, visible)
     fast = platform() == "tpu" and suits_mosaic(q, k)
-    pieces = _pieces(
-        "mosaic" if implementation == "mosaic" or fast else "mapped", pattern
-    )
+    form = implementation if implementation in PIECES else "mapped"
+    pieces = _pieces("mosaic" if fast else form, pattern)
     return divided(local, pieces, q, k, v, visible, keys)
 
 

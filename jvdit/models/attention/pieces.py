@@ -172,12 +172,20 @@ def _each_head(function, arrays, visible):
 
 
 def dense_forward(
-    q: Queries, k: Keys, v: Keys, visible: Visible | None
+    q: Queries, k: Keys, v: Keys, visible: Visible | None, *, steady: bool = False
 ) -> tuple[Queries, Sums]:
     """Attention to some of the keys in plain products; see `Pieces.forward`.
 
     Scores are at most the product of the lengths of query and key. Where that is small
     the largest needn't be found and subtracted, which takes a pass over all of them.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        visible: which keys each query sees. None: all.
+        steady: always subtract the largest, so that the bits of a query don't depend on
+            how long queries and keys are that it doesn't see.
     """
 
     def head(arrays, visible, *, small: bool):
@@ -197,6 +205,9 @@ def dense_forward(
     def longest(x: Array) -> Array:
         return jnp.square(x.astype(jnp.float32)).sum(axis=-1).max()
 
+    if steady:
+        out, lse = _each_head(partial(head, small=False), (q, k, v), visible)
+        return out, lse[:, 0]
     ways = (partial(_each_head, partial(head, small=small)) for small in (True, False))
     most = SMALL_SCORES * np.log(float(jnp.finfo(v.dtype).max))
     small = longest(q) * longest(k) < most**2 * q.shape[-1]
@@ -238,3 +249,4 @@ def dense_backward(
 
 
 DENSE = Pieces(dense_forward, dense_backward)
+STEADY = Pieces(partial(dense_forward, steady=True), dense_backward)
