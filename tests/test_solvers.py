@@ -203,6 +203,28 @@ def test_guidance_extrapolates_inside_its_interval():
     np.testing.assert_allclose(got[1], 1.0, rtol=1e-4)
 
 
+def test_control_has_a_scale_of_its_own():
+    """Away from what the clip would be without its channels, whatever the text."""
+    tokens, _ = start(NoisePath())
+    cond = jnp.full((*tokens.latents.shape[:2], 4), 2.0)
+    tokens = tokens.replace(cond=cond)
+    text, null = texts()
+
+    def model(tokens, t, text):
+        return text_model(tokens, t, text) + tokens.cond.mean((1, 2))[:, None, None]
+
+    t = jnp.array([[0.5], [0.9]])
+    guidance = Guidance(3.0, interval=(0.2, 0.8), control=4.0)
+    assert guidance.evaluations() == 3
+    denoiser = guided(model, text, null, NoisePath(), guidance)
+    got = denoiser(tokens, t) - 0.1 * tokens.latents
+    # Null text and channels, the text's part thrice, and the channels' four times.
+    np.testing.assert_allclose(got[0], 0.25 + 3 * 0.75 + 4 * 2.0, rtol=1e-4)
+    np.testing.assert_allclose(got[1], 1.0 + 2.0, rtol=1e-4)
+    with pytest.raises(ValueError, match="control_guidance_scale.*=-1"):
+        Guidance(control=-1.0)
+
+
 def test_full_rescale_restores_the_std_of_each_clip():
     path = NoisePath()
     noise = jax.random.normal(jax.random.key(0), (2, 6, 3))

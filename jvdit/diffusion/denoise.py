@@ -18,6 +18,7 @@ Denoiser = Callable[[Tokens, Float[Array, "b g"]], Float[Array, "b n c"]]
 
 # As settings have them: for the text of pictures and sounds, and for being in step.
 _SCALES = "guidance_scale", "sound_guidance_scale", "sync_scale", "sound_sync_scale"
+_CONTROL = "control_guidance_scale"
 
 
 def denoise(
@@ -52,6 +53,9 @@ class Guidance:
         sync: scales of pictures and of sounds for being in step: 1 turns it off; larger
             values extrapolate away from what either kind would be without the other,
             with one more evaluation.
+        control: scale for the channels beside the noise, such as edges: 1 turns it off;
+            larger values extrapolate away from what the clip would be without, with
+            one more evaluation.
 
     Raises:
         ValueError: a scale is negative, or the interval or rescale leave [0, 1].
@@ -62,10 +66,11 @@ class Guidance:
     rescale: float = 0.0
     sound_scale: float | None = None
     sync: tuple[float, float] = (1.0, 1.0)
+    control: float = 1.0
 
     def __post_init__(self):
         scales = self.scale, self.sound_scale, *self.sync
-        check_ranges(dict(zip(_SCALES, scales, strict=True)))
+        check_ranges(dict(zip(_SCALES, scales, strict=True)) | {_CONTROL: self.control})
         check_ranges(
             {"guidance_interval": self.interval, "guidance_rescale": self.rescale}
         )
@@ -81,7 +86,8 @@ class Guidance:
     def evaluations(self, kinds: int = 1) -> int:
         """How many times as many rows the network is given, for so many kinds."""
         by_text = any(scale != 1 for scale in self.text[:kinds])
-        return 1 + by_text + (kinds > 1 and self.sync != (1.0, 1.0))
+        in_step = kinds > 1 and self.sync != (1.0, 1.0)
+        return 1 + by_text + in_step + (self.control != 1)
 
 
 def guided(
@@ -94,7 +100,7 @@ def guided(
 ) -> Denoiser:
     """Builds a denoiser with classifier-free guidance.
 
-    One evaluation of two or three times the rows predicts all velocities.
+    One evaluation of several times the rows predicts all velocities.
 
     Args:
         model: the network.
@@ -110,9 +116,12 @@ def guided(
         kinds = len(tokens.kinds) or 1
         by_text = any(scale != 1 for scale in guidance.text[:kinds])
         in_step = kinds > 1 and guidance.sync != (1.0, 1.0)
-        if not (by_text or in_step):
+        by_control = guidance.control != 1
+        if not (by_text or in_step or by_control):
             return denoise(model, tokens, t, text, path)
         passes = [(tokens, text)] + [(tokens, null_text)] * by_text
+        if by_control:
+            passes.append((_without_channels(tokens), text))
         if in_step:
             nobody = jnp.zeros((len(t), t.shape[1] // kinds - 1), bool)
             passes = [apart(*each, nobody) for each in passes]
@@ -132,6 +141,9 @@ def guided(
         with_text = velocity = made[0]
         if by_text:
             velocity = made[1] + spread(guidance.text, scales) * (with_text - made[1])
+        if by_control:
+            both = (guidance.control,) * kinds
+            velocity += (spread(both) - 1) * (with_text - made[1 + by_text])
         if in_step:
             velocity += (spread(guidance.sync) - 1) * (with_text - made[-1])
         if guidance.rescale == 0:
@@ -139,6 +151,12 @@ def guided(
         return _rescaled(velocity, with_text, tokens, t, path, guidance.rescale)
 
     return denoiser
+
+
+def _without_channels(tokens: Tokens) -> Tokens:
+    """The tokens with nothing in the channels beside the noise."""
+    cond = None if tokens.cond is None else jnp.zeros_like(tokens.cond)
+    return dataclasses.replace(tokens, cond=cond)
 
 
 def _rescaled(velocity, with_text, tokens, t, path, rescale):

@@ -110,6 +110,15 @@ class Experts:
         return {name: span for name, span in spans.items() if span[0] < span[1]}
 
 
+def check_control(model: Bundle, guidance: Guidance) -> None:
+    """Raises a ValueError if a model has nothing that guidance by control is about."""
+    if guidance.control != 1 and not model.dit.cond_channels:
+        raise ValueError(
+            f"`control_guidance_scale` (={guidance.control:g}) is for models that are "
+            "told something by channels beside the noise, such as edges; leave it out."
+        )
+
+
 def hint_scales(model: Bundle, scale: float | Sequence[float]) -> np.ndarray | None:
     """A factor for the hint of each layer that takes control; None: all are 1.
 

@@ -19,7 +19,7 @@ from jvdit.diffusion.reuse import Reuse
 from jvdit.diffusion.solvers import check_solver
 from jvdit.generation.codec import Codec
 from jvdit.generation.draft import drafted, dubbed
-from jvdit.generation.experts import Experts, hint_scales
+from jvdit.generation.experts import Experts, check_control, hint_scales
 from jvdit.generation.inputs import Inputs
 from jvdit.generation.request import STATES, Request, complete
 from jvdit.generation.residence import Residence
@@ -378,6 +378,7 @@ class Generator:
         model = self.model
         model.policy.times(steps, jnp.ones(1))
         hint_scales(model, conditioning_scale)
+        check_control(model, guidance)
         requests = [self.complete(request) for request in requests]
         sizes = [self.check(request) for request in requests]
         given = [self.inputs.known(*pair) for pair in zip(requests, sizes, strict=True)]

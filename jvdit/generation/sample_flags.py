@@ -161,6 +161,11 @@ SOUND_SYNC = _left(
     "sound_sync_scale",
     "How strongly the sound is guided to be in step with the picture; 1 is without",
 )
+CONTROL_SCALE = flags.DEFINE_float(
+    "control_guidance_scale",
+    1.0,
+    "How strongly to follow what is given by channels, such as --edges; 1 is without.",
+)
 INTERVAL = flags.DEFINE_list(
     "guidance_interval", ["0", "1"], "Noise levels between which to guide."
 )
@@ -298,7 +303,7 @@ def sampling_settings() -> Settings:
     if SHIFT.value is not None and (PRESET.value or LEVELS.value):
         raise ValueError("--shift spaces noise levels that --preset or --levels give.")
     named = STEPS, PRESET, SOLVER, SCALE, SCALE_2, RESCALE, DRAFT
-    named += SOUND_SCALE, SYNC, SOUND_SYNC, AFTER, STRENGTH
+    named += SOUND_SCALE, SYNC, SOUND_SYNC, AFTER, STRENGTH, CONTROL_SCALE
     low, high = map(float, INTERVAL.value)
     return Settings(
         guidance_interval=(low, high),
@@ -315,6 +320,8 @@ def told_settings(settings: Settings, model: Bundle) -> dict[str, Any]:
         told["shift"] = model.policy.shift
     if not model.boundary:
         told.pop("guidance_scale_2", None)
+    if not model.dit.cond_channels:
+        told.pop(CONTROL_SCALE.name)
     if not model.dit.control_channels:
         told.pop("conditioning_scale")
     if not model.has_sound:

@@ -44,6 +44,8 @@ class Settings:
             to what it is without guidance (arXiv:2305.08891, 3.4).
         draft: generate an image first, then a clip that has it as its first frame.
         sound_after: generate the picture first, then the sound for it.
+        control_guidance_scale: guidance scale of what is given by channels beside the
+            noise, such as edges; 1 turns it off, which saves an evaluation.
         conditioning_scale: how strongly a control signal is followed (VACE): one factor
             for all layers, or one for each that takes hints.
         strength: of requests with `restyle`, share of the steps that are taken, 0 to 1:
@@ -66,6 +68,7 @@ class Settings:
     sound_sync_scale: float | None = None
     draft: bool | None = None
     sound_after: bool | None = None
+    control_guidance_scale: float = 1.0
     conditioning_scale: float | tuple[float, ...] = 1.0
     strength: float = 0.6
 
@@ -120,6 +123,7 @@ class Settings:
             self.guidance_rescale,
             self.sound_guidance_scale,
             (1.0 if sync[0] is None else sync[0], 1.0 if sync[1] is None else sync[1]),
+            self.control_guidance_scale,
         )
 
 

@@ -187,6 +187,8 @@ def check_stream(
             f"a stream begins with an `image` and goes on by itself; leave "
             f"{', '.join(sorted(f'`{x}`' for x in more))} out."
         )
+    if model.dit.cond_channels:
+        raise ValueError("a stream has no channels beside the noise, such as edges.")
     if generator.mesh.shape["context"] > 1:
         raise ValueError("a stream isn't divided over devices; leave --mesh out.")
     if model.patch_size[0] != 1:
