@@ -142,7 +142,7 @@ def guided(
         if by_text:
             velocity = made[1] + spread(guidance.text, scales) * (with_text - made[1])
         if by_control:
-            both = (guidance.control,) * kinds
+            both = guidance.control, guidance.control
             velocity += (spread(both) - 1) * (with_text - made[1 + by_text])
         if in_step:
             velocity += (spread(guidance.sync) - 1) * (with_text - made[-1])
