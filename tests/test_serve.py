@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import av
 import numpy as np
@@ -207,6 +208,14 @@ def test_pictures_may_come_in_json(served):
         assert status == 200 and job["settings"]["conditions"] == ["image"]
 
 
+def test_a_small_file_of_a_large_picture_is_refused(served):
+    Image.new("1", (6000, 6000)).save(file := io.BytesIO(), "png")
+    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    assert len(url) < 1 << 16
+    status, answer = create(served.port, input_reference=url)
+    assert status == 400 and "36000000 pixels" in answer["error"]["message"]
+
+
 def test_the_largest_that_can_be_made_is_told(served):
     _, answer = create(served.port, size="64x64", num_frames=33)
     assert "9 frames of 40x40" not in answer["error"]["message"]
@@ -334,6 +343,25 @@ def test_a_flood_is_answered(served, fake):
         each.join()
     assert set(statuses) <= {200, 429} and 200 in statuses
     assert ask(served.port, "GET", "/v1/videos?limit=100")[0] == 200
+
+
+def test_what_is_given_is_read_one_at_a_time(served, monkeypatch):
+    """A small file may hold a large picture, and Pillow's limit is for one thread."""
+    inside, most, receive = [], [], Jobs.receive
+
+    def watched(jobs, files):
+        inside.append(None)
+        most.append(len(inside))
+        time.sleep(0.02)
+        try:
+            return receive(jobs, files)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(Jobs, "receive", watched)
+    with ThreadPoolExecutor(6) as pool:
+        answers = [*pool.map(lambda seed: create(served.port, seed=seed), range(6))]
+    assert [status for status, _ in answers] == [200] * 6 and max(most) == 1
 
 
 def test_jobs_are_made_in_order_and_cancelled(tmp_path, fake):

@@ -38,7 +38,7 @@ from rich.table import Table
 _CLIP = {"prompt": "one object: a small red circle.", "num_inference_steps": 6}
 _QUICK = _CLIP | {"num_inference_steps": 1, "num_frames": 1}
 _BODY = 1  # MB that the server takes
-_SECONDS = 20.0  # that an answer may take
+_SECONDS = 75.0  # that an answer may take; an unfinished body has 60
 _GROWTH = 64  # MB
 _GONE = "no answer"
 _BUSY = "503"  # too much at a time: ask again

@@ -7,11 +7,11 @@ The server's own thread makes them of the model in the box: packed, clips enteri
 leaving rows between steps; one after another; and in batches of those that wait and are
 alike in size, steps, guidance and condition. Requests of three sizes, two lengths of
 sampling and two strengths of guidance, some with a first frame, come at random times.
-A first pass, which isn't timed, compiles.
+A first pass, which isn't timed, compiles. On a machine that others use, `taskset -c 1
+python tools/serve_trace.py --cpu` counts the time of one core, without that of others.
 """
 
 import argparse
-import contextlib
 import io
 import itertools
 import sys
@@ -39,6 +39,7 @@ from jvdit.serving.worker import Worker
 from jvdit.sharding import make_mesh
 
 _PROMPTS = "a small red circle.", "a large purple square.", "a medium blue triangle."
+_GLANCE = 0.005  # seconds between two looks
 _SIZES = ("32x32", 9), ("32x32", 1), ("24x16", 5)  # the first is the model's own
 
 
@@ -98,25 +99,56 @@ def _kind(asked: VideoRequest, files: Iterable[str]) -> tuple[Any, ...]:
     return asked.size, asked.num_frames, *how, *files
 
 
-def run(worker: Worker, arrivals: Sequence[Arrival], timed: bool) -> list[VideoJob]:
-    """Has a worker make all clips; returns their jobs, which are all over.
+class Clock:
+    """Seconds: of the wall, or of the processor, of which others take nothing.
 
-    Raises:
-        ValueError: one failed, and why.
+    The processor's stands still while nothing is to be done; then it is put forward.
     """
-    jobs, begun, found = worker.jobs, time.monotonic(), []
-    at_once = contextlib.nullcontext() if timed else jobs.changed
-    with at_once:
-        for arrival in arrivals:
-            if timed:
-                time.sleep(max(begun + arrival.when - time.monotonic(), 0))
-            id, names = jobs.receive(arrival.files)
-            found.append(jobs.add(id, names, VideoRequest.of(arrival.fields), {}))
-    while not all(job.over for job in found):
-        time.sleep(0.01)
-    if lost := [job for job in found if job.status != DONE]:
+
+    def __init__(self, cpu: bool):
+        self._read = time.process_time if cpu else time.monotonic
+        self._cpu, self._begun = cpu, self._read()
+
+    def __call__(self) -> float:
+        """The time since it was made."""
+        return self._read() - self._begun
+
+    def wait(self, until: float, idle: bool) -> None:
+        """Waits a little for a time to come, or goes there at once."""
+        if idle and self._cpu:
+            self._begun -= max(until - self(), 0)
+        time.sleep(_GLANCE)
+
+
+def timed(worker: Worker, arrivals: Sequence[Arrival], clock: Clock) -> np.ndarray:
+    """When each clip was asked for, and when it was there, [clips 2], in seconds."""
+    jobs, times = list[VideoJob](), np.zeros((len(arrivals), 2))
+    while len(jobs) < len(arrivals) or not times[:, 1].all():
+        now = clock()
+        if len(jobs) < len(arrivals) and arrivals[len(jobs)].when <= now:
+            times[len(jobs), 0] = arrivals[len(jobs)].when
+            jobs.append(asked(worker.jobs, arrivals[len(jobs)]))
+            continue
+        for i, job in enumerate(jobs):
+            if job.over and not times[i, 1]:
+                times[i, 1] = now
+        busy = not times[: len(jobs), 1].all()
+        until = arrivals[len(jobs)].when if len(jobs) < len(arrivals) else now
+        clock.wait(until, not busy)
+    check(jobs)
+    return times
+
+
+def asked(jobs: Jobs, arrival: Arrival) -> VideoJob:
+    """Puts a request in the queue."""
+    id, names = jobs.receive(arrival.files)
+    return jobs.add(id, names, VideoRequest.of(arrival.fields), {})
+
+
+def check(jobs: Sequence[VideoJob]) -> None:
+    """Raises a ValueError if a clip wasn't made, and says why."""
+    if lost := [job for job in jobs if job.status != DONE]:
         raise ValueError(f"{len(lost)} failed, the first: {lost[0].error}")
-    return found
 
 
 def kinds_of(arrivals: Sequence[Arrival]) -> list[Arrival]:
@@ -130,14 +162,20 @@ def warm_up(worker: Worker, arrivals: Sequence[Arrival]) -> None:
         for one in kinds_of(arrivals):
             prompts = itertools.cycle(one.fields | {"prompt": x} for x in _PROMPTS)
             several = itertools.islice(prompts, 1 << power)
-            run(worker, [one._replace(fields=x) for x in several], False)
+            with worker.jobs.changed:  # the worker sees all at once
+                jobs = [
+                    asked(worker.jobs, one._replace(fields=fields))
+                    for fields in several
+                ]
+            while not all(job.over for job in jobs):
+                time.sleep(_GLANCE)
+            check(jobs)
 
 
-def figures(jobs: Sequence[VideoJob]) -> list[str]:
+def figures(times: np.ndarray) -> list[str]:
     """Clips a minute, and the seconds that half, and 95 %, of the clips took."""
-    ends = np.array([job.completed_at for job in jobs])
-    waits = ends - [job.created_at for job in jobs]
-    rate = 60 * len(jobs) / (ends.max() - jobs[0].created_at)
+    waits = times[:, 1] - times[:, 0]
+    rate = 60 * len(times) / (times[:, 1].max() - times[0, 0])
     return [f"{x:.1f}" for x in (rate, *np.percentile(waits, (50, 95)))]
 
 
@@ -171,6 +209,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the trace")
     parser.add_argument("--rows", default="208,464", help="tokens of a packed row")
     parser.add_argument("--batches", default="2,4", help="most clips of a batch")
+    parser.add_argument(
+        "--cpu", action="store_true", help="time by the processor's clock"
+    )
     args = parser.parse_args()
     keep_compilations()
     arrivals = trace(args.count, args.interval, args.seed)
@@ -187,7 +228,7 @@ def main() -> None:
             worker.ready.wait()
             warm_up(worker, arrivals)
             spent = time.monotonic() - begun
-            found = figures(run(worker, arrivals, True))
+            found = figures(timed(worker, arrivals, Clock(args.cpu)))
             worker.stop(0)
         table.add_row(name, *found, f"{spent:.0f}")
         print(name, *found, f"{spent:.0f}", file=sys.stderr, flush=True)

@@ -6,6 +6,7 @@ import importlib.resources
 from collections.abc import AsyncIterator
 from typing import Any
 
+from PIL import Image
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -28,6 +29,7 @@ _PAGE = {
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 _SHOWN, _MOST = 20, 100  # jobs in a list
+_PIXELS = 1 << 25  # of a picture, as 8K; reading one takes 12 times as many bytes
 _PAUSE = 0.1  # seconds between two looks at a job that a client waits for
 
 
@@ -41,6 +43,7 @@ class Api:
 
     def __init__(self, jobs: Jobs, worker: Worker):
         self.jobs, self.worker, self.served = jobs, worker, worker.served
+        self._checking = asyncio.Lock()
 
     @property
     def routes(self) -> list[Route]:
@@ -84,7 +87,8 @@ class Api:
     async def _created(self, http: HttpRequest) -> VideoJob:
         takes = [x["name"] for x in self.served.card["conditions"]]
         fields, files = await read_body(http, takes)
-        return await run_in_threadpool(self._add, fields, files)
+        async with self._checking:  # a small file may hold a large picture
+            return await run_in_threadpool(self._add, fields, files)
 
     def _add(self, fields: dict[str, Any], files: Files) -> VideoJob:
         """Checks what is asked, and puts it in the queue."""
@@ -245,6 +249,7 @@ def make_app(jobs: Jobs, worker: Worker, grace: float, **bounds: Any) -> Any:
         grace: seconds that what runs may take when the server is stopped.
         **bounds: arguments of `Guard`.
     """
+    Image.MAX_IMAGE_PIXELS = _PIXELS
 
     @contextlib.asynccontextmanager
     async def life(_: Starlette) -> AsyncIterator[None]:
