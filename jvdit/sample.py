@@ -42,6 +42,7 @@ from jvdit.generation.provenance_flags import provenance
 from jvdit.generation.request import Request
 from jvdit.generation.results import STATEMENT, viewing_scale
 from jvdit.generation.settings import Settings
+from jvdit.generation.watermark import STOCHASTIC, Watermark
 from jvdit.machine import flag_parser
 from jvdit.machine.command import told_in_a_line
 from jvdit.machine.compilation import keep_compilations
@@ -203,6 +204,8 @@ def sample(prompts: Sequence[tuple[str, str]]) -> Iterator[pathlib.Path]:
     """
     if not prompts:
         raise ValueError('give a prompt, "…", or --prompts=FILE.')
+    key = asked.WATERMARK.value
+    mark = None if key is None else Watermark.read(key)
     signed, (parsed, refused) = provenance(), _parsed(prompts)
     settings, folder = asked.sampling_settings(), pathlib.Path(asked.OUT.value)
     if not asked.CALIBRATE.value:
@@ -219,6 +222,9 @@ def sample(prompts: Sequence[tuple[str, str]]) -> Iterator[pathlib.Path]:
         yield pathlib.Path(asked.CALIBRATE.value)
         return
     told = asked.told_settings(settings, generator.model)
+    if mark is not None:
+        _check_markable(settings, films, requests)
+        generator.watermark, told["watermark"] = mark, "gaussian shading"
     signed = signed and signed.of(model_hash(generator.model))
     make: Any = _films if films else _clips
     shown: list[_Written] = []
@@ -242,6 +248,22 @@ def sample(prompts: Sequence[tuple[str, str]]) -> Iterator[pathlib.Path]:
             f"{len(refused)} of {len(prompts)} prompts were left out, the first: "
             f"{refused[0]}"
         )
+
+
+def _check_markable(settings: Settings, films: bool, requests: Sequence[Any]) -> None:
+    """Raises a ValueError if the noise of what is asked for can't be found again."""
+    restyled = not films and any(x.restyle is not None for x in requests)
+    for given, what in (
+        (films, "films, which are made window after window"),
+        (asked.CASCADE.value, "--cascade, whose stages change what was marked"),
+        (restyled, "--restyle, which begins with footage"),
+        (
+            settings.solver in STOCHASTIC,
+            f"the solver {settings.solver!r}, which draws noise at every step",
+        ),
+    ):
+        if given:
+            raise ValueError(f"--watermark doesn't go with {what}; leave one out.")
 
 
 def _clips(

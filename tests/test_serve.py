@@ -179,7 +179,7 @@ MISTAKES = {
     "long": ({"prompt": "x" * 30000}, "prompt"),
     "model": ({"model": "sora-2"}, "model"),
     "lora": ({"lora": "../../etc/passwd"}, "lora"),
-    "sound": ({"sound": True}, "sound"),
+    "sound": ({"sound": "loud"}, "sound"),
     "path": ({"input_reference": "/etc/passwd"}, "input_reference"),
     "file url": ({"input_reference": {"image_url": "file:///etc/passwd"}}, "input_ref"),
     "http url": ({"conditions": {"image": "http://127.0.0.1:1/x.png"}}, "image"),

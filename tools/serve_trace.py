@@ -160,7 +160,7 @@ def warm_up(worker: Worker, arrivals: Sequence[Arrival]) -> None:
     """Compiles what a trace needs; of batches every size."""
     for power in range(getattr(worker, "most", 1).bit_length()):
         for one in kinds_of(arrivals):
-            prompts = itertools.cycle(one.fields | {"prompt": x} for x in _PROMPTS)
+            prompts = itertools.cycle({**one.fields, "prompt": x} for x in _PROMPTS)
             several = itertools.islice(prompts, 1 << power)
             with worker.jobs.changed:  # the worker sees all at once
                 jobs = [

@@ -62,7 +62,7 @@ class Experts:
             frames=batch.frames if self.stepper.dit.patterns else 0,
         )
         places, running = rows_sharding(self.mesh, len(batch.seeds)), None
-        for name, span in self.spans(start.steps).items():
+        for name, span in self.spans(start.steps, start.rising).items():
             with jax.set_mesh(self.mesh):
                 variables = self.variables(name, conditioning_scale)
                 if running is None:
@@ -100,13 +100,15 @@ class Experts:
             return variables
         return jax.tree.map_with_path(partial(_scaled_hint, scales), variables)
 
-    def spans(self, steps: int) -> dict[str, tuple[int, int]]:
-        """The range of steps that each expert takes."""
+    def spans(self, steps: int, rising: bool = False) -> dict[str, tuple[int, int]]:
+        """The range of steps that each expert takes, in order."""
         model = self.model
         times = model.policy.times(steps, jnp.ones(1), model.path.timesteps)
         shown = model.path.shown(np.asarray(times)[:-1, 0])
         high = int((shown >= np.float32(model.boundary)).sum())
         spans = {"dit": (0, high), "dit_low": (high, steps)}
+        if rising:
+            spans = {"dit_low": (0, steps - high), "dit": (steps - high, steps)}
         return {name: span for name, span in spans.items() if span[0] < span[1]}
 
 

@@ -34,6 +34,7 @@ from jvdit.generation.sampling import (
     unpacked,
 )
 from jvdit.generation.settings import NAMES, Settings
+from jvdit.generation.watermark import Watermark
 from jvdit.sharding import (
     make_mesh,
 )
@@ -58,6 +59,7 @@ class Generator:
             they fit.
         quantize: a name in `FORMS` of `few_bits`, such as "int8": the kernels of the
             DiT and of the text encoder are held so, in a half or less of the memory.
+        watermark: marks the noise of pictures; None: nothing does.
 
     Raises:
         ValueError: `quantize` is no such name.
@@ -67,6 +69,7 @@ class Generator:
     mesh: Mesh = dataclasses.field(default_factory=make_mesh)
     together: bool | None = None
     quantize: str = ""
+    watermark: Watermark | None = None
 
     def __post_init__(self):
         check_form(self.quantize)
@@ -335,6 +338,7 @@ class Generator:
         noise: Sequence[Float[np.ndarray, "f h w c"]] | None = None,
         reuse: Reuse | None = None,
         conditioning_scale: float | Sequence[float] = 1.0,
+        rising: bool = False,
     ) -> Iterator[dict[int, Latents]]:
         """Denoises requests from t = 1 to t = 0, batch by batch.
 
@@ -350,10 +354,11 @@ class Generator:
                 memory.
             on_step: called after each step with the steps done in this batch, the
                 steps in all, and the batch's packed latents.
-            noise: the initial noise of each silent request; None: drawn from its seed.
+            noise: the initial noise of each picture; None: drawn from its seed.
             reuse: lets some steps reuse the residual of the step before (MagCache):
                 faster, but not quite the same clip.
             conditioning_scale: as in `Settings`.
+            rising: from t = 0 to t = 1 instead; `noise` then is what was made.
 
         Yields:
             For each batch, the normalised latents of its requests, by the index of the
@@ -392,6 +397,18 @@ class Generator:
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         if all(each.scale != 1 for each in guidances.values()) and ways % 2 == 0:
             ways //= 2  # guidance doubles the rows
+        if noise is None and self.watermark is not None:
+            noise = [
+                np.pad(
+                    self.watermark.noise(
+                        request.seed, (f - known.lead, h, w, channels[0])
+                    ),
+                    [(known.lead, 0), (0, 0), (0, 0), (0, 0)],
+                )
+                for request, (f, h, w), known in zip(
+                    requests, sizes, given, strict=True
+                )
+            ]
         items = self.inputs.items(requests, sizes, given, noise)
         beside = [item.beside for item in items[0]]
         batches = batches_of(
@@ -404,7 +421,7 @@ class Generator:
             channels=max(model.dit.in_channels, channels[1]),
         )
         for batch in batches:
-            start = Start(model.path, model.policy, steps, solver, bool(noise))
+            start = Start(model.path, model.policy, steps, solver, bool(noise), rising)
             latents = self.experts.solved(
                 batch,
                 start,
@@ -487,7 +504,12 @@ class Generator:
         """Generates the images of drafts: this generator, or that of `pictures`."""
         if self.model.pictures is None:
             return self
-        return Generator(self.model.pictures, self.mesh, quantize=self.quantize)
+        return Generator(
+            self.model.pictures,
+            self.mesh,
+            quantize=self.quantize,
+            watermark=self.watermark,
+        )
 
     @property
     def experts(self) -> Experts:

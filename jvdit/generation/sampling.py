@@ -161,7 +161,8 @@ class Start(NamedTuple):
         policy: spaces the timesteps; larger clips may have a larger shift.
         steps: how many steps the solver takes.
         solver: a name in `SOLVERS`.
-        noisy: the batch's latents already are the initial noise.
+        noisy: the batch's pictures already are the initial noise.
+        rising: times rise from 0 to 1 instead, from data to noise.
         one_clip: every row is exactly one clip without padding, so no mask is needed.
         given: some tokens may be given (clean).
         kinds: how many tokens of a row are of each kind; (): all clips are silent.
@@ -173,6 +174,7 @@ class Start(NamedTuple):
     steps: int
     solver: str
     noisy: bool = False
+    rising: bool = False
     one_clip: bool = False
     given: bool = False
     kinds: tuple[int, ...] = ()
@@ -190,18 +192,22 @@ def start_noise(start: Start, arrays: dict[str, Array], seeds: Array) -> Running
         arrays: the packed batch, `Chunk.arrays`.
         seeds: noise seed for each noise level, `Chunk.seeds`.
     """
-    path, policy, steps, solver, noisy, one_clip, given, kinds, frames = start
+    solver, noisy, given, kinds = start.solver, start.noisy, start.given, start.kinds
     keys = jax.vmap(jax.vmap(jax.random.key))(seeds)
-    how = {"one_clip": one_clip, "given": given, "kinds": kinds}
-    tokens = Tokens.of(arrays, arrays["latents"], frames=frames, **how)
+    how = {"one_clip": start.one_clip, "given": given, "kinds": kinds}
+    tokens = Tokens.of(arrays, arrays["latents"], frames=start.frames, **how)
     levels = seeds.shape[1] // (len(kinds) or 1)  # of each kind; the first is clean
     times = _times(start, arrays, levels)
     if tokens.level is None:
         times, keys = times[:, :, 1:], keys[:, 1:]
-    if not noisy:
+    if start.rising:
+        times = times[::-1]
+    if not noisy or len(kinds) > 1:
         noise = clip_noise(keys, tokens)
-        if given:
+        if given or noisy:
             drawn = (arrays["level"] % levels > 0) | (arrays["segment"] == 0)
+            if noisy:
+                drawn &= jnp.arange(drawn.shape[1])[None] >= kinds[0]
             noise = jnp.where(drawn[..., None], noise, tokens.latents)
         tokens = tokens.with_latents(noise)
     return Running(begin(tokens, times, solver), times, keys)

@@ -149,7 +149,7 @@ class Packed:
     def _denoising(self) -> Denoising:
         model = self.generator.model
         guidance, solver = self.settings.solving["guidance"], self.settings.solver
-        dit = model.dit
+        dit: Any = model.dit
         if platform() == "cpu" and dit.attention_implementation == "auto":
             # The bits of a clip shouldn't depend on the scores of others.
             dit = dit.clone(attention_implementation="steady")

@@ -8,6 +8,8 @@ const given = new Map(); // condition -> file
 const WORDS = {
   image: "First frame", last_image: "Last frame", references: "To appear", video: "Footage to follow",
   mask: "Mask of it", from_video: "Picture to give sound", from_sound: "Sound to give a picture",
+  prefix: "Beginning", suffix: "End", interpolate: "Half the rate", upscale: "Half the size",
+  edges: "Edges to follow",
 };
 const MINE = "application/x-jvdit-video";
 let model = null;
