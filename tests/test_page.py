@@ -111,17 +111,17 @@ def test_a_clip_becomes_a_first_frame(server, visit, tmp_path):
     page = visit(server.port)
     page.fill("#prompt", PROMPT)
     (tmp_path / "red.png").write_bytes(png())
-    page.set_input_files(".zone input", tmp_path / "red.png")
-    page.locator(".zone img").wait_for()
+    page.set_input_files(".zone[data-name=image] input", tmp_path / "red.png")
+    page.locator(".zone[data-name=image] img").wait_for()
     page.click("#make")
     page.locator(".card video").first.wait_for()
     assert server.jobs.all()[-1].told["settings"]["conditions"] == ["image"]
-    page.click(".zone button")
-    assert page.locator(".zone img").is_hidden()
+    page.click(".zone[data-name=image] button")
+    assert page.locator(".zone[data-name=image] img").is_hidden()
     page.locator(".card").first.drag_to(
-        page.locator(".zone"), source_position={"x": 60, "y": 60}
+        page.locator(".zone[data-name=image]"), source_position={"x": 60, "y": 60}
     )
-    page.locator(".zone img").wait_for()
+    page.locator(".zone[data-name=image] img").wait_for()
     page.click("[data-do=reuse]")
     assert page.input_value("[name=seed]") != ""
 
