@@ -10,7 +10,7 @@ import pytest
 
 from jvdit.machine import energy
 from jvdit.machine.chips import CHIPS, chip_of
-from jvdit.machine.energy import Energy, Meter, Part, Shares, nvml, rapl
+from jvdit.machine.energy import Counter, Energy, Meter, Shares, nvml, rapl
 from jvdit.training.metrics import Metrics, Spent, read_history
 
 
@@ -122,7 +122,7 @@ def test_accelerators_are_modelled_by_their_most_watts(
 def counting(*readings):
     """A meter of a counter that reads these numbers."""
     left = iter(readings)
-    return Meter([Part("of a test", lambda: next(left))])
+    return Meter([Counter("of a test", lambda: next(left))])
 
 
 def test_shares_add_up_to_the_whole():
@@ -137,7 +137,7 @@ def test_shares_add_up_to_the_whole():
 def test_what_is_measured_is_told_with_what_idleness_takes(monkeypatch):
     monkeypatch.setattr(energy, "_REST", 0.1)
     begun = time.monotonic()
-    machine = [Part("measured: X", lambda: 50 * (time.monotonic() - begun))]
+    machine = [Counter("measured: X", lambda: 50 * (time.monotonic() - begun))]
     meter = Meter(machine)
     time.sleep(0.1)
     found = meter.lap()

@@ -72,8 +72,8 @@ def _prefixed(joules: float) -> str:
     return f"{joules:.3g} J"
 
 
-class Part(NamedTuple):
-    """A part of a machine whose energy is known.
+class Counter(NamedTuple):
+    """What knows the energy of a part of a machine.
 
     Attributes:
         source: how.
@@ -95,7 +95,7 @@ class Meter:
         parts: of the machine; None: those of this one.
     """
 
-    def __init__(self, parts: list[Part] | None = None):
+    def __init__(self, parts: list[Counter] | None = None):
         self._parts = _parts() if parts is None else parts
         self._hosts = jax.process_count()
         self.source = " + ".join(dict.fromkeys(part.source for part in self._parts))
@@ -152,7 +152,7 @@ class Shares:
         return self._each
 
 
-def _parts() -> list[Part]:
+def _parts() -> list[Counter]:
     """The parts of this machine: what is measured comes first."""
     found = nvml() if jax.default_backend() == "gpu" else []
     if not found and jax.default_backend() != "cpu":
@@ -169,26 +169,26 @@ def _watts(usual: float) -> float:
         raise ValueError(f"{_WATTS} (={os.environ[_WATTS]!r}) must be watts.") from None
 
 
-def _modelled() -> Part:
+def _modelled() -> Counter:
     """Accelerators by their time: all of them, at the most that they draw."""
     count, chip = jax.local_device_count(), this_chip()
     watts, begun = _watts(chip.watts), time.monotonic()
     if math.isnan(watts):
         told = f"unknown: {chip.kind} has no counter and no published watts; {_WATTS}=…"
-        return Part(told, lambda: math.nan)
+        return Counter(told, lambda: math.nan)
     told = f"modelled: {count} x {chip.kind} x {watts:g} W"
-    return Part(told, lambda: count * watts * (time.monotonic() - begun))
+    return Counter(told, lambda: count * watts * (time.monotonic() - begun))
 
 
-def _cores() -> Part:
+def _cores() -> Counter:
     """This process's cores by their time."""
     on_cpu = jax.default_backend() == "cpu"
     watts = _watts(CHIPS["cpu"].watts) if on_cpu else CHIPS["cpu"].watts
     told = f"modelled: CPU time x {watts:g} W a core"
-    return Part(told, lambda: time.process_time() * watts)
+    return Counter(told, lambda: time.process_time() * watts)
 
 
-def rapl(folder: Path) -> list[Part]:
+def rapl(folder: Path) -> list[Counter]:
     """RAPL's counters of the CPU packages and of the memory beside them.
 
     Those inside a package are part of it, and that of the whole platform ("psys") of
@@ -202,7 +202,7 @@ def rapl(folder: Path) -> list[Part]:
         try:
             name = (zone / "name").read_text().strip()
             if name.startswith("package") or name == "dram":
-                found.append(Part("measured: RAPL", _unwrapped(zone)))
+                found.append(Counter("measured: RAPL", _unwrapped(zone)))
         except (OSError, ValueError):
             continue
     return found
@@ -225,7 +225,7 @@ def _unwrapped(zone: Path) -> Callable[[], float]:
     return joules
 
 
-def nvml(environment: Mapping[str, str] = os.environ) -> list[Part]:
+def nvml(environment: Mapping[str, str] = os.environ) -> list[Counter]:
     """NVML's counters of the GPUs that JAX uses; []: there are none.
 
     Args:
@@ -254,5 +254,5 @@ def nvml(environment: Mapping[str, str] = os.environ) -> list[Part]:
             read(handle)  # millijoules; older GPUs have no such counter
         except library.NVMLError:
             return []
-        found.append(Part("measured: NVML", lambda h=handle, r=read: r(h) / 1e3))
+        found.append(Counter("measured: NVML", lambda h=handle, r=read: r(h) / 1e3))
     return found
