@@ -73,7 +73,7 @@ def _prefixed(joules: float) -> str:
 
 
 class Counter(NamedTuple):
-    """A part of a machine whose energy is known.
+    """What knows the energy of a part of a machine.
 
     Attributes:
         source: how.
