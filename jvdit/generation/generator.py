@@ -27,6 +27,7 @@ from jvdit.generation.restyle import begun
 from jvdit.generation.results import GeneratedClip, Latents
 from jvdit.generation.room import Room
 from jvdit.generation.sampling import (
+    Chunk,
     OnStep,
     Start,
     Stepper,
@@ -384,44 +385,14 @@ class Generator:
         model.policy.times(steps, jnp.ones(1))
         hint_scales(model, conditioning_scale)
         check_control(model, guidance)
-        requests = [self.complete(request) for request in requests]
-        sizes = [self.check(request) for request in requests]
-        given = [self.inputs.known(*pair) for pair in zip(requests, sizes, strict=True)]
-        sizes = [
-            (f + g.lead - g.headless, h, w)
-            for (f, h, w), g in zip(sizes, given, strict=True)
-        ]
-        sounds = [self.inputs.sounds(request) for request in requests]
-        channels = (model.vae.latent_channels, model.dit.sound_channels)
         guidances = {"dit": guidance, "dit_low": low_guidance or guidance}
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         if all(each.scale != 1 for each in guidances.values()) and ways % 2 == 0:
             ways //= 2  # guidance doubles the rows
-        if noise is None and self.watermark is not None:
-            noise = [
-                np.pad(
-                    self.watermark.noise(
-                        request.seed, (f - known.lead, h, w, channels[0])
-                    ),
-                    [(known.lead, 0), (0, 0), (0, 0), (0, 0)],
-                )
-                for request, (f, h, w), known in zip(
-                    requests, sizes, given, strict=True
-                )
-            ]
-        items = self.inputs.items(requests, sizes, given, noise)
-        beside = [item.beside for item in items[0]]
-        batches = batches_of(
-            *items,
-            [request.seed for request in requests],
-            rows,
-            ways,
-            self.mesh.shape["context"],
-            model.text_length,
-            channels=max(model.dit.in_channels, channels[1]),
-        )
+        marked = noise is not None or self.watermark is not None
+        start = Start(model.path, model.policy, steps, solver, marked, rising)
+        batches, counts, leads = self._packed(requests, noise, rows, ways)
         for batch in batches:
-            start = Start(model.path, model.policy, steps, solver, bool(noise), rising)
             latents = self.experts.solved(
                 batch,
                 start,
@@ -430,14 +401,65 @@ class Generator:
                 reuse=reuse,
                 conditioning_scale=conditioning_scale,
             )
-            counts = sizes, sounds, beside
+            channels = model.vae.latent_channels, model.dit.sound_channels
             found = unpacked(batch, latents, *counts, model.patch_size, channels)
             yield {
-                i: x._replace(picture=x.picture[given[i].lead :])
-                for i, x in found.items()
+                i: x._replace(picture=x.picture[leads[i] :]) for i, x in found.items()
             }
 
     # Implementation
+
+    def _packed(
+        self,
+        requests: Sequence[Request],
+        noise: Sequence[np.ndarray] | None,
+        rows: int,
+        ways: int,
+    ) -> tuple[list[Chunk], tuple[list[Size], list[int], list[int]], list[int]]:
+        """Packs requests into batches.
+
+        Returns:
+            The batches; the latent size of each request, the latents of its sound and
+            the tokens that are given beside it; how many of its latent frames stand
+            before the clip.
+        """
+        model = self.model
+        requests = [self.complete(request) for request in requests]
+        sizes = [self.check(request) for request in requests]
+        given = [self.inputs.known(*pair) for pair in zip(requests, sizes, strict=True)]
+        sizes = [
+            (f + g.lead - g.headless, h, w)
+            for (f, h, w), g in zip(sizes, given, strict=True)
+        ]
+        leads = [known.lead for known in given]
+        if noise is None and self.watermark is not None:
+            noise = self._marked(requests, sizes, leads)
+        items = self.inputs.items(requests, sizes, given, noise)
+        batches = batches_of(
+            *items,
+            [request.seed for request in requests],
+            rows,
+            ways,
+            self.mesh.shape["context"],
+            model.text_length,
+            channels=max(model.dit.in_channels, model.dit.sound_channels),
+        )
+        sounds = [self.inputs.sounds(request) for request in requests]
+        return batches, (sizes, sounds, [item.beside for item in items[0]]), leads
+
+    def _marked(
+        self, requests: Sequence[Request], sizes: Sequence[Size], leads: Sequence[int]
+    ) -> list[np.ndarray]:
+        """Initial noise with the watermark; none where something precedes a clip."""
+        mark, channels = self.watermark, self.model.vae.latent_channels
+        assert mark is not None
+        return [
+            np.pad(
+                mark.noise(request.seed, (f - lead, h, w, channels)),
+                [(lead, 0), (0, 0), (0, 0), (0, 0)],
+            )
+            for request, (f, h, w), lead in zip(requests, sizes, leads, strict=True)
+        ]
 
     def decoded(
         self, latents: Mapping[int, Latents], requests: Sequence[Request], watch: Watch
