@@ -39,7 +39,7 @@ def get_config():
     dit.data.sources, dit.data.weights = ("{workdir}/latents",), ()
     # Rows of one clip and its sound: no pictures beside it.
     dit.data.update(token_budget=80, sound_budget=29, max_clips=1, text_budget=48)
-    dit.data.update(rows=32, validation="{workdir}/latents#val")
+    dit.data.update(rows=20, validation="{workdir}/latents#val")
     dit.given.update(dict.fromkeys(dit.given, 0.0) | {"first_frame": 0.75})
     dit.optim.lr, dit.optim.warmup = 1e-3, 20
     dit.evaluate_every = dit.checkpoint_every = 100
