@@ -38,10 +38,13 @@ def command(name, *args):
 @contextlib.contextmanager
 def _flags_of(door):
     """The flags of one command alone, since several have some of one name."""
+    # Those of a module that several doors adopt are defined but once.
+    importlib.import_module("jvdit.generation.provenance_flags")
     held = flags.FLAGS._flags()
     kept = dict(held)
     for name in kept:
-        if flags.FLAGS.find_module_defining_flag(name, "").startswith("jvdit."):
+        module = flags.FLAGS.find_module_defining_flag(name, "")
+        if module.startswith("jvdit.") and not module.endswith("provenance_flags"):
             del held[name]
     try:
         main = importlib.import_module(door).main

@@ -174,7 +174,7 @@ def test_levels_take_the_place_of_the_spacing(generator):
 def test_text_states_in_the_place_of_prompts(generator):
     sizes = {"frames": 1, "height": 16, "width": 16}
     asked = Request("one object", "nothing", **sizes)
-    (positive,), (negative,) = generator.inputs._texts([asked])
+    (positive,), (negative,) = generator.inputs.texts([asked])
     given = {"prompt_embeds": positive, "negative_prompt_embeds": negative}
     settings = {"steps": 2, "guidance": Guidance(3.0)}
     found = generator.latents(

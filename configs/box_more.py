@@ -1,0 +1,25 @@
+"""Goes on with the model in the box: as many steps as one likes.
+
+    python -m jvdit.train --config configs/box_more.py --workdir runs/box
+    python tools/fill_box.py runs/box/all
+
+The last stage of `world_box.py`, from the weights and with the autoencoders of the box.
+"""
+
+from configs import world_box
+from jvdit import config as defaults
+
+BOX = "jvdit/box"
+
+
+def get_config():
+    """Settings of the stages."""
+    whole = world_box.get_config().stages
+    names = "latents_single", "latents_pair", "views", "all"
+    stages = {name: whole[name] for name in names}
+    for name in names[:-1]:
+        stages[name].update(vae=BOX, audio_vae=f"{BOX}/audio_vae")
+    stages["all"].start_from = BOX
+    # It has learned at a high rate before.
+    stages["all"].optim.lr = 1e-3
+    return defaults.stages(**stages)
