@@ -1,4 +1,4 @@
-"""Teaches the model in the box gravity: 3:22 on two cores of an EPYC.
+"""Teaches the model in the box gravity, in minutes on two cores.
 
     python -m jvdit.train --config configs/quickstart.py --workdir runs/quickstart
 
