@@ -80,7 +80,7 @@ def everything():
         "picture": 0.08,
         "sound": 0.0,
     }
-    # When something sounds is decided at much noise: at the times of pictures 1,850
+    # When something sounds is decided at much noise: at the times of pictures 2,358
     # steps heard .39 of the bounces within 40 ms, and with later ones 1,000 more .67.
     config.timesteps.sound_shift = 3.0
     config.optim.lr = 2e-3

@@ -148,11 +148,23 @@ def test_footage_is_gone_on_from_in_whole_chunks(causal):
         ({"request": dataclasses.replace(CLIP, prefix=BLACK)}, "`prefix` was given"),
     ],
 )
+@pytest.mark.parametrize("causal", [2], indirect=True)
 def test_streams_that_cannot_be(causal, change, message):
-    if causal.model.dit.chunk_frames == 1:
-        pytest.skip("a chunk of one frame is always whole")
     with pytest.raises(ValueError, match=message):
         check_film(causal, Film(**{"request": CLIP, "frames": 32, **change}))
+
+
+def test_levels_of_ones_own_are_those_of_the_steps(causal):
+    request, levels = causal.complete(CLIP), (0.9, 0.4)
+    settings = dataclasses.replace(SETTINGS, levels=levels)
+    made = [
+        Stream(causal, request, each.solving, 4).next("dawn")
+        for each in (settings, SETTINGS)
+    ]
+    assert np.abs(made[0] - made[1]).max() > 1e-3
+    guided = dataclasses.replace(SETTINGS, control_guidance_scale=2.0)
+    with pytest.raises(ValueError, match="control_guidance_scale.*=2"):
+        Stream(causal, request, guided.solving, 4)
 
 
 def test_a_model_that_does_not_stream(generator):

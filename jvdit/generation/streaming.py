@@ -20,6 +20,7 @@ from jvdit.data.patches import token_grid, unpatchify
 from jvdit.diffusion.denoise import Guidance, guided
 from jvdit.diffusion.noise_path import NoisePath
 from jvdit.diffusion.solvers import advance
+from jvdit.generation.experts import check_control
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request
 from jvdit.generation.sampling import (
@@ -72,8 +73,11 @@ class Stream:
         window: int,
         sink: int = 0,
     ):
-        self._generator, self._model = generator, generator.model
         check_stream(generator, request, window, sink)
+        check_control(generator.model, solving["guidance"])
+        if solving["levels"]:
+            generator = generator.timed(tuple(solving["levels"]))
+        self._generator, self._model = generator, generator.model
         self._request, self._solving = request, solving
         model, dit = self._model, self._model.dit
         self.chunk, self.count = dit.chunk_frames, 0
