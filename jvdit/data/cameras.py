@@ -57,7 +57,7 @@ class CameraPath(NamedTuple):
     fps: float
 
     def poses(
-        self, frames: int, height: int, width: int, fps: float, start: float = 0.0
+        self, frames: int, height: int, width: int, fps: float | int, start: float = 0.0
     ) -> Poses:
         """The cameras of a clip that shows a window of the video.
 
@@ -93,7 +93,7 @@ class CameraPath(NamedTuple):
         return found.astype(np.float32)
 
     def window(
-        self, frames: int, height: int, width: int, fps: float, start: float = 0.0
+        self, frames: int, height: int, width: int, fps: float | int, start: float = 0.0
     ) -> "CameraPath":
         """The path of such a clip; arguments and errors as of `poses`."""
         poses = self.poses(frames, height, width, fps, start).astype(np.float64)

@@ -23,7 +23,7 @@ from jvdit.data.ingest.clip_file import NO_CAPTION, ClipFile, Recipe, prepare_fi
 from jvdit.data.ingest.listing import list_items
 from jvdit.data.ingest.supervisor import supervise
 from jvdit.data.media.reader import REASONS
-from jvdit.data.records import CLIP_FEATURES, RecordWriter
+from jvdit.data.records import RecordWriter, clip_features
 from jvdit.machine.files import write_atomically
 from jvdit.machine.json_files import read_json
 from jvdit.machine.progress import Bars
@@ -240,11 +240,17 @@ def plan_shards(
     items, seen = [item for item in items if not item.reason], {}
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         digests = list(pool.map(file_digest, [item.path for item in items]))
+        # Of what lies beside them, which most have not.
+        more = [[*map(file_digest, item.beside.values())] for item in items]
     by_split = {"train": [], "val": []}
-    for item, digest in zip(items, digests, strict=True):
-        if digest is None:
-            refused.append((item, "missing", item.path))
-        elif (other := seen.setdefault((digest, item.caption), item)) is not item:
+    for item, digest, others in zip(items, digests, more, strict=True):
+        if digest is None or None in others:
+            files = (item.path, *item.beside.values())
+            lost = files[[digest, *others].index(None)]
+            refused.append((item, "missing", lost))
+        elif (
+            other := seen.setdefault((digest, item.caption, *others), item)
+        ) is not item:
             refused.append((item, "duplicate", f"of {other.key}"))
         else:
             held_out = int(digest[:8], 16) < val_fraction * 2**32
@@ -255,7 +261,9 @@ def plan_shards(
         for start in range(0, len(members), shard_size)
     }
     names = [[item.key, item.caption] for item in items]
-    identity = json.dumps([names, digests, val_fraction, shard_size])
+    beside = [[*x.beside, *y] for x, y in zip(items, more, strict=True)]
+    told = [beside] if any(beside) else []
+    identity = json.dumps([names, digests, val_fraction, shard_size, *told])
     digest = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
     return Plan(shards, refused, digest)
 
@@ -312,8 +320,15 @@ def ingest(
         )
     settings = {"recipe": dataclasses.asdict(recipe), "files": plan.digest}
     shards = collections.Counter(split for split, _ in plan.shards)
+    beside = {
+        name for files in plan.shards.values() for x in files for name in x.beside
+    }
     writer = RecordWriter(
-        out, CLIP_FEATURES, shards=shards, settings=settings, overwrite=overwrite
+        out,
+        clip_features(sorted(beside)),
+        shards=shards,
+        settings=settings,
+        overwrite=overwrite,
     )
     if writer.finished:
         return Report.read(writer.path)
@@ -340,6 +355,7 @@ class Job(NamedTuple):
     """A shard to be prepared, wherever: what its writer is made of, and its files."""
 
     path: str
+    features: dict[str, str]
     shards: dict[str, int]
     settings: dict[str, Any]
     split: str
@@ -365,7 +381,7 @@ def prepare_shard(job: Job, prepare: Any, workers: int, timeout: float | int) ->
             "that all workers mount at one place."
         )
     writer = RecordWriter(
-        job.path, CLIP_FEATURES, shards=job.shards, settings=job.settings
+        job.path, job.features, shards=job.shards, settings=job.settings
     )
     if not writer.is_done(job.split, job.shard):
         events = supervise(prepare, job.files, workers=workers, timeout=timeout)
@@ -381,7 +397,14 @@ def _elsewhere(engine: Engine, writer: RecordWriter, plan: Plan, work: Any) -> N
     """
     path = str(writer.path.absolute())
     jobs = [
-        Job(path, writer.shards, writer.plan.settings, *at, _absolute(files))
+        Job(
+            path,
+            writer.features,
+            writer.shards,
+            writer.plan.settings,
+            *at,
+            _absolute(files),
+        )
         for at, files in plan.shards.items()
         if not writer.is_done(*at)
     ]
@@ -396,7 +419,13 @@ def _elsewhere(engine: Engine, writer: RecordWriter, plan: Plan, work: Any) -> N
 
 
 def _absolute(files: Sequence[ClipFile]) -> list[ClipFile]:
-    return [item._replace(path=os.path.abspath(item.path)) for item in files]
+    return [
+        item._replace(
+            path=os.path.abspath(item.path),
+            **{name: os.path.abspath(path) for name, path in item.beside.items()},
+        )
+        for item in files
+    ]
 
 
 def _record(writer: RecordWriter, split: str, shard: int) -> Path:
@@ -407,7 +436,14 @@ def _record(writer: RecordWriter, split: str, shard: int) -> Path:
 def _write(writer, split, shard, files, events, advance) -> None:
     record = _record(writer, split, shard)
     examples = _examples(events, split, files, record, advance)
+    examples = ({**_lacking(writer.features), **example} for example in examples)
     writer.write_shard(split, shard, examples)
+
+
+def _lacking(features: Mapping[str, str]) -> dict[str, Any]:
+    """What a clip without anything beside it has of the features that say so."""
+    blank = {"guide": b"", "has_guide": False, "camera": "", "has_camera": False}
+    return {name: value for name, value in blank.items() if name in features}
 
 
 def _fill(writer, plan, prepare, workers, timeout, advance) -> list[Entry]:
