@@ -483,10 +483,12 @@ class Generator:
         if sound is None:
             return clip
         vae = self.model.audio_vae
-        audio = request.waveform(vae.sample_rate, vae.channels)
+        rate = vae.sample_rate
+        whole = request.from_sound is not None and not request.keep_sound
+        audio = request.waveform(rate, vae.channels) if whole else None
         if audio is None:
-            samples = request.samples(vae.sample_rate)
-            audio = self.codec.decode_sound(sound, samples)
+            made = self.codec.decode_sound(sound, request.samples(rate))
+            audio = request.sound_kept(made, rate)
         return clip._replace(audio=audio, audio_rate=vae.sample_rate)
 
     @property
