@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jvdit.data.world import World
-from jvdit.data.world.render import bounce_tone
+from jvdit.data.world.impacts import bounce_tone
 from jvdit.evaluation import oracle, wrong_clips
 from jvdit.evaluation.oracle.detection import detect
 from jvdit.evaluation.oracle.sound import match, onsets

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from numpy.lib.stride_tricks import sliding_window_view
 from scipy.fft import rfft
 
-from jvdit.data.world.render import bounce_tone, loudness
+from jvdit.data.world.impacts import bounce_tone, loudness
 from jvdit.data.world.scene import MATERIALS, SIZES, Scenes
 from jvdit.evaluation.oracle.tracks import Bounces, Tracks, median_by
 
@@ -163,7 +163,7 @@ def synchrony(
     """
     names = ("sync_40ms", "sync_frame", "sync", "stray", "delay", "lag", "material")
     scores = {name: np.full(len(audio), np.nan) for name in names}
-    first, last = 1.25 / fps, (tracks.area.shape[1] - 2.25) / fps
+    span = 1.25 / fps, (tracks.area.shape[1] - 2.25) / fps
     padded = _padded(audio, rate)
     hard = np.linalg.norm(bounces.after - bounces.before, axis=-1)
     of_clip = tracks.clip[bounces.track]
@@ -172,27 +172,42 @@ def synchrony(
         if scenes.bar[clip]:
             continue
         seen, by, loud = _events(bounces, np.flatnonzero(of_clip == clip), hard)
-        inside = [(first <= t) & (t <= last) for t in (heard, seen)]
-        events = int(inside[0].sum() + inside[1].sum())
-        if not events:
-            continue
-        pairs = match(heard, seen)
-        for name, most in (("sync_40ms", _APART), ("sync_frame", 1 / fps)):
-            good = [(i, j) for i, j, delay in pairs if abs(delay) <= most]
-            hits = sum(int(inside[0][i]) + int(inside[1][j]) for i, j in good)
-            scores[name][clip] = hits / events
-        scores["sync"][clip] = scores["sync_40ms"][clip] >= _IN_STEP
-        scores["stray"][clip] = (events - hits) / (last - first)
-        if not inside[1].any():
-            continue
-        scores["delay"][clip], scores["lag"][clip] = _delays(heard, seen[inside[1]])
-        scores["material"][clip] = 0.0
+        found, pairs = _agreement(heard, seen, span, 1 / fps)
+        for name, value in found.items():
+            scores[name][clip] = value
         bangs += [
             Bang(clip, heard[i], [tracks.slot[k] for k in by[j]], loud[j])
-            for i, j in good
-            if inside[1][j]
+            for i, j in pairs
         ]
     return scores | _timbre(padded, rate, bangs, scenes, scores["material"])
+
+
+def _agreement(
+    heard: np.ndarray, seen: np.ndarray, span: tuple[float, float], frame: float
+) -> tuple[dict[str, float], list[tuple[int, int]]]:
+    """Scores of one clip, by the sounds and bounces between two times.
+
+    Returns:
+        The scores that there are, and the pairs of a sound and a bounce that are less
+        than a frame apart.
+    """
+    first, last = span
+    inside = [(first <= t) & (t <= last) for t in (heard, seen)]
+    events = int(inside[0].sum() + inside[1].sum())
+    if not events:
+        return {}, []
+    scores, pairs = {}, match(heard, seen)
+    for name, most in (("sync_40ms", _APART), ("sync_frame", frame)):
+        good = [(i, j) for i, j, delay in pairs if abs(delay) <= most]
+        hits = sum(int(inside[0][i]) + int(inside[1][j]) for i, j in good)
+        scores[name] = hits / events
+    scores["sync"] = float(scores["sync_40ms"] >= _IN_STEP)
+    scores["stray"] = (events - hits) / (last - first)
+    if not inside[1].any():
+        return scores, []
+    scores["delay"], scores["lag"] = _delays(heard, seen[inside[1]])
+    scores["material"] = 0.0
+    return scores, [(i, j) for i, j in good if inside[1][j]]
 
 
 class Bang(NamedTuple):
