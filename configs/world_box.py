@@ -5,8 +5,8 @@
 
 Clips of one and two objects in the procedural world, at 32 x 32 and 8 fps, with their
 sound. Autoencoders and latents; a silent network that learns pictures and then clips;
-and from its weights the network of the box, for all tasks that a request can name but
-`edges`. Its card, jvdit/box/README.md, tells what it took and what the model scores.
+and from its weights the network of the box, for all tasks that a request can name. Its
+card, jvdit/box/README.md, tells what it took and what the model scores.
 """
 
 from configs import world_audio, world_dit, world_vae
@@ -71,6 +71,7 @@ def everything():
         reference=0.06,
         interpolate=0.14,
         upscale=0.16,
+        edges=0.12,
     )
     config.pairings = {
         "together": 0.2,
@@ -101,7 +102,9 @@ def get_config():
         for kind, clips in _KINDS.items()
     }
     views = defaults.encode(
-        "world:single:9x32x32@8:6144", **autoencoders, views=("stills", "slow", "small")
+        "world:single:9x32x32@8:6144",
+        **autoencoders,
+        views=("stills", "slow", "small", "edges"),
     )
     images, videos = transformer(world_dit.get_config().stages.images), silent()
     images.data.sources = videos.data.sources[2:]

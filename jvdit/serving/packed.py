@@ -19,10 +19,10 @@ from jvdit.data.patches import Size
 from jvdit.diffusion.denoise import Guidance, guided
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
 from jvdit.diffusion.solvers import Now, Solution, advance_each, begin, clip_noise
+from jvdit.generation.batches import OTHER_NOISE
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request
 from jvdit.generation.results import Latents
-from jvdit.generation.sampling import OTHER_NOISE
 from jvdit.generation.settings import Settings
 from jvdit.machine.cluster import to_host
 from jvdit.machine.compilation import jit
