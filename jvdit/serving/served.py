@@ -10,15 +10,17 @@ from typing import Any
 from jvdit.data.conditions import CONDITIONS
 from jvdit.data.patches import token_grid
 from jvdit.generation.generator import Generator
-from jvdit.generation.request import Request, size_like
+from jvdit.generation.request import SEVERAL, Request, size_like
 from jvdit.generation.settings import Settings
 from jvdit.serving.slots import ALIGNED
 from jvdit.serving.video_request import VideoRequest
 
 # How a browser may choose a file for a condition; all others are pictures.
 _FILMS = "video", "mask", "from_video", "prefix", "suffix", "interpolate", "upscale"
-_ACCEPTS = dict.fromkeys(_FILMS, "video/*") | {"from_sound": "audio/*"}
-_NO_FILES = "keyframes", "tail"  # conditions that are more than files
+_FILMS += "edges", "restyle"
+_ACCEPTS = dict.fromkeys(_FILMS, "video/*")
+_ACCEPTS |= {"from_sound": "audio/*", "mask": "image/*,video/*"}
+_NO_FILE = "tail"  # a condition that only films have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +75,14 @@ class Served:
                 f"`lora` (={asked.lora[:60]!r}) isn't offered here; "
                 f"{', '.join(self.loras) or 'none'} is (--offer_lora)."
             )
-        model.check_given([*paths])
+        model.check_given([name for name in paths if name != "restyle"])
+        if asked.strength is not None and "restyle" not in paths:
+            raise ValueError("`strength` says how far `restyle` goes; give both.")
+        if asked.sound and "restyle" in paths:
+            raise ValueError(
+                "`sound` isn't made with `restyle`; add it afterwards, with "
+                "`from_video`."
+            )
         fps = model.defaults.get("fps", 8.0)
         request = asked.request(fps, model.vae.temporal_compression, paths)
         settings = asked.settings.complete(model.defaults)
@@ -137,8 +146,10 @@ class Served:
             "seed": request.seed,
             "negative_prompt": request.negative_prompt or "",
             "sound": bool(request.sound),
-            "conditions": request.given,
+            "conditions": given_names(request),
         }
+        if request.restyle is not None:
+            fields["strength"] = settings.strength
         return {
             "size": f"{width}x{height}",
             "seconds": f"{frames / fps:.6g}",
@@ -156,7 +167,11 @@ class Served:
         fields |= {"steps": settings.steps, "guidance_scale": settings.guidance_scale}
         if self.generator.model.has_sound:
             fields["sound"] = request.sound
-        return fields | {name: f"your_{name}" for name in request.given}
+        if request.restyle is not None:
+            fields["strength"] = settings.strength
+        return fields | {
+            name: _stand_in(request, name) for name in given_names(request)
+        }
 
     def _command(self, request: Request, settings: Settings) -> str:
         """The command that makes the same clip."""
@@ -167,6 +182,9 @@ class Served:
             name = {"last_image": "last"}.get(name, name)
             if isinstance(value, bool):
                 words.append(f"--{'' if value else 'no'}{name}")
+            elif isinstance(value, tuple):  # of files, some with their seconds
+                parts = [x if isinstance(x, str) else f"{x[0]:g}:{x[1]}" for x in value]
+                words.append(f"--{name}={','.join(parts)}")
             else:
                 words.append(f"--{name}={value}")
         return shlex.join(words)
@@ -175,8 +193,6 @@ class Served:
         """The Python that makes the same clip."""
         fields = {"height": request.height, "width": request.width}
         fields |= self._recipe(request, settings)
-        if "references" in fields:
-            fields["references"] = (fields["references"],)
         source = self.source
         folder = source.get("workdir") or source.get("pretrained")
         opened = [] if folder is None else [repr(folder)]
@@ -204,7 +220,8 @@ class Served:
         rows = [CONDITIONS[name] for name in model.conditions]
         needed = {name for row in rows for name in row.needs}
         names = (name for row in rows for name in row.takes)
-        taken = dict.fromkeys(name for name in names if name not in _NO_FILES)
+        taken = dict.fromkeys((*names, "restyle"))
+        taken.pop(_NO_FILE, None)
         return {
             "id": self.name,
             "object": "model",
@@ -215,7 +232,8 @@ class Served:
                     "name": name,
                     "accepts": _ACCEPTS.get(name, "image/*"),
                     "needed": name in needed,
-                    "several": name == "references",
+                    "several": name in SEVERAL,
+                    "timed": name == "keyframes",
                 }
                 for name in taken
             ],
@@ -228,8 +246,24 @@ class Served:
                 "num_inference_steps": settings.steps,
                 "guidance_scale": settings.guidance_scale,
                 "negative_prompt": suits.negative_prompt or "",
+                "strength": settings.strength,
             },
             "limits": {"tokens": self.tokens, "num_inference_steps": self.steps},
             "unit": self.generator.unit,
             "period": model.vae.temporal_compression,
         }
+
+
+def given_names(request: Request) -> list[str]:
+    """The names of all that a request gives besides its prompt."""
+    return [*request.given, *["restyle"] * (request.restyle is not None)]
+
+
+def _stand_in(request: Request, name: str) -> Any:
+    """What stands for the given files of a condition in a command that is shown."""
+    if name not in SEVERAL:
+        return f"your_{name}"
+    files = [f"your_{name}_{i + 1}" for i in range(len(getattr(request, name)))]
+    if name == "keyframes":
+        return (*zip((time for time, _ in request.keyframes), files, strict=True),)
+    return (*files,)
