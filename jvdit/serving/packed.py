@@ -19,10 +19,10 @@ from jvdit.data.packing import unpack_rows
 from jvdit.data.patches import Size
 from jvdit.diffusion.noise_path import TimestepPolicy
 from jvdit.generation import restyle
+from jvdit.generation.batches import OTHER_NOISE
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request
 from jvdit.generation.results import Latents
-from jvdit.generation.sampling import OTHER_NOISE
 from jvdit.generation.settings import Settings
 from jvdit.machine.cluster import to_host
 from jvdit.serving.row_programs import Denoising, begun, entered, sized, stepped

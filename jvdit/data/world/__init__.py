@@ -24,8 +24,9 @@ import re
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from jvdit.data.world.impacts import synthesize
 from jvdit.data.world.mechanics import Motion, simulate
-from jvdit.data.world.render import render, synthesize
+from jvdit.data.world.render import render
 from jvdit.data.world.scene import (
     COLORS,
     DIRECTIONS,
