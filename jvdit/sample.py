@@ -37,11 +37,10 @@ from jvdit.generation.film_file import write_film
 from jvdit.generation.films import Film, Scene, check_film
 from jvdit.generation.generator import Generator
 from jvdit.generation.prompt_lines import read_prompts, read_request
-from jvdit.generation.provenance_flags import provenance
+from jvdit.generation.provenance_flags import check_markable, provenance, watermark
 from jvdit.generation.request import Request
 from jvdit.generation.results import STATEMENT, viewing_scale
 from jvdit.generation.settings import Settings
-from jvdit.generation.watermark import STOCHASTIC, Watermark
 from jvdit.machine import flag_parser
 from jvdit.machine.command import told_in_a_line
 from jvdit.machine.compilation import keep_compilations
@@ -152,8 +151,7 @@ def sample(prompts: Sequence[tuple[str, str]]) -> Iterator[pathlib.Path]:
     """
     if not prompts:
         raise ValueError('give a prompt, "…", or --prompts=FILE.')
-    key = asked.WATERMARK.value
-    mark = None if key is None else Watermark.read(key)
+    mark = watermark()
     signed, (parsed, refused) = provenance(), _parsed(prompts)
     settings, folder = asked.sampling_settings(), pathlib.Path(asked.OUT.value)
     if not asked.CALIBRATE.value:
@@ -205,13 +203,10 @@ def _check_markable(settings: Settings, films: bool, requests: Sequence[Any]) ->
         (films, "films, which are made window after window"),
         (asked.CASCADE.value, "--cascade, whose stages change what was marked"),
         (restyled, "--restyle, which begins with footage"),
-        (
-            settings.solver in STOCHASTIC,
-            f"the solver {settings.solver!r}, which draws noise at every step",
-        ),
     ):
         if given:
             raise ValueError(f"--watermark doesn't go with {what}; leave one out.")
+    check_markable(settings.solver)
 
 
 def _clips(
