@@ -14,10 +14,8 @@ if __name__ == "__main__":
 
 import dataclasses
 import itertools
-import json
 import pathlib
 import re
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -29,37 +27,22 @@ from jvdit.data.world.scene import SPLITS
 from jvdit.diffusion.solvers import SOLVERS
 from jvdit.evaluation.autoencoder_report import source_clips
 from jvdit.evaluation.clips_report import Compared, report_clips
-from jvdit.evaluation.giving_truth import GIVEN, Truth
-from jvdit.evaluation.measuring import (
-    Measured,
-    Shown,
-    chunks,
-    real,
-    trained_on,
-)
+from jvdit.evaluation.giving_truth import GIVEN
+from jvdit.evaluation.measuring import Measured, real, trained_on
 from jvdit.evaluation.sound_report import report_audio_vae
 from jvdit.evaluation.vae_report import report_vae
-from jvdit.evaluation.world_report import (
-    ReportColumn,
-    compositions,
-    page,
-    results_of,
-)
+from jvdit.evaluation.world_report import ReportColumn, compositions, page, results_of
 from jvdit.generation.features import clip_features
 from jvdit.generation.generator import Generator
 from jvdit.generation.reconstructor import Reconstructor, SoundReconstructor
 from jvdit.generation.request import Request, size_fields
 from jvdit.generation.settings import Settings
+from jvdit.generation.world_clips import Setting, generated, requests_for
 from jvdit.machine import flag_parser
 from jvdit.machine.command import told_in_a_line
 from jvdit.machine.compilation import keep_compilations
-from jvdit.machine.energy import Energy, Meter
-from jvdit.machine.files import (
-    check_writable,
-    replacing,
-    said_if_full,
-    write_atomically,
-)
+from jvdit.machine.energy import Energy
+from jvdit.machine.files import check_writable, said_if_full, write_atomically
 from jvdit.machine.json_files import write_json
 from jvdit.machine.progress import Bars
 from jvdit.training.metrics import read_history
@@ -158,26 +141,6 @@ for _name, _original in (("num_frames", "frames"), ("num_inference_steps", "step
     flags.DEFINE_alias(_name, _original)
 
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """How clips are generated; one column of the report."""
-
-    steps: int
-    guidance: float
-    solver: str
-    draft: bool
-    given: str = "nothing"
-    sync: float = 1.0
-    after: bool = False
-
-    def __str__(self) -> str:
-        told = ", from a draft" * self.draft
-        told += f", given {self.given}" * (self.given != "nothing")
-        told += ", its sound afterwards" * self.after
-        told += f", guided in step {self.sync:g}" * (self.sync != 1)
-        return f"{self.solver} {self.steps} steps, guidance {self.guidance:g}{told}"
-
-
 def settings_of(generator: Generator) -> list[Setting]:
     """All combinations of the flags' steps and guidance, else the model's own."""
     suits = Settings(
@@ -221,73 +184,8 @@ def world_of(generator: Generator, split: str) -> World:
         world = dataclasses.replace(world, audio_rate=rate)
     for given in _GIVEN.value:
         if given in GIVEN:
-            generator.check(_requests(world, np.arange(1), given)[0])
+            generator.check(requests_for(world, np.arange(1), given)[0])
     return world
-
-
-def _requests(world: World, ids: np.ndarray, what: str) -> list[Request]:
-    """Requests for clips of scenes, by their captions and what else is given."""
-    size = {name: getattr(world, name) for name in ("frames", "height", "width")}
-    given: list[dict[str, Any]] = [{}] * len(ids)
-    if what != "nothing":
-        clips = world.clips(ids, audio=what == "sound")
-        sounds = clips["audio"] if what == "sound" else [None] * len(ids)
-        given = [
-            GIVEN[what].fields(Truth(video, world.fps, audio))
-            for video, audio in zip(clips["video"], sounds, strict=True)
-        ]
-    return [
-        Request(prompt, "", fps=world.fps, seed=int(i), **size, **more)
-        for i, prompt, more in zip(ids, world.captions(ids), given, strict=True)
-    ]
-
-
-def generated(
-    generator: Generator,
-    world: World,
-    setting: Setting,
-    folder: pathlib.Path,
-    advance: Callable[[int], None],
-    spent: list[Energy],
-) -> Iterator[Shown]:
-    """Clips of the split's first prompts, in chunks; those that are there are read.
-
-    Args:
-        generator: of the model.
-        world: the split.
-        setting: of generation.
-        folder: that keeps the clips.
-        advance: called with the number of clips of each chunk.
-        spent: gets the energy of each chunk, as it was when that was made.
-    """
-    meter = Meter()
-    for ids in chunks(_N.value):
-        file = folder / f"{ids[0]:06d}-{len(ids)}.npz"
-        if not file.exists():
-            meter.lap()
-            clips = generator(
-                _requests(world, ids, setting.given),
-                draft=setting.draft,
-                steps=setting.steps,
-                solver=setting.solver,
-                guidance_scale=setting.guidance,
-                sound_sync_scale=setting.sync,
-                sound_after=setting.after,
-                rows=_ROWS.value,
-            )
-            kept = {"videos": np.stack([clip.video for clip in clips])}
-            if clips[0].audio is not None:
-                kept["audio"] = np.stack([clip.audio for clip in clips])
-                kept["rate"] = np.array(clips[0].audio_rate)
-            kept["energy"] = np.array(json.dumps(dataclasses.asdict(meter.lap())))
-            with replacing(file) as scratch, scratch.open("wb") as opened:
-                np.savez(opened, **kept)
-        advance(len(ids))
-        with np.load(file) as held:
-            if "energy" in held:
-                spent.append(Energy(**json.loads(str(held["energy"]))))
-            rate = int(held["rate"]) if "rate" in held else 0
-            yield Shown(held["videos"], held["audio"] if rate else None, rate)
 
 
 def _folder(out: pathlib.Path, generator: Generator, column: Any) -> pathlib.Path:
@@ -328,6 +226,8 @@ def _columns(out: pathlib.Path) -> list[ReportColumn]:
                 world,
                 setting,
                 _folder(out, generators[label], job),
+                _N.value,
+                _ROWS.value,
                 lambda count, task=task: progress.advance(task, count),
                 spent,
             )

@@ -19,6 +19,7 @@ if ours := sorted(cores)[number::workers]:
 # which takes as long; and a program that took long is kept for the processes that tests
 # start one after another. These begin with huge pages, and not a second time for them.
 wanted = ["--xla_backend_optimization_level=0"]
+wanted.append("--xla_cpu_parallel_codegen_split_count=1")  # a worker has a core or two
 if jaxlib.__version__.startswith("0.10."):  # XLA ends at a flag that it doesn't know
     wanted.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([*wanted, os.environ.get("XLA_FLAGS", "")])

@@ -17,7 +17,8 @@ from media_files import clicks, frames_of, mux, numbered, numbers
 
 from jvdit.data.ingest import supervisor
 from jvdit.data.ingest.clip_file import ClipFile, Recipe
-from jvdit.data.ingest.ingest import ingest, plan_shards
+from jvdit.data.ingest.ingest import ingest
+from jvdit.data.ingest.shard_plan import plan_shards
 from jvdit.data.ingest.supervisor import supervise
 from jvdit.data.media.reader import decode_clip
 from jvdit.data.media.writer import encode_clip

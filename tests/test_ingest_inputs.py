@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from jvdit.data.ingest.clip_file import Recipe, choose_size, window_starts
-from jvdit.data.ingest.ingest import plan_shards
 from jvdit.data.ingest.listing import list_items
-from jvdit.data.media.reader import MediaError, MediaInfo
+from jvdit.data.ingest.shard_plan import plan_shards
+from jvdit.data.media.media_error import MediaError
+from jvdit.data.media.reader import MediaInfo
 
 
 def taken(*inputs, **options):

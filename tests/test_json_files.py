@@ -21,7 +21,7 @@ from jvdit.tasks.loop import _Looked
 from jvdit.training import digests
 from jvdit.training.checkpoint import _names_in, claim_workdir
 from jvdit.training.metrics import read_history
-from jvdit.weights.adapters import _Alphas
+from jvdit.weights.adapter_scales import Alphas
 from jvdit.weights.bundle import _ModelSettings
 from jvdit.weights.folders import _dit_config
 from jvdit.weights.parameters import load_network, save_weights
@@ -145,7 +145,7 @@ def index(folder):
 
 def peft(folder):
     save_file({"a": np.zeros(3)}, folder / "x.safetensors")
-    return lambda: _Alphas(folder, TensorFiles(folder)).of("x.attn", 4)
+    return lambda: Alphas(folder, TensorFiles(folder)).of("x.attn", 4)
 
 
 def run(folder):
@@ -337,7 +337,7 @@ def test_damaged_metadata_of_adapters(tmp_path):
 
 
 def peft_of(folder):
-    return lambda: _Alphas(folder, TensorFiles(folder)).of("x.attn", 4)
+    return lambda: Alphas(folder, TensorFiles(folder)).of("x.attn", 4)
 
 
 def test_a_folder_in_the_place_of_a_file(tmp_path):

@@ -40,6 +40,15 @@ def test_a_run_of_wandb_goes_on_under_its_id(wandb, tmp_path):
     assert wandb.count(("finish", "new")) == 2
 
 
+def test_torch_is_left_alone(tmp_path, monkeypatch):
+    """tensorboardX imports it where it can: seconds at the start of every run."""
+    held = {name for name in sys.modules if name.split(".")[0] == "tensorboardX"}
+    for name in held | {"torch"} & sys.modules.keys():
+        monkeypatch.delitem(sys.modules, name)
+    with Metrics(tmp_path, 10, 0, "flow"):
+        assert "tensorboardX" in sys.modules and "torch" not in sys.modules
+
+
 def test_a_logger_that_is_not_there_is_told(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="pip install wandb"):

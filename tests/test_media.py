@@ -23,14 +23,9 @@ from media_files import (
 )
 
 from jvdit.data.media.audio import read_sound
-from jvdit.data.media.reader import (
-    REASONS,
-    Budget,
-    MediaError,
-    decode_clip,
-    probe,
-    read_metadata,
-)
+from jvdit.data.media.decoding import Budget
+from jvdit.data.media.media_error import REASONS, MediaError
+from jvdit.data.media.reader import decode_clip, probe, read_metadata
 from jvdit.data.media.writer import encode_clip
 from jvdit.data.sheets import contact_sheet, write_png
 
@@ -282,7 +277,7 @@ def test_damaged_files_are_refused_and_never_crash(tmp_path):
 
 def test_a_mistake_in_our_own_call_is_not_blamed_on_the_file(monkeypatch):
     """PyAV 19 dropped an argument, and every clip was said to be damaged."""
-    monkeypatch.setattr("jvdit.data.media.reader._LENIENT", {"no_such_argument": 1})
+    monkeypatch.setattr("jvdit.data.media.decoding._LENIENT", {"no_such_argument": 1})
     with pytest.raises(TypeError, match="no_such_argument"):
         probe(mux(frames_of(grey(80, 4))))
 

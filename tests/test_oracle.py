@@ -6,11 +6,12 @@ import functools
 import numpy as np
 import pytest
 
+from jvdit.data.onsets import onsets
 from jvdit.data.world import World
-from jvdit.data.world.render import bounce_tone
+from jvdit.data.world.impacts import bounce_tone
 from jvdit.evaluation import oracle, wrong_clips
 from jvdit.evaluation.oracle.detection import detect
-from jvdit.evaluation.oracle.sound import match, onsets
+from jvdit.evaluation.oracle.sound import match
 
 CLIPS = np.arange(96)
 SIZES = [(17, 64, 64, 8.0), (9, 32, 32, 8.0), (17, 32, 32, 16.0), (17, 48, 80, 8.0)]

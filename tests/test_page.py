@@ -10,7 +10,15 @@ import pytest
 playwright = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("uvicorn")
 
-from test_serve import PROMPT, FakeGenerator, png, serving, until  # noqa: E402
+from test_serve import (  # noqa: E402
+    PNG,
+    PROMPT,
+    FakeGenerator,
+    film,
+    png,
+    serving,
+    until,
+)
 
 from jvdit.serving.preview import webp  # noqa: E402
 
@@ -126,12 +134,57 @@ def test_a_clip_becomes_a_first_frame(server, visit, tmp_path):
     assert page.input_value("[name=seed]") != ""
 
 
+def test_keyframes_have_their_times_and_footage_its_strength(server, visit, tmp_path):
+    """Zones come with each further picture, and go; a drop becomes what it is on."""
+    page = visit(server.port)
+    page.fill("#prompt", PROMPT)
+    (tmp_path / "red.png").write_bytes(png())
+    (tmp_path / "film.mp4").write_bytes(film())
+    frames = page.locator(".zone[data-name=keyframes]")
+    for i, seconds in enumerate(("", "1")):
+        frames.nth(i).locator("[type=file]").set_input_files(tmp_path / "red.png")
+        if seconds:
+            frames.nth(i).locator(".number input").fill(seconds)
+    assert frames.count() == 3 and frames.nth(2).locator(".number").is_hidden()
+    data = page.evaluate_handle(
+        """(text) => {
+          const bytes = Uint8Array.from(atob(text), (x) => x.charCodeAt());
+          const data = new DataTransfer();
+          data.items.add(new File([bytes], "drawn.png", { type: "image/png" }));
+          return data;
+        }""",
+        PNG.partition(",")[2],
+    )
+    last = page.locator(".zone[data-name=last_image]")
+    last.dispatch_event("drop", {"dataTransfer": data})
+    last.locator("img").wait_for()
+    page.click("#make")
+    until(lambda: server.jobs.all() and server.jobs.all()[-1].asked.keyframes)
+    asked = server.jobs.all()[-1]
+    assert asked.asked.keyframes == (0.5, 1.0)
+    assert asked.told["settings"]["conditions"] == ["last_image", "keyframes"]
+    for _ in range(2):
+        frames.first.locator("button").click()
+    assert frames.count() == 1
+    last.locator("button").click()
+    page.click("#more-zones summary")
+    film_zone = page.locator(".zone[data-name=restyle]")
+    film_zone.locator("[type=file]").set_input_files(tmp_path / "film.mp4")
+    film_zone.locator(".number input").fill("0.25")
+    page.click("#make")
+    until(lambda: server.jobs.all()[-1].asked.strength == 0.25)
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
-def test_nothing_is_cut_off_and_all_can_be_read(server, visit, scheme, width):
+def test_nothing_is_cut_off_and_all_can_be_read(server, visit, scheme, width, tmp_path):
+    (tmp_path / "red.png").write_bytes(png())
     size = {"width": width, "height": 800}
     page = visit(server.port, color_scheme=scheme, viewport=size)
-    page.click("summary")
+    for summary in page.locator("summary").all():
+        summary.click()
+    page.set_input_files(".zone[data-name=keyframes] [type=file]", tmp_path / "red.png")
+    page.locator(".zone[data-name=keyframes] .number").first.wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     unnamed = page.evaluate(
         "[...document.querySelectorAll('button, input, textarea')].filter(x => "

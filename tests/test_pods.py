@@ -17,7 +17,8 @@ from jvdit.machine.chips import CHIPS, topology
 from jvdit.machine.compilation import jit
 from jvdit.models.dit_blocks import CHOICE
 from jvdit.models.video_vae import VARIANTS, VideoVAE
-from jvdit.pods.forecast import arrays, forecast, group, read
+from jvdit.pods.forecast import forecast
+from jvdit.pods.program_text import arrays, group, read
 from jvdit.pods.programs import pod_mesh, train_program, vae_program
 from jvdit.sharding import autoencoder_mesh, make_mesh
 

@@ -2,13 +2,16 @@
 
 import base64
 import contextlib
+import functools
 import http.client
 import io
 import json
+import pathlib
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -29,6 +32,7 @@ from jvdit.box import FOLDER  # noqa: E402
 from jvdit.generation.generator import Generator  # noqa: E402
 from jvdit.generation.request import Request  # noqa: E402
 from jvdit.generation.results import GeneratedClip  # noqa: E402
+from jvdit.generation.watermark import Watermark  # noqa: E402
 from jvdit.serving.app import make_app  # noqa: E402
 from jvdit.serving.jobs import Jobs, Limits  # noqa: E402
 from jvdit.serving.served import Served  # noqa: E402
@@ -46,7 +50,7 @@ class FakeGenerator(Generator):
     def __init__(self):
         mesh = make_mesh()
         super().__init__(open_bundle(FOLDER, mesh), mesh)
-        self.gate, self.made = threading.Event(), []
+        self.gate, self.made, self.asked = threading.Event(), [], []
 
     def clips(self, requests, settings, rows, watch):
         (request,) = requests
@@ -54,6 +58,7 @@ class FakeGenerator(Generator):
             watch("denoising", step, settings.steps)
             self.gate.wait(20)
         self.made.append(request.prompt)
+        self.asked.append(request)
         watch("denoising", 1, 1)
         yield 0, GeneratedClip(np.full((*request.size, 3), 90, np.uint8), 8.0)
 
@@ -133,6 +138,22 @@ def png(side=16):
     return buffer.getvalue()
 
 
+def url(content, kind="image/png"):
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+PNG = url(png())
+
+
+@functools.cache
+def film(frames=9, side=32):
+    """An mp4 of so many frames, at the frame rate of the model in the box."""
+    clip = GeneratedClip(np.full((frames, side, side, 3), 90, np.uint8), 8.0)
+    with tempfile.TemporaryDirectory() as folder:
+        clip.save(pathlib.Path(folder, "film.mp4"))
+        return pathlib.Path(folder, "film.mp4").read_bytes()
+
+
 def test_a_clip_is_made_listed_played_and_removed(served):
     status, job = create(served.port, seconds="1", seed=3, size="32x24")
     assert (status, job["object"], job["size"], job["seconds"]) == (
@@ -155,6 +176,10 @@ def test_a_clip_is_made_listed_played_and_removed(served):
     assert ask(served.port, "DELETE", path)[1]["deleted"]
     assert ask(served.port, "GET", path)[0] == 404
     assert not (served.jobs.folder / job["id"]).exists()
+
+
+def keyframe(seconds, image=PNG):
+    return {"seconds": seconds, "image": image}
 
 
 MISTAKES = {
@@ -185,7 +210,19 @@ MISTAKES = {
     "http url": ({"conditions": {"image": "http://127.0.0.1:1/x.png"}}, "image"),
     "no picture": ({"conditions": {"image": "data:image/png;base64,AAAA"}}, "image"),
     "no base64": ({"conditions": {"image": "data:image/png;base64,%%"}}, "image"),
-    "not taken": ({"conditions": {"video": "data:video/mp4;base64,AAAA"}}, "video"),
+    "not taken": ({"conditions": {"edges": "data:video/mp4;base64,AAAA"}}, "edges"),
+    "its place": ({"keyframes": [{"seconds": 0.5, "image": PNG}]}, "conditions.keyf"),
+    "no time": ({"conditions": {"keyframes": [PNG]}}, '"seconds": 0.5'),
+    "a time": ({"conditions": {"keyframes": [keyframe("soon")]}}, "`conditions.keyfr"),
+    "past time": ({"conditions": {"keyframes": [keyframe(-1)]}}, "'-1'"),
+    "late": ({"conditions": {"keyframes": [keyframe(9)]}}, "keyframe at 9 s"),
+    "keyframe": ({"conditions": {"keyframes": [keyframe(0, "/x")]}}, "keyframes.image"),
+    "too many": ({"conditions": {"references": [PNG] * 17}}, "at most 16"),
+    "two frames": ({"conditions": {"image": [PNG, PNG]}}, "given twice"),
+    "strength alone": ({"strength": 0.5}, "restyle"),
+    "strength": ({"conditions": {"restyle": PNG}, "strength": 2}, "strength"),
+    "restyled sound": ({"conditions": {"restyle": PNG}, "sound": True}, "sound"),
+    "mask alone": ({"conditions": {"mask": PNG}}, "mask"),
 }
 
 
@@ -199,27 +236,70 @@ def test_mistakes_are_named(served, name):
 
 
 def test_pictures_may_come_in_json(served):
-    address = "data:image/png;base64," + base64.b64encode(png()).decode()
     for fields in (
-        {"input_reference": {"image_url": address}},
-        {"conditions": {"image": address}},
+        {"input_reference": {"image_url": PNG}},
+        {"conditions": {"image": PNG}},
     ):
         status, job = create(served.port, **fields)
         assert status == 200 and job["settings"]["conditions"] == ["image"]
 
 
+def clip_url(frames=9, side=32):
+    return url(film(frames, side), "video/mp4")
+
+
+CONDITIONS = {
+    "last frame": ({"last_image": PNG}, "last=your_last_image"),
+    "suffix": ({"suffix": clip_url(3)}, "suffix=your_suffix"),
+    "keyframes": (
+        {"keyframes": [keyframe(0.5), keyframe("1")]},
+        "keyframes=0.5:your_keyframes_1,1:your_keyframes_2",
+    ),
+    "references": (
+        {"references": [PNG, PNG]},
+        "references=your_references_1,your_references_2",
+    ),
+    "prefix": ({"prefix": clip_url(5)}, "prefix=your_prefix"),
+    "interpolate": ({"interpolate": clip_url()}, "interpolate=your_interpolate"),
+    "upscale": ({"upscale": clip_url(9, 16)}, "upscale=your_upscale"),
+    "inpaint": ({"video": clip_url(), "mask": PNG}, "mask=your_mask"),
+    "restyle": ({"restyle": clip_url()}, "strength=0.6 --restyle=your_restyle"),
+    "sound": ({"from_video": clip_url()}, "from_video=your_from_video"),
+}
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_conditions_reach_the_generator(served, fake, name):
+    """Each in JSON; and what is shown makes the same request again."""
+    given, shown = CONDITIONS[name]
+    status, job = create(served.port, conditions=given, num_frames=9, size="32x32")
+    assert status == 200, job
+    assert [*job["settings"]["conditions"]] == [*given]
+    assert f"--{shown}" in job["command"]
+    until(lambda: served.jobs.find(job["id"]).over)
+    request = fake.asked[-1]
+    for field, value in given.items():
+        found = getattr(request, field)
+        several = found if isinstance(found, tuple) else (found,)
+        assert len(several) == (len(value) if isinstance(value, list) else 1)
+    assert [x[0] for x in request.keyframes] == [0.5, 1.0][: len(request.keyframes)]
+    text = job["python"].partition("clip = generator(")[2].partition("\n)")[0]
+    fields = eval(f"dict(prompt={text.strip()})")
+    assert {*given} <= {*fields}
+
+
 def test_a_small_file_of_a_large_picture_is_refused(served):
     Image.new("1", (6000, 6000)).save(file := io.BytesIO(), "png")
-    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-    assert len(url) < 1 << 16
-    status, answer = create(served.port, input_reference=url)
+    large = url(file.getvalue())
+    assert len(large) < 1 << 16
+    status, answer = create(served.port, input_reference=large)
     assert status == 400 and "36000000 pixels" in answer["error"]["message"]
 
 
 def test_the_largest_that_can_be_made_is_told(served):
     _, answer = create(served.port, size="64x64", num_frames=33)
     assert "9 frames of 40x40" not in answer["error"]["message"]
-    told = answer["error"]["message"].partition("largest that can be made are ")[2]
+    told = answer["error"]["message"].partition("the largest are ")[2]
     for part in told.rstrip(".").split(" or "):
         frames, size = part.split(" frames of ")
         assert create(served.port, size=size, num_frames=int(frames))[0] == 200
@@ -250,6 +330,13 @@ def test_forms_with_files(served):
     assert (served.jobs.folder / job["id"] / "image-0.upload").read_bytes() == png()
     status, job = post(**{"prompt": PROMPT, "conditions[image]": png()})
     assert status == 200
+    timed = {"conditions[keyframes][0.25]": png(), "conditions[keyframes][1]": png(8)}
+    status, job = post(**{"prompt": PROMPT, "conditions[last_image]": png(), **timed})
+    assert job["settings"]["conditions"] == ["last_image", "keyframes"]
+    assert served.jobs.find(job["id"]).asked.keyframes == (0.25, 1.0)
+    for name in ("conditions[keyframes]", "conditions[keyframes][x]"):
+        status, answer = post(**{"prompt": PROMPT, name: png()})
+        assert status == 400 and "seconds" in answer["error"]["message"]
     for wrong in ({"prompt": PROMPT, "x": "1"}, {"prompt": PROMPT, "prompt2": png()}):
         assert post(**wrong)[0] == 400
     assert post(prompt=PROMPT, input_reference=b"no picture")[0] == 400
@@ -525,6 +612,26 @@ def test_what_opens_the_model_is_said_of_each_clip(fake):
         told = served.told(*served.order(asked, {}))
         assert f"Generator.load({opened})" in told["python"]
         assert all(f"--{k}={v}" in told["command"] for k, v in source.items())
+
+
+def test_a_server_that_marks_says_so_and_restyles_nothing(fake):
+    mark = Watermark(b"a key of the tests, long enough")
+    marking = Generator(fake.model, fake.mesh, watermark=mark)
+    served = Served(marking, "fake", source={"watermark": "your_key"})
+    asked = VideoRequest.of({"prompt": PROMPT})
+    told = served.told(*served.order(asked, {}))
+    assert told["settings"]["watermark"] == "gaussian shading"
+    assert "--watermark=your_key" in told["command"]
+    assert "Watermark.read('your_key')" in told["python"]
+    assert "restyle" not in [x["name"] for x in served.card["conditions"]]
+    with pytest.raises(ValueError, match="`restyle` begins with footage"):
+        served.order(asked, {"restyle": ["film.mp4"]})
+
+
+def test_a_key_that_can_be_guessed_marks_no_server(tmp_path):
+    (tmp_path / "key").write_bytes(b"abc")
+    done = command("serve", f"--watermark={tmp_path / 'key'}", "--port=0")
+    assert done.returncode == 1 and "can be guessed" in done.stderr
 
 
 def test_the_largest_request_is_that_of_the_rows(fake):

@@ -10,10 +10,11 @@ from closeness import assert_close
 from jvdit.data.conditions.known import Known
 from jvdit.data.items import item_of
 from jvdit.generation import streaming
+from jvdit.generation.batches import batches_of, texts_of
 from jvdit.generation.films import Film, Scene, check_film, make_film
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request
-from jvdit.generation.sampling import batches_of, start_noise, texts_of
+from jvdit.generation.sampling import start_noise
 from jvdit.generation.settings import Settings
 from jvdit.generation.streaming import Stream
 from jvdit.sharding import rows_sharding

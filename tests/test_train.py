@@ -24,9 +24,9 @@ from PIL import Image
 
 from jvdit.data.records import RecordDataset
 from jvdit.diffusion.denoise import Guidance
+from jvdit.generation.batches import Chunk
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request
-from jvdit.generation.sampling import Chunk
 from jvdit.sharding import make_mesh
 from jvdit.tasks.encoding import encode
 from jvdit.tasks.flow import FlowTask

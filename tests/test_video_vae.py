@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from closeness import assert_close
 
-from jvdit.models import video_vae_layers
+from jvdit.models import video_vae_stages
 from jvdit.models.video_vae import VARIANTS, VideoVAE
 from jvdit.models.video_vae_chunked import (
     decode_normalized,
@@ -108,7 +108,7 @@ def test_large_frames_in_turns_are_the_same(row, monkeypatch):
     """Every stage takes a frame at a time, and what it keeps goes on."""
     vae, params, _ = build(row)
     reconstruction, mean, _ = whole(row)
-    monkeypatch.setattr(video_vae_layers, "ACTIVATIONS_AT_ONCE", 0)
+    monkeypatch.setattr(video_vae_stages, "ACTIVATIONS_AT_ONCE", 0)
     decode = jax.jit(functools.partial(vae.apply, method="decode", mutable="cache"))
     first, cache = decode({"params": params}, mean[:, :1])
     later, _ = decode({"params": params, **cache}, mean[:, 1:])

@@ -8,14 +8,9 @@ import numpy as np
 import pytest
 
 from jvdit.data.world import NUMBERS, World, captions, vocabulary
+from jvdit.data.world.impacts import FREQUENCIES, SMALL_PITCH, bounce_tone
 from jvdit.data.world.mechanics import PAIR, WALL_X, WALL_Y
-from jvdit.data.world.render import (
-    FREQUENCIES,
-    PALETTE,
-    SMALL_PITCH,
-    bounce_tone,
-    signed_distance,
-)
+from jvdit.data.world.render import PALETTE, signed_distance
 from jvdit.data.world.scene import (
     COLORS,
     DIRECTIONS,

@@ -36,7 +36,8 @@ from jvdit.machine import flag_parser
 from jvdit.machine.chips import CHIPS, Chip, several, topology
 from jvdit.models import video_vae
 from jvdit.models.dit import DiT
-from jvdit.pods.forecast import Forecast, forecast, read
+from jvdit.pods.forecast import Forecast, forecast
+from jvdit.pods.program_text import read
 from jvdit.pods.programs import (
     SAMPLED,
     pod_mesh,

@@ -4,11 +4,13 @@
 
 Makes films of the split's first prompts, window after window, and prints the oracle's
 scores of every two seconds (averaged over the films, and over quarters of their time),
-what drifts in a second (slopes of logarithms: 0 at best), how many programs were
-compiled on the way, and the most memory that the process has held.
+what drifts in a second (slopes of logarithms: 0 at best), after how many seconds the
+last film's first frames were there and how many followed in a second, how many programs
+were compiled on the way, and the most memory that the process has held.
 """
 
 import resource
+import time
 from collections.abc import Sequence
 
 import jax
@@ -44,14 +46,17 @@ def films(generator: Generator, world: World) -> tuple[np.ndarray, np.ndarray | 
         task = bars.add_task("frames", total=_N.value * world.frames)
         for i, caption in enumerate(captions):
             film = Film(Request(caption, seed=i), world.frames, carry=_CARRY.value)
-            pieces = []
+            pieces, times = [], [time.perf_counter()]
             for piece in make_film(generator, film, Settings(steps=_STEPS.value)):
                 bars.update(task, completed=i * world.frames + piece.done)
                 pieces.append(piece)
+                times.append(time.perf_counter())
             videos.append(np.concatenate([x.video for x in pieces]))
             heard = [x.audio for x in pieces if x.audio is not None]
             if heard:
                 sounds.append(np.concatenate(heard)[:, 0])
+    later = (world.frames - len(pieces[0].video)) / (times[-1] - times[1])
+    print(f"first frames after {times[1] - times[0]:.2f} s, then {later:.1f} a second")
     return np.stack(videos), np.stack(sounds) if sounds else None
 
 

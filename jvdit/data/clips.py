@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from jvdit.data.media.reader import MediaError
+from jvdit.data.media.media_error import MediaError
 
 Clip = dict[str, Any]
 Ids = Sequence[int | np.integer] | np.ndarray

@@ -104,33 +104,48 @@ def pack_rows(
     batch["level"][:, token_budget:] = max_clips + 1
     if items[0].image is not None:
         batch["image"] = np.stack([row[0].image for row in rows])
-    text = "text_ids" if "text_ids" in batch else "text_embeds"
-    named = [x for x in ("latents", "logvar", "position", *_EXTRAS) if x in batch]
     for r, row in enumerate(rows):
-        starts, word = [0, token_budget], 0
-        for i, item in enumerate(row):
-            words = slice(word, word + len(item.text))
-            word = words.stop
-            batch["valid"][r, i], batch["clip_id"][r, i] = item.valid, item.clip_id
-            if item.valid:
-                batch["text_segment"][r, words], batch[text][r, words] = (
-                    i + 1,
-                    item.text,
-                )
-            for kind, (low, high) in enumerate(item.spans):
-                start = starts[kind]
-                starts[kind] += high - low
-                if not item.valid:
-                    continue
-                place, clean = slice(start, starts[kind]), kind * (max_clips + 1)
-                level = np.broadcast_to(item.level, len(item.latents))[low:high]
-                batch["segment"][r, place] = i + 1
-                batch["level"][r, place] = clean + np.where(level, i + 1, 0)
-                for key in named:
-                    if (value := getattr(item, key)) is not None:
-                        part = value[low:high]
-                        batch[key][(r, place, *map(slice, part.shape[1:]))] = part
+        _fill({name: values[r] for name, values in batch.items()}, row, token_budget)
     return batch
+
+
+def _fill(blank: dict[str, np.ndarray], row: Sequence[Item], token_budget: int) -> None:
+    """Puts items side by side in a blank row: in each kind's part, and in its text."""
+    text = "text_ids" if "text_ids" in blank else "text_embeds"
+    ends, word = [0, token_budget], 0
+    for i, item in enumerate(row):
+        words = slice(word, word + len(item.text))
+        word = words.stop
+        blank["valid"][i], blank["clip_id"][i] = item.valid, item.clip_id
+        if item.valid:
+            blank["text_segment"][words], blank[text][words] = i + 1, item.text
+        for kind, (low, high) in enumerate(item.spans):
+            place = slice(ends[kind], ends[kind] + high - low)
+            ends[kind] = place.stop
+            if item.valid:
+                clean = kind * (len(blank["valid"]) + 1)
+                _put(blank, item, slice(low, high), place, i + 1, clean)
+
+
+def _put(
+    blank: dict[str, np.ndarray],
+    item: Item,
+    span: slice,
+    place: slice,
+    segment: int,
+    clean: int,
+) -> None:
+    """Puts an item's tokens of one kind, a span of all, in their place in a row.
+
+    Those that are generated are at noise level `clean + segment`, others at `clean`.
+    """
+    level = np.broadcast_to(item.level, len(item.latents))[span]
+    blank["segment"][place] = segment
+    blank["level"][place] = clean + np.where(level, segment, 0)
+    for name in ("latents", "logvar", "position", *_EXTRAS):
+        if (value := getattr(item, name)) is not None and name in blank:
+            part = value[span]
+            blank[name][(place, *map(slice, part.shape[1:]))] = part
 
 
 def _check_row(

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 
 import numpy as np
 from jaxtyping import Float, UInt8
+from numpy.fft import rfft
 from numpy.lib.stride_tricks import sliding_window_view
-from scipy.fft import rfft
 
 _WINDOW, _HOP = 0.032, 0.008  # seconds
 _BANDS = 80

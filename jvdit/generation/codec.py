@@ -1,7 +1,7 @@
 """The autoencoders of a model on the devices of a generator: encode and decode."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
+from jvdit.generation.request import Request
 from jvdit.generation.residence import Residence
+from jvdit.generation.results import GeneratedClip, Latents
 from jvdit.machine.cluster import to_host
 from jvdit.machine.compilation import jit
 from jvdit.models.audio_vae_chunked import decode_sound, encode_sound
@@ -37,6 +39,47 @@ class Codec:
     model: Bundle
     params: Residence
     mesh: Mesh
+
+    def clips(
+        self,
+        latents: Mapping[int, Latents],
+        requests: Sequence[Request],
+        on_frames: Callable[[int, int], None],
+    ) -> Iterator[tuple[int, GeneratedClip]]:
+        """Decodes the clips of a batch; pictures of one size are decoded together.
+
+        Args:
+            latents: normalised latents, by the index of their request.
+            requests: complete ones.
+            on_frames: progress callback, as of `decode`.
+
+        Yields:
+            The index of a request, and its clip.
+        """
+        shapes = {i: x.picture.shape for i, x in latents.items()}
+        for shape in dict.fromkeys(shapes.values()):
+            alike = [i for i, other in shapes.items() if other == shape]
+            stack = np.stack([latents[i].picture for i in alike])
+            for i, video in zip(alike, self.decode(stack, on_frames), strict=True):
+                clip = self._clip(requests[i], video, latents[i].sound)
+                yield i, clip._replace(together=len(latents))
+
+    def _clip(
+        self, request: Request, video: np.ndarray, sound: np.ndarray | None
+    ) -> GeneratedClip:
+        """A clip of its picture and its latent sound; what was given stays as it is."""
+        video = request.kept(video, "inpaint" in self.model.conditions)
+        clip = GeneratedClip(video, request.fps or 8.0)
+        if sound is None:
+            return clip
+        vae = self.model.audio_vae
+        rate, audio = vae.sample_rate, None
+        if not request.keep_sound:
+            audio = request.waveform(rate, vae.channels)
+        if audio is None:
+            audio = self.decode_sound(sound, request.samples(rate))
+            audio = request.sound_kept(audio, rate)
+        return clip._replace(audio=audio, audio_rate=rate)
 
     def decode(
         self,

@@ -17,28 +17,21 @@ from jvdit.data.patches import Size
 from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.reuse import Reuse
 from jvdit.diffusion.solvers import check_solver
+from jvdit.generation.batches import pack_requests
+from jvdit.generation.checks import check_request
 from jvdit.generation.codec import Codec
 from jvdit.generation.draft import drafted, dubbed
 from jvdit.generation.experts import Experts, check_control, hint_scales
 from jvdit.generation.inputs import Inputs
-from jvdit.generation.request import STATES, Request, complete
+from jvdit.generation.request import Request, complete
 from jvdit.generation.residence import Residence
 from jvdit.generation.restyle import begun
 from jvdit.generation.results import GeneratedClip, Latents
 from jvdit.generation.room import Room
-from jvdit.generation.sampling import (
-    Chunk,
-    OnStep,
-    Start,
-    Stepper,
-    batches_of,
-    unpacked,
-)
+from jvdit.generation.sampling import OnStep, Start, Stepper
 from jvdit.generation.settings import NAMES, Settings
 from jvdit.generation.watermark import Watermark
-from jvdit.sharding import (
-    make_mesh,
-)
+from jvdit.sharding import make_mesh
 from jvdit.weights.bundle import Bundle, save_bundle
 from jvdit.weights.few_bits import check_form
 from jvdit.weights.opening import open_bundle
@@ -277,41 +270,7 @@ class Generator:
             ValueError: the model can't generate this size, or doesn't take the images
                 or video that the request gives.
         """
-        request, patch_size = self.complete(request), self.model.patch_size
-        size = self.model.vae.latent_shape(*request.size)
-        whole = [
-            max(round(n / p), 1) * p for n, p in zip(size, patch_size, strict=True)
-        ]
-        nearest = self.model.vae.video_shape(*whole)
-        for i, name in enumerate(("frames", "height", "width")):
-            if size[i] % patch_size[i]:
-                raise ValueError(
-                    f"`{name}` (={request.size[i]}) makes {size[i]} latents, which "
-                    f"patches of {patch_size[i]} don't divide; try {nearest[i]}."
-                )
-        for name in STATES:
-            self._check_states(name, getattr(request, name))
-        self.model.check_given(request.given)
-        if request.sound:
-            self.model.audio_vae  # noqa: B018 - raises if there is none
-        elif request.from_video is not None or request.from_sound is not None:
-            raise ValueError(
-                "`from_video` and `from_sound` are about sound, and `sound` is False."
-            )
-        return size
-
-    def _check_states(self, name: str, states: np.ndarray | None) -> None:
-        """Raises a ValueError if the model can't take these text states."""
-        width, most = self.model.dit.text_width, self.model.text_length
-        if states is None:
-            return
-        if states.ndim != 2 or states.shape[1] != width or not len(states) <= most:
-            raise ValueError(
-                f"`{name}` is {[*states.shape]}; give [s {width}] with at most {most} "
-                "states, without a batch axis."
-            )
-        if not np.isfinite(states).all():
-            raise ValueError(f"`{name}` holds values that aren't finite.")
+        return check_request(self.model, self.complete(request))
 
     def latents(self, requests: Sequence[Request], **options: Any) -> list[np.ndarray]:
         """Generates the normalised latents `[f h w c]` of each picture, in order.
@@ -389,10 +348,17 @@ class Generator:
         ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         if all(each.scale != 1 for each in guidances.values()) and ways % 2 == 0:
             ways //= 2  # guidance doubles the rows
+        requests = [self.complete(request) for request in requests]
+        sizes = [self.check(request) for request in requests]
+        packed = pack_requests(
+            *(self.inputs, requests, sizes, rows, ways),
+            among=self.mesh.shape["context"],
+            noise=noise,
+            watermark=self.watermark,
+        )
         marked = noise is not None or self.watermark is not None
         start = Start(model.path, model.policy, steps, solver, marked, rising)
-        batches, counts, leads = self._packed(requests, noise, rows, ways)
-        for batch in batches:
+        for batch in packed.batches:
             latents = self.experts.solved(
                 batch,
                 start,
@@ -401,95 +367,16 @@ class Generator:
                 reuse=reuse,
                 conditioning_scale=conditioning_scale,
             )
-            channels = model.vae.latent_channels, model.dit.sound_channels
-            found = unpacked(batch, latents, *counts, model.patch_size, channels)
-            yield {
-                i: x._replace(picture=x.picture[leads[i] :]) for i, x in found.items()
-            }
+            yield packed.latents(batch, latents, model)
 
     # Implementation
-
-    def _packed(
-        self,
-        requests: Sequence[Request],
-        noise: Sequence[np.ndarray] | None,
-        rows: int,
-        ways: int,
-    ) -> tuple[list[Chunk], tuple[list[Size], list[int], list[int]], list[int]]:
-        """Packs requests into batches.
-
-        Returns:
-            The batches; the latent size of each request, the latents of its sound and
-            the tokens that are given beside it; how many of its latent frames stand
-            before the clip.
-        """
-        model = self.model
-        requests = [self.complete(request) for request in requests]
-        sizes = [self.check(request) for request in requests]
-        given = [self.inputs.known(*pair) for pair in zip(requests, sizes, strict=True)]
-        sizes = [
-            (f + g.lead - g.headless, h, w)
-            for (f, h, w), g in zip(sizes, given, strict=True)
-        ]
-        leads = [known.lead for known in given]
-        if noise is None and self.watermark is not None:
-            noise = self._marked(requests, sizes, leads)
-        items = self.inputs.items(requests, sizes, given, noise)
-        batches = batches_of(
-            *items,
-            [request.seed for request in requests],
-            rows,
-            ways,
-            self.mesh.shape["context"],
-            model.text_length,
-            channels=max(model.dit.in_channels, model.dit.sound_channels),
-        )
-        sounds = [self.inputs.sounds(request) for request in requests]
-        return batches, (sizes, sounds, [item.beside for item in items[0]]), leads
-
-    def _marked(
-        self, requests: Sequence[Request], sizes: Sequence[Size], leads: Sequence[int]
-    ) -> list[np.ndarray]:
-        """Initial noise with the watermark; none where something precedes a clip."""
-        mark, channels = self.watermark, self.model.vae.latent_channels
-        assert mark is not None
-        return [
-            np.pad(
-                mark.noise(request.seed, (f - lead, h, w, channels)),
-                [(lead, 0), (0, 0), (0, 0), (0, 0)],
-            )
-            for request, (f, h, w), lead in zip(requests, sizes, leads, strict=True)
-        ]
 
     def decoded(
         self, latents: Mapping[int, Latents], requests: Sequence[Request], watch: Watch
     ) -> Iterator[tuple[int, GeneratedClip]]:
         """Decodes the clips of a batch; pictures of one size are decoded together."""
-        shapes = {i: x.picture.shape for i, x in latents.items()}
-        for shape in dict.fromkeys(shapes.values()):
-            alike = [i for i, other in shapes.items() if other == shape]
-            stack = np.stack([latents[i].picture for i in alike])
-            told = lambda *counts: watch("decoding", *counts)  # noqa: E731
-            for i, video in zip(alike, self.codec.decode(stack, told), strict=True):
-                clip = self._clip(requests[i], video, latents[i].sound)
-                yield i, clip._replace(together=len(latents))
-
-    def _clip(
-        self, request: Request, video: np.ndarray, sound: np.ndarray | None
-    ) -> GeneratedClip:
-        """A clip of its picture and its latent sound; what was given stays as it is."""
-        video = request.kept(video, "inpaint" in self.model.conditions)
-        clip = GeneratedClip(video, request.fps or 8.0)
-        if sound is None:
-            return clip
-        vae = self.model.audio_vae
-        rate = vae.sample_rate
-        whole = request.from_sound is not None and not request.keep_sound
-        audio = request.waveform(rate, vae.channels) if whole else None
-        if audio is None:
-            made = self.codec.decode_sound(sound, request.samples(rate))
-            audio = request.sound_kept(made, rate)
-        return clip._replace(audio=audio, audio_rate=vae.sample_rate)
+        told = lambda *counts: watch("decoding", *counts)  # noqa: E731
+        yield from self.codec.clips(latents, requests, told)
 
     @property
     def codec(self) -> Codec:

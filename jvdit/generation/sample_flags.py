@@ -266,12 +266,6 @@ THRESHOLD = flags.DEFINE_float(
     "Error that --reuse may make; higher is faster, rougher.",
     lower_bound=0.0,
 )
-WATERMARK = flags.DEFINE_string(
-    "watermark",
-    None,
-    "File of a secret key, by which the clips' noise is marked; "
-    "tools/detect_watermark.py finds the mark.",
-)
 ROWS = flags.DEFINE_integer(
     "rows",
     8,

@@ -1,24 +1,18 @@
-"""The sampling loop: packs requests into batches, draws noise, runs solver steps."""
+"""The sampling loop: draws the noise of a batch, and runs solver steps."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from functools import partial
-from itertools import chain
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Key, PyTree
 
-from jvdit.data.items import Item
-from jvdit.data.packing import best_fit, pack_rows, unpack_rows, unpack_sounds
-from jvdit.data.patches import Size, grid_frames
 from jvdit.diffusion.denoise import Guidance, guided
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
 from jvdit.diffusion.reuse import COLLECTION, Memory
 from jvdit.diffusion.solvers import Solution, advance, begin, clip_noise
-from jvdit.generation.results import Latents
 from jvdit.machine.cluster import to_host
 from jvdit.machine.compilation import jit
 from jvdit.models.backbones import Backbone
@@ -26,42 +20,6 @@ from jvdit.shapes import Text, Tokens
 
 # on_step(steps done, steps in all, packed latents of the batch)
 OnStep = Callable[[int, int, np.ndarray], None]
-
-
-# XORed into a clip's seed to get those of its picture's and its sound's noise.
-OTHER_NOISE = (0, 1 << 30)
-
-
-class Chunk(NamedTuple):
-    """One batch: rows of packed requests that are denoised together.
-
-    Attributes:
-        rows: indices of the requests in each row. The arrays may have more rows than
-            this; those repeat the first one.
-        arrays: the packed batch with the prompts, as `pack_rows` returns it.
-        null: the same batch with the negative prompts.
-        seeds: noise seed for each noise level of each row, `[b g]`; 0: it is clean.
-        kinds: how many tokens of a row are of each kind; (): all clips are silent.
-        given: whether any request, of this batch or another, has given (clean) tokens.
-            One value for all batches, so that they share one compilation.
-    """
-
-    rows: list[list[int]]
-    arrays: dict[str, np.ndarray]
-    null: dict[str, np.ndarray]
-    seeds: np.ndarray
-    given: bool
-    kinds: tuple[int, ...] = ()
-
-    @property
-    def one_clip(self) -> bool:
-        """Whether every row is exactly one clip without padding."""
-        return not self.kinds and bool((self.arrays["segment"] == 1).all())
-
-    @property
-    def frames(self) -> int:
-        """How many frames every row has, if it is one grid; 0: rows aren't so."""
-        return grid_frames(self.arrays["position"]) if self.one_clip else 0
 
 
 class Running(NamedTuple):
@@ -76,81 +34,6 @@ class Running(NamedTuple):
     solution: Solution
     times: Float[Array, "times b g"]
     keys: Key[Array, "b g"]
-
-
-def batches_of(
-    items: Sequence[Item],
-    nulls: Sequence[Item],
-    seeds: Sequence[int],
-    rows: int,
-    ways: int,
-    among: int,
-    text_length: int,
-    channels: int = 0,
-) -> list[Chunk]:
-    """Packs requests into rows, and rows into batches.
-
-    Args:
-        items: tokens and prompt of each request.
-        nulls: the same items with the negative prompts.
-        seeds: noise seed of each request.
-        rows: most rows in a batch, before rounding up to a multiple of `ways`.
-        ways: the rows of a batch are a multiple of this.
-        among: the tokens of a row are a multiple of this: the number of devices over
-            which the `context` axis divides them.
-        text_length: most text states of an item.
-        channels: width of a token, if some kinds are narrower than others.
-    """
-    counts = [len(item.latents) - item.sounds for item in items]
-    sounds = [item.sounds for item in items]
-    given = any(item.is_given for item in items)
-    batches = []
-    for group in _groups(items):
-        packing = [[group[i] for i in row] for row in _rows([counts[i] for i in group])]
-        budget, sound_budget = (
-            -(-max(sum(x[i] for i in row) for row in packing) // among) * among
-            for x in (counts, sounds)
-        )
-        kinds = (budget, sound_budget) if sound_budget else ()
-        clips = max(map(len, packing))
-        size = max(-(-min(rows, len(packing)) // ways) * ways, ways)
-        for start in range(0, len(packing), size):
-            chunk = packing[start : start + size]
-            filled = chunk + [chunk[0]] * (size - len(chunk))
-            sizes = budget, clips * text_length, clips, sound_budget, channels
-            arrays, null = (
-                pack_rows([[which[i] for i in row] for row in filled], *sizes)
-                for which in (items, nulls)
-            )
-            places = np.zeros((size, len(kinds) or 1, clips + 1), np.uint32)
-            for r, row in enumerate(filled):
-                for i, request in enumerate(row, 1):
-                    for kind, other in enumerate(OTHER_NOISE[: len(kinds) or 1]):
-                        places[r, kind, i] = (seeds[request] ^ other) % (1 << 32)
-            places = places.reshape(size, -1)
-            batches.append(Chunk(chunk, arrays, null, places, given, kinds))
-    return batches
-
-
-def _groups(items: Sequence[Item]) -> list[list[int]]:
-    """Groups items that may share a batch: all; with image states, those of one size.
-
-    Image states belong to a whole row, so such an item has a row to itself.
-    """
-    if items[0].image is None:
-        return [[*range(len(items))]]
-    counts = [item.spans for item in items]
-    return [
-        [i for i, other in enumerate(counts) if other == count]
-        for count in dict.fromkeys(counts)
-    ]
-
-
-def _rows(counts: Sequence[int]) -> list[list[int]]:
-    if len(set(counts)) == 1:
-        return [[i] for i in range(len(counts))]
-    # The text budget follows the rows, so it bounds nothing here.
-    return best_fit([(n,) for n in counts], (max(counts),), len(counts))
 
 
 class Start(NamedTuple):
@@ -236,25 +119,6 @@ def _times(
         along = start.policy.sound_times(times[0])
         times[1] = jnp.where(generated.at[:, 0].set(False)[None], along, times[1])
     return jnp.concatenate(times, axis=-1)
-
-
-def texts_of(batch: Chunk, padded: bool, places: NamedSharding) -> tuple[Text, Text]:
-    """Builds the text inputs of a batch: the prompts and the negative prompts.
-
-    Args:
-        batch: the batch; its arrays hold `text_embeds`.
-        padded: tokens attend to every text state of their clip, padding included, as
-            Wan's do. False: to those of the prompt alone.
-        places: sharding of the rows.
-    """
-
-    def text(arrays):
-        unmasked = padded and batch.one_clip
-        segment = None if unmasked else arrays["text_segment"]
-        parts = arrays["text_embeds"], segment, arrays.get("image")
-        return Text(*jax.device_put(parts, places))
-
-    return text(batch.arrays), text(batch.null)
 
 
 class Stepper:
@@ -364,38 +228,3 @@ class Stepper:
             denoiser, solution, times, path, keys, solver, first, count, memory
         )
         return Running(solution, times, keys), memory and memory.value
-
-
-def unpacked(
-    batch: Chunk,
-    latents: np.ndarray,
-    sizes: Sequence[Size],
-    sounds: Sequence[int],
-    beside: Sequence[int],
-    patch_size: Size,
-    channels: tuple[int, int],
-) -> dict[int, Latents]:
-    """Unpacks a batch's latents, for each request by its index.
-
-    Args:
-        batch: the batch.
-        latents: packed, denoised.
-        sizes: latent frames, height and width of each request.
-        sounds: latents of its sound; 0: it is silent.
-        beside: tokens that are given beside it.
-        patch_size: latent frames, height and width of a token.
-        channels: of a latent of a picture, and of a sound.
-    """
-    latents = latents[: len(batch.rows)]
-    order = [*chain(*batch.rows)]
-    row_sizes = [[sizes[i] for i in row] for row in batch.rows]
-    others = [[beside[i] for i in row] for row in batch.rows]
-    pictures = unpack_rows(latents, row_sizes, patch_size, channels[0], others)
-    heard: Iterable[Any] = [None] * len(order)
-    if batch.kinds:
-        counts = [[sounds[i] for i in row] for row in batch.rows]
-        heard = chain(*unpack_sounds(latents, counts, batch.kinds[1], channels[1]))
-    return {
-        i: Latents(picture, sound if sounds[i] else None)
-        for i, picture, sound in zip(order, chain(*pictures), heard, strict=True)
-    }

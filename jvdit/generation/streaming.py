@@ -20,17 +20,11 @@ from jvdit.data.patches import token_grid, unpatchify
 from jvdit.diffusion.denoise import Guidance, guided
 from jvdit.diffusion.noise_path import NoisePath
 from jvdit.diffusion.solvers import advance
+from jvdit.generation.batches import Chunk, batches_of, texts_of
 from jvdit.generation.experts import check_control
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request
-from jvdit.generation.sampling import (
-    Chunk,
-    Running,
-    Start,
-    batches_of,
-    start_noise,
-    texts_of,
-)
+from jvdit.generation.sampling import Running, Start, start_noise
 from jvdit.machine.cluster import to_host
 from jvdit.machine.compilation import jit
 from jvdit.models.attention.past import Past

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from jvdit.models.convolution import Convolution
 from jvdit.models.latents import Autoencoder, moments_of
-from jvdit.models.video_vae_layers import REMAT, Coder, Decoder, Encoder
+from jvdit.models.video_vae_stages import REMAT, Coder, Decoder, Encoder
 from jvdit.sharding import constrain, frame_axes
 
 

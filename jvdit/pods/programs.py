@@ -29,6 +29,7 @@ from jvdit.models.backbones import Backbone
 from jvdit.models.video_vae import VideoVAE
 from jvdit.shapes import Text
 from jvdit.tasks.flow_objective import flow_objective
+from jvdit.training.objectives.denoising import FlowObjective
 from jvdit.training.optim import Optim
 from jvdit.training.state import TrainState, new_state, state_shardings
 from jvdit.training.step import jit_train_step
@@ -142,16 +143,7 @@ def train_program(
             sound_channels=sound_channels,
             frames=frames if one_clip else 0,
         )
-        optimizer, frozen = optim.optimizer(config.steps), {}
-        if objective.lora:
-            adapted = dataclasses.replace(objective, lora=None)
-            frozen = jax.eval_shape(adapted.init, _key(), batch)
-        places = sharding.parameter_shardings(frozen, mesh)
-        state = jax.eval_shape(
-            lambda key, batch: new_state(objective.init(key, batch), optimizer),
-            _key(),
-            batch,
-        )
+        state, frozen = _state_shapes(objective, optim, config.steps, batch)
         shardings = state_shardings(state, mesh)
         step = jit_train_step(
             objective,
@@ -160,10 +152,26 @@ def train_program(
             config.seed,
             mesh=mesh,
             shardings=shardings,
-            frozen=places,
+            frozen=sharding.parameter_shardings(frozen, mesh),
             options=config.compiler_options,
         )
         return step.lower(state, batch, frozen), state, shardings
+
+
+def _state_shapes(
+    objective: FlowObjective, optim: Optim, steps: int, batch: Any
+) -> tuple[TrainState, Any]:
+    """The shapes of a training state, and of the parameters under its adapters."""
+    frozen, optimizer = {}, optim.optimizer(steps)
+    if objective.lora:
+        adapted = dataclasses.replace(objective, lora=None)
+        frozen = jax.eval_shape(adapted.init, _key(), batch)
+    state = jax.eval_shape(
+        lambda key, batch: new_state(objective.init(key, batch), optimizer),
+        _key(),
+        batch,
+    )
+    return state, frozen
 
 
 def sample_program(
@@ -194,19 +202,10 @@ def sample_program(
     kinds = tuple(-(-n // ways) * ways for n in (tokens, sounds) if sounds)
     padding = -tokens % ways
     one_clip = not (padding or kinds)
-    wide = max(module.in_channels, module.sound_channels)
-    widths = {"latents": wide, "position": 3}
-    widths |= {"cond": module.cond_channels, "control": module.control_channels}
-    row = rows, sum(kinds) or tokens + padding
-    arrays = {name: _shape(*row, width) for name, width in widths.items() if width}
-    arrays |= {name: _shape(*row, dtype=jnp.int32) for name in ("segment", "level")}
-    how = NoisePath(), TimestepPolicy(), SAMPLED, "unipc"
     frames = frames if one_clip else 0
+    how = NoisePath(), TimestepPolicy(), SAMPLED, "unipc"
     start = Start(*how, one_clip=one_clip, kinds=kinds, frames=frames)
-    image = None
-    if module.image_width:
-        image = _shape(rows, module.image_length or 257, module.image_width)
-    states = _shape(rows, text_length, module.text_width)
+    arrays = _row_shapes(module, rows, sum(kinds) or tokens + padding)
     with jax.set_mesh(mesh):
         params = jax.eval_shape(
             lambda key: module.init(key, *module.example_inputs())["params"], _key()
@@ -216,8 +215,7 @@ def sample_program(
             arrays,
             _shape(rows, 4 if kinds else 2, dtype=jnp.uint32),
         )
-        clips = None if one_clip else _shape(rows, text_length, dtype=jnp.int32)
-        text = jax.eval_shape(Text, states, clips, image)
+        text = _text_shapes(module, rows, text_length, one_clip)
         places = sharding.replicated(mesh), sharding.rows_sharding(mesh, rows)
 
         def by_row(shape: Any) -> Any:
@@ -232,6 +230,29 @@ def sample_program(
             count=SAMPLED,
             skips=None,
         )
+
+
+def _row_shapes(
+    module: Backbone, rows: int, tokens: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of what a sampler's rows hold of each token."""
+    wide = max(module.in_channels, module.sound_channels)
+    widths = {"latents": wide, "position": 3}
+    widths |= {"cond": module.cond_channels, "control": module.control_channels}
+    row = rows, tokens
+    arrays = {name: _shape(*row, width) for name, width in widths.items() if width}
+    numbers = {name: _shape(*row, dtype=jnp.int32) for name in ("segment", "level")}
+    return arrays | numbers
+
+
+def _text_shapes(module: Backbone, rows: int, length: int, one_clip: bool) -> Any:
+    """The shapes of the text of a sampler's rows, and of the picture beside it."""
+    image = None
+    if module.image_width:
+        image = _shape(rows, module.image_length or 257, module.image_width)
+    clips = None if one_clip else _shape(rows, length, dtype=jnp.int32)
+    states = _shape(rows, length, module.text_width)
+    return jax.eval_shape(Text, states, clips, image)
 
 
 def vae_program(vae: VideoVAE, mesh: Mesh, clip: Sequence[int], step: str) -> Any:

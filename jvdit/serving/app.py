@@ -16,7 +16,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from jvdit.machine.command import MISTAKES
-from jvdit.serving.bodies import Files, read_body
+from jvdit.serving.bodies import Uploads, read_body
 from jvdit.serving.guard import Guard, TooLarge, refusal, too_large
 from jvdit.serving.jobs import CLIP, DONE, POSTER, WAITING, Full, Jobs, VideoJob
 from jvdit.serving.video_request import VideoRequest, in_api_words
@@ -90,10 +90,10 @@ class Api:
         async with self._checking:  # a small file may hold a large picture
             return await run_in_threadpool(self._add, fields, files)
 
-    def _add(self, fields: dict[str, Any], files: Files) -> VideoJob:
+    def _add(self, fields: dict[str, Any], files: Uploads) -> VideoJob:
         """Checks what is asked, and puts it in the queue."""
-        asked, jobs = VideoRequest.of(fields), self.jobs
-        id, names = jobs.receive(files)
+        asked, jobs = VideoRequest.of(fields, files.keyframes), self.jobs
+        id, names = jobs.receive(files.files)
         try:
             try:
                 request, settings = self.served.order(asked, jobs.paths(id, names))

@@ -2,6 +2,8 @@
 
 import base64
 import binascii
+import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -9,10 +11,11 @@ from typing import Any
 from starlette.datastructures import UploadFile
 from starlette.requests import Request as HttpRequest
 
+from jvdit.generation.request import FIELDS_GIVEN, SEVERAL
 from jvdit.serving.guard import read_json_body
 
 _DATA = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(?:;[\w=.+-]+)*;base64,", re.ASCII)
-_PART = re.compile(r"conditions\[(\w+)\](?:\[\d*\])?")
+_PART = re.compile(r"conditions\[(\w+)\](?:\[([\w.+-]*)\])?", re.ASCII)
 # What `input_reference` is, by the kind of its file: the first that a model takes.
 _REFERENCE = {
     "image": ("image", "references"),
@@ -20,12 +23,56 @@ _REFERENCE = {
     "audio": ("from_sound",),
 }
 _FILES, _FIELDS, _FIELD = 16, 64, 1 << 20  # parts of a form, and bytes of a field
-Files = dict[str, list[bytes]]
+
+
+@dataclasses.dataclass
+class Uploads:
+    """The files of a body.
+
+    Attributes:
+        takes: conditions that the model takes.
+        files: contents of the files, by condition.
+        keyframes: seconds of each picture of `keyframes`.
+    """
+
+    takes: Sequence[str]
+    files: dict[str, list[bytes]] = dataclasses.field(default_factory=dict)
+    keyframes: list[float] = dataclasses.field(default_factory=list)
+
+    def put(self, name: str, content: bytes, place: str) -> None:
+        """Adds a file to those of a condition; errors name its place in the body."""
+        if name not in self.takes:
+            told = ", ".join(f"`{x}`" for x in self.takes) or "none"
+            raise ValueError(
+                f"`{place}` isn't taken: of conditions this model takes {told}."
+            )
+        if not content:
+            raise ValueError(f"`{place}` is empty.")
+        if name in self.files and name not in SEVERAL:
+            raise ValueError(f"`{place}` is given twice.")
+        several = self.files.setdefault(name, [])
+        if len(several) == _FILES:
+            raise ValueError(f"`{place}` must be at most {_FILES} files.")
+        several.append(content)
+
+    def put_keyframe(self, time: Any, content: bytes, place: str) -> None:
+        """Adds a keyframe at a time in seconds."""
+        try:
+            seconds = float(time)
+        except (TypeError, ValueError, OverflowError):
+            seconds = math.nan
+        if isinstance(time, bool) or not 0 <= seconds < math.inf:
+            raise ValueError(
+                f"`{place}` is at {str(time)[:40]!r}; give the seconds at which it is "
+                "to be seen, 0 or more."
+            )
+        self.put("keyframes", content, place)
+        self.keyframes.append(seconds)
 
 
 async def read_body(
     http: HttpRequest, takes: Sequence[str]
-) -> tuple[dict[str, Any], Files]:
+) -> tuple[dict[str, Any], Uploads]:
     """Reads the fields of a body, and its files.
 
     Args:
@@ -33,45 +80,64 @@ async def read_body(
         takes: conditions that the model takes.
 
     Returns:
-        The fields, and the contents of the files by condition.
+        The fields, and the files.
 
     Raises:
         ValueError: the body, or a file in it, is malformed; names the field.
     """
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
-        return _from_json(read_json_body(await http.body()), takes)
-    if kind != "multipart/form-data":
+        fields, files = _from_json(read_json_body(await http.body()), takes)
+    elif kind == "multipart/form-data":
+        limits = {"max_files": _FILES, "max_fields": _FIELDS, "max_part_size": _FIELD}
+        async with http.form(**limits) as form:
+            fields, files = await _from_form(form.multi_items(), takes)
+    else:
         raise ValueError(
             f"`content-type` (={kind[:60]!r}) must be application/json or "
             "multipart/form-data."
         )
-    limits = {"max_files": _FILES, "max_fields": _FIELDS, "max_part_size": _FIELD}
-    async with http.form(**limits) as form:
-        return await _from_form(form.multi_items(), takes)
+    for name in fields:
+        if name in FIELDS_GIVEN:
+            raise ValueError(
+                f"`{name}` is a condition; give it as `conditions.{name}`, in a form "
+                f"as `conditions[{name}]`."
+            )
+    return fields, files
 
 
-def _from_json(body: dict[str, Any], takes: Sequence[str]) -> tuple[Any, Files]:
-    files: Files = {}
+def _from_json(body: dict[str, Any], takes: Sequence[str]) -> tuple[Any, Uploads]:
+    files = Uploads(takes)
     fields = {k: v for k, v in body.items() if v is not None}
     given = fields.pop("conditions", {})
     if not isinstance(given, dict):
         raise ValueError("`conditions` must be an object of data URLs by condition.")
     for name, value in given.items():
-        several = value if isinstance(value, list) else [value]
         place = f"conditions.{name}"
-        for each in several[:_FILES]:
-            _put(files, name, _from_url(each, place)[1], takes, place)
+        for each in value if isinstance(value, list) else [value]:
+            if name == "keyframes":
+                _put_keyframe(files, each, place)
+            else:
+                files.put(name, _from_url(each, place)[1], place)
     if (value := fields.pop("input_reference", None)) is not None:
         value = value.get("image_url") if isinstance(value, dict) else value
         kind, content = _from_url(value, "input_reference")
-        name = _referred(kind, takes)
-        _put(files, name, content, takes, "input_reference")
+        files.put(_referred(kind, takes), content, "input_reference")
     return fields, files
 
 
-async def _from_form(items: Any, takes: Sequence[str]) -> tuple[Any, Files]:
-    files: Files = {}
+def _put_keyframe(files: Uploads, value: Any, place: str) -> None:
+    if not isinstance(value, dict) or {*value} != {"seconds", "image"}:
+        raise ValueError(
+            f'`{place}` must be objects of the form {{"seconds": 0.5, "image": '
+            '"data:image/png;base64,…"}.'
+        )
+    content = _from_url(value["image"], f"{place}.image")[1]
+    files.put_keyframe(value["seconds"], content, place)
+
+
+async def _from_form(items: Any, takes: Sequence[str]) -> tuple[Any, Uploads]:
+    files = Uploads(takes)
     fields: dict[str, Any] = {}
     for name, value in items:
         part = _PART.fullmatch(name)
@@ -85,12 +151,16 @@ async def _from_form(items: Any, takes: Sequence[str]) -> tuple[Any, Files]:
                 raise ValueError(f"`{name[:60]}` is given twice.")
             fields[name] = value
             continue
-        place = f"conditions.{part[1]}" if part else name
+        place = name[:60]
         if isinstance(value, UploadFile):
             kind, content = value.content_type or "image/*", await value.read()
         else:
             kind, content = _from_url(value, place)
-        _put(files, part[1] if part else _referred(kind, takes), content, takes, place)
+        condition = part[1] if part else _referred(kind, takes)
+        if condition == "keyframes":
+            files.put_keyframe(part and part[2], content, place)
+        else:
+            files.put(condition, content, place)
     return fields, files
 
 
@@ -98,22 +168,6 @@ def _referred(kind: str, takes: Sequence[str]) -> str:
     """The condition that an `input_reference` of this media type is."""
     names = _REFERENCE.get(kind.partition("/")[0], ("image",))
     return next((name for name in names if name in takes), names[0])
-
-
-def _put(
-    files: Files, name: str, content: bytes, takes: Sequence[str], place: str
-) -> None:
-    """Adds a file to those of a condition."""
-    if name not in takes:
-        told = ", ".join(f"`{x}`" for x in takes) or "none"
-        raise ValueError(
-            f"`{place}` isn't taken: of conditions this model takes {told}."
-        )
-    if not content:
-        raise ValueError(f"`{place}` is empty.")
-    if name in files and name != "references":
-        raise ValueError(f"`{place}` is given twice.")
-    files.setdefault(name, []).append(content)
 
 
 def _from_url(value: Any, place: str) -> tuple[str, bytes]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from jvdit.generation.request import PICTURES, Request
+from jvdit.generation.request import FIELDS_GIVEN, SEVERAL, Request
 from jvdit.generation.settings import Settings
 from jvdit.machine.json_files import fit_json
 from jvdit.machine.text_files import check_text
@@ -38,6 +38,8 @@ class VideoRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         seed: of the noise; None: a random one, which the job tells.
         lora: name of an adapter.
         sound: whether the clip has sound; None: if the model can make some.
+        strength: how far `restyle` goes, 0 to 1.
+        keyframes: seconds of the pictures of that condition; not a field of a body.
     """
 
     prompt: _Prompt
@@ -52,15 +54,24 @@ class VideoRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: int | None = None
     lora: str | None = None
     sound: bool | None = None
+    strength: float | None = None
+    keyframes: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, fields: Mapping[str, Any]) -> "VideoRequest":
+    def of(
+        cls, fields: Mapping[str, Any], keyframes: Sequence[float] = ()
+    ) -> "VideoRequest":
         """Reads the fields of a body, in which numbers may be text, and picks a seed.
+
+        Args:
+            fields: of the body, without its conditions.
+            keyframes: seconds of its keyframes.
 
         Raises:
             ValueError: names the field that is unknown, or of the wrong type.
         """
-        found = fit_json(dict(fields), "the request", cls, "correct it", strict=False)
+        given = {**fields, "keyframes": [*keyframes]}
+        found = fit_json(given, "the request", cls, "correct it", strict=False)
         for name in ("prompt", "negative_prompt"):
             check_text(getattr(found, name) or "", f"`{name}`")
         if found.seconds is not None and found.num_frames is not None:
@@ -82,9 +93,13 @@ class VideoRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             ValueError: a number is out of its range.
         """
         fields: dict[str, Any] = {
-            name: tuple(paths) if name == "references" else paths[0]
+            name: tuple(paths) if name in SEVERAL else paths[0]
             for name, paths in files.items()
         }
+        if "keyframes" in fields:
+            fields["keyframes"] = (
+                *zip(self.keyframes, files["keyframes"], strict=True),
+            )
         if self.size is not None:
             if (match := _SIZE.fullmatch(self.size)) is None:
                 raise ValueError(
@@ -116,8 +131,11 @@ class VideoRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Raises:
             ValueError: a number is out of its range.
         """
+        strength = {} if self.strength is None else {"strength": self.strength}
         return Settings(
-            steps=self.num_inference_steps, guidance_scale=self.guidance_scale
+            steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            **strength,
         )
 
 
@@ -131,6 +149,6 @@ def in_api_words(message: str) -> tuple[str, str | None]:
         message = message.replace(f"`{ours}`", f"`{theirs}`")
     named = re.search(r"`(\w+)`", message)
     field = named and named[1]
-    if field in PICTURES:
+    if field in FIELDS_GIVEN:
         return message, f"conditions.{field}"
     return message, "size" if field in _OF_SIZE else field

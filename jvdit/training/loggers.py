@@ -1,12 +1,28 @@
 """Where scalars and images of a run are logged: TensorBoard, or Weights & Biases."""
 
+import contextlib
 import importlib
 import os
 import pathlib
+import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 _FLUSHED_WITHIN = 60  # seconds
+
+
+@contextlib.contextmanager
+def _without(name: str) -> Iterator[None]:
+    """A package isn't found: tensorboardX has no need of torch, which takes seconds."""
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 class TensorBoard:
@@ -17,10 +33,10 @@ class TensorBoard:
     """
 
     def __init__(self, workdir: str):
-        # The import takes longer than JAX's where torch is installed.
-        from tensorboardX import summary
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2
+        with _without("torch"):
+            from tensorboardX import summary
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto import event_pb2
 
         folder = os.path.join(workdir, "tensorboard")
         os.makedirs(folder, exist_ok=True)

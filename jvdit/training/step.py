@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jvdit.machine.compilation import compiler_options
 from jvdit.sharding import batch_sharding
@@ -96,33 +96,44 @@ def make_train_step(
         )
         loss, grads = loss / weight, jax.tree.map(lambda g: g / weight, grads)
         norm = optax.global_norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        applied = state.step - state.skipped
-        decay = jnp.minimum(optim.ema, (1.0 + applied) / (10.0 + applied))
-        ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        old = state.params, state.ema, state.opt_state
-        sound = finite & _finite((params, opt_state))
-        params, ema, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite & jnp.isfinite(new), new, old),
-            (params, ema, opt_state),
-            old,
-        )
-        bad = 1 - sound.astype(jnp.int32)
-        skipped, in_a_row = state.skipped + bad, bad * (state.skipped_in_a_row + 1)
+        new = _updated(state, grads, finite, optimizer, optim.ema)
         metrics = {name: _mean(value, weight) for name, value in metrics.items()}
         metrics |= {
             "loss": loss,
             "gradient_norm": norm,
             "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
-            "skipped": skipped,
-            "skipped_in_a_row": in_a_row,
+            "skipped": new.skipped,
+            "skipped_in_a_row": new.skipped_in_a_row,
         }
-        step = state.step + 1
-        return TrainState(step, params, ema, opt_state, skipped, in_a_row), metrics
+        return new, metrics
 
     return train_step
+
+
+def _updated(
+    state: TrainState,
+    grads: Any,
+    finite: Bool[Array, ""],
+    optimizer: optax.GradientTransformation,
+    ema: float,
+) -> TrainState:
+    """The state after a step: what isn't finite in the update stays as it was."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    applied = state.step - state.skipped
+    decay = jnp.minimum(ema, (1.0 + applied) / (10.0 + applied))
+    average = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, params)
+    old = state.params, state.ema, state.opt_state
+    sound = finite & _finite((params, opt_state))
+    params, average, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite & jnp.isfinite(new), new, old),
+        (params, average, opt_state),
+        old,
+    )
+    bad = 1 - sound.astype(jnp.int32)
+    skipped, in_a_row = state.skipped + bad, bad * (state.skipped_in_a_row + 1)
+    return TrainState(state.step + 1, params, average, opt_state, skipped, in_a_row)
 
 
 def jit_train_step(

@@ -4,9 +4,7 @@ A file names the layers as the network's own checkpoint does, with prefixes in f
 and behind it what changes: the two factors of LoRA, called `lora_A` and `lora_B` (PEFT,
 diffusers) or `lora_down` and `lora_up` (ComfyUI, kohya); the magnitude of DoRA
 (arXiv:2402.09353); or a difference that is added to a whole parameter (`.diff`,
-`.diff_b`, `.diff_m`). The scale alpha / rank comes from `.alpha` tensors, from an
-`adapter_config.json` beside the file (PEFT), or from the file's metadata (diffusers);
-otherwise it is 1.
+`.diff_b`, `.diff_m`). What scales it is found by `adapter_scales`.
 """
 
 import contextlib
@@ -16,12 +14,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jvdit.machine.json_files import fit_json, parse_json, read_json
 from jvdit.models.lora import MAGNITUDE, A, B
+from jvdit.weights.adapter_scales import Alphas
 from jvdit.weights.rules import Rule, Shape, listed, names_of, paths_of
 from jvdit.weights.tensors import PathLike, TensorFiles, write_tensors
 
@@ -216,7 +213,7 @@ class _Reader:
         self, path: pathlib.Path, tensors: TensorFiles, slots: dict[str, list[_Slot]]
     ):
         self.path, self.tensors, self.slots = path, tensors, slots
-        self.alphas = _Alphas(path, tensors)
+        self.alphas = Alphas(path, tensors)
         self.found: dict[str, dict[_Key, np.ndarray]] = {}
         self.left: dict[str, str] = {}
 
@@ -308,57 +305,6 @@ def _along(magnitude: np.ndarray, shape: Shape) -> np.ndarray | None:
     if magnitude.size == shape[1] and magnitude.shape[:2] != (1, shape[0]):
         return magnitude.reshape(1, -1)
     return magnitude.reshape(-1, 1) if magnitude.size == shape[0] else None
-
-
-class _Settings(msgspec.Struct, frozen=True):
-    """The fields of PEFT's `adapter_config.json` that decide the scale."""
-
-    lora_alpha: float | None = None
-    alpha_pattern: dict[str, float] | None = None
-    use_rslora: bool | None = None
-
-
-class _Alphas:
-    """The alpha of each layer, from the file's tensors, settings or metadata."""
-
-    def __init__(self, path: pathlib.Path, tensors: TensorFiles):
-        self.path, self.by_layer = path, {}
-        for name in [x for x in tensors if x.endswith(".alpha")]:
-            if tensors[name].size != 1:
-                raise ValueError(f"{path}: {name} must hold one number.")
-            self.by_layer[name.removesuffix(".alpha")] = float(tensors[name].ravel()[0])
-        file = (path if path.is_dir() else path.parent) / "adapter_config.json"
-        # By what the names of the layers begin with.
-        self.settings, again = {}, "save the adapters again"
-        if file.exists():
-            self.settings[""] = read_json(file, again, _Settings)
-        elif text := tensors.metadata.get("lora_adapter_metadata"):
-            # diffusers: {"transformer.r": 8, "transformer_2.lora_alpha": 16, …}
-            where = f"lora_adapter_metadata of {path}"
-            fields: dict[str, dict[str, Any]] = {}
-            for name, value in parse_json(text, where, dict[str, Any], again).items():
-                word, _, field = name.rpartition(".")
-                fields.setdefault(word, {})[field] = value
-            for word, held in fields.items():
-                self.settings[word] = fit_json(held, where, _Settings, again)
-
-    def of(self, layer: str, rank: int) -> float:
-        """The alpha of a layer; its adapter is scaled by alpha / rank."""
-        if layer in self.by_layer:
-            return self.by_layer[layer]
-        some = next(iter(self.settings.values()), _Settings())
-        settings = self.settings.get(layer.partition(".")[0], some)
-        alpha = float(rank) if settings.lora_alpha is None else settings.lora_alpha
-        for pattern, special in (settings.alpha_pattern or {}).items():
-            try:
-                if re.search(rf"(^|\.)({pattern})$", layer):
-                    alpha = special
-            except re.error as error:
-                raise ValueError(
-                    f"`alpha_pattern` of {self.path} holds {pattern!r}, which is no "
-                    f"regular expression ({error}); save the adapters again."
-                ) from None
-        return alpha * rank**0.5 if settings.use_rslora else alpha
 
 
 def _stacked(flat: Mapping[_Key, np.ndarray]) -> dict[str, Any]:

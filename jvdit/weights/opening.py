@@ -77,10 +77,7 @@ def open_bundle(
         raise ValueError(folders.lone(folder))
     if not is_release(folder):
         options = {"dtype": dtype, "shift": shift, "parts": parts, "variant": variant}
-        options |= fields
-        if given := [name for name, value in options.items() if value]:
-            told = " and ".join(given)
-            raise ValueError(f"{told} go with a released model, and {folder} is none.")
+        _check_own(folder, options | fields)
         return read_bundle(folder)
     release = read_release(folder)
     if variant and not any(has_variant(x, variant) for x in release.parts.values()):
@@ -95,16 +92,29 @@ def open_bundle(
         jnp.bfloat16 if dtype is None else dtype,
         fields,
     )
+    return _released(release, networks, shift)
+
+
+def _check_own(folder: pathlib.Path, options: Mapping[str, Any]) -> None:
+    """Raises a ValueError if options of released models were given for another one."""
+    if given := [name for name, value in options.items() if value]:
+        told = " and ".join(given)
+        raise ValueError(f"{told} go with a released model, and {folder} is none.")
+
+
+def _released(
+    release: Release, networks: dict[str, Network], shift: float | None
+) -> Bundle:
+    """A released model, with the settings of its folder and its authors."""
     dit = networks["dit"].module
     recipe, scheduler = release.recipe(module_fields(dit)), release.scheduler
     _tell(release, recipe, shift)
+    policy = scheduler.policy(recipe["shift"] if shift is None else shift)
     return Bundle(
         networks=networks,
         tokenizer=release_tokenizer(release.tokenizer),
         path=NoisePath(timesteps=scheduler.timesteps),
-        policy=TimestepPolicy(
-            **scheduler.policy(recipe["shift"] if shift is None else shift)
-        ),
+        policy=TimestepPolicy(**policy),
         patch_size=PATCH_SIZE,
         text_length=TEXT_LENGTH,
         conditions=conditions_of(dit, release.clean_frames),

@@ -14,15 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jvdit.data.cameras import read_camera
+from jvdit.data.media.decoding import Budget, Media
+from jvdit.data.media.media_error import MediaError
 from jvdit.data.media.pictures import PICTURES, film_of
-from jvdit.data.media.reader import (
-    Budget,
-    Media,
-    MediaError,
-    MediaInfo,
-    decode_clip,
-    probe,
-)
+from jvdit.data.media.reader import MediaInfo, decode_clip, probe
 from jvdit.data.media.writer import PRESETS, encode_clip
 from jvdit.machine.json_files import nearest
 

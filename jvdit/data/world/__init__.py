@@ -25,8 +25,9 @@ from collections.abc import Collection
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from jvdit.data.world.impacts import synthesize
 from jvdit.data.world.mechanics import Motion, simulate
-from jvdit.data.world.render import classify, render, synthesize
+from jvdit.data.world.render import classify, render
 from jvdit.data.world.scene import (
     COLORS,
     DIRECTIONS,

@@ -8,101 +8,19 @@ import itertools
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
-from numpy.lib.stride_tricks import sliding_window_view
-from scipy.fft import rfft
+from jaxtyping import Float
+from numpy.fft import rfft
 
-from jvdit.data.world.render import bounce_tone, loudness
+from jvdit.data.onsets import APART, ROOM, cut, onsets_in, padded_sound
+from jvdit.data.world.impacts import bounce_tone, loudness
 from jvdit.data.world.scene import MATERIALS, SIZES, Scenes
 from jvdit.evaluation.oracle.tracks import Bounces, Tracks, median_by
 
-_WINDOW, _HOP = 0.016, 0.004
-_RISE = 0.003  # time over which the attack of a sound is measured
-_APART = 0.040  # closer sounds count as one; also the strict tolerance
 _IN_STEP = 0.75  # least F1 of a clip whose sound is in sync with its video
-_SPECTRUM = 0.064  # length of the part of a sound that tells materials apart
 _PEAK = 0.012  # time in which a sound is at its loudest
 _LOUDER = 1.15  # ratio of the peaks of two bounces that are compared
 _CENTS = np.arange(-300, 301, 25)
 _LAGS = np.arange(-0.5, 0.505, 0.01)
-
-
-def onsets(audio: Float[np.ndarray, "b a"], rate: int) -> list[Float[np.ndarray, " n"]]:
-    """Finds sound onsets: peaks of spectral flux, moved to the steepest rise nearby.
-
-    Args:
-        audio: mono sound in [-1, 1].
-        rate: samples per second.
-
-    Returns:
-        The times of the onsets in each clip, in seconds.
-    """
-    return _onsets(_padded(audio, rate), rate)
-
-
-def _padded(audio: Float[np.ndarray, "b a"], rate: int) -> Float[np.ndarray, "b p"]:
-    """Sound between two stretches of silence, from which every window can be cut."""
-    room = round(_SPECTRUM * rate)
-    padded = np.zeros((len(audio), audio.shape[1] + 2 * room), np.float32)
-    padded[:, room:-room] = audio
-    return padded
-
-
-def _cut(
-    padded: np.ndarray, clip: np.ndarray, start: np.ndarray, samples: int, rate: int
-) -> Float[np.ndarray, "n samples"]:
-    """Windows of clips, each from a sample on."""
-    return sliding_window_view(padded, samples, 1)[
-        clip, start + round(_SPECTRUM * rate)
-    ]
-
-
-def _onsets(padded: np.ndarray, rate: int) -> list[Float[np.ndarray, " n"]]:
-    window, hop = round(_WINDOW * rate), round(_HOP * rate)
-    skipped = round(_SPECTRUM * rate) - window
-    places = [_flux_peaks(x[skipped:-skipped], window, hop, rate) for x in padded]
-    ends = np.cumsum([len(x) for x in places])
-    clip = np.searchsorted(ends, np.arange(ends[-1]), "right")
-    around = (np.concatenate(places) + 1) * hop - window // 2
-    return np.split(_attacks(padded, clip, around, rate), ends[:-1])
-
-
-def _flux_peaks(
-    audio: np.ndarray, window: int, hop: int, rate: int
-) -> Int[np.ndarray, " n"]:
-    """The windows, one each hop, at which a sound begins, in order."""
-    pieces = sliding_window_view(audio, window)[::hop]
-    level = np.abs(rfft(pieces * np.hanning(window).astype(np.float32)))
-    level *= 50
-    np.log1p(level, out=level)
-    rise = level[3:] - level[:-3]
-    np.maximum(rise, 0, out=rise)
-    flux = rise @ np.full(rise.shape[1], 1 / rise.shape[1], np.float32)
-    least = max(np.median(flux) + 0.12 * flux.max(), 0.10)
-    inner = flux[1:-1]
-    peak = (inner > least) & (inner >= flux[:-2]) & (inner > flux[2:])
-    places = np.flatnonzero(peak) + 1
-    kept: list[int] = []
-    for place in places[np.argsort(-flux[places], kind="stable")].tolist():
-        if all(abs(place - other) * hop > _APART * rate for other in kept):
-            kept.append(place)
-    return np.sort(np.array(kept, int))
-
-
-def _attacks(
-    padded: np.ndarray, clip: np.ndarray, around: np.ndarray, rate: int
-) -> Float[np.ndarray, " n"]:
-    """The time, in seconds, of the steepest rise of loudness near each place."""
-    span, reach = round(_RISE * rate), round(_WINDOW * rate)
-    side = span + reach
-    pieces = np.abs(_cut(padded, clip, around - side, 2 * side, rate))
-    total = np.zeros((len(clip), 2 * side + 1))
-    np.cumsum(pieces, 1, np.float64, total[:, 1:])
-    rise = total[:, 2 * span :] - 2 * total[:, span:-span] + total[:, : -2 * span]
-    candidates = around[:, None] + np.arange(-reach, reach + 1)
-    last = padded.shape[1] - 2 * round(_SPECTRUM * rate) - 1
-    rise[(candidates < 0) | (candidates > last)] = -np.inf
-    return candidates[np.arange(len(clip)), rise.argmax(1)] / rate
 
 
 def match(
@@ -163,36 +81,51 @@ def synchrony(
     """
     names = ("sync_40ms", "sync_frame", "sync", "stray", "delay", "lag", "material")
     scores = {name: np.full(len(audio), np.nan) for name in names}
-    first, last = 1.25 / fps, (tracks.area.shape[1] - 2.25) / fps
-    padded = _padded(audio, rate)
+    span = 1.25 / fps, (tracks.area.shape[1] - 2.25) / fps
+    padded = padded_sound(audio, rate)
     hard = np.linalg.norm(bounces.after - bounces.before, axis=-1)
     of_clip = tracks.clip[bounces.track]
     bangs: list[Bang] = []
-    for clip, heard in enumerate(_onsets(padded, rate)):
+    for clip, heard in enumerate(onsets_in(padded, rate)):
         if scenes.bar[clip]:
             continue
         seen, by, loud = _events(bounces, np.flatnonzero(of_clip == clip), hard)
-        inside = [(first <= t) & (t <= last) for t in (heard, seen)]
-        events = int(inside[0].sum() + inside[1].sum())
-        if not events:
-            continue
-        pairs = match(heard, seen)
-        for name, most in (("sync_40ms", _APART), ("sync_frame", 1 / fps)):
-            good = [(i, j) for i, j, delay in pairs if abs(delay) <= most]
-            hits = sum(int(inside[0][i]) + int(inside[1][j]) for i, j in good)
-            scores[name][clip] = hits / events
-        scores["sync"][clip] = scores["sync_40ms"][clip] >= _IN_STEP
-        scores["stray"][clip] = (events - hits) / (last - first)
-        if not inside[1].any():
-            continue
-        scores["delay"][clip], scores["lag"][clip] = _delays(heard, seen[inside[1]])
-        scores["material"][clip] = 0.0
+        found, pairs = _agreement(heard, seen, span, 1 / fps)
+        for name, value in found.items():
+            scores[name][clip] = value
         bangs += [
             Bang(clip, heard[i], [tracks.slot[k] for k in by[j]], loud[j])
-            for i, j in good
-            if inside[1][j]
+            for i, j in pairs
         ]
     return scores | _timbre(padded, rate, bangs, scenes, scores["material"])
+
+
+def _agreement(
+    heard: np.ndarray, seen: np.ndarray, span: tuple[float, float], frame: float
+) -> tuple[dict[str, float], list[tuple[int, int]]]:
+    """Scores of one clip, by the sounds and bounces between two times.
+
+    Returns:
+        The scores that there are, and the pairs of a sound and a bounce that are less
+        than a frame apart.
+    """
+    first, last = span
+    inside = [(first <= t) & (t <= last) for t in (heard, seen)]
+    events = int(inside[0].sum() + inside[1].sum())
+    if not events:
+        return {}, []
+    scores, pairs = {}, match(heard, seen)
+    for name, most in (("sync_40ms", APART), ("sync_frame", frame)):
+        good = [(i, j) for i, j, delay in pairs if abs(delay) <= most]
+        hits = sum(int(inside[0][i]) + int(inside[1][j]) for i, j in good)
+        scores[name] = hits / events
+    scores["sync"] = float(scores["sync_40ms"] >= _IN_STEP)
+    scores["stray"] = (events - hits) / (last - first)
+    if not inside[1].any():
+        return scores, []
+    scores["delay"], scores["lag"] = _delays(heard, seen[inside[1]])
+    scores["material"] = 0.0
+    return scores, [(i, j) for i, j in good if inside[1][j]]
 
 
 class Bang(NamedTuple):
@@ -226,7 +159,7 @@ def _events(
     impacts: list[float] = []
     for i in chosen[np.argsort(bounces.time[chosen])].tolist():
         track = int(bounces.track[i])
-        if not times or bounces.time[i] - times[-1] >= _APART:
+        if not times or bounces.time[i] - times[-1] >= APART:
             times.append(float(bounces.time[i]))
             tracks.append(set())
             impacts.append(0.0)
@@ -274,9 +207,9 @@ def _timbre(
     told = np.zeros((len(bangs), _KINDS.size), bool)
     for i, (at, _, slots, _) in enumerate(bangs):
         told[i, _KINDS[scenes.material[at, slots], scenes.size[at, slots]]] = True
-    samples = round(_SPECTRUM * rate)
-    before = _cut(padded, clip, start - samples, samples, rate)[:, ::-1]
-    after = _cut(padded, clip, start, samples, rate)
+    samples = round(ROOM * rate)
+    before = cut(padded, clip, start - samples, samples, rate)[:, ::-1]
+    after = cut(padded, clip, start, samples, rate)
     old, new = (np.abs(rfft(x * _fade(samples))) for x in (before, after))
     tones = _tones(rate, samples)
     likeness = np.maximum(new - old, 0) @ tones.reshape(-1, tones.shape[-1]).T
@@ -285,7 +218,7 @@ def _timbre(
     cents = np.where(told, np.abs(_CENTS)[likeness.argmax(2)], np.inf).min(1)
     fits = np.bincount(clip, told[np.arange(len(bangs)), kind], clips)
     count = np.bincount(clip, minlength=clips)
-    peaks = np.abs(_cut(padded, clip, start, round(_PEAK * rate), rate)).max(1)
+    peaks = np.abs(cut(padded, clip, start, round(_PEAK * rate), rate)).max(1)
     loud = np.array([bang.loud for bang in bangs])
     parts = (np.split(x, np.cumsum(count)[:-1]) for x in (loud, peaks))
     return {

@@ -4,13 +4,19 @@ const $ = (id) => document.getElementById(id);
 const form = $("compose");
 const field = (name) => form.elements[name];
 const cards = new Map(); // id of a job -> its card, and what it shows
-const given = new Map(); // condition -> file
+const zones = new Map(); // element -> the condition that it takes, and the file that it has
 const WORDS = {
-  image: "First frame", last_image: "Last frame", references: "To appear", video: "Footage to follow",
-  mask: "Mask of it", from_video: "Picture to give sound", from_sound: "Sound to give a picture",
-  prefix: "Beginning", suffix: "End", interpolate: "Half the rate", upscale: "Half the size",
-  edges: "Edges to follow",
+  image: "First frame", last_image: "Last frame", keyframes: "Keyframe", references: "To appear",
+  prefix: "Beginning", suffix: "End", video: "Footage to follow or keep", mask: "Mask of it",
+  edges: "Edges to follow", restyle: "To make anew", interpolate: "Half the rate", upscale: "Half the size",
+  from_video: "Picture to give sound", from_sound: "Sound to give a picture",
 };
+// What goes with the file of a condition: its label, and its bounds.
+const NUMBERS = {
+  keyframes: ["Seconds", { min: 0, step: "any" }],
+  restyle: ["How far, 0 to 1", { min: 0, max: 1, step: "any" }],
+};
+const MOST = 16; // files of a condition
 const MINE = "application/x-jvdit-video";
 let model = null;
 let oldest = null;
@@ -84,7 +90,10 @@ function drawForm() {
   fill({ ...defaults, width, height });
   $("sound").hidden = !model.sound;
   $("conditions").hidden = !conditions.length;
+  const order = Object.keys(WORDS);
+  conditions.sort((a, b) => order.indexOf(a.name) - order.indexOf(b.name));
   for (const condition of conditions) drawZone(condition);
+  $("more-zones").hidden = !$("films").childElementCount;
   const saved = sessionStorage.getItem("form");
   if (saved) fill(JSON.parse(saved));
 }
@@ -98,17 +107,22 @@ function fill(values) {
 }
 
 function accepts(condition, type) {
-  return type.startsWith(condition.accepts.replace("*", ""));
+  return condition.accepts.split(",").some((kind) => type.startsWith(kind.replace("*", "")));
 }
 
-function drawZone(condition) {
+function called(condition) {
+  return (WORDS[condition?.name] ?? condition?.name ?? "") + (condition?.needed ? " (needed)" : "");
+}
+
+// Pictures are at hand; clips and sounds are folded away, unless one is needed.
+function drawZone(condition, after = null) {
   const zone = $("zone").content.firstElementChild.cloneNode(true);
   const input = zone.querySelector("input");
   zone.dataset.name = condition.name;
-  zone.querySelector(".name").textContent = (WORDS[condition.name] ?? condition.name) + (condition.needed ? " (needed)" : "");
+  zone.querySelector(".name").textContent = called(condition);
   input.accept = condition.accepts;
-  input.addEventListener("change", () => input.files[0] && give(condition, input.files[0]));
-  zone.querySelector("button").addEventListener("click", () => give(condition, null));
+  input.addEventListener("change", () => input.files[0] && give(zone, input.files[0]));
+  zone.querySelector("button").addEventListener("click", () => give(zone, null));
   for (const name of ["dragenter", "dragover"]) {
     zone.addEventListener(name, (event) => {
       event.preventDefault();
@@ -121,14 +135,30 @@ function drawZone(condition) {
     zone.classList.remove("over");
     const id = event.dataTransfer.getData(MINE);
     const file = event.dataTransfer.files[0];
-    if (id) giveClip(condition, id);
-    else if (file) give(condition, file);
+    if (id) giveClip(zone, id);
+    else if (file) give(zone, file);
   });
-  $("zones").append(zone);
+  const [label, bounds] = NUMBERS[condition.name] ?? [];
+  if (label) {
+    const number = zone.querySelector(".number");
+    number.firstElementChild.textContent = label;
+    Object.assign(number.lastElementChild, bounds);
+  }
+  zones.set(zone, { condition, file: null });
+  const pictures = condition.accepts === "image/*" || condition.needed;
+  if (after) after.after(zone);
+  else $(pictures ? "zones" : "films").append(zone);
 }
 
-function give(condition, file) {
-  const zone = $("zones").querySelector(`[data-name="${condition.name}"]`);
+// The number that goes with a file, at first: the middle of the clip, or the model's own.
+function usual(condition) {
+  if (condition.name === "restyle") return model.defaults.strength;
+  const frames = Math.floor((Number(field("num_frames").value) - 1) / 2);
+  return Number((Math.max(frames, 0) / Number(field("fps").value)).toFixed(3));
+}
+
+function give(zone, file) {
+  const { condition } = zones.get(zone);
   const picture = zone.querySelector("img");
   if (file && !accepts(condition, file.type)) {
     tell(`${file.name || "This"} is ${file.type || "of an unknown kind"}; ${WORDS[condition.name] ?? condition.name} takes ${condition.accepts}.`);
@@ -140,19 +170,33 @@ function give(condition, file) {
   picture.hidden = !shown;
   if (shown) picture.src = URL.createObjectURL(file);
   else picture.removeAttribute("src");
-  zone.querySelector(".name").textContent = file ? file.name : WORDS[condition.name] ?? condition.name;
+  zone.querySelector(".name").textContent = file ? `${WORDS[condition.name] ?? condition.name} · ${file.name}` : called(condition);
   zone.querySelector("button").hidden = !file;
   zone.querySelector("input").value = "";
-  if (file) given.set(condition.name, file);
-  else given.delete(condition.name);
+  const number = zone.querySelector(".number");
+  number.hidden = !file || !NUMBERS[condition.name];
+  number.lastElementChild.required = !number.hidden;
+  if (!number.hidden && !zones.get(zone).file) number.lastElementChild.value = usual(condition);
+  zones.set(zone, { condition, file });
+  if (!condition.several) return;
+  const alike = [...zones].filter(([, x]) => x.condition === condition);
+  const empty = alike.filter(([, x]) => !x.file);
+  if (!empty.length && alike.length < MOST) drawZone(condition, zone);
+  for (const [other] of empty.slice(0, -1)) {
+    zones.delete(other);
+    other.remove();
+    empty.at(-1)[0].querySelector("input").focus();
+  }
 }
 
 // A clip of the gallery as a condition: the frame that it stands at, or all of it.
-async function giveClip(condition, id) {
+async function giveClip(zone, id) {
+  const { condition } = zones.get(zone);
   try {
     const clip = await (await ask(`/v1/videos/${id}/content`)).blob();
     if (condition.accepts !== "image/*") {
-      give(condition, new File([clip], "from the gallery", { type: condition.accepts.replace("*", "mp4") }));
+      const type = accepts(condition, "video/mp4") ? "video/mp4" : "audio/mp4";
+      give(zone, new File([clip], "from the gallery", { type }));
       return;
     }
     const at = cards.get(id)?.element.querySelector("video").currentTime ?? 0;
@@ -169,8 +213,8 @@ async function giveClip(condition, id) {
     canvas.getContext("2d").drawImage(film, 0, 0);
     URL.revokeObjectURL(film.src);
     const picture = await new Promise((done) => canvas.toBlob(done, "image/png"));
-    give(condition, new File([picture], "from the gallery.png", { type: "image/png" }));
-    $("zones").querySelector(`[data-name="${condition.name}"] input`).focus();
+    give(zone, new File([picture], "from the gallery.png", { type: "image/png" }));
+    zone.querySelector("input").focus();
   } catch (error) {
     tell(error.message);
   }
@@ -201,8 +245,16 @@ async function submit(event) {
       for (const [name, value] of Object.entries(fields)) body.append(name, value);
       body.append("size", `${width}x${height}`);
       if (seed !== "") body.append("seed", (Number(seed) + i) % 2 ** 32);
-      if (model.sound) body.append("sound", sound);
-      for (const [name, file] of given) body.append(`conditions[${name}]`, file);
+      const anew = [...zones.values()].some((x) => x.file && x.condition.name === "restyle");
+      if (model.sound && !anew) body.append("sound", sound);
+      for (const [zone, { condition, file }] of zones) {
+        if (!file) continue;
+        const number = zone.querySelector(".number input").value;
+        const { name } = condition;
+        const place = condition.timed ? `[${number}]` : condition.several ? "[]" : "";
+        body.append(`conditions[${name}]${place}`, file);
+        if (name === "restyle") body.append("strength", number);
+      }
       show(await (await ask("/v1/videos", { method: "POST", body })).json(), true);
     }
   } catch (error) {
@@ -281,12 +333,14 @@ async function update(card, job) {
   }
 }
 
-// Which condition a clip of the gallery becomes by its button.
+// The zone that a clip of the gallery goes to by its button: the first for a picture.
 function target() {
-  return model.conditions.find((x) => x.accepts === "image/*") ?? model.conditions[0];
+  const all = [...zones];
+  return (all.find(([, x]) => x.condition.accepts === "image/*") ?? all[0])?.[0];
 }
 
-function named(condition) {
+function named(zone) {
+  const { condition } = zones.get(zone) ?? {};
   return (WORDS[condition?.name] ?? condition?.name ?? "").toLowerCase();
 }
 
@@ -372,8 +426,8 @@ form.addEventListener("keydown", (event) => {
 });
 document.addEventListener("paste", (event) => {
   const file = event.clipboardData.files[0];
-  const fits = file && model.conditions.find((x) => accepts(x, file.type) && !given.has(x.name));
-  if (fits) give(fits, file);
+  const fits = file && [...zones].find(([, x]) => accepts(x.condition, file.type) && !x.file);
+  if (fits) give(fits[0], file);
 });
 $("older").addEventListener("click", older);
 addEventListener("hashchange", follow);

@@ -1,0 +1,106 @@
+"""Clips of the procedural world's scenes, generated once and kept for evaluation."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from jvdit.data.world import World
+from jvdit.evaluation.giving_truth import GIVEN, Truth
+from jvdit.evaluation.measuring import Shown, chunks
+from jvdit.generation.generator import Generator
+from jvdit.generation.request import Request
+from jvdit.machine.energy import Energy, Meter
+from jvdit.machine.files import replacing
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """How clips are generated; one column of the report."""
+
+    steps: int
+    guidance: float
+    solver: str
+    draft: bool
+    given: str = "nothing"
+    sync: float = 1.0
+    after: bool = False
+
+    def __str__(self) -> str:
+        told = ", from a draft" * self.draft
+        told += f", given {self.given}" * (self.given != "nothing")
+        told += ", its sound afterwards" * self.after
+        told += f", guided in step {self.sync:g}" * (self.sync != 1)
+        return f"{self.solver} {self.steps} steps, guidance {self.guidance:g}{told}"
+
+
+def requests_for(world: World, ids: np.ndarray, what: str) -> list[Request]:
+    """Requests for clips of scenes, by their captions and what else is given."""
+    size = {name: getattr(world, name) for name in ("frames", "height", "width")}
+    given: list[dict[str, Any]] = [{}] * len(ids)
+    if what != "nothing":
+        clips = world.clips(ids, audio=what == "sound")
+        sounds = clips["audio"] if what == "sound" else [None] * len(ids)
+        given = [
+            GIVEN[what].fields(Truth(video, world.fps, audio))
+            for video, audio in zip(clips["video"], sounds, strict=True)
+        ]
+    return [
+        Request(prompt, "", fps=world.fps, seed=int(i), **size, **more)
+        for i, prompt, more in zip(ids, world.captions(ids), given, strict=True)
+    ]
+
+
+def generated(
+    generator: Generator,
+    world: World,
+    setting: Setting,
+    folder: pathlib.Path,
+    count: int,
+    rows: int,
+    advance: Callable[[int], None],
+    spent: list[Energy],
+) -> Iterator[Shown]:
+    """Clips of the split's first prompts, in chunks; those that are there are read.
+
+    Args:
+        generator: of the model.
+        world: the split.
+        setting: of generation.
+        folder: that keeps the clips.
+        count: how many clips.
+        rows: rows that are solved at once.
+        advance: called with the number of clips of each chunk.
+        spent: gets the energy of each chunk, as it was when that was made.
+    """
+    meter = Meter()
+    for ids in chunks(count):
+        file = folder / f"{ids[0]:06d}-{len(ids)}.npz"
+        if not file.exists():
+            meter.lap()
+            clips = generator(
+                requests_for(world, ids, setting.given),
+                draft=setting.draft,
+                steps=setting.steps,
+                solver=setting.solver,
+                guidance_scale=setting.guidance,
+                sound_sync_scale=setting.sync,
+                sound_after=setting.after,
+                rows=rows,
+            )
+            kept = {"videos": np.stack([clip.video for clip in clips])}
+            if clips[0].audio is not None:
+                kept["audio"] = np.stack([clip.audio for clip in clips])
+                kept["rate"] = np.array(clips[0].audio_rate)
+            kept["energy"] = np.array(json.dumps(dataclasses.asdict(meter.lap())))
+            with replacing(file) as scratch, scratch.open("wb") as opened:
+                np.savez(opened, **kept)
+        advance(len(ids))
+        with np.load(file) as held:
+            if "energy" in held:
+                spent.append(Energy(**json.loads(str(held["energy"]))))
+            rate = int(held["rate"]) if "rate" in held else 0
+            yield Shown(held["videos"], held["audio"] if rate else None, rate)
