@@ -32,10 +32,11 @@ from jvdit.ranges import check_ranges
 _COARSE = 8000  # Hz at which the length of a sound is measured
 # Seconds by which a given sound and its clip may differ: files end with a whole packet.
 LENIENT = 0.15
+_BLEND = 0.005  # seconds around a span of a sound that is kept
 
 PICTURES = ("image", "last_image", "video", "mask", "prefix", "suffix", "interpolate")
 PICTURES += "upscale", "edges", "guide", "from_video", "from_sound"
-SEVERAL = ("references", "keyframes")
+SEVERAL = ("references", "keyframes", "keep_sound")
 LATENTS = ("tail",)
 PATHS = ("camera",)
 FIELDS_GIVEN = (*PICTURES, *SEVERAL, *LATENTS, *PATHS, "restyle")
@@ -87,6 +88,8 @@ class Request:
         from_video: footage to make sound for; the clip keeps its picture.
         from_sound: a sound file, or float32 [a e] at the model's rate in [-1, 1], to
             make a picture for; the clip keeps its sound, and lasts as long.
+        keep_sound: spans of `from_sound` to keep, as seconds from and until; the rest
+            of the sound is made. (): all is kept.
         prompt_embeds, negative_prompt_embeds: states of the text encoder, float [s e],
             in the place of those of the prompts.
 
@@ -119,12 +122,21 @@ class Request:
     sound: bool | None = None
     from_video: Pictures | None = None
     from_sound: Pictures | None = None
+    keep_sound: tuple[tuple[float, float], ...] = ()
     prompt_embeds: np.ndarray | None = None
     negative_prompt_embeds: np.ndarray | None = None
 
     def __post_init__(self):
         names = "frames", "height", "width", "fps", "seed"
         check_ranges({name: getattr(self, name) for name in names})
+        last = 0.0
+        for start, end in self.keep_sound:
+            if not last <= start < end:
+                raise ValueError(
+                    f"`keep_sound` has {start:g}:{end:g} after {last:g} s; give spans "
+                    "of some length, from 0 s on, one after another without overlap."
+                )
+            last = end
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -152,6 +164,7 @@ class Request:
         fields |= {name: _named(fields[name]) for name in (*PICTURES, "restyle")}
         fields["references"] = [_named(x) for x in self.references]
         fields["keyframes"] = [[time, _named(x)] for time, x in self.keyframes]
+        fields["keep_sound"] = [[*span] for span in self.keep_sound]
         fields.pop("tail")
         if isinstance(path := fields["camera"], CameraPath):
             fields["camera"] = f"poses {len(path.world_to_camera)}"
@@ -186,7 +199,12 @@ class Request:
             ValueError: one is damaged, or too short for the clip.
         """
         _ = self.ends, self.reference_pictures(), self.waveform(_COARSE, 1)
-        _ = self.pictures_in_time(), self.poses(), *map(self.clip, FOOTAGE)
+        _ = (
+            self.sound_spans(),
+            self.pictures_in_time(),
+            self.poses(),
+            *map(self.clip, FOOTAGE),
+        )
 
     def samples(self, rate: int) -> int:
         """Samples of a sound as long as the clip, at `rate` Hz."""
@@ -222,6 +240,42 @@ class Request:
             )
         audio = in_channels(audio, channels).astype(np.float32)[:wanted]
         return np.pad(audio, ((0, wanted - len(audio)), (0, 0)))
+
+    def sound_spans(self) -> tuple[tuple[float, float], ...]:
+        """The spans of `keep_sound`; infinity is the end of the clip.
+
+        Raises:
+            ValueError: one ends after the clip.
+        """
+        lasts = self.size[0] / (self.fps or 1.0)
+        for start, end in self.keep_sound:
+            if start >= lasts or lasts + LENIENT < end < math.inf:
+                raise ValueError(
+                    f"`keep_sound` {start:g}:{end:g} goes beyond the end of the clip, "
+                    f"which lasts {lasts:g} s."
+                )
+        return tuple((start, min(end, lasts)) for start, end in self.keep_sound)
+
+    def sound_kept(
+        self, made: Float[np.ndarray, "a e"], rate: int
+    ) -> Float[np.ndarray, "a e"]:
+        """A generated sound, in which the spans that were kept are as they were.
+
+        Around each, a few milliseconds of both are blended, so that nothing clicks.
+
+        Args:
+            made: as long as the clip.
+            rate: samples per second.
+        """
+        audio = self.waveform(rate, made.shape[1]) if self.keep_sound else None
+        if audio is None:
+            return made
+        times, share = np.arange(len(made)) / rate, np.zeros(len(made), np.float32)
+        for start, end in self.sound_spans():
+            outside = np.maximum(start - times, times - end)
+            share = np.maximum(share, np.clip(1 - outside / _BLEND, 0, 1))
+        share = share[:, None].astype(np.float32)
+        return np.where(share == 1, audio, share * audio + (1 - share) * made)
 
     def sound_of(self, name: str, rate: int, channels: int) -> np.ndarray | None:
         """The sound of footage that the clip begins with, as float32 `[a e]`.
