@@ -15,16 +15,16 @@ BOX = "jvdit/box"
 def get_config():
     """Settings of the stages."""
     whole = world_box.get_config().stages
-    names = "latents_single", "latents_pair", "views", "all"
-    stages = {name: whole[name] for name in names}
-    for name in names[:-1]:
+    encoded = [name for name in whole if name.startswith(("latents_", "views"))]
+    stages = {name: whole[name] for name in (*encoded, "all")}
+    for name in encoded:
         stages[name].update(vae=BOX, audio_vae=f"{BOX}/audio_vae")
     more = stages["all"]
     more.start_from = BOX
     # It has learned at a high rate before.
     more.optim.lr = 1e-3
     # Sound for a picture is what it does best. Its pictures are the weaker half.
-    more.data.weights = (0.34, 0.10, 0.20, 0.06, 0.30)
+    more.data.weights = (0.26, 0.08, 0.20, 0.06, 0.26, 0.07, 0.07)
     more.pairings.update(
         together=0.3,
         apart=0.05,

@@ -3,8 +3,9 @@
     python -m jvdit.train --config configs/world_box.py --workdir runs/box
     python tools/fill_box.py runs/box/all
 
-Clips of one and two objects in the procedural world, at 32 x 32 and 8 fps, with their
-sound. Autoencoders and latents; a silent network that learns pictures and then clips;
+Clips of one and two objects in the procedural world, of 9 frames of 32 x 32 pixels at 8
+fps, and some that are taller, wider and longer, with their sound. Autoencoders and
+latents; a silent network that learns pictures and then clips;
 and from its weights the network of the box, for all tasks that a request can name. Its
 card, jvdit/box/README.md, tells what it took and what the model scores.
 """
@@ -17,6 +18,7 @@ PROMPTS = tuple(x for x in world_dit.PROMPTS if x.startswith("one"))[:4] + tuple
 )
 _KINDS = {"single": 32_768, "pair": 16_384}  # clips
 _LATENTS = tuple(f"{{workdir}}/latents_{kind}" for kind in _KINDS)
+_SIZES = {"tall": "9x48x32@8:6144", "long": "17x32x48@8:6144"}
 # Another seed of the world than that of the clips to learn from.
 _HELD_OUT = "world:single:9x32x32@8:256:1"
 
@@ -56,10 +58,12 @@ def everything():
     config.start_from = "{workdir}/videos/model"
     config.steps = 5000
     config.data.sources += ("{workdir}/views",)
-    config.data.weights = (0.36, 0.10, 0.16, 0.06, 0.32)
-    # Clips of 80 tokens of picture and 29 of sound, and what lies beside some of them.
+    config.data.sources += tuple(f"{{workdir}}/latents_{name}" for name in _SIZES)
+    config.data.weights = (0.28, 0.08, 0.16, 0.06, 0.30, 0.06, 0.06)
+    # Three clips of 80 tokens of picture and 29 of sound, or one of 216 and 54; and
+    # what lies beside some of them.
     config.data.update(
-        rows=16, token_budget=160, sound_budget=58, text_budget=384, max_clips=10
+        rows=12, token_budget=240, sound_budget=87, text_budget=512, max_clips=14
     )
     config.given.update(
         first_frame=0.75,
@@ -100,6 +104,10 @@ def get_config():
             f"world:{kind}:9x32x32@8:{clips}", **autoencoders, validation=_HELD_OUT
         )
         for kind, clips in _KINDS.items()
+    }
+    latents |= {
+        f"latents_{name}": defaults.encode(f"world:single:{size}", **autoencoders)
+        for name, size in _SIZES.items()
     }
     views = defaults.encode(
         "world:single:9x32x32@8:6144",

@@ -25,35 +25,30 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 from absl import flags
-from jax.sharding import Mesh
 
-from jvdit.box import FOLDER
 from jvdit.data.sheets import contact_sheet, png
 from jvdit.diffusion.reuse import Reuse, save_ratios
 from jvdit.generation import provenance_flags
 from jvdit.generation import sample_flags as asked
+from jvdit.generation.asked_model import asked_bundle, asked_generator, asked_mesh
 from jvdit.generation.calibration import calibrate
 from jvdit.generation.cascade import check_stage, refine
 from jvdit.generation.film_file import write_film
 from jvdit.generation.films import Film, Scene, check_film
 from jvdit.generation.generator import Generator
 from jvdit.generation.prompt_lines import read_prompts, read_request
-from jvdit.generation.provenance_flags import provenance
+from jvdit.generation.provenance_flags import check_markable, provenance, watermark
 from jvdit.generation.request import Request
 from jvdit.generation.results import STATEMENT, viewing_scale
 from jvdit.generation.settings import Settings
-from jvdit.generation.watermark import STOCHASTIC, Watermark
 from jvdit.machine import flag_parser
 from jvdit.machine.command import told_in_a_line
 from jvdit.machine.compilation import keep_compilations
 from jvdit.machine.energy import Energy, Meter, Shares
 from jvdit.machine.files import check_writable, write_atomically
 from jvdit.machine.progress import Bars
-from jvdit.sharding import make_mesh, parse_mesh, sampling_sizes
+from jvdit.sharding import make_mesh
 from jvdit.weights.adapter_report import report_adapters
-from jvdit.weights.adapters import strengths
-from jvdit.weights.bundle import Bundle
-from jvdit.weights.opening import EXPERTS, open_bundle, with_adapters
 from jvdit.weights.starting import model_hash
 
 if TYPE_CHECKING:
@@ -77,54 +72,6 @@ def free_path(folder: pathlib.Path, name: str, suffix: str) -> pathlib.Path:
     numbered = (f"{name}-{number}{suffix}" for number in itertools.count(2))
     paths = (folder / each for each in itertools.chain([name + suffix], numbered))
     return next(path for path in paths if not path.exists())
-
-
-def _mesh(prompts: int) -> Mesh:
-    """A row to a device; what is left over divides the tokens of each."""
-    if asked.MESH.value is not None:
-        return make_mesh(parse_mesh(asked.MESH.value))
-    # Where one expert isn't guided, the other's pairs of rows follow one another.
-    guided = (
-        1 not in (asked.SCALE.value, asked.SCALE_2.value) and not asked.PRESET.value
-    )
-    rows = min(prompts, asked.ROWS.value) * (2 if guided else 1)
-    return make_mesh(sampling_sizes(rows, jax.device_count()))
-
-
-def _load(mesh: Mesh) -> Generator:
-    model = _open(mesh)
-    adapters = (
-        (asked.LORA, EXPERTS),
-        (asked.LORA_HIGH, EXPERTS[:1]),
-        (asked.LORA_LOW, EXPERTS[1:]),
-    )
-    for flag, networks in adapters:
-        if files := strengths(flag.value):
-            model = with_adapters(model, files, networks)
-    if asked.SCALE_2.value is not None and not model.boundary:
-        raise ValueError("--guidance_scale_2 is for models of two experts.")
-    generator = Generator(model, mesh, quantize=asked.QUANTIZE.value or "")
-    print(generator.room.told, file=sys.stderr)
-    return generator
-
-
-def _open(mesh: Mesh) -> Bundle:
-    if asked.WORKDIR.value is not None and asked.PRETRAINED.value is not None:
-        raise ValueError("give one of --workdir and --pretrained, not both.")
-    if asked.PRETRAINED.value is None:
-        for flag in (asked.DIT, asked.DIT_LOW, asked.SHIFT, asked.VARIANT):
-            if flag.value:
-                raise ValueError(f"--{flag.name} goes with --pretrained.")
-        # An absolute path, which is no id on the hub.
-        return open_bundle(pathlib.Path(asked.WORKDIR.value or FOLDER).absolute(), mesh)
-    return open_bundle(
-        asked.PRETRAINED.value,
-        mesh,
-        dtype=asked.DTYPE.value,
-        shift=asked.SHIFT.value,
-        parts={x.name: x.value for x in (asked.DIT, asked.DIT_LOW) if x.value},
-        variant=asked.VARIANT.value,
-    )
 
 
 def _sifted(
@@ -204,13 +151,12 @@ def sample(prompts: Sequence[tuple[str, str]]) -> Iterator[pathlib.Path]:
     """
     if not prompts:
         raise ValueError('give a prompt, "…", or --prompts=FILE.')
-    key = asked.WATERMARK.value
-    mark = None if key is None else Watermark.read(key)
+    mark = watermark()
     signed, (parsed, refused) = provenance(), _parsed(prompts)
     settings, folder = asked.sampling_settings(), pathlib.Path(asked.OUT.value)
     if not asked.CALIBRATE.value:
         check_writable(folder)  # before anything is computed
-    generator = _load(_mesh(len(prompts)))
+    generator = asked_generator(asked_mesh(len(prompts)))
     films = bool(asked.SECONDS.value or asked.EXTEND.value or asked.SCENE.value)
     check = partial(_film, generator) if films else partial(_checked, generator)
     checked, more = _sifted(parsed, lambda _, request: check(request))
@@ -257,13 +203,10 @@ def _check_markable(settings: Settings, films: bool, requests: Sequence[Any]) ->
         (films, "films, which are made window after window"),
         (asked.CASCADE.value, "--cascade, whose stages change what was marked"),
         (restyled, "--restyle, which begins with footage"),
-        (
-            settings.solver in STOCHASTIC,
-            f"the solver {settings.solver!r}, which draws noise at every step",
-        ),
     ):
         if given:
             raise ValueError(f"--watermark doesn't go with {what}; leave one out.")
+    check_markable(settings.solver)
 
 
 def _clips(
@@ -412,7 +355,7 @@ def main(argv: list[str]) -> None:
     with told_in_a_line("stopped; the clips that were ready are written."):
         keep_compilations()
         if asked.CHECK_LORA.value is not None:
-            model = _open(make_mesh(devices=jax.devices()[:1]))
+            model = asked_bundle(make_mesh(devices=jax.devices()[:1]))
             print(report_adapters(model, asked.CHECK_LORA.value))
             return
         if asked.PROMPTS.value is not None:

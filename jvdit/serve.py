@@ -21,6 +21,9 @@ from absl import flags
 from jvdit.box import FOLDER
 from jvdit.generation import provenance_flags
 from jvdit.generation.generator import Generator
+from jvdit.generation.provenance_flags import check_markable, provenance, watermark
+from jvdit.generation.settings import Settings
+from jvdit.generation.watermark import Watermark
 from jvdit.machine import flag_parser
 from jvdit.machine.command import refuse_arguments, told_in_a_line
 from jvdit.machine.compilation import keep_compilations
@@ -144,8 +147,8 @@ def _socket() -> socket.socket:
     return found
 
 
-def _generator() -> tuple[Generator, dict[str, str]]:
-    """The generator, and the flags that open its model."""
+def _generator(mark: Watermark | None) -> tuple[Generator, dict[str, str]]:
+    """The generator, and the flags that open its model; its clips may have a mark."""
     if _WORKDIR.value is not None and _PRETRAINED.value is not None:
         raise ValueError("give one of --workdir and --pretrained, not both.")
     mesh = make_mesh(parse_mesh(_MESH.value) if _MESH.value else None)
@@ -153,12 +156,16 @@ def _generator() -> tuple[Generator, dict[str, str]]:
     model = open_bundle(_PRETRAINED.value or folder, mesh)
     if files := strengths(_LORA.value):
         model = with_adapters(model, files, EXPERTS)
-    generator = Generator(model, mesh, quantize=_QUANTIZE.value or "")
+    if mark is not None:
+        check_markable(Settings().complete(model.defaults).solver)
+    generator = Generator(model, mesh, quantize=_QUANTIZE.value or "", watermark=mark)
     print(generator.room.told, flush=True)
     flags_given = _WORKDIR, _PRETRAINED, _QUANTIZE
     source = {flag.name: flag.value for flag in flags_given if flag.value}
     if _LORA.value:
         source["lora"] = ",".join(_LORA.value)
+    if mark is not None:
+        source["watermark"] = "your_key"
     return generator, source
 
 
@@ -189,7 +196,7 @@ def serve() -> None:
         raise ValueError(
             f"{error.name} is missing: pip install 'jvdit[serve]'."
         ) from None
-    signed = provenance_flags.provenance()
+    signed, mark = provenance(), watermark()
     token, folder = _token(), pathlib.Path(_OUT.value)
     with contextlib.ExitStack() as held:
         listening = held.enter_context(_socket())
@@ -203,7 +210,7 @@ def serve() -> None:
             num_bytes=int(_DISK.value * 2**30),
         )
         queue = jobs.Jobs(folder, limits)
-        generator, source = _generator()
+        generator, source = _generator(mark)
         opened = _PRETRAINED.value or _WORKDIR.value or "jvdit-box"
         name = _NAME.value or pathlib.Path(opened).name
         bounds = _TOKENS.value or 0, _STEPS.value

@@ -55,19 +55,26 @@ def main():
     packed, compiled = rows(), []
     assert packed.warm_up(), "the check at the start of a server found other bits"
     picture = np.full((32, 32, 3), 90, np.uint8)
-    packed.generator.codec.encode(np.zeros((1, 32, 32, 3), np.float32))
+    for frames in (1, 5):  # the encoder is compiled for each size
+        packed.generator.codec.encode(np.zeros((frames, 32, 32, 3), np.float32))
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, *_, **__: compiled.append(event) if "compile" in event else None
     )
-    wanted = [order(packed, 3, 5, image=picture), order(packed, 4, 4, 1.0)]
+    wanted = [
+        order(packed, 3, 5, image=picture),
+        order(packed, 4, 4, 1.0),
+        # With 32 and with 48 tokens beside the clip's 80.
+        order(packed, 6, 3, keyframes=((0.5, picture),), last_image=picture),
+        order(packed, 7, 3, interpolate=np.stack([picture] * 5)),
+    ]
     alone = [run(packed, [each], [0])[0] for each in wanted]
-    assert not np.array_equal(*alone)
+    assert not np.array_equal(*alone[:2])
     others = [
         order(packed, 1, 6, 3.0, frames=1),
         order(packed, 2, 2, 1.0, frames=3, height=24, width=16),
         order(packed, 5, 3, height=16, width=16),
     ]
-    for arrivals in [0, 0, 1, 0, 2], [1, 3, 0, 2, 0]:
+    for arrivals in [0, 0, 1, 0, 2, 0, 1], [1, 3, 0, 2, 0, 1, 0]:
         among = run(packed, [*others, *wanted], arrivals)
         for i, lone in enumerate(alone):
             np.testing.assert_array_equal(among[3 + i], lone)

@@ -1,6 +1,7 @@
 """What is given of a clip: the same tokens in training and for a request."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from jaxtyping import Float
 from PIL import Image
 
 from jvdit.data.builders import PackedBatches
+from jvdit.data.cameras import CameraPath, plucker_rays
 from jvdit.data.clips import SIZE, make_index
 from jvdit.data.conditions import CONDITIONS, check_given, known
 from jvdit.data.conditions.beside import VIEWS, halved
@@ -50,13 +52,28 @@ def encode(video: Float[np.ndarray, "T H W 3"]):
     return np.concatenate([cells[:1], later]).astype(np.float32)
 
 
-PLACE = Place(5, encode, STRIDE, 2)
+PLACE = Place(5, encode, STRIDE, 2, channels=3)
+WORLD = World("train", 0, FRAMES, SIDE, SIDE, fps=FPS)
+SHOWN = 13  # a clip of which the camera pans
 
 
 @pytest.fixture(scope="module")
 def video():
-    world = World("single", 0, FRAMES, SIDE, SIDE, fps=FPS)
-    return world.clips(np.arange(1), audio=False)["video"][0]
+    return WORLD.clips(np.array([SHOWN]), audio=False)["video"][0]
+
+
+@functools.cache
+def beside():
+    """What the world knows of that clip besides."""
+    found = WORLD.clips(np.array([SHOWN]), audio=False, beside=("guide", "camera"))
+    return {name: found[name][0] for name in ("guide", "camera")}
+
+
+def camera_path():
+    """The path of its camera, of a picture of another size."""
+    poses = beside()["camera"][:, :12].reshape(-1, 3, 4)
+    inside = np.tile(np.array([64.0, 64.0, 40.0, 32.0]), (len(poses), 1))
+    return CameraPath(poses, inside, height=64.0, width=80.0, fps=FPS)
 
 
 def to_float(video):
@@ -65,6 +82,10 @@ def to_float(video):
 
 def view_of(name, video):
     """What encoding stores of a view."""
+    view = VIEWS[name]
+    if view.of == "camera":
+        return view.measured(beside()["camera"], (5, SIDE // 2, SIDE // 2), STRIDE)
+    video = video if view.of == "video" else beside()[view.of]
     parts = [encode(to_float(x)) for x in VIEWS[name].clips(video)]
     return np.concatenate(parts)
 
@@ -94,10 +115,10 @@ def learned(video, name, seed=0):
     """A clip in training, always given one condition."""
     row = CONDITIONS[name]
     mean = encode(to_float(video))[row.headless :]
-    view, beside = view_of(row.view, video) if row.view else None, 0
+    view, count = view_of(row.view, video) if row.view else None, 0
     if row.beside is not None:
         cells = np.prod(view.shape[1:3])
-        beside = int(row.beside.count(len(view), np.array([seed]))[0] * cells) // 4
+        count = int(row.beside.count(len(view), np.array([seed]))[0] * cells) // 4
     what = known_in_training(
         mean,
         view,
@@ -106,7 +127,7 @@ def learned(video, name, seed=0):
         patch_size=PATCH,
         fps=FPS,
         temporal_compression=STRIDE,
-        beside=beside,
+        beside=count,
         sounds=np.zeros(0),
         rng=np.random.default_rng(seed),
     )
@@ -130,6 +151,8 @@ def asked(video, name, what):
         "interpolate": {"interpolate": video[::2]},
         "upscale": {"upscale": halved(video)},
         "edges": {"edges": video},
+        "guide": {"guide": beside()["guide"]},
+        "camera": {"camera": camera_path()},
     }
     if name == "inpaint":
         change = np.repeat(~what.clean, [1] + [STRIDE] * 4, axis=0)
@@ -394,12 +417,14 @@ def test_views_are_encoded_and_trained_with(workdir, tmp_path):
         "world:train:5x16x16@8:16",
         str(workdir / "vae"),
         str(tmp_path / "latents"),
-        views=("stills", "small", "edges"),
+        views=("stills", "small", "edges", "guide", "camera"),
     )
     source = open_source(f"{tmp_path}/latents")
     encoder = ClipEncoder.load(workdir / "vae")
-    clip = World("train", 0, 5, 16, 16, fps=8.0).clips(np.arange(4), audio=False)
+    world = World("train", 0, 5, 16, 16, fps=8.0)
+    clip = world.clips(np.arange(4), audio=False, beside=("guide", "camera"))
     for name, parts in (
+        ("guide", clip["guide"][3:]),
         ("stills", clip["video"][3][:, None]),
         ("small", np.stack([halved(x) for x in clip["video"]])[3:]),
     ):
@@ -410,6 +435,12 @@ def test_views_are_encoded_and_trained_with(workdir, tmp_path):
         np.testing.assert_allclose(
             stored, found.reshape(stored.shape), rtol=0.01, atol=0.01
         )
+    source.view, vae = "camera", encoder.module
+    rays = source.read([3])[0]["view"]
+    size = vae.latent_shape(5, 16, 16)
+    wanted = plucker_rays(clip["camera"][3], size, vae.temporal_compression)
+    np.testing.assert_array_equal(rays, wanted)
+    assert source.has("guide").all() and source.has("camera").all()
     config = thread_config.flow_config(workdir)
     config.data.sources, config.data.validation = (f"{tmp_path}/latents",), ""
     config.given.keyframes, config.data.token_budget = 0.9, 16
@@ -432,6 +463,17 @@ def test_views_are_encoded_and_trained_with(workdir, tmp_path):
     key, example = jax.random.key(0), task.example
     wanted = jax.eval_shape(task.objective.init, key, example)["dit"]
     assert other_parts(params, wanted)
+    config.given.guide = config.given.camera = 0.3
+    config.given.keyframes = 0.0
+    task = FlowTask(config, make_mesh(), tmp_path / "run")
+    rays = 2 * 6 * vae.temporal_compression
+    assert task.objective.dit.cond_channels == 8 + 8 + rays
+    cond = np.concatenate([task.batch_builder[i][0]["cond"] for i in range(8)])
+    # Of each latent in turn: edges, the guide, and rays; one of them at a time.
+    latent = cond.reshape(-1, 2, (16 + rays) // 2)[:, 0]
+    given = [x.any(axis=1) for x in np.split(latent, [4, 8], axis=1)]
+    assert all(x.any() for x in given) and np.sum(given, axis=0).max() == 1
+    config.given.guide = config.given.camera = 0.0
     config.given.edges, config.given.upscale = 0.0, 0.05
     with pytest.raises(ValueError, match="upscale.*can't be given of any clip"):
         FlowTask(config, make_mesh(), tmp_path / "run")

@@ -10,14 +10,20 @@ import numpy as np
 import pytest
 from packed_bits import PROMPT, order, rows, run
 
+from jvdit.data.sheets import png
 from jvdit.generation.draft import passes
+from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request
+from jvdit.generation.restyle import begun
+from jvdit.generation.results import GeneratedClip
+from jvdit.generation.watermark import Watermark
 from jvdit.serving.jobs import Jobs
-from jvdit.serving.packed import PackedClip
+from jvdit.serving.packed import Packed, PackedClip
 from jvdit.serving.served import Served
 from jvdit.serving.slots import RowShape, RowSlot, find_slot, room_of_text, soonest
 from jvdit.serving.video_request import VideoRequest
 from jvdit.serving.worker import Worker
+from jvdit.weights.parameters import Network
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +44,105 @@ def test_bits_do_not_depend_on_neighbours_and_nothing_is_compiled():
     assert "the same bits 0 compiled" in done.stdout, done.stdout + done.stderr
 
 
+PICTURE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+FILM = np.stack([np.roll(PICTURE, 2 * i, 1) for i in range(9)])
+GIVEN = [
+    {},
+    {"frames": 5, "height": 16},
+    {"last_image": PICTURE, "frames": 5},
+    {"keyframes": ((0.5, PICTURE), (1.0, PICTURE)), "references": (PICTURE, PICTURE)},
+    {"suffix": FILM[:3], "image": PICTURE},
+    {"interpolate": FILM},
+    {"upscale": FILM[:, :16, :16]},
+]
+
+
+def assert_as_alone(packed, orders, **options):
+    """Clips of rows are what the library makes of the same requests."""
+    made = run(packed, orders, [0] * len(orders))
+    options = orders[0][1].solving | options
+    lone = packed.generator.latents([request for request, _ in orders], **options)
+    for i, latents in enumerate(lone):
+        np.testing.assert_allclose(made[i], latents, atol=1e-3)
+    return made
+
+
 def test_a_packed_clip_is_what_the_generator_makes(packed):
-    for request, settings in (
-        order(packed, 7, 4),
-        order(packed, 7, 4, 1.0, frames=5, height=16),
-    ):
-        made = run(packed, [(request, settings)], [0])[0]
-        lone = packed.generator.latents([request], **settings.solving)[0]
-        np.testing.assert_allclose(made, lone, atol=1e-3)
+    """With what lies beside it, which takes room of the row."""
+    orders = [order(packed, i, 4, **given) for i, given in enumerate(GIVEN)]
+    assert_as_alone(packed, orders)
+    generator = packed.generator
+    for request, _ in orders:
+        size = generator.check(request)
+        known = generator.inputs.known(request, size)
+        (item,), _ = generator.inputs.items([request], [size], [known], None)
+        count = len(item.latents) - item.sounds
+        assert packed.counts(request) == (count, item.sounds)
+
+
+def test_footage_is_made_anew_in_a_row(packed):
+    request, settings = order(packed, 7, 8, restyle=FILM)
+    generator = packed.generator
+    how = begun(generator.model, generator.codec, [request], 8, settings.strength)
+    assert len(how["levels"]) == 5
+    assert_as_alone(packed, [(request, settings)], **how)
+
+
+def test_a_packed_clip_has_the_watermark_of_a_lone_one(packed, monkeypatch):
+    """Its noise is what the library begins with, where nothing is given."""
+    orders = [order(packed, 7, 4, image=PICTURE), order(packed, 8, 4)]
+    unmarked = run(packed, orders[1:], [0])[0]
+    mark = Watermark(b"a key of the tests, long enough")
+    monkeypatch.setattr(packed.generator, "watermark", mark)
+    request, settings = orders[0]
+    clip = packed.enter(request, settings, packed.find(packed.counts(request)))
+    noise = packed._read(packed._solution[0], clip).picture
+    true = mark.noise(7, noise.shape)
+    np.testing.assert_array_equal(noise[1:], true[1:])
+    assert not np.allclose(noise[0], true[0])
+    packed.leave(clip)
+    made = assert_as_alone(packed, orders)
+    assert np.abs(made[1] - unmarked).mean() > 0.1
+
+
+def test_channels_beside_the_noise_are_packed(packed):
+    """Of a model that follows edges; one clip has some, and its neighbour none."""
+    box = packed.generator.model
+    dit = box.dit.clone(cond_channels=box.dit.in_channels)
+    kernel = np.random.default_rng(1).normal(0, 0.1, (dit.cond_channels, dit.width))
+    kernel = kernel.astype(np.float32)
+    params = packed.generator.residence["dit"]
+    params = {**params, "cond_embed": {"kernel": kernel, "bias": kernel[0] * 0}}
+    networks = {**box.networks, "dit": Network(dit, params)}
+    conditions = (*box.conditions, "edges")
+    model = dataclasses.replace(box, networks=networks, conditions=conditions)
+    generator = Generator(model, packed.generator.mesh)
+    row = Packed(generator, tokens=208, rows=1, clips=4, steps=20)
+    assert row.takes(row.settings)
+    orders = [order(row, 7, 3, edges=FILM), order(row, 7, 3)]
+    made = assert_as_alone(row, orders)
+    assert np.abs(made[0] - made[1]).mean() > 0.01
+
+
+def test_what_lies_beside_a_clip_counts_for_what_fits(packed, tmp_path):
+    (tmp_path / "a.png").write_bytes(png(PICTURE))
+    picture, film = [str(tmp_path / "a.png")], str(tmp_path / "film.mp4")
+    GeneratedClip(FILM, 8.0).save(film)
+    served = Served(packed.generator, "box", tokens=120)
+    asked = VideoRequest.of({"prompt": PROMPT}, keyframes=(0.5,))
+    paths = {"keyframes": picture, "last_image": picture}
+    served.order(asked, paths)  # 80 tokens, and two pictures of 16
+    paths["references"] = picture * 2
+    with pytest.raises(ValueError, match="144 tokens with `last_image`") as refusal:
+        served.order(asked, paths)
+    told = str(refusal.value).partition("the largest are ")[2]
+    frames = int(told.split()[0])
+    assert 1 < frames < 9
+    more = VideoRequest.of({"prompt": PROMPT, "num_frames": frames}, keyframes=(0.5,))
+    served.order(more, paths)
+    odd = VideoRequest.of({"prompt": PROMPT, "num_frames": 7})
+    with pytest.raises(ValueError, match="`interpolate` doesn't go with 7 frames"):
+        served.order(odd, {"interpolate": [film]})
 
 
 def test_what_is_not_finite_leaves_no_trace(packed):

@@ -246,7 +246,8 @@ def test_a_server_signs_clips_and_posters(tmp_path, signed):
         state, _, manifest = read(jobs.path(id, name))
         assert state == "Valid"
         told = json.loads(assertions(manifest)[ASSERTION]["settings"])
-        assert told == {"prompt": "a", "seed": 3, "energy": spent.told}
+        size = {"frames": 9, "height": 32, "width": 48}
+        assert told == {"prompt": "a", "seed": 3, "energy": spent.told, **size}
         assert [x["title"] for x in manifest["ingredients"]] == ["image-0.upload"]
     assert read_metadata(jobs.path(id, CLIP_FILE))["jvdit"]["prompt"] == "a"
 

@@ -32,6 +32,7 @@ from jvdit.box import FOLDER  # noqa: E402
 from jvdit.generation.generator import Generator  # noqa: E402
 from jvdit.generation.request import Request  # noqa: E402
 from jvdit.generation.results import GeneratedClip  # noqa: E402
+from jvdit.generation.watermark import Watermark  # noqa: E402
 from jvdit.serving.app import make_app  # noqa: E402
 from jvdit.serving.jobs import Jobs, Limits  # noqa: E402
 from jvdit.serving.served import Served  # noqa: E402
@@ -298,7 +299,7 @@ def test_a_small_file_of_a_large_picture_is_refused(served):
 def test_the_largest_that_can_be_made_is_told(served):
     _, answer = create(served.port, size="64x64", num_frames=33)
     assert "9 frames of 40x40" not in answer["error"]["message"]
-    told = answer["error"]["message"].partition("largest that can be made are ")[2]
+    told = answer["error"]["message"].partition("the largest are ")[2]
     for part in told.rstrip(".").split(" or "):
         frames, size = part.split(" frames of ")
         assert create(served.port, size=size, num_frames=int(frames))[0] == 200
@@ -611,6 +612,26 @@ def test_what_opens_the_model_is_said_of_each_clip(fake):
         told = served.told(*served.order(asked, {}))
         assert f"Generator.load({opened})" in told["python"]
         assert all(f"--{k}={v}" in told["command"] for k, v in source.items())
+
+
+def test_a_server_that_marks_says_so_and_restyles_nothing(fake):
+    mark = Watermark(b"a key of the tests, long enough")
+    marking = Generator(fake.model, fake.mesh, watermark=mark)
+    served = Served(marking, "fake", source={"watermark": "your_key"})
+    asked = VideoRequest.of({"prompt": PROMPT})
+    told = served.told(*served.order(asked, {}))
+    assert told["settings"]["watermark"] == "gaussian shading"
+    assert "--watermark=your_key" in told["command"]
+    assert "Watermark.read('your_key')" in told["python"]
+    assert "restyle" not in [x["name"] for x in served.card["conditions"]]
+    with pytest.raises(ValueError, match="`restyle` begins with footage"):
+        served.order(asked, {"restyle": ["film.mp4"]})
+
+
+def test_a_key_that_can_be_guessed_marks_no_server(tmp_path):
+    (tmp_path / "key").write_bytes(b"abc")
+    done = command("serve", f"--watermark={tmp_path / 'key'}", "--port=0")
+    assert done.returncode == 1 and "can be guessed" in done.stderr
 
 
 def test_the_largest_request_is_that_of_the_rows(fake):

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -114,43 +115,47 @@ def guided(
 
     def denoiser(tokens: Tokens, t: Float[Array, "b g"]) -> Float[Array, "b n c"]:
         kinds = len(tokens.kinds) or 1
-        by_text = any(scale != 1 for scale in guidance.text[:kinds])
-        in_step = kinds > 1 and guidance.sync != (1.0, 1.0)
-        by_control = guidance.control != 1
-        if not (by_text or in_step or by_control):
-            return denoise(model, tokens, t, text, path)
-        passes = [(tokens, text)] + [(tokens, null_text)] * by_text
-        if by_control:
-            passes.append((_without_channels(tokens), text))
-        if in_step:
+        # What to extrapolate away from: by which scales, tokens, text.
+        away: list[tuple[Any, Tokens, Text]] = []
+        if any(scale != 1 for scale in guidance.text[:kinds]):
+            away.append(
+                (guidance.text if scales is None else scales, tokens, null_text)
+            )
+        if guidance.control != 1:
+            away.append(((guidance.control,) * 2, _without_channels(tokens), text))
+        passes = [(tokens, text), *(x[1:] for x in away)]
+        if kinds > 1 and guidance.sync != (1.0, 1.0):
             nobody = jnp.zeros((len(t), t.shape[1] // kinds - 1), bool)
             passes = [apart(*each, nobody) for each in passes]
-            passes.append(apart(tokens, text))
+            away.append((guidance.sync, *apart(tokens, text)))
+            passes.append(away[-1][1:])
         rows = jax.tree.map(lambda *x: jnp.concatenate(x), *passes)
         times = jnp.concatenate([t] * len(passes))
-        made = jnp.split(denoise(model, rows[0], times, rows[1], path), len(passes))
-        low, high = guidance.interval
-
-        def spread(pair: tuple[float, float], scale: Array | None = None) -> Array:
-            """The scale of each token, in the interval."""
-            if scale is None:
-                each = t.shape[1] // kinds
-                scale = jnp.asarray(pair[:kinds]).repeat(each)[None]
-            return tokens.per_token(jnp.where((t >= low) & (t <= high), scale, 1.0))
-
-        with_text = velocity = made[0]
-        if by_text:
-            velocity = made[1] + spread(guidance.text, scales) * (with_text - made[1])
-        if by_control:
-            both = guidance.control, guidance.control
-            velocity += (spread(both) - 1) * (with_text - made[1 + by_text])
-        if in_step:
-            velocity += (spread(guidance.sync) - 1) * (with_text - made[-1])
-        if guidance.rescale == 0:
+        made = denoise(model, rows[0], times, rows[1], path)
+        with_text, *others = jnp.split(made, len(passes))
+        velocity = with_text
+        for (scale, _, _), other in zip(away, others, strict=True):
+            scale = _spread(scale, tokens, t, guidance.interval)
+            velocity += (scale - 1) * (with_text - other)
+        if guidance.rescale == 0 or not away:
             return velocity
         return _rescaled(velocity, with_text, tokens, t, path, guidance.rescale)
 
     return denoiser
+
+
+def _spread(
+    scale: tuple[float, float] | Float[Array, "b g"],
+    tokens: Tokens,
+    t: Float[Array, "b g"],
+    interval: tuple[float, float],
+) -> Float[Array, "b #n 1"]:
+    """The scale of each token, given by kind or by level: 1 outside of the interval."""
+    if isinstance(scale, tuple):
+        kinds = len(tokens.kinds) or 1
+        scale = jnp.asarray(scale[:kinds]).repeat(t.shape[1] // kinds)[None]
+    low, high = interval
+    return tokens.per_token(jnp.where((t >= low) & (t <= high), scale, 1.0))
 
 
 def _without_channels(tokens: Tokens) -> Tokens:

@@ -53,6 +53,7 @@ class Inputs:
         vae = self.model.vae
         compression = vae.temporal_compression, vae.spatial_compression
         place = Place(size[0], self.codec.encode, *compression)
+        place = place._replace(channels=vae.latent_channels)
         if self.model.has_sound:
             heard = self.model.audio_vae.sample_rate, self.model.audio_vae.channels
             place = place._replace(encode_sound=self.codec.encode_sound, sound=heard)

@@ -1,4 +1,4 @@
-"""The flags of what signs the files of `jvdit.sample` and `jvdit.serve`."""
+"""The flags of what signs and marks the clips of `jvdit.sample` and `jvdit.serve`."""
 
 import sys
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
+from jvdit.generation.watermark import STOCHASTIC, Watermark
 from jvdit.machine.files import config_folder
 
 if TYPE_CHECKING:
@@ -26,6 +27,31 @@ C2PA_KEY = flags.DEFINE_string(
 C2PA_CERT = flags.DEFINE_string(
     "c2pa_cert", None, "File of that key's certificates, in PEM."
 )
+WATERMARK = flags.DEFINE_string(
+    "watermark",
+    None,
+    "File of a secret key, by which the clips' noise is marked; "
+    "tools/detect_watermark.py finds the mark.",
+)
+
+
+def watermark() -> Watermark | None:
+    """The mark of the clips; None: they have none.
+
+    Raises:
+        ValueError: the key is too short.
+        OSError: it can't be read.
+    """
+    return None if WATERMARK.value is None else Watermark.read(WATERMARK.value)
+
+
+def check_markable(solver: str | None) -> None:
+    """Raises a ValueError if a solver makes of marked noise what can't be undone."""
+    if solver in STOCHASTIC:
+        raise ValueError(
+            f"--watermark doesn't go with the solver {solver!r}, which draws noise at "
+            "every step; leave one out."
+        )
 
 
 def provenance() -> "Provenance | None":

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import ImageOps
 
+from jvdit.data.cameras import CameraPath, read_camera
 from jvdit.data.clips import SIZE
 from jvdit.data.conditions.known import Tail
 from jvdit.data.media.audio import read_sound
@@ -19,6 +20,7 @@ from jvdit.data.sounds import in_channels
 from jvdit.generation.footage import (
     FOOTAGE,
     Pictures,
+    existing,
     footage_length,
     footage_shape,
     read_footage,
@@ -32,15 +34,16 @@ _COARSE = 8000  # Hz at which the length of a sound is measured
 LENIENT = 0.15
 
 PICTURES = ("image", "last_image", "video", "mask", "prefix", "suffix", "interpolate")
-PICTURES += "upscale", "edges", "from_video", "from_sound"
+PICTURES += "upscale", "edges", "guide", "from_video", "from_sound"
 SEVERAL = ("references", "keyframes")
 LATENTS = ("tail",)
-FIELDS_GIVEN = (*PICTURES, *SEVERAL, *LATENTS, "restyle")
+PATHS = ("camera",)
+FIELDS_GIVEN = (*PICTURES, *SEVERAL, *LATENTS, *PATHS, "restyle")
 STATES = ("prompt_embeds", "negative_prompt_embeds")
 
 
 # Of these a clip lasts as long as what is given.
-_LASTING = "from_video", "upscale", "interpolate", "restyle", "edges"
+_LASTING = "from_video", "upscale", "interpolate", "restyle", "edges", "guide"
 # Defaults for the fields that neither the request nor its model sets.
 _SUITS = {"negative_prompt": "", "frames": 17, "height": 64, "width": 64, "fps": 8.0}
 
@@ -73,6 +76,10 @@ class Request:
         interpolate: footage of half the frame rate, as long as the clip.
         upscale: footage of half the size, as long as the clip.
         edges: footage whose edges the clip follows.
+        guide: a video that tells what the clip shows and where, such as depth, a pose
+            or a segmentation, as the model was trained with.
+        camera: the path of the camera: a JSON file, or a `CameraPath`; see
+            `jvdit.data.cameras`.
         restyle: footage to make anew, from a part of its noise (`Settings.strength`).
         tail: latents that the clip goes on from. It begins amid a longer clip: of its
             first latent frame there is nothing.
@@ -105,6 +112,8 @@ class Request:
     interpolate: Pictures | None = None
     upscale: Pictures | None = None
     edges: Pictures | None = None
+    guide: Pictures | None = None
+    camera: str | os.PathLike[str] | CameraPath | None = None
     restyle: Pictures | None = None
     tail: Tail | None = None
     sound: bool | None = None
@@ -133,7 +142,8 @@ class Request:
         """The names of the fields that hold images or video."""
         names = [name for name in PICTURES if getattr(self, name) is not None]
         names += [name for name in SEVERAL if getattr(self, name)]
-        return names + [name for name in LATENTS if getattr(self, name) is not None]
+        more = *LATENTS, *PATHS
+        return names + [name for name in more if getattr(self, name) is not None]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -143,6 +153,10 @@ class Request:
         fields["references"] = [_named(x) for x in self.references]
         fields["keyframes"] = [[time, _named(x)] for time, x in self.keyframes]
         fields.pop("tail")
+        if isinstance(path := fields["camera"], CameraPath):
+            fields["camera"] = f"poses {len(path.world_to_camera)}"
+        elif path is not None:
+            fields["camera"] = os.fspath(path)
         for name in STATES:
             if (states := fields[name]) is not None:
                 fields[name] = f"states {'x'.join(map(str, states.shape))}"
@@ -172,7 +186,7 @@ class Request:
             ValueError: one is damaged, or too short for the clip.
         """
         _ = self.ends, self.reference_pictures(), self.waveform(_COARSE, 1)
-        _ = self.pictures_in_time(), *map(self.clip, FOOTAGE)
+        _ = self.pictures_in_time(), self.poses(), *map(self.clip, FOOTAGE)
 
     def samples(self, rate: int) -> int:
         """Samples of a sound as long as the clip, at `rate` Hz."""
@@ -285,6 +299,23 @@ class Request:
             at = round(time * fps) / fps  # a frame's own time
             found.append((at, self.fitted(read_still(picture, "keyframes"))))
         return found
+
+    def poses(self) -> Float[np.ndarray, "T 16"] | None:
+        """The camera of each frame, see `cameras.Poses`; None: it isn't given.
+
+        Raises:
+            ValueError: its path is shorter than the clip, or isn't one.
+            FileNotFoundError: the file doesn't exist.
+        """
+        if (path := self.camera) is None:
+            return None
+        told = "`camera`"
+        if not isinstance(path, CameraPath):
+            told, path = f"{told} (={path})", read_camera(existing(path, "camera"))
+        try:
+            return path.poses(*self.size, float(self.fps or 1.0))
+        except ValueError as error:
+            raise ValueError(f"{told}: {error}") from None
 
     def reference_pictures(self) -> list[np.ndarray]:
         """The reference images as uint8 `[H W 3]`, padded with white to the clip."""

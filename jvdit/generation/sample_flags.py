@@ -72,8 +72,19 @@ FOOTAGE = (
     flags.DEFINE_string("upscale", None, "Video to double the size of."),
     flags.DEFINE_string("edges", None, "Video whose edges the clip follows."),
     flags.DEFINE_string(
+        "guide",
+        None,
+        "Video of what the clip is to show, and where: depth, pose, segmentation, …, "
+        "whichever the model was trained with.",
+    ),
+    flags.DEFINE_string(
         "restyle", None, "Video to make anew, as the prompt has it; see --strength."
     ),
+)
+CAMERA = flags.DEFINE_string(
+    "camera",
+    None,
+    "JSON file of the camera's path: a matrix of each frame, and its intrinsics.",
 )
 STRENGTH = flags.DEFINE_float(
     "strength",
@@ -164,7 +175,8 @@ SOUND_SYNC = _left(
 CONTROL_SCALE = flags.DEFINE_float(
     "control_guidance_scale",
     1.0,
-    "How strongly to follow what is given by channels, such as --edges; 1 is without.",
+    "How strongly to follow what is given by channels, --edges, --guide or --camera; "
+    "1 is without.",
 )
 INTERVAL = flags.DEFINE_list(
     "guidance_interval", ["0", "1"], "Noise levels between which to guide."
@@ -247,12 +259,6 @@ THRESHOLD = flags.DEFINE_float(
     "Error that --reuse may make; higher is faster, rougher.",
     lower_bound=0.0,
 )
-WATERMARK = flags.DEFINE_string(
-    "watermark",
-    None,
-    "File of a secret key, by which the clips' noise is marked; "
-    "tools/detect_watermark.py finds the mark.",
-)
 ROWS = flags.DEFINE_integer(
     "rows",
     8,
@@ -298,6 +304,7 @@ def common_fields() -> dict[str, Any]:
             for x in KEYFRAMES.value
         ),
         **{flag.name: flag.value for flag in FOOTAGE},
+        "camera": CAMERA.value,
         "sound": SOUND.value,
         "from_video": FROM_VIDEO.value,
         "from_sound": FROM_SOUND.value,

@@ -16,9 +16,8 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from jvdit.models.attention.dispatch import rope_tables, wan_axes_dims
-from jvdit.models.attention.mosaic import warn_of_heads
 from jvdit.models.attention.past import Past
-from jvdit.models.attention.patterns import PATTERNS, Reach, rules, share
+from jvdit.models.attention.patterns import Reach, rules, share
 from jvdit.models.dense import Dense, Layer
 from jvdit.models.dit_blocks import (
     Block,
@@ -27,6 +26,7 @@ from jvdit.models.dit_blocks import (
     ImageEmbed,
     ScanBlock,
 )
+from jvdit.models.dit_checks import check_inputs
 from jvdit.models.kinds import join, laid_out, side_by_side, split
 from jvdit.models.layers import (
     Mlp,
@@ -186,8 +186,7 @@ class DiT(Layer):
         Raises:
             ValueError: a field or an argument doesn't fit the others.
         """
-        self._check(tokens, t, text)
-        self._check_patterns(tokens, past)
+        check_inputs(self, tokens, t, text, past)
         x = self._embed(tokens)
         context = self._context(tokens, t, text, past)
         x = reused(self, x, lambda dit, x: dit._blocks(x, tokens, context))
@@ -201,7 +200,7 @@ class DiT(Layer):
 
         n, kinds = (2, (1, 1)) if self.sound_channels else (1, ())
         tokens = Tokens(
-            jnp.zeros((1, n, self._token_channels)),
+            jnp.zeros((1, n, self.token_channels)),
             jnp.zeros((1, n, 3)),
             level=jnp.arange(n)[None] if kinds else None,
             cond=blank(n, self.cond_channels),
@@ -213,7 +212,7 @@ class DiT(Layer):
         return tokens, jnp.zeros((1, n)), text
 
     @property
-    def _token_channels(self) -> int:
+    def token_channels(self) -> int:
         """Channels of a token of any kind; narrower ones end with zeros."""
         return max(self.in_channels, self.sound_channels)
 
@@ -259,7 +258,7 @@ class DiT(Layer):
             rows=rows,
             level=lay(tokens.level) if t.shape[1] > 1 else None,
             rotation=rope_tables(
-                position, self._rope_dims, self.rope_theta, self.position_scale
+                position, self.rotary_dims, self.rope_theta, self.position_scale
             ),
             visible=visible,
             text=embed(text.embeds),
@@ -385,78 +384,11 @@ class DiT(Layer):
         return self.depth // 3 if self.own_blocks is None else self.own_blocks
 
     @property
-    def _rope_dims(self) -> tuple[int, ...]:
+    def rotary_dims(self) -> tuple[int, ...]:
+        """Channels of a head that turn with (t, y, x)."""
         if self.rope_dims is None:
             return wan_axes_dims(self.width // self.num_heads)
         return tuple(self.rope_dims)
-
-    def _check(self, tokens: Tokens, t: Array, text: Text) -> None:
-        head_dim, rest = divmod(self.width, self.num_heads)
-        if rest:
-            raise ValueError(
-                f"`width` (={self.width}) must be divisible by `num_heads` "
-                f"(={self.num_heads}); try {(head_dim + 1) * self.num_heads}."
-            )
-        if sum(self._rope_dims) != head_dim:
-            raise ValueError(
-                f"`rope_dims` (={self._rope_dims}) must sum to the channels of a head, "
-                f"`width` / `num_heads` (={head_dim}); try {wan_axes_dims(head_dim)}."
-            )
-        if self.attention_implementation == "auto":
-            warn_of_heads(self.width, self.num_heads, tokens.latents.shape[1])
-        channels = tokens.latents.shape[-1]
-        if channels != self._token_channels:
-            raise ValueError(
-                f"tokens have {channels} channels but `in_channels` is "
-                f"{self.in_channels}: the channels of a patch times its cells."
-            )
-        if tokens.kinds and not self.sound_channels:
-            raise ValueError("the tokens are of two kinds but `sound_channels` is 0.")
-        for name, wanted, given in (
-            ("cond_channels", self.cond_channels, tokens.cond),
-            ("control_channels", self.control_channels, tokens.control),
-            ("image_width", self.image_width, text.image),
-        ):
-            found = 0 if given is None else given.shape[-1]
-            if found != wanted:
-                what = name.partition("_")[0]
-                raise ValueError(
-                    f"the {what} has {found} channels but `{name}` is {wanted}; "
-                    f"give a {what} of that many, or none where it is 0."
-                )
-        states = 0 if text.image is None else text.image.shape[1]
-        if self.image_length and states != self.image_length:
-            raise ValueError(
-                f"{states} image states were given but `image_length` is "
-                f"{self.image_length}: those of a first and a last picture."
-            )
-        if tokens.level is None and t.shape[1] != 1:
-            raise ValueError(
-                f"`t` has {t.shape[1]} levels in a row but `tokens.level` is None; "
-                "give every token its level."
-            )
-
-    def _check_patterns(self, tokens: Tokens, past: Past | None) -> None:
-        """Checks that they are known, and that the tokens allow for them."""
-        given = f"`patterns` (={tuple(self.patterns)})"
-        if not set(self.patterns) <= set(PATTERNS):
-            raise ValueError(f"{given} must be names in: {', '.join(PATTERNS)}.")
-        n = tokens.latents.shape[1]
-        if past is not None and not (self.is_causal and tokens.segment is None):
-            raise ValueError(
-                f"{given} must all be 'chunk_causal' for a network to go on from what "
-                "it kept, and rows must be one clip each."
-            )
-        if tokens.frames and (n % tokens.frames or tokens.kinds):
-            raise ValueError(
-                f"`tokens.frames` (={tokens.frames}) must divide the {n} tokens of a "
-                "row of one kind; it is 0 where rows are no grids."
-            )
-        if self.patterns and tokens.visible is not None and not tokens.kinds:
-            raise ValueError(
-                "`tokens.visible` says itself what attention sees; leave it out for a "
-                f"network with {given}."
-            )
 
     def flops(
         self, tokens: int, text: int, trained: str = "nothing", frames: int = 0

@@ -5,28 +5,27 @@ one static shape. Each is at a step of its own.
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
+from jvdit.data.conditions import CONDITIONS
+from jvdit.data.items import Item
 from jvdit.data.packing import unpack_rows
 from jvdit.data.patches import Size
-from jvdit.diffusion.denoise import Guidance, guided
-from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
-from jvdit.diffusion.solvers import Now, Solution, advance_each, begin, clip_noise
+from jvdit.diffusion.noise_path import TimestepPolicy
+from jvdit.generation import restyle
 from jvdit.generation.batches import OTHER_NOISE
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request
 from jvdit.generation.results import Latents
 from jvdit.generation.settings import Settings
 from jvdit.machine.cluster import to_host
-from jvdit.machine.compilation import jit
-from jvdit.models.backbones import Backbone
+from jvdit.serving.row_programs import Denoising, begun, entered, sized, stepped
 from jvdit.serving.slots import (
     BLOCK,
     RowShape,
@@ -39,11 +38,8 @@ from jvdit.serving.slots import (
     room_of_text,
     soonest,
 )
-from jvdit.shapes import Text, Tokens
+from jvdit.serving.token_counts import clip_tokens, picture_tokens
 from jvdit.sharding import platform, rows_sharding
-
-# What may be given of packed clips: it is clean tokens in their own places.
-_PACKED = {"image", "prefix", "video", "mask", "from_video", "from_sound"}
 
 
 @dataclasses.dataclass
@@ -74,24 +70,6 @@ class PackedClip:
         return len(self.times) - 1 - self.index
 
 
-class Denoising(NamedTuple):
-    """What is compiled into the programs of a row.
-
-    Attributes:
-        dit: the network.
-        path: noise path.
-        solver: a name in `SOLVERS`.
-        guidance: with the scale of the text for each clip in its place.
-        kinds: how many tokens of a row are of each kind.
-    """
-
-    dit: Backbone
-    path: NoisePath
-    solver: str
-    guidance: Guidance
-    kinds: tuple[int, ...]
-
-
 class Packed:
     """Rows of clips that are denoised together.
 
@@ -120,7 +98,7 @@ class Packed:
         if model.has_sound:
             usual = generator.complete(Request(""))
             heard = generator.inputs.sounds(dataclasses.replace(usual, sound=True))
-            share = tokens / max(_tokens_of(generator, usual), 1)
+            share = tokens / max(clip_tokens(model, *usual.size), 1)
             sounds = -(-int(heard * share) // unit) * unit
         channels = max(model.dit.in_channels, model.dit.sound_channels)
         text = room_of_text(model.text_length), model.dit.text_width
@@ -128,7 +106,10 @@ class Packed:
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
         if self.settings.guidance_scale != 1 and ways % 2 == 0:
             ways //= 2  # guidance doubles the rows
-        self.shape = RowShape(rows or ways, tokens, sounds, clips, *text, channels)
+        cond = model.dit.cond_channels
+        self.shape = RowShape(
+            rows or ways, tokens, sounds, clips, *text, channels, cond
+        )
         self.running: list[PackedClip] = []
         self._arrays = blank_rows(self.shape)
         self._placed: Any = None
@@ -155,38 +136,39 @@ class Packed:
             dit = dit.clone(attention_implementation="steady")
         return Denoising(dit, model.path, solver or "unipc", guidance, self.shape.kinds)
 
-    def takes(self, settings: Settings, request: Request | None = None) -> bool:
+    def takes(self, settings: Settings) -> bool:
         """Whether clips of these settings, and of this model, can be packed.
 
-        Those with two networks, channels beside the noise, control, image states or
-        levels of their own can't; nor can guided ones where the model's own aren't, or
-        what is given by tokens beside the clip's own.
+        Those with two networks, control, image states, a picture that must be given, or
+        levels of their own can't; nor can guided ones where the model's own aren't.
         """
         model = self.generator.model
-        dit = model.dit
         plain = dataclasses.replace(
             settings,
             steps=self.settings.steps,
             guidance_scale=self.settings.guidance_scale,
             guidance_scale_2=self.settings.guidance_scale_2,
+            strength=self.settings.strength,
         )
-        extras = dit.cond_channels, dit.control_channels, model.boundary
+        needed = any(CONDITIONS[name].needs for name in model.conditions)
         guides = self.settings.guidance_scale != 1 or settings.guidance_scale == 1
         return (
             plain == self.settings
-            and not any(extras)
+            and not (model.dit.control_channels or model.boundary or needed)
             and model.image_encoder is None
             and (model.pictures is None or not settings.draft)
             and not settings.levels
             and settings.solver != "heun"
             and guides
-            and not {*(request.given if request else ())} - _PACKED
         )
 
     def counts(self, request: Request) -> tuple[int, int]:
-        """Tokens that a complete request needs, of its picture and of its sound."""
+        """Tokens that a complete request needs: of its picture, and of its sound.
+
+        What is given beside the picture is of its kind.
+        """
         sounds = self.generator.inputs.sounds(request)
-        return _tokens_of(self.generator, request), sounds
+        return picture_tokens(self.generator.model, request), sounds
 
     def find(
         self,
@@ -219,35 +201,69 @@ class Packed:
         generator = self.generator
         size, inputs = generator.check(request), generator.inputs
         given = inputs.known(request, size)
-        (item,), (null,) = inputs.items([request], [size], [given], None)
+        noise, times = self._begin(request, settings, size)
+        many = None if noise is None else [noise]
+        (item,), (null,) = inputs.items([request], [size], [given], many)
+        if len(item.latents) - item.sounds != slot.counts[0]:
+            raise ValueError(
+                f"a clip of {slot.counts[0]} tokens was expected, and it has "
+                f"{len(item.latents) - item.sounds}."
+            )
         put(self._arrays, self.shape, slot, item, null)
-        count, steps = slot.counts[0], settings.steps or 1
-        policy = generator.model.policy
+        if times is None:
+            times = self._times_of(item, slot, settings.steps or 1)
+        clip = PackedClip(request, slot, size, times, settings.guidance_scale or 1.0)
+        self._enter(clip, noise is not None)
+        self.running.append(clip)
+        return clip
+
+    def _begin(
+        self, request: Request, settings: Settings, size: Size
+    ) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """A picture that doesn't begin with drawn noise, and its times if not all."""
+        generator, model = self.generator, self.generator.model
+        if request.restyle is not None:
+            how = settings.steps or 1, settings.strength
+            made = restyle.begun(model, generator.codec, [request], *how)
+            times = np.array([*made["levels"], 0.0], np.float32)
+            return made["noise"][0], np.stack([times, times], axis=1)
+        if (mark := generator.watermark) is None:
+            return None, None
+        return mark.noise(request.seed, (*size, model.vae.latent_channels)), None
+
+    def _times_of(self, item: Item, slot: RowSlot, steps: int) -> np.ndarray:
+        """The timesteps of a clip's picture and of its sound, from 1 down to 0."""
+        count, policy = slot.counts[0], self.generator.model.policy
         times = self._times(policy, steps, count)
         along = policy.sound_times(times)
         if not np.any(np.broadcast_to(item.level, len(item.latents))[:count]):
             # The picture is given, so its sound goes by its own size.
             along = self._times(policy.of_sound, steps, max(item.sounds, 1))
-        times = np.stack([times, along], axis=1)
-        clip = PackedClip(request, slot, size, times, settings.guidance_scale or 1.0)
-        self._enter(clip)
-        self.running.append(clip)
-        return clip
+        return np.stack([times, along], axis=1)
 
     def _times(self, policy: TimestepPolicy, steps: int, count: int) -> np.ndarray:
         """The timesteps of so many tokens, from 1 down to 0."""
         even = policy.even(steps, self.generator.model.path.timesteps)
         padded = np.zeros(self.steps + 1, np.float32)
         padded[: len(even)] = even
-        sized = _sized(policy, padded, np.full(len(padded), count, np.float32))
-        return np.asarray(sized)[: len(even)]
+        found = sized(policy, padded, np.full(len(padded), count, np.float32))
+        return np.asarray(found)[: len(even)]
 
-    def _enter(self, clip: PackedClip) -> None:
-        """Draws the noise of a clip, and clears what the solver kept in its place."""
-        slot = clip.slot
+    def _enter(self, clip: PackedClip, begun: bool) -> None:
+        """Draws the noise of a clip, and clears what the solver kept in its place.
+
+        Args:
+            clip: the clip.
+            begun: of its picture no noise is drawn.
+        """
+        slot, levels = clip.slot, self.shape.levels
         fresh = np.zeros(self._arrays["segment"].shape, bool)
-        for place in places(self.shape, slot):
-            fresh[slot.row, place] = True
+        drawn = fresh.copy()
+        for kind, place in enumerate(places(self.shape, slot)):
+            at = slot.row, place
+            fresh[at] = True
+            if kind or not begun:
+                drawn[at] = self._arrays["level"][at] % levels > 0
         fresh_level = np.zeros(self._level_shape, bool)
         for level, other in zip(self._levels(slot), OTHER_NOISE, strict=False):
             fresh_level[slot.row, level] = True
@@ -256,11 +272,11 @@ class Packed:
         self._place()
         with jax.set_mesh(self.generator.mesh):
             placed = partial(jax.device_put, device=self._sharding)
-            self._solution = _entered(
+            self._solution = entered(
                 self._denoising,
                 self._solution,
                 self._placed[0],
-                *placed((self._seeds, fresh, fresh_level)),
+                *placed((self._seeds, fresh, drawn, fresh_level)),
             )
 
     def _levels(self, slot: RowSlot) -> list[int]:
@@ -274,8 +290,8 @@ class Packed:
 
     def _place(self) -> None:
         """Puts the rows on the devices, after clips entered or left."""
-        names = "latents", "position", "segment", "level"
-        tokens = {name: self._arrays[name] for name in names}
+        names = "latents", "position", "segment", "level", "cond"
+        tokens = {name: self._arrays[name] for name in names if name in self._arrays}
         texts = [
             (self._arrays[f"{name}_embeds"], self._arrays[f"{name}_segment"])
             for name in ("text", "null")
@@ -285,7 +301,7 @@ class Packed:
             copied = jax.tree.map(np.array, (tokens, texts))
             self._placed = jax.device_put(copied, self._sharding)
             if self._solution is None:
-                self._solution = _begun(self._denoising, self._placed[0], self._seeds)
+                self._solution = begun(self._denoising, self._placed[0], self._seeds)
 
     def step(self) -> list[PackedClip]:
         """Takes a step of every clip, and returns those that are finished."""
@@ -302,7 +318,7 @@ class Packed:
                 scales[at] = own if kind and own is not None else clip.scale
         with jax.set_mesh(self.generator.mesh):
             now = (index, steps, t, t_next, scales, self._seeds)
-            self._solution, broken = _stepped(
+            self._solution, broken = stepped(
                 self._denoising,
                 {"params": self.generator.residence["dit"], **self._adapters},
                 self._solution,
@@ -372,83 +388,3 @@ class Packed:
             found.append(self.latents(clip).picture)
             self.leave(clip)
         return np.array_equal(*found[1:])
-
-
-def _tokens_of(generator: Generator, request: Request) -> int:
-    size = generator.model.vae.latent_shape(*request.size)
-    each = zip(size, generator.model.patch_size, strict=True)
-    return int(np.prod([n // p for n, p in each]))
-
-
-@partial(jit, static_argnums=0)
-def _sized(policy: TimestepPolicy, even: Array, counts: Array) -> Array:
-    return policy.sized(even, counts)
-
-
-def _keys(seeds: Array) -> Array:
-    return jax.vmap(jax.vmap(jax.random.key))(seeds)
-
-
-def _tokens(how: Denoising, arrays: Mapping[str, Array], latents: Array) -> Tokens:
-    return Tokens.of(arrays, latents, kinds=how.kinds)
-
-
-@partial(jit, static_argnums=0)
-def _begun(how: Denoising, arrays: Mapping[str, Array], seeds: Array) -> Any:
-    """Latents and the solver's state of empty rows."""
-    times = jnp.zeros((1, *seeds.shape))
-    solution = begin(_tokens(how, arrays, arrays["latents"]), times, how.solver)
-    return solution.tokens.latents, solution.state
-
-
-@partial(jit, static_argnums=0)
-def _entered(
-    how: Denoising,
-    solution: Any,
-    arrays: Mapping[str, Array],
-    seeds: Array,
-    fresh: Array,
-    fresh_level: Array,
-) -> Any:
-    """The solution after clips entered: noise, and nothing that the solver keeps."""
-    latents, state = solution
-    tokens = _tokens(how, arrays, arrays["latents"])
-    levels = seeds.shape[1] // (len(how.kinds) or 1)
-    drawn = (arrays["level"] % levels > 0)[..., None]
-    begun = jnp.where(drawn, clip_noise(_keys(seeds), tokens), arrays["latents"])
-
-    def cleared(kept: Array) -> Array:
-        new = fresh[..., None] if kept.ndim == 3 else fresh_level
-        return jnp.where(new, 0.0, kept)
-
-    latents = jnp.where(fresh[..., None], begun, latents)
-    return latents, jax.tree.map(cleared, state)
-
-
-@partial(jit, static_argnums=0)
-def _stepped(
-    how: Denoising,
-    variables: Any,
-    solution: Any,
-    arrays: Mapping[str, Array],
-    texts: Any,
-    index: Array,
-    steps: Array,
-    t: Float[Array, "b g"],
-    t_next: Float[Array, "b g"],
-    scales: Float[Array, "b g"],
-    seeds: Array,
-) -> Any:
-    """The solution after a step of every clip, and the tokens that aren't finite."""
-    latents, state = solution
-    model = partial(how.dit.apply, variables)
-    text, null = (Text(*each) for each in texts)
-    denoiser = guided(model, text, null, how.path, how.guidance, scales)
-    now = Now(index, steps, t, t_next, how.path, _keys(seeds))
-    tokens = _tokens(how, arrays, latents)
-    moved = advance_each(denoiser, Solution(tokens, state), now, how.solver)
-    # What isn't finite in one clip would reach others through sums with zeros.
-    latents, state = moved.tokens.latents, moved.state
-    broken = ~jnp.isfinite(latents).all(axis=-1)
-    tame = lambda x: jnp.where(jnp.isfinite(x), x, 0.0)  # noqa: E731
-    return jax.tree.map(tame, (latents, state)), broken

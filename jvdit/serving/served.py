@@ -1,18 +1,17 @@
 """The model that a server offers: what it takes, and what it says of each clip."""
 
 import dataclasses
-import math
-import shlex
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from jvdit.data.conditions import CONDITIONS
-from jvdit.data.patches import token_grid
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import SEVERAL, Request, size_like
 from jvdit.generation.settings import Settings
+from jvdit.serving.recipe import command_of, given_names, python_of
 from jvdit.serving.slots import ALIGNED
+from jvdit.serving.token_counts import clip_tokens, picture_tokens, stills_of
 from jvdit.serving.video_request import VideoRequest
 
 # How a browser may choose a file for a condition; all others are pictures.
@@ -83,6 +82,11 @@ class Served:
                 "`sound` isn't made with `restyle`; add it afterwards, with "
                 "`from_video`."
             )
+        if self.generator.watermark is not None and "restyle" in paths:
+            raise ValueError(
+                "`restyle` begins with footage, and this server marks the noise that "
+                "clips begin with (--watermark)."
+            )
         fps = model.defaults.get("fps", 8.0)
         request = asked.request(fps, model.vae.temporal_compression, paths)
         settings = asked.settings.complete(model.defaults)
@@ -101,38 +105,52 @@ class Served:
 
     def tokens_of(self, frames: int, height: int, width: int) -> int:
         """Tokens of the picture of a clip."""
-        model = self.generator.model
-        size = model.vae.latent_shape(frames, height, width)
-        return math.prod(token_grid(size, model.patch_size))
+        return clip_tokens(self.generator.model, frames, height, width)
 
     def _check_tokens(self, request: Request) -> None:
         """Raises a ValueError with the largest clip that fits, unless this one does."""
-        frames, height, width = request.size
-        if (count := self.tokens_of(frames, height, width)) <= self.tokens:
+        model, (frames, height, width) = self.generator.model, request.size
+        stills = stills_of(model, request)
+        count = picture_tokens(model, request, stills=stills)
+        if count <= self.tokens:
             return
-        most = self._most_frames(height, width)
-        unit, pixels = self.generator.unit, height * width
-        per_frame = self.tokens / self.tokens_of(frames, unit, unit)
-        small = size_like((height, width), int(min(pixels, per_frame * unit**2)), unit)
+        most = self._most_frames(request, stills)
+        unit, share = self.generator.unit, self.tokens / count
+        small = size_like((height, width), int(height * width * share), unit)
         told = []
         if most:
             told.append(f"{most} frames of {width}x{height}")
-        if self.tokens_of(frames, *small) <= self.tokens:
+        if self._fits(request, (frames, *small), stills):
             told.append(f"{frames} frames of {small[1]}x{small[0]}")
+        given = [f"`{name}`" for name in given_names(request)]
+        beside = f" with {', '.join(given)}" if given else ""
         raise ValueError(
             f"`size` and `num_frames` ({frames} frames of {width}x{height}) make "
-            f"{count} tokens, and this server takes {self.tokens} of a clip; the "
-            f"largest that can be made are {' or '.join(told) or 'smaller in both'}."
+            f"{count} tokens{beside}, and this server takes {self.tokens} of a clip; "
+            f"the largest are {' or '.join(told) or 'smaller in both'}."
         )
 
-    def _most_frames(self, height: int, width: int) -> int:
-        """The most frames of this size; 0: not even one fits."""
-        period, most = self.generator.model.vae.temporal_compression, 0
-        while self.tokens_of(most + period if most else 1, height, width) <= (
-            self.tokens
-        ):
-            most = most + period if most else 1
+    def _most_frames(self, request: Request, stills: int) -> int:
+        """The most frames of a request's size that fit; 0: not even one does."""
+        model, (frames, *sides) = self.generator.model, request.size
+        last = max((time for time, _ in request.keyframes), default=0.0)
+        least = 1 + round(last * (request.fps or 1.0))
+        most = 0
+        for fewer in range(1, frames, model.vae.temporal_compression):
+            size = fewer, sides[0], sides[1]
+            if self.tokens_of(*size) > self.tokens:
+                break
+            if fewer >= least and self._fits(request, size, stills):
+                most = fewer
         return most
+
+    def _fits(self, request: Request, size: tuple[int, int, int], stills: int) -> bool:
+        """Whether a request fits at another size, at which it may not be possible."""
+        try:
+            count = picture_tokens(self.generator.model, request, size, stills)
+        except ValueError:
+            return False
+        return count <= self.tokens
 
     def told(self, request: Request, settings: Settings) -> dict[str, Any]:
         """What the API adds of a clip: its size, settings, and how to make it anew."""
@@ -150,67 +168,16 @@ class Served:
         }
         if request.restyle is not None:
             fields["strength"] = settings.strength
+        if self.generator.watermark is not None:
+            fields["watermark"] = "gaussian shading"
+        how = self.source, self.generator.model.has_sound
         return {
             "size": f"{width}x{height}",
             "seconds": f"{frames / fps:.6g}",
             "settings": fields,
-            "command": self._command(request, settings),
-            "python": self._python(request, settings),
+            "command": command_of(request, settings, *how),
+            "python": python_of(request, settings, *how),
         }
-
-    def _recipe(self, request: Request, settings: Settings) -> dict[str, Any]:
-        """What a clip is made of, by our own names; given files by a placeholder."""
-        fields: dict[str, Any] = {"seed": request.seed}
-        if request.negative_prompt:
-            fields["negative_prompt"] = request.negative_prompt
-        fields |= {"frames": request.frames, "fps": request.fps}
-        fields |= {"steps": settings.steps, "guidance_scale": settings.guidance_scale}
-        if self.generator.model.has_sound:
-            fields["sound"] = request.sound
-        if request.restyle is not None:
-            fields["strength"] = settings.strength
-        return fields | {
-            name: _stand_in(request, name) for name in given_names(request)
-        }
-
-    def _command(self, request: Request, settings: Settings) -> str:
-        """The command that makes the same clip."""
-        words = ["python", "-m", "jvdit.sample", request.prompt]
-        words += [f"--{name}={value}" for name, value in self.source.items()]
-        words.append(f"--size={request.height}x{request.width}")
-        for name, value in self._recipe(request, settings).items():
-            name = {"last_image": "last"}.get(name, name)
-            if isinstance(value, bool):
-                words.append(f"--{'' if value else 'no'}{name}")
-            elif isinstance(value, tuple):  # of files, some with their seconds
-                parts = [x if isinstance(x, str) else f"{x[0]:g}:{x[1]}" for x in value]
-                words.append(f"--{name}={','.join(parts)}")
-            else:
-                words.append(f"--{name}={value}")
-        return shlex.join(words)
-
-    def _python(self, request: Request, settings: Settings) -> str:
-        """The Python that makes the same clip."""
-        fields = {"height": request.height, "width": request.width}
-        fields |= self._recipe(request, settings)
-        source = self.source
-        folder = source.get("workdir") or source.get("pretrained")
-        opened = [] if folder is None else [repr(folder)]
-        if form := source.get("quantize"):
-            opened.append(f"quantize={form!r}")
-        lines = [f"    {name}={value!r}," for name, value in fields.items()]
-        return "\n".join(
-            [
-                "from jvdit import Generator",
-                "",
-                f"generator = Generator.load({', '.join(opened)})",
-                "clip = generator(",
-                f"    {request.prompt!r},",
-                *lines,
-                ")",
-                'clip.save("clip.mp4", scale=clip.viewing_scale)',
-            ]
-        )
 
     @cached_property
     def card(self) -> dict[str, Any]:
@@ -222,6 +189,8 @@ class Served:
         names = (name for row in rows for name in row.takes)
         taken = dict.fromkeys((*names, "restyle"))
         taken.pop(_NO_FILE, None)
+        if self.generator.watermark is not None:
+            taken.pop("restyle")
         return {
             "id": self.name,
             "object": "model",
@@ -252,18 +221,3 @@ class Served:
             "unit": self.generator.unit,
             "period": model.vae.temporal_compression,
         }
-
-
-def given_names(request: Request) -> list[str]:
-    """The names of all that a request gives besides its prompt."""
-    return [*request.given, *["restyle"] * (request.restyle is not None)]
-
-
-def _stand_in(request: Request, name: str) -> Any:
-    """What stands for the given files of a condition in a command that is shown."""
-    if name not in SEVERAL:
-        return f"your_{name}"
-    files = [f"your_{name}_{i + 1}" for i in range(len(getattr(request, name)))]
-    if name == "keyframes":
-        return (*zip((time for time, _ in request.keyframes), files, strict=True),)
-    return (*files,)

@@ -30,6 +30,7 @@ class RowShape:
         text: most text states of a clip.
         text_width: channels of a text state.
         channels: of a token.
+        cond: channels beside those of a token.
     """
 
     rows: int
@@ -39,6 +40,7 @@ class RowShape:
     text: int
     text_width: int
     channels: int
+    cond: int = 0
 
     @property
     def kinds(self) -> tuple[int, ...]:
@@ -78,7 +80,8 @@ def blank_rows(shape: RowShape) -> dict[str, np.ndarray]:
     level = np.zeros((b, n), np.int32)
     level[:, shape.tokens :] = shape.levels
     text = (b, shape.clips * shape.text, shape.text_width)
-    return {
+    cond = {"cond": np.zeros((b, n, shape.cond), np.float32)} if shape.cond else {}
+    return cond | {
         "latents": np.zeros((b, n, shape.channels), np.float32),
         "position": np.zeros((b, n, 3), np.float32),
         "segment": np.zeros((b, n), np.int32),
@@ -124,6 +127,8 @@ def put(
         width = item.latents.shape[1]
         arrays["latents"][row, place] = 0
         arrays["latents"][row, place, :width] = item.latents[low:high]
+        if item.cond is not None:
+            arrays["cond"][row, place] = item.cond[low:high]
         arrays["position"][row, place] = item.position[low:high]
         arrays["segment"][row, place] = own
         arrays["level"][row, place] = clean + np.where(level[low:high], own, 0)

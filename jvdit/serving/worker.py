@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jvdit.data.clips import SIZE
 from jvdit.generation.draft import passes
 from jvdit.generation.request import Request
 from jvdit.generation.results import GeneratedClip
@@ -206,7 +207,7 @@ class Worker(threading.Thread):
         """Makes an entry of a job, if its clip can be packed."""
         request, settings = self._order(job)
         plain = self.served.maker(job.asked) is self.served.generator
-        if self.packed is None or not plain or not self.packed.takes(settings, request):
+        if self.packed is None or not plain or not self.packed.takes(settings):
             return
         if self.packed.find(self.packed.counts(request), taken=()) is None:
             return  # its sound is too long for a row
@@ -321,6 +322,7 @@ class Worker(threading.Thread):
                 return
             job.told = job.told | {"energy": energy.told}
             about = {"prompt": job.asked.prompt, **job.told.get("settings", {})}
+            about |= dict(zip(SIZE, clip.video.shape[:3], strict=True))
             about |= {"energy": energy.told}
             about |= {"lora": job.asked.lora} if job.asked.lora else {}
             given = map(tuple, jobs.paths(job.id, job.files).values())

@@ -116,6 +116,10 @@ class Asked(Protocol):
         """`keyframes`: seconds, and picture `[H W 3]`."""
         ...
 
+    def poses(self) -> np.ndarray | None:
+        """The camera of each frame `[T 16]`, see `cameras`; None: it isn't given."""
+        ...
+
     def waveform(self, rate: int, channels: int) -> np.ndarray | None:
         """`from_sound` `[a e]`, as long as the clip."""
         ...
@@ -131,6 +135,7 @@ class Place(NamedTuple):
         spatial_compression: pixels of a latent, along a side.
         encode_sound: samples to normalised latents, of a model that has sound.
         sound: its samples per second, and its channels.
+        channels: of the latents of pictures; only where signals lie side by side.
     """
 
     frames: int
@@ -139,12 +144,14 @@ class Place(NamedTuple):
     spatial_compression: int
     encode_sound: EncodeSound | None = None
     sound: tuple[int, int] = (0, 0)
+    channels: int = 0
 
 
 def merged(parts: Iterable[Known]) -> Known:
     """What is known by several conditions, put together.
 
-    Of what two say about one cell, the later one counts.
+    Of what two say about one cell, the later one counts. Channels beside the noise are
+    zeros but where a condition has its own.
     """
     found = Known()
     for part in parts:
@@ -162,6 +169,8 @@ def merged(parts: Iterable[Known]) -> Known:
         together = {"latents": latents, "clean": clean}
         for name in ("lead", "headless", "late"):
             fields[name] = max(getattr(found, name), getattr(part, name))
+        if found.cond is not None and part.cond is not None:
+            fields["cond"] = found.cond + part.cond
         found = found._replace(**fields, **together, parts=(*found.parts, *part.parts))
     return found
 

@@ -1,0 +1,94 @@
+"""How a clip is made anew: as a command, and as Python."""
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from jvdit.generation.request import SEVERAL, Request
+from jvdit.generation.settings import Settings
+
+
+def given_names(request: Request) -> list[str]:
+    """The names of all that a request gives besides its prompt."""
+    return [*request.given, *["restyle"] * (request.restyle is not None)]
+
+
+def command_of(
+    request: Request, settings: Settings, source: Mapping[str, str], sound: bool
+) -> str:
+    """The command that makes a clip anew.
+
+    Args:
+        request: complete.
+        settings: likewise.
+        source: flags that open the model.
+        sound: whether it can make some.
+    """
+    words = ["python", "-m", "jvdit.sample", request.prompt]
+    words += [f"--{name}={value}" for name, value in source.items()]
+    words.append(f"--size={request.height}x{request.width}")
+    for name, value in _fields(request, settings, sound).items():
+        name = {"last_image": "last"}.get(name, name)
+        if isinstance(value, bool):
+            words.append(f"--{'' if value else 'no'}{name}")
+        elif isinstance(value, tuple):  # of files, some with their seconds
+            parts = [x if isinstance(x, str) else f"{x[0]:g}:{x[1]}" for x in value]
+            words.append(f"--{name}={','.join(parts)}")
+        else:
+            words.append(f"--{name}={value}")
+    return shlex.join(words)
+
+
+def python_of(
+    request: Request, settings: Settings, source: Mapping[str, str], sound: bool
+) -> str:
+    """The Python that makes a clip anew; see `command_of`."""
+    fields = {"height": request.height, "width": request.width}
+    fields |= _fields(request, settings, sound)
+    folder = source.get("workdir") or source.get("pretrained")
+    imports = ["from jvdit import Generator"]
+    opened = [] if folder is None else [repr(folder)]
+    if form := source.get("quantize"):
+        opened.append(f"quantize={form!r}")
+    lines = [f"    {name}={value!r}," for name, value in fields.items()]
+    marked = []
+    if key := source.get("watermark"):
+        marked = [f"generator.watermark = Watermark.read({key!r})"]
+        imports.append("from jvdit.generation.watermark import Watermark")
+    return "\n".join(
+        [
+            *imports,
+            "",
+            f"generator = Generator.load({', '.join(opened)})",
+            *marked,
+            "clip = generator(",
+            f"    {request.prompt!r},",
+            *lines,
+            ")",
+            'clip.save("clip.mp4", scale=clip.viewing_scale)',
+        ]
+    )
+
+
+def _fields(request: Request, settings: Settings, sound: bool) -> dict[str, Any]:
+    """What a clip is made of, by our own names; given files by a stand-in."""
+    fields: dict[str, Any] = {"seed": request.seed}
+    if request.negative_prompt:
+        fields["negative_prompt"] = request.negative_prompt
+    fields |= {"frames": request.frames, "fps": request.fps}
+    fields |= {"steps": settings.steps, "guidance_scale": settings.guidance_scale}
+    if sound:
+        fields["sound"] = request.sound
+    if request.restyle is not None:
+        fields["strength"] = settings.strength
+    return fields | {name: _stand_in(request, name) for name in given_names(request)}
+
+
+def _stand_in(request: Request, name: str) -> Any:
+    """What stands for the files of a condition."""
+    if name not in SEVERAL:
+        return f"your_{name}"
+    files = [f"your_{name}_{i + 1}" for i in range(len(getattr(request, name)))]
+    if name == "keyframes":
+        return (*zip((time for time, _ in request.keyframes), files, strict=True),)
+    return (*files,)
