@@ -54,7 +54,8 @@ _FOR = flags.DEFINE_string(
 _VIEWS = flags.DEFINE_list(
     "views",
     [],
-    f"What else to encode of each clip, for conditions to train: {', '.join(VIEWS)}.",
+    f"What else to encode of each clip, for conditions to train: {', '.join(VIEWS)}. "
+    "The guide and the camera of a clip lie beside it, see tools/prepare_clips.py.",
 )
 _connect = cluster.define_flags()
 flags.adopt_module_key_flags(cluster)

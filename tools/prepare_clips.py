@@ -6,8 +6,11 @@ r"""Prepares a data set of clips from videos.
 VIDEOS is a folder of videos and pictures with a .txt caption beside each, a folder with
 metadata.jsonl (file_name, caption) or with videos.txt and prompt.txt, or a table (csv,
 tsv, json, jsonl, parquet) with a column of paths and one of captions. A picture becomes
-a clip of one frame. If it is killed, the same command resumes. The data set's report.md
-lists what was skipped, and why.
+a clip of one frame. NAME.guide.mp4 beside NAME.mp4 is its guide, a second video of
+what is seen (depth, pose, segmentation, …), and NAME.camera.json the path of its camera
+(jvdit/data/cameras.py says how); in a table, columns guide_path and camera_path. They
+are cut, scaled and cropped as the video is. If it is killed, the same command resumes.
+The data set's report.md lists what was skipped, and why.
 
 With `pip install 'jvdit[beam]'`, Apache Beam prepares the shards: --runner and all of
 Beam's own options are passed on. Every worker must mount VIDEOS and --out at one place.

@@ -19,6 +19,8 @@ import numpy as np
 from jaxtyping import Float
 
 from jvdit.data.clips import BadClip, Clip, Source
+from jvdit.data.conditions import CONDITIONS, channel_widths
+from jvdit.data.conditions.beside import VIEWS
 from jvdit.data.conditions.giving import GivenSource, known_in_training
 from jvdit.data.conditions.known import Known
 from jvdit.data.items import Item, Statistics, item_of, with_sound
@@ -168,10 +170,14 @@ class PackedBatches(Builder):
             tokens see, as imported models do.
         given: share of the clips of which each condition is given, by name; of those
             that change a clip the sources say so themselves.
-        cond_channels: of a token beside the noise, zeros where nothing is given.
+        channels: the conditions that are given by channels beside the noise, side by
+            side; zeros where nothing is given.
         host: which host this is.
         hosts: how many there are.
         timeout: seconds that one reading of clips may take.
+
+    Attributes:
+        cond_channels: of a token beside the noise.
 
     Raises:
         ValueError: the hosts cannot share a step, or the text has no form.
@@ -188,7 +194,8 @@ class PackedBatches(Builder):
     seconds: bool = True
     pad_text: bool = False
     given: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    cond_channels: int = 0
+    channels: Sequence[str] = ()
+    cond_channels: int = dataclasses.field(init=False)
 
     def __post_init__(self):
         super().__post_init__()
@@ -205,11 +212,16 @@ class PackedBatches(Builder):
             )
         plan = self.plan
         plan.rows(0, self.host, self.hosts)  # raises if the hosts cannot share a step
+        # Of a latent beside the noise, and of a token.
+        each = self.latents.width, self.temporal_compression
+        self._cond = sum(channel_widths(self.channels, *each).values())
+        self.cond_channels = self._cond * math.prod(plan.patch_size)
         self._channels = self._width = self.latents.width * math.prod(plan.patch_size)
         if self.sounds is not None:
             self._width = max(self._channels, self.sounds.width)
         text = 4 if self.null_embeds is None else 4 * self.null_embeds.shape[1]
         row = (plan.token_budget + plan.sound_budget) * (8 * self._width + 20)
+        row += plan.token_budget * 4 * self.cond_channels
         row += plan.text_budget * (text + 4) + 9 * plan.max_clips
         self.nbytes = row * plan.rows_per_step // self.hosts
 
@@ -276,7 +288,8 @@ class PackedBatches(Builder):
         if not condition and not any(self.given.values()):
             return Known()
         view = clip.get("view")
-        if view is not None:
+        row = CONDITIONS.get(condition)
+        if view is not None and row and not VIEWS[row.view].measured:
             view, _ = self.latents.normalized(view, None)
         rate = self.sounds.rate if self.sounds else 1.0
         return known_in_training(
@@ -290,14 +303,15 @@ class PackedBatches(Builder):
             beside=self._beside(slot),
             sounds=np.arange(1, slot.sounds + 1) / rate,
             rng=np.random.Generator(np.random.Philox(key=key)),
+            conditions=self.channels,
         )
 
     def _item(self, slot: Slot, clip: Clip, dropped: bool, key: int) -> Item:
         mean, logvar = self.latents.normalized(clip["mean"], clip.get("logvar"))
         known = self._known(slot, clip, mean, key)
-        if self.cond_channels and known.cond is None:
-            width = self.cond_channels // math.prod(self.plan.patch_size)
-            known = known._replace(cond=np.zeros((*mean.shape[:3], width), np.float32))
+        if self._cond and known.cond is None:
+            cond = np.zeros((*mean.shape[:3], self._cond), np.float32)
+            known = known._replace(cond=cond)
         item = item_of(
             mean,
             patch_size=self.plan.patch_size,
@@ -344,7 +358,7 @@ class PackedBatches(Builder):
         if self.null_embeds is not None:
             text = {"text_embeds": np.zeros((0, self.null_embeds.shape[1]), np.float32)}
         tokens = slot.tokens + slot.sounds
-        if self.cond_channels:
+        if self._cond:
             text["cond"] = np.zeros((tokens, self.cond_channels), np.float32)
         return Item(
             np.zeros((tokens, self._channels), np.float32),

@@ -51,7 +51,9 @@ class Source(Protocol):
         """Returns clips in the order asked for.
 
         A clip of pixels has `video` uint8 [T H W 3], `fps`, `caption`, `audio` float32
-        [a channels] in [-1, 1] or None, and `audio_rate`. A clip of latents has `mean`
+        [a channels] in [-1, 1] or None, and `audio_rate`; and, if it was asked for and
+        there is one, a `guide` uint8 [T H W 3], a second video of what is seen, and a
+        `camera` float32 [T 16], see `jvdit.data.cameras`. A clip of latents has `mean`
         [f h w c], `fps`, `caption`, and may have `logvar` [f h w c], `text_embeds`
         [s e], `sound_mean` and `sound_logvar` [n c], and `view` [f h w c], see
         `LatentSource`.

@@ -37,6 +37,7 @@ from array_record.python.array_record_module import (
 from etils import epath
 from tensorflow_datasets.core import example_serializer
 
+from jvdit.data.conditions.beside import PRESENCE, VIEWS
 from jvdit.data.parquet import parquet_errors
 from jvdit.machine import files
 from jvdit.machine.json_files import differences, read_json
@@ -62,6 +63,18 @@ def _features(first: dict[str, str], *counts: str) -> dict[str, str]:
 CLIP_FEATURES = _features({"video": "bytes"})
 
 
+def clip_features(beside: Sequence[str] = ()) -> dict[str, str]:
+    """Returns the features of a data set of clips.
+
+    Args:
+        beside: what some of the clips have besides: "guide", an mp4 file, and "camera",
+            the text of a camera path; each with a flag that says whether.
+    """
+    kinds = {"guide": "bytes", "camera": "text"}
+    more = {name: kinds[name] for name in beside}
+    return CLIP_FEATURES | more | {f"has_{name}": "bool" for name in beside}
+
+
 def latent_features(
     dtype: str = "bfloat16",
     *,
@@ -77,16 +90,21 @@ def latent_features(
         logvar: whether the posterior's log variance is kept beside its mean.
         text: whether text encoder states, trimmed to their length, are stored.
         sound: whether latents of the sound are stored.
-        views: names of `VIEWS`, of which the means are stored.
+        views: names of `VIEWS`, of which the means are stored, or what is measured.
 
     Returns:
         Features of `mean` (and `logvar`) and of views [f h w c], `text_embeds` [s e],
         `sound_mean` (and `sound_logvar`) [n c], the caption and the scalars; `frames`,
         `height` and `width` count latents, `text_length` the text tokens (0 without
-        `text_embeds`), `sounds` the latents of the sound (0 for a silent clip).
+        `text_embeds`), `sounds` the latents of the sound (0 for a silent clip). Of
+        views that some clips may lack, `has_guide` and the like say which have them.
     """
     names: list[str] = ["mean", "logvar"] if logvar else ["mean"]
     tensors = dict.fromkeys([*names, *views], f"{dtype}[f h w c]")
+    for name in views:  # numbers that a network is to read exactly
+        if VIEWS[name].measured:
+            tensors[name] = "float32[f h w c]"
+    tensors |= {PRESENCE[name]: "bool" for name in views if name in PRESENCE}
     if text:
         tensors["text_embeds"] = f"{dtype}[s e]"
     if sound:

@@ -29,8 +29,9 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from jvdit.data.cameras import parse_camera
 from jvdit.data.clips import SIZE, BadClip, Clip, Ids, Indexed, Source, make_index
-from jvdit.data.conditions.beside import VIEWS
+from jvdit.data.conditions.beside import PRESENCE, VIEWS
 from jvdit.data.ingest.listing import holds_videos
 from jvdit.data.media.reader import MediaError, decode_clip, probe
 from jvdit.data.order import fingerprint
@@ -77,6 +78,13 @@ class ArraySource(Indexed):
         return dict(self._clips[i])
 
 
+# What may lie beside the file of a clip, and how that ends.
+SIDECARS = {"guide": ".guide.mp4", "camera": ".camera.json"}
+_LACKS = (
+    "none of the clips of {0} has a {name}; put NAME{suffix} beside NAME.mp4, prepare "
+    "the clips anew, or leave out the view."
+)
+
 _MOST_CLIPS = 10**8  # an index of so many has 2 GB
 
 
@@ -87,32 +95,45 @@ class WorldSource(Indexed):
         world: split, size and rates.
         num_clips: how many clips of the split, from the first.
         audio: whether to render the sound.
+        beside: what else to read of each clip, see `Source.read`.
 
     Raises:
         ValueError: there are none, or more than an index has room for.
     """
 
-    def __init__(self, world: World, num_clips: int, *, audio: bool = True):
+    def __init__(
+        self,
+        world: World,
+        num_clips: int,
+        *,
+        audio: bool = True,
+        beside: Sequence[str] = (),
+    ):
         if not 0 < num_clips <= _MOST_CLIPS:
             raise ValueError(
                 f"`num_clips` (={num_clips}) of the world must be from 1 to "
                 f"{_MOST_CLIPS}."
             )
         self.world = world
-        self._audio = audio
+        self._audio, self.beside = audio, tuple(beside)
         columns = {name: getattr(world, name) for name in (*SIZE, "fps")}
         self.index = make_index(num_clips, has_audio=audio, **columns)
-        self.fingerprint = fingerprint("world", repr(world), num_clips, audio)
+        self.fingerprint = fingerprint(
+            "world", repr(world), num_clips, audio, *self.beside
+        )
 
     def read(self, ids: Ids) -> list[Clip | BadClip]:
         """Returns clips in the order asked for, rendered together."""
-        clips = self.world.clips(np.asarray(ids, np.int64), audio=self._audio)
+        clips = self.world.clips(
+            np.asarray(ids, np.int64), audio=self._audio, beside=self.beside
+        )
         rate = self.world.audio_rate if self._audio else 0
         same = {"fps": float(self.world.fps), "audio_rate": rate}
-        columns = (clips[name] for name in ("video", "caption", "audio"))
+        names = ("video", "caption", "audio", *self.beside)
+        columns = (clips[name] for name in names)
         return [
-            {"video": video, "caption": caption, "audio": audio, **same}
-            for video, caption, audio in zip(*columns, strict=True)
+            dict(zip(names, clip, strict=True)) | same
+            for clip in zip(*columns, strict=True)
         ]
 
 
@@ -128,6 +149,7 @@ class VideoWindows(Indexed):
         windows: "first": one clip a video, from its start; "all": as many clips, one
             after another, as fit.
         audio_rate: Hz of the sound; 0: none.
+        beside: what else to read of each clip, see `Source.read`.
 
     Attributes:
         left_out: number of videos that are shorter than a window.
@@ -146,6 +168,7 @@ class VideoWindows(Indexed):
         fps: float | None = None,
         windows: str = "first",
         audio_rate: int = 0,
+        beside: Sequence[str] = (),
     ):
         if windows not in ("first", "all"):
             raise ValueError(f"`windows` (={windows!r}) must be 'first' or 'all'.")
@@ -167,7 +190,7 @@ class VideoWindows(Indexed):
         self._video = video = np.repeat(np.arange(len(count)), count)
         number = np.arange(len(video)) - np.repeat(np.cumsum(count) - count, count)
         self._start = number * (length / rate)[video]
-        self._audio_rate = audio_rate
+        self._audio_rate, self.beside = audio_rate, tuple(beside)
         self.index = make_index(
             len(video),
             frames=length[video],
@@ -178,20 +201,31 @@ class VideoWindows(Indexed):
         )
         # The last: channels of the sound.
         self._settings = [frames, height, width, fps, windows, audio_rate, 2]
+        self._settings += self.beside
 
     def _encoded(self, video: int) -> tuple[bytes, str]:
         """Returns the file and the caption of a video."""
         raise LookupError(video)
 
+    def _beside(self, video: int) -> Mapping[str, Any]:
+        """Returns what lies beside a video: the file of a guide, and of a camera."""
+        return {}
+
     def _read_one(self, i: int) -> Clip:
-        data, caption = self._encoded(int(self._video[i]))
-        clip = decode_clip(
-            data,
-            **{name: self.index[name][i].item() for name in (*SIZE, "fps")},
-            start_seconds=float(self._start[i]),
-            audio_rate=self._audio_rate,
-        )
-        return clip | {"caption": caption}
+        video, start = int(self._video[i]), float(self._start[i])
+        data, caption = self._encoded(video)
+        window = {name: self.index[name][i].item() for name in (*SIZE, "fps")}
+        how = {"start_seconds": start, "audio_rate": self._audio_rate}
+        clip = decode_clip(data, **window, **how) | {"caption": caption}
+        if not self.beside:
+            return clip
+        files = self._beside(video)
+        if guide := files.get("guide"):
+            clip["guide"] = decode_clip(guide, **window, start_seconds=start)["video"]
+        if camera := files.get("camera"):
+            path = parse_camera(camera, "the camera of a record")
+            clip["camera"] = path.poses(**window, start=start)
+        return clip
 
 
 class RecordSource(VideoWindows):
@@ -215,6 +249,9 @@ class RecordSource(VideoWindows):
                 "read latents with `LatentSource`."
             )
         _check_features(self._records)
+        for name in window.get("beside", ()):
+            if name not in self._records.features:
+                raise ValueError(_LACKS.format(path, name=name, suffix=SIDECARS[name]))
         super().__init__(self._records.index, **window)
         self.fingerprint = fingerprint(
             "records", self._records.fingerprint, *self._settings
@@ -228,6 +265,10 @@ class RecordSource(VideoWindows):
     def _encoded(self, video: int) -> tuple[bytes, str]:
         record = self._records[video]
         return record["video"], record["caption"]
+
+    def _beside(self, video: int) -> Mapping[str, Any]:
+        record = self._records[video]
+        return {name: record[name] for name in self.beside}
 
 
 def _check_features(records: RecordDataset, *more: str) -> None:
@@ -279,6 +320,8 @@ class TfdsSource(VideoWindows):
         caption: str | None = "caption",
         **window: Any,
     ):
+        for each in window.get("beside", ()):
+            raise ValueError(_LACKS.format(name, name=each, suffix=SIDECARS[each]))
         builder, self._examples = _opened_tfds(name, split, data_dir)
         info = builder.info.splits[split]
         identity = [builder.info.full_name, split, info.num_examples, info.num_bytes]
@@ -425,6 +468,10 @@ class LatentSource(Indexed):
         """Returns the captions of clips; see `RecordDataset.captions`."""
         return self._records.captions(ids)
 
+    def has(self, view: str) -> np.ndarray:
+        """Which clips have a view that some may lack, a row of `PRESENCE`."""
+        return np.asarray(self._records.index[PRESENCE[view]], bool)
+
     def _read_one(self, i: int) -> Clip | BadClip:
         record = self._records[i]
         size = tuple(int(self._records.index[name][i]) for name in SIZE)
@@ -473,7 +520,12 @@ _SPLIT = re.compile(rf"(\w*)(?::{_SIZE})?(?::(\d+))?")
 
 
 def open_source(
-    name: str, *, audio_rate: int = 0, max_text: int = 64, pad_text: bool = False
+    name: str,
+    *,
+    audio_rate: int = 0,
+    max_text: int = 64,
+    pad_text: bool = False,
+    beside: Sequence[str] = (),
 ) -> Source:
     """Opens a source by its name.
 
@@ -482,13 +534,14 @@ def open_source(
         audio_rate: Hz of the clips' sound; 0: they have none.
         max_text: text tokens kept of a caption of a latent source.
         pad_text: whether each of its captions has room for as many.
+        beside: what else to read of each clip of pixels, see `Source.read`.
 
     Raises:
         ValueError: the name can't be understood, or what it names is damaged.
         FileNotFoundError: there is no such data set.
     """
     if _is_world(name):
-        return _world(name, audio_rate)
+        return _world(name, audio_rate, beside)
     if not name:
         raise ValueError(
             "a source is empty; name one, such as world:train:17x64x64@8:100000, the "
@@ -502,7 +555,7 @@ def open_source(
             "FOLDER#SPLIT:FRAMESxHEIGHTxWIDTH@FPS; for example clips#train:5x64x96@8."
         )
     split = match[1] or "train"
-    options: dict[str, Any] = {"audio_rate": audio_rate}
+    options: dict[str, Any] = {"audio_rate": audio_rate, "beside": tuple(beside)}
     if match[2]:
         options |= zip(SIZE, map(int, match.groups()[1:4]), strict=True)
         options |= {"fps": float(match[5]), "windows": "all"}
@@ -572,7 +625,7 @@ def world_of(name: str) -> tuple[World, int] | None:
     return source.world, len(source)
 
 
-def _world(name: str, audio_rate: int) -> WorldSource:
+def _world(name: str, audio_rate: int, beside: Sequence[str] = ()) -> WorldSource:
     match = _WORLD.fullmatch(name)
     if match is None:
         raise ValueError(
@@ -582,4 +635,4 @@ def _world(name: str, audio_rate: int) -> WorldSource:
     split, *sizes, fps, count, seed = match.groups()
     sounds = {"audio_rate": audio_rate} if audio_rate else {}
     world = World(split, int(seed or 0), *map(int, sizes), fps=float(fps), **sounds)
-    return WorldSource(world, int(count), audio=bool(audio_rate))
+    return WorldSource(world, int(count), audio=bool(audio_rate), beside=beside)

@@ -73,9 +73,12 @@ class Codec:
         if sound is None:
             return clip
         vae = self.model.audio_vae
-        audio = request.waveform(vae.sample_rate, vae.channels)
+        rate = vae.sample_rate
+        whole = request.from_sound is not None and not request.keep_sound
+        audio = request.waveform(rate, vae.channels) if whole else None
         if audio is None:
-            audio = self.decode_sound(sound, request.samples(vae.sample_rate))
+            made = self.decode_sound(sound, request.samples(rate))
+            audio = request.sound_kept(made, rate)
         return clip._replace(audio=audio, audio_rate=vae.sample_rate)
 
     def decode(

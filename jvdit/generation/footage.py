@@ -47,6 +47,7 @@ FOOTAGE = {
     "upscale": Footage(smaller=2),
     "restyle": Footage(),
     "edges": Footage(),
+    "guide": Footage(),
 }
 
 

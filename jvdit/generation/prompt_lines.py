@@ -34,10 +34,13 @@ class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     interpolate: _Picture = UNSET
     upscale: _Picture = UNSET
     edges: _Picture = UNSET
+    guide: _Picture = UNSET
+    camera: str | None | UnsetType = UNSET
     restyle: _Picture = UNSET
     sound: bool | None | UnsetType = UNSET
     from_video: _Picture = UNSET
     from_sound: _Picture = UNSET
+    keep_sound: tuple[tuple[float, float], ...] | UnsetType = UNSET
 
 
 def read_prompts(path: str) -> list[tuple[str, str]]:

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import ImageOps
 
+from jvdit.data.cameras import CameraPath, read_camera
 from jvdit.data.clips import SIZE
 from jvdit.data.conditions.known import Tail
 from jvdit.data.media.audio import read_sound
@@ -19,6 +20,7 @@ from jvdit.data.sounds import in_channels
 from jvdit.generation.footage import (
     FOOTAGE,
     Pictures,
+    existing,
     footage_length,
     footage_shape,
     read_footage,
@@ -30,17 +32,19 @@ from jvdit.ranges import check_ranges
 _COARSE = 8000  # Hz at which the length of a sound is measured
 # Seconds by which a given sound and its clip may differ: files end with a whole packet.
 LENIENT = 0.15
+_BLEND = 0.005  # seconds around a span of a sound that is kept
 
 PICTURES = ("image", "last_image", "video", "mask", "prefix", "suffix", "interpolate")
-PICTURES += "upscale", "edges", "from_video", "from_sound"
-SEVERAL = ("references", "keyframes")
+PICTURES += "upscale", "edges", "guide", "from_video", "from_sound"
+SEVERAL = ("references", "keyframes", "keep_sound")
 LATENTS = ("tail",)
-FIELDS_GIVEN = (*PICTURES, *SEVERAL, *LATENTS, "restyle")
+PATHS = ("camera",)
+FIELDS_GIVEN = (*PICTURES, *SEVERAL, *LATENTS, *PATHS, "restyle")
 STATES = ("prompt_embeds", "negative_prompt_embeds")
 
 
 # Of these a clip lasts as long as what is given.
-_LASTING = "from_video", "upscale", "interpolate", "restyle", "edges"
+_LASTING = "from_video", "upscale", "interpolate", "restyle", "edges", "guide"
 # Defaults for the fields that neither the request nor its model sets.
 _SUITS = {"negative_prompt": "", "frames": 17, "height": 64, "width": 64, "fps": 8.0}
 
@@ -73,6 +77,10 @@ class Request:
         interpolate: footage of half the frame rate, as long as the clip.
         upscale: footage of half the size, as long as the clip.
         edges: footage whose edges the clip follows.
+        guide: a video that tells what the clip shows and where, such as depth, a pose
+            or a segmentation, as the model was trained with.
+        camera: the path of the camera: a JSON file, or a `CameraPath`; see
+            `jvdit.data.cameras`.
         restyle: footage to make anew, from a part of its noise (`Settings.strength`).
         tail: latents that the clip goes on from. It begins amid a longer clip: of its
             first latent frame there is nothing.
@@ -80,6 +88,8 @@ class Request:
         from_video: footage to make sound for; the clip keeps its picture.
         from_sound: a sound file, or float32 [a e] at the model's rate in [-1, 1], to
             make a picture for; the clip keeps its sound, and lasts as long.
+        keep_sound: spans of `from_sound` to keep, as seconds from and until; the rest
+            of the sound is made. (): all is kept.
         prompt_embeds, negative_prompt_embeds: states of the text encoder, float [s e],
             in the place of those of the prompts.
 
@@ -105,17 +115,28 @@ class Request:
     interpolate: Pictures | None = None
     upscale: Pictures | None = None
     edges: Pictures | None = None
+    guide: Pictures | None = None
+    camera: str | os.PathLike[str] | CameraPath | None = None
     restyle: Pictures | None = None
     tail: Tail | None = None
     sound: bool | None = None
     from_video: Pictures | None = None
     from_sound: Pictures | None = None
+    keep_sound: tuple[tuple[float, float], ...] = ()
     prompt_embeds: np.ndarray | None = None
     negative_prompt_embeds: np.ndarray | None = None
 
     def __post_init__(self):
         names = "frames", "height", "width", "fps", "seed"
         check_ranges({name: getattr(self, name) for name in names})
+        last = 0.0
+        for start, end in self.keep_sound:
+            if not last <= start < end:
+                raise ValueError(
+                    f"`keep_sound` has {start:g}:{end:g} after {last:g} s; give spans "
+                    "of some length, from 0 s on, one after another without overlap."
+                )
+            last = end
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -133,7 +154,8 @@ class Request:
         """The names of the fields that hold images or video."""
         names = [name for name in PICTURES if getattr(self, name) is not None]
         names += [name for name in SEVERAL if getattr(self, name)]
-        return names + [name for name in LATENTS if getattr(self, name) is not None]
+        more = *LATENTS, *PATHS
+        return names + [name for name in more if getattr(self, name) is not None]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -142,7 +164,12 @@ class Request:
         fields |= {name: _named(fields[name]) for name in (*PICTURES, "restyle")}
         fields["references"] = [_named(x) for x in self.references]
         fields["keyframes"] = [[time, _named(x)] for time, x in self.keyframes]
+        fields["keep_sound"] = [[*span] for span in self.keep_sound]
         fields.pop("tail")
+        if isinstance(path := fields["camera"], CameraPath):
+            fields["camera"] = f"poses {len(path.world_to_camera)}"
+        elif path is not None:
+            fields["camera"] = os.fspath(path)
         for name in STATES:
             if (states := fields[name]) is not None:
                 fields[name] = f"states {'x'.join(map(str, states.shape))}"
@@ -172,7 +199,12 @@ class Request:
             ValueError: one is damaged, or too short for the clip.
         """
         _ = self.ends, self.reference_pictures(), self.waveform(_COARSE, 1)
-        _ = self.pictures_in_time(), *map(self.clip, FOOTAGE)
+        _ = (
+            self.sound_spans(),
+            self.pictures_in_time(),
+            self.poses(),
+            *map(self.clip, FOOTAGE),
+        )
 
     def samples(self, rate: int) -> int:
         """Samples of a sound as long as the clip, at `rate` Hz."""
@@ -208,6 +240,42 @@ class Request:
             )
         audio = in_channels(audio, channels).astype(np.float32)[:wanted]
         return np.pad(audio, ((0, wanted - len(audio)), (0, 0)))
+
+    def sound_spans(self) -> tuple[tuple[float, float], ...]:
+        """The spans of `keep_sound`; infinity is the end of the clip.
+
+        Raises:
+            ValueError: one ends after the clip.
+        """
+        lasts = self.size[0] / (self.fps or 1.0)
+        for start, end in self.keep_sound:
+            if start >= lasts or lasts + LENIENT < end < math.inf:
+                raise ValueError(
+                    f"`keep_sound` {start:g}:{end:g} goes beyond the end of the clip, "
+                    f"which lasts {lasts:g} s."
+                )
+        return tuple((start, min(end, lasts)) for start, end in self.keep_sound)
+
+    def sound_kept(
+        self, made: Float[np.ndarray, "a e"], rate: int
+    ) -> Float[np.ndarray, "a e"]:
+        """A generated sound, in which the spans that were kept are as they were.
+
+        Around each, a few milliseconds of both are blended, so that nothing clicks.
+
+        Args:
+            made: as long as the clip.
+            rate: samples per second.
+        """
+        audio = self.waveform(rate, made.shape[1]) if self.keep_sound else None
+        if audio is None:
+            return made
+        times, share = np.arange(len(made)) / rate, np.zeros(len(made), np.float32)
+        for start, end in self.sound_spans():
+            outside = np.maximum(start - times, times - end)
+            share = np.maximum(share, np.clip(1 - outside / _BLEND, 0, 1))
+        share = share[:, None].astype(np.float32)
+        return np.where(share == 1, audio, share * audio + (1 - share) * made)
 
     def sound_of(self, name: str, rate: int, channels: int) -> np.ndarray | None:
         """The sound of footage that the clip begins with, as float32 `[a e]`.
@@ -285,6 +353,23 @@ class Request:
             at = round(time * fps) / fps  # a frame's own time
             found.append((at, self.fitted(read_still(picture, "keyframes"))))
         return found
+
+    def poses(self) -> Float[np.ndarray, "T 16"] | None:
+        """The camera of each frame, see `cameras.Poses`; None: it isn't given.
+
+        Raises:
+            ValueError: its path is shorter than the clip, or isn't one.
+            FileNotFoundError: the file doesn't exist.
+        """
+        if (path := self.camera) is None:
+            return None
+        told = "`camera`"
+        if not isinstance(path, CameraPath):
+            told, path = f"{told} (={path})", read_camera(existing(path, "camera"))
+        try:
+            return path.poses(*self.size, float(self.fps or 1.0))
+        except ValueError as error:
+            raise ValueError(f"{told}: {error}") from None
 
     def reference_pictures(self) -> list[np.ndarray]:
         """The reference images as uint8 `[H W 3]`, padded with white to the clip."""

@@ -1,6 +1,7 @@
 """The flags of `python -m jvdit.sample`, and what they say of requests and settings."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -72,8 +73,19 @@ FOOTAGE = (
     flags.DEFINE_string("upscale", None, "Video to double the size of."),
     flags.DEFINE_string("edges", None, "Video whose edges the clip follows."),
     flags.DEFINE_string(
+        "guide",
+        None,
+        "Video of what the clip is to show, and where: depth, pose, segmentation, …, "
+        "whichever the model was trained with.",
+    ),
+    flags.DEFINE_string(
         "restyle", None, "Video to make anew, as the prompt has it; see --strength."
     ),
+)
+CAMERA = flags.DEFINE_string(
+    "camera",
+    None,
+    "JSON file of the camera's path: a matrix of each frame, and its intrinsics.",
 )
 STRENGTH = flags.DEFINE_float(
     "strength",
@@ -122,6 +134,12 @@ FROM_VIDEO = flags.DEFINE_string(
 FROM_SOUND = flags.DEFINE_string(
     "from_sound", None, "Sound to make a picture for; the clip keeps it."
 )
+KEEP_SOUND = flags.DEFINE_list(
+    "keep_sound",
+    [],
+    "Spans in seconds that --from_sound keeps, while the rest of the sound is made: "
+    "0:0.5,0.9: keeps the first half second, and all from 0.9 s on.",
+)
 STEPS = _left(flags.DEFINE_integer, "steps", "Solver steps; fewer are faster")
 PRESET = flags.DEFINE_enum(
     "preset",
@@ -164,7 +182,8 @@ SOUND_SYNC = _left(
 CONTROL_SCALE = flags.DEFINE_float(
     "control_guidance_scale",
     1.0,
-    "How strongly to follow what is given by channels, such as --edges; 1 is without.",
+    "How strongly to follow what is given by channels, --edges, --guide or --camera; "
+    "1 is without.",
 )
 INTERVAL = flags.DEFINE_list(
     "guidance_interval", ["0", "1"], "Noise levels between which to guide."
@@ -277,6 +296,16 @@ def timed(flag: str, text: str, example: str) -> tuple[float, str]:
         raise ValueError(f"--{flag} (={text!r}) must read {example}.") from None
 
 
+def _span(text: str) -> tuple[float, float]:
+    """Seconds from and until, of an entry of --keep_sound; without an end infinity."""
+    example = "START:END in seconds, such as 0:0.5, or 0.9: until the end"
+    start, rest = timed("keep_sound", text, example)
+    try:
+        return start, float(rest) if rest or ":" not in text else math.inf
+    except ValueError:
+        raise ValueError(f"--keep_sound (={text!r}) must read {example}.") from None
+
+
 def common_fields() -> dict[str, Any]:
     """What the flags say of all requests."""
     return size_fields({}, SIZE.value, FRAMES.value, FPS.value) | {
@@ -292,9 +321,11 @@ def common_fields() -> dict[str, Any]:
             for x in KEYFRAMES.value
         ),
         **{flag.name: flag.value for flag in FOOTAGE},
+        "camera": CAMERA.value,
         "sound": SOUND.value,
         "from_video": FROM_VIDEO.value,
         "from_sound": FROM_SOUND.value,
+        "keep_sound": tuple(map(_span, KEEP_SOUND.value)),
     }
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from absl import logging
 
 from jvdit.data.clips import SIZE, BadClip, Clip, Source
-from jvdit.data.conditions.beside import VIEWS
+from jvdit.data.conditions.beside import PRESENCE, VIEWS, View
 from jvdit.data.grid import ClipGrid
 from jvdit.data.records import RecordDataset, RecordWriter, latent_features
 from jvdit.data.sources import open_source, origin
@@ -88,8 +88,9 @@ def encode(
     sounds = SoundEncoder.load(audio_vae) if audio_vae else None
     rate = sounds.module.sample_rate if sounds else 0
     named = {"train": source, "val": validation}
+    beside = [VIEWS[name].of for name in views if name in PRESENCE]
     splits = {
-        split: open_source(name, audio_rate=rate)
+        split: open_source(name, audio_rate=rate, beside=beside)
         for split, name in named.items()
         if name
     }
@@ -237,7 +238,10 @@ class _Maker:
                 spare = np.repeat(videos[:1], rows - len(videos), axis=0)
                 videos = np.concatenate([videos, spare])
                 moments = self.encoder(videos)
-                views = {name: self._view(name, videos) for name in self.views}
+                views = {
+                    name: self._view(name, [*clips.values()], videos)
+                    for name in self.views
+                }
                 yield from before
                 before = self._made(clips, split, moments, views)
         yield from before
@@ -255,13 +259,43 @@ class _Maker:
                 good[i] = clip
         return good
 
-    def _view(self, name: str, videos: np.ndarray) -> np.ndarray:
-        """The latents of a view of clips of one size, `[b f h w c]`; maybe none."""
+    def _view(
+        self, name: str, clips: Sequence[Clip], videos: np.ndarray
+    ) -> Sequence[np.ndarray] | np.ndarray:
+        """A view `[f h w c]` of each of the clips of one size; maybe of no frames.
+
+        Args:
+            name: of the view.
+            clips: that were read.
+            videos: theirs, and copies that fill the batch.
+        """
         view, vae = VIEWS[name], self.encoder.module
-        rows, size = len(videos), vae.latent_shape(*videos.shape[1:4])
-        channels = vae.latent_channels
-        if view.size(size, vae.temporal_compression) is None:
-            return np.zeros((rows, 0, *size[1:], channels), jnp.bfloat16)
+        size = vae.latent_shape(*videos.shape[1:4])
+        compression = vae.temporal_compression
+        width = view.width(vae.latent_channels, compression)
+        blank = np.zeros((0, *size[1:], width), jnp.bfloat16)
+        if view.size(size, compression) is None:
+            return [blank] * len(clips)
+        if view.measured is not None:
+            blank, found = blank.astype(np.float32), (x.get(view.of) for x in clips)
+            return [
+                blank if x is None else view.measured(x, size, compression)
+                for x in found
+            ]
+        if view.of != "video":
+            lacking = np.zeros_like(videos[0])
+            found = [clip.get(view.of) for clip in clips]
+            # As many as there are videos: one compilation.
+            found += [None] * (len(videos) - len(clips))
+            videos = np.stack([lacking if x is None else x for x in found])
+            made = self._encoded_view(view, videos)
+            return [blank if x is None else y for x, y in zip(found, made, strict=True)]
+        return self._encoded_view(view, videos)
+
+    def _encoded_view(self, view: View, videos: np.ndarray) -> np.ndarray:
+        """The latents `[b f h w c]` of a view of videos."""
+        assert view.clips is not None
+        rows = len(videos)
         parts = np.concatenate([view.clips(video) for video in videos])
         batch = self.encoder.rows(len(parts), parts.shape[1:4])
         padded = np.pad(parts, ((0, -len(parts) % batch), *((0, 0),) * 4))
@@ -277,7 +311,7 @@ class _Maker:
         clips: Mapping[int, Clip],
         split: str,
         moments: Sequence[Any],
-        views: Mapping[str, np.ndarray],
+        views: Mapping[str, Sequence[np.ndarray] | np.ndarray],
     ) -> Iterator[dict[str, Any]]:
         """Builds the records of one batch, whose last rows may be padding."""
         texts: list[Any] = [None] * len(clips)
@@ -286,7 +320,12 @@ class _Maker:
         made = *map(np.asarray, moments), texts, self._sounds([*clips.values()])
         rows = zip(clips.items(), *made, strict=False)
         for row, ((i, clip), *found, sound) in enumerate(rows):
-            beside = {name: view[row] for name, view in views.items()}
+            beside: Clip = {name: view[row] for name, view in views.items()}
+            beside |= {
+                told: len(beside[name]) > 0
+                for name, told in PRESENCE.items()
+                if name in beside
+            }
             yield _record(f"{split}-{i:09d}", clip, *found) | sound | beside
 
     def _sounds(self, clips: Sequence[Clip]) -> list[dict[str, Any]]:

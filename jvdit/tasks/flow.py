@@ -30,7 +30,7 @@ from jvdit.tasks.caches import (
     cached_autoencoder,
     cached_captions,
 )
-from jvdit.tasks.flow_objective import cond_channels, flow_objective, given_shares
+from jvdit.tasks.flow_objective import flow_objective, given_shares
 from jvdit.tasks.samples import Samples
 from jvdit.tasks.task import Task
 from jvdit.training.objectives.denoising import FlowObjective
@@ -88,6 +88,7 @@ class FlowTask(Task):
             config,
             mesh,
             channels=self.vae.module.latent_channels * math.prod(config.patch_size),
+            cond_channels=self.batch_builder.cond_channels,
             text_width=self.captions.module.width if self.captions else 0,
             vocab_size=0 if self.captions else self.tokenizer.vocab_size,
             one_clip=one_clip,
@@ -163,11 +164,10 @@ class FlowTask(Task):
             text = {"null_embeds": self.captions.null}
             self.captions.free()
         vae = self.vae.module
-        channels = vae.latent_channels * math.prod(self.config.patch_size)
         return PackedBatches(
             sources,
             plan,
-            cond_channels=cond_channels(self.config, channels),
+            channels=tuple(given_shares(self.config)),
             latents=Statistics.of(vae),
             sounds=Statistics.of(self.audio_vae.module) if self.audio_vae else None,
             temporal_compression=vae.temporal_compression,

@@ -5,7 +5,6 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jvdit.config import Config
-from jvdit.data.conditions import CONDITIONS
 from jvdit.diffusion.noise_path import NoisePath, TimestepPolicy
 from jvdit.models.backbones import MODELS, Backbone
 from jvdit.models.lora import LoRA
@@ -27,6 +26,7 @@ def flow_objective(
     sound_channels: int = 0,
     frames: int = 0,
     longest: int = 1,
+    cond_channels: int = 0,
 ) -> FlowObjective:
     """Builds the denoising objective from a config and the sizes that the data set.
 
@@ -40,6 +40,8 @@ def flow_objective(
         sound_channels: channels of a token of sound; 0: clips are silent.
         frames: of every row, if it is one grid, see `Tokens`.
         longest: frames of the longest clip, in tokens.
+        cond_channels: channels of a token beside the noise, for what training gives by
+            them; 0: nothing.
 
     Raises:
         ValueError: settings contradict one another.
@@ -54,8 +56,8 @@ def flow_objective(
         "out_channels": channels,
         "text_width": text_width,
     }
-    if more := cond_channels(config, channels):
-        network["cond_channels"] = more
+    if cond_channels:
+        network["cond_channels"] = cond_channels
     sound = _sound(config, mesh) if sound_channels else {}
     if sound_channels:
         network["sound_channels"] = sound_channels
@@ -100,24 +102,19 @@ def _sound(config: Config, mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def cond_channels(config: Config, channels: int) -> int:
-    """Channels of a token beside the noise, for what training gives by them.
-
-    Args:
-        config: the training's config.
-        channels: of a token: latent channels times the cells of a patch.
-    """
-    asked = any(CONDITIONS[name].channels for name in given_shares(config))
-    return channels if asked else 0
-
-
 def given_shares(config: Config) -> dict[str, float]:
     """The conditions that a training gives, each with the share of clips.
 
     Raises:
-        ValueError: it isn't a share, or the tokens have several frames.
+        ValueError: it isn't a share, the tokens have several frames, or clips are
+            silent of which a part of the sound is to be given.
     """
     frames = config.patch_size[0]
+    if (share := config.given.inpaint_sound) and not config.data.sound_budget:
+        raise ValueError(
+            f"`given.inpaint_sound` (={share}) needs clips with sound: set "
+            "`data.sound_budget`, or leave it 0."
+        )
     for name, share in config.given.items():
         if share and frames != 1:
             raise ValueError(

@@ -6,13 +6,15 @@ in the clip or beside it, channels beside the noise, or a control signal. A row 
 be trained says how training gives the same of a clip.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from jvdit.data.conditions import beside, cells, channels
-from jvdit.data.conditions.beside import Beside
+from jvdit.data.conditions.beside import VIEWS, Beside
 from jvdit.data.conditions.cells import Layout, Marks
 from jvdit.data.conditions.known import Asked, Known, Place, merged
 
@@ -63,6 +65,9 @@ CONDITIONS = {
     "prefix": Condition(cells.prefix, ("prefix",), marks=cells.beginning),
     "extend": Condition(cells.tail, ("tail",), marks=cells.beginning, headless=True),
     "inpaint": Condition(cells.masked, ("video", "mask"), marks=cells.box),
+    "inpaint_sound": Condition(
+        cells.kept_sound, ("from_sound", "keep_sound"), marks=cells.spans
+    ),
     # Tokens beside it.
     "suffix": Condition(beside.suffix, ("last_image", "suffix"), beside=beside.SUFFIX),
     "keyframes": Condition(beside.keyframes, ("keyframes",), beside=beside.KEYFRAMES),
@@ -73,8 +78,10 @@ CONDITIONS = {
     "upscale": Condition(beside.small, ("upscale",), beside=beside.SMALL),
     # What it made before, chunk after chunk, see `models.attention.past`.
     "stream": Condition(cells.nothing, ()),
-    # Channels beside the noise: a control signal of our own models.
+    # Channels beside the noise: signals that our own models follow, side by side.
     "edges": Condition(beside.outlines, ("edges",), channels="edges"),
+    "guide": Condition(beside.guide, ("guide",), channels="guide"),
+    "camera": Condition(beside.camera, ("camera",), channels="camera"),
     # Channels beside the noise: Wan 2.2 I2V, 2.1 I2V, and 2.1 FLF2V.
     "end_channels": Condition(channels.end_channels, _BOTH, needs=("image",)),
     "first_channels": Condition(channels.end_channels, ("image",), needs=("image",)),
@@ -95,7 +102,55 @@ def known(conditions: Sequence[str], request: Asked, place: Place) -> Known:
         request: that `check_given` let pass.
         place: of the clip.
     """
-    return merged(CONDITIONS[name].known(request, place) for name in conditions)
+    parts = []
+    for name in conditions:
+        found = CONDITIONS[name].known(request, place)
+        if found.cond is not None and CONDITIONS[name].channels:
+            widths = channel_widths(
+                conditions, place.channels, place.temporal_compression
+            )
+            cond = side_by_side(found.cond, name, widths)
+            found = found._replace(cond=cond)
+        parts.append(found)
+    found = merged(parts)
+    if found.headless and found.cond is not None:
+        found = found._replace(cond=found.cond[1:])
+    return found
+
+
+def channel_widths(
+    conditions: Collection[str], latent_channels: int, temporal_compression: int
+) -> dict[str, int]:
+    """How many channels beside the noise each condition has of a latent.
+
+    Args:
+        conditions: of a model, of our own or in training, in any order.
+        latent_channels: of the picture's latents.
+        temporal_compression: pixel frames of a latent frame after the first.
+
+    Returns:
+        The widths in the order in which the channels lie.
+    """
+    return {
+        name: VIEWS[row.channels].width(latent_channels, temporal_compression)
+        for name, row in CONDITIONS.items()
+        if row.channels and name in conditions
+    }
+
+
+def side_by_side(
+    signal: Float[np.ndarray, "f h w u"], name: str, widths: Mapping[str, int]
+) -> Float[np.ndarray, "f h w v"]:
+    """A signal at its place among the channels of a model; zeros are the others.
+
+    Args:
+        signal: what the network is given by one condition.
+        name: of that.
+        widths: of all conditions of the model, see `channel_widths`.
+    """
+    before = sum(widths[x] for x in takewhile(lambda x: x != name, widths))
+    after = sum(widths.values()) - before - widths[name]
+    return np.pad(signal, [(0, 0)] * 3 + [(before, after)])
 
 
 def check_given(conditions: Sequence[str], given: Sequence[str]) -> None:
@@ -118,6 +173,17 @@ def check_given(conditions: Sequence[str], given: Sequence[str]) -> None:
         raise ValueError("`mask` says what to keep of `video`; give both.")
     if "video" in given and "mask" not in given and "control" not in conditions:
         raise ValueError("`video` is kept where `mask` is black; give both.")
+    if "keep_sound" in given and ("from_sound" not in given or "tail" in given):
+        raise ValueError(
+            "`keep_sound` says what to keep of `from_sound`, in a clip by itself; give "
+            "both."
+        )
+    if "from_sound" in given and "keep_sound" not in given:
+        if "sound_to_picture" not in conditions:
+            raise ValueError(
+                "this model takes no whole `from_sound`; say what to keep of it by "
+                "`keep_sound`."
+            )
     if "suffix" in given and "last_image" in given:
         raise ValueError("`suffix` and `last_image` both say how it ends; give one.")
 

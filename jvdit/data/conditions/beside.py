@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
+from jvdit.data.cameras import RAY, plucker_rays
 from jvdit.data.conditions.known import Asked, Known, Part, Place, to_pixels
 from jvdit.data.order import stable_hash
 from jvdit.data.patches import Size, latent_times
@@ -29,19 +30,35 @@ class View(NamedTuple):
     """A row of `VIEWS`.
 
     Attributes:
-        clips: the clips `[k T H W 3]` to encode, of a clip's pixels.
+        clips: the clips `[k T H W 3]` to encode, of a clip's pixels; None: nothing is
+            encoded.
         size: latent frames, height and width of the view, all of its clips one after
             another, by those of the clip and the pixel frames of a latent frame; None:
             such a clip has no such view.
         times: seconds of each latent frame, by how many there are, frames per second
             of the clip, and pixel frames of a latent frame.
         cell: side of its cells, in cells of the clip.
+        of: what of a clip of pixels it is made of, see `Source.read`: its `video`, or
+            what lies beside it, which some clips may lack.
+        measured: its channels `[f h w u]` of what it is made of, in the place of
+            latents; by the size of the clip's latents and the pixel frames of one.
+        per_frame: channels that those have of each pixel frame.
     """
 
-    clips: Callable[[UInt8[np.ndarray, "T H W 3"]], UInt8[np.ndarray, "k _T _H _W 3"]]
+    clips: (
+        Callable[[UInt8[np.ndarray, "T H W 3"]], UInt8[np.ndarray, "k _T _H _W 3"]]
+        | None
+    )
     size: Callable[[Size, int], Size | None]
     times: Callable[[int, float, int], Float[np.ndarray, "f"]]
     cell: int = 1
+    of: str = "video"
+    measured: Callable[[np.ndarray, Size, int], np.ndarray] | None = None
+    per_frame: int = 0
+
+    def width(self, latent_channels: int, compression: int) -> int:
+        """Its channels, by those of latents and the pixel frames of a latent frame."""
+        return self.per_frame * compression if self.measured else latent_channels
 
 
 def _stills(size: Size, compression: int) -> Size | None:
@@ -88,7 +105,20 @@ VIEWS = {
     "small": View(lambda x: halved(x)[None], _small, latent_times, cell=2),
     # Its edges, as a clip.
     "edges": View(lambda x: edges(x)[None], lambda size, _: size, latent_times),
+    # A second video of the same length and size: depth, a pose, a segmentation, ….
+    "guide": View(lambda x: x[None], lambda size, _: size, latent_times, of="guide"),
+    # The rays of its camera in each cell; no pictures.
+    "camera": View(
+        None,
+        lambda size, _: size,
+        latent_times,
+        of="camera",
+        measured=plucker_rays,
+        per_frame=RAY,
+    ),
 }
+# Of those that are made of more than the video: whether a clip has what it takes.
+PRESENCE = {name: f"has_{name}" for name, view in VIEWS.items() if view.of != "video"}
 
 
 # What training takes of them
@@ -208,6 +238,23 @@ def outlines(request: Asked, place: Place) -> Known:
     if video is None:
         return Known()
     return Known(cond=place.encode(to_pixels(edges(video))))
+
+
+def guide(request: Asked, place: Place) -> Known:
+    """A second video, which tells of the clip what it shows, as channels."""
+    video = request.clip("guide")
+    return Known() if video is None else Known(cond=place.encode(to_pixels(video)))
+
+
+def camera(request: Asked, place: Place) -> Known:
+    """The path of the camera, as the rays of each cell: channels."""
+    poses = request.poses()
+    if poses is None:
+        return Known()
+    _, height, width = request.size
+    side = place.spatial_compression
+    size = place.frames, height // side, width // side
+    return Known(cond=plucker_rays(poses, size, place.temporal_compression))
 
 
 def _footage(field: str, name: str, request: Asked, place: Place) -> Known:

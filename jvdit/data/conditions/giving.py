@@ -9,15 +9,21 @@ clip comes, by random numbers of its step and place (`known_in_training`).
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from absl import logging
 from jaxtyping import Float
 
 from jvdit.data.clips import SIZE, BadClip, Clip, Ids
-from jvdit.data.conditions import CONDITIONS, Layout, Marks
-from jvdit.data.conditions.beside import VIEWS
+from jvdit.data.conditions import (
+    CONDITIONS,
+    Layout,
+    Marks,
+    channel_widths,
+    side_by_side,
+)
+from jvdit.data.conditions.beside import PRESENCE, VIEWS
 from jvdit.data.conditions.known import Known
 from jvdit.data.order import fingerprint
 from jvdit.data.patches import Size, token_grid
@@ -56,20 +62,23 @@ class GivenSource:
         fits = sizes[:, 0] > 2 * row.headless
         if view := row.view:
             if view not in source.views:
+                wanted = ",".join((*source.views, view))
                 raise ValueError(
                     f"`given.{condition}` needs latents with the view {view!r}; encode "
-                    f"{source.path} anew with --views={','.join(VIEWS)}."
+                    f"{source.path} anew with --views={wanted}."
                 )
             self._source.view = view
             for size in np.unique(sizes, axis=0):
                 alike = np.flatnonzero((sizes == size).all(1))
                 given[alike] = self._cells(tuple(size.tolist()), alike, patch_size)
             fits &= given >= (row.beside is not None)
+            if view in PRESENCE:
+                fits &= source.has(view)
         self._ids = np.flatnonzero(fits)
         if not len(self._ids):
             raise ValueError(
                 f"`given.{condition}` can't be given of any clip of {source.path}: "
-                "they are pictures, too short, or of odd sizes."
+                "they are pictures, too short, of odd sizes, or lack what it takes."
             )
         self.index = {name: x[fits] for name, x in source.index.items()}
         self.index["given"] = given[fits].astype(np.int32)
@@ -169,7 +178,7 @@ def given_sources(
 
 def known_in_training(
     latents: Float[np.ndarray, "f h w c"],
-    view: Float[np.ndarray, "_f _h _w c"] | None,
+    view: Float[np.ndarray, "_f _h _w u"] | None,
     condition: str,
     shares: Mapping[str, float],
     *,
@@ -179,12 +188,13 @@ def known_in_training(
     beside: int,
     sounds: Float[np.ndarray, "n"],
     rng: np.random.Generator,
+    conditions: Collection[str] = (),
 ) -> Known:
     """What training gives of a clip, in the form in which a request gives it.
 
     Args:
         latents: of the clip, normalised.
-        view: what its source holds beside them, normalised, if anything.
+        view: what its source holds beside them, if anything; latents normalised.
         condition: that of a `GivenSource`, else "".
         shares: of the clips of which each condition is given.
         patch_size: latent frames, height and width of a token.
@@ -193,6 +203,8 @@ def known_in_training(
         beside: tokens that the plan has kept for what lies beside the clip.
         sounds: seconds at which each token of its sound ends.
         rng: decides what is given.
+        conditions: all that the network is to take by channels beside the noise, whose
+            places are side by side; (): this one alone.
     """
     row = CONDITIONS.get(condition)
     first = row.headless if row else False
@@ -203,8 +215,11 @@ def known_in_training(
         shares = {condition: 1.0}
     marks = _drawn(shares, layout, rng)
     known = Known(sound_clean=marks.sounds)
-    if row is not None and row.channels:
-        known = known._replace(cond=view)
+    if row is not None and row.channels and view is not None:
+        places = conditions or (condition,)
+        widths = channel_widths(places, latents.shape[-1], temporal_compression)
+        cond = side_by_side(view, condition, widths)
+        known = known._replace(cond=cond)
     if row is not None and row.beside is not None and view is not None:
         count = beside * math.prod(patch_size) // math.prod(view.shape[1:3])
         part = row.beside.part(view, count, fps, temporal_compression, rng)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jvdit.data.cameras import read_camera
 from jvdit.data.media.decoding import Budget, Media
 from jvdit.data.media.media_error import MediaError
 from jvdit.data.media.pictures import PICTURES, film_of
@@ -33,6 +34,8 @@ class ClipFile(NamedTuple):
         reason: one of `REASONS` why it is not even tried; "": it is.
         detail: what was found.
         note: where a caption was looked for, if there is none.
+        guide: second video of what is seen, such as its depth; "": there is none.
+        camera: file of the camera's path; "": there is none.
     """
 
     key: str
@@ -41,6 +44,14 @@ class ClipFile(NamedTuple):
     reason: str = ""
     detail: str = ""
     note: str = ""
+    guide: str = ""
+    camera: str = ""
+
+    @property
+    def beside(self) -> dict[str, str]:
+        """The files beside it, by the name of what they are."""
+        files = {"guide": self.guide, "camera": self.camera}
+        return {name: path for name, path in files.items() if path}
 
 
 _RANGES = {
@@ -130,7 +141,12 @@ def prepare_file(item: ClipFile, recipe: Recipe) -> Iterator[dict[str, Any]]:
         return
     for start in window_starts(info, recipe):
         try:
-            yield _prepare_window(item, source, recipe, budget, start, size)
+            window = {"frames": recipe.frames, "height": size[0], "width": size[1]}
+            window["fps"] = recipe.fps
+            made = _prepare_window(item, source, recipe, budget, start, window)
+            if item.beside:
+                made["clip"] |= _beside(item, info, recipe, budget, start, window)
+            yield made
         except MediaError as e:
             yield {"reason": e.reason, "detail": e.detail}
 
@@ -197,11 +213,9 @@ def _prepare_window(
     recipe: Recipe,
     budget: Budget,
     start: float,
-    size: tuple[int, int],
+    window: dict[str, Any],
 ) -> dict[str, Any]:
     """Returns one clip as an example and what is worth knowing of it."""
-    window = {"frames": recipe.frames, "height": size[0], "width": size[1]}
-    window["fps"] = recipe.fps
     clip = decode_clip(
         media,
         **window,
@@ -237,6 +251,47 @@ def _prepare_window(
         "has_audio": clip["has_audio"],
     }
     return {"clip": example, "notes": _notes(source, repeated, item)}
+
+
+def _beside(
+    item: ClipFile,
+    info: MediaInfo,
+    recipe: Recipe,
+    budget: Budget,
+    start: float,
+    window: dict[str, Any],
+) -> dict[str, Any]:
+    """What lies beside a clip, cut, scaled and cropped as the clip was."""
+    found: dict[str, Any] = {}
+    if item.guide:
+        try:
+            source: Media = item.guide
+            if Path(item.guide).suffix.lower() in PICTURES:
+                source = film_of(item.guide)
+            other = probe(source, budget=budget)
+            if abs(other.width / other.height * info.height / info.width - 1) > 0.02:
+                raise ValueError(
+                    f"it is {other.width}x{other.height} and the video "
+                    f"{info.width}x{info.height}: give one of the same shape"
+                )
+            clip = decode_clip(source, **window, start_seconds=start, budget=budget)
+        except (OSError, ValueError) as error:
+            raise MediaError("bad_guide", f"{item.guide}: {error}") from None
+        buffer = io.BytesIO()
+        how = {"crf": recipe.crf, "preset": recipe.preset}
+        encode_clip(buffer, clip["video"], recipe.fps, **how)
+        found |= {"guide": buffer.getvalue(), "has_guide": True}
+    if item.camera:
+        try:
+            path = read_camera(item.camera)
+            path.check_shape(info.height, info.width)
+            path = path.window(**window, start=start)
+        except (OSError, ValueError) as error:
+            told = str(error)
+            told = told if item.camera in told else f"{item.camera}: {told}"
+            raise MediaError("bad_camera", told) from None
+        found |= {"camera": path.json(), "has_camera": True}
+    return found
 
 
 def _notes(source: dict[str, Any], repeated: float, item: ClipFile) -> list[str]:

@@ -22,7 +22,7 @@ from jvdit.data.ingest.ingest_report import ASIDE, Entry, Report, describe_file
 from jvdit.data.ingest.listing import list_items
 from jvdit.data.ingest.shard_plan import Plan, plan_shards
 from jvdit.data.ingest.supervisor import supervise
-from jvdit.data.records import CLIP_FEATURES, RecordWriter
+from jvdit.data.records import RecordWriter, clip_features
 from jvdit.machine.files import write_atomically
 from jvdit.machine.json_files import read_json
 from jvdit.machine.progress import Bars
@@ -74,8 +74,15 @@ def ingest(
     plan, meant = _planned(inputs, root, listed, **sizes)
     settings = {"recipe": dataclasses.asdict(recipe), "files": plan.digest}
     shards = collections.Counter(split for split, _ in plan.shards)
+    beside = {
+        name for files in plan.shards.values() for x in files for name in x.beside
+    }
     writer = RecordWriter(
-        out, CLIP_FEATURES, shards=shards, settings=settings, overwrite=overwrite
+        out,
+        clip_features(sorted(beside)),
+        shards=shards,
+        settings=settings,
+        overwrite=overwrite,
     )
     if writer.finished:
         return Report.read(writer.path)
@@ -127,6 +134,7 @@ class Job(NamedTuple):
     """A shard to be prepared, wherever: what its writer is made of, and its files."""
 
     path: str
+    features: dict[str, str]
     shards: dict[str, int]
     settings: dict[str, Any]
     split: str
@@ -152,7 +160,7 @@ def prepare_shard(job: Job, prepare: Any, workers: int, timeout: float | int) ->
             "that all workers mount at one place."
         )
     writer = RecordWriter(
-        job.path, CLIP_FEATURES, shards=job.shards, settings=job.settings
+        job.path, job.features, shards=job.shards, settings=job.settings
     )
     if not writer.is_done(job.split, job.shard):
         events = supervise(prepare, job.files, workers=workers, timeout=timeout)
@@ -168,7 +176,14 @@ def _elsewhere(engine: Engine, writer: RecordWriter, plan: Plan, work: Any) -> N
     """
     path = str(writer.path.absolute())
     jobs = [
-        Job(path, writer.shards, writer.plan.settings, *at, _absolute(files))
+        Job(
+            path,
+            writer.features,
+            writer.shards,
+            writer.plan.settings,
+            *at,
+            _absolute(files),
+        )
         for at, files in plan.shards.items()
         if not writer.is_done(*at)
     ]
@@ -183,7 +198,13 @@ def _elsewhere(engine: Engine, writer: RecordWriter, plan: Plan, work: Any) -> N
 
 
 def _absolute(files: Sequence[ClipFile]) -> list[ClipFile]:
-    return [item._replace(path=os.path.abspath(item.path)) for item in files]
+    return [
+        item._replace(
+            path=os.path.abspath(item.path),
+            **{name: os.path.abspath(path) for name, path in item.beside.items()},
+        )
+        for item in files
+    ]
 
 
 def _record(writer: RecordWriter, split: str, shard: int) -> Path:
@@ -194,7 +215,14 @@ def _record(writer: RecordWriter, split: str, shard: int) -> Path:
 def _write(writer, split, shard, files, events, advance) -> None:
     record = _record(writer, split, shard)
     examples = _examples(events, split, files, record, advance)
+    examples = ({**_lacking(writer.features), **example} for example in examples)
     writer.write_shard(split, shard, examples)
+
+
+def _lacking(features: Mapping[str, str]) -> dict[str, Any]:
+    """What a clip without anything beside it has of the features that say so."""
+    blank = {"guide": b"", "has_guide": False, "camera": "", "has_camera": False}
+    return {name: value for name, value in blank.items() if name in features}
 
 
 def _fill(writer, plan, prepare, workers, timeout, advance) -> list[Entry]:

@@ -5,7 +5,7 @@ reason.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from jvdit.data.ingest.clip_file import ClipFile
@@ -35,8 +35,10 @@ def list_items(
     A folder may hold `metadata.{jsonl,csv,tsv,parquet,json}` (the Hugging Face
     videofolder layout) or `videos.txt` and `prompt.txt` (finetrainers); else every
     video and picture in it or below is taken, with the caption in the `.txt` (or
-    `.json`) file of the same name. Linked folders are followed. A table has a column of
-    paths and, usually, one of captions; see `PATH_COLUMNS` and `CAPTION_COLUMNS`. A
+    `.json`) file of the same name. `NAME.guide.mp4` beside `NAME.mp4` is its guide, a
+    second video, and `NAME.camera.json` the path of its camera. Linked folders are
+    followed. A table has a column of paths and, usually, one of captions; see
+    `PATH_COLUMNS`, `CAPTION_COLUMNS` and, for what lies beside, `BESIDE_COLUMNS`. A
     `.txt` file is a list of paths, one a line; a second file `prompt.txt` beside it
     then holds the captions. Rows that say the same thing twice count once.
 
@@ -92,7 +94,8 @@ def _items_of(source: Path, root) -> Iterator[ClipFile]:
     elif source.suffix.lower() == ".txt":
         yield from read_list(source, Path(root or source.parent))
     elif source.suffix.lower() in _MEDIA:
-        yield _item(source, source.name, [])
+        near = [source, *source.parent.iterdir()]
+        yield _item(source, source.name, [])._replace(**_beside(near).get(source, {}))
     else:
         raise ValueError(f"{source} is neither a folder, nor a table, nor a video.")
 
@@ -104,9 +107,12 @@ def _folder(folder: Path, root) -> Iterator[ClipFile]:
     if table is not None:
         listed.update(map(str, (table, *map(table.with_name, CAPTION_LISTS))))
         for item in _items_of(table, root):
-            listed.add(os.path.normpath(item.path))
+            listed.update(map(os.path.normpath, (item.path, *item.beside.values())))
             yield item
     files = [x for x in _walk(folder, set()) if str(x[0]) not in listed]
+    beside = {} if table else _beside([x for x, *_ in files])
+    taken = {path for each in beside.values() for path in each.values()}
+    files = [x for x in files if str(x[0]) not in taken]
     filmed = {x.with_suffix("") for x, *_ in files if x.suffix.lower() in VIDEOS}
     used: list[Path] = []  # files that hold captions
     others = []
@@ -127,8 +133,24 @@ def _folder(folder: Path, root) -> Iterator[ClipFile]:
             detail = "a video of the same name is there"
             yield ClipFile(name, str(path), "", "other", detail)
         else:
-            yield _item(path, name, used)
+            yield _item(path, name, used)._replace(**beside.get(path, {}))
     yield from (item for path, item in others if path not in used)
+
+
+def _beside(files: Sequence[Path]) -> dict[Path, dict[str, str]]:
+    """The guide and the camera beside each video or picture that has them."""
+    media = {x.with_suffix(""): x for x in files if x.suffix.lower() in PICTURES}
+    media |= {x.with_suffix(""): x for x in files if x.suffix.lower() in VIDEOS}
+    found: dict[Path, dict[str, str]] = {}
+    for file in files:
+        whole, suffix = file.with_suffix(""), file.suffix.lower()
+        what = whole.suffix.lower()
+        fits = (what == ".guide" and suffix in _MEDIA) or (
+            what == ".camera" and suffix == ".json"
+        )
+        if fits and (owner := media.get(whole.with_suffix(""))):
+            found.setdefault(owner, {})[what[1:]] = str(file)
+    return found
 
 
 def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[tuple[Path, str, str]]:

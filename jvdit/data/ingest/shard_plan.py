@@ -72,11 +72,17 @@ def plan_shards(
     items, seen = [item for item in items if not item.reason], {}
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         digests = list(pool.map(file_digest, [item.path for item in items]))
+        # Of what lies beside them, which most have not.
+        more = [[*map(file_digest, item.beside.values())] for item in items]
     by_split = {"train": [], "val": []}
-    for item, digest in zip(items, digests, strict=True):
-        if digest is None:
-            refused.append((item, "missing", item.path))
-        elif (other := seen.setdefault((digest, item.caption), item)) is not item:
+    for item, digest, others in zip(items, digests, more, strict=True):
+        if digest is None or None in others:
+            files = (item.path, *item.beside.values())
+            lost = files[[digest, *others].index(None)]
+            refused.append((item, "missing", lost))
+        elif (
+            other := seen.setdefault((digest, item.caption, *others), item)
+        ) is not item:
             refused.append((item, "duplicate", f"of {other.key}"))
         else:
             held_out = int(digest[:8], 16) < val_fraction * 2**32
@@ -87,6 +93,8 @@ def plan_shards(
         for start in range(0, len(members), shard_size)
     }
     names = [[item.key, item.caption] for item in items]
-    identity = json.dumps([names, digests, val_fraction, shard_size])
+    beside = [[*x.beside, *y] for x, y in zip(items, more, strict=True)]
+    told = [beside] if any(beside) else []
+    identity = json.dumps([names, digests, val_fraction, shard_size, *told])
     digest = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
     return Plan(shards, refused, digest)

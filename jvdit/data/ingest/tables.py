@@ -22,6 +22,7 @@ from jvdit.machine.text_files import check_text, numbered_lines, read_text
 TABLES = (".jsonl", ".csv", ".tsv", ".parquet", ".json")
 PATH_COLUMNS = ("file_name", "path", "video", "video_path", "media_path", "file")
 CAPTION_COLUMNS = ("caption", "text", "prompt")
+BESIDE_COLUMNS = ("guide_path", "camera_path")
 CAPTION_LISTS = ("prompt.txt", "prompts.txt", "captions.txt")
 
 _Rows = Iterable[tuple[str, Mapping[str, Any] | ValueError]]  # place in the table, row
@@ -105,9 +106,10 @@ def _item(where: str, row: Mapping[str, Any] | ValueError, root: Path, note: str
         name = fitted.path.strip()
         path = str(root / name)
         caption = _caption(fitted, where)
+        beside = _beside(row, where, root)
     except ValueError as error:
         return ClipFile(name, where, "", "bad_row", str(error))
-    return ClipFile(name, path, caption, note="" if caption else note)
+    return ClipFile(name, path, caption, note="" if caption else note, **beside)
 
 
 def _fitted(row: Mapping[str, Any], where: str) -> _Row:
@@ -120,6 +122,17 @@ def _fitted(row: Mapping[str, Any], where: str) -> _Row:
     if found["path"] is None:
         raise ValueError(f"{where} names no file.")
     return fit_json(found, where, _Row, "correct it")
+
+
+def _beside(row: Mapping[str, Any], where: str, root: Path) -> dict[str, str]:
+    """The paths of what lies beside a video, by what it is."""
+    lower = {str(name).strip().lower(): value for name, value in row.items()}
+    found = {}
+    for column in BESIDE_COLUMNS:
+        if _filled(path := lower.get(column)):
+            path = fit_json(path, f"{where}: `{column}`", str, "correct it")
+            found[column.removesuffix("_path")] = str(root / path.strip())
+    return found
 
 
 def _filled(value: Any) -> bool:
@@ -208,7 +221,7 @@ def _whole(table: Path) -> _Rows:
 
 def _parquet_rows(table: Path) -> list[dict[str, Any]]:
     """The columns that matter; of the others the names alone, in the first row."""
-    wanted = {*PATH_COLUMNS, *CAPTION_COLUMNS}
+    wanted = {*PATH_COLUMNS, *CAPTION_COLUMNS, *BESIDE_COLUMNS}
     with parquet_errors(table, "copy it again"):
         names = pq.read_schema(table).names
         kept = [name for name in names if name.strip().lower() in wanted]

@@ -25,6 +25,8 @@ REASONS = {
     "duplicate": "the same file is there under another name",
     "bad_row": "its row of the table, or the caption in it, can't be read",
     "bad_caption": "the caption beside it can't be read",
+    "bad_guide": "the guide beside it can't be used",
+    "bad_camera": "the camera path beside it can't be used",
     "unlisted": "the table in its folder doesn't name it",
     "other": "it is no video or picture of a kind that is known here",
     "failed": "preparing it failed in a way that was not foreseen",

@@ -20,13 +20,14 @@ import difflib
 import math
 import numbers
 import re
+from collections.abc import Collection
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from jvdit.data.world.impacts import synthesize
 from jvdit.data.world.mechanics import Motion, simulate
-from jvdit.data.world.render import render
+from jvdit.data.world.render import classify, render
 from jvdit.data.world.scene import (
     COLORS,
     DIRECTIONS,
@@ -41,6 +42,7 @@ from jvdit.data.world.scene import (
     sample_scenes,
 )
 
+BESIDE = ("guide", "camera")  # what there is of a clip besides, if it is wanted
 NUMBERS = ("one", "two", "three", "four")
 
 _HEADS = ("{} object: ", "{} objects: ")
@@ -129,21 +131,38 @@ class World:
         return round(self.duration * self.audio_rate)
 
     def clips(
-        self, ids: Int[np.ndarray, " b"], *, audio: bool = True
+        self,
+        ids: Int[np.ndarray, " b"],
+        *,
+        audio: bool = True,
+        beside: Collection[str] = (),
     ) -> dict[str, np.ndarray | list]:
         """Whole clips, with or without their sound.
 
+        Args:
+            ids: of the clips.
+            audio: whether there is to be sound.
+            beside: what else is wanted, of `BESIDE`.
+
         Returns:
             "video": uint8 [b T H W 3], RGB in [0, 255]; "audio": float32 [b a 1] in
-            [-1, 1], or b times None; "caption": a list of b strings.
+            [-1, 1], or b times None; "caption": a list of b strings. If it is wanted,
+            "guide": uint8 [b T H W 3], see `classify`, and "camera": float32 [b T 16],
+            see `cameras`.
         """
         scenes = self.scenes(ids)
         motion = self.simulate(scenes)
-        return {
+        found: dict[str, np.ndarray | list] = {
             "video": self.render(scenes, motion),
             "audio": self.synthesize(scenes, motion) if audio else [None] * len(ids),
             "caption": captions(scenes),
         }
+        if "guide" in beside:
+            size = self.frames, self.height, self.width
+            found["guide"] = classify(scenes, motion, *size, self.fps)
+        if "camera" in beside:
+            found["camera"] = self.cameras(scenes)
+        return found
 
     def videos(self, ids: Int[np.ndarray, " b"]) -> UInt8[np.ndarray, "b T H W 3"]:
         """Pictures alone: RGB in [0, 255]."""
@@ -176,6 +195,20 @@ class World:
         """Pictures of scenes that may have been tampered with: RGB in [0, 255]."""
         size = self.frames, self.height, self.width
         return render(scenes, motion, *size, self.fps)
+
+    def cameras(self, scenes: Scenes) -> Float[np.ndarray, "b T 16"]:
+        """The camera of each frame, see `jvdit.data.cameras.Poses`.
+
+        It looks straight at the scenery from one short side of the frame away, with a
+        focal length of as much, and moves sideways as the scenery seems to.
+        """
+        times = np.arange(self.frames) / self.fps
+        found = np.zeros((len(scenes.ids), self.frames, 16), np.float32)
+        found[..., [0, 5, 10]] = 1
+        found[..., 3] = scenes.pan_offset(times)
+        short = min(self.height, self.width)
+        found[..., 12:] = short / self.width, short / self.height, 0.5, 0.5
+        return found
 
     def synthesize(self, scenes: Scenes, motion: Motion) -> Float[np.ndarray, "b a 1"]:
         """Sound of scenes that may have been tampered with, in [-1, 1]."""

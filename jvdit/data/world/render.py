@@ -35,6 +35,8 @@ def _palette() -> np.ndarray:
 
 
 PALETTE = _palette()  # [colors, rgb] in [0, 255], under full light
+# Red, yellow, green, blue and purple, by shape.
+SHAPE_PALETTE = PALETTE[[0, 2, 3, 5, 6]]
 TONE_LEVELS = np.array([16.0, 96.0, 176.0])  # pixel values of `TONES`
 WALL_LEVELS = np.array([64.0, 144.0, 112.0])  # around the arena, by tone
 BAR_LEVELS = np.array([132.0, 132.0, 72.0])  # by tone
@@ -77,12 +79,46 @@ def render(
     offset = scenes.pan_offset(times)
     scale = min(height, width)
     _draw_backgrounds(video, scenes, offset, gain, scale)
+    paint = PALETTE[scenes.color][:, None] * gain[..., None, None]
+    _draw_all(video, scenes, motion, times, paint, distance, half_extents)
+    level = BAR_LEVELS[scenes.tone][:, None] * gain
+    _draw_bars(video, scenes, np.rint(level))
+    return video
+
+
+def classify(
+    scenes: Scenes, motion: Motion, frames: int, height: int, width: int, fps: float
+) -> UInt8[np.ndarray, "b T H W 3"]:
+    """Draws the objects alone, each in the colour of its shape, on black.
+
+    A segmentation of what `render` shows, with the same arguments: where the camera
+    looks, but not the light. What the bar hides is black.
+    """
+    times = np.arange(frames) / fps
+    video = np.zeros((len(scenes.ids), frames, height, width, 3), np.uint8)
+    paint = SHAPE_PALETTE[scenes.shape][:, None].repeat(frames, 1)
+    _draw_all(video, scenes, motion, times, paint, signed_distance, HALF_EXTENTS)
+    _draw_bars(video, scenes, np.zeros((len(scenes.ids), frames)))
+    return video
+
+
+def _draw_all(
+    video: UInt8[np.ndarray, "b T H W 3"],
+    scenes: Scenes,
+    motion: Motion,
+    times: Float[np.ndarray, " T"],
+    paint: Float[np.ndarray, "b T o 3"],
+    distance: Callable[..., np.ndarray],
+    half_extents: Float[np.ndarray, "shapes 2 2"],
+) -> None:
+    """Draws the objects of each scene over what is there."""
+    _, _, height, width, _ = video.shape
+    scale = min(height, width)
     centre = motion.positions(times)
-    centre[..., 0] += offset[..., None]
+    centre[..., 0] += scenes.pan_offset(times)[..., None]
     centre *= scale
     kinds, size, *places = _windows(scenes, centre, half_extents, height, width)
     radius = (scenes.radius * scale).astype(np.float32) * 256
-    paint = PALETTE[scenes.color][:, None] * gain[..., None, None]
     paint = np.rint(paint).astype(np.uint16)
     for slot in range(MAX_OBJECTS):  # in turn, so that later objects lie on top
         filled = np.flatnonzero(scenes.present[:, slot])
@@ -97,11 +133,18 @@ def render(
                 radius[rows, slot],
                 paint[rows, :, slot],
             )
+
+
+def _draw_bars(
+    video: UInt8[np.ndarray, "b T H W 3"],
+    scenes: Scenes,
+    level: Float[np.ndarray, "b T"],
+) -> None:
+    """Draws the bar of each scene that has one over what is there, in grey."""
+    scale = min(video.shape[2:4])
     for row in np.flatnonzero(scenes.bar):
         left, right = np.rint(scenes.bar_span[row] * scale).astype(int)
-        level = BAR_LEVELS[scenes.tone[row]] * gain[row]
-        video[row, :, :, left:right] = np.rint(level)[:, None, None, None]
-    return video
+        video[row, :, :, left:right] = level[row][:, None, None, None]
 
 
 def _coverage(
