@@ -306,7 +306,7 @@ def test_parts_of_a_sound_are_kept_exactly_and_the_rest_is_made(video):
     assert (
         known(["inpaint_sound", "sound_to_picture"], whole, HEARD).sound_clean is None
     )
-    assert request.settings["keep_sound"] == [[0.0, 0.3], [0.62, math.inf]]
+    assert request.settings["keep_sound"] == [[0.0, 0.3], [0.62, None]]
     given = dataclasses.replace(request, from_video=video)
     both = known(["picture_to_sound", "inpaint_sound"], given, HEARD)
     assert both.clean.all() and both.sound_clean.sum() == found.sound_clean.sum()

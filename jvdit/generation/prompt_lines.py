@@ -7,6 +7,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from jvdit.generation.request import Request
+from jvdit.generation.sound_spans import spans_told
 from jvdit.machine.json_files import parse_json
 from jvdit.machine.text_files import check_text, numbered_lines, read_text
 
@@ -40,7 +41,7 @@ class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sound: bool | None | UnsetType = UNSET
     from_video: _Picture = UNSET
     from_sound: _Picture = UNSET
-    keep_sound: tuple[tuple[float, float], ...] | UnsetType = UNSET
+    keep_sound: tuple[tuple[float, float | None], ...] | UnsetType = UNSET
 
 
 def read_prompts(path: str) -> list[tuple[str, str]]:
@@ -87,4 +88,6 @@ def _given(line: str, where: str) -> dict[str, Any]:
     if "references" in fields:
         given = fields["references"] or ()
         fields["references"] = (given,) if isinstance(given, str) else given
+    if "keep_sound" in fields:
+        fields["keep_sound"] = spans_told(fields["keep_sound"])
     return fields

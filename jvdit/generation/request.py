@@ -1,10 +1,8 @@
 """Requests: the prompt, size, seed and conditioning images of a clip to generate."""
 
 import dataclasses
-import math
 import os
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,17 +20,21 @@ from jvdit.generation.footage import (
     Pictures,
     existing,
     footage_length,
-    footage_shape,
     read_footage,
     read_still,
     resized,
 )
+from jvdit.generation.sound_spans import (
+    LENIENT,
+    Spans,
+    blended,
+    check_spans,
+    spans_within,
+    told_spans,
+)
 from jvdit.ranges import check_ranges
 
-_COARSE = 8000  # Hz at which the length of a sound is measured
-# Seconds by which a given sound and its clip may differ: files end with a whole packet.
-LENIENT = 0.15
-_BLEND = 0.005  # seconds around a span of a sound that is kept
+COARSE = 8000  # Hz at which the length of a sound is measured
 
 PICTURES = ("image", "last_image", "video", "mask", "prefix", "suffix", "interpolate")
 PICTURES += "upscale", "edges", "guide", "from_video", "from_sound"
@@ -41,12 +43,6 @@ LATENTS = ("tail",)
 PATHS = ("camera",)
 FIELDS_GIVEN = (*PICTURES, *SEVERAL, *LATENTS, *PATHS, "restyle")
 STATES = ("prompt_embeds", "negative_prompt_embeds")
-
-
-# Of these a clip lasts as long as what is given.
-_LASTING = "from_video", "upscale", "interpolate", "restyle", "edges", "guide"
-# Defaults for the fields that neither the request nor its model sets.
-_SUITS = {"negative_prompt": "", "frames": 17, "height": 64, "width": 64, "fps": 8.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,21 +118,14 @@ class Request:
     sound: bool | None = None
     from_video: Pictures | None = None
     from_sound: Pictures | None = None
-    keep_sound: tuple[tuple[float, float], ...] = ()
+    keep_sound: Spans = ()
     prompt_embeds: np.ndarray | None = None
     negative_prompt_embeds: np.ndarray | None = None
 
     def __post_init__(self):
         names = "frames", "height", "width", "fps", "seed"
         check_ranges({name: getattr(self, name) for name in names})
-        last = 0.0
-        for start, end in self.keep_sound:
-            if not last <= start < end:
-                raise ValueError(
-                    f"`keep_sound` has {start:g}:{end:g} after {last:g} s; give spans "
-                    "of some length, from 0 s on, one after another without overlap."
-                )
-            last = end
+        check_spans(self.keep_sound)
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -164,7 +153,7 @@ class Request:
         fields |= {name: _named(fields[name]) for name in (*PICTURES, "restyle")}
         fields["references"] = [_named(x) for x in self.references]
         fields["keyframes"] = [[time, _named(x)] for time, x in self.keyframes]
-        fields["keep_sound"] = [[*span] for span in self.keep_sound]
+        fields["keep_sound"] = told_spans(self.keep_sound)
         fields.pop("tail")
         if isinstance(path := fields["camera"], CameraPath):
             fields["camera"] = f"poses {len(path.world_to_camera)}"
@@ -198,7 +187,7 @@ class Request:
             FileNotFoundError: a file doesn't exist.
             ValueError: one is damaged, or too short for the clip.
         """
-        _ = self.ends, self.reference_pictures(), self.waveform(_COARSE, 1)
+        _ = self.ends, self.reference_pictures(), self.waveform(COARSE, 1)
         _ = (
             self.sound_spans(),
             self.pictures_in_time(),
@@ -247,21 +236,12 @@ class Request:
         Raises:
             ValueError: one ends after the clip.
         """
-        lasts = self.size[0] / (self.fps or 1.0)
-        for start, end in self.keep_sound:
-            if start >= lasts or lasts + LENIENT < end < math.inf:
-                raise ValueError(
-                    f"`keep_sound` {start:g}:{end:g} goes beyond the end of the clip, "
-                    f"which lasts {lasts:g} s."
-                )
-        return tuple((start, min(end, lasts)) for start, end in self.keep_sound)
+        return spans_within(self.keep_sound, self.size[0] / (self.fps or 1.0))
 
     def sound_kept(
         self, made: Float[np.ndarray, "a e"], rate: int
     ) -> Float[np.ndarray, "a e"]:
         """A generated sound, in which the spans that were kept are as they were.
-
-        Around each, a few milliseconds of both are blended, so that nothing clicks.
 
         Args:
             made: as long as the clip.
@@ -270,12 +250,7 @@ class Request:
         audio = self.waveform(rate, made.shape[1]) if self.keep_sound else None
         if audio is None:
             return made
-        times, share = np.arange(len(made)) / rate, np.zeros(len(made), np.float32)
-        for start, end in self.sound_spans():
-            outside = np.maximum(start - times, times - end)
-            share = np.maximum(share, np.clip(1 - outside / _BLEND, 0, 1))
-        share = share[:, None].astype(np.float32)
-        return np.where(share == 1, audio, share * audio + (1 - share) * made)
+        return blended(made, audio, self.sound_spans(), rate)
 
     def sound_of(self, name: str, rate: int, channels: int) -> np.ndarray | None:
         """The sound of footage that the clip begins with, as float32 `[a e]`.
@@ -379,59 +354,6 @@ class Request:
             )
             for x in self.references
         ]
-
-
-def complete(
-    request: Request, defaults: Mapping[str, Any], unit: int, period: int = 1
-) -> Request:
-    """Fills the fields that a request leaves open.
-
-    A clip for given footage or sound lasts as long as that.
-
-    Args:
-        request: the request.
-        defaults: the model's own defaults, by field name.
-        unit: height and width are multiples of this, in pixels.
-        period: frames are 1 plus a multiple of this.
-    """
-    suits = _SUITS | {k: v for k, v in defaults.items() if k in _SUITS}
-    open_fields = [name for name in _SUITS if getattr(request, name) is None]
-    fields = {name: suits[name] for name in open_fields}
-    fps = fields.get("fps", request.fps)
-    if "frames" in fields and (lasts := _duration(request, fps)):
-        fields["frames"] = 1 + max(int(lasts * fps + 0.01) - 1, 0) // period * period
-    if {"height", "width"} <= set(open_fields) and (shape := _shape(request)):
-        pixels = suits["height"] * suits["width"]
-        if request.upscale is not None:
-            pixels = math.prod(shape)
-        fields["height"], fields["width"] = size_like(shape, pixels, unit)
-    return dataclasses.replace(request, **fields)
-
-
-def _duration(request: Request, fps: float) -> float:
-    """Seconds of the footage or sound that is given; 0: none is, or it isn't known."""
-    for name in _LASTING:
-        if (video := getattr(request, name)) is not None:
-            return footage_length(video, name, fps) / fps * _slower(video, name)
-    sound = request.from_sound
-    if sound is None or isinstance(sound, np.ndarray):
-        return 0.0
-    return len(read_sound(sound, _COARSE)) / _COARSE
-
-
-def _slower(video: Pictures, name: str) -> int:
-    """How many frames of the clip there are for each of pixels; a file has its rate."""
-    return FOOTAGE[name].slower if isinstance(video, np.ndarray) else 1
-
-
-def _shape(request: Request) -> tuple[int, int] | None:
-    """Height and width of the first picture that is given; None: there is none."""
-    for name, row in FOOTAGE.items():
-        if name != "mask" and (video := getattr(request, name)) is not None:
-            height, width = footage_shape(video, name)
-            return height * row.smaller, width * row.smaller
-    pictures = request.pictures
-    return pictures[0].shape[:2] if pictures else None
 
 
 def size_fields(
