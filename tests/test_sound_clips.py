@@ -45,6 +45,7 @@ def config(workdir):
     dit = thread_config.get_config().stages.dit
     dit.data.sound_budget = 20
     dit.pairings = {"together": 1.0, "picture_to_sound": 1.0, "sound_to_picture": 1.0}
+    dit.given.inpaint_sound = 0.3
     dit.cut = 0.5
     dit.steps = dit.evaluate_every = dit.sample_every = 4
     dit.sample.prompts = dit.sample.prompts[:1]
@@ -119,6 +120,32 @@ def test_what_is_given_is_kept_and_makes_a_difference(generator):
     np.testing.assert_array_equal(drafted.audio, made.audio)
     plain = generator(request(), **SETTINGS)
     assert np.abs(made.video.astype(int) - plain.video).max() > 0
+
+
+def test_parts_of_a_sound_are_kept_and_the_rest_is_made(generator):
+    """With any picture, and with one that is given; what is kept makes a difference."""
+    world = World("val", 0, **SIZE, audio_rate=RATE)
+    clips = world.clips(np.arange(2))
+    rate, video, (audio, other) = RATE, clips["video"][0], clips["audio"]
+    other = 0.3 * np.random.default_rng(0).normal(size=other.shape).astype(np.float32)
+    keep = {"keep_sound": ((0.0, 0.2), (0.4, 0.56))}
+    for more in ({}, {"from_video": video}):
+        made, loud = (
+            generator(request(from_sound=x, **keep, **more), **SETTINGS).audio
+            for x in (audio, other)
+        )
+        for sound, given in ((made, audio), (loud, other)):
+            assert sound.shape == (5000, 1)
+            for first, last in keep["keep_sound"]:
+                span = slice(round(first * rate), round(last * rate))
+                np.testing.assert_array_equal(sound[span], given[span])
+            middle = slice(round(0.21 * rate), round(0.39 * rate))
+            assert np.abs(sound[middle] - given[middle]).max() > 1e-3
+        assert np.abs(made[middle] - loud[middle]).max() > 1e-3
+    with pytest.raises(ValueError, match="`keep_sound` 0.5:2 goes beyond the end"):
+        generator(request(from_sound=audio, keep_sound=((0.5, 2.0),)), **SETTINGS)
+    draft = generator(request(from_sound=audio, **keep), draft=True, **SETTINGS)
+    np.testing.assert_array_equal(draft.audio[:1600], audio[:1600])
 
 
 def test_sound_may_come_after_its_picture(generator):

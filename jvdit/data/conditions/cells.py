@@ -183,20 +183,20 @@ def kept_sound(request: Asked, place: Place) -> Known:
     kept, audio = request.sound_spans(), request.waveform(*place.sound)
     if not kept or audio is None or place.encode_sound is None:
         return Known()
-    latents = place.encode_sound(audio)
-    starts = np.arange(len(latents)) / place.latent_rate
+    rate, lasts = place.latent_rate, len(audio) / place.sound[0]
+    starts = np.arange(int(np.ceil(lasts * rate - 1e-6))) / rate
     # The last one may be filled up beyond the end of the clip.
-    ends = np.minimum(starts + 1 / place.latent_rate, len(audio) / place.sound[0])
-    clean = np.zeros(len(latents), bool)
+    ends = np.minimum(starts + 1 / rate, lasts)
+    clean = np.zeros(len(starts), bool)
     for first, last in kept:
         whole = (starts >= first - _ROUNDING) & (ends <= last + _ROUNDING)
         if not whole.any():
             raise ValueError(
                 f"`keep_sound` {first:g}:{last:g} holds no whole latent of the sound; "
-                f"they begin every {1 / place.latent_rate:g} s. Keep a longer span."
+                f"they begin every {1 / rate:g} s. Keep a longer span."
             )
         clean |= whole
-    return Known(sound=latents, sound_clean=clean)
+    return Known(sound=place.encode_sound(audio), sound_clean=clean)
 
 
 # One kind given whole
