@@ -312,7 +312,7 @@ def launch(thread, workdir):
         f"def get_config():\n    return flow_config({str(thread)!r})\n"
     )
     command = [sys.executable, "-m", "jvdit.train", f"--config={config}"]
-    command += [f"--workdir={workdir}", "--config.steps=40"]
+    command += [f"--workdir={workdir}", "--config.steps=32"]
     command += ["--config.checkpoint_every=4", "--config.sample_every=0"]
     command += ["--config.evaluate_every=0", "--config.sample.prompts=()"]
     command += ["--config.sample.scored=0", "--exit_stopped=75"]
@@ -339,17 +339,17 @@ def test_killed_and_restarted_is_bit_identical(latents, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert launch(latents, whole).wait(timeout=300) == 0
     killed = launch(latents, broken)
-    wait_for_step(killed, broken, 8)
+    wait_for_step(killed, broken, 4)
     killed.kill()
     killed.wait()
     ended = launch(latents, broken)
-    wait_for_step(ended, broken, 20)
+    wait_for_step(ended, broken, 12)
     ended.send_signal(signal.SIGTERM)
     assert ended.wait(timeout=300) == 75
-    assert _newest(broken) < 40
+    assert _newest(broken) < 32
     assert launch(latents, broken).wait(timeout=300) == 0
     a, b = final_state(whole), final_state(broken)
-    assert int(a["step"]) == int(b["step"]) == 40
+    assert int(a["step"]) == int(b["step"]) == 32
     for x, y in zip(tree.leaves(a), tree.leaves(b), strict=True):
         np.testing.assert_array_equal(x, y)
 

@@ -73,13 +73,13 @@ class Codec:
         if sound is None:
             return clip
         vae = self.model.audio_vae
-        rate = vae.sample_rate
-        whole = request.from_sound is not None and not request.keep_sound
-        audio = request.waveform(rate, vae.channels) if whole else None
+        rate, audio = vae.sample_rate, None
+        if not request.keep_sound:
+            audio = request.waveform(rate, vae.channels)
         if audio is None:
-            made = self.decode_sound(sound, request.samples(rate))
-            audio = request.sound_kept(made, rate)
-        return clip._replace(audio=audio, audio_rate=vae.sample_rate)
+            audio = self.decode_sound(sound, request.samples(rate))
+            audio = request.sound_kept(audio, rate)
+        return clip._replace(audio=audio, audio_rate=rate)
 
     def decode(
         self,
