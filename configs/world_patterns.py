@@ -33,14 +33,14 @@ def network(patterns=("full",), skips=False):
     config.start_from = ""
     config.data.sources = ("{workdir}/latents",)
     config.data.weights = ()
-    config.data.update(rows=16, token_budget=_TOKENS, text_budget=_TEXT, max_clips=1)
+    config.data.update(rows=8, token_budget=_TOKENS, text_budget=_TEXT, max_clips=1)
     config.data.validation = "{workdir}/latents#val"
     config.timesteps.shift_tokens = _TOKENS
 
     def cost(**more):
         return DiT(**size | _CHANNELS | more).flops(_TOKENS, _TEXT, "weights", _FRAMES)
 
-    config.steps = round(500 * cost(patterns=(), skips=False) / cost())
+    config.steps = round(600 * cost(patterns=(), skips=False) / cost())
     config.evaluate_every = config.sample_every = 0
     return config
 

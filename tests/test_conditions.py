@@ -12,7 +12,6 @@ from closeness import assert_close
 from jaxtyping import Float
 from PIL import Image
 
-from jvdit.data.builders import PackedBatches
 from jvdit.data.cameras import CameraPath, plucker_rays
 from jvdit.data.clips import SIZE, make_index
 from jvdit.data.conditions import CONDITIONS, check_given, known
@@ -25,9 +24,11 @@ from jvdit.data.conditions.giving import (
 )
 from jvdit.data.conditions.known import Known, Place, Tail, merged
 from jvdit.data.items import Statistics, item_of, with_sound
+from jvdit.data.latent_source import LatentSource
+from jvdit.data.packed_batches import PackedBatches
 from jvdit.data.patches import sound_positions
 from jvdit.data.plan import PackPlan
-from jvdit.data.sources import LatentSource, open_source
+from jvdit.data.sources import open_source
 from jvdit.data.world import World
 from jvdit.diffusion.denoise import Guidance
 from jvdit.evaluation.giving_truth import GIVEN, Truth

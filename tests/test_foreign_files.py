@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from jvdit.data.ingest.listing import list_items
-from jvdit.data.records import RecordWriter, latent_features
+from jvdit.data.record_features import latent_features
+from jvdit.data.record_writer import RecordWriter
 from jvdit.data.sources import open_source
 from jvdit.data.tokenizer import Tokenizer, train_tokenizer
 from jvdit.generation.prompt_lines import read_prompts, read_request

@@ -8,9 +8,10 @@ import time
 import numpy as np
 import pytest
 
-from jvdit.data.builders import ClipBatches, PackedBatches, StalledError
+from jvdit.data.builders import ClipBatches, StalledError
 from jvdit.data.clips import BadClip
 from jvdit.data.items import Statistics
+from jvdit.data.packed_batches import PackedBatches
 from jvdit.data.patches import patchify, positions
 from jvdit.data.pipeline import BadDataError, Batches
 from jvdit.data.plan import BucketPlan, PackPlan

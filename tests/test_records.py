@@ -13,14 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
 
-from jvdit.data import records
-from jvdit.data.records import (
-    CLIP_FEATURES,
-    RecordDataset,
-    RecordWriter,
-    dataset_directory,
-    latent_features,
-)
+from jvdit.data import record_writer
+from jvdit.data.manifest import dataset_directory
+from jvdit.data.record_features import CLIP_FEATURES, latent_features
+from jvdit.data.record_writer import RecordWriter
+from jvdit.data.records import RecordDataset
 from jvdit.machine.files import local_path, sweep_temporary, temporary_path
 
 
@@ -195,7 +192,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_half(tmp_path, monkeypatch):
 
     writer = RecordWriter(tmp_path / "set", {"key": "text"}, shards={"train": 1})
     with monkeypatch.context() as patch:
-        patch.setattr(records, "ArrayRecordWriter", Full)
+        patch.setattr(record_writer, "ArrayRecordWriter", Full)
         with pytest.raises(OSError, match="disk is full at .*set-train.*No space"):
             writer.write_shard("train", 0, [{"key": "a"}])
     assert not writer.is_done("train", 0)

@@ -2,10 +2,12 @@
 
 import base64
 import contextlib
+import dataclasses
 import functools
 import http.client
 import io
 import json
+import math
 import pathlib
 import signal
 import socket
@@ -34,6 +36,7 @@ from jvdit.generation.request import Request  # noqa: E402
 from jvdit.generation.results import GeneratedClip  # noqa: E402
 from jvdit.generation.watermark import Watermark  # noqa: E402
 from jvdit.serving.app import make_app  # noqa: E402
+from jvdit.serving.bodies import Uploads  # noqa: E402
 from jvdit.serving.jobs import Jobs, Limits  # noqa: E402
 from jvdit.serving.served import Served  # noqa: E402
 from jvdit.serving.video_request import VideoRequest  # noqa: E402
@@ -567,12 +570,11 @@ def test_a_killed_server_goes_on(tmp_path):
         now = seen()
         assert [*reversed(now)] == ids
         assert all(now[i]["status"] == "completed" for i in before)
-        first.send_signal(signal.SIGTERM)
-        first.wait(60)
-        first = start()
         wait_for([first], lambda: len(done()) == len(ids))
         for i in ids:
             assert b"ftyp" in ask(port, "GET", f"/v1/videos/{i}/content")[1][:16]
+        first.send_signal(signal.SIGTERM)
+        assert first.wait(60) in (0, -signal.SIGTERM)
     finally:
         kill([first])
     assert "Traceback" not in (tmp_path / "log").read_text()
@@ -599,6 +601,35 @@ def test_an_offered_adapter_that_is_no_file_is_told(tmp_path):
     assert done.returncode == 1 and "must read NAME=FILE" in done.stderr
     done = command("serve", "--offer_lora=x=no.file", "--port=0", f"--out={tmp_path}")
     assert done.returncode == 1 and "no.file" in done.stderr
+
+
+def test_paths_of_cameras_and_spans_of_sounds_are_taken(fake):
+    """By a model that has such conditions; spans are no files."""
+    more = "inpaint_sound", "guide", "camera"
+    conditions = (*fake.model.conditions, *more)
+    model = dataclasses.replace(fake.model, conditions=conditions)
+    served = Served(Generator(model, fake.mesh), "fake")
+    accepts = {x["name"]: x["accepts"] for x in served.card["conditions"]}
+    assert accepts["camera"] == "application/json" and accepts["guide"] == "video/*"
+    files = Uploads([*accepts])
+    for span in ([0, 0.5], "0.75:1", "1.05:"):
+        files.put_span(span, "conditions.keep_sound")
+    for wrong in ("soon", [1], [[0, 1], 2], 3, {"a": 1}):
+        with pytest.raises(ValueError, match="must be spans"):
+            files.put_span(wrong, "conditions.keep_sound")
+    with pytest.raises(ValueError, match="isn't taken"):
+        Uploads(["image"]).put_span([0, 1], "conditions.keep_sound")
+    spans = files.keep_sound
+    assert spans == [(0.0, 0.5), (0.75, 1.0), (1.05, math.inf)]
+    asked = VideoRequest.of({"prompt": PROMPT, "num_frames": 9}, (), spans)
+    with pytest.raises(ValueError, match="`keep_sound` says what to keep"):
+        served.order(asked, {})
+    request, settings = served.order(asked, {"from_sound": ["a"], "camera": ["b"]})
+    assert request.keep_sound == (*spans,)
+    told = served.told(request, settings)
+    assert "--keep_sound=0:0.5,0.75:1,1.05:" in told["command"]
+    assert "--camera=your_camera" in told["command"]
+    assert '(1.05, float("inf"))' in told["python"]
 
 
 def test_what_opens_the_model_is_said_of_each_clip(fake):

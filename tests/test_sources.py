@@ -8,19 +8,20 @@ import numpy as np
 import pytest
 
 from jvdit.data.clips import BadClip, Source, make_index
+from jvdit.data.latent_source import LatentSource
 from jvdit.data.media.writer import encode_clip
-from jvdit.data.records import CLIP_FEATURES, RecordWriter, latent_features
+from jvdit.data.record_features import CLIP_FEATURES, latent_features
+from jvdit.data.record_writer import RecordWriter
 from jvdit.data.sources import (
     ArraySource,
-    LatentSource,
-    RecordSource,
-    TfdsSource,
     WorldSource,
     open_source,
     origin,
     source_folder,
     world_of,
 )
+from jvdit.data.tfds_source import TfdsSource
+from jvdit.data.video_sources import RecordSource
 from jvdit.data.world import World
 
 
@@ -185,7 +186,7 @@ def test_what_was_probed_is_kept_for_the_next_start(records, tmp_path, monkeypat
     first = TfdsSource(records)
     (kept,) = (tmp_path / "jvdit" / "probes").glob("*.json")
     with monkeypatch.context() as patch:
-        patch.setattr("jvdit.data.sources.probe", None)
+        patch.setattr("jvdit.data.tfds_source.probe", None)
         again = TfdsSource(records)
     assert again.fingerprint == first.fingerprint and again.rejects == first.rejects
     for name, column in first.index.items():

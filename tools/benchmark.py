@@ -24,8 +24,8 @@ import numpy as np
 import optax
 from einops import rearrange
 
-from jvdit.data.builders import PackedBatches
 from jvdit.data.items import Statistics
+from jvdit.data.packed_batches import PackedBatches
 from jvdit.data.pipeline import Batches
 from jvdit.data.plan import BucketPlan, PackPlan
 from jvdit.data.sources import ArraySource

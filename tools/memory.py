@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from jvdit.generation.request import size_fields
+from jvdit.generation.completion import size_fields
 from jvdit.generation.room import Room
 from jvdit.models import dit, text_encoder, video_vae
 from jvdit.pods.programs import pod_mesh, sample_program, vae_program

@@ -34,7 +34,7 @@ from jvdit.data.grid import ClipGrid
 from jvdit.data.ingest.beam import beam_engine
 from jvdit.data.ingest.clip_file import ClipFile, Recipe
 from jvdit.data.ingest.ingest import ingest
-from jvdit.data.records import dataset_directory
+from jvdit.data.manifest import dataset_directory
 from jvdit.machine.json_files import nearest
 
 

@@ -14,13 +14,8 @@ from typing import Any
 
 import grain
 
-from jvdit.data.builders import (
-    Arrays,
-    ClipBatches,
-    PackedBatches,
-    call_within,
-    few,
-)
+from jvdit.data.builders import Arrays, ClipBatches, call_within, few
+from jvdit.data.packed_batches import PackedBatches
 
 _MOST_PREFETCHED = 64  # batches
 _KEPT_REPORTS = 1000

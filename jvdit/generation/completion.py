@@ -1,15 +1,17 @@
-"""What a request leaves open, filled in from what it gives and what its model says."""
+"""Requests made complete: what they leave open, by what is given and by their model."""
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from jvdit.data.clips import SIZE
 from jvdit.data.media.audio import read_sound
 from jvdit.generation.footage import FOOTAGE, Pictures, footage_length, footage_shape
-from jvdit.generation.request import COARSE, Request, size_like
+from jvdit.generation.request import COARSE, Request
 
 # Of these a clip lasts as long as what is given.
 _LASTING = "from_video", "upscale", "interpolate", "restyle", "edges", "guide"
@@ -68,3 +70,44 @@ def _shape(request: Request) -> tuple[int, int] | None:
             return height * row.smaller, width * row.smaller
     pictures = request.pictures
     return pictures[0].shape[:2] if pictures else None
+
+
+def size_fields(
+    defaults: dict[str, Any], size: str | None, frames: int | None, fps: float | None
+) -> dict[str, Any]:
+    """Builds the fields of a `Request` that set its size: frames, height, width, fps.
+
+    Args:
+        defaults: the model's defaults, used for whatever is None below.
+        size: "HEIGHTxWIDTH" in pixels, such as "64x96".
+        frames: number of frames.
+        fps: frames per second.
+
+    Raises:
+        ValueError: `size` isn't of the form HEIGHTxWIDTH.
+    """
+    names = (*SIZE, "fps")
+    given: dict[str, Any] = {"frames": frames, "fps": fps}
+    if size is not None:
+        match = re.fullmatch(r"(\d+)x(\d+)", size)
+        if match is None:
+            raise ValueError(
+                f"`size` (={size!r}) must read HEIGHTxWIDTH, such as 64x96."
+            )
+        given |= {"height": int(match[1]), "width": int(match[2])}
+    fields = {name: defaults[name] for name in names if name in defaults}
+    return fields | {name: value for name, value in given.items() if value is not None}
+
+
+def size_like(shape: tuple[int, int], pixels: int, unit: int) -> tuple[int, int]:
+    """Finds a height and width with an image's aspect ratio and a given area.
+
+    Args:
+        shape: height and width of the image.
+        pixels: largest height times width.
+        unit: both are rounded down to multiples of this, and at least this.
+    """
+    aspect = shape[0] / shape[1]
+    height, width = (pixels * aspect) ** 0.5, (pixels / aspect) ** 0.5
+    sides = [max(int(x + 1e-6) // unit, 1) * unit for x in (height, width)]
+    return sides[0], sides[1]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import re
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,6 @@ from jaxtyping import Float, UInt8
 from PIL import ImageOps
 
 from jvdit.data.cameras import CameraPath, read_camera
-from jvdit.data.clips import SIZE
 from jvdit.data.conditions.known import Tail
 from jvdit.data.media.audio import read_sound
 from jvdit.data.media.reader import probe
@@ -354,47 +352,6 @@ class Request:
             )
             for x in self.references
         ]
-
-
-def size_fields(
-    defaults: dict[str, Any], size: str | None, frames: int | None, fps: float | None
-) -> dict[str, Any]:
-    """Builds the fields of a `Request` that set its size: frames, height, width, fps.
-
-    Args:
-        defaults: the model's defaults, used for whatever is None below.
-        size: "HEIGHTxWIDTH" in pixels, such as "64x96".
-        frames: number of frames.
-        fps: frames per second.
-
-    Raises:
-        ValueError: `size` isn't of the form HEIGHTxWIDTH.
-    """
-    names = (*SIZE, "fps")
-    given: dict[str, Any] = {"frames": frames, "fps": fps}
-    if size is not None:
-        match = re.fullmatch(r"(\d+)x(\d+)", size)
-        if match is None:
-            raise ValueError(
-                f"`size` (={size!r}) must read HEIGHTxWIDTH, such as 64x96."
-            )
-        given |= {"height": int(match[1]), "width": int(match[2])}
-    fields = {name: defaults[name] for name in names if name in defaults}
-    return fields | {name: value for name, value in given.items() if value is not None}
-
-
-def size_like(shape: tuple[int, int], pixels: int, unit: int) -> tuple[int, int]:
-    """Finds a height and width with an image's aspect ratio and a given area.
-
-    Args:
-        shape: height and width of the image.
-        pixels: largest height times width.
-        unit: both are rounded down to multiples of this, and at least this.
-    """
-    aspect = shape[0] / shape[1]
-    height, width = (pixels * aspect) ** 0.5, (pixels / aspect) ** 0.5
-    sides = [max(int(x + 1e-6) // unit, 1) * unit for x in (height, width)]
-    return sides[0], sides[1]
 
 
 def _named(source: Pictures | None) -> str | None:

@@ -8,8 +8,8 @@ from typing import Any
 from absl import flags
 
 from jvdit.diffusion.solvers import SOLVERS
+from jvdit.generation.completion import size_fields
 from jvdit.generation.presets import PRESETS
-from jvdit.generation.request import size_fields
 from jvdit.generation.settings import Settings
 from jvdit.weights.bundle import Bundle
 from jvdit.weights.few_bits import FORMS

@@ -92,7 +92,8 @@ class Api:
 
     def _add(self, fields: dict[str, Any], files: Uploads) -> VideoJob:
         """Checks what is asked, and puts it in the queue."""
-        asked, jobs = VideoRequest.of(fields, files.keyframes), self.jobs
+        spans = files.keep_sound
+        asked, jobs = VideoRequest.of(fields, files.keyframes, spans), self.jobs
         id, names = jobs.receive(files.files)
         try:
             try:

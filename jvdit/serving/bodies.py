@@ -33,19 +33,17 @@ class Uploads:
         takes: conditions that the model takes.
         files: contents of the files, by condition.
         keyframes: seconds of each picture of `keyframes`.
+        keep_sound: spans, which are no files: seconds from and until.
     """
 
     takes: Sequence[str]
     files: dict[str, list[bytes]] = dataclasses.field(default_factory=dict)
     keyframes: list[float] = dataclasses.field(default_factory=list)
+    keep_sound: list[tuple[float, float]] = dataclasses.field(default_factory=list)
 
     def put(self, name: str, content: bytes, place: str) -> None:
         """Adds a file to those of a condition; errors name its place in the body."""
-        if name not in self.takes:
-            told = ", ".join(f"`{x}`" for x in self.takes) or "none"
-            raise ValueError(
-                f"`{place}` isn't taken: of conditions this model takes {told}."
-            )
+        self._check_taken(name, place)
         if not content:
             raise ValueError(f"`{place}` is empty.")
         if name in self.files and name not in SEVERAL:
@@ -54,6 +52,26 @@ class Uploads:
         if len(several) == _FILES:
             raise ValueError(f"`{place}` must be at most {_FILES} files.")
         several.append(content)
+
+    def _check_taken(self, name: str, place: str) -> None:
+        if name not in self.takes:
+            told = ", ".join(f"`{x}`" for x in self.takes) or "none"
+            raise ValueError(
+                f"`{place}` isn't taken: of conditions this model takes {told}."
+            )
+
+    def put_span(self, value: Any, place: str) -> None:
+        """Adds a span of a sound: [0, 0.5], or "0:0.5"; no end is the clip's."""
+        self._check_taken("keep_sound", place)
+        ends = value.split(":") if isinstance(value, str) else value
+        try:
+            start, end = ends
+            self.keep_sound.append((float(start), float(end or math.inf)))
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(
+                f"`{place}` (={str(value)[:40]!r}) must be spans such as [0, 0.5], in "
+                "seconds, in forms 0:0.5."
+            ) from None
 
     def put_keyframe(self, time: Any, content: bytes, place: str) -> None:
         """Adds a keyframe at a time in seconds."""
@@ -115,7 +133,9 @@ def _from_json(body: dict[str, Any], takes: Sequence[str]) -> tuple[Any, Uploads
     for name, value in given.items():
         place = f"conditions.{name}"
         for each in value if isinstance(value, list) else [value]:
-            if name == "keyframes":
+            if name == "keep_sound":
+                files.put_span(each, place)
+            elif name == "keyframes":
                 _put_keyframe(files, each, place)
             else:
                 files.put(name, _from_url(each, place)[1], place)
@@ -152,6 +172,9 @@ async def _from_form(items: Any, takes: Sequence[str]) -> tuple[Any, Uploads]:
             fields[name] = value
             continue
         place = name[:60]
+        if part and part[1] == "keep_sound":
+            files.put_span(value, place)
+            continue
         if isinstance(value, UploadFile):
             kind, content = value.content_type or "image/*", await value.read()
         else:

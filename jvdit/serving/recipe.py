@@ -1,5 +1,6 @@
 """How a clip is made anew: as a command, and as Python."""
 
+import math
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -31,9 +32,8 @@ def command_of(
         name = {"last_image": "last"}.get(name, name)
         if isinstance(value, bool):
             words.append(f"--{'' if value else 'no'}{name}")
-        elif isinstance(value, tuple):  # of files, some with their seconds
-            parts = [x if isinstance(x, str) else f"{x[0]:g}:{x[1]}" for x in value]
-            words.append(f"--{name}={','.join(parts)}")
+        elif isinstance(value, tuple):
+            words.append(f"--{name}={','.join(map(_timed, value))}")
         else:
             words.append(f"--{name}={value}")
     return shlex.join(words)
@@ -50,7 +50,10 @@ def python_of(
     opened = [] if folder is None else [repr(folder)]
     if form := source.get("quantize"):
         opened.append(f"quantize={form!r}")
-    lines = [f"    {name}={value!r}," for name, value in fields.items()]
+    told = {name: repr(value) for name, value in fields.items()}
+    if request.keep_sound:
+        told["keep_sound"] = told["keep_sound"].replace("inf", 'float("inf")')
+    lines = [f"    {name}={value}," for name, value in told.items()]
     marked = []
     if key := source.get("watermark"):
         marked = [f"generator.watermark = Watermark.read({key!r})"]
@@ -84,8 +87,20 @@ def _fields(request: Request, settings: Settings, sound: bool) -> dict[str, Any]
     return fields | {name: _stand_in(request, name) for name in given_names(request)}
 
 
+def _timed(part: Any) -> str:
+    """A file, a file with its seconds, or a span, as a flag has them."""
+    if isinstance(part, str):
+        return part
+    start, what = part
+    if not isinstance(what, str):
+        what = "" if what == math.inf else f"{what:g}"
+    return f"{start:g}:{what}"
+
+
 def _stand_in(request: Request, name: str) -> Any:
     """What stands for the files of a condition."""
+    if name == "keep_sound":
+        return request.keep_sound
     if name not in SEVERAL:
         return f"your_{name}"
     files = [f"your_{name}_{i + 1}" for i in range(len(getattr(request, name)))]

@@ -6,8 +6,9 @@ from functools import cached_property
 from typing import Any
 
 from jvdit.data.conditions import CONDITIONS
+from jvdit.generation.completion import size_like
 from jvdit.generation.generator import Generator
-from jvdit.generation.request import SEVERAL, Request, size_like
+from jvdit.generation.request import SEVERAL, Request
 from jvdit.generation.settings import Settings
 from jvdit.serving.recipe import command_of, given_names, python_of
 from jvdit.serving.slots import ALIGNED
@@ -16,9 +17,10 @@ from jvdit.serving.video_request import VideoRequest
 
 # How a browser may choose a file for a condition; all others are pictures.
 _FILMS = "video", "mask", "from_video", "prefix", "suffix", "interpolate", "upscale"
-_FILMS += "edges", "restyle"
+_FILMS += "edges", "guide", "restyle"
 _ACCEPTS = dict.fromkeys(_FILMS, "video/*")
 _ACCEPTS |= {"from_sound": "audio/*", "mask": "image/*,video/*"}
+_ACCEPTS |= {"camera": "application/json", "keep_sound": "spans"}
 _NO_FILE = "tail"  # a condition that only films have
 
 
@@ -74,7 +76,8 @@ class Served:
                 f"`lora` (={asked.lora[:60]!r}) isn't offered here; "
                 f"{', '.join(self.loras) or 'none'} is (--offer_lora)."
             )
-        model.check_given([name for name in paths if name != "restyle"])
+        given = [name for name in paths if name != "restyle"]
+        model.check_given(given + ["keep_sound"] * bool(asked.keep_sound))
         if asked.strength is not None and "restyle" not in paths:
             raise ValueError("`strength` says how far `restyle` goes; give both.")
         if asked.sound and "restyle" in paths:

@@ -40,6 +40,7 @@ class VideoRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         sound: whether the clip has sound; None: if the model can make some.
         strength: how far `restyle` goes, 0 to 1.
         keyframes: seconds of the pictures of that condition; not a field of a body.
+        keep_sound: the spans of that condition; likewise.
     """
 
     prompt: _Prompt
@@ -56,21 +57,26 @@ class VideoRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sound: bool | None = None
     strength: float | None = None
     keyframes: tuple[float, ...] = ()
+    keep_sound: tuple[tuple[float, float], ...] = ()
 
     @classmethod
     def of(
-        cls, fields: Mapping[str, Any], keyframes: Sequence[float] = ()
+        cls,
+        fields: Mapping[str, Any],
+        keyframes: Sequence[float] = (),
+        keep_sound: Sequence[tuple[float, float]] = (),
     ) -> "VideoRequest":
         """Reads the fields of a body, in which numbers may be text, and picks a seed.
 
         Args:
             fields: of the body, without its conditions.
             keyframes: seconds of its keyframes.
+            keep_sound: spans of its sound that are kept.
 
         Raises:
             ValueError: names the field that is unknown, or of the wrong type.
         """
-        given = {**fields, "keyframes": [*keyframes]}
+        given = {**fields, "keyframes": [*keyframes], "keep_sound": [*keep_sound]}
         found = fit_json(given, "the request", cls, "correct it", strict=False)
         for name in ("prompt", "negative_prompt"):
             check_text(getattr(found, name) or "", f"`{name}`")
@@ -100,6 +106,8 @@ class VideoRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             fields["keyframes"] = (
                 *zip(self.keyframes, files["keyframes"], strict=True),
             )
+        if self.keep_sound:
+            fields["keep_sound"] = self.keep_sound
         if self.size is not None:
             if (match := _SIZE.fullmatch(self.size)) is None:
                 raise ValueError(

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from jvdit.config import Config
-from jvdit.data.sources import LatentSource, source_folder
+from jvdit.data.latent_source import LatentSource
+from jvdit.data.sources import source_folder
 from jvdit.machine.json_files import differences
 from jvdit.models.audio_vae import AudioVAE
 from jvdit.models.video_vae import VideoVAE

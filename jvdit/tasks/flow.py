@@ -12,12 +12,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jvdit.config import Config
-from jvdit.data.builders import PackedBatches
 from jvdit.data.conditions.giving import given_sources, marking
 from jvdit.data.items import Statistics
+from jvdit.data.latent_source import LatentSource
+from jvdit.data.packed_batches import PackedBatches
 from jvdit.data.patches import grid_frames
 from jvdit.data.plan import PackPlan
-from jvdit.data.sources import LatentSource, open_source, origin
+from jvdit.data.sources import open_source, origin
 from jvdit.data.tokenizer import Tokenizer, train_tokenizer
 from jvdit.diffusion.noise_path import NoisePath
 from jvdit.machine.cluster import is_lead, to_host
@@ -55,6 +56,7 @@ class FlowTask(Task):
         name: family.module for name, family in MODELS.items()
     }
     sources: list[LatentSource]  # type: ignore[assignment]
+    batch_builder: PackedBatches  # type: ignore[assignment]
 
     def __init__(self, config: Config, mesh: Mesh, workdir: pathlib.Path):
         super().__init__(config, mesh, workdir)
@@ -77,27 +79,12 @@ class FlowTask(Task):
             drawn, self.plan, data.caption_dropout, marking(given_shares(config))
         )
         self.example, _ = self.batch_builder[0]
-        one_clip = data.max_clips == 1 and self.plan.padding == 0
-        one_clip = one_clip and not data.sound_budget
         held = [self.open(data.validation)] if data.validation else []
         lengths = [x.index["frames"] for x in (*self.sources, *held)]
         frames = np.concatenate(lengths) // config.patch_size[0]
         # What is given beside some clips would make their rows longer than a grid.
-        alike = one_clip and np.ptp(frames) == 0 and len(drawn) == len(self.sources)
-        self.objective = flow_objective(
-            config,
-            mesh,
-            channels=self.vae.module.latent_channels * math.prod(config.patch_size),
-            cond_channels=self.batch_builder.cond_channels,
-            text_width=self.captions.module.width if self.captions else 0,
-            vocab_size=0 if self.captions else self.tokenizer.vocab_size,
-            one_clip=one_clip,
-            sound_channels=self.audio_vae.module.latent_channels
-            if self.audio_vae
-            else 0,
-            frames=grid_frames(self.example["position"]) if alike else 0,
-            longest=int(frames.max()),
-        )
+        alike = bool(np.ptp(frames) == 0) and len(drawn) == len(self.sources)
+        self.objective = self._objective(alike, int(frames.max()))
         if self.objective.lora:
             self.frozen, self.fresh = self._base(), ("lora",)
         self.identity = self._identity()
@@ -116,6 +103,30 @@ class FlowTask(Task):
         self._measure = jit(self.objective.validate)
 
     # Building
+
+    def _objective(self, alike: bool, longest: int) -> FlowObjective:
+        """The objective, by the sizes that the data set.
+
+        Args:
+            alike: all clips have as many frames, and nothing is given beside any.
+            longest: frames of the longest clip, in tokens.
+        """
+        config, sound = self.config, self.audio_vae
+        one_clip = config.data.max_clips == 1 and self.plan.padding == 0
+        one_clip = one_clip and not config.data.sound_budget
+        grid = one_clip and alike
+        return flow_objective(
+            config,
+            self.mesh,
+            channels=self.vae.module.latent_channels * math.prod(config.patch_size),
+            cond_channels=self.batch_builder.cond_channels,
+            text_width=self.captions.module.width if self.captions else 0,
+            vocab_size=0 if self.captions else self.tokenizer.vocab_size,
+            one_clip=one_clip,
+            sound_channels=sound.module.latent_channels if sound else 0,
+            frames=grid_frames(self.example["position"]) if grid else 0,
+            longest=longest,
+        )
 
     def open(self, name):  # noqa: D102
         source = open_source(

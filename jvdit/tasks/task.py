@@ -10,8 +10,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jvdit.config import Config
-from jvdit.data.builders import Arrays, ClipBatches, PackedBatches
+from jvdit.data.builders import Arrays, ClipBatches
 from jvdit.data.clips import Source
+from jvdit.data.packed_batches import PackedBatches
 from jvdit.data.pipeline import Batches
 from jvdit.data.sources import open_source
 from jvdit.machine.cluster import share_of_rows

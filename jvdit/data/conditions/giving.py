@@ -25,9 +25,9 @@ from jvdit.data.conditions import (
 )
 from jvdit.data.conditions.beside import PRESENCE, VIEWS
 from jvdit.data.conditions.known import Known
+from jvdit.data.latent_source import LatentSource
 from jvdit.data.order import fingerprint
 from jvdit.data.patches import Size, token_grid
-from jvdit.data.sources import LatentSource
 
 
 class GivenSource:

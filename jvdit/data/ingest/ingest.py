@@ -22,7 +22,8 @@ from jvdit.data.ingest.ingest_report import ASIDE, Entry, Report, describe_file
 from jvdit.data.ingest.listing import list_items
 from jvdit.data.ingest.shard_plan import Plan, plan_shards
 from jvdit.data.ingest.supervisor import supervise
-from jvdit.data.records import RecordWriter, clip_features
+from jvdit.data.record_features import clip_features
+from jvdit.data.record_writer import RecordWriter
 from jvdit.machine.files import write_atomically
 from jvdit.machine.json_files import read_json
 from jvdit.machine.progress import Bars

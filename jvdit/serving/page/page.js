@@ -8,7 +8,7 @@ const zones = new Map(); // element -> the condition that it takes, and the file
 const WORDS = {
   image: "First frame", last_image: "Last frame", keyframes: "Keyframe", references: "To appear",
   prefix: "Beginning", suffix: "End", video: "Footage to follow or keep", mask: "Mask of it",
-  edges: "Edges to follow", restyle: "To make anew", interpolate: "Half the rate", upscale: "Half the size",
+  edges: "Edges to follow", guide: "Guide to follow", camera: "Camera path", restyle: "To make anew", interpolate: "Half the rate", upscale: "Half the size",
   from_video: "Picture to give sound", from_sound: "Sound to give a picture",
 };
 // What goes with the file of a condition: its label, and its bounds.
@@ -92,7 +92,7 @@ function drawForm() {
   $("conditions").hidden = !conditions.length;
   const order = Object.keys(WORDS);
   conditions.sort((a, b) => order.indexOf(a.name) - order.indexOf(b.name));
-  for (const condition of conditions) drawZone(condition);
+  for (const condition of conditions) if (condition.accepts.includes("/")) drawZone(condition);
   $("more-zones").hidden = !$("films").childElementCount;
   const saved = sessionStorage.getItem("form");
   if (saved) fill(JSON.parse(saved));
