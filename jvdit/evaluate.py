@@ -32,10 +32,11 @@ from jvdit.evaluation.measuring import Measured, real, trained_on
 from jvdit.evaluation.sound_report import report_audio_vae
 from jvdit.evaluation.vae_report import report_vae
 from jvdit.evaluation.world_report import ReportColumn, compositions, page, results_of
+from jvdit.generation.completion import size_fields
 from jvdit.generation.features import clip_features
 from jvdit.generation.generator import Generator
 from jvdit.generation.reconstructor import Reconstructor, SoundReconstructor
-from jvdit.generation.request import Request, size_fields
+from jvdit.generation.request import Request
 from jvdit.generation.settings import Settings
 from jvdit.generation.world_clips import Setting, generated, requests_for
 from jvdit.machine import flag_parser

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import numpy as np
@@ -21,16 +22,18 @@ from jvdit.data.conditions.giving import (
     known_in_training,
     marking,
 )
-from jvdit.data.conditions.known import Place, Tail
-from jvdit.data.items import Statistics, item_of
+from jvdit.data.conditions.known import Known, Place, Tail, merged
+from jvdit.data.items import Statistics, item_of, with_sound
 from jvdit.data.latent_source import LatentSource
 from jvdit.data.packed_batches import PackedBatches
+from jvdit.data.patches import sound_positions
 from jvdit.data.plan import PackPlan
 from jvdit.data.sources import open_source
 from jvdit.data.world import World
 from jvdit.diffusion.denoise import Guidance
 from jvdit.evaluation.giving_truth import GIVEN, Truth
 from jvdit.generation.generator import Generator
+from jvdit.generation.inputs import given_sound
 from jvdit.generation.request import Request
 from jvdit.sharding import make_mesh
 from jvdit.tasks.encoding import encode as encode_dataset
@@ -53,7 +56,21 @@ def encode(video: Float[np.ndarray, "T H W 3"]):
     return np.concatenate([cells[:1], later]).astype(np.float32)
 
 
+RATE, HOP = 800, 40  # samples per second, and of a latent
+LATENT_RATE = RATE / HOP
+SOUND = np.random.default_rng(3).uniform(-1, 1, (900, 1)).astype(np.float32)
+
+
+def encode_sound(audio: Float[np.ndarray, "a e"]):
+    """Two channels: mean and power of so many samples, the last filled up."""
+    parts = np.pad(audio[:, 0], (0, -len(audio) % HOP)).reshape(-1, HOP)
+    return np.stack([parts.mean(1), parts.std(1)], axis=1).astype(np.float32)
+
+
 PLACE = Place(5, encode, STRIDE, 2, channels=3)
+HEARD = PLACE._replace(
+    encode_sound=encode_sound, sound=(RATE, 1), latent_rate=LATENT_RATE
+)
 WORLD = World("train", 0, FRAMES, SIDE, SIDE, fps=FPS)
 SHOWN = 13  # a clip of which the camera pans
 
@@ -120,6 +137,7 @@ def learned(video, name, seed=0):
     if row.beside is not None:
         cells = np.prod(view.shape[1:3])
         count = int(row.beside.count(len(view), np.array([seed]))[0] * cells) // 4
+    sound = encode_sound(SOUND) if "keep_sound" in row.takes else np.zeros((0, 2))
     what = known_in_training(
         mean,
         view,
@@ -129,12 +147,25 @@ def learned(video, name, seed=0):
         fps=FPS,
         temporal_compression=STRIDE,
         beside=count,
-        sounds=np.zeros(0),
+        sounds=np.arange(1, len(sound) + 1) / LATENT_RATE,
         rng=np.random.default_rng(seed),
     )
     logvar = np.full_like(mean, -4.0)
     how = HOW | {"first": int(row.headless), "logvar": logvar}
-    return what, item_of(mean, known=what, text_embeds=TEXT, **how)
+    item = item_of(mean, known=what, text_embeds=TEXT, **how)
+    if not len(sound):
+        return what, item
+    place = sound_positions(len(sound), LATENT_RATE, None, STRIDE)
+    how = {"given": what.sound_clean, "logvar": np.full_like(sound, -4.0)}
+    return what, with_sound(item, sound, place, **how)
+
+
+def spans_of(clean):
+    """The spans of a sound of which these latents are given."""
+    edges = np.flatnonzero(np.diff(np.r_[0, clean.astype(int), 0])).reshape(-1, 2)
+    last = len(SOUND) / RATE
+    ends = ((a / LATENT_RATE, min(b / LATENT_RATE, last)) for a, b in edges)
+    return tuple(ends)
 
 
 def asked(video, name, what):
@@ -155,6 +186,8 @@ def asked(video, name, what):
         "guide": {"guide": beside()["guide"]},
         "camera": {"camera": camera_path()},
     }
+    if name == "inpaint_sound":
+        given[name] = {"from_sound": SOUND, "keep_sound": spans_of(what.sound_clean)}
     if name == "inpaint":
         change = np.repeat(~what.clean, [1] + [STRIDE] * 4, axis=0)
         mask = change.repeat(2, 1).repeat(2, 2)[..., None].repeat(3, -1)
@@ -176,10 +209,14 @@ def test_a_request_gives_what_training_gave(video, name, seed):
     what, ours = learned(video, name, seed)
     request = asked(video, name, what)
     check_given([name], request.given)
-    found = known([name], request, PLACE)
+    found = known([name], request, HEARD)
     blank = np.zeros((5 - found.headless, 8, 8, 3), np.float32)
     how = HOW | {"first": int(found.headless)}
     theirs = item_of(blank, known=found, text_embeds=TEXT, **how)
+    if ours.sounds:
+        latents, given = given_sound(found, ours.sounds, 2)
+        place = sound_positions(ours.sounds, LATENT_RATE, None, STRIDE)
+        theirs = with_sound(theirs, latents, place, given=given)
     np.testing.assert_array_equal(theirs.position, ours.position)
     np.testing.assert_array_equal(theirs.level, ours.level)
     assert theirs.beside == ours.beside
@@ -190,7 +227,9 @@ def test_a_request_gives_what_training_gave(video, name, seed):
         return
     assert 0 < clean.sum() < len(clean)
     np.testing.assert_allclose(theirs.latents[clean], ours.latents[clean], atol=1e-2)
-    assert (ours.logvar[clean] < -20).all() and (ours.logvar[~clean] == -4).all()
+    assert (ours.logvar[clean] < -20).all() and (ours.logvar[~clean, :2] == -4).all()
+    picture = ~clean[: ours.spans[0][1]]  # a sound's latents are narrower
+    assert (ours.logvar[: len(picture)][picture] == -4).all()
 
 
 def test_what_is_given_beside_a_clip_lies_where_it_belongs(video):
@@ -218,6 +257,88 @@ def test_conditions_of_any_kind_together(video):
     assert found.clean[0].all() and found.clean[:, :, :4].all()
     assert not found.clean[1:, :, 4:].any() and len(found.parts) == 1
     assert_close(found.latents[found.clean], encode(to_float(video))[found.clean])
+
+
+def test_signals_lie_side_by_side(video):
+    """Whatever else is given, and however the model lists what it takes."""
+    request = asked(video, "guide", learned(video, "guide")[0])
+    taken = ["camera", "first_frame", "guide", "edges"]
+    alone = known(["guide"], request, PLACE).cond
+    both = dataclasses.replace(request, camera=camera_path(), image=video[0])
+    found = known(taken, both, PLACE)
+    assert found.cond.shape[-1] == 3 + 3 + 12 and found.clean[0].all()
+    assert not found.cond[..., :3].any()
+    np.testing.assert_array_equal(found.cond[..., 3:6], alone)
+    np.testing.assert_array_equal(found.cond[..., 6:], view_of("camera", video))
+    trained = known_in_training(
+        encode(to_float(video)),
+        view_of("camera", video),
+        "camera",
+        {},
+        beside=0,
+        sounds=np.zeros(0),
+        rng=np.random.default_rng(0),
+        conditions=taken[::-1],
+        **HOW,
+    )
+    np.testing.assert_array_equal(trained.cond[..., 6:], found.cond[..., 6:])
+    assert not trained.cond[..., :6].any()
+    tail = Tail(encode(to_float(video))[1:3])  # a clip without its first latent frame
+    later = known(
+        [*taken, "extend"], dataclasses.replace(both, tail=tail, image=None), PLACE
+    )
+    np.testing.assert_array_equal(later.cond, found.cond[1:])
+
+
+def test_parts_of_a_sound_are_kept_exactly_and_the_rest_is_made(video):
+    """By spans in seconds; nothing jumps where they end."""
+    size = {"frames": FRAMES, "height": SIDE, "width": SIDE, "fps": FPS}
+    keep = ((0.0, 0.3), (0.62, math.inf))
+    request = Request("", **size, from_sound=SOUND, keep_sound=keep)
+    found = known(["inpaint_sound", "sound_to_picture"], request, HEARD)
+    last = np.arange(23) >= 13  # from 0.65 s on
+    assert (found.sound_clean == (np.arange(23) < 6) | last).all()
+    made = np.zeros_like(SOUND)
+    mixed = request.sound_kept(made, RATE)
+    np.testing.assert_array_equal(mixed[:240], SOUND[:240])
+    np.testing.assert_array_equal(mixed[496:], SOUND[496:])
+    assert not mixed[245:492].any() and np.abs(mixed[240:245]).max() > 0
+    whole = dataclasses.replace(request, keep_sound=())
+    assert (
+        known(["inpaint_sound", "sound_to_picture"], whole, HEARD).sound_clean is None
+    )
+    assert request.settings["keep_sound"] == [[0.0, 0.3], [0.62, math.inf]]
+    given = dataclasses.replace(request, from_video=video)
+    both = known(["picture_to_sound", "inpaint_sound"], given, HEARD)
+    assert both.clean.all() and both.sound_clean.sum() == found.sound_clean.sum()
+
+
+@pytest.mark.parametrize(
+    "spans, message",
+    [
+        (((0.0, 0.5), (0.4, 0.8)), "has 0.4:0.8 after 0.5 s.*without overlap"),
+        (((0.5, 0.5),), "has 0.5:0.5"),
+        (((-0.5, 0.5),), "has -0.5:0.5"),
+        (((0.5, 2.0),), "0.5:2 goes beyond the end.*lasts 1.125 s"),
+        (((2.0, math.inf),), "2:inf goes beyond the end"),
+        (((0.51, 0.52),), "0.51:0.52 holds no whole latent.*every 0.05 s"),
+    ],
+)
+def test_spans_that_cannot_be_kept(spans, message):
+    size = {"frames": FRAMES, "height": SIDE, "width": SIDE, "fps": FPS}
+    with pytest.raises(ValueError, match=message):
+        request = Request("", **size, from_sound=SOUND, keep_sound=spans)
+        known(["inpaint_sound"], request, HEARD)
+
+
+def test_what_two_know_of_a_sound_is_put_together():
+    """A beginning, and spans: the later one counts where both do."""
+    first = Known(sound=np.ones((3, 2), np.float32))
+    marks = np.array([False, False, True, False, True])
+    second = Known(sound=np.full((5, 2), 2.0, np.float32), sound_clean=marks)
+    found = merged([first, second])
+    assert found.sound_clean.tolist() == [True, True, True, False, True]
+    assert found.sound[:, 0].tolist()[:3] == [1, 1, 2] and found.sound[4, 0] == 2
 
 
 def builder(shares, **options):
@@ -327,9 +448,12 @@ def test_fields_that_go_together(video):
         ({"video": video}, "give both"),
         ({"suffix": video[:2], "last_image": video[0]}, "both say how it ends"),
         ({"upscale": video}, "`upscale` was given, but this model takes"),
+        ({"keep_sound": ((0.0, 1.0),)}, "`keep_sound` says what to keep of `from_sou"),
+        ({"from_sound": SOUND}, "takes no whole `from_sound`; say what to keep"),
     ):
         with pytest.raises(ValueError, match=message):
-            check_given(["inpaint", "suffix"], Request("", **given).given)
+            taken = ["inpaint", "suffix", "inpaint_sound"]
+            check_given(taken, Request("", **given).given)
 
 
 @pytest.mark.parametrize("name", GIVEN)

@@ -105,6 +105,14 @@ def test_a_packed_clip_has_the_watermark_of_a_lone_one(packed, monkeypatch):
     assert np.abs(made[1] - unmarked).mean() > 0.1
 
 
+def test_the_same_request_twice_is_two_clips(packed):
+    """Requests that are alike hold arrays, which have no truth value."""
+    orders = [order(packed, 7, 2, image=PICTURE.copy()) for _ in range(2)]
+    first, second = run(packed, orders, [0, 1]).values()
+    np.testing.assert_allclose(first, second, atol=1e-3)
+    assert not packed.running
+
+
 def test_channels_beside_the_noise_are_packed(packed):
     """Of a model that follows edges; one clip has some, and its neighbour none."""
     box = packed.generator.model

@@ -33,6 +33,7 @@ from jvdit.weights.opening import open_bundle
 from jvdit.weights.parameters import Network
 from jvdit.weights.rules import export, loader
 
+MEMORY = pathlib.Path(__file__).parent.parent / "tools/memory.py"
 TOOL = pathlib.Path(__file__).parent.parent / "tools/quantization_error.py"
 WAN = VARIANTS["tiny"] | {"in_channels": 16, "out_channels": 16, "text_width": 12}
 CONTROL = WAN | {"control_layers": (0, 1), "control_channels": 24}
@@ -317,6 +318,31 @@ def test_what_is_told_is_what_is_held():
         assert size == sum(x.nbytes for x in jax.tree.leaves(held)), name
         int8 = any(x.dtype == np.int8 for x in jax.tree.leaves(held))
         assert int8 == (name not in ("vae", "audio_vae"))
+
+
+def test_the_tool_and_a_start_count_the_same(monkeypatch):
+    """What the compiler takes as arguments are the weights of `Room`, and inputs."""
+    found = importlib.util.spec_from_file_location("memory", MEMORY)
+    assert found is not None and found.loader is not None
+    memory = importlib.util.module_from_spec(found)
+    found.loader.exec_module(memory)
+    mesh = make_mesh({"data": 1}, jax.devices()[:1])
+    monkeypatch.setattr(memory, "chip", lambda: mesh)
+    small = TEXT_VARIANTS["tiny"] | {"vocab_size": 64, "shared_bias": False}
+    monkeypatch.setitem(memory.text_encoder.VARIANTS, "umt5-xxl", small)
+    monkeypatch.setitem(memory.dit.VARIANTS, "wan2.1-t2v-1.3b", WAN)
+    networks = memory.networks("wan2.1-t2v-1.3b")
+    counted = memory.weights(networks)
+    room = Room(networks, mesh)
+    for form, sizes in counted.items():
+        told = room.sizes(form if form in FORMS else "")
+        assert {k: round(x * 1e9) for k, x in sizes.items()} == told
+    assert counted["int8"]["dit"] < counted["as they are"]["dit"]
+    network = networks["text_encoder"]
+    held = memory.text_program(network).compile().memory_analysis()
+    inputs = 2 * memory._ids().size * 4  # ids and mask, in int32
+    count = room.sizes("")["text_encoder"]
+    assert 0 <= held.argument_size_in_bytes - count - inputs < 100
 
 
 def test_a_form_that_is_not_known():

@@ -42,6 +42,7 @@ def test_commands_name_what_is_there(words):
         return
     file = ROOT / (name.replace(".", "/") + ".py" if "/" not in name else name)
     more = "machine/cluster.py", "generation/sample_flags.py"
+    more += ("generation/provenance_flags.py",)
     source = "".join(x.read_text() for x in (file, *(ROOT / "jvdit" / y for y in more)))
     flags = {x for pair in re.findall(_DEFINED, source) for x in pair if x}
     flags |= {"config"} if "DEFINE_config_file" in source else set()

@@ -18,7 +18,8 @@ from jvdit.data.tokenizer import (
     sentencepiece_of,
     train_tokenizer,
 )
-from jvdit.generation.request import Request, size_like
+from jvdit.generation.completion import size_like
+from jvdit.generation.request import Request
 from jvdit.generation.residence import Residence
 from jvdit.generation.room import Room
 from jvdit.models.dit import VARIANTS

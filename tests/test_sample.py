@@ -13,9 +13,10 @@ from PIL import Image
 
 from jvdit.data.media.reader import decode_clip, read_metadata
 from jvdit.diffusion.denoise import Guidance
+from jvdit.generation.completion import complete
 from jvdit.generation.generator import Generator
 from jvdit.generation.prompt_lines import read_prompts, read_request
-from jvdit.generation.request import Request, complete
+from jvdit.generation.request import Request
 from jvdit.generation.settings import Settings
 from jvdit.sharding import make_mesh
 from jvdit.weights.starting import finished_parameters

@@ -1,11 +1,11 @@
 """Audits data sets of clips: a card for people, and JSON for programs.
 
     python tools/audit_dataset.py data/clips 'data/clips#val' --out audit
-    python tools/audit_dataset.py world:train:9x32x32@8:2000 --terms terms.txt
+    python tools/audit_dataset.py world:train:9x32x32@8:2000 --flag_lists people,my.txt
 
-Several sources are compared with one another: what is in two splits is found. A file of
-terms has a line for each group of words whose balance is to be seen, `animals: dog,
-cat`; without one there are a few of people, places and animals.
+Several sources are compared with one another: what is in two splits is found. Captions
+are searched for the words of lists, each a text file with a word or a phrase a line;
+those of tools/flag_lists may be edited, or named in the flag beside files of one's own.
 """
 
 import html
@@ -19,15 +19,20 @@ from absl import flags
 from jvdit.data.sheets import contact_sheet
 from jvdit.data.sources import open_source
 from jvdit.evaluation import report
-from jvdit.evaluation.audit import TERMS, Audit, audit, doubles, read_terms, spread
+from jvdit.evaluation.audit import Audit, audit, doubles, spread
+from jvdit.evaluation.flag_lists import find_lists, read_lists
 from jvdit.machine import flag_parser
 from jvdit.machine.command import told_in_a_line
 from jvdit.machine.files import check_writable, write_atomically
-from jvdit.machine.text_files import read_text
 
 _OUT = flags.DEFINE_string("out", "audit", "Folder for audit.html and audit.json.")
 _N = flags.DEFINE_integer("n", 2000, "Clips to read of each source.", lower_bound=1)
-_TERMS = flags.DEFINE_string("terms", None, "File of groups of words to count.")
+_LISTS = flags.DEFINE_list(
+    "flag_lists",
+    None,
+    "Text files of words to flag in captions, or names of those in tools/flag_lists "
+    "(default: all of those).",
+)
 _RATE = flags.DEFINE_integer("audio_rate", 16_000, "Hz at which sound is read; 0: not.")
 _SHOWN, _LISTED = 6, 200
 _LIMITS = (
@@ -35,10 +40,13 @@ _LIMITS = (
     "Still, black, cut and silent are thresholds, not judgements: look at what is "
     "listed before you leave it out. Doubles are found by small pictures of them, so "
     "crops and mirrored clips are missed, and one that hardly differs is taken for "
-    "another. Captions are read word by word: a word that is denied counts, and a "
-    "synonym doesn't. Licences, consent, faces and what isn't in the captions are not "
-    "looked at."
+    "another. Captions are read word by word: a word that is denied counts, a synonym, "
+    "a plural or another spelling that isn't in a list doesn't, and of scripts without "
+    "spaces only whole runs are found. The lists are short, mostly English, and their "
+    "makers' choice; that nothing of them is named doesn't show that nothing is to be "
+    "seen. Licences, consent, faces and what isn't in the captions are not looked at."
 )
+_SHIPPED = pathlib.Path(__file__).with_name("flag_lists")
 
 
 def card(parts: Sequence[Audit], found: Sequence, sheets: Sequence[str]) -> str:
@@ -87,14 +95,32 @@ def _details(part: Audit) -> list[str]:
     if part.faults:
         found.append(_counts("why it can't be read", part.faults))
     rows = [
-        [group, ", ".join(f"{w} {n}" for w, n in counts.items() if n) or "none"]
-        + [f"{spread(np.array([*counts.values()])):.2f}"]
-        for group, counts in part.terms.items()
+        [
+            html.escape(name),
+            str(len(x.clips)),
+            f"{x.share:.1%}",
+            html.escape(
+                ", ".join(f"{w} {n}" for w, n in _most_first(x.words)) or "none"
+            ),
+            f"{_evenness(x.words):.2f}",
+        ]
+        for name, x in part.lists.items()
     ]
-    found.append(report.table(["group", "captions that name it", "evenness"], rows))
-    if part.together:
-        found.append(_counts("named together", part.together))
+    head = ["list", "captions", "share", "words that they name", "evenness"]
+    found.append(report.table(head, rows))
+    for what, counts in part.together.items():
+        if counts:
+            found.append(_counts(f"{what} named together", counts))
     return found
+
+
+def _most_first(words: dict[str, int]) -> list[tuple[str, int]]:
+    """The words that are named, the most frequent first."""
+    return sorted(((w, n) for w, n in words.items() if n), key=lambda x: -x[1])
+
+
+def _evenness(words: dict[str, int]) -> float:
+    return spread(np.array([*words.values()]))
 
 
 def _counts(name: str, counts: dict[str, int], most: int = 12) -> str:
@@ -109,14 +135,14 @@ def main(argv: Sequence[str]) -> None:
     with told_in_a_line("stopped"):
         if len(argv) < 2:
             raise ValueError("name the sources to audit, such as data/clips.")
-        terms = read_terms(read_text(_TERMS.value)) if _TERMS.value else TERMS
+        lists = read_lists(find_lists(_LISTS.value, _SHIPPED))
         out = pathlib.Path(_OUT.value)
         check_writable(out)
         sources = {name: open_source(name, audio_rate=_RATE.value) for name in argv[1:]}
         for name, source in sources.items():
             if hasattr(source, "settings"):
                 raise ValueError(f"{name} holds latents; audit the clips they are of.")
-        parts = [audit(name, x, _N.value, terms) for name, x in sources.items()]
+        parts = [audit(name, x, _N.value, lists) for name, x in sources.items()]
         found = doubles(parts)
         sheets = []
         for part in parts:
@@ -137,9 +163,9 @@ def main(argv: Sequence[str]) -> None:
 def _as_json(part: Audit) -> dict:
     fields = {k: x for k, x in vars(part).items() if k != "codes"}
     return fields | {
-        "evenness": {
-            group: spread(np.array([*counts.values()]))
-            for group, counts in part.terms.items()
+        "lists": {
+            name: x._asdict() | {"evenness": _evenness(x.words)}
+            for name, x in part.lists.items()
         }
     }
 

@@ -17,9 +17,10 @@ from absl import flags
 from jvdit.box import FOLDER
 from jvdit.data.clips import SIZE
 from jvdit.data.media.reader import decode_clip, read_metadata
+from jvdit.generation.completion import size_fields
 from jvdit.generation.generator import Generator
 from jvdit.generation.inversion import inverted
-from jvdit.generation.request import Request, size_fields
+from jvdit.generation.request import Request
 from jvdit.generation.watermark import STREAMS, Found, Watermark, together
 from jvdit.machine import flag_parser
 from jvdit.machine.command import MISTAKES, told_in_a_line

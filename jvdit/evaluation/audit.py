@@ -10,13 +10,14 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from jvdit.data.clips import BadClip, Source
+from jvdit.evaluation.flag_lists import Listed, named
 
 _SIDE = 8  # of the pictures by which clips are compared
 _ALIKE = 0.985  # correlation from which clips are doubles
@@ -27,15 +28,6 @@ _CUT = 24.0  # difference, of 255, that may be a cut, if it is many times the ot
 _MANY = 6.0
 _SILENT = 1e-3  # root mean square of a sound, of 1, that isn't heard
 _BLOCK = 1024  # clips that are compared with all others at once
-
-# Words whose balance is looked at, by group; a file of one's own may replace it.
-TERMS: Mapping[str, tuple[str, ...]] = {
-    "people": ("person", "people", "man", "woman", "boy", "girl", "child", "baby"),
-    "gender": ("man", "men", "male", "boy", "he", "woman", "women", "female", "she"),
-    "age": ("baby", "child", "young", "teenager", "adult", "old", "elderly"),
-    "places": ("indoor", "outdoor", "street", "city", "home", "forest", "beach"),
-    "animals": ("dog", "cat", "bird", "horse", "fish", "cow"),
-}
 
 
 @dataclasses.dataclass
@@ -51,8 +43,8 @@ class Audit:
         faults: how many couldn't be read, by reason.
         flagged: numbers of clips that are still, black, cut, silent or clipped.
         captions: counts and lengths of captions, and the most frequent words.
-        terms: how many captions name each word of each group.
-        together: how many name two words of different groups.
+        lists: what captions name of each list of words.
+        together: in how many two lists, and two words of different lists, are named.
         codes: of each clip that was read, by its number; see `code`.
     """
 
@@ -65,13 +57,13 @@ class Audit:
     faults: dict[str, int]
     flagged: dict[str, list[int]]
     captions: dict[str, Any]
-    terms: dict[str, dict[str, int]]
-    together: dict[str, int]
+    lists: dict[str, Listed]
+    together: dict[str, dict[str, int]]
     codes: dict[int, np.ndarray]
 
 
 def audit(
-    name: str, source: Source, most: int, terms: Mapping[str, Sequence[str]] = TERMS
+    name: str, source: Source, most: int, lists: Mapping[str, Sequence[str]]
 ) -> Audit:
     """Reads clips of a source, spread evenly over it, and says what they are.
 
@@ -79,19 +71,19 @@ def audit(
         name: of the source.
         source: of pixels.
         most: how many clips to read at the most.
-        terms: words to count in captions, by group.
+        lists: words to flag in captions, as `read_lists` returns them.
     """
     index, count = source.index, len(source)
     ids = np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(int))
     flagged = collections.defaultdict(list)
     faults: collections.Counter[str] = collections.Counter()
-    captions, codes = [], {}
+    captions, codes = {}, {}
     for i in ids.tolist():
         (clip,) = source.read([i])
         if isinstance(clip, BadClip):
             faults[clip.reason] += 1
             continue
-        captions.append(clip.get("caption", ""))
+        captions[i] = clip.get("caption", "")
         codes[i] = code(clip["video"])
         for flag in flags_of(clip):
             flagged[flag].append(i)
@@ -100,7 +92,7 @@ def audit(
         "x".join(map(str, x)) for x in zip(*columns, strict=True)
     )
     rates = collections.Counter(f"{x:g}" for x in index["fps"])
-    told, pairs = named(captions, terms)
+    told, pairs = named(captions, lists)
     return Audit(
         name,
         count,
@@ -110,7 +102,7 @@ def audit(
         dict(rates.most_common()),
         dict(faults.most_common()),
         {k: flagged[k] for k in sorted(flagged)},
-        captions_of(captions),
+        captions_of([*captions.values()]),
         told,
         pairs,
         codes,
@@ -216,43 +208,6 @@ def captions_of(captions: Sequence[str], most: int = 30) -> dict[str, Any]:
         "vocabulary": len(having),
         "most frequent": dict(having.most_common(most)),
     }
-
-
-def named(
-    captions: Iterable[str], terms: Mapping[str, Sequence[str]]
-) -> tuple[dict[str, dict[str, int]], dict[str, int]]:
-    """How many captions name each term, and two terms of different groups."""
-    counts = {group: dict.fromkeys(words, 0) for group, words in terms.items()}
-    pairs: collections.Counter[str] = collections.Counter()
-    for caption in captions:
-        said = set(words_of(caption))
-        here = [(g, w) for g, words in terms.items() for w in words if w in said]
-        for group, word in here:
-            counts[group][word] += 1
-        for (g, a), (h, b) in itertools.combinations(here, 2):
-            if g != h and a != b:
-                pairs[" + ".join(sorted((a, b)))] += 1
-    return counts, dict(pairs.most_common(40))
-
-
-def read_terms(text: str) -> dict[str, tuple[str, ...]]:
-    """Reads groups of terms, a line each: `animals: dog, cat`.
-
-    Raises:
-        ValueError: a line reads otherwise.
-    """
-    found = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        group, colon, words = line.partition(":")
-        terms = tuple(x.strip().lower() for x in words.split(",") if x.strip())
-        if not colon or not group.strip() or not terms:
-            raise ValueError(
-                f"line {number} (={line[:60]!r}) must read GROUP: WORD, WORD, …"
-            )
-        found[group.strip()] = terms
-    return found
 
 
 def spread(counts: Int[np.ndarray, "k"]) -> float:

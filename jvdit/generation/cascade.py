@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jvdit.generation.generator import Generator
-from jvdit.generation.request import FIELDS_GIVEN, Request
+from jvdit.generation.request import FIELDS_GIVEN, SEVERAL, Request
 from jvdit.generation.results import GeneratedClip
 from jvdit.generation.settings import Settings
 
@@ -38,7 +38,7 @@ def next_request(stage: str, request: Request, clip: GeneratedClip) -> Request:
         request: that of the clip.
         clip: which is made better; its sound stays as it is.
     """
-    plain = dict.fromkeys(FIELDS_GIVEN) | {"references": (), "keyframes": ()}
+    plain = dict.fromkeys(FIELDS_GIVEN) | dict.fromkeys(SEVERAL, ())
     fields = plain | {"sound": False} | STAGES[stage](clip)
     return dataclasses.replace(request, **fields)
 

@@ -73,10 +73,13 @@ class Codec:
         if sound is None:
             return clip
         vae = self.model.audio_vae
-        audio = request.waveform(vae.sample_rate, vae.channels)
+        rate, audio = vae.sample_rate, None
+        if not request.keep_sound:
+            audio = request.waveform(rate, vae.channels)
         if audio is None:
-            audio = self.decode_sound(sound, request.samples(vae.sample_rate))
-        return clip._replace(audio=audio, audio_rate=vae.sample_rate)
+            audio = self.decode_sound(sound, request.samples(rate))
+            audio = request.sound_kept(audio, rate)
+        return clip._replace(audio=audio, audio_rate=rate)
 
     def decode(
         self,

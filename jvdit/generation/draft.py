@@ -101,6 +101,7 @@ def _draft(request: Request) -> Request:
         frames=1,
         sound=False,
         from_sound=None,
+        keep_sound=(),
         seed=request.seed ^ _OTHER_NOISE,
     )
 
@@ -115,4 +116,4 @@ def _is_undubbed(request: Request) -> bool:
 def _is_open(request: Request) -> bool:
     """Whether nothing is given yet of what is to be seen, but for its subject."""
     given = {*request.given, *["restyle"] * (request.restyle is not None)}
-    return request.frames != 1 and given <= {"references", "from_sound"}
+    return request.frames != 1 and given <= {"references", "from_sound", "keep_sound"}

@@ -20,10 +20,11 @@ from jvdit.diffusion.solvers import check_solver
 from jvdit.generation.batches import pack_requests
 from jvdit.generation.checks import check_request
 from jvdit.generation.codec import Codec
+from jvdit.generation.completion import complete
 from jvdit.generation.draft import drafted, dubbed
 from jvdit.generation.experts import Experts, check_control, hint_scales
 from jvdit.generation.inputs import Inputs
-from jvdit.generation.request import Request, complete
+from jvdit.generation.request import Request
 from jvdit.generation.residence import Residence
 from jvdit.generation.restyle import begun
 from jvdit.generation.results import GeneratedClip, Latents

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Bool, Float
 
 from jvdit.data.conditions import Known, Place, known
 from jvdit.data.items import Item, item_of, with_sound
@@ -57,6 +58,7 @@ class Inputs:
         if self.model.has_sound:
             heard = self.model.audio_vae.sample_rate, self.model.audio_vae.channels
             place = place._replace(encode_sound=self.codec.encode_sound, sound=heard)
+            place = place._replace(latent_rate=self.model.audio_vae.latent_rate)
         found = known(self.model.conditions, request, place)
         if self.model.dit.cond_channels and found.cond is None:
             width = self.model.dit.cond_channels // math.prod(self.model.patch_size)
@@ -119,11 +121,7 @@ class Inputs:
         if not count:
             return item
         vae = self.model.audio_vae
-        latents = np.zeros((count, vae.latent_channels), np.float32)
-        known = 0
-        if given.sound is not None:
-            known = min(len(given.sound), count)
-            latents[:known] = given.sound[:known]
+        latents, clean = given_sound(given, count, vae.latent_channels)
         place = sound_positions(
             count,
             vae.latent_rate,
@@ -131,7 +129,7 @@ class Inputs:
             self.model.vae.temporal_compression,
             given.late,
         )
-        return with_sound(item, latents, place, given=np.arange(count) < known)
+        return with_sound(item, latents, place, given=clean)
 
     def sounds(self, request: Request) -> int:
         """Latents of the sound of a complete request; 0: it is silent."""
@@ -176,6 +174,24 @@ class Inputs:
                 batch,
             )
         return dict(zip(texts, states, strict=True))
+
+
+def given_sound(
+    known: Known, count: int, channels: int
+) -> tuple[Float[np.ndarray, "n c"], Bool[np.ndarray, "n"]]:
+    """The latents of a request's sound, and which of them are given; zeros are not.
+
+    Args:
+        known: what is known of the clip.
+        count: latents of its sound.
+        channels: of each.
+    """
+    latents, clean = np.zeros((count, channels), np.float32), np.zeros(count, bool)
+    if known.sound is not None:
+        held = min(len(known.sound), count)
+        clean[:held] = True if known.sound_clean is None else known.sound_clean[:held]
+        latents[:held] = np.where(clean[:held, None], known.sound[:held], 0)
+    return latents, clean
 
 
 @partial(jit, static_argnames="encoder")

@@ -40,6 +40,7 @@ class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sound: bool | None | UnsetType = UNSET
     from_video: _Picture = UNSET
     from_sound: _Picture = UNSET
+    keep_sound: tuple[tuple[float, float], ...] | UnsetType = UNSET
 
 
 def read_prompts(path: str) -> list[tuple[str, str]]:

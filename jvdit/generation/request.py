@@ -3,8 +3,6 @@
 import dataclasses
 import math
 import os
-import re
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +10,6 @@ from jaxtyping import Float, UInt8
 from PIL import ImageOps
 
 from jvdit.data.cameras import CameraPath, read_camera
-from jvdit.data.clips import SIZE
 from jvdit.data.conditions.known import Tail
 from jvdit.data.media.audio import read_sound
 from jvdit.data.media.reader import probe
@@ -22,30 +19,24 @@ from jvdit.generation.footage import (
     Pictures,
     existing,
     footage_length,
-    footage_shape,
     read_footage,
     read_still,
     resized,
 )
 from jvdit.ranges import check_ranges
 
-_COARSE = 8000  # Hz at which the length of a sound is measured
+COARSE = 8000  # Hz at which the length of a sound is measured
 # Seconds by which a given sound and its clip may differ: files end with a whole packet.
 LENIENT = 0.15
+_BLEND = 0.005  # seconds around a span of a sound that is kept
 
 PICTURES = ("image", "last_image", "video", "mask", "prefix", "suffix", "interpolate")
 PICTURES += "upscale", "edges", "guide", "from_video", "from_sound"
-SEVERAL = ("references", "keyframes")
+SEVERAL = ("references", "keyframes", "keep_sound")
 LATENTS = ("tail",)
 PATHS = ("camera",)
 FIELDS_GIVEN = (*PICTURES, *SEVERAL, *LATENTS, *PATHS, "restyle")
 STATES = ("prompt_embeds", "negative_prompt_embeds")
-
-
-# Of these a clip lasts as long as what is given.
-_LASTING = "from_video", "upscale", "interpolate", "restyle", "edges", "guide"
-# Defaults for the fields that neither the request nor its model sets.
-_SUITS = {"negative_prompt": "", "frames": 17, "height": 64, "width": 64, "fps": 8.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +78,8 @@ class Request:
         from_video: footage to make sound for; the clip keeps its picture.
         from_sound: a sound file, or float32 [a e] at the model's rate in [-1, 1], to
             make a picture for; the clip keeps its sound, and lasts as long.
+        keep_sound: spans of `from_sound` to keep, as seconds from and until; the rest
+            of the sound is made. (): all is kept.
         prompt_embeds, negative_prompt_embeds: states of the text encoder, float [s e],
             in the place of those of the prompts.
 
@@ -119,12 +112,21 @@ class Request:
     sound: bool | None = None
     from_video: Pictures | None = None
     from_sound: Pictures | None = None
+    keep_sound: tuple[tuple[float, float], ...] = ()
     prompt_embeds: np.ndarray | None = None
     negative_prompt_embeds: np.ndarray | None = None
 
     def __post_init__(self):
         names = "frames", "height", "width", "fps", "seed"
         check_ranges({name: getattr(self, name) for name in names})
+        last = 0.0
+        for start, end in self.keep_sound:
+            if not last <= start < end:
+                raise ValueError(
+                    f"`keep_sound` has {start:g}:{end:g} after {last:g} s; give spans "
+                    "of some length, from 0 s on, one after another without overlap."
+                )
+            last = end
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -152,6 +154,7 @@ class Request:
         fields |= {name: _named(fields[name]) for name in (*PICTURES, "restyle")}
         fields["references"] = [_named(x) for x in self.references]
         fields["keyframes"] = [[time, _named(x)] for time, x in self.keyframes]
+        fields["keep_sound"] = [[*span] for span in self.keep_sound]
         fields.pop("tail")
         if isinstance(path := fields["camera"], CameraPath):
             fields["camera"] = f"poses {len(path.world_to_camera)}"
@@ -185,8 +188,13 @@ class Request:
             FileNotFoundError: a file doesn't exist.
             ValueError: one is damaged, or too short for the clip.
         """
-        _ = self.ends, self.reference_pictures(), self.waveform(_COARSE, 1)
-        _ = self.pictures_in_time(), self.poses(), *map(self.clip, FOOTAGE)
+        _ = self.ends, self.reference_pictures(), self.waveform(COARSE, 1)
+        _ = (
+            self.sound_spans(),
+            self.pictures_in_time(),
+            self.poses(),
+            *map(self.clip, FOOTAGE),
+        )
 
     def samples(self, rate: int) -> int:
         """Samples of a sound as long as the clip, at `rate` Hz."""
@@ -222,6 +230,42 @@ class Request:
             )
         audio = in_channels(audio, channels).astype(np.float32)[:wanted]
         return np.pad(audio, ((0, wanted - len(audio)), (0, 0)))
+
+    def sound_spans(self) -> tuple[tuple[float, float], ...]:
+        """The spans of `keep_sound`; infinity is the end of the clip.
+
+        Raises:
+            ValueError: one ends after the clip.
+        """
+        lasts = self.size[0] / (self.fps or 1.0)
+        for start, end in self.keep_sound:
+            if start >= lasts or lasts + LENIENT < end < math.inf:
+                raise ValueError(
+                    f"`keep_sound` {start:g}:{end:g} goes beyond the end of the clip, "
+                    f"which lasts {lasts:g} s."
+                )
+        return tuple((start, min(end, lasts)) for start, end in self.keep_sound)
+
+    def sound_kept(
+        self, made: Float[np.ndarray, "a e"], rate: int
+    ) -> Float[np.ndarray, "a e"]:
+        """A generated sound, in which the spans that were kept are as they were.
+
+        Around each, a few milliseconds of both are blended, so that nothing clicks.
+
+        Args:
+            made: as long as the clip.
+            rate: samples per second.
+        """
+        audio = self.waveform(rate, made.shape[1]) if self.keep_sound else None
+        if audio is None:
+            return made
+        times, share = np.arange(len(made)) / rate, np.zeros(len(made), np.float32)
+        for start, end in self.sound_spans():
+            outside = np.maximum(start - times, times - end)
+            share = np.maximum(share, np.clip(1 - outside / _BLEND, 0, 1))
+        share = share[:, None].astype(np.float32)
+        return np.where(share == 1, audio, share * audio + (1 - share) * made)
 
     def sound_of(self, name: str, rate: int, channels: int) -> np.ndarray | None:
         """The sound of footage that the clip begins with, as float32 `[a e]`.
@@ -325,100 +369,6 @@ class Request:
             )
             for x in self.references
         ]
-
-
-def complete(
-    request: Request, defaults: Mapping[str, Any], unit: int, period: int = 1
-) -> Request:
-    """Fills the fields that a request leaves open.
-
-    A clip for given footage or sound lasts as long as that.
-
-    Args:
-        request: the request.
-        defaults: the model's own defaults, by field name.
-        unit: height and width are multiples of this, in pixels.
-        period: frames are 1 plus a multiple of this.
-    """
-    suits = _SUITS | {k: v for k, v in defaults.items() if k in _SUITS}
-    open_fields = [name for name in _SUITS if getattr(request, name) is None]
-    fields = {name: suits[name] for name in open_fields}
-    fps = fields.get("fps", request.fps)
-    if "frames" in fields and (lasts := _duration(request, fps)):
-        fields["frames"] = 1 + max(int(lasts * fps + 0.01) - 1, 0) // period * period
-    if {"height", "width"} <= set(open_fields) and (shape := _shape(request)):
-        pixels = suits["height"] * suits["width"]
-        if request.upscale is not None:
-            pixels = math.prod(shape)
-        fields["height"], fields["width"] = size_like(shape, pixels, unit)
-    return dataclasses.replace(request, **fields)
-
-
-def _duration(request: Request, fps: float) -> float:
-    """Seconds of the footage or sound that is given; 0: none is, or it isn't known."""
-    for name in _LASTING:
-        if (video := getattr(request, name)) is not None:
-            return footage_length(video, name, fps) / fps * _slower(video, name)
-    sound = request.from_sound
-    if sound is None or isinstance(sound, np.ndarray):
-        return 0.0
-    return len(read_sound(sound, _COARSE)) / _COARSE
-
-
-def _slower(video: Pictures, name: str) -> int:
-    """How many frames of the clip there are for each of pixels; a file has its rate."""
-    return FOOTAGE[name].slower if isinstance(video, np.ndarray) else 1
-
-
-def _shape(request: Request) -> tuple[int, int] | None:
-    """Height and width of the first picture that is given; None: there is none."""
-    for name, row in FOOTAGE.items():
-        if name != "mask" and (video := getattr(request, name)) is not None:
-            height, width = footage_shape(video, name)
-            return height * row.smaller, width * row.smaller
-    pictures = request.pictures
-    return pictures[0].shape[:2] if pictures else None
-
-
-def size_fields(
-    defaults: dict[str, Any], size: str | None, frames: int | None, fps: float | None
-) -> dict[str, Any]:
-    """Builds the fields of a `Request` that set its size: frames, height, width, fps.
-
-    Args:
-        defaults: the model's defaults, used for whatever is None below.
-        size: "HEIGHTxWIDTH" in pixels, such as "64x96".
-        frames: number of frames.
-        fps: frames per second.
-
-    Raises:
-        ValueError: `size` isn't of the form HEIGHTxWIDTH.
-    """
-    names = (*SIZE, "fps")
-    given: dict[str, Any] = {"frames": frames, "fps": fps}
-    if size is not None:
-        match = re.fullmatch(r"(\d+)x(\d+)", size)
-        if match is None:
-            raise ValueError(
-                f"`size` (={size!r}) must read HEIGHTxWIDTH, such as 64x96."
-            )
-        given |= {"height": int(match[1]), "width": int(match[2])}
-    fields = {name: defaults[name] for name in names if name in defaults}
-    return fields | {name: value for name, value in given.items() if value is not None}
-
-
-def size_like(shape: tuple[int, int], pixels: int, unit: int) -> tuple[int, int]:
-    """Finds a height and width with an image's aspect ratio and a given area.
-
-    Args:
-        shape: height and width of the image.
-        pixels: largest height times width.
-        unit: both are rounded down to multiples of this, and at least this.
-    """
-    aspect = shape[0] / shape[1]
-    height, width = (pixels * aspect) ** 0.5, (pixels / aspect) ** 0.5
-    sides = [max(int(x + 1e-6) // unit, 1) * unit for x in (height, width)]
-    return sides[0], sides[1]
 
 
 def _named(source: Pictures | None) -> str | None:

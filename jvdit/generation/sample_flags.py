@@ -1,14 +1,15 @@
 """The flags of `python -m jvdit.sample`, and what they say of requests and settings."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 from absl import flags
 
 from jvdit.diffusion.solvers import SOLVERS
+from jvdit.generation.completion import size_fields
 from jvdit.generation.presets import PRESETS
-from jvdit.generation.request import size_fields
 from jvdit.generation.settings import Settings
 from jvdit.weights.bundle import Bundle
 from jvdit.weights.few_bits import FORMS
@@ -132,6 +133,12 @@ FROM_VIDEO = flags.DEFINE_string(
 )
 FROM_SOUND = flags.DEFINE_string(
     "from_sound", None, "Sound to make a picture for; the clip keeps it."
+)
+KEEP_SOUND = flags.DEFINE_list(
+    "keep_sound",
+    [],
+    "Spans in seconds that --from_sound keeps, while the rest of the sound is made: "
+    "0:0.5,0.9: keeps the first half second, and all from 0.9 s on.",
 )
 STEPS = _left(flags.DEFINE_integer, "steps", "Solver steps; fewer are faster")
 PRESET = flags.DEFINE_enum(
@@ -289,6 +296,16 @@ def timed(flag: str, text: str, example: str) -> tuple[float, str]:
         raise ValueError(f"--{flag} (={text!r}) must read {example}.") from None
 
 
+def _span(text: str) -> tuple[float, float]:
+    """Seconds from and until, of an entry of --keep_sound; without an end infinity."""
+    example = "START:END in seconds, such as 0:0.5, or 0.9: until the end"
+    start, rest = timed("keep_sound", text, example)
+    try:
+        return start, float(rest) if rest or ":" not in text else math.inf
+    except ValueError:
+        raise ValueError(f"--keep_sound (={text!r}) must read {example}.") from None
+
+
 def common_fields() -> dict[str, Any]:
     """What the flags say of all requests."""
     return size_fields({}, SIZE.value, FRAMES.value, FPS.value) | {
@@ -308,6 +325,7 @@ def common_fields() -> dict[str, Any]:
         "sound": SOUND.value,
         "from_video": FROM_VIDEO.value,
         "from_sound": FROM_SOUND.value,
+        "keep_sound": tuple(map(_span, KEEP_SOUND.value)),
     }
 
 

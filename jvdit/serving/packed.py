@@ -42,9 +42,9 @@ from jvdit.serving.token_counts import clip_tokens, picture_tokens
 from jvdit.sharding import platform, rows_sharding
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class PackedClip:
-    """A clip that is being denoised.
+    """A clip that is being denoised; another of the same request is another clip.
 
     Attributes:
         request: complete.

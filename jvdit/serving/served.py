@@ -6,8 +6,9 @@ from functools import cached_property
 from typing import Any
 
 from jvdit.data.conditions import CONDITIONS
+from jvdit.generation.completion import size_like
 from jvdit.generation.generator import Generator
-from jvdit.generation.request import SEVERAL, Request, size_like
+from jvdit.generation.request import SEVERAL, Request
 from jvdit.generation.settings import Settings
 from jvdit.serving.recipe import command_of, given_names, python_of
 from jvdit.serving.slots import ALIGNED

@@ -147,7 +147,7 @@ def in_api_words(message: str) -> tuple[str, str | None]:
     """
     for ours, theirs in _NAMES.items():
         message = message.replace(f"`{ours}`", f"`{theirs}`")
-    named = re.search(r"`(\w+)`", message)
+    named = re.search(r"`(?:conditions[.\[])?(\w+)[`.\]]", message)
     field = named and named[1]
     if field in FIELDS_GIVEN:
         return message, f"conditions.{field}"

@@ -106,9 +106,15 @@ def given_shares(config: Config) -> dict[str, float]:
     """The conditions that a training gives, each with the share of clips.
 
     Raises:
-        ValueError: it isn't a share, or the tokens have several frames.
+        ValueError: it isn't a share, the tokens have several frames, or clips are
+            silent of which a part of the sound is to be given.
     """
     frames = config.patch_size[0]
+    if (share := config.given.inpaint_sound) and not config.data.sound_budget:
+        raise ValueError(
+            f"`given.inpaint_sound` (={share}) needs clips with sound: set "
+            "`data.sound_budget`, or leave it 0."
+        )
     for name, share in config.given.items():
         if share and frames != 1:
             raise ValueError(

@@ -65,6 +65,9 @@ CONDITIONS = {
     "prefix": Condition(cells.prefix, ("prefix",), marks=cells.beginning),
     "extend": Condition(cells.tail, ("tail",), marks=cells.beginning, headless=True),
     "inpaint": Condition(cells.masked, ("video", "mask"), marks=cells.box),
+    "inpaint_sound": Condition(
+        cells.kept_sound, ("from_sound", "keep_sound"), marks=cells.spans
+    ),
     # Tokens beside it.
     "suffix": Condition(beside.suffix, ("last_image", "suffix"), beside=beside.SUFFIX),
     "keyframes": Condition(beside.keyframes, ("keyframes",), beside=beside.KEYFRAMES),
@@ -170,6 +173,17 @@ def check_given(conditions: Sequence[str], given: Sequence[str]) -> None:
         raise ValueError("`mask` says what to keep of `video`; give both.")
     if "video" in given and "mask" not in given and "control" not in conditions:
         raise ValueError("`video` is kept where `mask` is black; give both.")
+    if "keep_sound" in given and ("from_sound" not in given or "tail" in given):
+        raise ValueError(
+            "`keep_sound` says what to keep of `from_sound`, in a clip by itself; give "
+            "both."
+        )
+    if "from_sound" in given and "keep_sound" not in given:
+        if "sound_to_picture" not in conditions:
+            raise ValueError(
+                "this model takes no whole `from_sound`; say what to keep of it by "
+                "`keep_sound`."
+            )
     if "suffix" in given and "last_image" in given:
         raise ValueError("`suffix` and `last_image` both say how it ends; give one.")
 

@@ -12,6 +12,8 @@ from jaxtyping import Bool, Float
 from jvdit.data.conditions.known import Asked, Known, Place, to_pixels
 from jvdit.data.patches import Size
 
+_ROUNDING = 1e-4  # seconds
+
 
 class Layout(NamedTuple):
     """The tokens of a clip of which training gives some.
@@ -151,6 +153,52 @@ def changed(mask: np.ndarray, place: Place) -> Bool[np.ndarray, "f h p w q"]:
     return frames.reshape(f, height // side, side, width // side, side)
 
 
+# Parts of the sound
+
+_MOST_SPANS = 3
+
+
+def spans(layout: Layout, rng: np.random.Generator) -> Marks:
+    """A few spans of the sound, or all but them: some of it always, and never all."""
+    marks, count = layout.nothing(), len(layout.sounds)
+    if count < 2:
+        return marks
+    found = marks.sounds
+    for _ in range(int(rng.integers(1, _MOST_SPANS + 1))):
+        length = int(rng.integers(1, count // 2 + 1))
+        start = int(rng.integers(0, count - length + 1))
+        found[start : start + length] = True
+    if rng.random() < 0.5:
+        np.logical_not(found, out=found)
+    if found.all() or not found.any():
+        found[int(rng.integers(count))] ^= True
+    return marks
+
+
+def kept_sound(request: Asked, place: Place) -> Known:
+    """A sound of which some spans are kept; the rest is made.
+
+    A latent is kept if all of its samples are.
+    """
+    kept, audio = request.sound_spans(), request.waveform(*place.sound)
+    if not kept or audio is None or place.encode_sound is None:
+        return Known()
+    latents = place.encode_sound(audio)
+    starts = np.arange(len(latents)) / place.latent_rate
+    # The last one may be filled up beyond the end of the clip.
+    ends = np.minimum(starts + 1 / place.latent_rate, len(audio) / place.sound[0])
+    clean = np.zeros(len(latents), bool)
+    for first, last in kept:
+        whole = (starts >= first - _ROUNDING) & (ends <= last + _ROUNDING)
+        if not whole.any():
+            raise ValueError(
+                f"`keep_sound` {first:g}:{last:g} holds no whole latent of the sound; "
+                f"they begin every {1 / place.latent_rate:g} s. Keep a longer span."
+            )
+        clean |= whole
+    return Known(sound=latents, sound_clean=clean)
+
+
 # One kind given whole
 
 
@@ -171,6 +219,6 @@ def whole(request: Asked, place: Place) -> Known:
 def waveform(request: Asked, place: Place) -> Known:
     """All of the sound, to which a picture is made."""
     audio = request.waveform(*place.sound)
-    if audio is None or place.encode_sound is None:
+    if audio is None or place.encode_sound is None or request.sound_spans():
         return Known()
     return Known(sound=place.encode_sound(audio))

@@ -1,7 +1,7 @@
 """What is known of a clip besides its text, and what a request says of it."""
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
@@ -120,6 +120,10 @@ class Asked(Protocol):
         """The camera of each frame `[T 16]`, see `cameras`; None: it isn't given."""
         ...
 
+    def sound_spans(self) -> tuple[tuple[float, float], ...]:
+        """`keep_sound`: seconds from and until which `from_sound` is kept."""
+        ...
+
     def waveform(self, rate: int, channels: int) -> np.ndarray | None:
         """`from_sound` `[a e]`, as long as the clip."""
         ...
@@ -135,6 +139,7 @@ class Place(NamedTuple):
         spatial_compression: pixels of a latent, along a side.
         encode_sound: samples to normalised latents, of a model that has sound.
         sound: its samples per second, and its channels.
+        latent_rate: latents of sound per second.
         channels: of the latents of pictures; only where signals lie side by side.
     """
 
@@ -144,6 +149,7 @@ class Place(NamedTuple):
     spatial_compression: int
     encode_sound: EncodeSound | None = None
     sound: tuple[int, int] = (0, 0)
+    latent_rate: float = 0.0
     channels: int = 0
 
 
@@ -166,13 +172,37 @@ def merged(parts: Iterable[Known]) -> Known:
             if found.clean is not None:
                 latents = np.where(clean[..., None], latents, found.latents)
                 clean = clean | found.clean
-        together = {"latents": latents, "clean": clean}
+        together: dict[str, Any] = {"latents": latents, "clean": clean}
+        if found.sound is not None and part.sound is not None:
+            sound = _over(_whole_sound(found), _whole_sound(part))
+            together |= dict(zip(("sound", "sound_clean"), sound, strict=True))
+            fields = {k: x for k, x in fields.items() if k not in together}
         for name in ("lead", "headless", "late"):
             fields[name] = max(getattr(found, name), getattr(part, name))
         if found.cond is not None and part.cond is not None:
             fields["cond"] = found.cond + part.cond
         found = found._replace(**fields, **together, parts=(*found.parts, *part.parts))
     return found
+
+
+_Sound = tuple[np.ndarray, np.ndarray]  # latents, and which of them are given
+
+
+def _whole_sound(known: Known) -> _Sound:
+    assert known.sound is not None
+    if known.sound_clean is not None:
+        return known.sound, known.sound_clean
+    return known.sound, np.ones(len(known.sound), bool)
+
+
+def _over(below: _Sound, above: _Sound) -> _Sound:
+    """What two say about the sound; where both do, the second counts."""
+    count = max(len(below[1]), len(above[1]))
+    (one, there), (other, here) = (
+        (np.pad(x, ((0, count - len(x)), (0, 0))), np.pad(y, (0, count - len(y))))
+        for x, y in (below, above)
+    )
+    return np.where(here[:, None], other, one), here | there
 
 
 def to_pixels(pictures: UInt8[np.ndarray, "*n 3"]) -> Float[np.ndarray, "*n 3"]:
