@@ -213,7 +213,7 @@ MISTAKES = {
     "http url": ({"conditions": {"image": "http://127.0.0.1:1/x.png"}}, "image"),
     "no picture": ({"conditions": {"image": "data:image/png;base64,AAAA"}}, "image"),
     "no base64": ({"conditions": {"image": "data:image/png;base64,%%"}}, "image"),
-    "not taken": ({"conditions": {"edges": "data:video/mp4;base64,AAAA"}}, "edges"),
+    "not taken": ({"conditions": {"guide": "data:video/mp4;base64,AAAA"}}, "guide"),
     "its place": ({"keyframes": [{"seconds": 0.5, "image": PNG}]}, "conditions.keyf"),
     "no time": ({"conditions": {"keyframes": [PNG]}}, '"seconds": 0.5'),
     "a time": ({"conditions": {"keyframes": [keyframe("soon")]}}, "`conditions.keyfr"),
