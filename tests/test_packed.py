@@ -12,18 +12,16 @@ from packed_bits import PROMPT, order, rows, run
 
 from jvdit.data.sheets import png
 from jvdit.generation.draft import passes
-from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request
 from jvdit.generation.restyle import begun
 from jvdit.generation.results import GeneratedClip
 from jvdit.generation.watermark import Watermark
 from jvdit.serving.jobs import Jobs
-from jvdit.serving.packed import Packed, PackedClip
+from jvdit.serving.packed import PackedClip
 from jvdit.serving.served import Served
 from jvdit.serving.slots import RowShape, RowSlot, find_slot, room_of_text, soonest
 from jvdit.serving.video_request import VideoRequest
 from jvdit.serving.worker import Worker
-from jvdit.weights.parameters import Network
 
 
 @pytest.fixture(scope="module")
