@@ -35,6 +35,7 @@ from jvdit.generation.calibration import calibrate
 from jvdit.generation.cascade import check_stage, refine
 from jvdit.generation.film_file import write_film
 from jvdit.generation.films import Film, Scene, check_film
+from jvdit.generation.following import Followed, complete_window
 from jvdit.generation.generator import Generator
 from jvdit.generation.prompt_lines import read_prompts, read_request
 from jvdit.generation.provenance_flags import check_markable, provenance, watermark
@@ -270,8 +271,7 @@ def _stages(generator: Generator) -> list[tuple[str, Generator]]:
 
 def _film(generator: Generator, request: Request) -> Film:
     """The film that a request and the flags ask for, complete and possible."""
-    request = generator.complete(request)
-    request.read_given()
+    request = complete_window(generator, request)
     fps = float(request.fps or 1.0)
     frames = round((asked.SECONDS.value or 0.0) * fps)
     if frames < 1:
@@ -280,7 +280,9 @@ def _film(generator: Generator, request: Request) -> Film:
     scenes = [Scene(*asked.timed("scene", text, example)) for text in asked.SCENE.value]
     kept = asked.CARRY.value, asked.SINK.value
     film = Film(request, frames, asked.EXTEND.value, scenes, *kept)
-    return check_film(generator, film)
+    film = check_film(generator, film)
+    Followed(film.request, film.frames).read_given()
+    return film
 
 
 def _films(

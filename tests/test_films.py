@@ -7,11 +7,16 @@ import jax
 import numpy as np
 import pytest
 from closeness import assert_close
+from media_files import numbered, numbers
 
+from jvdit.data.cameras import CameraPath, plucker_rays
+from jvdit.data.media.writer import encode_clip
 from jvdit.generation.drift import Drift
 from jvdit.generation.films import Film, Scene, check_film, make_film
+from jvdit.generation.following import Followed, complete_window
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request
+from jvdit.generation.results import Latents
 from jvdit.generation.settings import Settings
 
 WINDOW = Request("one object", frames=13, height=16, width=16, fps=8.0, seed=5)
@@ -90,6 +95,101 @@ def test_scenes_begin_when_they_are_to(shooting):
     assert prompts == ["dawn", "dawn", "noon", "noon"]  # from frames 0, 13, 21, 29
     later = Film(WINDOW, 33, scenes=[Scene(2.0, "noon")], carry=1)
     assert later.prompt(1.9) == "one object" and later.prompt(2.0) == "noon"
+
+
+def walk(count, fps=8.0):
+    """A camera that goes one step ahead with each frame."""
+    world = np.tile(np.eye(3, 4), (count, 1, 1))
+    world[:, 2, 3] = -np.arange(count)
+    inside = np.tile([8.0, 8.0, 8.0, 8.0], (count, 1))
+    return CameraPath(world, inside, 16, 16, fps)
+
+
+class Followers(Noted):
+    """Makes noise of its windows, and notes what its network would be given."""
+
+    def solve(self, requests, **options):
+        """Solves windows."""
+        (request,) = requests
+        size = self.check(request)
+        known = self.inputs.known(request, size)
+        rng = np.random.default_rng(len(self.windows))
+        shape = (size[0] - known.headless, *size[1:], self.model.vae.latent_channels)
+        made = Latents(rng.normal(size=shape).astype(np.float32))
+        self.windows.append((request, made, known))
+        yield {0: made}
+
+
+@pytest.fixture
+def following(generator):
+    taken = "first_frame", "extend", "edges", "guide", "camera"
+    return Followers(dataclasses.replace(generator.model, conditions=taken))
+
+
+@pytest.mark.parametrize("begun", [0, 9])
+def test_each_window_follows_its_part_of_the_guide_and_the_camera(
+    following, tmp_path, begun
+):
+    """At the times of its frames, carried ones included; of the whole film at last."""
+    total, carry, each = 30, 2, 4
+    guide = numbered(total)[:, :16, :16]
+    encode_clip(tmp_path / "guide.mp4", guide, 8)
+    footage = guide[:begun, :, ::-1] if begun else None
+    request = dataclasses.replace(
+        WINDOW, guide=str(tmp_path / "guide.mp4"), edges=guide, camera=walk(total)
+    )
+    film = Film(request, total, footage, carry=carry)
+    Followed(request, total).read_given()
+    pieces, windows = [*make_film(following, film, SETTINGS)], following.windows
+    whole = walk(total).poses(total, 16, 16, 8.0)
+    begins = [0, *(piece.done for piece in pieces)]
+    for (window, _, known), done in zip(windows, begins[bool(begun) :], strict=False):
+        # Before what a window makes come the frames it carries, and one that it lacks.
+        first = done - (1 + carry * each) * bool(done)
+        wanted = np.minimum(np.arange(first, first + 13), total - 1)
+        assert numbers(window.clip("guide")) == [*wanted]
+        np.testing.assert_array_equal(window.clip("edges"), guide[wanted])
+        np.testing.assert_allclose(window.poses(), whole[wanted], atol=1e-6)
+        rays = plucker_rays(whole[wanted], (4, *known.cond.shape[1:3]), each)
+        rays = rays[int(known.headless) :]
+        np.testing.assert_allclose(known.cond[..., -6 * each :], rays, atol=1e-5)
+        assert known.headless == bool(done)
+    assert len(windows) == len(pieces) - bool(begun) > 4
+    assert wanted[-2] == total - 1 and len({*wanted}) > 1  # beyond the end
+
+
+def test_a_window_is_as_long_as_without_anything_to_follow(following):
+    """Not as long as the guide, which lasts as long as the film."""
+    guide = np.zeros((200, 16, 32, 3), np.uint8)
+    found = complete_window(following, Request("one object", guide=guide))
+    usual = following.complete(Request("one object"))
+    assert found.size[0] == usual.size[0] < 200
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"guide": numbered(29)}, "`guide` has 29 frames at 8.*the film 30: .* whole"),
+        ({"edges": numbered(13)}, "`edges` has 13 frames"),
+        ({"camera": walk(14, 4.0)}, "`camera` has 28 frames at 8 per second"),
+    ],
+)
+def test_what_a_film_follows_must_last_as_long(following, fields, message):
+    request = dataclasses.replace(WINDOW, **fields)
+    with pytest.raises(ValueError, match=message) as error:
+        make_film(following, Film(request, 30))
+    assert "\n" not in str(error.value) and not following.windows
+    check_film(following, Film(request, 12))
+
+
+def test_a_film_takes_nothing_that_each_window_would_have_anew(generator):
+    taken = "extend", "prefix", "suffix"
+    model = dataclasses.replace(generator.model, conditions=taken)
+    black = np.zeros((5, 16, 16, 3), np.uint8)
+    for fields in ({"prefix": black}, {"suffix": black}, {"restyle": black}):
+        request = dataclasses.replace(WINDOW, **fields)
+        with pytest.raises(ValueError, match=f"isn't given `{[*fields][0]}`.*anew"):
+            check_film(Generator(model), Film(request, 32))
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,11 @@ class CameraPath(NamedTuple):
         found = np.concatenate([poses, focal / sides, within], axis=1)
         return found.astype(np.float32)
 
+    def covers(self, fps: float | int) -> int:
+        """The most frames, at a rate, of a clip whose cameras the path has."""
+        last = (len(self.world_to_camera) - 0.5) * fps / self.fps
+        return int(last + 1e-6) + 1
+
     def window(
         self, frames: int, height: int, width: int, fps: float | int, start: float = 0.0
     ) -> "CameraPath":

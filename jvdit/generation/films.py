@@ -16,6 +16,7 @@ from jaxtyping import Float, UInt8
 
 from jvdit.data.conditions.known import Tail, to_pixels
 from jvdit.generation.draft import drafted
+from jvdit.generation.following import FOLLOWED, Followed, complete_window
 from jvdit.generation.footage import Pictures, footage_length, read_footage
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request
@@ -24,6 +25,8 @@ from jvdit.generation.settings import Settings
 from jvdit.generation.streaming import Stream, check_stream
 
 _NEXT = 0x9E3779B1  # added to a film's seed for each of its windows
+# Of a request, that a film's windows make use of, or the first one does.
+_FIELDS = {"image", "last_image", "keyframes", "references", *FOLLOWED}
 
 
 class Scene(NamedTuple):
@@ -58,7 +61,8 @@ class Film:
     """A clip that is made window by window.
 
     Attributes:
-        request: what is asked for. Its `frames` are those of a window.
+        request: what is asked for. Its `frames` are those of a window; its `edges`,
+            `guide` and `camera` cover the whole film, footage included.
         frames: of the whole film.
         footage: video that it begins with, and goes on from.
         scenes: prompts and when they begin, in order; before the first, and if there is
@@ -105,10 +109,11 @@ def check_film(generator: Generator, film: Film) -> Film:
 
     Raises:
         ValueError: the model was trained neither with `extend` nor with `forcing`, or
-            the window is too short or takes what only its first one could have.
+            the window is too short, what it follows is shorter than the film, or it is
+            given what a film can't make use of.
     """
     model = generator.model
-    request = generator.complete(film.request)
+    request = complete_window(generator, film.request)
     generator.check(request)
     film = dataclasses.replace(film, request=request)
     after_first = model.vae.latent_shape(*request.size)[0] - 1
@@ -130,6 +135,7 @@ def check_film(generator: Generator, film: Film) -> Film:
                 f"the footage has {length} frames: give at least {least}, and fewer "
                 f"than the {film.frames} of the film."
             )
+    Followed(request, film.frames)  # which may be too short
     return film
 
 
@@ -151,6 +157,14 @@ def _check_windows(generator: Generator, film: Film, most: int) -> None:
         raise ValueError(
             "this model can't go on from what it made: train one with `given.extend` "
             "or `forcing.share`, or ask for clips of the length of a window."
+        )
+    given = {*film.request.given}
+    if film.request.restyle is not None:
+        given.add("restyle")
+    if more := ", ".join(f"`{x}`" for x in sorted(given - _FIELDS)):
+        raise ValueError(
+            f"a film isn't given {more}, which each of its windows would have anew: "
+            "leave it out; what a film goes on from is its `footage` (--extend)."
         )
     if film.sink:
         raise ValueError(f"`sink` (={film.sink}) is for models that stream.")
@@ -242,6 +256,7 @@ class _Shooting:
     def __init__(self, generator: Generator, film: Film, settings: Settings):
         self._generator, self._film, self._settings = generator, film, settings
         self._request = request = film.request
+        self._followed = Followed(request, film.frames)
         self._fps, self._carry = float(request.fps or 1.0), film.carry or 1
         self._each = generator.model.vae.temporal_compression
         self._tail: np.ndarray | None = None  # the last latents of the picture
@@ -303,13 +318,22 @@ class _Shooting:
             yield None, stream.next(film.prompt(begins))
 
     @property
+    def _begins(self) -> int:
+        """The film's frame that the next window counts as its first.
+
+        It makes nothing of this one, which alone would be a latent by itself.
+        """
+        return self._each * (self._count - self._carry - 1)
+
+    @property
     def _origin(self) -> float:
         """When the clock of the next window begins, in seconds of the film."""
-        return self._each * (self._count - self._carry - 1) / self._fps
+        return self._begins / self._fps
 
     def _first(self) -> Request:
         """The first window; with a draft, the picture that it begins with is made."""
-        request = dataclasses.replace(self._request, prompt=self._film.prompt(0.0))
+        fields = self._followed.window(0) | {"prompt": self._film.prompt(0.0)}
+        request = dataclasses.replace(self._request, **fields)
         if not self._settings.draft:
             return request
         plain = dataclasses.replace(self._settings, draft=False)
@@ -340,6 +364,7 @@ class _Shooting:
             image=None,
             last_image=None,
             keyframes=(),
+            **self._followed.window(self._begins),
         )
 
     def _solved(self, request: Request) -> Latents:

@@ -52,7 +52,7 @@ FOOTAGE = {
 
 
 def read_footage(
-    source: Pictures, name: str, size: tuple[int, int, int], fps: float
+    source: Pictures, name: str, size: tuple[int, int, int], fps: float, first: int = 0
 ) -> UInt8[np.ndarray, "T H W 3"]:
     """Reads footage for a clip, scaled to cover its size and cropped.
 
@@ -61,6 +61,7 @@ def read_footage(
         name: a row of `FOOTAGE`, which says of what rate, size and length.
         size: frames, height and width of the clip.
         fps: frames per second of the clip.
+        first: frame of the footage, at its rate here, with which to begin.
 
     Raises:
         ValueError: its length or size doesn't go with the clip's.
@@ -85,10 +86,11 @@ def read_footage(
         return np.repeat(resized(still, sides, ImageOps.fit)[None], length, axis=0)
     if not isinstance(source, np.ndarray):
         wanted = dict(zip(SIZE, (length, *sides), strict=True))
-        return decode_clip(existing(source, name), fps=fps / row.slower, **wanted)[
-            "video"
-        ]
+        rate = fps / row.slower
+        window = {"fps": rate, "start_seconds": first / rate, **wanted}
+        return decode_clip(existing(source, name), **window)["video"]
     _check(source, 4, name)
+    source = source[first:]
     if len(source) < length:
         raise ValueError(
             f"`{name}` has {len(source)} frames and the clip needs {length}; give at "

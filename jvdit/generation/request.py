@@ -327,6 +327,13 @@ class Request:
             found.append((at, self.fitted(read_still(picture, "keyframes"))))
         return found
 
+    @property
+    def camera_path(self) -> CameraPath | None:
+        """The camera's path, read if it is a file; errors as of `poses`."""
+        if self.camera is None or isinstance(self.camera, CameraPath):
+            return self.camera
+        return read_camera(existing(self.camera, "camera"))
+
     def poses(self) -> Float[np.ndarray, "T 16"] | None:
         """The camera of each frame, see `cameras.Poses`; None: it isn't given.
 
@@ -334,11 +341,11 @@ class Request:
             ValueError: its path is shorter than the clip, or isn't one.
             FileNotFoundError: the file doesn't exist.
         """
-        if (path := self.camera) is None:
+        if (path := self.camera_path) is None:
             return None
         told = "`camera`"
-        if not isinstance(path, CameraPath):
-            told, path = f"{told} (={path})", read_camera(existing(path, "camera"))
+        if not isinstance(self.camera, CameraPath):
+            told = f"{told} (={self.camera})"
         try:
             return path.poses(*self.size, float(self.fps or 1.0))
         except ValueError as error:

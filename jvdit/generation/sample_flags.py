@@ -101,7 +101,8 @@ CASCADE = flags.DEFINE_list(
 SECONDS = flags.DEFINE_float(
     "seconds",
     None,
-    "Make a film that lasts so long, window after window of --frames.",
+    "Make a film that lasts so long, window after window of --frames. --edges, --guide "
+    "and --camera then cover all of it, from its first frame on, --extend included.",
     lower_bound=0.0,
 )
 EXTEND = flags.DEFINE_string(
