@@ -9,6 +9,7 @@ from media_files import numbered, numbers
 from jvdit.data.cameras import CameraPath, parse_camera, plucker_rays, read_camera
 from jvdit.data.ingest.clip_file import Recipe
 from jvdit.data.ingest.ingest import ingest
+from jvdit.data.ingest.listing import list_items
 from jvdit.data.media.writer import encode_clip
 from jvdit.data.sources import open_source
 from jvdit.data.world import World
@@ -91,6 +92,17 @@ def test_what_lies_beside_a_video_is_cut_as_it_is(prepared):
     clip = whole.read([0])[0]
     assert numbers(clip["guide"]) == [20, 22]
     np.testing.assert_allclose(clip["camera"][:, 3], [0, 1], atol=1e-5)
+
+
+def test_single_files_find_what_lies_beside_them(prepared):
+    """As of `prepare_clips videos/*.mp4`, where a guide is an input too, no clip."""
+    root, *_ = prepared
+    names = "both", "both.guide", "plain", "lonely.guide"
+    items = list_items([root / f"{name}.mp4" for name in names])
+    found = {x.key: (x.reason, [*x.beside]) for x in items}
+    assert found["both.mp4"] == ("", ["guide", "camera"])
+    assert found["both.guide.mp4"] == ("other", [])
+    assert found["plain.mp4"] == found["lonely.guide.mp4"] == ("", [])
 
 
 def test_a_bad_file_beside_a_video_is_told(prepared):
