@@ -115,7 +115,8 @@ class CameraPath(NamedTuple):
         if not 0.98 < ratio < 1.02:
             raise ValueError(
                 f"the camera path is of a picture of {self.width:g}x{self.height:g} "
-                f"and the video has {width}x{height} (width x height)."
+                f"and the video has {width}x{height} (width x height): give the "
+                "`width` and `height` of the pictures that `intrinsics` are of."
             )
 
 
