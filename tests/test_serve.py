@@ -588,9 +588,13 @@ def _health(port):
 
 def test_only_adapters_that_are_offered_may_be_named(fake):
     tuned = FakeGenerator()
-    served = Served(fake, "fake", loras={"gravity": tuned})
+    source = {"lora": "all.safetensors"}
+    served = Served(fake, "fake", source=source, loras={"gravity": tuned})
     asked = VideoRequest.of({"prompt": PROMPT, "lora": "gravity"})
-    served.order(asked, {})
+    told = served.told(*served.order(asked, {}), asked.lora)
+    assert "--lora=all.safetensors,your_gravity " in told["command"]
+    assert "strengths(['all.safetensors,your_gravity'])" in told["python"]
+    compile(told["python"], "recipe", "exec")
     assert served.maker(asked) is tuned and served.card["loras"] == ["gravity"]
     with pytest.raises(ValueError, match="gravity is"):
         served.order(VideoRequest.of({"prompt": PROMPT, "lora": "other"}), {})
