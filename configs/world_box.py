@@ -5,9 +5,9 @@
 
 Clips of one and two objects in the procedural world, of 9 frames of 32 x 32 pixels at 8
 fps, and some that are taller, wider and longer, with their sound. Autoencoders and
-latents; a silent network that learns pictures and then clips;
-and from its weights the network of the box, for all tasks that a request can name. Its
-card, jvdit/box/README.md, tells what it took and what the model scores.
+latents; a silent network that learns pictures and then clips; and from its weights the
+network of the box, for all that a request can give but a guide, a camera path and spans
+of a sound. Its card, jvdit/box/README.md, tells what it took and what the model scores.
 """
 
 from configs import world_audio, world_dit, world_vae

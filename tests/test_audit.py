@@ -127,5 +127,6 @@ def test_the_tool_flags_what_lists_name(tmp_path):
     found = told["sources"][0]["lists"]
     assert [*found] == ["people", "mine"] and "lists are short" in told["limits"]
     assert found["people"]["clips"] == [] and found["mine"]["words"]["blue"] > 0
+    assert found["people"]["evenness"] is None  # a NaN would be no JSON
     card = (tmp_path / "audit.html").read_text()
     assert f"blue {found['mine']['words']['blue']}" in card

@@ -9,6 +9,7 @@ from media_files import numbered, numbers
 from jvdit.data.cameras import CameraPath, parse_camera, plucker_rays, read_camera
 from jvdit.data.ingest.clip_file import Recipe
 from jvdit.data.ingest.ingest import ingest
+from jvdit.data.ingest.listing import list_items
 from jvdit.data.media.writer import encode_clip
 from jvdit.data.sources import open_source
 from jvdit.data.world import World
@@ -93,6 +94,17 @@ def test_what_lies_beside_a_video_is_cut_as_it_is(prepared):
     np.testing.assert_allclose(clip["camera"][:, 3], [0, 1], atol=1e-5)
 
 
+def test_single_files_find_what_lies_beside_them(prepared):
+    """As of `prepare_clips videos/*.mp4`, where a guide is an input too, no clip."""
+    root, *_ = prepared
+    names = "both", "both.guide", "plain", "lonely.guide"
+    items = list_items([root / f"{name}.mp4" for name in names])
+    found = {x.key: (x.reason, [*x.beside]) for x in items}
+    assert found["both.mp4"] == ("", ["guide", "camera"])
+    assert found["both.guide.mp4"] == ("other", [])
+    assert found["plain.mp4"] == found["lonely.guide.mp4"] == ("", [])
+
+
 def test_a_bad_file_beside_a_video_is_told(prepared):
     _, out, files = prepared
     for name, reason, told in (
@@ -127,10 +139,10 @@ def test_a_table_names_what_lies_beside(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"fps": 0}, "`fps` .=0. must be above 0"),
+        ({"fps": 0}, "`fps` .=0. must be a finite number above 0"),
         ({"fps": "fast"}, "`fps`"),
         ({"intrinsics": [1, 1, 1]}, r"`intrinsics` is \[3\]; give \[fx, fy, cx, cy\]"),
-        ({"intrinsics": [-1, 1, 1, 1]}, "fx and fy of `intrinsics` must be above 0"),
+        ({"intrinsics": [-1, 1, 1, 1]}, "finite, and fx and fy of them above 0"),
         ({"world_to_camera": []}, "list of 3 x 4 matrices"),
         ({"world_to_camera": [[[1, 0, 0, 0]]]}, "list of 3 x 4 matrices"),
         ({"world_to_camera": np.eye(3, 4)[None].tolist() * 2, "focus": 1}, "focus"),
@@ -142,6 +154,16 @@ def test_files_that_are_no_camera_path(change, message):
     with pytest.raises(ValueError, match=message) as error:
         parse_camera(json.dumps(fields(moving(2)) | change), "a.json")
     assert str(error.value).count("\n") == 0
+
+
+def test_a_path_lasts_as_long_as_its_video_at_any_rate():
+    """At twice the rate the last frame is half a frame after the last pose."""
+    for fps in (8, 12.5, 23.976, 24):
+        for count in range(2, 40):
+            path = moving(count)._replace(fps=fps)
+            assert len(path.poses(2 * count, 48, 64, 2 * fps)) == 2 * count
+            with pytest.raises(ValueError, match="give a pose of each"):
+                path.poses(2 * count + 1, 48, 64, 2 * fps)
 
 
 def test_points_on_a_ray_are_seen_in_its_cell():

@@ -588,9 +588,13 @@ def _health(port):
 
 def test_only_adapters_that_are_offered_may_be_named(fake):
     tuned = FakeGenerator()
-    served = Served(fake, "fake", loras={"gravity": tuned})
+    source = {"lora": "all.safetensors"}
+    served = Served(fake, "fake", source=source, loras={"gravity": tuned})
     asked = VideoRequest.of({"prompt": PROMPT, "lora": "gravity"})
-    served.order(asked, {})
+    told = served.told(*served.order(asked, {}), asked.lora)
+    assert "--lora=all.safetensors,your_gravity " in told["command"]
+    assert "strengths(['all.safetensors,your_gravity'])" in told["python"]
+    compile(told["python"], "recipe", "exec")
     assert served.maker(asked) is tuned and served.card["loras"] == ["gravity"]
     with pytest.raises(ValueError, match="gravity is"):
         served.order(VideoRequest.of({"prompt": PROMPT, "lora": "other"}), {})
@@ -614,11 +618,13 @@ def test_paths_of_cameras_and_spans_of_sounds_are_taken(fake):
     files = Uploads([*accepts])
     for span in ([0, 0.5], "0.75:1", "1.05:"):
         files.put_span(span, "conditions.keep_sound")
-    for wrong in ("soon", [1], [[0, 1], 2], 3, {"a": 1}):
+    for wrong in ("soon", [1], [[0, 1], 2], 3, {"a": 1}, [0, True]):
         with pytest.raises(ValueError, match="must be spans"):
             files.put_span(wrong, "conditions.keep_sound")
     with pytest.raises(ValueError, match="isn't taken"):
         Uploads(["image"]).put_span([0, 1], "conditions.keep_sound")
+    files.put_span([2, 0], "conditions.keep_sound")  # an end of 0 is none that is open
+    assert files.keep_sound.pop() == (2.0, 0.0)
     spans = files.keep_sound
     assert spans == [(0.0, 0.5), (0.75, 1.0), (1.05, math.inf)]
     asked = VideoRequest.of({"prompt": PROMPT, "num_frames": 9}, (), spans)

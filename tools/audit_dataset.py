@@ -10,6 +10,7 @@ those of tools/flag_lists may be edited, or named in the flag beside files of on
 
 import html
 import json
+import math
 import pathlib
 from collections.abc import Sequence
 
@@ -102,7 +103,7 @@ def _details(part: Audit) -> list[str]:
             html.escape(
                 ", ".join(f"{w} {n}" for w, n in _most_first(x.words)) or "none"
             ),
-            f"{_evenness(x.words):.2f}",
+            "" if (even := _evenness(x.words)) is None else f"{even:.2f}",
         ]
         for name, x in part.lists.items()
     ]
@@ -119,8 +120,10 @@ def _most_first(words: dict[str, int]) -> list[tuple[str, int]]:
     return sorted(((w, n) for w, n in words.items() if n), key=lambda x: -x[1])
 
 
-def _evenness(words: dict[str, int]) -> float:
-    return spread(np.array([*words.values()]))
+def _evenness(words: dict[str, int]) -> float | None:
+    """How evenly words are named; None (JSON has no NaN): none is, or it has one."""
+    found = spread(np.array([*words.values()]))
+    return None if math.isnan(found) else found
 
 
 def _counts(name: str, counts: dict[str, int], most: int = 12) -> str:

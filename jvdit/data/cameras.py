@@ -30,6 +30,7 @@ from jvdit.machine.text_files import read_text
 Poses = Float[np.ndarray, "T 16"]
 RAY = 6  # direction and moment
 _TURNED = 1e-3  # by which a rotation may miss being one
+_ROUNDING = 1e-6  # of a frame's number
 
 
 class _File(msgspec.Struct, forbid_unknown_fields=True):
@@ -76,7 +77,7 @@ class CameraPath(NamedTuple):
         """
         nearest = (start + np.arange(frames) / fps) * self.fps
         count = len(self.world_to_camera)
-        if nearest[-1] > count - 0.5:
+        if nearest[-1] > count - 0.5 + _ROUNDING:
             raise ValueError(
                 f"the camera path has {count} frames at {self.fps:g} per second, and "
                 f"the clip needs {int(np.ceil(nearest[-1] + 0.5))}; give a pose of "
@@ -119,7 +120,8 @@ class CameraPath(NamedTuple):
         if not 0.98 < ratio < 1.02:
             raise ValueError(
                 f"the camera path is of a picture of {self.width:g}x{self.height:g} "
-                f"and the video has {width}x{height} (width x height)."
+                f"and the video has {width}x{height} (width x height): give the "
+                "`width` and `height` of the pictures that `intrinsics` are of."
             )
 
 
@@ -174,11 +176,15 @@ def _check(path: CameraPath, where: str) -> None:
     sizes = {"width": path.width, "height": path.height, "fps": path.fps}
     for name, value in sizes.items():
         if not 0 < value < np.inf:
-            raise ValueError(f"{where}: `{name}` (={value:g}) must be above 0.")
+            raise ValueError(
+                f"{where}: `{name}` (={value:g}) must be a finite number above 0."
+            )
     if not (np.isfinite(path.world_to_camera).all() and path.intrinsics.size):
         raise ValueError(f"{where}: the matrices hold numbers that aren't finite.")
     if not (np.isfinite(path.intrinsics).all() and (path.intrinsics[:, :2] > 0).all()):
-        raise ValueError(f"{where}: fx and fy of `intrinsics` must be above 0.")
+        raise ValueError(
+            f"{where}: `intrinsics` must be finite, and fx and fy of them above 0."
+        )
     turn = path.world_to_camera[..., :3]
     off = np.abs(turn @ turn.swapaxes(1, 2) - np.eye(3)).max((1, 2))
     if (off > _TURNED).any() or (np.linalg.det(turn) < 0).any():

@@ -34,7 +34,7 @@ def spans_within(spans: Spans, lasts: float) -> Spans:
         if start >= lasts or lasts + LENIENT < end < math.inf:
             raise ValueError(
                 f"`keep_sound` {start:g}:{end:g} goes beyond the end of the clip, "
-                f"which lasts {lasts:g} s."
+                f"which lasts {lasts:g} s; end it there, or ask for more `frames`."
             )
     return tuple((start, min(end, lasts)) for start, end in spans)
 

@@ -101,7 +101,8 @@ class Api:
                 request.read_given()
             except MISTAKES as error:  # an OSError is about a file that was given
                 raise ValueError(jobs.without_paths(id, str(error))) from error
-            return jobs.add(id, names, asked, self.served.told(request, settings))
+            told = self.served.told(request, settings, asked.lora)
+            return jobs.add(id, names, asked, told)
         except BaseException:
             jobs.discard(id)
             raise

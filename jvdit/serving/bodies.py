@@ -66,7 +66,10 @@ class Uploads:
         ends = value.split(":") if isinstance(value, str) else value
         try:
             start, end = ends
-            self.keep_sound.append((float(start), float(end or math.inf)))
+            if isinstance(start, bool) or isinstance(end, bool):
+                raise TypeError(ends)
+            until = math.inf if end in (None, "") else float(end)
+            self.keep_sound.append((float(start), until))
         except (TypeError, ValueError, OverflowError):
             raise ValueError(
                 f"`{place}` (={str(value)[:40]!r}) must be spans such as [0, 0.5], in "

@@ -54,16 +54,21 @@ def python_of(
     if request.keep_sound:
         told["keep_sound"] = told["keep_sound"].replace("inf", 'float("inf")')
     lines = [f"    {name}={value}," for name, value in told.items()]
-    marked = []
+    more = []
+    if files := source.get("lora"):
+        imports.append("from jvdit.weights.adapters import strengths")
+        imports.append("from jvdit.weights.opening import with_adapters")
+        more.append(f"model = with_adapters(generator.model, strengths([{files!r}]))")
+        more.append("generator = generator.beside(model)")
     if key := source.get("watermark"):
-        marked = [f"generator.watermark = Watermark.read({key!r})"]
         imports.append("from jvdit.generation.watermark import Watermark")
+        more.append(f"generator.watermark = Watermark.read({key!r})")
     return "\n".join(
         [
             *imports,
             "",
             f"generator = Generator.load({', '.join(opened)})",
-            *marked,
+            *more,
             "clip = generator(",
             f"    {request.prompt!r},",
             *lines,

@@ -155,8 +155,16 @@ class Served:
             return False
         return count <= self.tokens
 
-    def told(self, request: Request, settings: Settings) -> dict[str, Any]:
-        """What the API adds of a clip: its size, settings, and how to make it anew."""
+    def told(
+        self, request: Request, settings: Settings, lora: str | None = None
+    ) -> dict[str, Any]:
+        """What the API adds of a clip: its size, settings, and how to make it anew.
+
+        Args:
+            request: complete.
+            settings: likewise.
+            lora: name of the adapter that was asked for.
+        """
         frames, height, width = request.size
         fps = request.fps or 8.0
         fields = {
@@ -173,7 +181,11 @@ class Served:
             fields["strength"] = settings.strength
         if self.generator.watermark is not None:
             fields["watermark"] = "gaussian shading"
-        how = self.source, self.generator.model.has_sound
+        source = dict(self.source)
+        if lora is not None:
+            files = source.get("lora"), f"your_{lora}"
+            source["lora"] = ",".join(filter(None, files))
+        how = source, self.generator.model.has_sound
         return {
             "size": f"{width}x{height}",
             "seconds": f"{frames / fps:.6g}",

@@ -94,8 +94,12 @@ def _items_of(source: Path, root) -> Iterator[ClipFile]:
     elif source.suffix.lower() == ".txt":
         yield from read_list(source, Path(root or source.parent))
     elif source.suffix.lower() in _MEDIA:
-        near = [source, *source.parent.iterdir()]
-        yield _item(source, source.name, [])._replace(**_beside(near).get(source, {}))
+        beside = _beside([source, *_near(source)])
+        if str(source) in {path for each in beside.values() for path in each.values()}:
+            detail = f"it is the guide of {next(iter(beside)).name}"
+            yield ClipFile(source.name, str(source), "", "other", detail)
+        else:
+            yield _item(source, source.name, [])._replace(**beside.get(source, {}))
     else:
         raise ValueError(f"{source} is neither a folder, nor a table, nor a video.")
 
@@ -151,6 +155,20 @@ def _beside(files: Sequence[Path]) -> dict[Path, dict[str, str]]:
         if fits and (owner := media.get(whole.with_suffix(""))):
             found.setdefault(owner, {})[what[1:]] = str(file)
     return found
+
+
+def _near(path: Path) -> list[Path]:
+    """The files that may lie beside a video or picture, or that it may lie beside.
+
+    They are asked for by their names: of `prepare_clips folder/*.mp4` each file is an
+    input, and listing the folder for each would take long.
+    """
+    stem = path.with_suffix("")
+    names = [f"{stem.name}.guide{x}" for x in sorted(_MEDIA)]
+    names.append(f"{stem.name}.camera.json")
+    if stem.suffix.lower() == ".guide":
+        names += [stem.stem + x for x in sorted(_MEDIA)]
+    return [x for name in names if (x := path.with_name(name)).is_file()]
 
 
 def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[tuple[Path, str, str]]:

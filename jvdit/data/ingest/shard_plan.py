@@ -52,6 +52,11 @@ def file_digest(path: str) -> str | None:
     return digest.hexdigest()
 
 
+def _digests_beside(item: ClipFile) -> list[str | None]:
+    """The digests of what lies beside a file."""
+    return [*map(file_digest, item.beside.values())]
+
+
 def plan_shards(
     items: Sequence[ClipFile], *, val_fraction: float | int, shard_size: int
 ) -> Plan:
@@ -72,8 +77,7 @@ def plan_shards(
     items, seen = [item for item in items if not item.reason], {}
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         digests = list(pool.map(file_digest, [item.path for item in items]))
-        # Of what lies beside them, which most have not.
-        more = [[*map(file_digest, item.beside.values())] for item in items]
+        more = list(pool.map(_digests_beside, items))
     by_split = {"train": [], "val": []}
     for item, digest, others in zip(items, digests, more, strict=True):
         if digest is None or None in others:
