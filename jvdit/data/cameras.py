@@ -95,8 +95,8 @@ class CameraPath(NamedTuple):
 
     def covers(self, fps: float | int) -> int:
         """The most frames, at a rate, of a clip whose cameras the path has."""
-        last = (len(self.world_to_camera) - 0.5) * fps / self.fps
-        return int(last + 1e-6) + 1
+        last = (len(self.world_to_camera) - 0.5 + _ROUNDING) * fps / self.fps
+        return int(last) + 1
 
     def window(
         self, frames: int, height: int, width: int, fps: float | int, start: float = 0.0
