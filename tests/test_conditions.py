@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import math
 
 import jax
@@ -598,6 +599,14 @@ def test_views_are_encoded_and_trained_with(workdir, tmp_path):
     latent = cond.reshape(-1, 2, (16 + rays) // 2)[:, 0]
     given = [x.any(axis=1) for x in np.split(latent, [4, 8], axis=1)]
     assert all(x.any() for x in given) and np.sum(given, axis=0).max() == 1
+    told = json.loads((workdir / "dit/model/generator.json").read_text())
+    told["conditions"].append("edges")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/generator.json").write_text(json.dumps(told))
+    config.start_from = str(tmp_path / "model")
+    with pytest.raises(ValueError, match="takes edges by channels .* edges, guide, "):
+        FlowTask(config, make_mesh(), tmp_path / "run")
+    config.start_from = ""
     config.given.guide = config.given.camera = 0.0
     config.given.edges, config.given.upscale = 0.0, 0.05
     with pytest.raises(ValueError, match="upscale.*can't be given of any clip"):

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jvdit.config import Config
+from jvdit.data.conditions import CONDITIONS
 from jvdit.data.conditions.giving import given_sources, marking
 from jvdit.data.items import Statistics
 from jvdit.data.latent_source import LatentSource
@@ -37,7 +38,7 @@ from jvdit.tasks.task import Task
 from jvdit.training.objectives.denoising import FlowObjective
 from jvdit.weights import wan
 from jvdit.weights.adapters import write_lora
-from jvdit.weights.bundle import Bundle, save_bundle, sources_of
+from jvdit.weights.bundle import Bundle, conditions_of, save_bundle, sources_of
 from jvdit.weights.folders import save_dit
 from jvdit.weights.opening import open_bundle
 from jvdit.weights.parameters import Network, module_fields, weights_hash
@@ -60,6 +61,8 @@ class FlowTask(Task):
 
     def __init__(self, config: Config, mesh: Mesh, workdir: pathlib.Path):
         super().__init__(config, mesh, workdir)
+        self.channels = _channels(given_shares(config))
+        _check_channels(self.channels, config.start_from)
         data = config.data
         self.vae, self.vae_hash = cached_autoencoder(config, self.sources)
         self.audio_vae = None
@@ -226,6 +229,8 @@ class FlowTask(Task):
         for name in ("expert", "backbone"):
             if self.config[name] != "dit":
                 identity[name] = self.config[name]
+        if self.channels not in ([], ["edges"]):
+            identity["channels"] = self.channels
         if objective.lora:
             base = fingerprint(self.config.start_from, self.config.expert)
             identity["lora"] = dataclasses.asdict(objective.lora) | {"base": base}
@@ -322,3 +327,19 @@ class FlowTask(Task):
                 save_dit(folder / like.name, params[name], dit, like)
         else:
             save_bundle(folder, self.bundle(params))
+
+
+def _channels(conditions: Iterable[str]) -> list[str]:
+    """Those of the conditions that are given by channels beside the noise, in order."""
+    return [x for x in CONDITIONS if x in conditions and CONDITIONS[x].channels]
+
+
+def _check_channels(channels: Sequence[str], start: str) -> None:
+    """Raises a ValueError if a model to start from has learned other channels."""
+    learned = _channels(conditions_of(start)) if start and not is_release(start) else []
+    if learned and channels and learned != channels:
+        raise ValueError(
+            f"{start} takes {', '.join(learned)} by channels beside the noise, and "
+            f"`given` asks for {', '.join(channels)}, which would mean other things "
+            "there: give the same ones, or start from a network without any."
+        )

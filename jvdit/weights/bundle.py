@@ -232,10 +232,21 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
 
 def sources_of(folder: str | os.PathLike[str]) -> tuple[str, ...]:
     """Names of what the model of a training was trained on; none of other models."""
+    settings = _settings_of(folder)
+    return settings.sources if settings else ()
+
+
+def conditions_of(folder: str | os.PathLike[str]) -> tuple[str, ...]:
+    """The conditions of the model of a training; none of other models."""
+    settings = _settings_of(folder)
+    return tuple(settings.conditions) if settings else ()
+
+
+def _settings_of(folder: str | os.PathLike[str]) -> _ModelSettings | None:
     settings = model_folder(folder) / _SETTINGS
     if not settings.exists():
-        return ()
-    return read_json(settings, "copy it anew", _ModelSettings).sources
+        return None
+    return read_json(settings, "copy it anew", _ModelSettings)
 
 
 def save_bundle(folder: str | os.PathLike[str], model: Bundle) -> None:
