@@ -199,7 +199,8 @@ class Served:
         """What `/v1/models` says of it: what it takes, its defaults and its bounds."""
         model, suits = self.generator.model, self.generator.complete(Request(""))
         settings = Settings().complete(model.defaults)
-        rows = [CONDITIONS[name] for name in model.conditions]
+        # In the order of the table, which begins with what is asked for most.
+        rows = [row for name, row in CONDITIONS.items() if name in model.conditions]
         needed = {name for row in rows for name in row.needs}
         names = (name for row in rows for name in row.takes)
         taken = dict.fromkeys((*names, "restyle"))
