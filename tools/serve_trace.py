@@ -90,7 +90,7 @@ class Batches(Worker):
         requests, settings = [x for x, _ in orders], orders[0][1]
         made = self.served.generator.clips(requests, settings, rows=len(batch))
         for i, clip in made:
-            self.finish(batch[i], clip)
+            self.finish(batch[i], clip, self._meter.lap())
 
 
 def _kind(asked: VideoRequest, files: Iterable[str]) -> tuple[Any, ...]:
