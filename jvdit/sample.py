@@ -28,7 +28,7 @@ from absl import flags
 
 from jvdit.data.sheets import contact_sheet, png
 from jvdit.diffusion.reuse import Reuse, save_ratios
-from jvdit.generation import provenance_flags
+from jvdit.generation import model_flags, provenance_flags
 from jvdit.generation import sample_flags as asked
 from jvdit.generation.asked_model import asked_bundle, asked_generator, asked_mesh
 from jvdit.generation.calibration import calibrate
@@ -55,7 +55,7 @@ from jvdit.weights.starting import model_hash
 if TYPE_CHECKING:
     from jvdit.generation.provenance import Provenance
 
-for _module in (asked, provenance_flags):
+for _module in (asked, model_flags, provenance_flags):
     flags.adopt_module_key_flags(_module)
 
 _LETTERS, _BYTES = 80, 160  # of a prompt in a file's name, at the most
@@ -106,7 +106,7 @@ def _sifted(
 
 def _parsed(prompts: Sequence[tuple[str, str]]) -> tuple[list[Any], list[str]]:
     """Requests with their places, and why others were left out; see `_sifted`."""
-    common, seeds = asked.common_fields(), itertools.count(asked.SEED.value)
+    common, seeds = asked.common_fields(), itertools.count(asked.REQUEST["seed"].value)
 
     def parse(where: str, line: str) -> Request:
         return read_request(line, where, common | {"seed": next(seeds)})

@@ -16,7 +16,7 @@ from jvdit.generation.request import COARSE, Request
 # Of these a clip lasts as long as what is given.
 _LASTING = "from_video", "upscale", "interpolate", "restyle", "edges", "guide"
 # Defaults for the fields that neither the request nor its model sets.
-_SUITS = {"negative_prompt": "", "frames": 17, "height": 64, "width": 64, "fps": 8.0}
+SUITS = {"negative_prompt": "", "frames": 17, "height": 64, "width": 64, "fps": 8.0}
 
 
 def complete(
@@ -32,8 +32,8 @@ def complete(
         unit: height and width are multiples of this, in pixels.
         period: frames are 1 plus a multiple of this.
     """
-    suits = _SUITS | {k: v for k, v in defaults.items() if k in _SUITS}
-    open_fields = [name for name in _SUITS if getattr(request, name) is None]
+    suits = SUITS | {k: v for k, v in defaults.items() if k in SUITS}
+    open_fields = [name for name in SUITS if getattr(request, name) is None]
     fields = {name: suits[name] for name in open_fields}
     fps = fields.get("fps", request.fps)
     if "frames" in fields and (lasts := _duration(request, fps)):

@@ -53,19 +53,20 @@ class Request:
     Attributes:
         prompt: text that describes the clip.
         negative_prompt: text that guidance steers away from.
-        frames, height, width: number of frames, and their size in pixels. With a first
-            frame and neither height nor width, the clip has the image's aspect ratio.
+        frames: number of frames; 1 is a picture.
+        height, width: size in pixels. With a first frame and neither of them, the clip
+            has the image's aspect ratio.
         fps: frames per second of the clip.
         seed: seed of the initial noise. The same seed gives the same clip, whatever
             else is generated in the same batch.
-        image: the first frame.
-        last_image: the last frame.
+        image: picture that is the first frame.
+        last_image: picture that is the last frame.
         video: a control signal (depth, pose, …) to follow, or footage to keep or
             extend where `mask` is black.
         mask: white where to generate, black where `video` is kept: a video, or an image
-            for all frames; None: all white.
-        references: images of what is to appear in the clip.
-        keyframes: seconds, and the image that is to be seen then, of each.
+            for all frames; by default all is white.
+        references: pictures of what is to appear in the clip.
+        keyframes: seconds, and the picture that is to be seen then, of each.
         prefix: footage that the clip begins with, and goes on from.
         suffix: footage that the clip ends with.
         interpolate: footage of half the frame rate, as long as the clip.
@@ -73,17 +74,19 @@ class Request:
         edges: footage whose edges the clip follows.
         guide: a video that tells what the clip shows and where, such as depth, a pose
             or a segmentation, as the model was trained with.
-        camera: the path of the camera: a JSON file, or a `CameraPath`; see
-            `jvdit.data.cameras`.
-        restyle: footage to make anew, from a part of its noise (`Settings.strength`).
+        camera: path of the camera: a JSON file with a matrix of each frame and the
+            intrinsics, as `jvdit.data.cameras` describes it; from Python a `CameraPath`
+            as well.
+        restyle: footage to make anew, as the prompt has it, from a part of its noise
+            (`strength`).
         tail: latents that the clip goes on from. It begins amid a longer clip: of its
             first latent frame there is nothing.
-        sound: whether the clip has sound; None: if its model can make some.
+        sound: whether the clip has sound; by default if its model can make some.
         from_video: footage to make sound for; the clip keeps its picture.
-        from_sound: a sound file, or float32 [a e] at the model's rate in [-1, 1], to
-            make a picture for; the clip keeps its sound, and lasts as long.
-        keep_sound: spans of `from_sound` to keep, as seconds from and until; the rest
-            of the sound is made. (): all is kept.
+        from_sound: sound to make a picture for, which the clip keeps, and lasts as
+            long: a file, or from Python float32 [a e] at the model's rate in [-1, 1].
+        keep_sound: spans of `from_sound` to keep, as seconds from and until, while the
+            rest of the sound is made; by default all is kept.
         prompt_embeds, negative_prompt_embeds: states of the text encoder, float [s e],
             in the place of those of the prompts.
 

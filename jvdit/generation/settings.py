@@ -11,7 +11,7 @@ from jvdit.generation.presets import preset_settings
 from jvdit.ranges import check_ranges
 
 # Defaults for the settings that neither the caller nor the model sets.
-_SUITS: Mapping[str, Any] = {
+SUITS: Mapping[str, Any] = {
     "steps": 30,
     "solver": "unipc",
     "guidance_scale": 4.0,
@@ -27,27 +27,31 @@ class Settings:
     """Sampling settings. Fields that are None take the model's defaults (`complete`).
 
     Attributes:
-        steps: how many steps the solver takes.
-        preset: a name in `PRESETS`, whose settings come before the model's own.
+        steps: how many steps the solver takes; fewer are faster.
+        preset: solver, noise levels and guidance of models distilled to few steps, a
+            row of `PRESETS`; they come before the model's own.
         levels: noise levels of the steps, falling from at most 1, in the place of even
             spacing and the model's shift; the last step goes to 0.
-        solver: a name in `SOLVERS`.
-        guidance_scale: classifier-free guidance scale; 1 turns guidance off, which is
-            twice as fast.
+        solver: name of the solver, a row of `SOLVERS`.
+        guidance_scale: classifier-free guidance scale, how strongly the prompt is
+            followed; 1 turns guidance off, which is twice as fast.
         guidance_scale_2: guidance scale of the low-noise expert, in a model with two.
         guidance_interval: guide only while t is between these two, in [0, 1].
-        sound_guidance_scale: guidance scale of the sound; None: that of the picture.
+        sound_guidance_scale: guidance scale of the sound; by default that of the
+            picture.
         sync_scale: how strongly the picture is guided towards what is in step with the
             sound; 1 turns it off, which saves a third of the time.
-        sound_sync_scale: the same of the sound.
-        guidance_rescale: 0 to 1, how far to bring each clip's standard deviation back
-            to what it is without guidance (arXiv:2305.08891, 3.4).
+        sound_sync_scale: how strongly the sound is guided towards what is in step with
+            the picture; 1 turns it off.
+        guidance_rescale: 0 to 1, how far to bring each clip's standard deviation, its
+            contrast, back to what it is without guidance (arXiv:2305.08891, 3.4).
         draft: generate an image first, then a clip that has it as its first frame.
         sound_after: generate the picture first, then the sound for it.
         control_guidance_scale: guidance scale of what is given by channels beside the
-            noise, such as edges; 1 turns it off, which saves an evaluation.
-        conditioning_scale: how strongly a control signal is followed (VACE): one factor
-            for all layers, or one for each that takes hints.
+            noise, `edges`, `guide` or `camera`; 1 turns it off, which saves an
+            evaluation.
+        conditioning_scale: how strongly `video` and `references` are followed (VACE):
+            one factor for all layers, or one for each that takes hints.
         strength: of requests with `restyle`, share of the steps that are taken, 0 to 1:
             the larger, the less of the footage is left.
 
@@ -89,7 +93,7 @@ class Settings:
             defaults: the model's own defaults. Its `guidance_scale_2` belongs with its
                 `guidance_scale`, so it is ignored if a scale was given.
         """
-        suits = {**_SUITS, **{k: v for k, v in defaults.items() if k in NAMES}}
+        suits = {**SUITS, **{k: v for k, v in defaults.items() if k in NAMES}}
         if self.preset is not None:
             suits |= preset_settings(self.preset, bool(defaults.get("boundary")))
         if self.levels is not None:
