@@ -44,7 +44,7 @@ def flags_of(door):
     held = flags.FLAGS._flags()
     kept = dict(held)
     for name in kept:
-        module = flags.FLAGS.find_module_defining_flag(name, "")
+        module = flags.FLAGS.find_module_defining_flag(name) or ""
         if module.startswith("jvdit."):
             del held[name]
     try:

@@ -21,12 +21,12 @@ from jvdit.generation.batches import pack_requests
 from jvdit.generation.checks import check_request
 from jvdit.generation.codec import Codec
 from jvdit.generation.completion import complete
-from jvdit.generation.draft import drafted, dubbed
+from jvdit.generation.draft import DRAFTING, SHOWING, in_two_passes
 from jvdit.generation.experts import Experts, check_control, hint_scales
 from jvdit.generation.inputs import Inputs
 from jvdit.generation.request import Request
 from jvdit.generation.residence import Residence
-from jvdit.generation.restyle import begun
+from jvdit.generation.restyle import noised
 from jvdit.generation.results import GeneratedClip, Latents
 from jvdit.generation.room import Room
 from jvdit.generation.sampling import OnStep, Start, Stepper
@@ -213,15 +213,11 @@ class Generator:
         options: dict[str, Any] = {"rows": rows, "reuse": reuse}
         if settings.sound_after and any(x.sound for x in requests):
             self.model.check_given(["from_video"])
-            passes = (
-                dataclasses.replace(settings, sound_after=False, draft=draft)
-                for draft in (settings.draft, False)
-            )
-            show, dub = (
-                partial(self.clips, settings=each, watch=watch, **options)
-                for each in passes
-            )
-            yield from dubbed(requests, rows, show, dub)
+            plain = dataclasses.replace(settings, sound_after=False)
+            show = partial(self.clips, settings=plain, watch=watch, **options)
+            plain = dataclasses.replace(plain, draft=False)
+            dub = partial(self.clips, settings=plain, watch=watch, **options)
+            yield from in_two_passes(SHOWING, requests, rows, show, dub)
             return
         if settings.draft:
             self.model.check_draft()
@@ -229,12 +225,12 @@ class Generator:
             drafting = partial(self.painter.clips, **options)
             paint = partial(drafting, watch=lambda _, *done: watch("drafting", *done))
             animate = partial(self.clips, watch=watch, **options)
-            yield from drafted(requests, rows, paint, animate)
+            yield from in_two_passes(DRAFTING, requests, rows, paint, animate)
             return
         options |= settings.solving
         if any(x.restyle is not None for x in requests):
             how = settings.steps or 1, settings.strength
-            options |= begun(self.model, self.codec, requests, *how)
+            options |= noised(self.model, self.codec, requests, *how)
         parts = self.solve(
             requests,
             on_step=lambda done, total, _: watch("denoising", done, total),
@@ -329,19 +325,13 @@ class Generator:
             ValueError: the model can't generate a size, or a setting is out of range;
                 raised before anything is compiled.
         """
-        if levels:
-            options = {"rows": rows, "on_step": on_step, "noise": noise, "reuse": reuse}
-            options |= {"guidance": guidance, "low_guidance": low_guidance}
-            options["conditioning_scale"] = conditioning_scale
-            timed = self.timed(tuple(levels))
-            yield from timed.solve(requests, steps=steps, solver=solver, **options)
-            return
+        made = self.timed(tuple(levels)) if levels else self
         check_solver(solver)
         if reuse is not None and solver == "heun":
             raise ValueError(
                 "`reuse` needs a solver of one evaluation a step; take 'unipc'."
             )
-        model = self.model
+        model = made.model
         model.policy.times(steps, jnp.ones(1))
         hint_scales(model, conditioning_scale)
         check_control(model, guidance)
@@ -352,7 +342,7 @@ class Generator:
         requests = [self.complete(request) for request in requests]
         sizes = [self.check(request) for request in requests]
         packed = pack_requests(
-            *(self.inputs, requests, sizes, rows, ways),
+            *(made.inputs, requests, sizes, rows, ways),
             among=self.mesh.shape["context"],
             noise=noise,
             watermark=self.watermark,
@@ -360,7 +350,7 @@ class Generator:
         marked = noise is not None or self.watermark is not None
         start = Start(model.path, model.policy, steps, solver, marked, rising)
         for batch in packed.batches:
-            latents = self.experts.solved(
+            latents = made.experts.solved(
                 batch,
                 start,
                 guidances=guidances,
@@ -416,12 +406,7 @@ class Generator:
         """Generates the images of drafts: this generator, or that of `pictures`."""
         if self.model.pictures is None:
             return self
-        return Generator(
-            self.model.pictures,
-            self.mesh,
-            quantize=self.quantize,
-            watermark=self.watermark,
-        )
+        return dataclasses.replace(self, model=self.model.pictures, together=None)
 
     @property
     def experts(self) -> Experts:

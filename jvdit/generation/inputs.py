@@ -95,25 +95,46 @@ class Inputs:
             negative prompts.
         """
         positive, negative = self.texts(requests)
-        found, model = [], self.model
+        found, channels = [], self.model.vae.latent_channels
         for i, request in enumerate(requests):
-            start = np.zeros((*sizes[i], model.vae.latent_channels), np.float32)
-            item = item_of(
-                start if noise is None else np.asarray(noise[i], np.float32),
-                patch_size=model.patch_size,
-                fps=float(request.fps or 1.0),
-                temporal_compression=model.vae.temporal_compression,
-                seconds=model.seconds,
-                known=given[i],
-                first=int(given[i].headless),
-                text_embeds=positive[i],
-            )
+            start = np.zeros((*sizes[i], channels)) if noise is None else noise[i]
+            first, start = int(given[i].headless), np.asarray(start, np.float32)
+            item = self.item(request, start, given[i], first, positive[i])
             found.append(self._with_sound(item, request, given[i]))
         nulls = [
             dataclasses.replace(item, text_embeds=states)
             for item, states in zip(found, negative, strict=True)
         ]
         return found, nulls
+
+    def item(
+        self,
+        request: Request,
+        latents: Float[np.ndarray, "f h w c"],
+        known: Known,
+        first: int,
+        text: Float[np.ndarray, "s e"],
+    ) -> Item:
+        """Builds the tokens of a picture.
+
+        Args:
+            request: complete.
+            latents: its initial noise, or zeros where that is drawn later.
+            known: its conditions.
+            first: number of its first latent frame.
+            text: states of its prompt.
+        """
+        model = self.model
+        return item_of(
+            latents,
+            patch_size=model.patch_size,
+            fps=float(request.fps or 1.0),
+            temporal_compression=model.vae.temporal_compression,
+            seconds=model.seconds,
+            known=known,
+            first=first,
+            text_embeds=text,
+        )
 
     def _with_sound(self, item: Item, request: Request, given: Known) -> Item:
         """Adds the tokens of its sound to a request that has some."""

@@ -34,12 +34,11 @@ from jvdit.ranges import check_ranges
 
 COARSE = 8000  # Hz at which the length of a sound is measured
 
-PICTURES = ("image", "last_image", "video", "mask", "prefix", "suffix", "interpolate")
-PICTURES += "upscale", "edges", "guide", "from_video", "from_sound"
+PICTURES = ("image", "last_image", *FOOTAGE, "from_sound")
 SEVERAL = ("references", "keyframes", "keep_sound")
 LATENTS = ("tail",)
 PATHS = ("camera",)
-FIELDS_GIVEN = (*PICTURES, *SEVERAL, *LATENTS, *PATHS, "restyle")
+FIELDS_GIVEN = (*PICTURES, *SEVERAL, *LATENTS, *PATHS)
 STATES = ("prompt_embeds", "negative_prompt_embeds")
 
 
@@ -142,16 +141,15 @@ class Request:
     @property
     def given(self) -> list[str]:
         """The names of the fields that hold images or video."""
-        names = [name for name in PICTURES if getattr(self, name) is not None]
-        names += [name for name in SEVERAL if getattr(self, name)]
-        more = *LATENTS, *PATHS
-        return names + [name for name in more if getattr(self, name) is not None]
+        open_fields = [name for name in SEVERAL if not getattr(self, name)]
+        names = [name for name in FIELDS_GIVEN if name not in open_fields]
+        return [name for name in names if getattr(self, name) is not None]
 
     @property
     def settings(self) -> dict[str, Any]:
         """The fields as JSON values; images and video as file name, or as shape."""
         fields = {x.name: getattr(self, x.name) for x in dataclasses.fields(self)}
-        fields |= {name: _named(fields[name]) for name in (*PICTURES, "restyle")}
+        fields |= {name: _named(fields[name]) for name in PICTURES}
         fields["references"] = [_named(x) for x in self.references]
         fields["keyframes"] = [[time, _named(x)] for time, x in self.keyframes]
         fields["keep_sound"] = told_spans(self.keep_sound)
@@ -188,13 +186,9 @@ class Request:
             FileNotFoundError: a file doesn't exist.
             ValueError: one is damaged, or too short for the clip.
         """
-        _ = self.ends, self.reference_pictures(), self.waveform(COARSE, 1)
-        _ = (
-            self.sound_spans(),
-            self.pictures_in_time(),
-            self.poses(),
-            *map(self.clip, FOOTAGE),
-        )
+        _ = self.ends, self.reference_pictures(), self.pictures_in_time()
+        _ = self.waveform(COARSE, 1), self.sound_spans(), self.poses()
+        _ = [self.clip(name) for name in FOOTAGE]
 
     def samples(self, rate: int) -> int:
         """Samples of a sound as long as the clip, at `rate` Hz."""
@@ -356,12 +350,9 @@ class Request:
 
     def reference_pictures(self) -> list[np.ndarray]:
         """The reference images as uint8 `[H W 3]`, padded with white to the clip."""
-        return [
-            resized(
-                read_still(x, "references"), self.size[1:], ImageOps.pad, color="white"
-            )
-            for x in self.references
-        ]
+        size, white = self.size[1:], {"color": "white"}
+        pictures = (read_still(x, "references") for x in self.references)
+        return [resized(x, size, ImageOps.pad, **white) for x in pictures]
 
 
 def _named(source: Pictures | None) -> str | None:

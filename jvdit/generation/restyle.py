@@ -12,7 +12,7 @@ from jvdit.generation.request import Request
 from jvdit.weights.bundle import Bundle
 
 
-def begun(
+def noised(
     model: Bundle,
     codec: Codec,
     requests: Sequence[Request],

@@ -224,7 +224,7 @@ class Packed:
         generator, model = self.generator, self.generator.model
         if request.restyle is not None:
             how = settings.steps or 1, settings.strength
-            made = restyle.begun(model, generator.codec, [request], *how)
+            made = restyle.noised(model, generator.codec, [request], *how)
             times = np.array([*made["levels"], 0.0], np.float32)
             return made["noise"][0], np.stack([times, times], axis=1)
         if (mark := generator.watermark) is None:

@@ -7,18 +7,17 @@ from typing import Any
 
 from jvdit.data.conditions import CONDITIONS
 from jvdit.generation.completion import size_like
+from jvdit.generation.footage import FOOTAGE
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import SEVERAL, Request
 from jvdit.generation.settings import Settings
-from jvdit.serving.recipe import command_of, given_names, python_of
+from jvdit.serving.recipe import command_of, python_of
 from jvdit.serving.slots import ALIGNED
 from jvdit.serving.token_counts import clip_tokens, picture_tokens, stills_of
 from jvdit.serving.video_request import VideoRequest
 
 # How a browser may choose a file for a condition; all others are pictures.
-_FILMS = "video", "mask", "from_video", "prefix", "suffix", "interpolate", "upscale"
-_FILMS += "edges", "guide", "restyle"
-_ACCEPTS = dict.fromkeys(_FILMS, "video/*")
+_ACCEPTS = dict.fromkeys(FOOTAGE, "video/*")
 _ACCEPTS |= {"from_sound": "audio/*", "mask": "image/*,video/*"}
 _ACCEPTS |= {"camera": "application/json", "keep_sound": "spans"}
 _NO_FILE = "tail"  # a condition that only films have
@@ -125,7 +124,7 @@ class Served:
             told.append(f"{most} frames of {width}x{height}")
         if self._fits(request, (frames, *small), stills):
             told.append(f"{frames} frames of {small[1]}x{small[0]}")
-        given = [f"`{name}`" for name in given_names(request)]
+        given = [f"`{name}`" for name in request.given]
         beside = f" with {', '.join(given)}" if given else ""
         raise ValueError(
             f"`size` and `num_frames` ({frames} frames of {width}x{height}) make "
@@ -175,7 +174,7 @@ class Served:
             "seed": request.seed,
             "negative_prompt": request.negative_prompt or "",
             "sound": bool(request.sound),
-            "conditions": given_names(request),
+            "conditions": request.given,
         }
         if request.restyle is not None:
             fields["strength"] = settings.strength
