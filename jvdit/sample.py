@@ -173,10 +173,10 @@ def sample(prompts: Sequence[tuple[str, str]]) -> Iterator[pathlib.Path]:
         _check_markable(settings, films, requests)
         generator.watermark, told["watermark"] = mark, "gaussian shading"
     signed = signed and signed.of(model_hash(generator.model))
-    make: Any = _films if films else _clips
-    shown: list[_Written] = []
+    how, shown = (generator, settings, told, signed), list[_Written]()
+    made = map(partial(_filmed, *how), requests) if films else _clips(requests, *how)
     try:
-        for one in make(generator, requests, settings, told, signed):
+        for one in made:
             shown.append(one)
             yield one.path
     finally:
@@ -211,8 +211,8 @@ def _check_markable(settings: Settings, films: bool, requests: Sequence[Any]) ->
 
 
 def _clips(
-    generator: Generator,
     requests: Sequence[Request],
+    generator: Generator,
     settings: Settings,
     told: dict[str, Any],
     signed: "Provenance | None",
@@ -220,17 +220,14 @@ def _clips(
     """Generates clips and writes each.
 
     Args:
-        generator: of the model.
         requests: complete.
-        settings: likewise.
+        generator: of the model.
+        settings: complete.
         told: what the files say of them.
         signed: signs the files.
     """
-    reuse = (
-        Reuse.load(asked.REUSE.value, asked.THRESHOLD.value)
-        if asked.REUSE.value
-        else None
-    )
+    file = asked.REUSE.value
+    reuse = file and Reuse.load(file, asked.THRESHOLD.value)
     stages = _stages(generator)
     shares = Shares(meter := Meter())
     with _Shown(len(requests)) as watch:
@@ -260,9 +257,8 @@ def _stages(generator: Generator) -> list[tuple[str, Generator]]:
     found = []
     for text in asked.CASCADE.value:
         stage, _, folder = text.partition("=")
-        by = generator
+        place, by = pathlib.Path(folder).absolute(), generator
         if folder:
-            place = pathlib.Path(folder).absolute()
             by = Generator.load(place, generator.mesh, generator.quantize)
         check_stage(by, stage)
         found.append((stage, by))
@@ -285,53 +281,40 @@ def _film(generator: Generator, request: Request) -> Film:
     return film
 
 
-def _films(
+def _filmed(
     generator: Generator,
-    films: Sequence[Film],
     settings: Settings,
     told: dict[str, Any],
     signed: "Provenance | None",
-) -> Iterator[_Written]:
-    """Makes films, and writes each while it is being made; see `_clips`."""
-    for film in films:
-        request = film.request
-        path = free_path(pathlib.Path(asked.OUT.value), clip_name(request), ".mp4")
-        more = {
-            "frames": film.frames,
-            "carry": film.carry,
-            "sink": film.sink,
-            "extend": asked.EXTEND.value,
-        }
-        more["scenes"] = [list(scene) for scene in film.scenes]
-        about, meter = request.settings | told | more, Meter()
-        with Bars() as bars:
-            task = bars.add_task("frames", total=film.frames)
-            stills = write_film(
-                path,
-                generator,
-                film,
-                settings,
-                metadata={"jvdit": about},
-                scale=asked.ENLARGED.value or viewing_scale(request.size[1:]),
-                on_frames=lambda done, task=task: bars.update(task, completed=done),
-                tell=bars.print,
-                finish=partial(_finish_film, signed, film, about, meter),
-            )
-            bars.print(f"{meter.total} for the film")
-        yield _Written(path, request.prompt, stills)
-
-
-def _finish_film(
-    signed: "Provenance | None",
     film: Film,
-    about: dict[str, Any],
-    meter: Meter,
-    path: pathlib.Path,
-) -> None:
-    """Signs a film, with the energy that is known once it is done."""
-    if signed:
-        told = about | {"energy": meter.total.told}
-        signed.signing(told, film.request, film.footage)(path)
+) -> _Written:
+    """Makes a film, and writes it while it is being made; see `_clips`."""
+    request = film.request
+    path = free_path(pathlib.Path(asked.OUT.value), clip_name(request), ".mp4")
+    about, meter = request.settings | told, Meter()
+    about |= {x: getattr(film, x) for x in ("frames", "carry", "sink")}
+    about |= {"extend": asked.EXTEND.value, "scenes": [*map(list, film.scenes)]}
+
+    def finish(path: pathlib.Path) -> None:  # the energy is known once it is done
+        if signed:
+            told = about | {"energy": meter.total.told}
+            signed.signing(told, request, film.footage)(path)
+
+    with Bars() as bars:
+        task = bars.add_task("frames", total=film.frames)
+        stills = write_film(
+            path,
+            generator,
+            film,
+            settings,
+            metadata={"jvdit": about},
+            scale=asked.ENLARGED.value or viewing_scale(request.size[1:]),
+            on_frames=lambda done: bars.update(task, completed=done),
+            tell=bars.print,
+            finish=finish,
+        )
+        bars.print(f"{meter.total} for the film")
+    return _Written(path, request.prompt, stills)
 
 
 class _Shown(Bars):

@@ -18,8 +18,7 @@ from jvdit.generation.watermark import Watermark
 from jvdit.shapes import Text
 from jvdit.weights.bundle import Bundle
 
-# XORed into a clip's seed to get those of its picture's and its sound's noise.
-OTHER_NOISE = (0, 1 << 30)
+_NOISES = (0, 1 << 30)  # XORed into a clip's seed: of its picture, and of its sound
 
 
 class Chunk(NamedTuple):
@@ -216,11 +215,15 @@ def batches_of(
             places = np.zeros((size, len(kinds) or 1, clips + 1), np.uint32)
             for r, row in enumerate(filled):
                 for i, request in enumerate(row, 1):
-                    for kind, other in enumerate(OTHER_NOISE[: len(kinds) or 1]):
-                        places[r, kind, i] = (seeds[request] ^ other) % (1 << 32)
+                    places[r, :, i] = noise_seeds(seeds[request], len(kinds) or 1)
             places = places.reshape(size, -1)
             batches.append(Chunk(chunk, arrays, null, places, given, kinds))
     return batches
+
+
+def noise_seeds(seed: int, kinds: int) -> list[int]:
+    """Seeds of the noise of a clip: of its picture, and with two kinds of its sound."""
+    return [(seed ^ other) % (1 << 32) for other in _NOISES[:kinds]]
 
 
 def _groups(items: Sequence[Item]) -> list[list[int]]:

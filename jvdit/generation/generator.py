@@ -231,13 +231,9 @@ class Generator:
         if any(x.restyle is not None for x in requests):
             how = settings.steps or 1, settings.strength
             options |= noised(self.model, self.codec, requests, *how)
-        parts = self.solve(
-            requests,
-            on_step=lambda done, total, _: watch("denoising", done, total),
-            **options,
-        )
-        for latents in parts:
-            yield from self.decoded(latents, requests, watch)
+        options["on_step"] = lambda *told: watch("denoising", *told[:2])
+        for latents in self.solve(requests, **options):
+            yield from self.codec.clips(latents, requests, partial(watch, "decoding"))
 
     def complete(self, request: Request) -> Request:
         """Fills the fields that a request leaves open with the model's defaults."""
@@ -256,6 +252,11 @@ class Generator:
         """Height and width of a clip must be multiples of this, in pixels."""
         model = self.model
         return math.lcm(*model.patch_size[1:]) * model.vae.spatial_compression
+
+    def ways(self, guided: bool) -> int:
+        """How many rows the mesh divides; guidance doubles those that are given."""
+        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return ways // 2 if guided and ways % 2 == 0 else ways
 
     def check(self, request: Request) -> Size:
         """Checks that the model can generate a request.
@@ -336,9 +337,7 @@ class Generator:
         hint_scales(model, conditioning_scale)
         check_control(model, guidance)
         guidances = {"dit": guidance, "dit_low": low_guidance or guidance}
-        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        if all(each.scale != 1 for each in guidances.values()) and ways % 2 == 0:
-            ways //= 2  # guidance doubles the rows
+        ways = self.ways(all(each.scale != 1 for each in guidances.values()))
         requests = [self.complete(request) for request in requests]
         sizes = [self.check(request) for request in requests]
         packed = pack_requests(
@@ -361,13 +360,6 @@ class Generator:
             yield packed.latents(batch, latents, model)
 
     # Implementation
-
-    def decoded(
-        self, latents: Mapping[int, Latents], requests: Sequence[Request], watch: Watch
-    ) -> Iterator[tuple[int, GeneratedClip]]:
-        """Decodes the clips of a batch; pictures of one size are decoded together."""
-        told = lambda *counts: watch("decoding", *counts)  # noqa: E731
-        yield from self.codec.clips(latents, requests, told)
 
     @property
     def codec(self) -> Codec:

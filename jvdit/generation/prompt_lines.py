@@ -29,9 +29,7 @@ def _field(field: dataclasses.Field[Any]) -> tuple[str, Any, Any]:
 
 _FIELDS = [x for x in dataclasses.fields(Request) if x.name not in (*LATENTS, *STATES)]
 _Line = msgspec.defstruct(
-    "Line",
-    [("prompt", str), *map(_field, _FIELDS[1:])],
-    forbid_unknown_fields=True,
+    "Line", [("prompt", str), *map(_field, _FIELDS[1:])], forbid_unknown_fields=True
 )
 
 

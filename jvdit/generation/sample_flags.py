@@ -151,10 +151,7 @@ THRESHOLD = flags.DEFINE_float(
     lower_bound=0.0,
 )
 ROWS = flags.DEFINE_integer(
-    "rows",
-    8,
-    "Rows that are solved at once; fewer need less memory.",
-    lower_bound=1,
+    "rows", 8, "Rows that are solved at once; fewer need less memory.", lower_bound=1
 )
 ENLARGED = flags.DEFINE_integer(
     "scale",

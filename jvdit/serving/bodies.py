@@ -12,7 +12,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request as HttpRequest
 
 from jvdit.generation.request import FIELDS_GIVEN, SEVERAL
-from jvdit.serving.guard import read_json_body
+from jvdit.machine.json_files import parse_json
 
 _DATA = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(?:;[\w=.+-]+)*;base64,", re.ASCII)
 _PART = re.compile(r"conditions\[(\w+)\](?:\[([\w.+-]*)\])?", re.ASCII)
@@ -108,7 +108,8 @@ async def read_body(
     """
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
-        fields, files = _from_json(read_json_body(await http.body()), takes)
+        body = parse_json(await http.body(), "the body", dict[str, Any])
+        fields, files = _from_json(body, takes)
     elif kind == "multipart/form-data":
         limits = {"max_files": _FILES, "max_fields": _FIELDS, "max_part_size": _FIELD}
         async with http.form(**limits) as form:

@@ -119,9 +119,7 @@ class Served:
         most = self._most_frames(request, stills)
         unit, share = self.generator.unit, self.tokens / count
         small = size_like((height, width), int(height * width * share), unit)
-        told = []
-        if most:
-            told.append(f"{most} frames of {width}x{height}")
+        told = [f"{most} frames of {width}x{height}"] if most else []
         if self._fits(request, (frames, *small), stills):
             told.append(f"{frames} frames of {small[1]}x{small[0]}")
         given = [f"`{name}`" for name in request.given]

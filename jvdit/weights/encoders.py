@@ -296,9 +296,7 @@ class SoundEncoder(_Divided):
         Args:
             audio: samples in [-1, 1].
         """
-        audio = np.concatenate(
-            [in_channels(x, self.module.channels)[None] for x in audio]
-        )
+        audio = np.stack([in_channels(x, self.module.channels) for x in audio])
         spare = -len(audio) % self._mesh.size
         audio = np.pad(audio, ((0, spare), (0, 0), (0, 0)))
         with jax.set_mesh(self._mesh):

@@ -24,11 +24,7 @@ from jvdit.weights.hub import adapter_file, release_folder
 from jvdit.weights.parameters import Network, module_fields
 from jvdit.weights.recipes import RECIPES, TEXT_LENGTH
 from jvdit.weights.release import Release, is_release, read_release
-from jvdit.weights.released_configs import (
-    PATCH_SIZE,
-    conditions_of,
-    patch_channels,
-)
+from jvdit.weights.released_configs import PATCH_SIZE, conditions_of, patch_channels
 from jvdit.weights.tensors import has_variant
 from jvdit.weights.wan import LAYOUTS, dit_rules
 
@@ -77,7 +73,9 @@ def open_bundle(
         raise ValueError(folders.lone(folder))
     if not is_release(folder):
         options = {"dtype": dtype, "shift": shift, "parts": parts, "variant": variant}
-        _check_own(folder, options | fields)
+        if given := [name for name, x in (options | fields).items() if x]:
+            told = " and ".join(given)
+            raise ValueError(f"{told} go with a released model, and {folder} is none.")
         return read_bundle(folder)
     release = read_release(folder)
     if variant and not any(has_variant(x, variant) for x in release.parts.values()):
@@ -93,13 +91,6 @@ def open_bundle(
         fields,
     )
     return _released(release, networks, shift)
-
-
-def _check_own(folder: pathlib.Path, options: Mapping[str, Any]) -> None:
-    """Raises a ValueError if options of released models were given for another one."""
-    if given := [name for name, value in options.items() if value]:
-        told = " and ".join(given)
-        raise ValueError(f"{told} go with a released model, and {folder} is none.")
 
 
 def _released(

@@ -8,10 +8,9 @@ straight onto the devices.
 """
 
 import dataclasses
-import functools
 import re
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
 import einops
@@ -232,7 +231,7 @@ def unread(*names: str) -> list[Rule]:
     return [Rule(name + end, "") for name in names for end in ends]
 
 
-@functools.cache
+@cache
 def _regex(pattern: str) -> re.Pattern[str]:
     """Compiles the pattern of a name; a number that occurs twice must be the same."""
     seen: set[str] = set()
@@ -244,15 +243,7 @@ def _regex(pattern: str) -> re.Pattern[str]:
         seen.add(name)
         return rf"(?P<{name}>\d+)"
 
-    parts = re.split(r"(\{\w\})", pattern)
-    return re.compile(
-        "".join(
-            re.sub(r"\{(\w)\}", number, part)
-            if part.startswith("{")
-            else re.escape(part)
-            for part in parts
-        )
-    )
+    return re.compile(re.sub(r"\\\{(\w)\\\}", number, re.escape(pattern)))
 
 
 def listed(names: Sequence[str]) -> str:

@@ -6,16 +6,6 @@ The names are those of diffusers, or those of the original release
 
 from jvdit.weights.rules import LAYOUTS, Rule, layers, unread
 
-# What only sound goes through, in networks that were trained on with it: our names.
-_SOUND = tuple(
-    (f"{theirs}_sound", f"{original}_sound", f"self_attention/{ours}_sound")
-    for theirs, original, ours in (
-        ("attn1.to_q", "self_attn.q", "query"),
-        ("attn1.to_k", "self_attn.k", "key"),
-        ("attn1.to_v", "self_attn.v", "value"),
-        ("attn1.to_out.0", "self_attn.o", "out"),
-    )
-)
 # Layers of a block, and those before and after the blocks: diffusers' name, the
 # original name, and ours.
 _BLOCK = (
@@ -41,6 +31,8 @@ _BLOCK = (
     # The extra layer of control blocks (VACE).
     ("proj_out", "after_proj", "hint"),
 )
+# What only sound goes through, in networks that were trained on with it: our names.
+_SOUND = tuple(tuple(f"{name}_sound" for name in row) for row in _BLOCK[:4])
 _EMBEDDERS = (
     ("text_embedder.linear_1", "text_embedding.0", "text_embed/fc_in"),
     ("text_embedder.linear_2", "text_embedding.2", "text_embed/fc_out"),
