@@ -268,14 +268,14 @@ def _stages(generator: Generator) -> list[tuple[str, Generator]]:
 def _film(generator: Generator, request: Request) -> Film:
     """The film that a request and the flags ask for, complete and possible."""
     request = complete_window(generator, request)
-    fps = float(request.fps or 1.0)
+    fps = request.frame_rate
     frames = round((asked.SECONDS.value or 0.0) * fps)
     if frames < 1:
         raise ValueError("--seconds says how long the film lasts; give it.")
     example = "SECONDS:PROMPT"
     scenes = [Scene(*asked.timed("scene", text, example)) for text in asked.SCENE.value]
-    kept = asked.CARRY.value, asked.SINK.value
-    film = Film(request, frames, asked.EXTEND.value, scenes, *kept)
+    kept = {name: flag.value for name, flag in asked.FILM.items()}
+    film = Film(request, frames, asked.EXTEND.value, scenes, **kept)
     film = check_film(generator, film)
     Followed(film.request, film.frames).read_given()
     return film

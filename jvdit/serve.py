@@ -43,9 +43,7 @@ _OFFERED = flags.DEFINE_multi_string(
     "Adapter that a request may name, as NAME=FILE or NAME=FILE:0.8; those clips are "
     "made by themselves.",
 )
-_NAME = flags.DEFINE_string(
-    "name", None, "What the model is called (default: as its folder)."
-)
+_NAME = flags.DEFINE_string("name", None, "Name of the model (default: its folder's).")
 _OUT = flags.DEFINE_string("out", "served", "Folder that keeps the jobs and clips.")
 _HOST = flags.DEFINE_string(
     "host", "127.0.0.1", "Address to listen at; all but this machine's needs --token."
@@ -191,9 +189,8 @@ def serve() -> None:
         loras = _offered(generator)
         model = served.Served(generator, name, *bounds, source, loras)
         signed = signed and signed.of(model_hash(generator.model))
-        rows = packed.Packed(
-            generator, model.tokens, _CLIPS.value, model.steps, _ROWS.value
-        )
+        most = _CLIPS.value, model.steps, _ROWS.value
+        rows = packed.Packed(generator, model.tokens, *most)
         made: Any = app.make_app(
             queue,
             worker.Worker(queue, model, rows, signed),

@@ -144,9 +144,13 @@ def pack_requests(
     ]
     if noise is None and watermark is not None:
         channels = model.vae.latent_channels
+        # None where something precedes a clip.
         noise = [
-            _marked(watermark, request.seed, (*size, channels), lead)
-            for request, size, lead in zip(requests, whole, leads, strict=True)
+            np.pad(
+                watermark.noise(request.seed, (f - lead, h, w, channels)),
+                [(lead, 0), (0, 0), (0, 0), (0, 0)],
+            )
+            for request, (f, h, w), lead in zip(requests, whole, leads, strict=True)
         ]
     items, nulls = inputs.items(requests, whole, given, noise)
     batches = batches_of(
@@ -155,17 +159,8 @@ def pack_requests(
         channels=max(model.dit.in_channels, model.dit.sound_channels),
     )
     sounds = [inputs.sounds(request) for request in requests]
-    return PackedRequests(
-        batches, whole, leads, sounds, [item.beside for item in items]
-    )
-
-
-def _marked(
-    mark: Watermark, seed: int, shape: tuple[int, int, int, int], lead: int
-) -> np.ndarray:
-    """Initial noise with the watermark; none where something precedes a clip."""
-    drawn = mark.noise(seed, (shape[0] - lead, *shape[1:]))
-    return np.pad(drawn, [(lead, 0), (0, 0), (0, 0), (0, 0)])
+    beside = [item.beside for item in items]
+    return PackedRequests(batches, whole, leads, sounds, beside)
 
 
 def batches_of(

@@ -26,7 +26,7 @@ def check_request(model: Bundle, request: Request) -> Size:
         model.audio_vae  # noqa: B018 - raises if there is none
     elif request.from_video is not None or request.from_sound is not None:
         raise ValueError(
-            "`from_video` and `from_sound` are about sound, and `sound` is False."
+            "`from_video` and `from_sound` need sound, and `sound` is False."
         )
     return size
 

@@ -67,10 +67,10 @@ class Film:
         scenes: prompts and when they begin, in order; before the first, and if there is
             none, that of the request holds. What is to be seen in all of them can be
             kept by the request's `references`.
-        carry: latent frames of a window that come from the one before, or that a
-            chunk of a stream sees before it. None: half of a window; of a stream, all
+        carry: latent frames of a window that come from the one before, by default half
+            of them; or that each chunk of a causal model sees before it, by default all
             but the chunk and the first latent frame of a clip.
-        sink: the first latent frames, which a stream sees for good, besides.
+        sink: first latent frames, which each chunk of a causal model sees, besides.
 
     Raises:
         ValueError: scenes are out of order, or begin after the end.
@@ -128,7 +128,7 @@ def check_film(generator: Generator, film: Film) -> Film:
         _check_windows(generator, film, carry, after_first)
     begins = chunk if streams else 1 + carry
     if film.footage is not None:
-        fps = float(request.fps or 1.0)
+        fps = request.frame_rate
         length = footage_length(film.footage, "prefix", fps)
         least = 1 + (begins - 1) * model.vae.temporal_compression
         if not least <= length < film.frames:
@@ -250,7 +250,7 @@ class _Shooting:
         self._generator, self._film, self._settings = generator, film, settings
         self._request = request = film.request
         self._followed = Followed(request, film.frames)
-        self._fps, self._carry = float(request.fps or 1.0), film.carry or 1
+        self._fps, self._carry = request.frame_rate, film.carry or 1
         self._each = generator.model.vae.temporal_compression
         self._tail: np.ndarray | None = None  # the last latents of the picture
         self._count = 0  # of the latents of the picture so far

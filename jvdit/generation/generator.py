@@ -103,9 +103,8 @@ class Generator:
         if model is not self.model:
             path = dataclasses.replace(self.model.path, timesteps=0)
             policy = dataclasses.replace(self.model.policy, levels=levels)
-            made = self.beside(
-                dataclasses.replace(self.model, path=path, policy=policy)
-            )
+            timed = dataclasses.replace(self.model, path=path, policy=policy)
+            made = self.beside(timed)
             self._timed[levels] = self.model, made
         return made
 
@@ -330,7 +329,7 @@ class Generator:
         check_solver(solver)
         if reuse is not None and solver == "heun":
             raise ValueError(
-                "`reuse` needs a solver of one evaluation a step; take 'unipc'."
+                "`reuse` needs one evaluation a step; take the solver 'unipc'."
             )
         model = made.model
         model.policy.times(steps, jnp.ones(1))

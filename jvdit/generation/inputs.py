@@ -52,13 +52,12 @@ class Inputs:
             size: latent frames, height and width of the clip.
         """
         vae = self.model.vae
-        compression = vae.temporal_compression, vae.spatial_compression
-        place = Place(size[0], self.codec.encode, *compression)
-        place = place._replace(channels=vae.latent_channels)
+        how = self.codec.encode, vae.temporal_compression, vae.spatial_compression
+        place = Place(size[0], *how, channels=vae.latent_channels)
         if self.model.has_sound:
-            heard = self.model.audio_vae.sample_rate, self.model.audio_vae.channels
-            place = place._replace(encode_sound=self.codec.encode_sound, sound=heard)
-            place = place._replace(latent_rate=self.model.audio_vae.latent_rate)
+            heard, encode = self.model.audio_vae, self.codec.encode_sound
+            place = place._replace(encode_sound=encode, latent_rate=heard.latent_rate)
+            place = place._replace(sound=(heard.sample_rate, heard.channels))
         found = known(self.model.conditions, request, place)
         if self.model.dit.cond_channels and found.cond is None:
             width = self.model.dit.cond_channels // math.prod(self.model.patch_size)
@@ -128,7 +127,7 @@ class Inputs:
         return item_of(
             latents,
             patch_size=model.patch_size,
-            fps=float(request.fps or 1.0),
+            fps=request.frame_rate,
             temporal_compression=model.vae.temporal_compression,
             seconds=model.seconds,
             known=known,
@@ -168,7 +167,7 @@ class Inputs:
             [(x.negative_prompt or "", x.negative_prompt_embeds) for x in requests],
         ]
         texts = [text for kind in kinds for text, given in kind if given is None]
-        states, model = self._text_states(texts), self.model
+        states, model = self._text_states(list(dict.fromkeys(texts))), self.model
         found = [
             [states[text] if given is None else given for text, given in kind]
             for kind in kinds
@@ -179,9 +178,8 @@ class Inputs:
         pad = lambda x: np.pad(x, ((0, length - len(x)), (0, 0)))  # noqa: E731
         return [[pad(x) for x in kind] for kind in found]
 
-    def _text_states(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        """Encodes prompts, each distinct one once."""
-        texts = list(dict.fromkeys(prompts))
+    def _text_states(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Encodes prompts, which are distinct."""
         if not texts:
             return {}
         batch = min(1 << (len(texts) - 1).bit_length(), _PROMPTS)

@@ -38,7 +38,5 @@ def preset_settings(name: str, experts: bool = True) -> dict[str, Any]:
     if name not in PRESETS:
         raise ValueError(f"`preset` (={name!r}) is unknown; choose of {[*PRESETS]}.")
     if "+" in name and not experts:
-        raise ValueError(
-            f"`preset` (={name!r}) is for models of two experts; take 'lightx2v-4'."
-        )
+        raise ValueError(f"`preset` (={name!r}) is for two experts; take 'lightx2v-4'.")
     return PRESETS[name]

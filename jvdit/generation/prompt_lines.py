@@ -73,7 +73,7 @@ def _given(line: str, where: str) -> dict[str, Any]:
     found = msgspec.structs.asdict(parse_json(line, where, _Line))
     fields = {name: value for name, value in found.items() if value is not UNSET}
     for name in ("prompt", "negative_prompt"):
-        check_text(fields.get(name, ""), f"{where}: `{name}`")
+        check_text(fields.get(name) or "", f"{where}: `{name}`")
     fields |= {name: fields[name] or () for name in _SEVERAL if name in fields}
     if isinstance(fields.get("references"), str):
         fields["references"] = (fields["references"],)

@@ -13,23 +13,9 @@ from jvdit.data.conditions.known import Tail
 from jvdit.data.media.audio import read_sound
 from jvdit.data.media.reader import probe
 from jvdit.data.sounds import in_channels
-from jvdit.generation.footage import (
-    FOOTAGE,
-    Pictures,
-    existing,
-    footage_length,
-    read_footage,
-    read_still,
-    resized,
-)
-from jvdit.generation.sound_spans import (
-    LENIENT,
-    Spans,
-    blended,
-    check_spans,
-    spans_within,
-    told_spans,
-)
+from jvdit.generation import footage, sound_spans
+from jvdit.generation.footage import FOOTAGE, Pictures
+from jvdit.generation.sound_spans import LENIENT, Spans
 from jvdit.ranges import check_ranges
 
 COARSE = 8000  # Hz at which the length of a sound is measured
@@ -125,7 +111,12 @@ class Request:
     def __post_init__(self):
         names = "frames", "height", "width", "fps", "seed"
         check_ranges({name: getattr(self, name) for name in names})
-        check_spans(self.keep_sound)
+        sound_spans.check_spans(self.keep_sound)
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames per second; 1 where that is left open, as a picture may."""
+        return float(self.fps or 1.0)
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -152,7 +143,7 @@ class Request:
         fields |= {name: _named(fields[name]) for name in PICTURES}
         fields["references"] = [_named(x) for x in self.references]
         fields["keyframes"] = [[time, _named(x)] for time, x in self.keyframes]
-        fields["keep_sound"] = told_spans(self.keep_sound)
+        fields["keep_sound"] = sound_spans.told_spans(self.keep_sound)
         fields.pop("tail")
         if isinstance(path := fields["camera"], CameraPath):
             fields["camera"] = f"poses {len(path.world_to_camera)}"
@@ -167,7 +158,7 @@ class Request:
     def pictures(self) -> list[np.ndarray]:
         """The given first and last frames as uint8 `[H W 3]`, at their own sizes."""
         ends = (("image", self.image), ("last_image", self.last_image))
-        return [read_still(x, name) for name, x in ends if x is not None]
+        return [footage.read_still(x, name) for name, x in ends if x is not None]
 
     @property
     def ends(self) -> list[np.ndarray]:
@@ -176,8 +167,9 @@ class Request:
 
     def end(self, name: str) -> np.ndarray | None:
         """One of them, `image` or `last_image`; None: it isn't given."""
-        picture = getattr(self, name)
-        return None if picture is None else self.fitted(read_still(picture, name))
+        if (picture := getattr(self, name)) is None:
+            return None
+        return self.fitted(footage.read_still(picture, name))
 
     def read_given(self) -> None:
         """Reads all that is given, so that a damaged file is found before the work.
@@ -192,7 +184,7 @@ class Request:
 
     def samples(self, rate: int) -> int:
         """Samples of a sound as long as the clip, at `rate` Hz."""
-        return round(self.size[0] / (self.fps or 1.0) * rate)
+        return round(self.size[0] / self.frame_rate * rate)
 
     def waveform(self, rate: int, channels: int) -> np.ndarray | None:
         """Reads `from_sound` as float32 `[a e]`, as long as the clip.
@@ -231,7 +223,7 @@ class Request:
         Raises:
             ValueError: one ends after the clip.
         """
-        return spans_within(self.keep_sound, self.size[0] / (self.fps or 1.0))
+        return sound_spans.spans_within(self.keep_sound, self.size[0] / self.frame_rate)
 
     def sound_kept(
         self, made: Float[np.ndarray, "a e"], rate: int
@@ -245,7 +237,7 @@ class Request:
         audio = self.waveform(rate, made.shape[1]) if self.keep_sound else None
         if audio is None:
             return made
-        return blended(made, audio, self.sound_spans(), rate)
+        return sound_spans.blended(made, audio, self.sound_spans(), rate)
 
     def sound_of(self, name: str, rate: int, channels: int) -> np.ndarray | None:
         """The sound of footage that the clip begins with, as float32 `[a e]`.
@@ -261,13 +253,13 @@ class Request:
         source = getattr(self, name)
         if isinstance(source, np.ndarray) or not probe(source).has_audio:
             return None
-        frames = footage_length(source, name, float(self.fps or 1.0))
+        frames = footage.footage_length(source, name, self.frame_rate)
         audio = in_channels(read_sound(source, rate), channels).astype(np.float32)
-        return audio[: round(frames / (self.fps or 1.0) * rate)]
+        return audio[: round(frames / self.frame_rate * rate)]
 
     def fitted(self, picture: np.ndarray) -> np.ndarray:
         """Resizes an image to cover the clip's size, and center-crops it."""
-        return resized(picture, self.size[1:], ImageOps.fit)
+        return footage.resized(picture, self.size[1:], ImageOps.fit)
 
     def clip(self, name: str) -> np.ndarray | None:
         """Reads a field of footage as uint8 `[T H W 3]`, as the clip needs it.
@@ -285,7 +277,7 @@ class Request:
         source = getattr(self, name)
         if source is None:
             return None
-        return read_footage(source, name, self.size, float(self.fps or 1.0))
+        return footage.read_footage(source, name, self.size, self.frame_rate)
 
     def kept(
         self, video: UInt8[np.ndarray, "T H W 3"], masked: bool
@@ -296,14 +288,14 @@ class Request:
             video: the clip.
             masked: `video` stays where `mask` is black.
         """
-        if (footage := self.clip("from_video")) is not None:
-            return footage
+        if (given := self.clip("from_video")) is not None:
+            return given
         video = video.copy()
-        if (footage := self.clip("prefix")) is not None:
-            video[: len(footage)] = footage
-        footage, mask = self.clip("video"), self.clip("mask")
-        if masked and footage is not None and mask is not None:
-            video = np.where(mask[..., :1] > 127, video, footage)
+        if (given := self.clip("prefix")) is not None:
+            video[: len(given)] = given
+        given, mask = self.clip("video"), self.clip("mask")
+        if masked and given is not None and mask is not None:
+            video = np.where(mask[..., :1] > 127, video, given)
         return video
 
     def pictures_in_time(self) -> list[tuple[float, np.ndarray]]:
@@ -312,7 +304,7 @@ class Request:
         Raises:
             ValueError: one lies beyond the end of the clip.
         """
-        fps, found = self.fps or 1.0, []
+        fps, found = self.frame_rate, []
         last = (self.size[0] - 1) / fps
         for time, picture in self.keyframes:
             if not 0 <= time <= last + 0.5 / fps:
@@ -321,7 +313,7 @@ class Request:
                     f"from 0 to {last:g} s."
                 )
             at = round(time * fps) / fps  # a frame's own time
-            found.append((at, self.fitted(read_still(picture, "keyframes"))))
+            found.append((at, self.fitted(footage.read_still(picture, "keyframes"))))
         return found
 
     @property
@@ -329,7 +321,7 @@ class Request:
         """The camera's path, read if it is a file; errors as of `poses`."""
         if self.camera is None or isinstance(self.camera, CameraPath):
             return self.camera
-        return read_camera(existing(self.camera, "camera"))
+        return read_camera(footage.existing(self.camera, "camera"))
 
     def poses(self) -> Float[np.ndarray, "T 16"] | None:
         """The camera of each frame, see `cameras.Poses`; None: it isn't given.
@@ -344,15 +336,15 @@ class Request:
         if not isinstance(self.camera, CameraPath):
             told = f"{told} (={self.camera})"
         try:
-            return path.poses(*self.size, float(self.fps or 1.0))
+            return path.poses(*self.size, self.frame_rate)
         except ValueError as error:
             raise ValueError(f"{told}: {error}") from None
 
     def reference_pictures(self) -> list[np.ndarray]:
         """The reference images as uint8 `[H W 3]`, padded with white to the clip."""
         size, white = self.size[1:], {"color": "white"}
-        pictures = (read_still(x, "references") for x in self.references)
-        return [resized(x, size, ImageOps.pad, **white) for x in pictures]
+        pictures = (footage.read_still(x, "references") for x in self.references)
+        return [footage.resized(x, size, ImageOps.pad, **white) for x in pictures]
 
 
 def _named(source: Pictures | None) -> str | None:

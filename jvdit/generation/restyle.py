@@ -38,9 +38,7 @@ def noised(
     if any(request.restyle is None for request in requests):
         raise ValueError("give `restyle` to all requests of a call, or to none.")
     if any(request.sound for request in requests):
-        raise ValueError(
-            "`restyle` makes a picture; add its sound afterwards, with `from_video`."
-        )
+        raise ValueError("`restyle` makes no sound; add it afterwards by `from_video`.")
     latents = []
     for request in requests:
         video = request.clip("restyle")

@@ -12,6 +12,7 @@ from jvdit.diffusion.solvers import SOLVERS
 from jvdit.generation import completion, model_flags
 from jvdit.generation.completion import size_fields
 from jvdit.generation.fields import described, plain
+from jvdit.generation.films import Film
 from jvdit.generation.presets import PRESETS
 from jvdit.generation.request import STATES, Request
 from jvdit.generation.settings import SUITS, Settings
@@ -56,6 +57,7 @@ def _defined(owner: type, *without: str) -> dict[str, flags.FlagHolder[Any]]:
 
 REQUEST = _defined(Request, "prompt", "height", "width", "tail", *STATES)
 SETTINGS = _defined(Settings)
+FILM = _defined(Film, "request", "frames", "footage", "scenes")
 for _name, _original in (
     ("num_frames", "frames"),
     ("num_inference_steps", "steps"),
@@ -92,19 +94,6 @@ SCENE = flags.DEFINE_multi_string(
     "scene",
     [],
     "A scene of the film, as SECONDS:PROMPT; until the first, the prompt itself holds.",
-)
-CARRY = flags.DEFINE_integer(
-    "carry",
-    None,
-    "Latent frames of a window of a film that the one before has made (default: half "
-    "of them), or that each chunk of a causal model sees before it.",
-    lower_bound=1,
-)
-SINK = flags.DEFINE_integer(
-    "sink",
-    0,
-    "First latent frames that each chunk of a causal model sees, besides.",
-    lower_bound=0,
 )
 SHIFT = flags.DEFINE_float(
     "shift",

@@ -83,9 +83,8 @@ class Stream:
         policy = dataclasses.replace(
             model.policy, shift=shift, shift_tokens=None, shift_range=(shift, shift)
         )
-        self._start = Start(
-            model.path, policy, solving["steps"], solving["solver"], one_clip=True
-        )
+        how = solving["steps"], solving["solver"]
+        self._start = Start(model.path, policy, *how, one_clip=True)
         self._capacity = (window + sink) * cells, sink * cells
         self._size = size
         self._kept: Kept | None = None

@@ -56,9 +56,7 @@ class Uploads:
     def _check_taken(self, name: str, place: str) -> None:
         if name not in self.takes:
             told = ", ".join(f"`{x}`" for x in self.takes) or "none"
-            raise ValueError(
-                f"`{place}` isn't taken: of conditions this model takes {told}."
-            )
+            raise ValueError(f"`{place}` isn't taken; this model takes {told}.")
 
     def put_span(self, value: Any, place: str) -> None:
         """Adds a span of a sound: [0, 0.5], or "0:0.5"; no end is the clip's."""

@@ -101,9 +101,8 @@ class Guard:
             await answer(scope, receive, sending)
             return
         self.large -= large
-        bounded = _Bounded(
-            receive, self.num_bytes, self.seconds, partial(self._free, large)
-        )
+        free = partial(self._free, large)
+        bounded = _Bounded(receive, self.num_bytes, self.seconds, free)
         try:
             await self.app(scope, bounded, sending)
         finally:

@@ -94,7 +94,7 @@ class Served:
         settings = asked.settings.complete(model.defaults)
         if (settings.steps or 1) > self.steps:
             raise ValueError(
-                f"`steps` (={settings.steps}) must be at most {self.steps} here."
+                f"`steps` (={settings.steps}) must be at most {self.steps}."
             )
         request = self.generator.complete(request)
         self.generator.check(request)
@@ -134,7 +134,7 @@ class Served:
         """The most frames of a request's size that fit; 0: not even one does."""
         model, (frames, *sides) = self.generator.model, request.size
         last = max((time for time, _ in request.keyframes), default=0.0)
-        least = 1 + round(last * (request.fps or 1.0))
+        least = 1 + round(last * request.frame_rate)
         most = 0
         for fewer in range(1, frames, model.vae.temporal_compression):
             size = fewer, sides[0], sides[1]

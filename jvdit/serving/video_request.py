@@ -103,9 +103,8 @@ class VideoRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             for name, paths in files.items()
         }
         if "keyframes" in fields:
-            fields["keyframes"] = (
-                *zip(self.keyframes, files["keyframes"], strict=True),
-            )
+            timed = zip(self.keyframes, files["keyframes"], strict=True)
+            fields["keyframes"] = (*timed,)
         if self.keep_sound:
             fields["keep_sound"] = self.keep_sound
         if self.size is not None:

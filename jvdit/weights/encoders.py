@@ -274,9 +274,7 @@ class ClipEncoder(_Divided):
             pieces = split(video, self.module.temporal_compression)
             pieces = (to_float(self._split(piece)) for piece in pieces)
             moments = [*encode_stream(self.module, self._placed, pieces)]
-            mean, logvar = (
-                jnp.concatenate(x, axis=1) for x in zip(*moments, strict=True)
-            )
+            mean, logvar = (jnp.concatenate(x, 1) for x in zip(*moments, strict=True))
             return mean, logvar
 
 

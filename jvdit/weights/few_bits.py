@@ -47,9 +47,7 @@ _KERNEL = re.compile(r"(block|control)s?(_\d+)?/(?!hint/).*kernel")
 def check_form(name: str) -> None:
     """Raises a ValueError unless this is a name in `FORMS`, or ""."""
     if name and name not in FORMS:
-        raise ValueError(
-            f"`quantize` (={name!r}) must be one of {', '.join(FORMS)}, or left out."
-        )
+        raise ValueError(f"`quantize` (={name!r}) must be one of {', '.join(FORMS)}.")
 
 
 def few_bits(params: Mapping[str, Any], form: str) -> Any:

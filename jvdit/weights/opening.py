@@ -79,9 +79,7 @@ def open_bundle(
         return read_bundle(folder)
     release = read_release(folder)
     if variant and not any(has_variant(x, variant) for x in release.parts.values()):
-        raise ValueError(
-            f"no network of {folder} has a `variant` {variant!r}; leave it out."
-        )
+        raise ValueError(f"{folder} has no `variant` {variant!r}; leave it out.")
     networks = _networks(
         release,
         parts or {},
@@ -96,11 +94,20 @@ def open_bundle(
 def _released(
     release: Release, networks: dict[str, Network], shift: float | None
 ) -> Bundle:
-    """A released model, with the settings of its folder and its authors."""
+    """A released model, with the settings of its folder and its authors.
+
+    Logs scheduler settings that aren't followed, and a shift that differs from the
+    authors' recommendation.
+    """
     dit = networks["dit"].module
     recipe, scheduler = release.recipe(module_fields(dit)), release.scheduler
-    _tell(release, recipe, shift)
-    policy = scheduler.policy(recipe["shift"] if shift is None else shift)
+    for note in scheduler.notes:
+        logging.warning("%s: %s", release.folder, note)
+    advised, own = RECIPES.get(recipe.get("release", ""), recipe), recipe["shift"]
+    if shift is None and advised["shift"] != own:
+        told = "%s: its scheduler's shift of %g is taken; its authors advise %g."
+        logging.warning(told, release.folder, own, advised["shift"])
+    policy = scheduler.policy(own if shift is None else shift)
     return Bundle(
         networks=networks,
         tokenizer=release_tokenizer(release.tokenizer),
@@ -115,23 +122,6 @@ def _released(
         defaults=recipe,
         text_release=str(release.folder.absolute()),
     )
-
-
-def _tell(release: Release, recipe: Mapping[str, Any], shift: float | None) -> None:
-    """Logs scheduler settings that aren't followed, or that the authors advise against.
-
-    The latter is a shift that differs from the authors' recommendation.
-    """
-    for note in release.scheduler.notes:
-        logging.warning("%s: %s", release.folder, note)
-    advised = RECIPES.get(recipe.get("release", ""), recipe)["shift"]
-    if shift is None and advised != recipe["shift"]:
-        logging.warning(
-            "%s: its scheduler's shift of %g is taken; its authors advise %g.",
-            release.folder,
-            recipe["shift"],
-            advised,
-        )
 
 
 def _networks(
@@ -194,9 +184,7 @@ def with_adapters(
     """
     networks = [name for name in networks if name in model.networks]
     if not networks:
-        raise ValueError(
-            "adapters for low noise were given; this model has one expert."
-        )
+        raise ValueError("adapters for low noise were given to a model of one expert.")
     held = {name: [tree] for name, tree in model.adapters.items()}
     changed = model.networks
     for file, factor in files:

@@ -288,9 +288,8 @@ def _original(folder: pathlib.Path) -> Release:
                 f"{folder} has no {pattern}, of the original release; download it, or "
                 "give a folder as diffusers saves it."
             )
-    return Release(
-        folder, parts, _tokenizer(folder / "google/umt5-xxl"), kind == "ti2v", {}
-    )
+    tokenizer = _tokenizer(folder / "google/umt5-xxl")
+    return Release(folder, parts, tokenizer, kind == "ti2v", {})
 
 
 def _there(path: pathlib.Path) -> pathlib.Path:

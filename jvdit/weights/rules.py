@@ -123,9 +123,7 @@ def assign(
         ValueError: a tensor has no place, a parameter no tensor, or two shapes differ;
             lists which.
     """
-    pieces = {
-        path: names_of(rules, path, shape, theirs) for path, shape in ours.items()
-    }
+    pieces = {x: names_of(rules, x, shape, theirs) for x, shape in ours.items()}
     used, unlike, unknown = set(), [], []
     for path, found in pieces.items():
         for name, rule, layer in found:
