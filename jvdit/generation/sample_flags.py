@@ -1,7 +1,6 @@
 """The flags of `python -m jvdit.sample`, and what they say of requests and settings."""
 
 import dataclasses
-import math
 import re
 from typing import Any
 
@@ -16,6 +15,7 @@ from jvdit.generation.films import Film
 from jvdit.generation.presets import PRESETS
 from jvdit.generation.request import STATES, Request
 from jvdit.generation.settings import SUITS, Settings
+from jvdit.generation.sound_spans import read_span
 from jvdit.weights.bundle import Bundle
 
 # What the flag of a field says besides the field's description.
@@ -169,9 +169,8 @@ def timed(flag: str, text: str, example: str) -> tuple[float, str]:
 def _span(text: str) -> tuple[float, float]:
     """Seconds from and until, of an entry of --keep_sound; without an end infinity."""
     example = "START:END in seconds, such as 0:0.5, or 0.9: until the end"
-    start, rest = timed("keep_sound", text, example)
     try:
-        return start, float(rest) if rest or ":" not in text else math.inf
+        return read_span(text)
     except ValueError:
         raise ValueError(f"--keep_sound (={text!r}) must read {example}.") from None
 

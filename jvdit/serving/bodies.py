@@ -12,6 +12,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request as HttpRequest
 
 from jvdit.generation.request import FIELDS_GIVEN, SEVERAL
+from jvdit.generation.sound_spans import read_span
 from jvdit.machine.json_files import parse_json
 
 _DATA = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(?:;[\w=.+-]+)*;base64,", re.ASCII)
@@ -61,13 +62,8 @@ class Uploads:
     def put_span(self, value: Any, place: str) -> None:
         """Adds a span of a sound: [0, 0.5], or "0:0.5"; no end is the clip's."""
         self._check_taken("keep_sound", place)
-        ends = value.split(":") if isinstance(value, str) else value
         try:
-            start, end = ends
-            if isinstance(start, bool) or isinstance(end, bool):
-                raise TypeError(ends)
-            until = math.inf if end in (None, "") else float(end)
-            self.keep_sound.append((float(start), until))
+            self.keep_sound.append(read_span(value))
         except (TypeError, ValueError, OverflowError):
             raise ValueError(
                 f"`{place}` (={str(value)[:40]!r}) must be spans such as [0, 0.5], in "

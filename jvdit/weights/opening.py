@@ -80,14 +80,9 @@ def open_bundle(
     release = read_release(folder)
     if variant and not any(has_variant(x, variant) for x in release.parts.values()):
         raise ValueError(f"{folder} has no `variant` {variant!r}; leave it out.")
-    networks = _networks(
-        release,
-        parts or {},
-        variant,
-        make_mesh() if mesh is None else mesh,
-        jnp.bfloat16 if dtype is None else dtype,
-        fields,
-    )
+    where = {"mesh": make_mesh() if mesh is None else mesh, "variant": variant}
+    fields = {"scan_layers": platform() != "cpu"} | fields
+    networks = _networks(release, parts or {}, where, dtype or jnp.bfloat16, fields)
     return _released(release, networks, shift)
 
 
@@ -127,15 +122,13 @@ def _released(
 def _networks(
     release: Release,
     parts: Mapping[str, str | os.PathLike[str]],
-    variant: str,
-    mesh: Mesh,
+    where: Mapping[str, Any],
     dtype: DTypeLike,
     fields: Mapping[str, Any],
 ) -> dict[str, Network]:
     """Opens the networks of a release, without reading their parameters yet."""
     if unknown := set(parts) - set(release.parts):
         raise ValueError(f"{release.folder} has no {', '.join(unknown)} to replace.")
-    fields = {"scan_layers": platform() != "cpu"} | dict(fields)
     like = release.parts["dit"]
     dit = partial(folders.load_dit, dtype=dtype, like=like, **fields)
     loaders = {
@@ -145,7 +138,6 @@ def _networks(
         "vae": folders.load_vae,
         "image_encoder": folders.load_image_encoder,
     }
-    where = {"mesh": mesh, "variant": variant}
     paths = release.parts | {name: pathlib.Path(path) for name, path in parts.items()}
     found = {name: loaders[name](path, **where) for name, path in paths.items()}
     dit = found["dit"].module

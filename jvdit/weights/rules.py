@@ -135,7 +135,7 @@ def assign(
         places = places_of(rules, name)
         if not any(rule.tied or not path for path, rule in places):
             unknown.append(name + "".join(f" (for {path})" for path, _ in places))
-    missing = [x for x in ours if len(pieces[x]) < len(_layers(x, ours[x]))]
+    missing = [x for x in ours if len(pieces[x]) < len(layers_of(x, ours[x]))]
     problems = [
         f"{len(names)} {kind}: {listed(names)}"
         for kind, names in (
@@ -167,7 +167,7 @@ def names_of(
     """
     found = []
     patterns = [(_regex(rule.ours), rule) for rule in rules]
-    for layer, place in _layers(path, shape):
+    for layer, place in layers_of(path, shape):
         matches = ((pattern.fullmatch(place), rule) for pattern, rule in patterns)
         named = [
             (rule.theirs.format(**m.groupdict()), rule) for m, rule in matches if m
@@ -179,7 +179,7 @@ def names_of(
     return found
 
 
-def _layers(path: str, shape: Shape) -> list[tuple[int | None, str]]:
+def layers_of(path: str, shape: Shape) -> list[tuple[int | None, str]]:
     """The number and the path of each layer that is stacked in a parameter, if any."""
     stack, _, rest = path.partition("/")
     if (found := stack_of(stack)) is None:
@@ -200,6 +200,7 @@ def layers(
     theirs: str = "",
     ours: str = "",
     layout: str = "o i -> i o",
+    norm: tuple[str, str] = ("weight", ""),
     **sizes: int,
 ) -> list[Rule]:
     """Rules for layers with a weight and an optional bias.
@@ -211,6 +212,7 @@ def layers(
         theirs: what their names begin with.
         ours: what our names begin with.
         layout: einops pattern of a kernel, from their layout to ours.
+        norm: what they call the scale of a norm, and the pattern of it.
         **sizes: sizes of the axes that the pattern merges.
     """
     found = []
@@ -218,7 +220,7 @@ def layers(
         name, own = f"{theirs}{row[which]}", f"{ours}{row[-1]}"
         weight = Rule(f"{name}.weight", f"{own}/kernel", layout, sizes)
         if "norm" in own.rpartition("/")[2]:
-            weight = Rule(f"{name}.weight", f"{own}/scale")
+            weight = Rule(f"{name}.{norm[0]}", f"{own}/scale", norm[1])
         found += [weight, Rule(f"{name}.bias", f"{own}/bias")]
     return found
 
