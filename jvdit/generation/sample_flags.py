@@ -12,9 +12,8 @@ from jvdit.generation import completion, model_flags
 from jvdit.generation.completion import size_fields
 from jvdit.generation.fields import described, plain
 from jvdit.generation.films import Film
-from jvdit.generation.presets import PRESETS
 from jvdit.generation.request import STATES, Request
-from jvdit.generation.settings import SUITS, Settings
+from jvdit.generation.settings import PRESETS, SUITS, Settings
 from jvdit.generation.sound_spans import read_span
 from jvdit.weights.bundle import Bundle
 

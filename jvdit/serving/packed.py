@@ -347,8 +347,7 @@ class Packed:
         """Compiles the programs; whether bits don't depend on a clip's place here."""
         request = self.generator.complete(Request(""))
         settings = dataclasses.replace(self.settings, steps=2)
-        first = self.find(counts := self.counts(request))
-        if first is None:
+        if (first := self.find(counts := self.counts(request))) is None:
             request = dataclasses.replace(request, frames=1, sound=False)
             first = self.find(counts := self.counts(request))
         if first is None:

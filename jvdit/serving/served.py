@@ -164,13 +164,8 @@ class Served:
         """
         frames, height, width = request.size
         fps = request.fps or 8.0
-        fields = {
-            "num_frames": frames,
-            "fps": fps,
-            "num_inference_steps": settings.steps,
-            "guidance_scale": settings.guidance_scale,
+        fields = _in_api(request, settings) | {
             "seed": request.seed,
-            "negative_prompt": request.negative_prompt or "",
             "sound": bool(request.sound),
             "conditions": request.given,
         }
@@ -223,14 +218,21 @@ class Served:
             "loras": [*self.loras],
             "defaults": {
                 "size": f"{suits.width}x{suits.height}",
-                "num_frames": suits.frames,
-                "fps": suits.fps,
-                "num_inference_steps": settings.steps,
-                "guidance_scale": settings.guidance_scale,
-                "negative_prompt": suits.negative_prompt or "",
                 "strength": settings.strength,
+                **_in_api(suits, settings),
             },
             "limits": {"tokens": self.tokens, "num_inference_steps": self.steps},
             "unit": self.generator.unit,
             "period": model.vae.temporal_compression,
         }
+
+
+def _in_api(request: Request, settings: Settings) -> dict[str, Any]:
+    """What every model lets a client choose, by its names in the API."""
+    return {
+        "num_frames": request.frames,
+        "fps": request.fps,
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.guidance_scale,
+        "negative_prompt": request.negative_prompt or "",
+    }
