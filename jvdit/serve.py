@@ -185,29 +185,19 @@ def serve() -> None:
         generator, source = _generator(mark)
         opened = PRETRAINED.value or WORKDIR.value or "jvdit-box"
         name = _NAME.value or pathlib.Path(opened).name
-        bounds = _TOKENS.value or 0, _STEPS.value
-        loras = _offered(generator)
-        model = served.Served(generator, name, *bounds, source, loras)
+        most, loras = (_TOKENS.value or 0, _STEPS.value), _offered(generator)
+        model = served.Served(generator, name, *most, source, loras)
         signed = signed and signed.of(model_hash(generator.model))
         most = _CLIPS.value, model.steps, _ROWS.value
         rows = packed.Packed(generator, model.tokens, *most)
-        made: Any = app.make_app(
-            queue,
-            worker.Worker(queue, model, rows, signed),
-            _GRACE.value,
-            token=token,
-            num_bytes=_BODY.value << 20,
-        )
-        config = uvicorn.Config(
-            made,
-            log_level="warning",
-            limit_concurrency=256,
-            timeout_graceful_shutdown=5,
-            server_header=False,
-        )
+        work = worker.Worker(queue, model, rows, signed)
+        bounds = {"token": token, "num_bytes": _BODY.value << 20}
+        made = app.make_app(queue, work, _GRACE.value, **bounds)
+        how: dict[str, Any] = {"log_level": "warning", "server_header": False}
+        how |= {"limit_concurrency": 256, "timeout_graceful_shutdown": 5}
         place = f"http://{_HOST.value}:{listening.getsockname()[1]}"
         print(f"{name} is served at {place}", flush=True)
-        uvicorn.Server(config).run([listening])
+        uvicorn.Server(uvicorn.Config(made, **how)).run([listening])
 
 
 def main(argv: list[str]) -> None:

@@ -38,14 +38,9 @@ def _draft(request: Request) -> Request | None:
     beside = {"references", "from_sound", "keep_sound"}
     if request.frames == 1 or {*request.given} - beside:
         return None
-    return dataclasses.replace(
-        request,
-        frames=1,
-        sound=False,
-        from_sound=None,
-        keep_sound=(),
-        seed=request.seed ^ _DRAFT_NOISE,
-    )
+    silent = {"sound": False, "from_sound": None, "keep_sound": ()}
+    seed = request.seed ^ _DRAFT_NOISE
+    return dataclasses.replace(request, frames=1, seed=seed, **silent)
 
 
 def _begun(request: Request, drawn: GeneratedClip) -> Request:

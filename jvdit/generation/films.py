@@ -336,17 +336,11 @@ class _Shooting:
         if self._sound is not None:
             sound, late = self._sound.since(self._origin)
             tail, known = tail._replace(sound=sound, late=late), len(sound)
-        request = dataclasses.replace(
-            self._request,
-            prompt=self._film.prompt(middle),
-            seed=(self._request.seed + NEXT * self._count) % 2**32,
-            tail=tail,
-            image=None,
-            last_image=None,
-            keyframes=(),
-            **self._followed.window(self._begins),
-        )
-        return request, known
+        fields = self._followed.window(self._begins)
+        fields |= {"image": None, "last_image": None, "keyframes": (), "tail": tail}
+        fields["prompt"] = self._film.prompt(middle)
+        fields["seed"] = (self._request.seed + NEXT * self._count) % 2**32
+        return dataclasses.replace(self._request, **fields), known
 
     def _solved(self, request: Request) -> Latents:
         (found,) = self._generator.solve([request], **self._settings.solving)

@@ -347,15 +347,9 @@ class Generator:
         )
         marked = noise is not None or self.watermark is not None
         start = Start(model.path, model.policy, steps, solver, marked, rising)
+        how = guidances, on_step, reuse, conditioning_scale
         for batch in packed.batches:
-            latents = made.experts.solved(
-                batch,
-                start,
-                guidances=guidances,
-                on_step=on_step,
-                reuse=reuse,
-                conditioning_scale=conditioning_scale,
-            )
+            latents = made.experts.solved(batch, start, *how)
             yield packed.latents(batch, latents, model)
 
     # Implementation

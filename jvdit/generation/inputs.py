@@ -142,13 +142,9 @@ class Inputs:
             return item
         vae = self.model.audio_vae
         latents, clean = given_sound(given, count, vae.latent_channels)
-        place = sound_positions(
-            count,
-            vae.latent_rate,
-            None if self.model.seconds else request.fps,
-            self.model.vae.temporal_compression,
-            given.late,
-        )
+        fps = None if self.model.seconds else request.fps
+        times = vae.latent_rate, fps, self.model.vae.temporal_compression, given.late
+        place = sound_positions(count, *times)
         return with_sound(item, latents, place, given=clean)
 
     def sounds(self, request: Request) -> int:
@@ -184,14 +180,9 @@ class Inputs:
             return {}
         batch = min(1 << (len(texts) - 1).bit_length(), _PROMPTS)
         with jax.set_mesh(self.mesh):
-            states = encode_captions(
-                self.model.text_encoder,
-                self.params["text_encoder"],
-                self.model.tokenizer,
-                texts,
-                self.model.text_length,
-                batch,
-            )
+            model, params = self.model, self.params["text_encoder"]
+            encoder = model.text_encoder, params, model.tokenizer
+            states = encode_captions(*encoder, texts, model.text_length, batch)
         return dict(zip(texts, states, strict=True))
 
 

@@ -157,16 +157,10 @@ class Settings:
         }
 
     def _guidance(self, scale: float | None) -> Guidance:
-        scale = 1.0 if scale is None else scale
-        sync = self.sync_scale, self.sound_sync_scale
-        return Guidance(
-            scale,
-            self.guidance_interval,
-            self.guidance_rescale,
-            self.sound_guidance_scale,
-            (1.0 if sync[0] is None else sync[0], 1.0 if sync[1] is None else sync[1]),
-            self.control_guidance_scale,
-        )
+        scales = scale, self.sync_scale, self.sound_sync_scale
+        text, picture, sound = (1.0 if x is None else x for x in scales)
+        how = self.guidance_interval, self.guidance_rescale, self.sound_guidance_scale
+        return Guidance(text, *how, (picture, sound), self.control_guidance_scale)
 
 
 NAMES = tuple(field.name for field in dataclasses.fields(Settings))

@@ -114,15 +114,9 @@ class VideoRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                     "64x48."
                 )
             fields |= {"width": int(match[1]), "height": int(match[2])}
-        return Request(
-            self.prompt,
-            negative_prompt=self.negative_prompt,
-            frames=self._frames(self.fps or fps, period),
-            fps=self.fps,
-            seed=self.seed or 0,
-            sound=self.sound,
-            **fields,
-        )
+        fields |= {x: getattr(self, x) for x in ("negative_prompt", "fps", "sound")}
+        frames = self._frames(self.fps or fps, period)
+        return Request(self.prompt, frames=frames, seed=self.seed or 0, **fields)
 
     def _frames(self, fps: float, period: int) -> int | None:
         if self.seconds is None:

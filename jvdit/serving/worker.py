@@ -125,7 +125,10 @@ class Worker(threading.Thread):
             self._warm_up()
             while self._goes_on():
                 self.jobs.expire()
-                self._drop_cancelled()
+                for entry in [*self._entries.values()]:
+                    if self.jobs.find(entry.job.id) is None:  # it was cancelled
+                        self._take_out(entry)
+                        self._entries.pop(entry.job.id, None)
                 self._admit()
                 if self._under_way():
                     self._step()
@@ -162,12 +165,6 @@ class Worker(threading.Thread):
     def _under_way(self) -> bool:
         """Whether a packed clip was begun."""
         return any(entry.clip or entry.done for entry in self._entries.values())
-
-    def _drop_cancelled(self) -> None:
-        for entry in [*self._entries.values()]:
-            if self.jobs.find(entry.job.id) is None:
-                self._take_out(entry)
-                self._entries.pop(entry.job.id, None)
 
     def _take_out(self, entry: PackedJob) -> None:
         if entry.clip is not None and self.packed is not None:

@@ -261,14 +261,9 @@ def _diffusers(folder: pathlib.Path, index: _Pipeline) -> Release:
         settings["solver"] = scheduler.solver
     if scheduler.shift is not None:
         settings["shift"] = scheduler.shift
-    return Release(
-        folder,
-        {part: _there(folder / name) for part, name in names.items()},
-        _tokenizer(folder / "tokenizer"),
-        bool(index.expand_timesteps),
-        settings,
-        scheduler,
-    )
+    parts = {part: _there(folder / name) for part, name in names.items()}
+    tokenizer, clean = _tokenizer(folder / "tokenizer"), bool(index.expand_timesteps)
+    return Release(folder, parts, tokenizer, clean, settings, scheduler)
 
 
 def _original(folder: pathlib.Path) -> Release:
