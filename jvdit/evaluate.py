@@ -21,12 +21,10 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from jvdit.data.sources import open_source
 from jvdit.data.world import World
 from jvdit.data.world.scene import SPLITS
 from jvdit.diffusion.solvers import SOLVERS
-from jvdit.evaluation.autoencoder_report import source_clips
-from jvdit.evaluation.clips_report import Compared, report_clips
+from jvdit.evaluation.clips_report import report_clips
 from jvdit.evaluation.giving_truth import GIVEN
 from jvdit.evaluation.measuring import Measured, real, trained_on
 from jvdit.evaluation.sound_report import report_audio_vae
@@ -35,8 +33,8 @@ from jvdit.evaluation.world_report import ReportColumn, compositions, page, resu
 from jvdit.generation.completion import size_fields
 from jvdit.generation.features import clip_features
 from jvdit.generation.generator import Generator
+from jvdit.generation.own_clips import counterparts
 from jvdit.generation.reconstructor import Reconstructor, SoundReconstructor
-from jvdit.generation.request import Request
 from jvdit.generation.settings import Settings
 from jvdit.generation.world_clips import Setting, generated, requests_for
 from jvdit.machine import flag_parser
@@ -270,27 +268,7 @@ def _own_clips(out: pathlib.Path) -> list[pathlib.Path]:
         )
     features = clip_features(_FEATURES.value) if _FEATURES.value else None
     check_writable(out)  # before anything is computed
-    read, bad = source_clips(open_source(name), name, _N.value)
-    whole = Reconstructor(generator.model.networks["vae"])
-    real = [whole.fit(clip["video"], generator.unit) for clip in read]
-    requests = [
-        Request(clip["caption"], "", *x.shape[:3], fps=clip["fps"], seed=i)
-        for i, (clip, x) in enumerate(zip(read, real, strict=True))
-    ]
-    for request in requests:
-        generator.check(request)
-    made = generator(
-        requests,
-        draft=setting.draft,
-        steps=setting.steps,
-        solver=setting.solver,
-        guidance_scale=setting.guidance,
-        rows=_ROWS.value,
-    )
-    clips = [
-        Compared(x, whole(x)[1], y.video, request.prompt, y.fps)
-        for x, y, request in zip(real, made, requests, strict=True)
-    ]
+    clips, bad = counterparts(generator, name, _N.value, setting, _ROWS.value)
     return report_clips(out, label, name, clips, bad, read_history(label), features)
 
 

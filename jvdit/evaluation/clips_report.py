@@ -5,6 +5,7 @@ of held-out clips are shown beside those, and compared with them as a set; and t
 autoencoder and the loss are measured on held-out clips.
 """
 
+import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from jvdit.evaluation import oracle, report
+from jvdit.evaluation import oracle, own_sound, report
 from jvdit.evaluation.autoencoder_report import enlarged
 from jvdit.evaluation.distance import frechet_distance, random_features
 from jvdit.evaluation.vae_report import MEANING, MEASURES
@@ -33,6 +34,7 @@ class Compared(NamedTuple):
         real: its pixels.
         reconstructed: by the autoencoder.
         generated: for its caption.
+        sounds: of both, and others; None: the clip or the model has none.
     """
 
     real: Video
@@ -40,6 +42,7 @@ class Compared(NamedTuple):
     generated: Video
     caption: str
     fps: float
+    sounds: own_sound.Sounds | None = None
 
 
 def report_clips(
@@ -70,6 +73,11 @@ def report_clips(
     known = {"random filters": _random_features}
     known |= {"your features": features} if features else {}
     distances = {name: _distances(clips, f) for name, f in known.items()}
+    heard = [x.sounds for x in clips if x.sounds is not None]
+    agreed = {}
+    if len(heard) > 1:
+        distances["levels of the sound"] = own_sound.sound_distances(heard)
+        agreed = own_sound.agreement(heard)
     losses = {
         name.removeprefix(_HELD_OUT): dict(
             zip(("step", "loss"), points[-1], strict=True)
@@ -81,6 +89,7 @@ def report_clips(
         "reconstruction": measures,
         "frechet_distance": distances,
         "held_out_loss": losses,
+        "sound": {"clips": len(heard), "agreement": agreed},
     }
     told = {"model": model, "data": data, "clips": len(clips), "bad": list(bad)}
     write_json(out / "report.json", told | found)
@@ -89,6 +98,8 @@ def report_clips(
         report.section("Clips it makes for held-out captions", *_figures(clips)),
         *_tables(measures, distances, losses),
     ]
+    if agreed:
+        parts.insert(1, _sound_table(agreed, len(heard)))
     write_atomically(out / "report.html", report.page(title, parts).encode())
     return [out / "report.json", out / "report.html"]
 
@@ -125,6 +136,20 @@ def _tables(
     ]
 
 
+def _sound_table(
+    agreed: Mapping[str, Mapping[str, report.Interval]], count: int
+) -> str:
+    """The section on how sounds agree with those of the clips."""
+    head = ["", *(f"{name}: {what}" for name, what in own_sound.MEANING.items())]
+    none = (math.nan,) * 3
+    rows = [
+        [heard, *(report.number(scores.get(name, none)) for name in own_sound.MEANING)]
+        for heard, scores in agreed.items()
+    ]
+    title = f"What is heard in the place of a clip's own sound, {count} clips"
+    return report.section(title, report.table(head, rows))
+
+
 def _random_features(clips: Sequence[Video]) -> Float[np.ndarray, "n f"]:
     """`random_features` of clips of any sizes."""
     return np.concatenate([random_features(clip[None]) for clip in clips])
@@ -144,14 +169,23 @@ def _distances(clips: Sequence[Compared], features: Features) -> dict[str, float
 
 
 def _figures(clips: Sequence[Compared]) -> list[str]:
-    """Real and generated clips, side by side."""
-    films = [
-        report.film(
-            enlarged(np.concatenate([x.real, x.generated], axis=2)),
-            x.fps,
-            x.caption,
-            ["left: the held-out clip; right: generated for its caption"],
-        )
-        for x in clips[:_SHOWN]
+    """Real and generated clips, side by side; with sound, each by itself."""
+    return [report.films("", [_figure(x) for x in clips[:_SHOWN]])]
+
+
+def _figure(clip: Compared) -> str:
+    if clip.sounds is None:
+        video = enlarged(np.concatenate([clip.real, clip.generated], axis=2))
+        told = "left: the held-out clip; right: generated for its caption"
+        return report.film(video, clip.fps, clip.caption, [told])
+    sounds = clip.sounds
+    shown = [(clip.real, sounds.real), (clip.generated, sounds.generated)]
+    told = "the held-out clip; generated for its caption"
+    if sounds.followed is not None:
+        shown.append((clip.real, sounds.followed))
+        told += "; the held-out clip with a sound made for it"
+    players = [
+        report.player(enlarged(video), clip.fps, sound, sounds.rate)
+        for video, sound in shown
     ]
-    return [report.films("", films)]
+    return report.figure(players, clip.caption, [told])
