@@ -58,10 +58,6 @@ def asked_bundle(mesh: Mesh) -> Bundle:
         for flag in (asked.DIT, asked.DIT_LOW, asked.SHIFT, asked.VARIANT):
             if flag.value:
                 raise ValueError(f"--{flag.name} goes with --pretrained.")
-    return model_flags.named_bundle(
-        mesh,
-        dtype=asked.DTYPE.value,
-        shift=asked.SHIFT.value,
-        parts={x.name: x.value for x in (asked.DIT, asked.DIT_LOW) if x.value},
-        variant=asked.VARIANT.value,
-    )
+    parts = {x.name: x.value for x in (asked.DIT, asked.DIT_LOW) if x.value}
+    how = {x.name: x.value for x in (asked.DTYPE, asked.SHIFT, asked.VARIANT)}
+    return model_flags.named_bundle(mesh, parts=parts, **how)

@@ -15,14 +15,9 @@ from jvdit.generation.results import GeneratedClip, Latents
 from jvdit.generation.sound_spans import blended
 from jvdit.machine.cluster import to_host
 from jvdit.machine.compilation import jit
+from jvdit.models import video_vae_chunked as chunked
 from jvdit.models.audio_vae_chunked import decode_sound, encode_sound
 from jvdit.models.video_vae import to_uint8
-from jvdit.models.video_vae_chunked import (
-    decode_normalized,
-    decode_step,
-    decoded_at_once,
-    encode_normalized,
-)
 from jvdit.sharding import autoencoder_mesh
 from jvdit.weights.bundle import Bundle
 
@@ -96,7 +91,7 @@ class Codec:
         vae = self.model.vae
         total, frames = vae.video_shape(*latents.shape[1:4])[0], []
         with jax.set_mesh(autoencoder_mesh(self.mesh, *latents.shape[2:4])):
-            for video in decode_normalized(vae, self.params["vae"], latents):
+            for video in chunked.decode_normalized(vae, self.params["vae"], latents):
                 frames.append(to_host(_bytes(video)))
                 if on_frames is not None:
                     on_frames(sum(x.shape[1] for x in frames), total)
@@ -118,11 +113,15 @@ class Codec:
             pieces = [x] if cache else [x[:, :1], x[:, 1:]]
             frames = []
             with jax.set_mesh(autoencoder_mesh(self.mesh, *latents.shape[1:3])):
-                most = decoded_at_once(vae, len(latents) + 1, *latents.shape[1:3])
+                most = chunked.decoded_at_once(
+                    vae, len(latents) + 1, *latents.shape[1:3]
+                )
                 for piece in pieces:
                     for start in range(0, piece.shape[1], most):
                         part = piece[:, start : start + most]
-                        video, cache = decode_step(vae, self.params["vae"], part, cache)
+                        video, cache = chunked.decode_step(
+                            vae, self.params["vae"], part, cache
+                        )
                         frames.append(to_host(_bytes(video))[0])
             return np.concatenate(frames)
 
@@ -135,7 +134,7 @@ class Codec:
         vae = self.model.vae
         _, *latent = vae.latent_shape(*video.shape[:3])
         with jax.set_mesh(autoencoder_mesh(self.mesh, *latent)):
-            return encode_normalized(vae, self.params["vae"], video)
+            return chunked.encode_normalized(vae, self.params["vae"], video)
 
     def decode_sound(
         self, latents: Float[np.ndarray, "n c"], samples: int

@@ -48,10 +48,9 @@ def noised(
     times = model.policy.times(steps, jnp.full(1, tokens), model.path.timesteps)
     skipped = min(round(steps * (1 - strength)), steps - 1)
     levels = tuple(np.asarray(times)[skipped:-1, 0].tolist())
+    first = jnp.asarray(levels[0])
     noise = [
-        np.asarray(
-            model.path.mix(jnp.asarray(x), _noise(request, x), jnp.asarray(levels[0]))
-        )
+        np.asarray(model.path.mix(jnp.asarray(x), _noise(request, x), first))
         for request, x in zip(requests, latents, strict=True)
     ]
     return {"noise": noise, "levels": levels, "steps": len(levels)}

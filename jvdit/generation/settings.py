@@ -13,15 +13,9 @@ from jvdit.diffusion.solvers import check_solver
 from jvdit.ranges import check_ranges
 
 # Defaults for the settings that neither the caller nor the model sets.
-SUITS: Mapping[str, Any] = {
-    "steps": 30,
-    "solver": "unipc",
-    "guidance_scale": 4.0,
-    "draft": False,
-    "sound_after": False,
-    "sync_scale": 1.0,
-    "sound_sync_scale": 1.0,
-}
+SUITS: dict[str, Any] = {"steps": 30, "solver": "unipc", "guidance_scale": 4.0}
+SUITS |= {"draft": False, "sound_after": False}
+SUITS |= {"sync_scale": 1.0, "sound_sync_scale": 1.0}
 
 
 def _few(steps: Sequence[int], shift: float, solver: str) -> dict[str, Any]:

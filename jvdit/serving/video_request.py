@@ -1,5 +1,6 @@
 """Bodies of `POST /v1/videos`, in the shape of OpenAI's API, as requests of ours."""
 
+import dataclasses
 import math
 import re
 import secrets
@@ -132,12 +133,10 @@ class VideoRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Raises:
             ValueError: a number is out of its range.
         """
-        strength = {} if self.strength is None else {"strength": self.strength}
-        return Settings(
-            steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
-            **strength,
-        )
+        found = Settings(self.num_inference_steps, guidance_scale=self.guidance_scale)
+        if self.strength is None:
+            return found
+        return dataclasses.replace(found, strength=self.strength)
 
 
 def in_api_words(message: str) -> tuple[str, str | None]:

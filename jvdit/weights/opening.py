@@ -131,13 +131,9 @@ def _networks(
         raise ValueError(f"{release.folder} has no {', '.join(unknown)} to replace.")
     like = release.parts["dit"]
     dit = partial(folders.load_dit, dtype=dtype, like=like, **fields)
-    loaders = {
-        "dit": dit,
-        "dit_low": dit,
-        "text_encoder": partial(folders.load_text_encoder, dtype=dtype),
-        "vae": folders.load_vae,
-        "image_encoder": folders.load_image_encoder,
-    }
+    text = partial(folders.load_text_encoder, dtype=dtype)
+    loaders: dict[str, Any] = {"dit": dit, "dit_low": dit, "text_encoder": text}
+    loaders |= {"vae": folders.load_vae, "image_encoder": folders.load_image_encoder}
     paths = release.parts | {name: pathlib.Path(path) for name, path in parts.items()}
     found = {name: loaders[name](path, **where) for name, path in paths.items()}
     dit = found["dit"].module
