@@ -111,17 +111,14 @@ class Codec:
             nonlocal cache
             x = vae.denormalize(jnp.asarray(latents)[None])
             pieces = [x] if cache else [x[:, :1], x[:, 1:]]
-            frames = []
-            with jax.set_mesh(autoencoder_mesh(self.mesh, *latents.shape[1:3])):
-                most = chunked.decoded_at_once(
-                    vae, len(latents) + 1, *latents.shape[1:3]
-                )
+            frames, size = [], latents.shape[1:3]
+            with jax.set_mesh(autoencoder_mesh(self.mesh, *size)):
+                params = self.params["vae"]
+                most = chunked.decoded_at_once(vae, len(latents) + 1, *size)
                 for piece in pieces:
                     for start in range(0, piece.shape[1], most):
                         part = piece[:, start : start + most]
-                        video, cache = chunked.decode_step(
-                            vae, self.params["vae"], part, cache
-                        )
+                        video, cache = chunked.decode_step(vae, params, part, cache)
                         frames.append(to_host(_bytes(video))[0])
             return np.concatenate(frames)
 
