@@ -28,8 +28,8 @@ from absl import flags
 
 from jvdit.data.sheets import contact_sheet, png
 from jvdit.diffusion.reuse import Reuse, save_ratios
-from jvdit.generation import model_flags, provenance_flags
 from jvdit.generation import sample_flags as asked
+from jvdit.generation import shared_flags
 from jvdit.generation.asked_model import asked_bundle, asked_generator, asked_mesh
 from jvdit.generation.calibration import calibrate
 from jvdit.generation.cascade import check_stage, refine
@@ -38,10 +38,10 @@ from jvdit.generation.films import Film, Scene, check_film
 from jvdit.generation.following import Followed, complete_window
 from jvdit.generation.generator import Generator
 from jvdit.generation.prompt_lines import read_prompts, read_request
-from jvdit.generation.provenance_flags import check_markable, provenance, watermark
 from jvdit.generation.request import Request
 from jvdit.generation.results import STATEMENT, viewing_scale
 from jvdit.generation.settings import Settings
+from jvdit.generation.shared_flags import check_markable, provenance, watermark
 from jvdit.machine import flag_parser
 from jvdit.machine.command import told_in_a_line
 from jvdit.machine.compilation import keep_compilations
@@ -55,8 +55,8 @@ from jvdit.weights.starting import model_hash
 if TYPE_CHECKING:
     from jvdit.generation.provenance import Provenance
 
-for _module in (asked, model_flags, provenance_flags):
-    flags.adopt_module_key_flags(_module)
+flags.adopt_module_key_flags(asked)
+flags.adopt_module_key_flags(shared_flags)
 
 _LETTERS, _BYTES = 80, 160  # of a prompt in a file's name, at the most
 

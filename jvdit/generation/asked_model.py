@@ -5,8 +5,8 @@ import sys
 import jax
 from jax.sharding import Mesh
 
-from jvdit.generation import model_flags
 from jvdit.generation import sample_flags as asked
+from jvdit.generation import shared_flags
 from jvdit.generation.generator import Generator
 from jvdit.sharding import make_mesh, parse_mesh, sampling_sizes
 from jvdit.weights.adapters import strengths
@@ -39,7 +39,7 @@ def asked_generator(mesh: Mesh) -> Generator:
     """
     model = asked_bundle(mesh)
     for flag, networks in (
-        (model_flags.LORA, EXPERTS),
+        (shared_flags.LORA, EXPERTS),
         (asked.LORA_HIGH, EXPERTS[:1]),
         (asked.LORA_LOW, EXPERTS[1:]),
     ):
@@ -47,17 +47,17 @@ def asked_generator(mesh: Mesh) -> Generator:
             model = with_adapters(model, files, networks)
     if asked.SETTINGS["guidance_scale_2"].value is not None and not model.boundary:
         raise ValueError("--guidance_scale_2 is for models of two experts.")
-    generator = Generator(model, mesh, quantize=model_flags.QUANTIZE.value or "")
+    generator = Generator(model, mesh, quantize=shared_flags.QUANTIZE.value or "")
     print(generator.room.told, file=sys.stderr)
     return generator
 
 
 def asked_bundle(mesh: Mesh) -> Bundle:
     """The model that the flags name, without their adapters; see `asked_generator`."""
-    if model_flags.PRETRAINED.value is None:
+    if shared_flags.PRETRAINED.value is None:
         for flag in (asked.DIT, asked.DIT_LOW, asked.SHIFT, asked.VARIANT):
             if flag.value:
                 raise ValueError(f"--{flag.name} goes with --pretrained.")
     parts = {x.name: x.value for x in (asked.DIT, asked.DIT_LOW) if x.value}
     how = {x.name: x.value for x in (asked.DTYPE, asked.SHIFT, asked.VARIANT)}
-    return model_flags.named_bundle(mesh, parts=parts, **how)
+    return shared_flags.named_bundle(mesh, parts=parts, **how)

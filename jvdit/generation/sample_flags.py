@@ -8,7 +8,7 @@ import numpy as np
 from absl import flags
 
 from jvdit.diffusion.solvers import SOLVERS
-from jvdit.generation import completion, model_flags
+from jvdit.generation import completion, shared_flags
 from jvdit.generation.completion import size_fields
 from jvdit.generation.fields import described, plain
 from jvdit.generation.films import Film
@@ -209,6 +209,6 @@ def told_settings(settings: Settings, model: Bundle) -> dict[str, Any]:
     if not model.has_sound:
         for name in [x for x in told if x.startswith(("sound_", "sync_"))]:
             told.pop(name)
-    files = model_flags.WORKDIR, model_flags.PRETRAINED, DIT, DIT_LOW
-    files += model_flags.LORA, LORA_HIGH, LORA_LOW, REUSE, model_flags.QUANTIZE
+    files = shared_flags.WORKDIR, shared_flags.PRETRAINED, DIT, DIT_LOW
+    files += shared_flags.LORA, LORA_HIGH, LORA_LOW, REUSE, shared_flags.QUANTIZE
     return told | {flag.name: flag.value for flag in files if flag.value}
