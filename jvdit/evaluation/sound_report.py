@@ -18,22 +18,16 @@ from jvdit.data.spectrum import spectrogram
 from jvdit.data.world import World
 from jvdit.evaluation import oracle, report
 from jvdit.evaluation.autoencoder_report import (
+    Measure,
     Pair,
     Pairs,
     Scores,
     enlarged,
-    examples,
-    measured,
     reconstructions,
     write_report,
 )
 from jvdit.evaluation.hearing import Sound, log_mel_distance, si_sdr
 from jvdit.evaluation.measuring import CHUNK, controls
-
-_MEANING = {
-    "si_sdr": "signal over distortion, of any loudness, dB",
-    "log_mel": "difference of the levels by time and band, dB",
-}
 
 
 def report_audio_vae(
@@ -70,13 +64,15 @@ def report_audio_vae(
     source = open_source(name, audio_rate=rate)
     pairs = reconstructions(source, name, count, run)
     distance = functools.partial(log_mel_distance, rate=rate)
-    found = measured(pairs, {"si_sdr": si_sdr, "log_mel": distance})
+    measures = {
+        "si_sdr": Measure(si_sdr, "signal over distortion, of any loudness, dB"),
+        "log_mel": Measure(distance, "difference of the levels by time and band, dB"),
+    }
     scores = None
     if isinstance(source, WorldSource):
         scores = _oracle(source.world, pairs, rate)
     figure = functools.partial(_figure, rate=rate)
-    figures = examples(pairs, found, "si_sdr", figure)
-    return write_report(out, folder, name, pairs, found, _MEANING, scores, figures)
+    return write_report(out, folder, name, pairs, measures, scores, figure)
 
 
 def _oracle(world: World, pairs: Pairs, rate: int) -> Scores:

@@ -10,12 +10,7 @@ from jvdit.data.spectrum import spectrogram
 from jvdit.data.world import World
 from jvdit.evaluation import distance, report
 from jvdit.evaluation.breakdown import NAMES, breakdown, composition
-from jvdit.evaluation.measuring import (
-    Measured,
-    chunks,
-    met_in_training,
-    neighbours,
-)
+from jvdit.evaluation.measuring import Measured, chunks, met_in_training, neighbours
 from jvdit.evaluation.oracle import observe, summary
 from jvdit.evaluation.oracle.adherence import describe
 from jvdit.evaluation.overlay import overlay
@@ -151,17 +146,15 @@ def _json(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def page(
-    title: str,
+def sections(
     results: Sequence[Mapping[str, Any]],
     columns: Sequence[ReportColumn],
     bounds: Mapping[World, Measured],
     histories: Mapping[str, History],
-) -> str:
-    """Builds the HTML page of the report: tables, plots, and example clips.
+) -> list[str]:
+    """Builds the sections of the report: tables, plots, and example clips, as HTML.
 
     Args:
-        title: title of the page.
         results: the report's contents, from `results_of`.
         columns: the columns of the report.
         bounds: the measured real clips of each world, to compare with.
@@ -186,8 +179,7 @@ def page(
     for column, found in zip(columns, results, strict=True):
         table = report.parts_table(found["real_parts"], found["parts"])
         parts += _sound(column, bounds[column.world])
-        name = f"By content: {column.name}"
-        parts.append(report.section(name, table))
+        parts.append(report.section(f"By content: {column.name}", table))
         tables = [
             report.confusion_table(np.array(each["told_seen"]), each["words"])
             for each in found["confusions"].values()
@@ -207,7 +199,7 @@ def page(
     for column in {x.label: x for x in reversed(columns)}.values():
         clips = _examples(column.measured, column.world)
         parts.append(report.section(column.name, *clips))
-    return report.page(title, parts)
+    return parts
 
 
 def _sound(column: ReportColumn, bound: Measured) -> list[str]:
