@@ -80,7 +80,7 @@ def _oracle(world: World, pairs: Pairs, rate: int) -> Scores:
     oracle.check_frames(world.frames)
     real = np.stack([x.original.mean(1) for x in pairs.good])
     decoded = np.stack([x.decoded.mean(1) for x in pairs.good])
-    parts: dict[str, list[dict[str, np.ndarray]]] = {}
+    parts: dict[str, list[oracle.Scores]] = {}
     for start in range(0, len(real), CHUNK):
         some = slice(start, start + CHUNK)
         scenes = world.scenes(np.array([x.index for x in pairs.good[some]]))
@@ -94,10 +94,7 @@ def _oracle(world: World, pairs: Pairs, rate: int) -> Scores:
         for who, (told, audio) in sounds.items():
             heard = oracle.listen(seen, told, world.fps, audio, rate)
             parts.setdefault(who, []).append(heard)
-    return {
-        who: oracle.summary({k: np.concatenate([x[k] for x in all_]) for k in all_[0]})
-        for who, all_ in parts.items()
-    }
+    return {who: oracle.summary(oracle.joined(found)) for who, found in parts.items()}
 
 
 def _figure(pair: Pair, told: str, rate: int) -> str:
