@@ -11,13 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from jvdit.data.conditions.known import Known
-from jvdit.data.patches import (
-    Size,
-    frame_clock,
-    part_positions,
-    patchify,
-    positions,
-)
+from jvdit.data.patches import Size, frame_clock, part_positions, patchify, positions
 
 # A posterior this narrow is a point: sampling it returns its mean.
 POINT_LOGVAR = -30.0

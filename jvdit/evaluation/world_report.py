@@ -1,6 +1,7 @@
 """The report on models of the procedural world, with real clips for comparison."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -116,29 +117,20 @@ def _as_sets(
     }
 
 
-def compositions(
-    columns: Sequence[ReportColumn],
-) -> dict[str, dict[str, float | None]]:
+def compositions(columns: Sequence[ReportColumn]) -> dict[str, dict[str, float | None]]:
     """What "comp" costs over "test", of each model that was evaluated on both."""
     found: dict[str, dict[str, float | None]] = {}
-    for new in columns:
-        for old in columns:
-            same = (new.label, new.how) == (old.label, old.how)
-            if not same or (new.world.split, old.world.split) != ("comp", "test"):
-                continue
-            ids = np.arange(len(new.measured.clips.videos))
-            scenes = new.world.scenes(ids), old.world.scenes(ids)
-            found[new.name] = {
-                name: _json(
-                    composition(
-                        new.measured.scores[name],
-                        scenes[0],
-                        old.measured.scores[name],
-                        scenes[1],
-                    )
-                )
-                for name in NAMES
-            }
+    for new, old in itertools.product(columns, columns):
+        same = (new.label, new.how) == (old.label, old.how)
+        if not same or (new.world.split, old.world.split) != ("comp", "test"):
+            continue
+        ids = np.arange(len(new.measured.clips.videos))
+        scenes, known_scenes = new.world.scenes(ids), old.world.scenes(ids)
+        scores, known = new.measured.scores, old.measured.scores
+        found[new.name] = {
+            name: _json(composition(scores[name], scenes, known[name], known_scenes))
+            for name in NAMES
+        }
     return found
 
 
