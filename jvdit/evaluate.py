@@ -12,7 +12,6 @@ if __name__ == "__main__":
     use_huge_pages()  # begins this process anew, so before what takes seconds
 
 
-import dataclasses
 import itertools
 import pathlib
 import re
@@ -24,12 +23,18 @@ from absl import flags
 from jvdit.data.world import World
 from jvdit.data.world.scene import SPLITS
 from jvdit.diffusion.solvers import SOLVERS
+from jvdit.evaluation import report
 from jvdit.evaluation.clips_report import report_clips
 from jvdit.evaluation.giving_truth import GIVEN
 from jvdit.evaluation.measuring import Measured, real, trained_on
 from jvdit.evaluation.sound_report import report_audio_vae
 from jvdit.evaluation.vae_report import report_vae
-from jvdit.evaluation.world_report import ReportColumn, compositions, page, results_of
+from jvdit.evaluation.world_report import (
+    ReportColumn,
+    compositions,
+    results_of,
+    sections,
+)
 from jvdit.generation.completion import size_fields
 from jvdit.generation.features import clip_features
 from jvdit.generation.generator import Generator
@@ -41,8 +46,7 @@ from jvdit.machine import flag_parser
 from jvdit.machine.command import told_in_a_line
 from jvdit.machine.compilation import keep_compilations
 from jvdit.machine.energy import Energy
-from jvdit.machine.files import check_writable, said_if_full, write_atomically
-from jvdit.machine.json_files import write_json
+from jvdit.machine.files import check_writable, said_if_full
 from jvdit.machine.progress import Bars
 from jvdit.training.metrics import read_history
 from jvdit.weights.encoders import ClipEncoder
@@ -50,7 +54,7 @@ from jvdit.weights.starting import model_hash
 
 _WORKDIR = flags.DEFINE_multi_string(
     "workdir",
-    None,
+    [],
     "Folder of a training run, or of its finished model; given several times, the "
     "models stand side by side in the report.",
 )
@@ -96,14 +100,27 @@ _STEPS = flags.DEFINE_list(
 _GUIDANCE = flags.DEFINE_list(
     "guidance", None, "Guidance scale, or several with commas (default: the model's)."
 )
-_SOLVER = flags.DEFINE_enum(
-    "solver", None, sorted(SOLVERS), "Solver (default: the model's)."
-)
-_DRAFT = flags.DEFINE_boolean(
-    "draft",
-    None,
-    "Draw a picture first, and then the clip that begins with it (default: the "
-    "model's).",
+_LEFT = (  # settings that are the model's by default
+    flags.DEFINE_enum(
+        "solver", None, sorted(SOLVERS), "Solver (default: the model's)."
+    ),
+    flags.DEFINE_boolean(
+        "draft",
+        None,
+        "Draw a picture first, and then the clip that begins with it (default: the "
+        "model's).",
+    ),
+    flags.DEFINE_float(
+        "sound_sync_scale",
+        None,
+        "How strongly sound is guided to be in step with the picture (default: the "
+        "model's).",
+    ),
+    flags.DEFINE_boolean(
+        "sound_after",
+        None,
+        "Make the picture first, and then the sound for it (default: the model's).",
+    ),
 )
 _GIVEN = flags.DEFINE_list(
     "given",
@@ -111,16 +128,8 @@ _GIVEN = flags.DEFINE_list(
     "What is given of the world's own clips, so that the rest is made: "
     f"{', '.join(GIVEN)}. Each is a column of the report.",
 )
-_SYNC = flags.DEFINE_float(
-    "sound_sync_scale",
-    None,
-    "How strongly sound is guided to be in step with the picture (default: the "
-    "model's).",
-)
-_AFTER = flags.DEFINE_boolean(
-    "sound_after",
-    None,
-    "Make the picture first, and then the sound for it (default: the model's).",
+flags.register_validator(
+    _GIVEN, lambda value: {*value} <= {*GIVEN}, f"must be among {', '.join(GIVEN)}"
 )
 _SIZE = flags.DEFINE_string(
     "size", None, "HEIGHTxWIDTH of the clips in pixels (default: the model's)."
@@ -142,12 +151,7 @@ for _name, _original in (("num_frames", "frames"), ("num_inference_steps", "step
 
 def settings_of(generator: Generator) -> list[Setting]:
     """All combinations of the flags' steps and guidance, else the model's own."""
-    suits = Settings(
-        solver=_SOLVER.value,
-        draft=_DRAFT.value,
-        sound_sync_scale=_SYNC.value,
-        sound_after=_AFTER.value,
-    )
+    suits = Settings(**{flag.name: flag.value for flag in _LEFT})
     suits = suits.complete(generator.model.defaults)
     try:
         steps = [int(x) for x in _STEPS.value or [suits.steps]]
@@ -159,31 +163,23 @@ def settings_of(generator: Generator) -> list[Setting]:
         ) from error
     if suits.draft:
         generator.model.check_draft()
-    sync = 1.0 if suits.sound_sync_scale is None else suits.sound_sync_scale
-    for name in _GIVEN.value:
-        if name not in GIVEN:
-            raise ValueError(f"--given={name} must be among: {', '.join(GIVEN)}.")
-    solver, draft = suits.solver or "", bool(suits.draft)
-    found = list(itertools.product(steps, scales, _GIVEN.value))
-    for count, scale, _ in found:
+    found = []
+    for count, scale, given in itertools.product(steps, scales, _GIVEN.value):
         Settings(steps=count, guidance_scale=scale)  # raises if they are out of range
-    return [
-        Setting(count, scale, solver, draft, given, sync, bool(suits.sound_after))
-        for count, scale, given in found
-    ]
+        how = suits.solver, suits.draft, given, suits.sound_sync_scale
+        found.append(Setting(count, scale, *how, suits.sound_after))
+    return found
 
 
 def world_of(generator: Generator, split: str) -> World:
     """A split of the world at the size of the flags, else the model's own."""
     defaults = dict(generator.model.defaults)
     fields = size_fields(defaults, _SIZE.value, _FRAMES.value, _FPS.value)
-    world = World(split, seed=_SEED.value, **fields)
     if generator.model.has_sound:
-        rate = generator.model.audio_vae.sample_rate
-        world = dataclasses.replace(world, audio_rate=rate)
+        fields["audio_rate"] = generator.model.audio_vae.sample_rate
+    world = World(split, seed=_SEED.value, **fields)
     for given in _GIVEN.value:
-        if given in GIVEN:
-            generator.check(requests_for(world, np.arange(1), given)[0])
+        generator.check(requests_for(world, np.arange(1), given)[0])
     return world
 
 
@@ -198,7 +194,7 @@ def _folder(out: pathlib.Path, generator: Generator, column: Any) -> pathlib.Pat
 
 def _columns(out: pathlib.Path) -> list[ReportColumn]:
     """Generates and measures what the flags ask for."""
-    generators = {label: Generator.load(label) for label in _WORKDIR.value or ()}
+    generators = {label: Generator.load(label) for label in _WORKDIR.value}
     for label, generator in generators.items():
         sources = generator.model.sources
         if sources and not trained_on(sources):
@@ -245,8 +241,8 @@ def _autoencoder() -> list[pathlib.Path]:
             "on one at a time; give one of them."
         )
     folder = _VAE.value or _AUDIO_VAE.value
-    data = f"world:{_SPLIT.value[0]}:17x64x64@8:{_N.value}:{_SEED.value}"
-    name, count = _DATA.value or data, _N.value
+    count = _N.value
+    name = _DATA.value or f"world:{_SPLIT.value[0]}:17x64x64@8:{count}:{_SEED.value}"
     out = pathlib.Path(_OUT.value or pathlib.Path(folder) / "evaluation")
     if _VAE.value is not None:
         run = Reconstructor(ClipEncoder.load(folder).network)
@@ -258,8 +254,8 @@ def _autoencoder() -> list[pathlib.Path]:
 
 def _own_clips(out: pathlib.Path) -> list[pathlib.Path]:
     """Reports on a model of one's own clips, by held-out ones."""
-    label, *others = _WORKDIR.value or [""]
-    name, generator = _DATA.value or "", Generator.load(label)
+    label, *others = _WORKDIR.value
+    name, generator = _DATA.value, Generator.load(label)
     setting, *more = settings_of(generator)
     if others or more:
         raise ValueError(
@@ -268,8 +264,8 @@ def _own_clips(out: pathlib.Path) -> list[pathlib.Path]:
         )
     features = clip_features(_FEATURES.value) if _FEATURES.value else None
     check_writable(out)  # before anything is computed
-    clips, bad = counterparts(generator, name, _N.value, setting, _ROWS.value)
-    return report_clips(out, label, name, clips, bad, read_history(label), features)
+    made = counterparts(generator, name, _N.value, setting, _ROWS.value)
+    return report_clips(out, label, name, *made, read_history(label), features)
 
 
 @said_if_full()
@@ -287,21 +283,18 @@ def evaluate() -> list[pathlib.Path]:
     if _FEATURES.value is not None:
         raise ValueError("--features compares clips with those of --data; give both.")
     columns = _columns(out)
-    worlds = dict.fromkeys(column.world for column in columns)
     heard = {c.world for c in columns if c.measured.clips.audio is not None}
     bounds = {
         world: Measured.of(world, real(world, _N.value, world in heard))
-        for world in worlds
+        for world in dict.fromkeys(column.world for column in columns)
     }
     results = results_of(columns, bounds)
     told = {"splits": _SPLIT.value, "clips": _N.value, "columns": results}
     told["compositions"] = compositions(columns)
-    write_json(out / "report.json", told)
-    histories = {label: read_history(label) for label in _WORKDIR.value or ()}
+    histories = {label: read_history(label) for label in _WORKDIR.value}
     title = f"{_N.value} clips of {', '.join(_SPLIT.value)}"
-    text = page(title, results, columns, bounds, histories)
-    write_atomically(out / "report.html", text.encode())
-    return [out / "report.json", out / "report.html"]
+    parts = sections(results, columns, bounds, histories)
+    return report.write(out, told, title, parts)
 
 
 def main(argv: list[str]) -> None:

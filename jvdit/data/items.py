@@ -11,13 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from jvdit.data.conditions.known import Known
-from jvdit.data.patches import (
-    Size,
-    frame_clock,
-    part_positions,
-    patchify,
-    positions,
-)
+from jvdit.data.patches import Size, frame_clock, part_positions, patchify, positions
 
 # A posterior this narrow is a point: sampling it returns its mean.
 POINT_LOGVAR = -30.0
@@ -142,14 +136,9 @@ def item_of(
         if not seconds:
             times = frame_clock(times, fps, temporal_compression)
         place = part_positions(part.latents.shape[:3], patch_size, times, part.cell)
-        item = _with_given(item, patchify(part.latents, patch_size), place)
+        more = {"level": 0, "logvar": POINT_LOGVAR, "beside": item.beside + len(place)}
+        item = _longer(item, patchify(part.latents, patch_size), place, **more)
     return item
-
-
-def _with_given(item: Item, latents: np.ndarray, position: np.ndarray) -> Item:
-    """Adds clean tokens beside those of a clip without sound."""
-    made = _longer(item, latents, position, level=0, logvar=POINT_LOGVAR)
-    return dataclasses.replace(made, beside=item.beside + len(latents))
 
 
 def with_sound(
@@ -172,12 +161,18 @@ def with_sound(
     given = np.broadcast_to(np.asarray(given), len(latents))
     if logvar is not None:
         logvar = np.where(given[:, None], POINT_LOGVAR, logvar)
-    made = _longer(item, latents, position, level=1 - given, logvar=logvar)
-    return dataclasses.replace(made, sounds=len(latents))
+    more = {"level": 1 - given, "logvar": logvar, "sounds": len(latents)}
+    return _longer(item, latents, position, **more)
 
 
 def _longer(
-    item: Item, latents: np.ndarray, position: np.ndarray, *, level: Any, logvar: Any
+    item: Item,
+    latents: np.ndarray,
+    position: np.ndarray,
+    *,
+    level: Any,
+    logvar: Any,
+    **fields: Any,
 ) -> Item:
     """Adds tokens to a clip, after all others.
 
@@ -187,17 +182,16 @@ def _longer(
         position: of each.
         level: of each, or of all.
         logvar: of the posteriors whose means `latents` are; None: they are exact.
+        **fields: of the item that is then made: how many tokens are of what.
     """
     count, width = len(latents), max(item.latents.shape[1], latents.shape[1])
     levels = (
         np.broadcast_to(x, n)
         for x, n in ((item.level, len(item.latents)), (level, count))
     )
-    fields: dict[str, Any] = {
-        "latents": _joined(item.latents, latents, width),
-        "position": np.concatenate([item.position, position]),
-        "level": np.concatenate([*levels]).astype(np.int32),
-    }
+    fields["latents"] = _joined(item.latents, latents, width)
+    fields["position"] = np.concatenate([item.position, position])
+    fields["level"] = np.concatenate([*levels]).astype(np.int32)
     if item.logvar is not None or isinstance(logvar, np.ndarray):
         parts = (
             np.full(x.shape, POINT_LOGVAR, np.float32)

@@ -9,6 +9,7 @@ import numpy as np
 
 from jvdit.data.clips import SIZE, BadClip, Clip, Ids, Indexed, make_index
 from jvdit.data.conditions.beside import PRESENCE, VIEWS
+from jvdit.data.grid import ClipGrid
 from jvdit.data.order import fingerprint
 from jvdit.data.records import RecordDataset, check_features
 
@@ -63,7 +64,10 @@ class LatentSource(Indexed):
         taken = {name: index[name] for name in (*SIZE, "fps", "has_audio")}
         taken["sounds"] = index.get("sounds", 0)
         if frames is not None:
-            most = _latent_frames(frames, self.temporal_compression)
+            each = self.temporal_compression
+            if faults := ClipGrid(period=each).faults(frames, 0, 0):
+                raise ValueError(f"{faults[0]}.")
+            most = 1 + (frames - 1) // each
             taken["frames"] = np.minimum(taken["frames"], most)
             taken["sounds"] = self._sounds(frames, taken)
         self.index = make_index(len(self._records), text_length=text, **taken)
@@ -114,15 +118,3 @@ class LatentSource(Indexed):
         hop = fields["patch_size"] * math.prod(fields["strides"])
         held = np.ceil(frames / index["fps"] * fields["sample_rate"] / hop)
         return np.minimum(index["sounds"], held.astype(np.int64))
-
-
-def _latent_frames(frames: int, each: int) -> int:
-    """How many latent frames, of `each` pixel frames, hold the first `frames`."""
-    whole, rest = divmod(frames - 1, each)
-    if frames < 1 or rest:
-        near = 1 + max(whole, 0) * each
-        raise ValueError(
-            f"`frames` (={frames}) of latents must be 1 more than a multiple of {each};"
-            f" try {near} or {near + each}."
-        )
-    return 1 + whole

@@ -114,6 +114,7 @@ def _fill(blank: dict[str, np.ndarray], row: Sequence[Item], token_budget: int) 
     text = "text_ids" if "text_ids" in blank else "text_embeds"
     ends, word = [0, token_budget], 0
     for i, item in enumerate(row):
+        level = np.broadcast_to(item.level, len(item.latents))
         words = slice(word, word + len(item.text))
         word = words.stop
         blank["valid"][i], blank["clip_id"][i] = item.valid, item.clip_id
@@ -122,30 +123,15 @@ def _fill(blank: dict[str, np.ndarray], row: Sequence[Item], token_budget: int) 
         for kind, (low, high) in enumerate(item.spans):
             place = slice(ends[kind], ends[kind] + high - low)
             ends[kind] = place.stop
-            if item.valid:
-                clean = kind * (len(blank["valid"]) + 1)
-                _put(blank, item, slice(low, high), place, i + 1, clean)
-
-
-def _put(
-    blank: dict[str, np.ndarray],
-    item: Item,
-    span: slice,
-    place: slice,
-    segment: int,
-    clean: int,
-) -> None:
-    """Puts an item's tokens of one kind, a span of all, in their place in a row.
-
-    Those that are generated are at noise level `clean + segment`, others at `clean`.
-    """
-    level = np.broadcast_to(item.level, len(item.latents))[span]
-    blank["segment"][place] = segment
-    blank["level"][place] = clean + np.where(level, segment, 0)
-    for name in ("latents", "logvar", "position", *_EXTRAS):
-        if (value := getattr(item, name)) is not None and name in blank:
-            part = value[span]
-            blank[name][(place, *map(slice, part.shape[1:]))] = part
+            if not item.valid:
+                continue
+            clean = kind * (len(blank["valid"]) + 1)  # the level of what is given
+            blank["segment"][place] = i + 1
+            blank["level"][place] = clean + np.where(level[low:high], i + 1, 0)
+            for name in ("latents", "logvar", "position", *_EXTRAS):
+                if (value := getattr(item, name)) is not None and name in blank:
+                    part = value[low:high]
+                    blank[name][(place, *map(slice, part.shape[1:]))] = part
 
 
 def _check_row(
@@ -173,6 +159,9 @@ def _blank(
     items: Sequence[Item], b: int, sizes: tuple[int, int, int], width: int
 ) -> dict[str, np.ndarray]:
     """Rows of padding, with all that the items have."""
+    for key in (*_EXTRAS, "image"):
+        if len({getattr(item, key) is None for item in items}) > 1:
+            raise ValueError(f"Some items have `{key}` and others have not.")
     n, s, m = sizes
     text = items[0].text
     ids = text.ndim == 1
@@ -189,20 +178,10 @@ def _blank(
         "valid": np.zeros((b, m), np.bool_),
         "clip_id": np.full((b, m), -1, np.int64),
     }
-    return batch | _blank_extras(items, b, n)
-
-
-def _blank_extras(items: Sequence[Item], b: int, n: int) -> dict[str, np.ndarray]:
-    """Room for what only some batches have of each token."""
-    for key in (*_EXTRAS, "image"):
-        if len({getattr(item, key) is None for item in items}) > 1:
-            raise ValueError(f"Some items have `{key}` and others have not.")
-    given = {key: getattr(items[0], key) for key in _EXTRAS}
-    return {
-        key: np.zeros((b, n, *value.shape[1:]), value.dtype)
-        for key, value in given.items()
-        if value is not None
-    }
+    for key in _EXTRAS:
+        if (value := getattr(items[0], key)) is not None:
+            batch[key] = np.zeros((b, n, *value.shape[1:]), value.dtype)
+    return batch
 
 
 def unpack_rows(

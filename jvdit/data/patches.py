@@ -114,10 +114,7 @@ def positions(
 
 
 def part_positions(
-    latent_size: Size,
-    patch_size: Size,
-    times: Float[np.ndarray, "f"],
-    cell: int,
+    latent_size: Size, patch_size: Size, times: Float[np.ndarray, "f"], cell: int
 ) -> Float[np.ndarray, "n 3"]:
     """Returns the (t, y, x) coordinates of tokens that lie beside those of a clip.
 

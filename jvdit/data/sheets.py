@@ -50,35 +50,28 @@ def contact_sheet(
             f"({len(videos)})."
         )
     rows = [_frames(video, columns) for video in videos]
-    heard = [
-        None if x is None else _strip(x, row)
-        for x, row in zip(sounds or [None] * len(rows), rows, strict=True)
-    ]
-    width = _GAP + max(sum(f.width + _GAP for f in row) for row in rows)
+    widths = [_GAP + sum(frame.width + _GAP for frame in row) for row in rows]
+    width = max(widths)
     font = ImageFont.load_default(size=_FONT)
     letters = max(12, int((width - 2 * _GAP) / font.getlength("n")))
     texts = [textwrap.wrap(text, letters) for text in captions or [""] * len(rows)]
-    heights = [
-        (_FONT + 4) * len(text)
-        + row[0].height
-        + 2 * _GAP
-        + (0 if strip is None else strip.height + _GAP)
-        for text, row, strip in zip(texts, rows, heard, strict=True)
-    ]
-    sheet = Image.new("RGB", (width, sum(heights) + _GAP), _PAPER)
-    draw = ImageDraw.Draw(sheet)
-    y = _GAP
-    for text, row, strip in zip(texts, rows, heard, strict=True):
-        for line in text:
-            draw.text((_GAP, y), line, fill=_INK, font=font)
-            y += _FONT + 4
+    heard = sounds or [None] * len(rows)
+    blocks = [np.full((_GAP, width, 3), _PAPER, np.uint8)]
+    for text, row, wide, sound in zip(texts, rows, widths, heard, strict=True):
+        top = (_FONT + 4) * len(text)
+        below = top + row[0].height + _GAP
+        height = below + _GAP + (0 if sound is None else _SOUND + _GAP)
+        block = Image.new("RGB", (width, height), _PAPER)
+        for k, line in enumerate(text):
+            at = _GAP, k * (_FONT + 4)
+            ImageDraw.Draw(block).text(at, line, fill=_INK, font=font)
         for k, frame in enumerate(row):
-            sheet.paste(frame, (_GAP + k * (frame.width + _GAP), y))
-        y += row[0].height + 2 * _GAP
-        if strip is not None:
-            sheet.paste(strip, (_GAP, y - _GAP))
-            y += strip.height + _GAP
-    return np.asarray(sheet)
+            block.paste(frame, (_GAP + k * (frame.width + _GAP), top))
+        if sound is not None:  # as wide as the frames
+            strip = Image.fromarray(sound).resize((wide - 2 * _GAP, _SOUND))
+            block.paste(strip, (_GAP, below))
+        blocks.append(np.asarray(block))
+    return np.concatenate(blocks)
 
 
 def _frames(video: UInt8[np.ndarray, "T H W 3"], columns: int) -> list[Image.Image]:
@@ -91,12 +84,6 @@ def _frames(video: UInt8[np.ndarray, "T H W 3"], columns: int) -> list[Image.Ima
         size = (max(1, round(width * _MOST / height)), _MOST)
         method = Image.Resampling.LANCZOS
     return [Image.fromarray(video[k]).resize(size, method) for k in chosen]
-
-
-def _strip(sound: UInt8[np.ndarray, "h w 3"], row: list[Image.Image]) -> Image.Image:
-    """A picture of a sound, as wide as the frames that it lies under."""
-    width = sum(frame.width + _GAP for frame in row) - _GAP
-    return Image.fromarray(sound).resize((width, _SOUND))
 
 
 def write_png(path: str | Path, image: UInt8[np.ndarray, "h w 3"]) -> None:

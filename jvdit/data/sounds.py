@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from jvdit.data.clips import BadClip, Clip, Ids, Source, make_index
+from jvdit.data.clips import BadClip, Clip, Ids, Indexed, Source, make_index
 from jvdit.data.order import fingerprint
 
 
-class SoundSource:
+class SoundSource(Indexed):
     """The sounds of those clips of a source that have some.
 
     A sound's `frames` are its samples, its `height` and `width` are 1, and its `fps`
@@ -35,21 +35,16 @@ class SoundSource:
         self.index = make_index(len(self._kept), **index)
         self.fingerprint = fingerprint("sounds", source.fingerprint, rate, channels)
 
-    def __len__(self) -> int:
-        return len(self._kept)
-
     def read(self, ids: Ids) -> list[Clip | BadClip]:
         """Returns clips with `audio` float32 [a channels], in order."""
         clips = self._source.read(self._kept[np.asarray(ids)])
-        return [self._sound(clip) for clip in clips]
-
-    def _sound(self, clip: Clip | BadClip) -> Clip | BadClip:
-        if isinstance(clip, BadClip):
-            return clip
-        audio = sound_of(clip, self.channels)
-        if isinstance(audio, BadClip):
-            return audio
-        return {"audio": audio, "fps": float(self.rate), "caption": clip["caption"]}
+        for i, clip in enumerate(clips):
+            if isinstance(clip, BadClip):
+                continue
+            audio, caption = sound_of(clip, self.channels), clip["caption"]
+            sound = {"audio": audio, "fps": float(self.rate), "caption": caption}
+            clips[i] = audio if isinstance(audio, BadClip) else sound
+        return clips
 
 
 def sound_of(clip: Clip, channels: int) -> np.ndarray | BadClip:

@@ -28,9 +28,8 @@ import numpy as np
 from jvdit.data.clips import SIZE, BadClip, Clip, Ids, Indexed, Source, make_index
 from jvdit.data.ingest.listing import holds_videos
 from jvdit.data.latent_source import LatentSource
-from jvdit.data.manifest import dataset_directory
+from jvdit.data.manifest import Manifest, dataset_directory, read_manifest
 from jvdit.data.order import fingerprint
-from jvdit.data.records import RecordDataset
 from jvdit.data.tfds_source import TfdsSource
 from jvdit.data.video_sources import RecordSource
 from jvdit.data.world import World
@@ -119,10 +118,8 @@ class WorldSource(Indexed):
         rate = self.world.audio_rate if self._audio else 0
         same = {"fps": float(self.world.fps), "audio_rate": rate}
         names = ("video", "caption", "audio", *self.beside)
-        columns = (clips[name] for name in names)
         return [
-            dict(zip(names, clip, strict=True)) | same
-            for clip in zip(*columns, strict=True)
+            {name: clips[name][i] for name in names} | same for i in range(len(ids))
         ]
 
 
@@ -172,11 +169,11 @@ def open_source(
         options |= zip(SIZE, map(int, match.groups()[1:4]), strict=True)
         options |= {"fps": float(match[5]), "windows": "all"}
     foreign = path.startswith("tfds:")
-    path = path.removeprefix("tfds:") if foreign else _prepared(path)
-    if foreign or "mean" not in RecordDataset(path, split).features:
+    if foreign or "mean" not in _manifest(path).plan.features:
         if match[6]:
             raise ValueError(f"source {name!r} holds no latents; give FRAMESxHxW@FPS.")
-        return (TfdsSource if foreign else RecordSource)(path, split, **options)
+        kind = TfdsSource if foreign else RecordSource
+        return kind(path.removeprefix("tfds:"), split, **options)
     if match[2]:
         raise ValueError(
             f"source {name!r} holds latents, whose size is what it is; only the first "
@@ -203,17 +200,15 @@ def _divided(name: str) -> tuple[str, str]:
     return path, part
 
 
-def _prepared(path: str) -> str:
-    """Returns the folder of a data set, unless it is one of videos."""
-    folder = local_path(path)
-    if not (dataset_directory(folder) / "manifest.json").exists():
-        if holds_videos(folder):
-            raise ValueError(
-                f"{folder} holds videos, and no data set of clips; run "
-                f"`python tools/prepare_clips.py {folder} --out CLIPS …` first, and "
-                "give CLIPS."
-            )
-    return str(folder)
+def _manifest(path: str) -> Manifest:
+    """Returns the manifest of a prepared data set, unless its folder is of videos."""
+    directory, folder = dataset_directory(path), local_path(path)
+    if not (directory / "manifest.json").exists() and holds_videos(folder):
+        raise ValueError(
+            f"{folder} holds videos, and no data set of clips; run `python "
+            f"tools/prepare_clips.py {folder} --out CLIPS …` first, and give CLIPS."
+        )
+    return read_manifest(directory)
 
 
 def origin(name: str) -> str:
@@ -224,9 +219,9 @@ def origin(name: str) -> str:
     """
     if _is_world(name) or name.startswith("tfds:"):
         return name
-    split = _divided(name)[1].partition(":")[0] or "train"
-    settings = RecordDataset(source_folder(name), split).settings
-    return settings.get("origins", {}).get(split, name)
+    path, part = _divided(name)
+    split = part.partition(":")[0] or "train"
+    return _manifest(path).plan.settings.get("origins", {}).get(split, name)
 
 
 def world_of(name: str) -> tuple[World, int] | None:

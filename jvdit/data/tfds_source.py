@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,12 @@ from jvdit.data.video_sources import LACKS, SIDECARS, VideoWindows
 from jvdit.machine.files import cache_folder, local_path
 from jvdit.machine.json_files import read_json, write_json
 
+_COLUMNS = (*SIZE, "fps", "has_audio")  # of what is probed
+
 
 @dataclasses.dataclass
 class _Probes:
-    """What was found in the examples of a data set, and why others are left out."""
+    """Number and columns of each video of a data set, and why others are left out."""
 
     rows: list[tuple[int, int, int, int, float, bool]]
     rejects: list[tuple[int, str]]
@@ -63,45 +64,36 @@ class TfdsSource(VideoWindows):
         info = builder.info.splits[split]
         identity = [builder.info.full_name, split, info.num_examples, info.num_bytes]
         self._features = (video, caption)
-        names = (*SIZE, "fps", "has_audio")
         found = fingerprint(str(builder.data_dir), identity, video, caption)
-        known = cache_folder() / "probes" / f"{found}.json"
-        rows, self.rejects = self._probes(known, names)
+        probes = self._probes(cache_folder() / "probes" / f"{found}.json")
+        rows, self.rejects = probes.rows, probes.rejects
         if not rows:
             raise ValueError(
                 f"None of the {len(self._examples)} examples of {name} is a video; the "
                 f"first: {self.rejects[:1]}."
             )
         self._kept, *columns = map(np.array, zip(*rows, strict=True))
-        super().__init__(dict(zip(names, columns, strict=True)), **window)
+        super().__init__(dict(zip(_COLUMNS, columns, strict=True)), **window)
         self.fingerprint = fingerprint(
             "tfds", identity, rows, video, caption, *self._settings
         )
 
-    def _probes(
-        self, known: Path, names: Sequence[str]
-    ) -> tuple[list[tuple[Any, ...]], list[tuple[int, str]]]:
-        """What is known of each video, and which aren't any; kept for the next start.
-
-        Args:
-            known: file of what was found before, if it was.
-            names: of the columns after the number of the example.
-        """
+    def _probes(self, known: Path) -> _Probes:
+        """What is known of the videos; kept in a file for the next start."""
         with contextlib.suppress(OSError, ValueError):
-            kept = read_json(known, "delete it", _Probes)
-            return kept.rows, kept.rejects
+            return read_json(known, "delete it", _Probes)
         found = _Probes([], [])
         for i in range(len(self._examples)):
             try:
-                video = probe(self._example(i)[0], scan=True)
-                found.rows.append((i, *(getattr(video, name) for name in names)))
+                video = probe(self._example(i)["video"], scan=True)
+                found.rows.append((i, *(getattr(video, x) for x in _COLUMNS)))
             except (MediaError, UnicodeDecodeError) as error:
                 found.rejects.append((i, str(error)))
         with contextlib.suppress(OSError):  # a home that can't be written to
             write_json(known, dataclasses.asdict(found))
-        return found.rows, found.rejects
+        return found
 
-    def _example(self, i: int) -> tuple[bytes, str]:
+    def _example(self, i: int) -> dict[str, Any]:
         example = self._examples[i]
         video, caption = self._features
         for feature in filter(None, self._features):
@@ -112,9 +104,9 @@ class TfdsSource(VideoWindows):
                 )
         text = "" if caption is None else example[caption]
         text = text.decode() if isinstance(text, bytes) else str(text)
-        return bytes(example[video]), text
+        return {"video": bytes(example[video]), "caption": text}
 
-    def _encoded(self, video: int) -> tuple[bytes, str]:
+    def _record(self, video: int) -> dict[str, Any]:
         return self._example(int(self._kept[video]))
 
 

@@ -86,27 +86,22 @@ class VideoWindows(Indexed):
         self._settings = [frames, height, width, fps, windows, audio_rate, 2]
         self._settings += self.beside
 
-    def _encoded(self, video: int) -> tuple[bytes, str]:
-        """Returns the file and the caption of a video."""
+    def _record(self, video: int) -> Mapping[str, Any]:
+        """Returns the file of a video, its `caption`, and what lies beside it."""
         raise LookupError(video)
 
-    def _beside(self, video: int) -> Mapping[str, Any]:
-        """Returns what lies beside a video: the file of a guide, and of a camera."""
-        return {}
-
     def _read_one(self, i: int) -> Clip:
-        video, start = int(self._video[i]), float(self._start[i])
-        data, caption = self._encoded(video)
+        record, start = self._record(int(self._video[i])), float(self._start[i])
         window = {name: self.index[name][i].item() for name in (*SIZE, "fps")}
         how = {"start_seconds": start, "audio_rate": self._audio_rate}
-        clip = decode_clip(data, **window, **how) | {"caption": caption}
-        if not self.beside:
-            return clip
-        files = self._beside(video)
-        if guide := files.get("guide"):
-            clip["guide"] = decode_clip(guide, **window, start_seconds=start)["video"]
-        if camera := files.get("camera"):
-            path = parse_camera(camera, "the camera of a record")
+        clip = decode_clip(record["video"], **window, **how)
+        clip["caption"] = record["caption"]
+        files = {name: record[name] for name in self.beside if record[name]}
+        if "guide" in files:
+            guide = decode_clip(files["guide"], **window, start_seconds=start)
+            clip["guide"] = guide["video"]
+        if "camera" in files:
+            path = parse_camera(files["camera"], "the camera of a record")
             clip["camera"] = path.poses(**window, start=start)
         return clip
 
@@ -145,10 +140,5 @@ class RecordSource(VideoWindows):
         """Whether any of the clips has a caption."""
         return bool(self._records.index["caption_length"].any())
 
-    def _encoded(self, video: int) -> tuple[bytes, str]:
-        record = self._records[video]
-        return record["video"], record["caption"]
-
-    def _beside(self, video: int) -> Mapping[str, Any]:
-        record = self._records[video]
-        return {name: record[name] for name in self.beside}
+    def _record(self, video: int) -> Mapping[str, Any]:
+        return self._records[video]

@@ -7,7 +7,6 @@ faces, and reads captions word by word.
 
 import collections
 import dataclasses
-import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from jvdit.data.clips import BadClip, Source
+from jvdit.data.clips import SIZE, BadClip, Source
 from jvdit.evaluation.flag_lists import Listed, named
 
 _SIDE = 8  # of the pictures by which clips are compared
@@ -87,10 +86,8 @@ def audit(
         codes[i] = code(clip["video"])
         for flag in flags_of(clip):
             flagged[flag].append(i)
-    columns = (index[x] for x in ("frames", "height", "width"))
-    sizes = collections.Counter(
-        "x".join(map(str, x)) for x in zip(*columns, strict=True)
-    )
+    columns = zip(*(index[x] for x in SIZE), strict=True)
+    sizes = collections.Counter("x".join(map(str, x)) for x in columns)
     rates = collections.Counter(f"{x:g}" for x in index["fps"])
     told, pairs = named(captions, lists)
     return Audit(
@@ -193,9 +190,7 @@ def captions_of(captions: Sequence[str], most: int = 30) -> dict[str, Any]:
     """Counts and lengths of captions, and the words that most of them have."""
     lengths = np.array([len(words_of(x)) for x in captions] or [0])
     repeated = collections.Counter(x for x in captions if x.strip())
-    having = collections.Counter(
-        itertools.chain.from_iterable(set(words_of(x)) for x in captions)
-    )
+    having = collections.Counter(word for x in captions for word in {*words_of(x)})
     return {
         "empty": sum(not x.strip() for x in captions),
         "different": len(repeated),

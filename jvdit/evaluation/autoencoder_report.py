@@ -1,15 +1,13 @@
 """What reports on autoencoders of every kind of data share: pairs, measures, files."""
 
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jvdit.data.clips import BadClip, Clip, Source
 from jvdit.evaluation import oracle, report
-from jvdit.machine.files import write_atomically
-from jvdit.machine.json_files import write_json
 from jvdit.machine.progress import Bars
 
 _CHUNK = 8  # clips that are read together
@@ -44,35 +42,12 @@ class Pairs(NamedTuple):
     bad: list[dict[str, Any]]
 
 
-def source_clips(
-    source: Source, name: str, count: int
-) -> tuple[list[Clip], list[dict[str, Any]]]:
-    """Reads the first clips of a source.
-
-    Returns:
-        Those that can be read; the others as JSON values, each with the reason.
-
-    Raises:
-        ValueError: fewer than two can be read.
-    """
-    good, bad = [], []
-    for i, clip in enumerate(source.read(range(min(count, len(source))))):
-        if isinstance(clip, BadClip):
-            bad.append({"clip": i, "reason": clip.reason})
-        else:
-            good.append(clip)
-    if len(good) < 2:
-        raise ValueError(
-            f"{len(good)} clips of {name} can be read, and two are needed: {bad[:1]}."
-        )
-    return good, bad
-
-
 def reconstructions(
     source: Source,
     name: str,
     count: int,
     run: Callable[[Clip], tuple[np.ndarray, np.ndarray] | BadClip],
+    least: int = 1,
 ) -> Pairs:
     """Reconstructs the first clips of a source.
 
@@ -81,9 +56,10 @@ def reconstructions(
         name: its name, for the error.
         count: most clips to use.
         run: returns the original and the reconstruction of a clip.
+        least: how many are needed.
 
     Raises:
-        ValueError: none of the clips can be used.
+        ValueError: too few of the clips can be used.
     """
     count = min(count, len(source))
     pairs = Pairs([], [])
@@ -98,21 +74,46 @@ def reconstructions(
                 else:
                     pairs.good.append(Pair(*found, clip, i))
             progress.advance(task, len(ids))
-    if not pairs.good:
+    if len(pairs.good) < least:
         raise ValueError(
-            f"none of the {count} clips of {name} can be used: {pairs.bad[:1]}."
+            f"{len(pairs.good) or 'none'} of the {count} clips of {name} can be used, "
+            f"and {least} must be: {pairs.bad[:1]}."
         )
     return pairs
 
 
-def measured(
-    pairs: Pairs, measures: Mapping[str, Callable[[np.ndarray, np.ndarray], Any]]
-) -> dict[str, np.ndarray]:
+class Measure(NamedTuple):
+    """A measure of reconstructions.
+
+    Attributes:
+        of: its value for a reconstruction and its original.
+        meaning: in a few words.
+    """
+
+    of: Callable[[np.ndarray, np.ndarray], Any]
+    meaning: str
+
+
+Measures = Mapping[str, Measure]
+
+
+def measured(pairs: Pairs, measures: Measures) -> dict[str, np.ndarray]:
     """Each measure of each reconstruction against its original."""
     return {
-        name: np.array([float(measure(x.decoded, x.original)) for x in pairs.good])
+        name: np.array([float(measure.of(x.decoded, x.original)) for x in pairs.good])
         for name, measure in measures.items()
     }
+
+
+def measures_table(
+    head: str, means: Mapping[str, report.Interval], measures: Measures
+) -> str:
+    """A table of the mean of each measure, under a head."""
+    rows = [
+        [f"{name} <small>{measures[name].meaning}</small>", report.number(mean)]
+        for name, mean in means.items()
+    ]
+    return report.table(["", head], rows)
 
 
 def enlarged(film: np.ndarray) -> np.ndarray:
@@ -121,65 +122,43 @@ def enlarged(film: np.ndarray) -> np.ndarray:
     return film.repeat(factor, 1).repeat(factor, 2)
 
 
-def examples(
-    pairs: Pairs,
-    found: Mapping[str, np.ndarray],
-    by: str,
-    figure: Callable[[Pair, str], str],
-) -> list[str]:
-    """The best, median and worst clips.
-
-    Args:
-        pairs: the reconstructions.
-        found: their measures.
-        by: the measure that they are ordered by; higher is better.
-        figure: makes a figure of a pair and a line with its measures.
-    """
-    parts = []
-    for title, ids in report.examples(found[by]).items():
-        told = [", ".join(f"{k} {v[i]:.3g}" for k, v in found.items()) for i in ids]
-        chosen = [pairs.good[i] for i in ids]
-        parts.append(report.films(title, [*map(figure, chosen, told)]))
-    return parts
-
-
 def write_report(
     out: pathlib.Path,
     folder: str,
     name: str,
     pairs: Pairs,
-    found: Mapping[str, np.ndarray],
-    meaning: Mapping[str, str],
+    measures: Measures,
     scores: Scores | None,
-    figures: Sequence[str],
+    figure: Callable[[Pair, str], str],
 ) -> list[pathlib.Path]:
-    """Writes report.json and report.html, and returns their paths.
+    """Measures reconstructions, writes report.json and report.html, returns the paths.
 
     Args:
         out: folder for the report.
         folder: the autoencoder's folder, which the report names.
         name: name of the source.
         pairs: the reconstructions.
-        found: their measures.
-        meaning: of each measure, in a few words.
+        measures: of them; higher is better of the first, which tells the examples: the
+            best, median and worst clips.
         scores: what the oracle says of "real" clips and of others, by their names;
             None: the clips aren't the procedural world's.
-        figures: the examples.
+        figure: makes a figure of a pair and a line with its measures.
     """
+    found = measured(pairs, measures)
     means = oracle.summary(found)
     results = {"vae": folder, "data": name, "clips": len(pairs.good), "bad": pairs.bad}
     results |= {"measures": means}
-    rows = [
-        [f"{k} <small>{meaning[k]}</small>", report.number(v)] for k, v in means.items()
-    ]
-    parts = [report.section(name, report.table(["", folder], rows))]
+    parts = [report.section(name, measures_table(folder, means, measures))]
     if scores is not None:
         results |= {"oracle": scores}
         others = {k: v for k, v in scores.items() if k != "real"}
         seen = report.score_table(scores["real"], others)
         parts.append(report.section("What the oracle sees", seen))
-    parts.append(report.section("Clips", *figures))
-    write_json(out / "report.json", results)
+    films = []
+    for title, ids in report.examples(found[next(iter(measures))]).items():
+        told = [", ".join(f"{k} {v[i]:.3g}" for k, v in found.items()) for i in ids]
+        chosen = [pairs.good[i] for i in ids]
+        films.append(report.films(title, [*map(figure, chosen, told)]))
+    parts.append(report.section("Clips", *films))
     title = f"{len(pairs.good)} clips through {folder}"
-    write_atomically(out / "report.html", report.page(title, parts).encode())
-    return [out / "report.json", out / "report.html"]
+    return report.write(out, results, title, parts)

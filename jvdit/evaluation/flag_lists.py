@@ -47,20 +47,17 @@ def find_lists(names: Sequence[str] | None, folder: pathlib.Path) -> list[pathli
     found = []
     for name in names:
         path = pathlib.Path(name)
-        if not path.is_file():
-            if name.removesuffix(".txt") not in known:
-                raise ValueError(
-                    f"--flag_lists (={name!r}) is neither a file nor one of "
-                    f"{', '.join(known)}."
-                )
-            path = known[name.removesuffix(".txt")]
+        path = path if path.is_file() else known.get(name.removesuffix(".txt"))
+        if path is None:
+            raise ValueError(
+                f"--flag_lists (={name!r}) is neither a file nor one of "
+                f"{', '.join(known)}."
+            )
         found.append(path)
     return found
 
 
-def read_lists(
-    paths: Iterable[str | os.PathLike[str]],
-) -> dict[str, tuple[str, ...]]:
+def read_lists(paths: Iterable[str | os.PathLike[str]]) -> dict[str, tuple[str, ...]]:
     """Reads lists of words, each by the name of its file.
 
     Raises:
@@ -72,13 +69,13 @@ def read_lists(
         terms = {}
         for number, line in enumerate(read_text(path).splitlines(), 1):
             term = line.partition("#")[0].strip().casefold()
-            if term and not _parts(term):
+            if _parts(term):
+                terms[term] = None
+            elif term:
                 raise ValueError(
                     f"{path}: line {number} (={line[:60]!r}) holds no word; write a "
                     "word or a phrase a line, and # before a comment."
                 )
-            if term:
-                terms[term] = None
         if not terms:
             raise ValueError(
                 f"{path} lists no word; write one a line, or leave it out."
@@ -109,8 +106,8 @@ def named(
     longest = max((len(parts) for _, _, parts in terms), default=0)
     counts = {name: dict.fromkeys(each, 0) for name, each in lists.items()}
     clips: dict[str, list[int]] = {name: [] for name in lists}
-    of_lists: collections.Counter[str] = collections.Counter()
-    of_words: collections.Counter[str] = collections.Counter()
+    lists_together: collections.Counter[str] = collections.Counter()
+    words_together: collections.Counter[str] = collections.Counter()
     for number, caption in captions.items():
         said = _phrases(_parts(caption), longest)
         here = [(name, term) for name, term, parts in terms if parts in said]
@@ -119,21 +116,20 @@ def named(
         names = dict.fromkeys(name for name, _ in here)
         for name in names:
             clips[name].append(number)
-        of_lists.update(map(_pair, itertools.combinations(names, 2)))
-        pairs = {
-            _pair((a, b))
-            for (one, a), (other, b) in itertools.combinations(here, 2)
-            if one != other and a != b
-        }
-        of_words.update(pairs)
-    found = {
-        name: Listed(
-            counts[name], clips[name], len(clips[name]) / max(len(captions), 1)
+        lists_together.update(map(_pair, itertools.combinations(names, 2)))
+        words_together.update(
+            {
+                _pair((a, b))
+                for (one, a), (other, b) in itertools.combinations(here, 2)
+                if one != other and a != b
+            }
         )
-        for name in lists
+    total = max(len(captions), 1)
+    found = {k: Listed(counts[k], x, len(x) / total) for k, x in clips.items()}
+    return found, {
+        "lists": dict(lists_together.most_common()),
+        "words": dict(words_together.most_common(_PAIRS)),
     }
-    most = dict(of_lists.most_common()), dict(of_words.most_common(_PAIRS))
-    return found, dict(zip(("lists", "words"), most, strict=True))
 
 
 def _pair(names: Any) -> str:

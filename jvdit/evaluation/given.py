@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, UInt8
 from jvdit.data.world.mechanics import simulate
 from jvdit.data.world.scene import Scenes
 from jvdit.evaluation.oracle.detection import Detections
-from jvdit.evaluation.oracle.tracks import Tracks
+from jvdit.evaluation.oracle.tracks import Tracks, largest_by
 
 
 def position_error(
@@ -52,9 +52,7 @@ def velocity_jump(
     true = _true_path(tracks, scenes, fps)
     step, right = (x[:, frame] - x[:, frame - 1] for x in (tracks.whole, true))
     jump = np.linalg.norm(step - right, axis=-1) * fps
-    largest = np.full(len(scenes.ids), -np.inf)
-    np.maximum.at(largest, tracks.clip, np.nan_to_num(jump, nan=-np.inf))
-    return np.where(np.isfinite(largest), largest, np.nan)
+    return largest_by(tracks.clip, jump, len(scenes.ids))
 
 
 def kept(

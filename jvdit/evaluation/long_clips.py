@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 
 from jvdit.data.world.scene import GRAVITY, PAN_REACH, Scenes
 from jvdit.evaluation import oracle
-from jvdit.evaluation.oracle.tracks import Tracks
+from jvdit.evaluation.oracle.tracks import Tracks, largest_by
 
 WINDOW = 2.0  # seconds
 _OF_WINDOWS = ("count", "lasting", "color", "shape", "size", "physics", "foretold")
@@ -62,11 +62,9 @@ def drifts(
     seen = oracle.observe(video, scenes, fps)
     tracks, count = seen.tracks, len(scenes.ids)
     radius = _slope(np.log(np.sqrt(tracks.area / np.pi)), fps)
-    largest = np.full(count, -np.inf)
-    np.maximum.at(largest, tracks.clip, np.nan_to_num(np.abs(radius), nan=-np.inf))
     found = {
         "energy": _slope(np.log(_energy(tracks, scenes, fps)), fps),
-        "radius": np.where(np.isfinite(largest), largest, np.nan),
+        "radius": largest_by(tracks.clip, np.abs(radius), count),
         "brightness": _slope(np.log(seen.reading.scenery.gain), fps),
         "identity": seen.reading.lasting,
     }

@@ -76,33 +76,24 @@ class Measured:
             scenes = world.scenes(np.arange(start, start + len(videos)))
             start += len(videos)
             seen = oracle.observe(videos, scenes, world.fps)
-            for name, (words, counts) in confusions(
-                seen.reading, seen.tracks, scenes
-            ).items():
+            told_seen = confusions(seen.reading, seen.tracks, scenes)
+            for name, (words, counts) in told_seen.items():
                 confused[name] = words, counts + confused.get(name, (words, 0))[1]
             for name, (told, audio) in controls(scenes, *heard).items():
                 found = oracle.listen(seen, told, world.fps, audio, shown.rate)
                 wrong.setdefault(name, []).append(found)
-            parts.append(
-                (
-                    oracle.judge(seen, videos, scenes, world.fps, *heard),
-                    distance.variants(videos),
-                    distance.random_features(videos),
-                    shown,
-                )
-            )
+            scores = oracle.judge(seen, videos, scenes, world.fps, *heard)
+            variants = distance.variants(videos)
+            parts.append((scores, variants, distance.random_features(videos), shown))
         scores, thumbnails, features, clips = zip(*parts, strict=True)
         audio = [x.audio for x in clips if x.audio is not None]
+        audio = np.concatenate(audio) if audio else None
         return cls(
-            _joined(scores),
+            oracle.joined(scores),
             np.concatenate(thumbnails),
             np.concatenate(features),
-            Shown(
-                np.concatenate([x.videos for x in clips]),
-                np.concatenate(audio) if audio else None,
-                clips[0].rate,
-            ),
-            {name: _joined(found) for name, found in wrong.items()},
+            Shown(np.concatenate([x.videos for x in clips]), audio, clips[0].rate),
+            {name: oracle.joined(found) for name, found in wrong.items()},
             confused,
         )
 
@@ -127,22 +118,14 @@ def controls(
     """
     if audio is None:
         return {}
+    other = (scenes.material + 1) % len(MATERIALS)
     late = np.pad(audio, ((0, 0), (round(LATE * rate), 0)))[:, : audio.shape[1]]
     return {
         "another clip's": (scenes, np.roll(audio, 1, axis=0)),
         "60 ms late": (scenes, late),
         "silence": (scenes, np.zeros_like(audio)),
-        "of another material": (
-            dataclasses.replace(
-                scenes, material=(scenes.material + 1) % len(MATERIALS)
-            ),
-            audio,
-        ),
+        "of another material": (dataclasses.replace(scenes, material=other), audio),
     }
-
-
-def _joined(parts: Sequence[oracle.Scores]) -> oracle.Scores:
-    return {name: np.concatenate([x[name] for x in parts]) for name in parts[0]}
 
 
 def chunks(count: int) -> Iterator[np.ndarray]:
@@ -155,10 +138,8 @@ def real(world: World, count: int, sound: bool = False) -> Iterator[Shown]:
     """The world's own clips of its split's first scenes, chunk by chunk."""
     for ids in chunks(count):
         clips = world.clips(ids, audio=sound)
-        if sound:
-            yield Shown(clips["video"], clips["audio"], world.audio_rate)
-        else:
-            yield Shown(clips["video"])
+        audio = clips["audio"] if sound else None
+        yield Shown(clips["video"], audio, world.audio_rate)
 
 
 def trained_on(sources: Sequence[str]) -> list[tuple[World, int]]:

@@ -7,6 +7,7 @@ import base64
 import html
 import io
 import math
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from PIL import Image
 from jvdit.data.media.writer import encode_clip
 from jvdit.evaluation.breakdown import NAMES, Parts
 from jvdit.evaluation.oracle import COLUMNS
+from jvdit.machine.files import write_atomically
+from jvdit.machine.json_files import write_json
 
 # Mean, and the ends of its 95 % confidence interval.
 Interval = Sequence[float]
@@ -48,10 +51,20 @@ def page(title: str, parts: Sequence[str]) -> str:
     head = f"<meta charset=utf-8><title>{html.escape(title)}</title>"
     head += "<meta name=viewport content='width=device-width'>"
     body = f"<h1>{html.escape(title)}</h1>" + "\n".join(parts)
+    head += f"<style>{_STYLE}</style>"
     return (
-        f"<!doctype html><html lang=en><head>{head}<style>{_STYLE}</style></head>"
-        + (f"<body>{body}</body></html>\n")
+        f"<!doctype html><html lang=en><head>{head}</head><body>{body}</body></html>\n"
     )
+
+
+def write(
+    out: pathlib.Path, results: Mapping[str, Any], title: str, parts: Sequence[str]
+) -> list[pathlib.Path]:
+    """Writes report.json, and a page of parts as report.html; returns their paths."""
+    paths = [out / "report.json", out / "report.html"]
+    write_json(paths[0], results)
+    write_atomically(paths[1], page(title, parts).encode())
+    return paths
 
 
 def section(title: str, *parts: str) -> str:
@@ -158,14 +171,13 @@ def number(value: Interval) -> str:
     return f"{mean:.3f} <small>{low:.3f} … {high:.3f}</small>"
 
 
-def plot(title: str, x_label: str, series: Series, log: bool = False) -> str:
+def plot(title: str, x_label: str, series: Series) -> str:
     """Plots a line for each series of points, as SVG.
 
     Args:
         title: title of the plot.
         x_label: label of the horizontal axis.
         series: points (x, y) of each line, by its label.
-        log: whether the horizontal axis is logarithmic.
     """
     figure = Figure(figsize=(5.2, 3.4), layout="constrained")
     axes = figure.subplots()
@@ -173,8 +185,6 @@ def plot(title: str, x_label: str, series: Series, log: bool = False) -> str:
         ordered = sorted(points)
         axes.plot(*zip(*ordered, strict=True), marker="o", markersize=3, label=label)
     axes.set(title=title, xlabel=x_label)
-    if log:
-        axes.set_xscale("log")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if len(series) > 1:

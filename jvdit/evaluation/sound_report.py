@@ -18,22 +18,16 @@ from jvdit.data.spectrum import spectrogram
 from jvdit.data.world import World
 from jvdit.evaluation import oracle, report
 from jvdit.evaluation.autoencoder_report import (
+    Measure,
     Pair,
     Pairs,
     Scores,
     enlarged,
-    examples,
-    measured,
     reconstructions,
     write_report,
 )
 from jvdit.evaluation.hearing import Sound, log_mel_distance, si_sdr
 from jvdit.evaluation.measuring import CHUNK, controls
-
-_MEANING = {
-    "si_sdr": "signal over distortion, of any loudness, dB",
-    "log_mel": "difference of the levels by time and band, dB",
-}
 
 
 def report_audio_vae(
@@ -70,13 +64,15 @@ def report_audio_vae(
     source = open_source(name, audio_rate=rate)
     pairs = reconstructions(source, name, count, run)
     distance = functools.partial(log_mel_distance, rate=rate)
-    found = measured(pairs, {"si_sdr": si_sdr, "log_mel": distance})
+    measures = {
+        "si_sdr": Measure(si_sdr, "signal over distortion, of any loudness, dB"),
+        "log_mel": Measure(distance, "difference of the levels by time and band, dB"),
+    }
     scores = None
     if isinstance(source, WorldSource):
         scores = _oracle(source.world, pairs, rate)
     figure = functools.partial(_figure, rate=rate)
-    figures = examples(pairs, found, "si_sdr", figure)
-    return write_report(out, folder, name, pairs, found, _MEANING, scores, figures)
+    return write_report(out, folder, name, pairs, measures, scores, figure)
 
 
 def _oracle(world: World, pairs: Pairs, rate: int) -> Scores:
@@ -84,7 +80,7 @@ def _oracle(world: World, pairs: Pairs, rate: int) -> Scores:
     oracle.check_frames(world.frames)
     real = np.stack([x.original.mean(1) for x in pairs.good])
     decoded = np.stack([x.decoded.mean(1) for x in pairs.good])
-    parts: dict[str, list[dict[str, np.ndarray]]] = {}
+    parts: dict[str, list[oracle.Scores]] = {}
     for start in range(0, len(real), CHUNK):
         some = slice(start, start + CHUNK)
         scenes = world.scenes(np.array([x.index for x in pairs.good[some]]))
@@ -98,10 +94,7 @@ def _oracle(world: World, pairs: Pairs, rate: int) -> Scores:
         for who, (told, audio) in sounds.items():
             heard = oracle.listen(seen, told, world.fps, audio, rate)
             parts.setdefault(who, []).append(heard)
-    return {
-        who: oracle.summary({k: np.concatenate([x[k] for x in all_]) for k in all_[0]})
-        for who, all_ in parts.items()
-    }
+    return {who: oracle.summary(oracle.joined(found)) for who, found in parts.items()}
 
 
 def _figure(pair: Pair, told: str, rate: int) -> str:

@@ -14,28 +14,21 @@ from jvdit.data.sources import WorldSource, open_source
 from jvdit.data.world import World
 from jvdit.evaluation import oracle, report
 from jvdit.evaluation.autoencoder_report import (
+    Measure,
     Pair,
     Pairs,
     Scores,
     enlarged,
-    examples,
-    measured,
     reconstructions,
     write_report,
 )
 from jvdit.evaluation.reconstruction import psnr, sharpness, ssim, temporal_error
 
 MEASURES = {
-    "psnr": psnr,
-    "ssim": ssim,
-    "sharpness": sharpness,
-    "temporal_error": temporal_error,
-}
-MEANING = {
-    "psnr": "dB",
-    "ssim": "structural similarity",
-    "sharpness": "energy of edges over the original's",
-    "temporal_error": "change from frame to frame, error of",
+    "psnr": Measure(psnr, "dB"),
+    "ssim": Measure(ssim, "structural similarity"),
+    "sharpness": Measure(sharpness, "energy of edges over the original's"),
+    "temporal_error": Measure(temporal_error, "change from frame to frame, error of"),
 }
 
 Video = UInt8[np.ndarray, "T H W 3"]
@@ -66,12 +59,11 @@ def report_vae(
     """
     source = open_source(name)
     pairs = reconstructions(source, name, count, lambda x: reconstruct(x["video"]))
-    found, scores, first = measured(pairs, MEASURES), None, pairs.good[0]
+    scores, first = None, pairs.good[0]
     whole = first.original.shape == first.clip["video"].shape
     if isinstance(source, WorldSource) and whole:  # cropped clips show another scene
         scores = _oracle(source.world, pairs)
-    figures = examples(pairs, found, "psnr", _figure)
-    return write_report(out, folder, name, pairs, found, MEANING, scores, figures)
+    return write_report(out, folder, name, pairs, MEASURES, scores, _figure)
 
 
 def _oracle(world: World, pairs: Pairs) -> Scores:

@@ -1,6 +1,7 @@
 """The report on models of the procedural world, with real clips for comparison."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,12 +11,7 @@ from jvdit.data.spectrum import spectrogram
 from jvdit.data.world import World
 from jvdit.evaluation import distance, report
 from jvdit.evaluation.breakdown import NAMES, breakdown, composition
-from jvdit.evaluation.measuring import (
-    Measured,
-    chunks,
-    met_in_training,
-    neighbours,
-)
+from jvdit.evaluation.measuring import Measured, chunks, met_in_training, neighbours
 from jvdit.evaluation.oracle import observe, summary
 from jvdit.evaluation.oracle.adherence import describe
 from jvdit.evaluation.overlay import overlay
@@ -121,29 +117,20 @@ def _as_sets(
     }
 
 
-def compositions(
-    columns: Sequence[ReportColumn],
-) -> dict[str, dict[str, float | None]]:
+def compositions(columns: Sequence[ReportColumn]) -> dict[str, dict[str, float | None]]:
     """What "comp" costs over "test", of each model that was evaluated on both."""
     found: dict[str, dict[str, float | None]] = {}
-    for new in columns:
-        for old in columns:
-            same = (new.label, new.how) == (old.label, old.how)
-            if not same or (new.world.split, old.world.split) != ("comp", "test"):
-                continue
-            ids = np.arange(len(new.measured.clips.videos))
-            scenes = new.world.scenes(ids), old.world.scenes(ids)
-            found[new.name] = {
-                name: _json(
-                    composition(
-                        new.measured.scores[name],
-                        scenes[0],
-                        old.measured.scores[name],
-                        scenes[1],
-                    )
-                )
-                for name in NAMES
-            }
+    for new, old in itertools.product(columns, columns):
+        same = (new.label, new.how) == (old.label, old.how)
+        if not same or (new.world.split, old.world.split) != ("comp", "test"):
+            continue
+        ids = np.arange(len(new.measured.clips.videos))
+        scenes, known_scenes = new.world.scenes(ids), old.world.scenes(ids)
+        scores, known = new.measured.scores, old.measured.scores
+        found[new.name] = {
+            name: _json(composition(scores[name], scenes, known[name], known_scenes))
+            for name in NAMES
+        }
     return found
 
 
@@ -151,17 +138,15 @@ def _json(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def page(
-    title: str,
+def sections(
     results: Sequence[Mapping[str, Any]],
     columns: Sequence[ReportColumn],
     bounds: Mapping[World, Measured],
     histories: Mapping[str, History],
-) -> str:
-    """Builds the HTML page of the report: tables, plots, and example clips.
+) -> list[str]:
+    """Builds the sections of the report: tables, plots, and example clips, as HTML.
 
     Args:
-        title: title of the page.
         results: the report's contents, from `results_of`.
         columns: the columns of the report.
         bounds: the measured real clips of each world, to compare with.
@@ -186,8 +171,7 @@ def page(
     for column, found in zip(columns, results, strict=True):
         table = report.parts_table(found["real_parts"], found["parts"])
         parts += _sound(column, bounds[column.world])
-        name = f"By content: {column.name}"
-        parts.append(report.section(name, table))
+        parts.append(report.section(f"By content: {column.name}", table))
         tables = [
             report.confusion_table(np.array(each["told_seen"]), each["words"])
             for each in found["confusions"].values()
@@ -207,7 +191,7 @@ def page(
     for column in {x.label: x for x in reversed(columns)}.values():
         clips = _examples(column.measured, column.world)
         parts.append(report.section(column.name, *clips))
-    return report.page(title, parts)
+    return parts
 
 
 def _sound(column: ReportColumn, bound: Measured) -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float
 
-from jvdit.data.clips import SIZE, BadClip, Clip, Ids
+from jvdit.data.clips import SIZE, BadClip, Clip, Ids, Indexed
 from jvdit.data.conditions import (
     CONDITIONS,
     Layout,
@@ -30,7 +30,7 @@ from jvdit.data.order import fingerprint
 from jvdit.data.patches import Size, token_grid
 
 
-class GivenSource:
+class GivenSource(Indexed):
     """Clips of a source of latents, all with what one condition gives.
 
     Clips that are too short or too odd for it are left out.
@@ -84,9 +84,6 @@ class GivenSource:
         self.index["given"] = given[fits].astype(np.int32)
         self.index["frames"] = self.index["frames"] - row.headless
         self.fingerprint = fingerprint("given", source.fingerprint, condition)
-
-    def __len__(self) -> int:
-        return len(self._ids)
 
     def read(self, ids: Ids) -> list[Clip | BadClip]:
         """Returns clips in the order asked for; see `Source.read`."""

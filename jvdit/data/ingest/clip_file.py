@@ -135,14 +135,14 @@ def prepare_file(item: ClipFile, recipe: Recipe) -> Iterator[dict[str, Any]]:
         if Path(item.path).suffix.lower() in PICTURES:
             recipe, source = _as_film(item.path, recipe, budget)
         info = probe(source, scan=recipe.windows != "first", budget=budget)
-        size = choose_size(info, recipe)
+        height, width = choose_size(info, recipe)
     except MediaError as e:
         yield {"reason": e.reason, "detail": e.detail}
         return
+    window = {"frames": recipe.frames, "height": height, "width": width}
+    window["fps"] = recipe.fps
     for start in window_starts(info, recipe):
         try:
-            window = {"frames": recipe.frames, "height": size[0], "width": size[1]}
-            window["fps"] = recipe.fps
             made = _prepare_window(item, source, recipe, budget, start, window)
             if item.beside:
                 made["clip"] |= _beside(item, info, recipe, budget, start, window)
@@ -216,13 +216,8 @@ def _prepare_window(
     window: dict[str, Any],
 ) -> dict[str, Any]:
     """Returns one clip as an example and what is worth knowing of it."""
-    clip = decode_clip(
-        media,
-        **window,
-        start_seconds=start,
-        audio_rate=recipe.audio_rate,
-        budget=budget,
-    )
+    how = {"start_seconds": start, "audio_rate": recipe.audio_rate, "budget": budget}
+    clip = decode_clip(media, **window, **how)
     source = clip["source"]
     repeated = 1 - source["distinct_frames"] / recipe.frames
     if repeated > recipe.max_repeat:
@@ -232,19 +227,10 @@ def _prepare_window(
             f"({source['source_fps']:g} fps)",
         )
     meta = source | {"start_seconds": start, "file": item.key}
-    buffer = io.BytesIO()
-    encode_clip(
-        buffer,
-        clip["video"],
-        recipe.fps,
-        audio=clip["audio"] if clip["has_audio"] else None,
-        audio_rate=recipe.audio_rate,
-        crf=recipe.crf,
-        preset=recipe.preset,
-    )
+    sound = clip["audio"] if clip["has_audio"] else None
     example = {
         "key": f"{item.key}@{start:.3f}",
-        "video": buffer.getvalue(),
+        "video": _encoded(recipe, clip["video"], sound),
         "caption": item.caption,
         "meta": json.dumps(meta, sort_keys=True),
         **window,
@@ -277,10 +263,7 @@ def _beside(
             clip = decode_clip(source, **window, start_seconds=start, budget=budget)
         except (OSError, ValueError) as error:
             raise MediaError("bad_guide", f"{item.guide}: {error}") from None
-        buffer = io.BytesIO()
-        how = {"crf": recipe.crf, "preset": recipe.preset}
-        encode_clip(buffer, clip["video"], recipe.fps, **how)
-        found |= {"guide": buffer.getvalue(), "has_guide": True}
+        found |= {"guide": _encoded(recipe, clip["video"]), "has_guide": True}
     if item.camera:
         try:
             path = read_camera(item.camera)
@@ -292,6 +275,16 @@ def _beside(
             raise MediaError("bad_camera", told) from None
         found |= {"camera": path.json(), "has_camera": True}
     return found
+
+
+def _encoded(
+    recipe: Recipe, video: np.ndarray, audio: np.ndarray | None = None
+) -> bytes:
+    """A clip as the file that is stored."""
+    buffer, sound = io.BytesIO(), {"audio": audio, "audio_rate": recipe.audio_rate}
+    how = {"crf": recipe.crf, "preset": recipe.preset}
+    encode_clip(buffer, video, recipe.fps, **sound, **how)
+    return buffer.getvalue()
 
 
 def _notes(source: dict[str, Any], repeated: float, item: ClipFile) -> list[str]:

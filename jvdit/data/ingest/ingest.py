@@ -16,12 +16,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from jvdit.data.ingest.beam import Engine
 from jvdit.data.ingest.clip_file import ClipFile, Recipe, prepare_file
 from jvdit.data.ingest.ingest_report import ASIDE, Entry, Report, describe_file
 from jvdit.data.ingest.listing import list_items
 from jvdit.data.ingest.shard_plan import Plan, plan_shards
 from jvdit.data.ingest.supervisor import supervise
+from jvdit.data.manifest import MadeOf
 from jvdit.data.record_features import clip_features
 from jvdit.data.record_writer import RecordWriter
 from jvdit.machine.files import write_atomically
@@ -75,9 +78,8 @@ def ingest(
     plan, meant = _planned(inputs, root, listed, **sizes)
     settings = {"recipe": dataclasses.asdict(recipe), "files": plan.digest}
     shards = collections.Counter(split for split, _ in plan.shards)
-    beside = {
-        name for files in plan.shards.values() for x in files for name in x.beside
-    }
+    items = itertools.chain.from_iterable(plan.shards.values())
+    beside = {name for item in items for name in item.beside}
     writer = RecordWriter(
         out,
         clip_features(sorted(beside)),
@@ -135,9 +137,7 @@ class Job(NamedTuple):
     """A shard to be prepared, wherever: what its writer is made of, and its files."""
 
     path: str
-    features: dict[str, str]
-    shards: dict[str, int]
-    settings: dict[str, Any]
+    plan: MadeOf
     split: str
     shard: int
     files: list[ClipFile]
@@ -160,9 +160,8 @@ def prepare_shard(job: Job, prepare: Any, workers: int, timeout: float | int) ->
             f"a worker finds no data set at {job.path}; give an --out on a file system "
             "that all workers mount at one place."
         )
-    writer = RecordWriter(
-        job.path, job.features, shards=job.shards, settings=job.settings
-    )
+    plan = msgspec.structs.asdict(job.plan)
+    writer = RecordWriter(job.path, **plan)
     if not writer.is_done(job.split, job.shard):
         events = supervise(prepare, job.files, workers=workers, timeout=timeout)
         with contextlib.closing(events):
@@ -177,14 +176,7 @@ def _elsewhere(engine: Engine, writer: RecordWriter, plan: Plan, work: Any) -> N
     """
     path = str(writer.path.absolute())
     jobs = [
-        Job(
-            path,
-            writer.features,
-            writer.shards,
-            writer.plan.settings,
-            *at,
-            _absolute(files),
-        )
+        Job(path, writer.plan, *at, [_absolute(item) for item in files])
         for at, files in plan.shards.items()
         if not writer.is_done(*at)
     ]
@@ -198,14 +190,9 @@ def _elsewhere(engine: Engine, writer: RecordWriter, plan: Plan, work: Any) -> N
         )
 
 
-def _absolute(files: Sequence[ClipFile]) -> list[ClipFile]:
-    return [
-        item._replace(
-            path=os.path.abspath(item.path),
-            **{name: os.path.abspath(path) for name, path in item.beside.items()},
-        )
-        for item in files
-    ]
+def _absolute(item: ClipFile) -> ClipFile:
+    files = {"path": item.path, **item.beside}
+    return item._replace(**{k: os.path.abspath(path) for k, path in files.items()})
 
 
 def _record(writer: RecordWriter, split: str, shard: int) -> Path:
@@ -216,14 +203,10 @@ def _record(writer: RecordWriter, split: str, shard: int) -> Path:
 def _write(writer, split, shard, files, events, advance) -> None:
     record = _record(writer, split, shard)
     examples = _examples(events, split, files, record, advance)
-    examples = ({**_lacking(writer.features), **example} for example in examples)
-    writer.write_shard(split, shard, examples)
-
-
-def _lacking(features: Mapping[str, str]) -> dict[str, Any]:
-    """What a clip without anything beside it has of the features that say so."""
+    # What a clip without anything beside it has of the features that say so.
     blank = {"guide": b"", "has_guide": False, "camera": "", "has_camera": False}
-    return {name: value for name, value in blank.items() if name in features}
+    lacking = {name: x for name, x in blank.items() if name in writer.features}
+    writer.write_shard(split, shard, ({**lacking, **x} for x in examples))
 
 
 def _fill(writer, plan, prepare, workers, timeout, advance) -> list[Entry]:

@@ -105,10 +105,10 @@ class Report:
         why = ", ".join(f"{n} {reason}" for reason, n in self.reasons.items())
         bare, places = self.uncaptioned
         where = f" ({'; '.join(places[:4])})" if places else ""
-        return (
-            f"{self.clips} clips of {len(self.files) - len(self.skipped)} files; "
-            f"{len(self.skipped)} files skipped" + (f" ({why})" if why else "")
-        ) + (f"; {bare} clips have no caption{where}" if bare else "")
+        taken = len(self.files) - len(self.skipped)
+        told = f"{self.clips} clips of {taken} files; {len(self.skipped)} files skipped"
+        told += f" ({why})" if why else ""
+        return told + (f"; {bare} clips have no caption{where}" if bare else "")
 
     def write(self, directory: Path) -> None:
         """Writes `report.json` and `report.md`."""
@@ -135,7 +135,8 @@ class Report:
             rows = [[e["file"], e["reason"], e["detail"]] for e in self.skipped]
             lines += _table("Skipped", ["file", "reason", "detail"], rows)
         rows = [
-            [e["file"], e["split"], e["clips"], ", ".join(e["notes"]), _dropped(e)]
+            [e["file"], e["split"], e["clips"], ", ".join(e["notes"])]
+            + [f"{e['dropped']}: {e['reason']} ({e['detail']})" * (e["dropped"] > 0)]
             for e in self.files
             if e["clips"]
         ]
@@ -145,13 +146,6 @@ class Report:
         lines += ["", "## Recipe", ""]
         lines += [f"- {name}: {value}" for name, value in self.recipe.items()]
         return "\n".join(lines) + "\n"
-
-
-def _dropped(entry: Entry) -> str:
-    """Says how many windows of a file were not taken, and why the first was not."""
-    if not entry["dropped"]:
-        return ""
-    return f"{entry['dropped']}: {entry['reason']} ({entry['detail']})"
 
 
 def _table(title: str, heads: Sequence[str], rows: Sequence[Sequence]) -> list[str]:

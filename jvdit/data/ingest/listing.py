@@ -119,26 +119,22 @@ def _folder(folder: Path, root) -> Iterator[ClipFile]:
     files = [x for x in files if str(x[0]) not in taken]
     filmed = {x.with_suffix("") for x, *_ in files if x.suffix.lower() in VIDEOS}
     used: list[Path] = []  # files that hold captions
-    others = []
+    others: list[ClipFile] = []
     for path, reason, detail in files:
         name, suffix = path.relative_to(folder).as_posix(), path.suffix.lower()
         if path.name in _LISTS and not detail:
             detail = "it is the list of another folder; give that one as an input"
         if suffix not in _MEDIA:
-            others.append(
-                (path, ClipFile(name, str(path), "", reason or "other", detail))
-            )
-        elif reason:
-            yield ClipFile(name, str(path), "", reason, detail)
-        elif table is not None:
-            detail = f"{table.name} doesn't name it"
-            yield ClipFile(name, str(path), "", "unlisted", detail)
-        elif suffix in PICTURES and path.with_suffix("") in filmed:
-            detail = "a video of the same name is there"
-            yield ClipFile(name, str(path), "", "other", detail)
+            reason = reason or "other"
+        elif table is not None and not reason:
+            reason, detail = "unlisted", f"{table.name} doesn't name it"
+        elif suffix in PICTURES and path.with_suffix("") in filmed and not reason:
+            reason, detail = "other", "a video of the same name is there"
+        if reason:
+            others.append(ClipFile(name, str(path), "", reason, detail))
         else:
             yield _item(path, name, used)._replace(**beside.get(path, {}))
-    yield from (item for path, item in others if path not in used)
+    yield from (item for item in others if Path(item.path) not in used)
 
 
 def _beside(files: Sequence[Path]) -> dict[Path, dict[str, str]]:

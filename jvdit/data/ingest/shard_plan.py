@@ -52,9 +52,9 @@ def file_digest(path: str) -> str | None:
     return digest.hexdigest()
 
 
-def _digests_beside(item: ClipFile) -> list[str | None]:
-    """The digests of what lies beside a file."""
-    return [*map(file_digest, item.beside.values())]
+def _digests(item: ClipFile) -> list[str | None]:
+    """The digests of a file, and of what lies beside it."""
+    return [*map(file_digest, (item.path, *item.beside.values()))]
 
 
 def plan_shards(
@@ -76,20 +76,17 @@ def plan_shards(
     refused = [(item, item.reason, item.detail) for item in items if item.reason]
     items, seen = [item for item in items if not item.reason], {}
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        digests = list(pool.map(file_digest, [item.path for item in items]))
-        more = list(pool.map(_digests_beside, items))
+        digests = list(pool.map(_digests, items))
     by_split = {"train": [], "val": []}
-    for item, digest, others in zip(items, digests, more, strict=True):
-        if digest is None or None in others:
+    for item, found in zip(items, digests, strict=True):
+        first = seen.setdefault((item.caption, *found), item)
+        if None in found:
             files = (item.path, *item.beside.values())
-            lost = files[[digest, *others].index(None)]
-            refused.append((item, "missing", lost))
-        elif (
-            other := seen.setdefault((digest, item.caption, *others), item)
-        ) is not item:
-            refused.append((item, "duplicate", f"of {other.key}"))
+            refused.append((item, "missing", files[found.index(None)]))
+        elif first is not item:
+            refused.append((item, "duplicate", f"of {first.key}"))
         else:
-            held_out = int(digest[:8], 16) < val_fraction * 2**32
+            held_out = int(str(found[0])[:8], 16) < val_fraction * 2**32
             by_split["val" if held_out else "train"].append(item)
     shards = {
         (split, start // shard_size): members[start : start + shard_size]
@@ -97,8 +94,9 @@ def plan_shards(
         for start in range(0, len(members), shard_size)
     }
     names = [[item.key, item.caption] for item in items]
-    beside = [[*x.beside, *y] for x, y in zip(items, more, strict=True)]
+    beside = [[*x.beside, *y[1:]] for x, y in zip(items, digests, strict=True)]
     told = [beside] if any(beside) else []
-    identity = json.dumps([names, digests, val_fraction, shard_size, *told])
+    first = [found[0] for found in digests]
+    identity = json.dumps([names, first, val_fraction, shard_size, *told])
     digest = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
     return Plan(shards, refused, digest)

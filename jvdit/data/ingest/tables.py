@@ -35,6 +35,8 @@ class _Row(msgspec.Struct):
 
     path: str
     caption: str | list[str | None] | None
+    guide_path: str | None = None
+    camera_path: str | None = None
 
 
 def read_table(table: Path, root: Path) -> Iterator[ClipFile]:
@@ -104,12 +106,13 @@ def _item(where: str, row: Mapping[str, Any] | ValueError, root: Path, note: str
             raise row
         fitted = _fitted(row, where)
         name = fitted.path.strip()
-        path = str(root / name)
         caption = _caption(fitted, where)
-        beside = _beside(row, where, root)
     except ValueError as error:
         return ClipFile(name, where, "", "bad_row", str(error))
-    return ClipFile(name, path, caption, note="" if caption else note, **beside)
+    note = "" if caption else note
+    paths = fitted.guide_path, fitted.camera_path
+    beside = [str(root / path.strip()) if path else "" for path in paths]
+    return ClipFile(name, str(root / name), caption, "", "", note, *beside)
 
 
 def _fitted(row: Mapping[str, Any], where: str) -> _Row:
@@ -119,20 +122,10 @@ def _fitted(row: Mapping[str, Any], where: str) -> _Row:
         return next((lower[x] for x in names if _filled(lower.get(x))), None)
 
     found = {"path": first(PATH_COLUMNS), "caption": first(CAPTION_COLUMNS)}
+    found |= {name: first([name]) for name in BESIDE_COLUMNS}
     if found["path"] is None:
         raise ValueError(f"{where} names no file.")
     return fit_json(found, where, _Row, "correct it")
-
-
-def _beside(row: Mapping[str, Any], where: str, root: Path) -> dict[str, str]:
-    """The paths of what lies beside a video, by what it is."""
-    lower = {str(name).strip().lower(): value for name, value in row.items()}
-    found = {}
-    for column in BESIDE_COLUMNS:
-        if _filled(path := lower.get(column)):
-            path = fit_json(path, f"{where}: `{column}`", str, "correct it")
-            found[column.removesuffix("_path")] = str(root / path.strip())
-    return found
 
 
 def _filled(value: Any) -> bool:

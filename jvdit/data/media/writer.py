@@ -31,7 +31,6 @@ def encode_clip(
     audio: Float[np.ndarray, "a channels"] | None = None,
     audio_rate: int = 0,
     crf: int = 18,
-    gop: int | None = None,
     preset: str = "medium",
     metadata: Mapping[str, Any] | None = None,
     **more: Any,
@@ -51,8 +50,6 @@ def encode_clip(
         audio: float32 [a channels] in [-1, 1] with 1 or 2 channels, or None.
         audio_rate: Hz of `audio`.
         crf: x264's quality: 0 is lossless in 4:2:0, 18 looks it, 28 is coarse.
-        gop: most frames between key frames; None: one second of them. A short one makes
-            random access cheap.
         preset: x264's trade of time for size.
         metadata: JSON values kept in the file; see `read_metadata`.
         **more: `description` and `finish`, as of `ClipWriter`.
@@ -62,7 +59,7 @@ def encode_clip(
     """
     _check(video, fps, audio, audio_rate)
     channels = 0 if audio is None else audio.shape[1]
-    how = {"crf": crf, "gop": gop, "preset": preset, "metadata": metadata}
+    how = {"crf": crf, "preset": preset, "metadata": metadata}
     size, sound = video.shape[1:3], (channels, audio_rate)
     with ClipWriter(target, size, fps, sound, **how, **more) as writer:
         writer.write(video, audio)
@@ -78,7 +75,7 @@ class ClipWriter:
         size: height and width in pixels.
         fps: frames per second.
         sound: channels, and samples per second; (0, 0): the clip is silent.
-        crf, gop, preset, metadata: as of `encode_clip`.
+        crf, preset, metadata: as of `encode_clip`.
         description: what the file is, in a sentence that players show.
         finish: called with the path of the whole file before it appears at `target`.
     """
@@ -91,7 +88,6 @@ class ClipWriter:
         sound: tuple[int, int] = (0, 0),
         *,
         crf: int = 18,
-        gop: int | None = None,
         preset: str = "medium",
         metadata: Mapping[str, Any] | None = None,
         description: str = "",
@@ -112,7 +108,7 @@ class ClipWriter:
         if metadata is not None:
             container.metadata["comment"] = json.dumps(metadata, sort_keys=True)
         self._rate = Fraction(fps).limit_denominator(100_000)
-        streams = [_video_stream(container, size, self._rate, crf, gop, preset)]
+        streams = [_video_stream(container, size, self._rate, crf, preset)]
         if sound[0]:  # all streams before any packet
             streams.append(_audio_stream(container, *sound))
         self._streams: list[Any] = streams
@@ -206,7 +202,7 @@ def _audio_stream(container, channels, rate):
     return stream
 
 
-def _video_stream(container, size, rate, crf, gop, preset):
+def _video_stream(container, size, rate, crf, preset):
     """Adds the video stream: even size, BT.709, short groups of pictures."""
     stream = container.add_stream("libx264", rate=rate)
     stream.height, stream.width = (n + n % 2 for n in size)
@@ -214,7 +210,7 @@ def _video_stream(container, size, rate, crf, gop, preset):
     stream.time_base = 1 / rate
     stream.options = {"crf": str(crf), "preset": preset, **_repeatable()}
     codec = stream.codec_context
-    codec.gop_size = gop or max(1, math.floor(rate))
+    codec.gop_size = max(1, math.floor(rate))  # random access is cheap
     codec.thread_count = 1
     codec.colorspace = codec.color_primaries = codec.color_trc = _BT709
     codec.color_range = ColorRange.MPEG

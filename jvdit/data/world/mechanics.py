@@ -59,7 +59,7 @@ class Motion:
         fallen = 0.5 * self.gravity[:, None, None] * elapsed[..., 0] ** 2
         position = self.position[rows, flight] + self.velocity[rows, flight] * elapsed
         position[..., 1] += fallen
-        # Bites only by rounding, or after `max_bounces`.
+        # Bites only by rounding, or after the last bounce.
         return np.clip(position, self.limits[:, None, :, 0], self.limits[:, None, :, 1])
 
     def velocities(
@@ -83,9 +83,12 @@ def simulate(
     duration: float,
     *,
     restitution: float | tuple[float, float] = 1.0,
-    max_bounces: int | None = None,
 ) -> Motion:
     """Moves the scenes from time 0 on.
+
+    After several times the bounces that scenes need, their objects stop at the walls
+    and pass through one another, which ends the ever smaller hops of a restitution
+    below 1.
 
     Args:
         scenes: where everything starts.
@@ -93,12 +96,7 @@ def simulate(
         restitution: speed after over speed before a bounce, or that at walls and that
             between objects. The world's is 1; other values make counterfactual clips to
             test an evaluation with.
-        max_bounces: after so many a scene's objects stop at the walls and pass
-            through one another. The default is several times what scenes need, and
-            ends the ever smaller hops of a restitution below 1.
     """
-    if max_bounces is None:
-        max_bounces = 64 + int(64 * duration)
     rows = len(scenes.ids)
     position, velocity = scenes.position.copy(), scenes.velocity.copy()
     gravity = np.where(scenes.gravity, GRAVITY, 0.0)
@@ -109,7 +107,7 @@ def simulate(
     kept = tuple(np.broadcast_to(restitution, 2).tolist())
     row, now = np.arange(rows), np.zeros(rows)
     flights, bounces = [(now, position, velocity)], []
-    while len(bounces) < max_bounces:
+    while len(bounces) < 64 + int(64 * duration):
         with np.errstate(divide="ignore", invalid="ignore"):
             walls = _wall_waits(position, velocity, pull, limits, present)
             pairs = _pair_waits(position, velocity, touching, paired)

@@ -355,9 +355,7 @@ def _draw_objects(
     steps = *video.strides[:3], 1  # a byte a column
     room = height - size[1] + 1, 3 * (width - size[0]) + 1
     windows = as_strided(
-        video,
-        (len(video), frames, *room, size[1], 3 * size[0]),
-        (*steps, *steps[2:]),
+        video, (len(video), frames, *room, size[1], 3 * size[0]), (*steps, *steps[2:])
     )
     where = rows[:, None], np.arange(frames), corner[..., 1], 3 * corner[..., 0]
     # 255 * 256 + 128 just fits into 16 bits.

@@ -6,7 +6,7 @@ compare a score with that of real clips of the same scenes.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -139,7 +139,12 @@ def score(
         clips, those = video[some], scenes.choose(some)
         seen = observe(clips, those, fps)
         parts.append(judge(seen, clips, those, fps, sound, audio_rate))
-    return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+    return joined(parts)
+
+
+def joined(parts: Sequence[Scores]) -> Scores:
+    """The scores of several batches, one after another."""
+    return {name: np.concatenate([x[name] for x in parts]) for name in parts[0]}
 
 
 def check_frames(frames: int) -> None:
@@ -221,9 +226,7 @@ def mean_and_interval(
     return float(values.mean()), float(low), float(high)
 
 
-def summary(
-    scores: Mapping[str, np.ndarray],
-) -> dict[str, tuple[float, float, float]]:
+def summary(scores: Mapping[str, np.ndarray]) -> dict[str, tuple[float, float, float]]:
     """The mean and 95 % confidence interval of each score that some clip has."""
     return {k: mean_and_interval(v) for k, v in scores.items() if np.isfinite(v).any()}
 

@@ -32,6 +32,8 @@ _MOST_TURN = 30.0  # most degrees between the captioned and the measured directi
 _FLIGHT = 0.25  # seconds from the start in which the first velocity is measured
 _LEAST_STEP = 0.5 / 64  # an object that moves less in that time stands still
 _LASTING = 0.9  # least share of frames that show just the captioned objects
+# Of an object's attributes.
+_WORDS = {"shape": SHAPES, "size": SIZES, "direction": DIRECTIONS, "speed": SPEEDS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,12 @@ class Reading:
         """The direction's index in `DIRECTIONS`; -1: the object stands still."""
         index = np.rint(np.nan_to_num(self.direction) / 45).astype(int)
         return np.where(np.isnan(self.direction), -1, index % len(DIRECTIONS))
+
+    @property
+    def attributes(self) -> dict[str, Int[np.ndarray, " n"]]:
+        """The index of each object's attributes in their words, by name; -1: none."""
+        values = self.shape, self.size, self.octant, self.fast
+        return dict(zip(_WORDS, values, strict=True))
 
 
 def read(
@@ -115,16 +123,12 @@ def compare(
     reading: Reading, tracks: Tracks, scenes: Scenes
 ) -> dict[str, Bool[np.ndarray, " n"]]:
     """Whether each attribute of each captioned object is as the caption says."""
-    clip, slot = tracks.clip, tracks.slot
-    told = 45.0 * scenes.direction[clip, slot]
-    turn = (reading.direction - told + 180) % 360 - 180
-    return {
-        "color": reading.found,
-        "shape": reading.found & (reading.shape == scenes.shape[clip, slot]),
-        "size": reading.found & (reading.size == scenes.size[clip, slot]),
-        "direction": reading.found & (np.abs(turn) <= _MOST_TURN),
-        "speed": reading.found & (reading.fast == scenes.speed[clip, slot]),
-    }
+    at = tracks.clip, tracks.slot
+    right = {k: x == getattr(scenes, k)[at] for k, x in reading.attributes.items()}
+    turn = (reading.direction - 45.0 * scenes.direction[at] + 180) % 360 - 180
+    right["direction"] = np.abs(turn) <= _MOST_TURN
+    found = {name: reading.found & x for name, x in right.items()}
+    return {"color": reading.found} | found
 
 
 def adherence(
@@ -148,8 +152,7 @@ def adherence(
         "lasting": reading.lasting >= _LASTING,
     }
     for name, right in compared.items():
-        hits = np.bincount(tracks.clip, right, len(scenes.ids))
-        scores[name] = hits / scenes.count
+        scores[name] = np.bincount(tracks.clip, right, len(scenes.ids)) / scenes.count
     scores |= {
         "background": (seen.tone == scenes.tone) & (seen.texture == scenes.texture),
         "light": seen.light == scenes.light,
@@ -189,20 +192,13 @@ def confusions(
         The words of each attribute, and a matrix of counts by what is told and what is
         seen. Its last column counts what is none of them, or isn't found.
     """
-    clip, slot, found = tracks.clip, tracks.slot, reading.found
-    seen = reading.scenery
+    at, seen = (tracks.clip, tracks.slot), reading.scenery
     pairs = {
-        "shape": (SHAPES, scenes.shape[clip, slot], np.where(found, reading.shape, -1)),
-        "size": (SIZES, scenes.size[clip, slot], np.where(found, reading.size, -1)),
-        "direction": (
-            DIRECTIONS,
-            scenes.direction[clip, slot],
-            np.where(found, reading.octant, -1),
-        ),
-        "speed": (SPEEDS, scenes.speed[clip, slot], np.where(found, reading.fast, -1)),
-        "tone": (TONES, scenes.tone, seen.tone),
-        "texture": (TEXTURES, scenes.texture, seen.texture),
+        name: (_WORDS[name], getattr(scenes, name)[at], np.where(reading.found, x, -1))
+        for name, x in reading.attributes.items()
     }
+    pairs["tone"] = TONES, scenes.tone, seen.tone
+    pairs["texture"] = TEXTURES, scenes.texture, seen.texture
     found = {}
     for name, (words, told, seen_as) in pairs.items():
         counts = np.zeros((len(words), len(words) + 1), int)
@@ -215,18 +211,10 @@ def _binding(reading, compared, tracks, scenes) -> Float[np.ndarray, " b"]:
     """The share of objects with an attribute of another one in the place of theirs."""
     clip, slot = tracks.clip, tracks.slot
     swapped = np.zeros(len(clip), bool)
-    for name, value in (
-        ("shape", reading.shape),
-        ("size", reading.size),
-        ("direction", reading.octant),
-        ("speed", reading.fast),
-    ):
+    for name, value in reading.attributes.items():
         told = np.where(scenes.present, getattr(scenes, name), -2)[clip]
-        wrong = (
-            reading.found
-            & ~compared[name]
-            & (value != told[np.arange(len(clip)), slot])
-        )
+        other = value != told[np.arange(len(clip)), slot]
+        wrong = reading.found & ~compared[name] & other
         swapped |= wrong & (told == value[:, None]).any(1)
     share = np.bincount(clip, swapped, len(scenes.ids)) / scenes.count
     return np.where(scenes.count > 1, share, np.nan)

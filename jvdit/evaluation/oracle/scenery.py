@@ -101,10 +101,7 @@ def look(
 
 
 def camera_shift(
-    video: UInt8[np.ndarray, "b T H W 3"],
-    found: Detections,
-    scenes: Scenes,
-    fps: float,
+    video: UInt8[np.ndarray, "b T H W 3"], found: Detections, scenes: Scenes, fps: float
 ) -> Float[np.ndarray, "b T"]:
     """Pixels by which the grey scenery of each frame has moved right since the first.
 

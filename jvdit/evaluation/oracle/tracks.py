@@ -90,6 +90,15 @@ def median_by(
     return median
 
 
+def largest_by(
+    group: Int[np.ndarray, " n"], value: Float[np.ndarray, " n"], count: int
+) -> Float[np.ndarray, " count"]:
+    """The largest value of each of `count` groups; NaN if all are NaN, or none is."""
+    largest = np.full(count, -np.inf)
+    np.maximum.at(largest, group, np.nan_to_num(value, nan=-np.inf))
+    return np.where(np.isfinite(largest), largest, np.nan)
+
+
 def enough_frames(scenes: Scenes) -> Float[np.ndarray, "b 1"]:
     """The least share of frames that must show an object's color for it to be found."""
     return np.where(scenes.bar, _SEEN_BEHIND_BAR, _SEEN)[:, None]
