@@ -20,13 +20,10 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from jvdit.data.clips import Clip
-from jvdit.data.sources import open_source
 from jvdit.data.world import World
 from jvdit.data.world.scene import SPLITS
 from jvdit.diffusion.solvers import SOLVERS
 from jvdit.evaluation import report
-from jvdit.evaluation.autoencoder_report import reconstructions
 from jvdit.evaluation.clips_report import report_clips
 from jvdit.evaluation.giving_truth import GIVEN
 from jvdit.evaluation.measuring import Measured, real, trained_on
@@ -41,8 +38,8 @@ from jvdit.evaluation.world_report import (
 from jvdit.generation.completion import size_fields
 from jvdit.generation.features import clip_features
 from jvdit.generation.generator import Generator
+from jvdit.generation.own_clips import counterparts
 from jvdit.generation.reconstructor import Reconstructor, SoundReconstructor
-from jvdit.generation.request import Request
 from jvdit.generation.settings import Settings
 from jvdit.generation.world_clips import Setting, generated, requests_for
 from jvdit.machine import flag_parser
@@ -267,26 +264,8 @@ def _own_clips(out: pathlib.Path) -> list[pathlib.Path]:
         )
     features = clip_features(_FEATURES.value) if _FEATURES.value else None
     check_writable(out)  # before anything is computed
-    whole, requests = Reconstructor(generator.model.networks["vae"]), []
-
-    def run(clip: Clip) -> tuple[np.ndarray, np.ndarray]:
-        real = whole.fit(clip["video"], generator.unit)
-        how = {"fps": clip["fps"], "seed": len(requests)}
-        requests.append(Request(clip["caption"], "", *real.shape[:3], **how))
-        generator.check(requests[-1])
-        return whole(real)
-
-    pairs = reconstructions(open_source(name), name, _N.value, run, least=2)
-    made = generator(
-        requests,
-        draft=setting.draft,
-        steps=setting.steps,
-        solver=setting.solver,
-        guidance_scale=setting.guidance,
-        rows=_ROWS.value,
-    )
-    videos = [clip.video for clip in made]
-    return report_clips(out, label, name, pairs, videos, read_history(label), features)
+    made = counterparts(generator, name, _N.value, setting, _ROWS.value)
+    return report_clips(out, label, name, *made, read_history(label), features)
 
 
 @said_if_full()

@@ -1,7 +1,7 @@
 """Ranges of settings: one table, checked before anything is made.
 
-A setting is named as in a config, `loss.mse`. The first row of `RANGES` whose pattern
-matches the whole name holds for it, and for each number of a tuple.
+A setting is named as in a config, `loss.mse`. The first row of `RANGES` of which a
+pattern matches the whole name holds for it, and for each number of a tuple.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ class Range:
     Attributes:
         low, high: the ends; an infinite one isn't a value itself.
         whole: whether it must be a whole number.
-        without: ends that are no values: "", "low", "high" or "both".
+        without: the end that is no value: "low", "high", or "" for none.
     """
 
     low: int | float = -math.inf
@@ -35,111 +35,68 @@ class Range:
             return False
         if not self.whole:
             value = float(np.float32(value))  # as which it is computed with
-        low = self.low < value or (self.low == value and not self._open("low"))
-        high = value < self.high or (self.high == value and not self._open("high"))
+        low = self.low < value or (self.low == value and self.without != "low")
+        high = value < self.high or (self.high == value and self.without != "high")
         whole = not self.whole or float(value).is_integer()
         return bool(low and high and whole and math.isfinite(value))
 
     def __str__(self):
         kind = "a whole number" if self.whole else "a number"
-        low = f"above {self.low:g}" if self._open("low") else f"of at least {self.low}"
+        low = f"of at least {self.low}"
+        if self.without == "low":
+            low = f"above {self.low:g}"
         if self.high == math.inf:
             return "a finite number" if self.low == -math.inf else f"{kind} {low}"
         if not self.without:
             return f"{kind} from {self.low} to {self.high}"
-        below = f"below {self.high}" if self._open("high") else f"up to {self.high}"
-        return f"{kind} {low} and {below}"
-
-    def _open(self, end: str) -> bool:
-        return self.without in (end, "both")
+        return f"{kind} {low} and below {self.high}"
 
 
-_ANY = Range()
 _SHARE = Range(0, 1)
 _WEIGHT = Range(0)
 _POSITIVE = Range(0, without="low")
-_SCALE = Range(0, 1000)  # what is larger makes numbers that aren't finite
 _DECAY = Range(0, 1, without="high")
 _NONE_OR_MORE = Range(0, whole=True)
 _COUNT = Range(1, whole=True)
-_SEED = Range(0, 2**32 - 1, whole=True)
-_TYPES = ("bfloat16", "float16", "float32", "float64")
 
-# Patterns of fnmatch. Of None, which leaves a value open, no range is asked.
+# Patterns of fnmatch, with blanks between. Of None, which leaves a value open, no range
+# is asked.
 RANGES: dict[str, Range | tuple[str, ...]] = {
-    "*dtype": _TYPES,
-    "seed": _SEED,
-    "*guidance_rescale": _SHARE,
-    "*guidance_interval": _SHARE,
-    "*guidance_scale*": _SCALE,
-    "*sync_scale": _SCALE,
+    "*dtype": ("bfloat16", "float16", "float32", "float64"),
+    "seed": Range(0, 2**32 - 1, whole=True),
+    "*guidance_rescale *guidance_interval strength": _SHARE,
+    "*guidance_scale* *sync_scale": Range(0, 1000),  # beyond, numbers aren't finite
     "*fps": Range(0.01, 1000),
-    "steps": _COUNT,
-    "strength": _SHARE,
-    "frames": _COUNT,
-    "height": _COUNT,
-    "width": _COUNT,
-    "rows": _COUNT,
+    "steps frames height width rows": _COUNT,
     "reuse_threshold": _WEIGHT,
-    "sample.scored": _NONE_OR_MORE,
-    "sample.*": _COUNT,
-    "*_every": _NONE_OR_MORE,
-    "keep_checkpoints": _COUNT,
-    "max_skipped": _COUNT,
+    "sample.scored *_every": _NONE_OR_MORE,
+    "sample.* keep_checkpoints max_skipped": _COUNT,
     "validation_times": _SHARE,
     "mesh.*": Range(-1, whole=True),
-    "*optim*.lr": _POSITIVE,
-    "*optim*.clip": _POSITIVE,
-    "*optim*.eps": _POSITIVE,
+    "*optim*.lr *optim*.clip *optim*.eps": _POSITIVE,
     "*optim*.weight_decay": _WEIGHT,
     "*optim*.warmup": _NONE_OR_MORE,
     "*optim*.accumulate": _COUNT,
     "*optim*": _DECAY,  # b1, b2, ema
     "critic.start": _NONE_OR_MORE,
     "critic.network.*": _COUNT,
-    "critic.*": _WEIGHT,
-    "loss.*": _WEIGHT,
-    "pairings.*": _WEIGHT,
-    "sound_weight": _WEIGHT,
-    "given*": _SHARE,
-    "forcing.*": _SHARE,
-    "data.caption_dropout": _SHARE,
-    "cut": _SHARE,
-    "boundary": _SHARE,
+    "critic.* loss.* pairings.* sound_weight data.weights": _WEIGHT,
+    "given* forcing.* data.caption_dropout data.max_bad cut boundary": _SHARE,
     "rank": _COUNT,
     "lora.rank": _NONE_OR_MORE,
-    "*alpha": _ANY,
+    "*alpha timesteps.mean": Range(),
     "*dropout": _DECAY,
-    "data.weights": _WEIGHT,
-    "data.max_bad": _SHARE,
-    "data.timeout": _POSITIVE,
-    "data.workers": _NONE_OR_MORE,
-    "data.sound_budget": _NONE_OR_MORE,
+    "data.timeout timesteps.std timesteps.*shift*": _POSITIVE,
+    "data.workers data.sound_budget path.timesteps": _NONE_OR_MORE,
     "data.*": _COUNT,
-    "path.timesteps": _NONE_OR_MORE,
-    "timesteps.mean": _ANY,
-    "timesteps.std": _POSITIVE,
-    "timesteps.*shift*": _POSITIVE,
     "timesteps.*": _SHARE,
     "*.num_heads": _NONE_OR_MORE,  # 0: an autoencoder without attention
-    "*.eps": _POSITIVE,
-    "*.norm_eps": _POSITIVE,
-    "*.latents_*": _ANY,
-    "dit.position_scale": _POSITIVE,
-    "dit.rope_theta": _POSITIVE,
-    "dit.time_scale": _POSITIVE,
-    "dit.control_*": _NONE_OR_MORE,
-    "dit.*cond_channels": _NONE_OR_MORE,
-    "dit.image_*": _NONE_OR_MORE,
-    "dit.own_blocks": _NONE_OR_MORE,
-    "dit.window_frames": _NONE_OR_MORE,
-    "dit.*": _COUNT,
-    "vae.*": _COUNT,
-    "text_encoder.*": _COUNT,
-    "vocab_size": _COUNT,
-    "text_length": _COUNT,
-    "patch_size": _COUNT,
-    "shard": _COUNT,
+    "*.eps *.norm_eps dit.position_scale dit.rope_theta dit.time_scale": _POSITIVE,
+    "*.latents_*": Range(),
+    "dit.control_* dit.*cond_channels dit.image_*": _NONE_OR_MORE,
+    "dit.own_blocks dit.window_frames": _NONE_OR_MORE,
+    "dit.* vae.* text_encoder.*": _COUNT,
+    "vocab_size text_length patch_size shard": _COUNT,
 }
 
 
@@ -167,8 +124,10 @@ def check_ranges(settings: Mapping[str, Any], prefix: str = "") -> None:
 
 def range_of(name: str) -> Range | tuple[str, ...] | None:
     """The row of `RANGES` for a setting, None if there is none."""
-    rows = (row for key, row in RANGES.items() if fnmatch.fnmatchcase(name, key))
-    return next(rows, None)
+    for patterns, row in RANGES.items():
+        if any(fnmatch.fnmatchcase(name, x) for x in patterns.split()):
+            return row
+    return None
 
 
 def _flat(settings: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

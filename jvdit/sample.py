@@ -28,7 +28,7 @@ from absl import flags
 
 from jvdit.data.sheets import contact_sheet, png
 from jvdit.diffusion.reuse import Reuse, save_ratios
-from jvdit.generation import provenance_flags
+from jvdit.generation import model_flags, provenance_flags
 from jvdit.generation import sample_flags as asked
 from jvdit.generation.asked_model import asked_bundle, asked_generator, asked_mesh
 from jvdit.generation.calibration import calibrate
@@ -55,7 +55,7 @@ from jvdit.weights.starting import model_hash
 if TYPE_CHECKING:
     from jvdit.generation.provenance import Provenance
 
-for _module in (asked, provenance_flags):
+for _module in (asked, model_flags, provenance_flags):
     flags.adopt_module_key_flags(_module)
 
 _LETTERS, _BYTES = 80, 160  # of a prompt in a file's name, at the most
@@ -106,7 +106,7 @@ def _sifted(
 
 def _parsed(prompts: Sequence[tuple[str, str]]) -> tuple[list[Any], list[str]]:
     """Requests with their places, and why others were left out; see `_sifted`."""
-    common, seeds = asked.common_fields(), itertools.count(asked.SEED.value)
+    common, seeds = asked.common_fields(), itertools.count(asked.REQUEST["seed"].value)
 
     def parse(where: str, line: str) -> Request:
         return read_request(line, where, common | {"seed": next(seeds)})
@@ -173,10 +173,10 @@ def sample(prompts: Sequence[tuple[str, str]]) -> Iterator[pathlib.Path]:
         _check_markable(settings, films, requests)
         generator.watermark, told["watermark"] = mark, "gaussian shading"
     signed = signed and signed.of(model_hash(generator.model))
-    make: Any = _films if films else _clips
-    shown: list[_Written] = []
+    how, shown = (generator, settings, told, signed), list[_Written]()
+    made = map(partial(_filmed, *how), requests) if films else _clips(requests, *how)
     try:
-        for one in make(generator, requests, settings, told, signed):
+        for one in made:
             shown.append(one)
             yield one.path
     finally:
@@ -211,8 +211,8 @@ def _check_markable(settings: Settings, films: bool, requests: Sequence[Any]) ->
 
 
 def _clips(
-    generator: Generator,
     requests: Sequence[Request],
+    generator: Generator,
     settings: Settings,
     told: dict[str, Any],
     signed: "Provenance | None",
@@ -220,17 +220,14 @@ def _clips(
     """Generates clips and writes each.
 
     Args:
-        generator: of the model.
         requests: complete.
-        settings: likewise.
+        generator: of the model.
+        settings: complete.
         told: what the files say of them.
         signed: signs the files.
     """
-    reuse = (
-        Reuse.load(asked.REUSE.value, asked.THRESHOLD.value)
-        if asked.REUSE.value
-        else None
-    )
+    file = asked.REUSE.value
+    reuse = file and Reuse.load(file, asked.THRESHOLD.value)
     stages = _stages(generator)
     shares = Shares(meter := Meter())
     with _Shown(len(requests)) as watch:
@@ -260,9 +257,8 @@ def _stages(generator: Generator) -> list[tuple[str, Generator]]:
     found = []
     for text in asked.CASCADE.value:
         stage, _, folder = text.partition("=")
-        by = generator
+        place, by = pathlib.Path(folder).absolute(), generator
         if folder:
-            place = pathlib.Path(folder).absolute()
             by = Generator.load(place, generator.mesh, generator.quantize)
         check_stage(by, stage)
         found.append((stage, by))
@@ -272,66 +268,53 @@ def _stages(generator: Generator) -> list[tuple[str, Generator]]:
 def _film(generator: Generator, request: Request) -> Film:
     """The film that a request and the flags ask for, complete and possible."""
     request = complete_window(generator, request)
-    fps = float(request.fps or 1.0)
+    fps = request.frame_rate
     frames = round((asked.SECONDS.value or 0.0) * fps)
     if frames < 1:
         raise ValueError("--seconds says how long the film lasts; give it.")
     example = "SECONDS:PROMPT"
     scenes = [Scene(*asked.timed("scene", text, example)) for text in asked.SCENE.value]
-    kept = asked.CARRY.value, asked.SINK.value
-    film = Film(request, frames, asked.EXTEND.value, scenes, *kept)
+    kept = {name: flag.value for name, flag in asked.FILM.items()}
+    film = Film(request, frames, asked.EXTEND.value, scenes, **kept)
     film = check_film(generator, film)
     Followed(film.request, film.frames).read_given()
     return film
 
 
-def _films(
+def _filmed(
     generator: Generator,
-    films: Sequence[Film],
     settings: Settings,
     told: dict[str, Any],
     signed: "Provenance | None",
-) -> Iterator[_Written]:
-    """Makes films, and writes each while it is being made; see `_clips`."""
-    for film in films:
-        request = film.request
-        path = free_path(pathlib.Path(asked.OUT.value), clip_name(request), ".mp4")
-        more = {
-            "frames": film.frames,
-            "carry": film.carry,
-            "sink": film.sink,
-            "extend": asked.EXTEND.value,
-        }
-        more["scenes"] = [list(scene) for scene in film.scenes]
-        about, meter = request.settings | told | more, Meter()
-        with Bars() as bars:
-            task = bars.add_task("frames", total=film.frames)
-            stills = write_film(
-                path,
-                generator,
-                film,
-                settings,
-                metadata={"jvdit": about},
-                scale=asked.ENLARGED.value or viewing_scale(request.size[1:]),
-                on_frames=lambda done, task=task: bars.update(task, completed=done),
-                tell=bars.print,
-                finish=partial(_finish_film, signed, film, about, meter),
-            )
-            bars.print(f"{meter.total} for the film")
-        yield _Written(path, request.prompt, stills)
-
-
-def _finish_film(
-    signed: "Provenance | None",
     film: Film,
-    about: dict[str, Any],
-    meter: Meter,
-    path: pathlib.Path,
-) -> None:
-    """Signs a film, with the energy that is known once it is done."""
-    if signed:
-        told = about | {"energy": meter.total.told}
-        signed.signing(told, film.request, film.footage)(path)
+) -> _Written:
+    """Makes a film, and writes it while it is being made; see `_clips`."""
+    request = film.request
+    path = free_path(pathlib.Path(asked.OUT.value), clip_name(request), ".mp4")
+    about, meter = request.settings | told, Meter()
+    about |= {x: getattr(film, x) for x in ("frames", "carry", "sink")}
+    about |= {"extend": asked.EXTEND.value, "scenes": [*map(list, film.scenes)]}
+
+    def finish(path: pathlib.Path) -> None:  # the energy is known once it is done
+        if signed:
+            told = about | {"energy": meter.total.told}
+            signed.signing(told, request, film.footage)(path)
+
+    with Bars() as bars:
+        task = bars.add_task("frames", total=film.frames)
+        stills = write_film(
+            path,
+            generator,
+            film,
+            settings,
+            metadata={"jvdit": about},
+            scale=asked.ENLARGED.value or viewing_scale(request.size[1:]),
+            on_frames=lambda done: bars.update(task, completed=done),
+            tell=bars.print,
+            finish=finish,
+        )
+        bars.print(f"{meter.total} for the film")
+    return _Written(path, request.prompt, stills)
 
 
 class _Shown(Bars):

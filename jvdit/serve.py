@@ -18,9 +18,9 @@ from typing import Any
 
 from absl import flags
 
-from jvdit.box import FOLDER
-from jvdit.generation import provenance_flags
+from jvdit.generation import model_flags, provenance_flags
 from jvdit.generation.generator import Generator
+from jvdit.generation.model_flags import LORA, PRETRAINED, QUANTIZE, WORKDIR
 from jvdit.generation.provenance_flags import check_markable, provenance, watermark
 from jvdit.generation.settings import Settings
 from jvdit.generation.watermark import Watermark
@@ -31,44 +31,19 @@ from jvdit.machine.files import check_writable
 from jvdit.machine.lock import FolderLock
 from jvdit.sharding import make_mesh, parse_mesh
 from jvdit.weights.adapters import strengths
-from jvdit.weights.few_bits import FORMS
-from jvdit.weights.opening import EXPERTS, open_bundle, with_adapters
+from jvdit.weights.opening import EXPERTS, with_adapters
 from jvdit.weights.starting import model_hash
 
-flags.adopt_module_key_flags(provenance_flags)
+for _module in (model_flags, provenance_flags):
+    flags.adopt_module_key_flags(_module)
 
-_WORKDIR = flags.DEFINE_string(
-    "workdir",
-    None,
-    "Folder of a training run, or of its finished model (default: the small model in "
-    "the box).",
-)
-_PRETRAINED = flags.DEFINE_string(
-    "pretrained",
-    None,
-    "Folder of a released Wan 2 model, or its id on the Hugging Face Hub, instead of "
-    "--workdir.",
-)
-_LORA = flags.DEFINE_multi_string(
-    "lora",
-    [],
-    "Adapter files (LoRA and its kin), each perhaps with its strength: FILE:0.8,FILE.",
-)
 _OFFERED = flags.DEFINE_multi_string(
     "offer_lora",
     [],
     "Adapter that a request may name, as NAME=FILE or NAME=FILE:0.8; those clips are "
     "made by themselves.",
 )
-_QUANTIZE = flags.DEFINE_enum(
-    "quantize",
-    None,
-    [*FORMS],
-    "Hold the weights of the DiT and of the text encoder in few bits.",
-)
-_NAME = flags.DEFINE_string(
-    "name", None, "What the model is called (default: as its folder)."
-)
+_NAME = flags.DEFINE_string("name", None, "Name of the model (default: its folder's).")
 _OUT = flags.DEFINE_string("out", "served", "Folder that keeps the jobs and clips.")
 _HOST = flags.DEFINE_string(
     "host", "127.0.0.1", "Address to listen at; all but this machine's needs --token."
@@ -149,21 +124,18 @@ def _socket() -> socket.socket:
 
 def _generator(mark: Watermark | None) -> tuple[Generator, dict[str, str]]:
     """The generator, and the flags that open its model; its clips may have a mark."""
-    if _WORKDIR.value is not None and _PRETRAINED.value is not None:
-        raise ValueError("give one of --workdir and --pretrained, not both.")
     mesh = make_mesh(parse_mesh(_MESH.value) if _MESH.value else None)
-    folder = pathlib.Path(_WORKDIR.value or FOLDER).absolute()
-    model = open_bundle(_PRETRAINED.value or folder, mesh)
-    if files := strengths(_LORA.value):
+    model = model_flags.named_bundle(mesh)
+    if files := strengths(LORA.value):
         model = with_adapters(model, files, EXPERTS)
     if mark is not None:
         check_markable(Settings().complete(model.defaults).solver)
-    generator = Generator(model, mesh, quantize=_QUANTIZE.value or "", watermark=mark)
+    generator = Generator(model, mesh, quantize=QUANTIZE.value or "", watermark=mark)
     print(generator.room.told, flush=True)
-    flags_given = _WORKDIR, _PRETRAINED, _QUANTIZE
+    flags_given = WORKDIR, PRETRAINED, QUANTIZE
     source = {flag.name: flag.value for flag in flags_given if flag.value}
-    if _LORA.value:
-        source["lora"] = ",".join(_LORA.value)
+    if LORA.value:
+        source["lora"] = ",".join(LORA.value)
     if mark is not None:
         source["watermark"] = "your_key"
     return generator, source
@@ -211,32 +183,21 @@ def serve() -> None:
         )
         queue = jobs.Jobs(folder, limits)
         generator, source = _generator(mark)
-        opened = _PRETRAINED.value or _WORKDIR.value or "jvdit-box"
+        opened = PRETRAINED.value or WORKDIR.value or "jvdit-box"
         name = _NAME.value or pathlib.Path(opened).name
-        bounds = _TOKENS.value or 0, _STEPS.value
-        loras = _offered(generator)
-        model = served.Served(generator, name, *bounds, source, loras)
+        most, loras = (_TOKENS.value or 0, _STEPS.value), _offered(generator)
+        model = served.Served(generator, name, *most, source, loras)
         signed = signed and signed.of(model_hash(generator.model))
-        rows = packed.Packed(
-            generator, model.tokens, _CLIPS.value, model.steps, _ROWS.value
-        )
-        made: Any = app.make_app(
-            queue,
-            worker.Worker(queue, model, rows, signed),
-            _GRACE.value,
-            token=token,
-            num_bytes=_BODY.value << 20,
-        )
-        config = uvicorn.Config(
-            made,
-            log_level="warning",
-            limit_concurrency=256,
-            timeout_graceful_shutdown=5,
-            server_header=False,
-        )
+        most = _CLIPS.value, model.steps, _ROWS.value
+        rows = packed.Packed(generator, model.tokens, *most)
+        work = worker.Worker(queue, model, rows, signed)
+        bounds = {"token": token, "num_bytes": _BODY.value << 20}
+        made = app.make_app(queue, work, _GRACE.value, **bounds)
+        how: dict[str, Any] = {"log_level": "warning", "server_header": False}
+        how |= {"limit_concurrency": 256, "timeout_graceful_shutdown": 5}
         place = f"http://{_HOST.value}:{listening.getsockname()[1]}"
         print(f"{name} is served at {place}", flush=True)
-        uvicorn.Server(config).run([listening])
+        uvicorn.Server(uvicorn.Config(made, **how)).run([listening])
 
 
 def main(argv: list[str]) -> None:

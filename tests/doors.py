@@ -24,7 +24,7 @@ def command(name, *args):
     line = [f"jvdit.{name}", *map(str, args)]
     code, out, err = 0, io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        with _flags_of(line[0]) as main, mock.patch.object(sys, "argv", line):
+        with flags_of(line[0]) as main, mock.patch.object(sys, "argv", line):
             try:
                 main(flags.FLAGS(line))
             except SystemExit as end:
@@ -35,18 +35,23 @@ def command(name, *args):
     return Done(code, out.getvalue(), err.getvalue())
 
 
+_ADOPTED = ("jvdit.generation.model_flags", "jvdit.generation.provenance_flags")
+
+
 @contextlib.contextmanager
-def _flags_of(door):
+def flags_of(door):
     """The flags of one command alone, since several have some of one name."""
-    # Those of a module that several doors adopt are defined but once.
-    importlib.import_module("jvdit.generation.provenance_flags")
     held = flags.FLAGS._flags()
     kept = dict(held)
     for name in kept:
-        module = flags.FLAGS.find_module_defining_flag(name, "")
-        if module.startswith("jvdit.") and not module.endswith("provenance_flags"):
+        module = flags.FLAGS.find_module_defining_flag(name) or ""
+        if module.startswith("jvdit."):
             del held[name]
     try:
+        # Those of a module that several doors adopt are defined but once.
+        for shared in _ADOPTED if door in ("jvdit.sample", "jvdit.serve") else ():
+            importlib.import_module(shared)
+            held |= {x.name: x for x in flags.FLAGS.get_flags_for_module(shared)}
         main = importlib.import_module(door).main
         for flag in flags.FLAGS.get_key_flags_for_module(door):
             flag.unparse()

@@ -8,7 +8,7 @@ import pytest
 from jvdit.generation.cascade import STAGES, check_stage, next_request, refine
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request
-from jvdit.generation.restyle import begun
+from jvdit.generation.restyle import noised
 from jvdit.generation.results import GeneratedClip
 from jvdit.generation.settings import Settings
 
@@ -51,7 +51,7 @@ def test_restyling_keeps_what_its_strength_leaves(generator):
     latents = codec.encode(VIDEO.astype(np.float32) / 127.5 - 1)
     left = []
     for strength in (1.0, 0.5, 0.1):
-        how = begun(generator.model, codec, [request], 10, strength)
+        how = noised(generator.model, codec, [request], 10, strength)
         assert len(how["levels"]) == max(round(10 * strength), 1)
         left.append(np.corrcoef(how["noise"][0].ravel(), latents.ravel())[0, 1])
     assert abs(left[0]) < 0.2 and left[0] < left[1] < left[2] and left[2] > 0.9

@@ -9,6 +9,8 @@ import subprocess
 import sys
 
 import pytest
+from absl.flags import FLAGS
+from doors import flags_of
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -41,10 +43,11 @@ def test_commands_name_what_is_there(words):
     if name in ("pytest", "jvdit"):
         return
     file = ROOT / (name.replace(".", "/") + ".py" if "/" not in name else name)
-    more = "machine/cluster.py", "generation/sample_flags.py"
-    more += ("generation/provenance_flags.py",)
-    source = "".join(x.read_text() for x in (file, *(ROOT / "jvdit" / y for y in more)))
+    source = file.read_text() + (ROOT / "jvdit/machine/cluster.py").read_text()
     flags = {x for pair in re.findall(_DEFINED, source) for x in pair if x}
+    if name.startswith("jvdit."):
+        with flags_of(name):
+            flags |= {*FLAGS}
     flags |= {"config"} if "DEFINE_config_file" in source else set()
     for word in itertools.takewhile(lambda word: word != "--", rest):
         if word.startswith("--"):

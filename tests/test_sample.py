@@ -194,7 +194,9 @@ def test_text_states_in_the_place_of_prompts(generator):
 
 
 def test_a_field_of_the_wrong_kind_is_named():
-    with pytest.raises(ValueError, match="line 2: `frames` .='17'. must be `int`"):
+    with pytest.raises(
+        ValueError, match="line 2: `frames` .='17'. must be `int . null`"
+    ):
         read_request('{"prompt": "y", "frames": "17"}', "line 2", {"seed": 0})
     line = '{"prompt": "y", "references": "a.png"}'
     request = read_request(line, "line 1", {"seed": 4})

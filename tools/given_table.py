@@ -6,10 +6,16 @@ A row for each row of `GIVEN` that the model takes: `kept`, PSNR in dB of what w
 (real: what the autoencoder alone makes of it); `truth`, that of the whole clip against
 the true one; and of the oracle's scores: `all`, `physics`, and the error of positions
 in the last frame, in radii. Nothing given, and the true clips, stand for comparison.
+
+With `--strength 0.1,0.2,0.4` the true clips are made anew from so much of their noise
+(`--restyle`) instead, which tells at what noise a model loses what: `wavers` is the
+median error, in pixels, of positions that the world's laws foretell from the two frames
+before; and `heard` is how well bounces agree with the clip's true sound, F1 at 40 ms.
 """
 
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -18,7 +24,8 @@ from jvdit.data.sheets import contact_sheet, write_png
 from jvdit.data.world import World
 from jvdit.evaluation import given as measures
 from jvdit.evaluation import oracle
-from jvdit.evaluation.giving_truth import GIVEN, Truth
+from jvdit.evaluation.giving_truth import GIVEN, Giving, Truth
+from jvdit.evaluation.oracle import laws
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request
 from jvdit.machine import flag_parser
@@ -34,26 +41,36 @@ _SEED = flags.DEFINE_integer("seed", 1, "World seed; training has 0.")
 _N = flags.DEFINE_integer("n", 64, "Clips of each row.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", None, "Solver steps.")
 _WHAT = flags.DEFINE_list("given", [], "Rows (default: all that the model takes).")
+_STRENGTH = flags.DEFINE_list(
+    "strength", [], "Restyle the clips instead, by these strengths: 0.1,0.2,0.4."
+)
+_GUIDANCE = flags.DEFINE_float("guidance_scale", None, "Guidance scale.")
 _SHEET = flags.DEFINE_string("sheet", None, "PNG file: the first clip of each row.")
 
 
 def scores(
-    videos: np.ndarray, true: np.ndarray, where: np.ndarray, world: World
+    videos: np.ndarray, true: dict[str, np.ndarray], where: np.ndarray, world: World
 ) -> dict[str, float]:
     """What is measured of a row."""
     scenes = world.scenes(np.arange(len(videos)))
     seen = oracle.observe(videos, scenes, world.fps)
     found = oracle.score(videos, scenes, world.fps)
+    sound = true["audio"].mean(-1), world.audio_rate
+    heard = oracle.listen(seen, scenes, world.fps, *sound)["sync_40ms"]
+    short = min(videos.shape[2:4])
+    far, known = laws.errors(seen.tracks, scenes, world.fps)
     error = measures.position_error(seen.tracks, scenes, world.fps)
     jump = np.nanmean(error[:, -1]) if np.isfinite(error[:, -1]).any() else np.nan
     return {
-        "kept": float(np.nanmean(measures.kept(videos, true, where)))
+        "kept": float(np.nanmean(measures.kept(videos, true["video"], where)))
         if where.any()
         else np.nan,
-        "truth": float(np.nanmean(measures.kept(videos, true, np.ones_like(where)))),
+        "truth": float(np.nanmean(measures.kept(videos, true["video"], where | True))),
         "all": float(np.nanmean(found["all"])),
         "physics": float(np.nanmean(found["physics"])),
         "last": float(jump),
+        "wavers": float(np.median(far[known]) * short),
+        "heard": float(np.nanmean(heard)),
     }
 
 
@@ -67,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
         frames, height, width = map(int, size.split("x"))
         world = World(_SPLIT.value, _SEED.value, frames, height, width, fps=float(fps))
         rows = table(generator, world, _N.value)
-        head = ("kept", "truth", "all", "physics", "last")
+        head = ("kept", "truth", "all", "physics", "last", "wavers", "heard")
         print(f"{'given':12}" + "".join(f"{name:>9}" for name in head))
         shown = {}
         for name, (found, video) in rows.items():
@@ -82,18 +99,16 @@ def table(
     generator: Generator, world: World, count: int
 ) -> dict[str, tuple[dict[str, float], np.ndarray]]:
     """The scores of each row, and its first clip."""
-    true = np.asarray(world.clips(np.arange(count), audio=False)["video"])
-    captions = world.captions(np.arange(count))
+    true = world.clips(np.arange(count), audio=True)
+    videos, captions = np.asarray(true["video"]), world.captions(np.arange(count))
     size = {name: getattr(world, name) for name in ("frames", "height", "width")}
-    nothing = np.zeros(true.shape[:4], bool)
+    everywhere = np.ones(videos.shape[:4], bool)
     coded = generator.codec
-    latents = np.stack([coded.encode(x.astype(np.float32) / 127.5 - 1) for x in true])
+    latents = np.stack([coded.encode(x.astype(np.float32) / 127.5 - 1) for x in videos])
     whole = coded.decode(latents)
-    found = {"real": (scores(true, true, ~nothing, world), true[0])}
-    found["autoencoder"] = scores(whole, true, ~nothing, world), whole[0]
-    for name, row in GIVEN.items():
-        if name == "sound" or (_WHAT.value and name not in _WHAT.value):
-            continue
+    found = {"real": (scores(videos, true, everywhere, world), videos[0])}
+    found["autoencoder"] = scores(whole, true, everywhere, world), whole[0]
+    for name, (row, settings) in rows_of().items():
         requests = [
             Request(
                 caption,
@@ -103,18 +118,31 @@ def table(
                 **size,
                 **row.fields(Truth(video, world.fps)),
             )
-            for i, (caption, video) in enumerate(zip(captions, true, strict=True))
+            for i, (caption, video) in enumerate(zip(captions, videos, strict=True))
         ]
         try:
             generator.check(requests[0])
         except ValueError as error:
             print(f"{name}: {error}")
             continue
-        clips = generator(requests, rows=32, steps=_STEPS.value)
-        videos = np.stack([clip.video for clip in clips])
-        where = np.stack([row.where(video) for video in true])
-        found[name] = scores(videos, true, where, world), videos[0]
+        clips = generator(requests, rows=32, **settings)
+        made = np.stack([clip.video for clip in clips])
+        where = np.stack([row.where(video) for video in videos])
+        found[name] = scores(made, true, where, world), made[0]
     return found
+
+
+def rows_of() -> dict[str, tuple[Giving, dict[str, Any]]]:
+    """What is given in each row that the flags ask for, and with which settings."""
+    common = {"steps": _STEPS.value, "guidance_scale": _GUIDANCE.value}
+    if _STRENGTH.value:
+        row = Giving(lambda x: {"restyle": x.video}, GIVEN["upscale"].where)
+        made = {
+            f"restyle {x}": common | {"strength": float(x)} for x in _STRENGTH.value
+        }
+        return {name: (row, settings) for name, settings in made.items()}
+    names = _WHAT.value or [name for name in GIVEN if name != "sound"]
+    return {name: (GIVEN[name], common) for name in names}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ of held-out clips are shown beside those, and compared with them as a set; and t
 autoencoder and the loss are measured on held-out clips.
 """
 
+import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from jvdit.evaluation import oracle, report
+from jvdit.evaluation import oracle, own_sound, report
 from jvdit.evaluation.autoencoder_report import (
+    Pair,
     Pairs,
     enlarged,
     measured,
@@ -35,6 +37,7 @@ def report_clips(
     data: str,
     pairs: Pairs,
     generated: Sequence[Video],
+    sounds: Sequence[own_sound.Sounds | None],
     history: Mapping[str, Sequence[tuple[int, float]]],
     features: Features | None,
 ) -> list[pathlib.Path]:
@@ -46,6 +49,7 @@ def report_clips(
         data: name of the source of the held-out clips.
         pairs: those clips, two at least, and their reconstructions.
         generated: for the caption of each.
+        sounds: of each and of what was made for it; None: it has none.
         history: scalars of the model's training, by name: (step, value) pairs.
         features: of a network of the user's own, for a Fréchet distance on them.
     """
@@ -55,6 +59,11 @@ def report_clips(
     known |= {"your features": features} if features else {}
     sets = [x.original for x in clips], [x.decoded for x in clips], generated
     distances = {name: _distances(*map(f, sets)) for name, f in known.items()}
+    heard = [x for x in sounds if x is not None]
+    agreed = {}
+    if len(heard) > 1:
+        distances["levels of the sound"] = own_sound.sound_distances(heard)
+        agreed = own_sound.agreement(heard)
     losses = {
         name.removeprefix(_HELD_OUT): dict(
             zip(("step", "loss"), points[-1], strict=True)
@@ -70,19 +79,13 @@ def report_clips(
         "reconstruction": measures,
         "frechet_distance": distances,
         "held_out_loss": losses,
+        "sound": {"clips": len(heard), "agreement": agreed},
     }
-    films = [
-        report.film(
-            enlarged(np.concatenate([x.original, made], axis=2)),
-            x.clip["fps"],
-            x.clip["caption"],
-            ["left: the held-out clip; right: generated for its caption"],
-        )
-        for x, made in zip(clips[:_SHOWN], generated, strict=False)
-    ]
-    made = "Clips it makes for held-out captions"
+    shown = zip(clips[:_SHOWN], generated, sounds, strict=False)
+    films = report.films("", [_figure(*each) for each in shown])
     parts = [
-        report.section(made, report.films("", films)),
+        report.section("Clips it makes for held-out captions", films),
+        *([_sound_table(agreed, len(heard))] if agreed else []),
         *_tables(measures, distances, losses),
     ]
     return report.write(out, told, f"{model}: {count} clips of {data}", parts)
@@ -116,6 +119,39 @@ def _tables(
             else "<p>its folder has no history of a training</p>",
         ),
     ]
+
+
+def _sound_table(
+    agreed: Mapping[str, Mapping[str, report.Interval]], count: int
+) -> str:
+    """The section on how sounds agree with those of the clips."""
+    head = ["", *(f"{name}: {what}" for name, what in own_sound.MEANING.items())]
+    none = (math.nan,) * 3
+    rows = [
+        [heard, *(report.number(scores.get(name, none)) for name in own_sound.MEANING)]
+        for heard, scores in agreed.items()
+    ]
+    title = f"What is heard in the place of a clip's own sound, {count} clips"
+    return report.section(title, report.table(head, rows))
+
+
+def _figure(pair: Pair, generated: Video, sounds: own_sound.Sounds | None) -> str:
+    """A real and a generated clip side by side; with sound, each by itself."""
+    fps, caption = pair.clip["fps"], pair.clip["caption"]
+    if sounds is None:
+        video = enlarged(np.concatenate([pair.original, generated], axis=2))
+        told = "left: the held-out clip; right: generated for its caption"
+        return report.film(video, fps, caption, [told])
+    shown = [(pair.original, sounds.real), (generated, sounds.generated)]
+    told = "the held-out clip; generated for its caption"
+    if sounds.followed is not None:
+        shown.append((pair.original, sounds.followed))
+        told += "; the held-out clip with a sound made for it"
+    players = [
+        report.player(enlarged(video), fps, sound, sounds.rate)
+        for video, sound in shown
+    ]
+    return report.figure(players, caption, [told])
 
 
 def _random_features(clips: Sequence[Video]) -> Float[np.ndarray, "n f"]:

@@ -18,8 +18,7 @@ from jvdit.generation.watermark import Watermark
 from jvdit.shapes import Text
 from jvdit.weights.bundle import Bundle
 
-# XORed into a clip's seed to get those of its picture's and its sound's noise.
-OTHER_NOISE = (0, 1 << 30)
+_NOISES = (0, 1 << 30)  # XORed into a clip's seed: of its picture, and of its sound
 
 
 class Chunk(NamedTuple):
@@ -145,9 +144,13 @@ def pack_requests(
     ]
     if noise is None and watermark is not None:
         channels = model.vae.latent_channels
+        # None where something precedes a clip.
         noise = [
-            _marked(watermark, request.seed, (*size, channels), lead)
-            for request, size, lead in zip(requests, whole, leads, strict=True)
+            np.pad(
+                watermark.noise(request.seed, (f - lead, h, w, channels)),
+                [(lead, 0), (0, 0), (0, 0), (0, 0)],
+            )
+            for request, (f, h, w), lead in zip(requests, whole, leads, strict=True)
         ]
     items, nulls = inputs.items(requests, whole, given, noise)
     batches = batches_of(
@@ -156,17 +159,8 @@ def pack_requests(
         channels=max(model.dit.in_channels, model.dit.sound_channels),
     )
     sounds = [inputs.sounds(request) for request in requests]
-    return PackedRequests(
-        batches, whole, leads, sounds, [item.beside for item in items]
-    )
-
-
-def _marked(
-    mark: Watermark, seed: int, shape: tuple[int, int, int, int], lead: int
-) -> np.ndarray:
-    """Initial noise with the watermark; none where something precedes a clip."""
-    drawn = mark.noise(seed, (shape[0] - lead, *shape[1:]))
-    return np.pad(drawn, [(lead, 0), (0, 0), (0, 0), (0, 0)])
+    beside = [item.beside for item in items]
+    return PackedRequests(batches, whole, leads, sounds, beside)
 
 
 def batches_of(
@@ -216,11 +210,15 @@ def batches_of(
             places = np.zeros((size, len(kinds) or 1, clips + 1), np.uint32)
             for r, row in enumerate(filled):
                 for i, request in enumerate(row, 1):
-                    for kind, other in enumerate(OTHER_NOISE[: len(kinds) or 1]):
-                        places[r, kind, i] = (seeds[request] ^ other) % (1 << 32)
+                    places[r, :, i] = noise_seeds(seeds[request], len(kinds) or 1)
             places = places.reshape(size, -1)
             batches.append(Chunk(chunk, arrays, null, places, given, kinds))
     return batches
+
+
+def noise_seeds(seed: int, kinds: int) -> list[int]:
+    """Seeds of the noise of a clip: of its picture, and with two kinds of its sound."""
+    return [(seed ^ other) % (1 << 32) for other in _NOISES[:kinds]]
 
 
 def _groups(items: Sequence[Item]) -> list[list[int]]:

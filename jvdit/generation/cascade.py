@@ -5,7 +5,6 @@ Each stage (arXiv:2210.02303) is a request to a model that takes `interpolate` o
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 from jvdit.generation.generator import Generator
@@ -13,21 +12,7 @@ from jvdit.generation.request import FIELDS_GIVEN, SEVERAL, Request
 from jvdit.generation.results import GeneratedClip
 from jvdit.generation.settings import Settings
 
-
-def _twice_the_rate(clip: GeneratedClip) -> dict[str, Any]:
-    count = 2 * len(clip.video) - 1
-    return {"interpolate": clip.video, "frames": count, "fps": 2.0 * clip.fps}
-
-
-def _twice_the_size(clip: GeneratedClip) -> dict[str, Any]:
-    height, width = (2 * side for side in clip.video.shape[1:3])
-    return {"upscale": clip.video, "height": height, "width": width}
-
-
-STAGES: dict[str, Callable[[GeneratedClip], dict[str, Any]]] = {
-    "interpolate": _twice_the_rate,
-    "upscale": _twice_the_size,
-}
+STAGES = ("interpolate", "upscale")
 
 
 def next_request(stage: str, request: Request, clip: GeneratedClip) -> Request:
@@ -39,7 +24,12 @@ def next_request(stage: str, request: Request, clip: GeneratedClip) -> Request:
         clip: which is made better; its sound stays as it is.
     """
     plain = dict.fromkeys(FIELDS_GIVEN) | dict.fromkeys(SEVERAL, ())
-    fields = plain | {"sound": False} | STAGES[stage](clip)
+    frames, height, width = clip.video.shape[:3]
+    if stage == "interpolate":
+        twice = {"frames": 2 * frames - 1, "fps": 2.0 * clip.fps}
+    else:
+        twice = {"height": 2 * height, "width": 2 * width}
+    fields = plain | {"sound": False, stage: clip.video} | twice
     return dataclasses.replace(request, **fields)
 
 

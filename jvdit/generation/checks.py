@@ -20,12 +20,13 @@ def check_request(model: Bundle, request: Request) -> Size:
     size = _latent_size(model, request)
     for name in STATES:
         _check_states(model, name, getattr(request, name))
-    model.check_given(request.given)
+    # Footage to restyle is no condition: any model begins with what it is given.
+    model.check_given([x for x in request.given if x != "restyle"])
     if request.sound:
         model.audio_vae  # noqa: B018 - raises if there is none
     elif request.from_video is not None or request.from_sound is not None:
         raise ValueError(
-            "`from_video` and `from_sound` are about sound, and `sound` is False."
+            "`from_video` and `from_sound` need sound, and `sound` is False."
         )
     return size
 

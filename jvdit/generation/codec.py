@@ -12,16 +12,12 @@ from jaxtyping import Float, UInt8
 from jvdit.generation.request import Request
 from jvdit.generation.residence import Residence
 from jvdit.generation.results import GeneratedClip, Latents
+from jvdit.generation.sound_spans import blended
 from jvdit.machine.cluster import to_host
 from jvdit.machine.compilation import jit
+from jvdit.models import video_vae_chunked as chunked
 from jvdit.models.audio_vae_chunked import decode_sound, encode_sound
 from jvdit.models.video_vae import to_uint8
-from jvdit.models.video_vae_chunked import (
-    decode_normalized,
-    decode_step,
-    decoded_at_once,
-    encode_normalized,
-)
 from jvdit.sharding import autoencoder_mesh
 from jvdit.weights.bundle import Bundle
 
@@ -73,12 +69,12 @@ class Codec:
         if sound is None:
             return clip
         vae = self.model.audio_vae
-        rate, audio = vae.sample_rate, None
-        if not request.keep_sound:
-            audio = request.waveform(rate, vae.channels)
-        if audio is None:
-            audio = self.decode_sound(sound, request.samples(rate))
-            audio = request.sound_kept(audio, rate)
+        rate, given = vae.sample_rate, request.waveform(vae.sample_rate, vae.channels)
+        if given is not None and not request.keep_sound:
+            return clip._replace(audio=given, audio_rate=rate)
+        audio = self.decode_sound(sound, request.samples(rate))
+        if given is not None:
+            audio = blended(audio, given, request.sound_spans(), rate)
         return clip._replace(audio=audio, audio_rate=rate)
 
     def decode(
@@ -95,7 +91,7 @@ class Codec:
         vae = self.model.vae
         total, frames = vae.video_shape(*latents.shape[1:4])[0], []
         with jax.set_mesh(autoencoder_mesh(self.mesh, *latents.shape[2:4])):
-            for video in decode_normalized(vae, self.params["vae"], latents):
+            for video in chunked.decode_normalized(vae, self.params["vae"], latents):
                 frames.append(to_host(_bytes(video)))
                 if on_frames is not None:
                     on_frames(sum(x.shape[1] for x in frames), total)
@@ -115,13 +111,14 @@ class Codec:
             nonlocal cache
             x = vae.denormalize(jnp.asarray(latents)[None])
             pieces = [x] if cache else [x[:, :1], x[:, 1:]]
-            frames = []
-            with jax.set_mesh(autoencoder_mesh(self.mesh, *latents.shape[1:3])):
-                most = decoded_at_once(vae, len(latents) + 1, *latents.shape[1:3])
+            frames, size = [], latents.shape[1:3]
+            with jax.set_mesh(autoencoder_mesh(self.mesh, *size)):
+                params = self.params["vae"]
+                most = chunked.decoded_at_once(vae, len(latents) + 1, *size)
                 for piece in pieces:
                     for start in range(0, piece.shape[1], most):
                         part = piece[:, start : start + most]
-                        video, cache = decode_step(vae, self.params["vae"], part, cache)
+                        video, cache = chunked.decode_step(vae, params, part, cache)
                         frames.append(to_host(_bytes(video))[0])
             return np.concatenate(frames)
 
@@ -134,7 +131,7 @@ class Codec:
         vae = self.model.vae
         _, *latent = vae.latent_shape(*video.shape[:3])
         with jax.set_mesh(autoencoder_mesh(self.mesh, *latent)):
-            return encode_normalized(vae, self.params["vae"], video)
+            return chunked.encode_normalized(vae, self.params["vae"], video)
 
     def decode_sound(
         self, latents: Float[np.ndarray, "n c"], samples: int

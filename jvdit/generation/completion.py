@@ -10,13 +10,13 @@ import numpy as np
 
 from jvdit.data.clips import SIZE
 from jvdit.data.media.audio import read_sound
-from jvdit.generation.footage import FOOTAGE, Pictures, footage_length, footage_shape
+from jvdit.generation.footage import FOOTAGE, footage_length, footage_shape
 from jvdit.generation.request import COARSE, Request
 
 # Of these a clip lasts as long as what is given.
 _LASTING = "from_video", "upscale", "interpolate", "restyle", "edges", "guide"
 # Defaults for the fields that neither the request nor its model sets.
-_SUITS = {"negative_prompt": "", "frames": 17, "height": 64, "width": 64, "fps": 8.0}
+SUITS = {"negative_prompt": "", "frames": 17, "height": 64, "width": 64, "fps": 8.0}
 
 
 def complete(
@@ -32,8 +32,8 @@ def complete(
         unit: height and width are multiples of this, in pixels.
         period: frames are 1 plus a multiple of this.
     """
-    suits = _SUITS | {k: v for k, v in defaults.items() if k in _SUITS}
-    open_fields = [name for name in _SUITS if getattr(request, name) is None]
+    suits = SUITS | {k: v for k, v in defaults.items() if k in SUITS}
+    open_fields = [name for name in SUITS if getattr(request, name) is None]
     fields = {name: suits[name] for name in open_fields}
     fps = fields.get("fps", request.fps)
     if "frames" in fields and (lasts := _duration(request, fps)):
@@ -50,16 +50,13 @@ def _duration(request: Request, fps: float) -> float:
     """Seconds of the footage or sound that is given; 0: none is, or it isn't known."""
     for name in _LASTING:
         if (video := getattr(request, name)) is not None:
-            return footage_length(video, name, fps) / fps * _slower(video, name)
+            # Pixels are of every so many-th frame of the clip; a file has its rate.
+            slower = FOOTAGE[name].slower if isinstance(video, np.ndarray) else 1
+            return footage_length(video, name, fps) / fps * slower
     sound = request.from_sound
     if sound is None or isinstance(sound, np.ndarray):
         return 0.0
     return len(read_sound(sound, COARSE)) / COARSE
-
-
-def _slower(video: Pictures, name: str) -> int:
-    """How many frames of the clip there are for each of pixels; a file has its rate."""
-    return FOOTAGE[name].slower if isinstance(video, np.ndarray) else 1
 
 
 def _shape(request: Request) -> tuple[int, int] | None:
@@ -91,9 +88,7 @@ def size_fields(
     if size is not None:
         match = re.fullmatch(r"(\d+)x(\d+)", size)
         if match is None:
-            raise ValueError(
-                f"`size` (={size!r}) must read HEIGHTxWIDTH, such as 64x96."
-            )
+            raise ValueError(f"`size` (={size!r}) must be HEIGHTxWIDTH, such as 64x96.")
         given |= {"height": int(match[1]), "width": int(match[2])}
     fields = {name: defaults[name] for name in names if name in defaults}
     return fields | {name: value for name, value in given.items() if value is not None}

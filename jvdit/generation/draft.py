@@ -11,63 +11,83 @@ both come out of noise together and neither is sure yet (arXiv:2511.21579, secti
 
 import dataclasses
 from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import NamedTuple
 
 from jvdit.generation.request import Request
 from jvdit.generation.results import GeneratedClip
 
-_OTHER_NOISE = 1 << 31  # XORed into a clip's seed to get the seed of its draft
+_DRAFT_NOISE = 1 << 31  # XORed into a clip's seed to get the seed of its draft
 # Generates clips for requests and yields (index of the request, clip).
 Clips = Callable[[Sequence[Request]], Iterator[tuple[int, GeneratedClip]]]
 
 
-def drafted(
-    requests: Sequence[Request], rows: int, paint: Clips, animate: Clips
+class FirstPass(NamedTuple):
+    """A pass that makes a part of a clip, which the second pass is given.
+
+    Attributes:
+        asked: what it is to make of a request; None: the request has no need of it.
+        joined: the request of the second pass, from that of the clip and what was made.
+    """
+
+    asked: Callable[[Request], Request | None]
+    joined: Callable[[Request, GeneratedClip], Request]
+
+
+def _draft(request: Request) -> Request | None:
+    """The picture that a clip begins with, unless what is to be seen is given."""
+    beside = {"references", "from_sound", "keep_sound"}
+    if request.frames == 1 or {*request.given} - beside:
+        return None
+    silent = {"sound": False, "from_sound": None, "keep_sound": ()}
+    seed = request.seed ^ _DRAFT_NOISE
+    return dataclasses.replace(request, frames=1, seed=seed, **silent)
+
+
+def _begun(request: Request, drawn: GeneratedClip) -> Request:
+    return dataclasses.replace(request, image=drawn.video[0])
+
+
+def _silent(request: Request) -> Request | None:
+    """The picture of a clip with sound, unless one of the two is given."""
+    given = request.from_video is not None or request.from_sound is not None
+    if given or not request.sound:
+        return None
+    return dataclasses.replace(request, sound=False)
+
+
+def _shown(request: Request, shown: GeneratedClip) -> Request:
+    return dataclasses.replace(request, from_video=shown.video)
+
+
+DRAFTING, SHOWING = FirstPass(_draft, _begun), FirstPass(_silent, _shown)
+
+
+def in_two_passes(
+    first: FirstPass,
+    requests: Sequence[Request],
+    rows: int,
+    prepare: Clips,
+    finish: Clips,
 ) -> Iterator[tuple[int, GeneratedClip]]:
-    """Generates clips in two passes: the first frame, then the clip that it begins.
+    """Generates a part of clips, and then the clips; such as first frames, or pictures.
 
     Args:
-        requests: complete requests. Those for a single image, or whose first frame is
-            given, skip the first pass.
+        first: the first pass.
+        requests: complete requests. Those that have no need of it skip it.
         rows: how many requests go through both passes together before the next group.
-        paint: generates the images of the first pass.
-        animate: generates the clips of the second pass.
+        prepare: generates what the first pass makes.
+        finish: generates the clips.
 
     Yields:
         The index of a request, and its clip.
     """
     for start in range(0, len(requests), rows):
-        begun = list(requests[start : start + rows])
-        wanted = [i for i, x in enumerate(begun) if _is_open(x)]
-        for i, clip in paint([_draft(begun[i]) for i in wanted]):
-            place = wanted[i]
-            begun[place] = dataclasses.replace(begun[place], image=clip.video[0])
-        for i, clip in animate(begun):
-            yield start + i, clip
-
-
-def dubbed(
-    requests: Sequence[Request], rows: int, show: Clips, dub: Clips
-) -> Iterator[tuple[int, GeneratedClip]]:
-    """Generates clips in two passes: the picture, and then its sound.
-
-    Args:
-        requests: complete requests. Those that are silent, or of which one kind is
-            given, are made by the second pass alone.
-        rows: how many requests go through both passes together before the next group.
-        show: generates the pictures.
-        dub: generates the clips.
-
-    Yields:
-        The index of a request, and its clip.
-    """
-    for start in range(0, len(requests), rows):
-        begun = list(requests[start : start + rows])
-        wanted = [i for i, x in enumerate(begun) if _is_undubbed(x)]
-        silent = [dataclasses.replace(begun[i], sound=False) for i in wanted]
-        for i, clip in show(silent):
-            place = wanted[i]
-            begun[place] = dataclasses.replace(begun[place], from_video=clip.video)
-        for i, clip in dub(begun):
+        group = list(requests[start : start + rows])
+        asked = {i: x for i, one in enumerate(group) if (x := first.asked(one))}
+        places = [*asked]
+        for i, made in prepare([*asked.values()]):
+            group[places[i]] = first.joined(group[places[i]], made)
+        for i, clip in finish(group):
             yield start + i, clip
 
 
@@ -84,36 +104,9 @@ def passes(
     Returns:
         The clip.
     """
-    if sound_after and _is_undubbed(request):
-        silent = dataclasses.replace(request, sound=False)
+    if sound_after and (silent := _silent(request)):
         shown = yield from passes(silent, draft, False)
-        return (yield dataclasses.replace(request, from_video=shown.video))
-    if draft and _is_open(request):
-        drawn = yield _draft(request)
-        request = dataclasses.replace(request, image=drawn.video[0])
+        return (yield _shown(request, shown))
+    if draft and (picture := _draft(request)):
+        request = _begun(request, (yield picture))
     return (yield request)
-
-
-def _draft(request: Request) -> Request:
-    """The picture that a clip begins with."""
-    return dataclasses.replace(
-        request,
-        frames=1,
-        sound=False,
-        from_sound=None,
-        keep_sound=(),
-        seed=request.seed ^ _OTHER_NOISE,
-    )
-
-
-def _is_undubbed(request: Request) -> bool:
-    """Whether neither kind of a clip with sound is given."""
-    return bool(
-        request.sound and request.from_video is None and request.from_sound is None
-    )
-
-
-def _is_open(request: Request) -> bool:
-    """Whether nothing is given yet of what is to be seen, but for its subject."""
-    given = {*request.given, *["restyle"] * (request.restyle is not None)}
-    return request.frames != 1 and given <= {"references", "from_sound", "keep_sound"}

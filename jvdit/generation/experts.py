@@ -42,11 +42,10 @@ class Experts:
         self,
         batch: Chunk,
         start: Start,
-        *,
         guidances: Mapping[str, Guidance],
         on_step: OnStep | None,
         reuse: Reuse | None,
-        conditioning_scale: float | Sequence[float] = 1.0,
+        conditioning_scale: float | Sequence[float],
     ) -> np.ndarray:
         """Denoises a batch to t = 0, one expert after the other."""
         start = start._replace(

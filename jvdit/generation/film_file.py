@@ -45,7 +45,7 @@ def write_film(
         The last frame of each window.
     """
     request, sound = film.request, (0, 0)
-    fps = float(request.fps or 1.0)
+    fps = request.frame_rate
     if request.sound:
         vae = generator.model.audio_vae
         sound = vae.channels, vae.sample_rate

@@ -15,16 +15,15 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from jvdit.data.conditions.known import Tail, to_pixels
-from jvdit.generation.draft import drafted
+from jvdit.generation.draft import passes
 from jvdit.generation.following import FOLLOWED, Followed, complete_window
 from jvdit.generation.footage import Pictures, footage_length, read_footage
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request
 from jvdit.generation.results import Latents
 from jvdit.generation.settings import Settings
-from jvdit.generation.streaming import Stream, check_stream
+from jvdit.generation.streaming import NEXT, Stream, check_stream
 
-_NEXT = 0x9E3779B1  # added to a film's seed for each of its windows
 # Of a request, that a film's windows make use of, or the first one does.
 _FIELDS = {"image", "last_image", "keyframes", "references", *FOLLOWED}
 
@@ -68,10 +67,10 @@ class Film:
         scenes: prompts and when they begin, in order; before the first, and if there is
             none, that of the request holds. What is to be seen in all of them can be
             kept by the request's `references`.
-        carry: latent frames of a window that come from the one before, or that a
-            chunk of a stream sees before it. None: half of a window; of a stream, all
+        carry: latent frames of a window that come from the one before, by default half
+            of them; or that each chunk of a causal model sees before it, by default all
             but the chunk and the first latent frame of a clip.
-        sink: the first latent frames, which a stream sees for good, besides.
+        sink: first latent frames, which each chunk of a causal model sees, besides.
 
     Raises:
         ValueError: scenes are out of order, or begin after the end.
@@ -115,19 +114,21 @@ def check_film(generator: Generator, film: Film) -> Film:
     model = generator.model
     request = complete_window(generator, film.request)
     generator.check(request)
-    film = dataclasses.replace(film, request=request)
     after_first = model.vae.latent_shape(*request.size)[0] - 1
-    if "stream" in model.conditions:
-        begins = chunk = model.dit.chunk_frames
+    streams, chunk = "stream" in model.conditions, model.dit.chunk_frames
+    carry = film.carry
+    if carry is None and streams:
         carry = max((after_first - chunk) // chunk, 1) * chunk
-        film = _carrying(film, carry)
-        check_stream(generator, request, film.carry or 0, film.sink)
+    elif carry is None:
+        carry = after_first // 2
+    film = dataclasses.replace(film, request=request, carry=carry)
+    if streams:
+        check_stream(generator, request, carry, film.sink)
     else:
-        film = _carrying(film, after_first // 2)
-        begins = 1 + (film.carry or 0)
-        _check_windows(generator, film, after_first)
+        _check_windows(generator, film, carry, after_first)
+    begins = chunk if streams else 1 + carry
     if film.footage is not None:
-        fps = float(request.fps or 1.0)
+        fps = request.frame_rate
         length = footage_length(film.footage, "prefix", fps)
         least = 1 + (begins - 1) * model.vae.temporal_compression
         if not least <= length < film.frames:
@@ -139,18 +140,13 @@ def check_film(generator: Generator, film: Film) -> Film:
     return film
 
 
-def _carrying(film: Film, usual: int) -> Film:
-    """The film with so many latent frames carried, if it doesn't say."""
-    carry = usual if film.carry is None else film.carry
-    return dataclasses.replace(film, carry=carry)
-
-
-def _check_windows(generator: Generator, film: Film, most: int) -> None:
+def _check_windows(generator: Generator, film: Film, carry: int, most: int) -> None:
     """Raises a ValueError unless a model can make a film window after window.
 
     Args:
         generator: of the model.
-        film: with what is carried.
+        film: the film.
+        carry: latent frames of a window that come from the one before.
         most: latent frames of a window after the first.
     """
     if "extend" not in generator.model.conditions:
@@ -158,19 +154,16 @@ def _check_windows(generator: Generator, film: Film, most: int) -> None:
             "this model can't go on from what it made: train one with `given.extend` "
             "or `forcing.share`, or ask for clips of the length of a window."
         )
-    given = {*film.request.given}
-    if film.request.restyle is not None:
-        given.add("restyle")
-    if more := ", ".join(f"`{x}`" for x in sorted(given - _FIELDS)):
+    if more := ", ".join(f"`{x}`" for x in sorted({*film.request.given} - _FIELDS)):
         raise ValueError(
             f"a film isn't given {more}, which each of its windows would have anew: "
             "leave it out; what a film goes on from is its `footage` (--extend)."
         )
     if film.sink:
         raise ValueError(f"`sink` (={film.sink}) is for models that stream.")
-    if not 1 <= (film.carry or 0) < most:
+    if not 1 <= carry < most:
         raise ValueError(
-            f"`carry` (={film.carry}) must leave something to make of the {most} latent"
+            f"`carry` (={carry}) must leave something to make of the {most} latent"
             f" frames of a window of {film.request.frames} frames: 1 to {most - 1}."
         )
 
@@ -257,7 +250,7 @@ class _Shooting:
         self._generator, self._film, self._settings = generator, film, settings
         self._request = request = film.request
         self._followed = Followed(request, film.frames)
-        self._fps, self._carry = float(request.fps or 1.0), film.carry or 1
+        self._fps, self._carry = request.frame_rate, film.carry or 1
         self._each = generator.model.vae.temporal_compression
         self._tail: np.ndarray | None = None  # the last latents of the picture
         self._count = 0  # of the latents of the picture so far
@@ -292,21 +285,16 @@ class _Shooting:
             video, latents = self._read(self._film.footage)
             yield video, self._kept(latents)
         while self._count < needed:
-            request = self._next()
-            known = 0
-            if request.tail is not None and request.tail.sound is not None:
-                known = len(request.tail.sound)
-            made = self._solved(request)
-            sound = None if made.sound is None else made.sound[known:]
-            yield None, self._kept(Latents(made.picture[self._carry :], sound))
+            request, known = self._next()
+            picture, sound = self._solved(request)
+            sound = None if sound is None else sound[known:]
+            yield None, self._kept(Latents(picture[self._carry :], sound))
 
     def _streamed(self, needed: int) -> Iterator[tuple[np.ndarray | None, np.ndarray]]:
         """The latents of a causal model, chunk after chunk."""
         film, solving = self._film, self._settings.solving
-        begun = film.footage is not None
-        request = film.request if begun else self._first()
-        window = film.carry or 1
-        stream = Stream(self._generator, request, solving, window, film.sink)
+        request = self._first() if film.footage is None else film.request
+        stream = Stream(self._generator, request, solving, self._carry, film.sink)
         if film.footage is not None:
             video, (latents, _) = self._read(film.footage)
             count = len(latents) // stream.chunk * stream.chunk
@@ -333,39 +321,26 @@ class _Shooting:
     def _first(self) -> Request:
         """The first window; with a draft, the picture that it begins with is made."""
         fields = self._followed.window(0) | {"prompt": self._film.prompt(0.0)}
-        request = dataclasses.replace(self._request, **fields)
-        if not self._settings.draft:
-            return request
+        window = dataclasses.replace(self._request, **fields)
+        steps = passes(window, bool(self._settings.draft), sound_after=False)
+        if (asked := next(steps)) is window:
+            return window
         plain = dataclasses.replace(self._settings, draft=False)
-        begun: list[Request] = []
+        ((_, drawn),) = self._generator.painter.clips([asked], plain)
+        return steps.send(drawn)
 
-        def paint(requests):
-            return self._generator.painter.clips(requests, plain)
-
-        def animate(requests):
-            begun.extend(requests)
-            return iter(())
-
-        list(drafted([request], 1, paint, animate))
-        return begun[0]
-
-    def _next(self) -> Request:
-        """The window that follows what is there."""
+    def _next(self) -> tuple[Request, int]:
+        """The window that follows what is there, and the latents of sound it begins."""
         middle = self._origin + self._each * self._carry / self._fps
-        tail = Tail(np.asarray(self._tail))
+        tail, known = Tail(np.asarray(self._tail)), 0
         if self._sound is not None:
             sound, late = self._sound.since(self._origin)
-            tail = tail._replace(sound=sound, late=late)
-        return dataclasses.replace(
-            self._request,
-            prompt=self._film.prompt(middle),
-            seed=(self._request.seed + _NEXT * self._count) % 2**32,
-            tail=tail,
-            image=None,
-            last_image=None,
-            keyframes=(),
-            **self._followed.window(self._begins),
-        )
+            tail, known = tail._replace(sound=sound, late=late), len(sound)
+        fields = self._followed.window(self._begins)
+        fields |= {"image": None, "last_image": None, "keyframes": (), "tail": tail}
+        fields["prompt"] = self._film.prompt(middle)
+        fields["seed"] = (self._request.seed + NEXT * self._count) % 2**32
+        return dataclasses.replace(self._request, **fields), known
 
     def _solved(self, request: Request) -> Latents:
         (found,) = self._generator.solve([request], **self._settings.solving)

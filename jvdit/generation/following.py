@@ -46,7 +46,7 @@ class Followed:
 
     def __init__(self, request: Request, frames: int):
         self._request, self._frames = request, frames
-        self._fps = fps = float(request.fps or 1.0)
+        self._fps = fps = request.frame_rate
         given = [name for name in _FOOTAGE if getattr(request, name) is not None]
         lengths = {x: footage_length(getattr(request, x), x, fps) for x in given}
         self._lengths, self._camera = dict(lengths), request.camera_path

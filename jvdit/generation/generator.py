@@ -21,12 +21,12 @@ from jvdit.generation.batches import pack_requests
 from jvdit.generation.checks import check_request
 from jvdit.generation.codec import Codec
 from jvdit.generation.completion import complete
-from jvdit.generation.draft import drafted, dubbed
+from jvdit.generation.draft import DRAFTING, SHOWING, in_two_passes
 from jvdit.generation.experts import Experts, check_control, hint_scales
 from jvdit.generation.inputs import Inputs
 from jvdit.generation.request import Request
 from jvdit.generation.residence import Residence
-from jvdit.generation.restyle import begun
+from jvdit.generation.restyle import noised
 from jvdit.generation.results import GeneratedClip, Latents
 from jvdit.generation.room import Room
 from jvdit.generation.sampling import OnStep, Start, Stepper
@@ -103,9 +103,8 @@ class Generator:
         if model is not self.model:
             path = dataclasses.replace(self.model.path, timesteps=0)
             policy = dataclasses.replace(self.model.policy, levels=levels)
-            made = self.beside(
-                dataclasses.replace(self.model, path=path, policy=policy)
-            )
+            timed = dataclasses.replace(self.model, path=path, policy=policy)
+            made = self.beside(timed)
             self._timed[levels] = self.model, made
         return made
 
@@ -213,15 +212,11 @@ class Generator:
         options: dict[str, Any] = {"rows": rows, "reuse": reuse}
         if settings.sound_after and any(x.sound for x in requests):
             self.model.check_given(["from_video"])
-            passes = (
-                dataclasses.replace(settings, sound_after=False, draft=draft)
-                for draft in (settings.draft, False)
-            )
-            show, dub = (
-                partial(self.clips, settings=each, watch=watch, **options)
-                for each in passes
-            )
-            yield from dubbed(requests, rows, show, dub)
+            plain = dataclasses.replace(settings, sound_after=False)
+            show = partial(self.clips, settings=plain, watch=watch, **options)
+            plain = dataclasses.replace(plain, draft=False)
+            dub = partial(self.clips, settings=plain, watch=watch, **options)
+            yield from in_two_passes(SHOWING, requests, rows, show, dub)
             return
         if settings.draft:
             self.model.check_draft()
@@ -229,19 +224,15 @@ class Generator:
             drafting = partial(self.painter.clips, **options)
             paint = partial(drafting, watch=lambda _, *done: watch("drafting", *done))
             animate = partial(self.clips, watch=watch, **options)
-            yield from drafted(requests, rows, paint, animate)
+            yield from in_two_passes(DRAFTING, requests, rows, paint, animate)
             return
         options |= settings.solving
         if any(x.restyle is not None for x in requests):
             how = settings.steps or 1, settings.strength
-            options |= begun(self.model, self.codec, requests, *how)
-        parts = self.solve(
-            requests,
-            on_step=lambda done, total, _: watch("denoising", done, total),
-            **options,
-        )
-        for latents in parts:
-            yield from self.decoded(latents, requests, watch)
+            options |= noised(self.model, self.codec, requests, *how)
+        options["on_step"] = lambda *told: watch("denoising", *told[:2])
+        for latents in self.solve(requests, **options):
+            yield from self.codec.clips(latents, requests, partial(watch, "decoding"))
 
     def complete(self, request: Request) -> Request:
         """Fills the fields that a request leaves open with the model's defaults."""
@@ -260,6 +251,11 @@ class Generator:
         """Height and width of a clip must be multiples of this, in pixels."""
         model = self.model
         return math.lcm(*model.patch_size[1:]) * model.vae.spatial_compression
+
+    def ways(self, guided: bool) -> int:
+        """How many rows the mesh divides; guidance doubles those that are given."""
+        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return ways // 2 if guided and ways % 2 == 0 else ways
 
     def check(self, request: Request) -> Size:
         """Checks that the model can generate a request.
@@ -329,55 +325,34 @@ class Generator:
             ValueError: the model can't generate a size, or a setting is out of range;
                 raised before anything is compiled.
         """
-        if levels:
-            options = {"rows": rows, "on_step": on_step, "noise": noise, "reuse": reuse}
-            options |= {"guidance": guidance, "low_guidance": low_guidance}
-            options["conditioning_scale"] = conditioning_scale
-            timed = self.timed(tuple(levels))
-            yield from timed.solve(requests, steps=steps, solver=solver, **options)
-            return
+        made = self.timed(tuple(levels)) if levels else self
         check_solver(solver)
         if reuse is not None and solver == "heun":
             raise ValueError(
-                "`reuse` needs a solver of one evaluation a step; take 'unipc'."
+                "`reuse` needs one evaluation a step; take the solver 'unipc'."
             )
-        model = self.model
+        model = made.model
         model.policy.times(steps, jnp.ones(1))
         hint_scales(model, conditioning_scale)
         check_control(model, guidance)
         guidances = {"dit": guidance, "dit_low": low_guidance or guidance}
-        ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        if all(each.scale != 1 for each in guidances.values()) and ways % 2 == 0:
-            ways //= 2  # guidance doubles the rows
+        ways = self.ways(all(each.scale != 1 for each in guidances.values()))
         requests = [self.complete(request) for request in requests]
         sizes = [self.check(request) for request in requests]
         packed = pack_requests(
-            *(self.inputs, requests, sizes, rows, ways),
+            *(made.inputs, requests, sizes, rows, ways),
             among=self.mesh.shape["context"],
             noise=noise,
             watermark=self.watermark,
         )
         marked = noise is not None or self.watermark is not None
         start = Start(model.path, model.policy, steps, solver, marked, rising)
+        how = guidances, on_step, reuse, conditioning_scale
         for batch in packed.batches:
-            latents = self.experts.solved(
-                batch,
-                start,
-                guidances=guidances,
-                on_step=on_step,
-                reuse=reuse,
-                conditioning_scale=conditioning_scale,
-            )
+            latents = made.experts.solved(batch, start, *how)
             yield packed.latents(batch, latents, model)
 
     # Implementation
-
-    def decoded(
-        self, latents: Mapping[int, Latents], requests: Sequence[Request], watch: Watch
-    ) -> Iterator[tuple[int, GeneratedClip]]:
-        """Decodes the clips of a batch; pictures of one size are decoded together."""
-        told = lambda *counts: watch("decoding", *counts)  # noqa: E731
-        yield from self.codec.clips(latents, requests, told)
 
     @property
     def codec(self) -> Codec:
@@ -416,12 +391,7 @@ class Generator:
         """Generates the images of drafts: this generator, or that of `pictures`."""
         if self.model.pictures is None:
             return self
-        return Generator(
-            self.model.pictures,
-            self.mesh,
-            quantize=self.quantize,
-            watermark=self.watermark,
-        )
+        return dataclasses.replace(self, model=self.model.pictures, together=None)
 
     @property
     def experts(self) -> Experts:

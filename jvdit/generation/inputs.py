@@ -52,13 +52,12 @@ class Inputs:
             size: latent frames, height and width of the clip.
         """
         vae = self.model.vae
-        compression = vae.temporal_compression, vae.spatial_compression
-        place = Place(size[0], self.codec.encode, *compression)
-        place = place._replace(channels=vae.latent_channels)
+        how = self.codec.encode, vae.temporal_compression, vae.spatial_compression
+        place = Place(size[0], *how, channels=vae.latent_channels)
         if self.model.has_sound:
-            heard = self.model.audio_vae.sample_rate, self.model.audio_vae.channels
-            place = place._replace(encode_sound=self.codec.encode_sound, sound=heard)
-            place = place._replace(latent_rate=self.model.audio_vae.latent_rate)
+            heard, encode = self.model.audio_vae, self.codec.encode_sound
+            place = place._replace(encode_sound=encode, latent_rate=heard.latent_rate)
+            place = place._replace(sound=(heard.sample_rate, heard.channels))
         found = known(self.model.conditions, request, place)
         if self.model.dit.cond_channels and found.cond is None:
             width = self.model.dit.cond_channels // math.prod(self.model.patch_size)
@@ -95,25 +94,46 @@ class Inputs:
             negative prompts.
         """
         positive, negative = self.texts(requests)
-        found, model = [], self.model
+        found, channels = [], self.model.vae.latent_channels
         for i, request in enumerate(requests):
-            start = np.zeros((*sizes[i], model.vae.latent_channels), np.float32)
-            item = item_of(
-                start if noise is None else np.asarray(noise[i], np.float32),
-                patch_size=model.patch_size,
-                fps=float(request.fps or 1.0),
-                temporal_compression=model.vae.temporal_compression,
-                seconds=model.seconds,
-                known=given[i],
-                first=int(given[i].headless),
-                text_embeds=positive[i],
-            )
+            start = np.zeros((*sizes[i], channels)) if noise is None else noise[i]
+            first, start = int(given[i].headless), np.asarray(start, np.float32)
+            item = self.item(request, start, given[i], first, positive[i])
             found.append(self._with_sound(item, request, given[i]))
         nulls = [
             dataclasses.replace(item, text_embeds=states)
             for item, states in zip(found, negative, strict=True)
         ]
         return found, nulls
+
+    def item(
+        self,
+        request: Request,
+        latents: Float[np.ndarray, "f h w c"],
+        known: Known,
+        first: int,
+        text: Float[np.ndarray, "s e"],
+    ) -> Item:
+        """Builds the tokens of a picture.
+
+        Args:
+            request: complete.
+            latents: its initial noise, or zeros where that is drawn later.
+            known: its conditions.
+            first: number of its first latent frame.
+            text: states of its prompt.
+        """
+        model = self.model
+        return item_of(
+            latents,
+            patch_size=model.patch_size,
+            fps=request.frame_rate,
+            temporal_compression=model.vae.temporal_compression,
+            seconds=model.seconds,
+            known=known,
+            first=first,
+            text_embeds=text,
+        )
 
     def _with_sound(self, item: Item, request: Request, given: Known) -> Item:
         """Adds the tokens of its sound to a request that has some."""
@@ -122,13 +142,9 @@ class Inputs:
             return item
         vae = self.model.audio_vae
         latents, clean = given_sound(given, count, vae.latent_channels)
-        place = sound_positions(
-            count,
-            vae.latent_rate,
-            None if self.model.seconds else request.fps,
-            self.model.vae.temporal_compression,
-            given.late,
-        )
+        fps = None if self.model.seconds else request.fps
+        times = vae.latent_rate, fps, self.model.vae.temporal_compression, given.late
+        place = sound_positions(count, *times)
         return with_sound(item, latents, place, given=clean)
 
     def sounds(self, request: Request) -> int:
@@ -147,7 +163,7 @@ class Inputs:
             [(x.negative_prompt or "", x.negative_prompt_embeds) for x in requests],
         ]
         texts = [text for kind in kinds for text, given in kind if given is None]
-        states, model = self._text_states(texts), self.model
+        states, model = self._text_states(list(dict.fromkeys(texts))), self.model
         found = [
             [states[text] if given is None else given for text, given in kind]
             for kind in kinds
@@ -158,21 +174,15 @@ class Inputs:
         pad = lambda x: np.pad(x, ((0, length - len(x)), (0, 0)))  # noqa: E731
         return [[pad(x) for x in kind] for kind in found]
 
-    def _text_states(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-        """Encodes prompts, each distinct one once."""
-        texts = list(dict.fromkeys(prompts))
+    def _text_states(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Encodes prompts, which are distinct."""
         if not texts:
             return {}
         batch = min(1 << (len(texts) - 1).bit_length(), _PROMPTS)
         with jax.set_mesh(self.mesh):
-            states = encode_captions(
-                self.model.text_encoder,
-                self.params["text_encoder"],
-                self.model.tokenizer,
-                texts,
-                self.model.text_length,
-                batch,
-            )
+            model, params = self.model, self.params["text_encoder"]
+            encoder = model.text_encoder, params, model.tokenizer
+            states = encode_captions(*encoder, texts, model.text_length, batch)
         return dict(zip(texts, states, strict=True))
 
 

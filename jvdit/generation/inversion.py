@@ -51,12 +51,5 @@ def inverted(
             (back,) = codec.decode(found[None])
             found = found + wanted - codec.encode(to_pixels(back))
         latents.append(found)
-    return generator.latents(
-        requests,
-        noise=latents,
-        steps=steps,
-        solver="euler",
-        guidance=Guidance(),
-        rows=rows,
-        rising=True,
-    )
+    how = {"solver": "euler", "steps": steps, "rows": rows, "guidance": Guidance()}
+    return generator.latents(requests, noise=latents, rising=True, **how)

@@ -1,47 +1,36 @@
 """Reads prompt files: each line is a prompt, or JSON with fields of a `Request`."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from jvdit.generation.request import Request
+from jvdit.generation.fields import plain
+from jvdit.generation.request import LATENTS, STATES, Request
 from jvdit.generation.sound_spans import spans_told
 from jvdit.machine.json_files import parse_json
 from jvdit.machine.text_files import check_text, numbered_lines, read_text
 
-_Picture = str | None | UnsetType
+# The fields of a `Request` that hold several values, as JSON has them.
+_SEVERAL: dict[str, Any] = {
+    "references": str | tuple[str, ...],
+    "keyframes": tuple[tuple[float, str], ...],
+    "keep_sound": tuple[tuple[float, float | None], ...],
+}
 
 
-class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The fields of a `Request` in JSON; images, videos and sounds are file paths."""
+def _field(field: dataclasses.Field[Any]) -> tuple[str, Any, Any]:
+    """A field of a line: files are paths, and null leaves open all but the seed."""
+    kind = _SEVERAL.get(field.name, plain(field)) | UnsetType
+    return field.name, kind if field.name == "seed" else kind | None, UNSET
 
-    prompt: str
-    negative_prompt: str | UnsetType = UNSET
-    frames: int | UnsetType = UNSET
-    height: int | UnsetType = UNSET
-    width: int | UnsetType = UNSET
-    fps: float | UnsetType = UNSET
-    seed: int | UnsetType = UNSET
-    image: _Picture = UNSET
-    last_image: _Picture = UNSET
-    video: _Picture = UNSET
-    mask: _Picture = UNSET
-    references: str | tuple[str, ...] | None | UnsetType = UNSET
-    keyframes: tuple[tuple[float, str], ...] | UnsetType = UNSET
-    prefix: _Picture = UNSET
-    suffix: _Picture = UNSET
-    interpolate: _Picture = UNSET
-    upscale: _Picture = UNSET
-    edges: _Picture = UNSET
-    guide: _Picture = UNSET
-    camera: str | None | UnsetType = UNSET
-    restyle: _Picture = UNSET
-    sound: bool | None | UnsetType = UNSET
-    from_video: _Picture = UNSET
-    from_sound: _Picture = UNSET
-    keep_sound: tuple[tuple[float, float | None], ...] | UnsetType = UNSET
+
+_FIELDS = [x for x in dataclasses.fields(Request) if x.name not in (*LATENTS, *STATES)]
+_Line = msgspec.defstruct(
+    "Line", [("prompt", str), *map(_field, _FIELDS[1:])], forbid_unknown_fields=True
+)
 
 
 def read_prompts(path: str) -> list[tuple[str, str]]:
@@ -84,10 +73,10 @@ def _given(line: str, where: str) -> dict[str, Any]:
     found = msgspec.structs.asdict(parse_json(line, where, _Line))
     fields = {name: value for name, value in found.items() if value is not UNSET}
     for name in ("prompt", "negative_prompt"):
-        check_text(fields.get(name, ""), f"{where}: `{name}`")
-    if "references" in fields:
-        given = fields["references"] or ()
-        fields["references"] = (given,) if isinstance(given, str) else given
+        check_text(fields.get(name) or "", f"{where}: `{name}`")
+    fields |= {name: fields[name] or () for name in _SEVERAL if name in fields}
+    if isinstance(fields.get("references"), str):
+        fields["references"] = (fields["references"],)
     if "keep_sound" in fields:
         fields["keep_sound"] = spans_told(fields["keep_sound"])
     return fields

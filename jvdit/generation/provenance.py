@@ -4,12 +4,13 @@ Needs the package `c2pa-python`. Nothing here uses the network: signatures carry
 stamp of an authority, and what files refer to isn't fetched.
 """
 
+import contextlib
 import copy
 import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,17 @@ class Provenance:
             settings: how it was made, JSON values.
             *given: what it was made of: files, or requests that name some.
         """
-        return partial(self._sign_file, settings, given)
+
+        def sign(path: Path) -> None:
+            scratch = path.with_suffix(".signed")
+            try:
+                with path.open("rb") as source, scratch.open("w+b") as made:
+                    self._sign(source, made, settings, given)
+                os.replace(scratch, path)
+            finally:
+                scratch.unlink(missing_ok=True)
+
+        return sign
 
     def signed(self, data: bytes, settings: Mapping[str, Any], *given: Any) -> bytes:
         """The bytes of a file, signed; arguments as of `signing`."""
@@ -84,24 +95,12 @@ class Provenance:
         self._sign(io.BytesIO(data), made, settings, given)
         return made.getvalue()
 
-    def _sign_file(
-        self, settings: Mapping[str, Any], given: tuple[Any, ...], path: Path
-    ) -> None:
-        scratch = path.with_suffix(".signed")
-        try:
-            with path.open("rb") as source, scratch.open("w+b") as made:
-                self._sign(source, made, settings, given)
-            os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
-
     def _sign(self, source: Any, made: Any, settings: Any, given: Any) -> None:
-        kind, files = _kind(source), [*_files(given)]
-        agent = {"name": "jvdit"}
+        kind, parts, agent = _kind(source), [*_values(given)], {"name": "jvdit"}
         action = {
             "action": "c2pa.created",
             "softwareAgent": agent,
-            "digitalSourceType": _COMPOSED if _is_given(given) else _MADE,
+            "digitalSourceType": _COMPOSED if parts else _MADE,
         }
         # A text: readers of manifests take lists of numbers for bytes.
         told = {"settings": json.dumps(settings, sort_keys=True), "model": self._model}
@@ -120,8 +119,9 @@ class Provenance:
                 c2pa.Signer.from_info(c2pa.C2paSignerInfo(*how)) as signer,
                 c2pa.Builder(manifest, context=self._context) as builder,
             ):
-                for file in files:
-                    _add_ingredient(builder, file)
+                for part in parts:
+                    if isinstance(part, str | os.PathLike) and Path(part).is_file():
+                        _add_ingredient(builder, Path(part))
                 builder.sign(signer, kind, source, made)
         except c2pa.C2paError as error:
             raise OSError(f"C2PA: {error}") from error
@@ -135,12 +135,9 @@ def _add_ingredient(builder: c2pa.Builder, file: Path) -> None:
     """Names what a clip was made of, with its own manifest if it has one."""
     about = {"title": file.name, "relationship": "inputTo"}
     with file.open("rb") as opened:
-        if not (kind := _kind(opened)):
-            return  # the settings name it
-        try:
-            builder.add_ingredient(about, kind, opened)
-        except c2pa.C2paError:
-            return
+        if kind := _kind(opened):  # else the settings name it
+            with contextlib.suppress(c2pa.C2paError):
+                builder.add_ingredient(about, kind, opened)
 
 
 def _kind(opened: Any) -> str:
@@ -160,14 +157,3 @@ def _values(given: tuple[Any, ...]) -> Iterator[Any]:
             yield from _values(one)
         elif one is not None:
             yield one
-
-
-def _is_given(given: tuple[Any, ...]) -> bool:
-    return any(True for _ in _values(given))
-
-
-def _files(given: tuple[Any, ...]) -> Iterator[Path]:
-    """Those of them that are files."""
-    for one in _values(given):
-        if isinstance(one, str | os.PathLike) and Path(one).is_file():
-            yield Path(one)

@@ -24,9 +24,7 @@ C2PA_KEY = flags.DEFINE_string(
     "File of the private key that signs, in PEM (default: one made at first use, in "
     "~/.config/jvdit).",
 )
-C2PA_CERT = flags.DEFINE_string(
-    "c2pa_cert", None, "File of that key's certificates, in PEM."
-)
+C2PA_CERT = flags.DEFINE_string("c2pa_cert", None, "Certificates of that key, in PEM.")
 WATERMARK = flags.DEFINE_string(
     "watermark",
     None,

@@ -13,33 +13,18 @@ from jvdit.data.conditions.known import Tail
 from jvdit.data.media.audio import read_sound
 from jvdit.data.media.reader import probe
 from jvdit.data.sounds import in_channels
-from jvdit.generation.footage import (
-    FOOTAGE,
-    Pictures,
-    existing,
-    footage_length,
-    read_footage,
-    read_still,
-    resized,
-)
-from jvdit.generation.sound_spans import (
-    LENIENT,
-    Spans,
-    blended,
-    check_spans,
-    spans_within,
-    told_spans,
-)
+from jvdit.generation import footage, sound_spans
+from jvdit.generation.footage import FOOTAGE, Pictures
+from jvdit.generation.sound_spans import LENIENT, Spans
 from jvdit.ranges import check_ranges
 
 COARSE = 8000  # Hz at which the length of a sound is measured
 
-PICTURES = ("image", "last_image", "video", "mask", "prefix", "suffix", "interpolate")
-PICTURES += "upscale", "edges", "guide", "from_video", "from_sound"
+PICTURES = ("image", "last_image", *FOOTAGE, "from_sound")
 SEVERAL = ("references", "keyframes", "keep_sound")
 LATENTS = ("tail",)
 PATHS = ("camera",)
-FIELDS_GIVEN = (*PICTURES, *SEVERAL, *LATENTS, *PATHS, "restyle")
+FIELDS_GIVEN = (*PICTURES, *SEVERAL, *LATENTS, *PATHS)
 STATES = ("prompt_embeds", "negative_prompt_embeds")
 
 
@@ -53,19 +38,20 @@ class Request:
     Attributes:
         prompt: text that describes the clip.
         negative_prompt: text that guidance steers away from.
-        frames, height, width: number of frames, and their size in pixels. With a first
-            frame and neither height nor width, the clip has the image's aspect ratio.
+        frames: number of frames; 1 is a picture.
+        height, width: size in pixels. With a first frame and neither of them, the clip
+            has the image's aspect ratio.
         fps: frames per second of the clip.
         seed: seed of the initial noise. The same seed gives the same clip, whatever
             else is generated in the same batch.
-        image: the first frame.
-        last_image: the last frame.
+        image: picture that is the first frame.
+        last_image: picture that is the last frame.
         video: a control signal (depth, pose, …) to follow, or footage to keep or
             extend where `mask` is black.
         mask: white where to generate, black where `video` is kept: a video, or an image
-            for all frames; None: all white.
-        references: images of what is to appear in the clip.
-        keyframes: seconds, and the image that is to be seen then, of each.
+            for all frames; by default all is white.
+        references: pictures of what is to appear in the clip.
+        keyframes: seconds, and the picture that is to be seen then, of each.
         prefix: footage that the clip begins with, and goes on from.
         suffix: footage that the clip ends with.
         interpolate: footage of half the frame rate, as long as the clip.
@@ -73,17 +59,19 @@ class Request:
         edges: footage whose edges the clip follows.
         guide: a video that tells what the clip shows and where, such as depth, a pose
             or a segmentation, as the model was trained with.
-        camera: the path of the camera: a JSON file, or a `CameraPath`; see
-            `jvdit.data.cameras`.
-        restyle: footage to make anew, from a part of its noise (`Settings.strength`).
+        camera: path of the camera: a JSON file with a matrix of each frame and the
+            intrinsics, as `jvdit.data.cameras` describes it; from Python a `CameraPath`
+            as well.
+        restyle: footage to make anew, as the prompt has it, from a part of its noise
+            (`strength`).
         tail: latents that the clip goes on from. It begins amid a longer clip: of its
             first latent frame there is nothing.
-        sound: whether the clip has sound; None: if its model can make some.
+        sound: whether the clip has sound; by default if its model can make some.
         from_video: footage to make sound for; the clip keeps its picture.
-        from_sound: a sound file, or float32 [a e] at the model's rate in [-1, 1], to
-            make a picture for; the clip keeps its sound, and lasts as long.
-        keep_sound: spans of `from_sound` to keep, as seconds from and until; the rest
-            of the sound is made. (): all is kept.
+        from_sound: sound to make a picture for, which the clip keeps, and lasts as
+            long: a file, or from Python float32 [a e] at the model's rate in [-1, 1].
+        keep_sound: spans of `from_sound` to keep, as seconds from and until, while the
+            rest of the sound is made; by default all is kept.
         prompt_embeds, negative_prompt_embeds: states of the text encoder, float [s e],
             in the place of those of the prompts.
 
@@ -123,7 +111,12 @@ class Request:
     def __post_init__(self):
         names = "frames", "height", "width", "fps", "seed"
         check_ranges({name: getattr(self, name) for name in names})
-        check_spans(self.keep_sound)
+        sound_spans.check_spans(self.keep_sound)
+
+    @property
+    def frame_rate(self) -> float:
+        """Frames per second; 1 where that is left open, as a picture may."""
+        return float(self.fps or 1.0)
 
     @property
     def size(self) -> tuple[int, int, int]:
@@ -139,19 +132,18 @@ class Request:
     @property
     def given(self) -> list[str]:
         """The names of the fields that hold images or video."""
-        names = [name for name in PICTURES if getattr(self, name) is not None]
-        names += [name for name in SEVERAL if getattr(self, name)]
-        more = *LATENTS, *PATHS
-        return names + [name for name in more if getattr(self, name) is not None]
+        open_fields = [name for name in SEVERAL if not getattr(self, name)]
+        names = [name for name in FIELDS_GIVEN if name not in open_fields]
+        return [name for name in names if getattr(self, name) is not None]
 
     @property
     def settings(self) -> dict[str, Any]:
         """The fields as JSON values; images and video as file name, or as shape."""
         fields = {x.name: getattr(self, x.name) for x in dataclasses.fields(self)}
-        fields |= {name: _named(fields[name]) for name in (*PICTURES, "restyle")}
+        fields |= {name: _named(fields[name]) for name in PICTURES}
         fields["references"] = [_named(x) for x in self.references]
         fields["keyframes"] = [[time, _named(x)] for time, x in self.keyframes]
-        fields["keep_sound"] = told_spans(self.keep_sound)
+        fields["keep_sound"] = sound_spans.told_spans(self.keep_sound)
         fields.pop("tail")
         if isinstance(path := fields["camera"], CameraPath):
             fields["camera"] = f"poses {len(path.world_to_camera)}"
@@ -166,7 +158,7 @@ class Request:
     def pictures(self) -> list[np.ndarray]:
         """The given first and last frames as uint8 `[H W 3]`, at their own sizes."""
         ends = (("image", self.image), ("last_image", self.last_image))
-        return [read_still(x, name) for name, x in ends if x is not None]
+        return [footage.read_still(x, name) for name, x in ends if x is not None]
 
     @property
     def ends(self) -> list[np.ndarray]:
@@ -175,8 +167,9 @@ class Request:
 
     def end(self, name: str) -> np.ndarray | None:
         """One of them, `image` or `last_image`; None: it isn't given."""
-        picture = getattr(self, name)
-        return None if picture is None else self.fitted(read_still(picture, name))
+        if (picture := getattr(self, name)) is None:
+            return None
+        return self.fitted(footage.read_still(picture, name))
 
     def read_given(self) -> None:
         """Reads all that is given, so that a damaged file is found before the work.
@@ -185,17 +178,13 @@ class Request:
             FileNotFoundError: a file doesn't exist.
             ValueError: one is damaged, or too short for the clip.
         """
-        _ = self.ends, self.reference_pictures(), self.waveform(COARSE, 1)
-        _ = (
-            self.sound_spans(),
-            self.pictures_in_time(),
-            self.poses(),
-            *map(self.clip, FOOTAGE),
-        )
+        _ = self.ends, self.reference_pictures(), self.pictures_in_time()
+        _ = self.waveform(COARSE, 1), self.sound_spans(), self.poses()
+        _ = [self.clip(name) for name in FOOTAGE]
 
     def samples(self, rate: int) -> int:
         """Samples of a sound as long as the clip, at `rate` Hz."""
-        return round(self.size[0] / (self.fps or 1.0) * rate)
+        return round(self.size[0] / self.frame_rate * rate)
 
     def waveform(self, rate: int, channels: int) -> np.ndarray | None:
         """Reads `from_sound` as float32 `[a e]`, as long as the clip.
@@ -234,21 +223,7 @@ class Request:
         Raises:
             ValueError: one ends after the clip.
         """
-        return spans_within(self.keep_sound, self.size[0] / (self.fps or 1.0))
-
-    def sound_kept(
-        self, made: Float[np.ndarray, "a e"], rate: int
-    ) -> Float[np.ndarray, "a e"]:
-        """A generated sound, in which the spans that were kept are as they were.
-
-        Args:
-            made: as long as the clip.
-            rate: samples per second.
-        """
-        audio = self.waveform(rate, made.shape[1]) if self.keep_sound else None
-        if audio is None:
-            return made
-        return blended(made, audio, self.sound_spans(), rate)
+        return sound_spans.spans_within(self.keep_sound, self.size[0] / self.frame_rate)
 
     def sound_of(self, name: str, rate: int, channels: int) -> np.ndarray | None:
         """The sound of footage that the clip begins with, as float32 `[a e]`.
@@ -264,13 +239,13 @@ class Request:
         source = getattr(self, name)
         if isinstance(source, np.ndarray) or not probe(source).has_audio:
             return None
-        frames = footage_length(source, name, float(self.fps or 1.0))
+        frames = footage.footage_length(source, name, self.frame_rate)
         audio = in_channels(read_sound(source, rate), channels).astype(np.float32)
-        return audio[: round(frames / (self.fps or 1.0) * rate)]
+        return audio[: round(frames / self.frame_rate * rate)]
 
     def fitted(self, picture: np.ndarray) -> np.ndarray:
         """Resizes an image to cover the clip's size, and center-crops it."""
-        return resized(picture, self.size[1:], ImageOps.fit)
+        return footage.resized(picture, self.size[1:], ImageOps.fit)
 
     def clip(self, name: str) -> np.ndarray | None:
         """Reads a field of footage as uint8 `[T H W 3]`, as the clip needs it.
@@ -288,7 +263,7 @@ class Request:
         source = getattr(self, name)
         if source is None:
             return None
-        return read_footage(source, name, self.size, float(self.fps or 1.0))
+        return footage.read_footage(source, name, self.size, self.frame_rate)
 
     def kept(
         self, video: UInt8[np.ndarray, "T H W 3"], masked: bool
@@ -299,14 +274,14 @@ class Request:
             video: the clip.
             masked: `video` stays where `mask` is black.
         """
-        if (footage := self.clip("from_video")) is not None:
-            return footage
+        if (given := self.clip("from_video")) is not None:
+            return given
         video = video.copy()
-        if (footage := self.clip("prefix")) is not None:
-            video[: len(footage)] = footage
-        footage, mask = self.clip("video"), self.clip("mask")
-        if masked and footage is not None and mask is not None:
-            video = np.where(mask[..., :1] > 127, video, footage)
+        if (given := self.clip("prefix")) is not None:
+            video[: len(given)] = given
+        given, mask = self.clip("video"), self.clip("mask")
+        if masked and given is not None and mask is not None:
+            video = np.where(mask[..., :1] > 127, video, given)
         return video
 
     def pictures_in_time(self) -> list[tuple[float, np.ndarray]]:
@@ -315,7 +290,7 @@ class Request:
         Raises:
             ValueError: one lies beyond the end of the clip.
         """
-        fps, found = self.fps or 1.0, []
+        fps, found = self.frame_rate, []
         last = (self.size[0] - 1) / fps
         for time, picture in self.keyframes:
             if not 0 <= time <= last + 0.5 / fps:
@@ -324,7 +299,7 @@ class Request:
                     f"from 0 to {last:g} s."
                 )
             at = round(time * fps) / fps  # a frame's own time
-            found.append((at, self.fitted(read_still(picture, "keyframes"))))
+            found.append((at, self.fitted(footage.read_still(picture, "keyframes"))))
         return found
 
     @property
@@ -332,7 +307,7 @@ class Request:
         """The camera's path, read if it is a file; errors as of `poses`."""
         if self.camera is None or isinstance(self.camera, CameraPath):
             return self.camera
-        return read_camera(existing(self.camera, "camera"))
+        return read_camera(footage.existing(self.camera, "camera"))
 
     def poses(self) -> Float[np.ndarray, "T 16"] | None:
         """The camera of each frame, see `cameras.Poses`; None: it isn't given.
@@ -347,18 +322,15 @@ class Request:
         if not isinstance(self.camera, CameraPath):
             told = f"{told} (={self.camera})"
         try:
-            return path.poses(*self.size, float(self.fps or 1.0))
+            return path.poses(*self.size, self.frame_rate)
         except ValueError as error:
             raise ValueError(f"{told}: {error}") from None
 
     def reference_pictures(self) -> list[np.ndarray]:
         """The reference images as uint8 `[H W 3]`, padded with white to the clip."""
-        return [
-            resized(
-                read_still(x, "references"), self.size[1:], ImageOps.pad, color="white"
-            )
-            for x in self.references
-        ]
+        size, white = self.size[1:], {"color": "white"}
+        pictures = (footage.read_still(x, "references") for x in self.references)
+        return [footage.resized(x, size, ImageOps.pad, **white) for x in pictures]
 
 
 def _named(source: Pictures | None) -> str | None:

@@ -1,5 +1,6 @@
 """Keeps the parameters of several networks on the devices, or loads them in turn."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,10 +12,11 @@ from jvdit.weights.few_bits import NETWORKS, few_bits
 from jvdit.weights.parameters import Parameters
 
 
+@dataclasses.dataclass(eq=False)
 class Residence:
     """Maps network names to parameters, placed on the mesh when they are looked up.
 
-    Args:
+    Attributes:
         sources: for each network either a parameter tree, which stays on the mesh after
             its first use, or a function that loads one onto the mesh, from files for
             example.
@@ -24,31 +26,24 @@ class Residence:
         form: in which `few_bits` holds the kernels of large networks; "": as they are.
     """
 
-    def __init__(
-        self,
-        sources: Mapping[str, Parameters],
-        mesh: Mesh,
-        together: bool,
-        form: str = "",
-    ):
-        self._sources = dict(sources)
-        self._mesh = mesh
-        self._together = together
-        self._form = form
-        self._placed: dict[str, Any] = {}
+    sources: Mapping[str, Parameters]
+    mesh: Mesh
+    together: bool
+    form: str = ""
+    _placed: dict[str, Any] = dataclasses.field(default_factory=dict, init=False)
 
     def __getitem__(self, name: str) -> Any:
-        if not self._together:
-            for other, source in self._sources.items():
+        if not self.together:
+            for other, source in self.sources.items():
                 if callable(source) and other != name:
                     self._placed.pop(other, None)
         if name not in self._placed:
-            source, form = self._sources[name], self._form * (name in NETWORKS)
+            source, form = self.sources[name], self.form * (name in NETWORKS)
             if callable(source):
                 self._placed[name] = source(form) if form else source()
             else:
                 source = few_bits(source, form)
-                places = parameter_shardings(source, self._mesh)
+                places = parameter_shardings(source, self.mesh)
                 self._placed[name] = jax.device_put(source, places)
         return self._placed[name]
 

@@ -12,7 +12,7 @@ from jvdit.generation.request import Request
 from jvdit.weights.bundle import Bundle
 
 
-def begun(
+def noised(
     model: Bundle,
     codec: Codec,
     requests: Sequence[Request],
@@ -38,9 +38,7 @@ def begun(
     if any(request.restyle is None for request in requests):
         raise ValueError("give `restyle` to all requests of a call, or to none.")
     if any(request.sound for request in requests):
-        raise ValueError(
-            "`restyle` makes a picture; add its sound afterwards, with `from_video`."
-        )
+        raise ValueError("`restyle` makes no sound; add it afterwards by `from_video`.")
     latents = []
     for request in requests:
         video = request.clip("restyle")
@@ -50,10 +48,9 @@ def begun(
     times = model.policy.times(steps, jnp.full(1, tokens), model.path.timesteps)
     skipped = min(round(steps * (1 - strength)), steps - 1)
     levels = tuple(np.asarray(times)[skipped:-1, 0].tolist())
+    first = jnp.asarray(levels[0])
     noise = [
-        np.asarray(
-            model.path.mix(jnp.asarray(x), _noise(request, x), jnp.asarray(levels[0]))
-        )
+        np.asarray(model.path.mix(jnp.asarray(x), _noise(request, x), first))
         for request, x in zip(requests, latents, strict=True)
     ]
     return {"noise": noise, "levels": levels, "steps": len(levels)}

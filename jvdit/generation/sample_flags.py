@@ -1,96 +1,77 @@
 """The flags of `python -m jvdit.sample`, and what they say of requests and settings."""
 
 import dataclasses
-import math
-from collections.abc import Callable
+import re
 from typing import Any
 
+import numpy as np
 from absl import flags
 
 from jvdit.diffusion.solvers import SOLVERS
+from jvdit.generation import completion, model_flags
 from jvdit.generation.completion import size_fields
-from jvdit.generation.presets import PRESETS
-from jvdit.generation.settings import Settings
+from jvdit.generation.fields import described, plain
+from jvdit.generation.films import Film
+from jvdit.generation.request import STATES, Request
+from jvdit.generation.settings import PRESETS, SUITS, Settings
+from jvdit.generation.sound_spans import read_span
 from jvdit.weights.bundle import Bundle
-from jvdit.weights.few_bits import FORMS
 
-WORKDIR = flags.DEFINE_string(
-    "workdir",
-    None,
-    "Folder of a training run, or of its finished model (default: the small model in "
-    "the box).",
-)
-PRETRAINED = flags.DEFINE_string(
-    "pretrained",
-    None,
-    "Folder of a released Wan 2 model, or its id on the Hugging Face Hub, instead of "
-    "--workdir.",
-)
+# What the flag of a field says besides the field's description.
+_MORE = {
+    "seed": "that of the first prompt; those of the others follow",
+    "keyframes": "such as 0.5:a.png,1:b.png",
+    "keep_sound": "0:0.5,0.9: keeps the first half second, and all from 0.9 s on",
+    "levels": "such as 1,0.94,0.83,0.63",
+}
+_MORE |= dict.fromkeys([*completion.SUITS, *SUITS], "default: the model's")
+_CHOICES = {"preset": PRESETS, "solver": SOLVERS}
+_DEFINE: dict[type, Any] = {
+    str: flags.DEFINE_string,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    bool: flags.DEFINE_boolean,
+    tuple: flags.DEFINE_list,
+}
+
+
+def _defined(owner: type, *without: str) -> dict[str, flags.FlagHolder[Any]]:
+    """Defines a flag for each field of a dataclass, as its docstring describes it."""
+    texts, found = described(owner), {}
+    for field in dataclasses.fields(owner):
+        if (name := field.name) in without:
+            continue
+        more = f" ({_MORE[name]})" if name in _MORE else ""
+        text = re.sub("`([a-z_]+)`", r"--\1", texts[name].removesuffix("."))
+        text = f"{text[:1].upper()}{text[1:]}{more}."
+        kind, default = plain(field), field.default
+        if kind is tuple and default is not None:
+            default = [str(x) for x in np.ravel(default)]
+        if name in _CHOICES:
+            found[name] = flags.DEFINE_enum(name, default, [*_CHOICES[name]], text)
+        else:
+            found[name] = _DEFINE[kind](name, default, text)
+    return found
+
+
+REQUEST = _defined(Request, "prompt", "height", "width", "tail", *STATES)
+SETTINGS = _defined(Settings)
+FILM = _defined(Film, "request", "frames", "footage", "scenes")
+for _name, _original in (
+    ("num_frames", "frames"),
+    ("num_inference_steps", "steps"),
+    ("last", "last_image"),
+):
+    flags.DEFINE_alias(_name, _original)
+
 PROMPTS = flags.DEFINE_string(
     "prompts",
     None,
     "File with a prompt a line, or with JSON lines that hold fields of a Request.",
 )
 OUT = flags.DEFINE_string("out", "samples", "Folder that the clips are written to.")
-
-
-def _left(define: Callable[..., Any], name: str, text: str, **more: Any) -> Any:
-    """Defines a flag of a setting that is left to the model by default."""
-    return define(name, None, f"{text} (default: the model's).", **more)
-
-
-NEGATIVE = _left(
-    flags.DEFINE_string, "negative_prompt", "What guidance turns away from"
-)
-SIZE = _left(flags.DEFINE_string, "size", "HEIGHTxWIDTH of the clips in pixels")
-FRAMES = _left(
-    flags.DEFINE_integer, "frames", "Frames of a clip; 1 is a picture", lower_bound=1
-)
-FPS = _left(flags.DEFINE_float, "fps", "Frames per second")
-SEED = flags.DEFINE_integer(
-    "seed", 0, "Seed of the first prompt's noise; those of the others follow."
-)
-IMAGE = flags.DEFINE_string("image", None, "Picture that is the first frame.")
-LAST = flags.DEFINE_string("last", None, "Picture that is the last frame.")
-VIDEO = flags.DEFINE_string(
-    "video", None, "Footage to change, or a control signal to follow, such as depth."
-)
-MASK = flags.DEFINE_string(
-    "mask", None, "Picture or video that is white where --video is to change."
-)
-REFERENCES = flags.DEFINE_list(
-    "references", [], "Pictures of what is to appear, with commas between."
-)
-KEYFRAMES = flags.DEFINE_list(
-    "keyframes",
-    [],
-    "Pictures at their times in seconds, such as 0.5:a.png,1:b.png.",
-)
-FOOTAGE = (
-    flags.DEFINE_string("prefix", None, "Video that the clip goes on from."),
-    flags.DEFINE_string("suffix", None, "Video that the clip ends with."),
-    flags.DEFINE_string("interpolate", None, "Video to double the frame rate of."),
-    flags.DEFINE_string("upscale", None, "Video to double the size of."),
-    flags.DEFINE_string("edges", None, "Video whose edges the clip follows."),
-    flags.DEFINE_string(
-        "guide",
-        None,
-        "Video of what the clip is to show, and where: depth, pose, segmentation, …, "
-        "whichever the model was trained with.",
-    ),
-    flags.DEFINE_string(
-        "restyle", None, "Video to make anew, as the prompt has it; see --strength."
-    ),
-)
-CAMERA = flags.DEFINE_string(
-    "camera",
-    None,
-    "JSON file of the camera's path: a matrix of each frame, and its intrinsics.",
-)
-STRENGTH = flags.DEFINE_float(
-    "strength",
-    0.6,
-    "How far --restyle goes, 0 to 1: the larger, the less is left of the video.",
+SIZE = flags.DEFINE_string(
+    "size", None, "HEIGHTxWIDTH of the clips in pixels (default: the model's)."
 )
 CASCADE = flags.DEFINE_list(
     "cascade",
@@ -113,119 +94,15 @@ SCENE = flags.DEFINE_multi_string(
     [],
     "A scene of the film, as SECONDS:PROMPT; until the first, the prompt itself holds.",
 )
-CARRY = flags.DEFINE_integer(
-    "carry",
-    None,
-    "Latent frames of a window of a film that the one before has made (default: half "
-    "of them), or that each chunk of a causal model sees before it.",
-    lower_bound=1,
-)
-SINK = flags.DEFINE_integer(
-    "sink",
-    0,
-    "First latent frames that each chunk of a causal model sees, besides.",
-    lower_bound=0,
-)
-SOUND = flags.DEFINE_boolean(
-    "sound", None, "Whether clips have sound (default: yes, if the model can)."
-)
-FROM_VIDEO = flags.DEFINE_string(
-    "from_video", None, "Video to make sound for; the clip keeps its picture."
-)
-FROM_SOUND = flags.DEFINE_string(
-    "from_sound", None, "Sound to make a picture for; the clip keeps it."
-)
-KEEP_SOUND = flags.DEFINE_list(
-    "keep_sound",
-    [],
-    "Spans in seconds that --from_sound keeps, while the rest of the sound is made: "
-    "0:0.5,0.9: keeps the first half second, and all from 0.9 s on.",
-)
-STEPS = _left(flags.DEFINE_integer, "steps", "Solver steps; fewer are faster")
-PRESET = flags.DEFINE_enum(
-    "preset",
-    None,
-    [*PRESETS],
-    "Solver, noise levels and guidance of models distilled to few steps.",
-)
-LEVELS = flags.DEFINE_list(
-    "levels",
-    None,
-    "Noise levels of the steps, falling from 1, such as 1,0.94,0.83,0.63 (default: "
-    "spaced as the model's shift has it).",
-)
-SOLVER = _left(flags.DEFINE_string, "solver", f"Solver, one of {', '.join(SOLVERS)}")
-SCALE = _left(
-    flags.DEFINE_float,
-    "guidance_scale",
-    "How strongly to follow the prompt; 1 is without guidance, and twice as fast",
-)
-SCALE_2 = flags.DEFINE_float(
-    "guidance_scale_2",
-    None,
-    "Guidance scale of the expert for low noise, of models with two experts.",
-)
-SOUND_SCALE = flags.DEFINE_float(
-    "sound_guidance_scale",
-    None,
-    "Guidance scale of the sound (default: that of the picture).",
-)
-SYNC = _left(
-    flags.DEFINE_float,
-    "sync_scale",
-    "How strongly the picture is guided to be in step with the sound; 1 is without",
-)
-SOUND_SYNC = _left(
-    flags.DEFINE_float,
-    "sound_sync_scale",
-    "How strongly the sound is guided to be in step with the picture; 1 is without",
-)
-CONTROL_SCALE = flags.DEFINE_float(
-    "control_guidance_scale",
-    1.0,
-    "How strongly to follow what is given by channels, --edges, --guide or --camera; "
-    "1 is without.",
-)
-INTERVAL = flags.DEFINE_list(
-    "guidance_interval", ["0", "1"], "Noise levels between which to guide."
-)
-RESCALE = flags.DEFINE_float(
-    "guidance_rescale",
-    0.0,
-    "How far guided clips are brought back to the contrast of unguided ones, 0 to 1.",
-)
-DRAFT = _left(
-    flags.DEFINE_boolean,
-    "draft",
-    "Draw a picture first, and then the clip that begins with it",
-)
-AFTER = _left(
-    flags.DEFINE_boolean,
-    "sound_after",
-    "Make the picture first, and then the sound for it",
-)
-CONDITIONING = flags.DEFINE_list(
-    "conditioning_scale",
-    ["1"],
-    "How strongly --video and --references are followed (VACE): a factor, or one for "
-    "each layer that takes hints.",
-)
 SHIFT = flags.DEFINE_float(
     "shift",
     None,
     "Timestep shift of a released model's noise schedule (default: the folder's own).",
 )
-for _name, _original in (("num_frames", "frames"), ("num_inference_steps", "steps")):
-    flags.DEFINE_alias(_name, _original)
 DIT = flags.DEFINE_string(
     "dit", None, "Folder or file of another network for a released model."
 )
 DIT_LOW = flags.DEFINE_string("dit_low", None, "The same, of the expert for low noise.")
-LORA = flags.DEFINE_multi_string(
-    "lora",
-    [],
-    "Adapter files (LoRA and its kin), each perhaps with its strength: FILE:0.8,FILE.",
-)
 LORA_HIGH = flags.DEFINE_multi_string(
     "lora_high", [], "Adapter files for the expert for high noise alone."
 )
@@ -242,12 +119,6 @@ DTYPE = flags.DEFINE_enum(
     "bfloat16",
     ["bfloat16", "float32"],
     "Precision of a released model's weights and computation.",
-)
-QUANTIZE = flags.DEFINE_enum(
-    "quantize",
-    None,
-    [*FORMS],
-    "Hold the weights of the DiT and of the text encoder in few bits.",
 )
 VARIANT = flags.DEFINE_string(
     "variant", "", "Version of a released model's weights, such as fp16."
@@ -268,10 +139,7 @@ THRESHOLD = flags.DEFINE_float(
     lower_bound=0.0,
 )
 ROWS = flags.DEFINE_integer(
-    "rows",
-    8,
-    "Rows that are solved at once; fewer need less memory.",
-    lower_bound=1,
+    "rows", 8, "Rows that are solved at once; fewer need less memory.", lower_bound=1
 )
 ENLARGED = flags.DEFINE_integer(
     "scale",
@@ -300,49 +168,31 @@ def timed(flag: str, text: str, example: str) -> tuple[float, str]:
 def _span(text: str) -> tuple[float, float]:
     """Seconds from and until, of an entry of --keep_sound; without an end infinity."""
     example = "START:END in seconds, such as 0:0.5, or 0.9: until the end"
-    start, rest = timed("keep_sound", text, example)
     try:
-        return start, float(rest) if rest or ":" not in text else math.inf
+        return read_span(text)
     except ValueError:
         raise ValueError(f"--keep_sound (={text!r}) must read {example}.") from None
 
 
 def common_fields() -> dict[str, Any]:
     """What the flags say of all requests."""
-    return size_fields({}, SIZE.value, FRAMES.value, FPS.value) | {
-        "negative_prompt": NEGATIVE.value,
-        "seed": SEED.value,
-        "image": IMAGE.value,
-        "last_image": LAST.value,
-        "video": VIDEO.value,
-        "mask": MASK.value,
-        "references": tuple(REFERENCES.value),
-        "keyframes": tuple(
-            timed("keyframes", x, "SECONDS:PICTURE, such as 0.5:a.png")
-            for x in KEYFRAMES.value
-        ),
-        **{flag.name: flag.value for flag in FOOTAGE},
-        "camera": CAMERA.value,
-        "sound": SOUND.value,
-        "from_video": FROM_VIDEO.value,
-        "from_sound": FROM_SOUND.value,
-        "keep_sound": tuple(map(_span, KEEP_SOUND.value)),
-    }
+    fields = {name: flag.value for name, flag in REQUEST.items()}
+    example = "SECONDS:PICTURE, such as 0.5:a.png"
+    pictures = (timed("keyframes", x, example) for x in fields["keyframes"])
+    fields |= {"references": (*fields["references"],), "keyframes": (*pictures,)}
+    fields["keep_sound"] = tuple(map(_span, fields["keep_sound"]))
+    return fields | size_fields({}, SIZE.value, None, None)
 
 
 def sampling_settings() -> Settings:
     """What the flags say of sampling."""
-    if SHIFT.value is not None and (PRESET.value or LEVELS.value):
+    fields = {
+        name: tuple(map(float, x)) if isinstance(x := flag.value, list) else x
+        for name, flag in SETTINGS.items()
+    }
+    if SHIFT.value is not None and (fields["preset"] or fields["levels"]):
         raise ValueError("--shift spaces noise levels that --preset or --levels give.")
-    named = STEPS, PRESET, SOLVER, SCALE, SCALE_2, RESCALE, DRAFT
-    named += SOUND_SCALE, SYNC, SOUND_SYNC, AFTER, STRENGTH, CONTROL_SCALE
-    low, high = map(float, INTERVAL.value)
-    return Settings(
-        guidance_interval=(low, high),
-        conditioning_scale=tuple(map(float, CONDITIONING.value)),
-        levels=LEVELS.value and tuple(map(float, LEVELS.value)),
-        **{flag.name: flag.value for flag in named},
-    )
+    return Settings(**fields)
 
 
 def told_settings(settings: Settings, model: Bundle) -> dict[str, Any]:
@@ -353,12 +203,12 @@ def told_settings(settings: Settings, model: Bundle) -> dict[str, Any]:
     if not model.boundary:
         told.pop("guidance_scale_2", None)
     if not model.dit.cond_channels:
-        told.pop(CONTROL_SCALE.name)
+        told.pop("control_guidance_scale")
     if not model.dit.control_channels:
         told.pop("conditioning_scale")
     if not model.has_sound:
-        for flag in (SOUND_SCALE, SYNC, SOUND_SYNC, AFTER):
-            told.pop(flag.name, None)
-    files = WORKDIR, PRETRAINED, DIT, DIT_LOW, LORA, LORA_HIGH, LORA_LOW, REUSE
-    files += (QUANTIZE,)
+        for name in [x for x in told if x.startswith(("sound_", "sync_"))]:
+            told.pop(name)
+    files = model_flags.WORKDIR, model_flags.PRETRAINED, DIT, DIT_LOW
+    files += model_flags.LORA, LORA_HIGH, LORA_LOW, REUSE, model_flags.QUANTIZE
     return told | {flag.name: flag.value for flag in files if flag.value}

@@ -224,7 +224,6 @@ class Stepper:
         if memory is not None:
             memory.value, model = kept, reusing
         denoiser = guided(model, *texts, path, guidance)
-        solution = advance(
-            denoiser, solution, times, path, keys, solver, first, count, memory
-        )
+        span = first, count, memory
+        solution = advance(denoiser, solution, times, path, keys, solver, *span)
         return Running(solution, times, keys), memory and memory.value

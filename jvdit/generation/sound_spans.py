@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -47,6 +48,18 @@ def told_spans(spans: Spans) -> list[list[float | None]]:
 def spans_told(told: Sequence[tuple[float, float | None]]) -> Spans:
     """Undoes `told_spans`."""
     return tuple((start, math.inf if end is None else end) for start, end in told)
+
+
+def read_span(text: Any) -> tuple[float, float]:
+    """A span as flags, forms and JSON have it: "0:0.5", "0.9:", [0, 0.5], [0.9, null].
+
+    Raises:
+        TypeError, ValueError, OverflowError: it is something else.
+    """
+    start, end = text.split(":") if isinstance(text, str) else text
+    if isinstance(start, bool) or isinstance(end, bool):
+        raise TypeError(text)
+    return float(start), math.inf if end in (None, "") else float(end)
 
 
 def blended(

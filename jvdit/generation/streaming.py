@@ -15,7 +15,6 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from jvdit.data.conditions.known import Known
-from jvdit.data.items import item_of
 from jvdit.data.patches import token_grid, unpatchify
 from jvdit.diffusion.denoise import Guidance, guided
 from jvdit.diffusion.noise_path import NoisePath
@@ -32,7 +31,7 @@ from jvdit.models.backbones import Backbone
 from jvdit.shapes import Text, Tokens
 from jvdit.sharding import rows_sharding
 
-_NEXT = 0x9E3779B1  # added to a clip's seed for each of its chunks
+NEXT = 0x9E3779B1  # added to a clip's seed for each of its chunks
 _FIELDS = {"prompt", "image"}  # of a request, that a stream makes use of
 
 # What the network keeps: the collection "cache", and which tokens these are.
@@ -84,9 +83,8 @@ class Stream:
         policy = dataclasses.replace(
             model.policy, shift=shift, shift_tokens=None, shift_range=(shift, shift)
         )
-        self._start = Start(
-            model.path, policy, solving["steps"], solving["solver"], one_clip=True
-        )
+        how = solving["steps"], solving["solver"]
+        self._start = Start(model.path, policy, *how, one_clip=True)
         self._capacity = (window + sink) * cells, sink * cells
         self._size = size
         self._kept: Kept | None = None
@@ -97,28 +95,26 @@ class Stream:
         Args:
             prompt: what is to be seen in it.
         """
-        request = dataclasses.replace(self._request, prompt=prompt)
-        if self.count == 0 and request.image is not None:
-            given = self._generator.inputs.known(request, self._chunk_size)
-            return self._taken(request, given)
-        return self._taken(dataclasses.replace(request, image=None), Known())
+        given = Known()
+        if self.count == 0 and self._request.image is not None:
+            given = self._generator.inputs.known(self._request, self._chunk_size)
+        return self._taken(prompt, given)
 
     def take(self, latents: Float[np.ndarray, "f h w c"], prompt: str) -> None:
         """Goes on from latents that are there; those of whole chunks."""
         for start in range(0, len(latents), self.chunk):
             part = latents[start : start + self.chunk]
             known = Known(latents=part, clean=np.ones(part.shape[:3], bool))
-            request = dataclasses.replace(self._request, prompt=prompt, image=None)
-            self._taken(request, known)
+            self._taken(prompt, known)
 
     @property
     def _chunk_size(self) -> tuple[int, int, int]:
         return self.chunk, *self._size[1:]
 
-    def _taken(self, request: Request, given: Known) -> np.ndarray:
+    def _taken(self, prompt: str, given: Known) -> np.ndarray:
         """Makes what isn't given of a chunk, and keeps all of it."""
         generator, model = self._generator, self._model
-        batch = self._batch(request, given)
+        batch = self._batch(prompt, given)
         places = rows_sharding(generator.mesh, len(batch.seeds))
         dit, guidance = model.dit, self._solving["guidance"]
         with jax.set_mesh(generator.mesh):
@@ -148,24 +144,16 @@ class Stream:
         self.count += self.chunk
         return unpatchify(row, self._chunk_size, model.patch_size)
 
-    def _batch(self, request: Request, given: Known) -> Chunk:
+    def _batch(self, prompt: str, given: Known) -> Chunk:
         """The tokens of the chunk that follows, and its texts."""
-        model, size = self._model, self._chunk_size
-        prompts, nulls = self._generator.inputs.texts([request])
+        model, inputs = self._model, self._generator.inputs
+        request = dataclasses.replace(self._request, prompt=prompt)
+        blank = np.zeros((*self._chunk_size, model.vae.latent_channels), np.float32)
         item, null = (
-            item_of(
-                np.zeros((*size, model.vae.latent_channels), np.float32),
-                patch_size=model.patch_size,
-                fps=float(request.fps or 1.0),
-                temporal_compression=model.vae.temporal_compression,
-                seconds=model.seconds,
-                known=given,
-                first=self.count,
-                text_embeds=text,
-            )
-            for (text,) in (prompts, nulls)
+            inputs.item(request, blank, given, self.count, text)
+            for (text,) in inputs.texts([request])
         )
-        seed = (request.seed + _NEXT * self.count) % 2**32
+        seed = (request.seed + NEXT * self.count) % 2**32
         (batch,) = batches_of([item], [null], [seed], 1, 1, 1, model.text_length)
         return batch
 

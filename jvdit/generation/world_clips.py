@@ -29,6 +29,18 @@ class Setting:
     sync: float = 1.0
     after: bool = False
 
+    @property
+    def solving(self) -> dict[str, Any]:
+        """The setting as fields of `Settings`."""
+        return {
+            "draft": self.draft,
+            "steps": self.steps,
+            "solver": self.solver,
+            "guidance_scale": self.guidance,
+            "sound_sync_scale": self.sync,
+            "sound_after": self.after,
+        }
+
     def __str__(self) -> str:
         told = ", from a draft" * self.draft
         told += f", given {self.given}" * (self.given != "nothing")
@@ -83,13 +95,8 @@ def generated(
             meter.lap()
             clips = generator(
                 requests_for(world, ids, setting.given),
-                draft=setting.draft,
-                steps=setting.steps,
-                solver=setting.solver,
-                guidance_scale=setting.guidance,
-                sound_sync_scale=setting.sync,
-                sound_after=setting.after,
                 rows=rows,
+                **setting.solving,
             )
             kept = {"videos": np.stack([clip.video for clip in clips])}
             if clips[0].audio is not None:

@@ -150,14 +150,10 @@ class Api:
         return self._file(job, *kinds[variant])
 
     def _file(self, job: VideoJob, file: str, kind: str) -> Response:
+        kept = {"cache-control": "private, immutable, max-age=3600"}
         name = f"{job.id}.{file.rpartition('.')[2]}"
-        return FileResponse(
-            self.jobs.path(job.id, file),
-            media_type=kind,
-            filename=name,
-            content_disposition_type="inline",
-            headers={"cache-control": "private, immutable, max-age=3600"},
-        )
+        shown = {"filename": name, "content_disposition_type": "inline"}
+        return FileResponse(self.jobs.path(job.id, file), 200, kept, kind, **shown)
 
     async def preview(self, http: HttpRequest) -> Response:
         """What can be seen so far of a clip that is being made."""

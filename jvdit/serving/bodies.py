@@ -12,7 +12,8 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request as HttpRequest
 
 from jvdit.generation.request import FIELDS_GIVEN, SEVERAL
-from jvdit.serving.guard import read_json_body
+from jvdit.generation.sound_spans import read_span
+from jvdit.machine.json_files import parse_json
 
 _DATA = re.compile(r"data:([\w.+-]+/[\w.+-]+)?(?:;[\w=.+-]+)*;base64,", re.ASCII)
 _PART = re.compile(r"conditions\[(\w+)\](?:\[([\w.+-]*)\])?", re.ASCII)
@@ -56,20 +57,13 @@ class Uploads:
     def _check_taken(self, name: str, place: str) -> None:
         if name not in self.takes:
             told = ", ".join(f"`{x}`" for x in self.takes) or "none"
-            raise ValueError(
-                f"`{place}` isn't taken: of conditions this model takes {told}."
-            )
+            raise ValueError(f"`{place}` isn't taken; this model takes {told}.")
 
     def put_span(self, value: Any, place: str) -> None:
         """Adds a span of a sound: [0, 0.5], or "0:0.5"; no end is the clip's."""
         self._check_taken("keep_sound", place)
-        ends = value.split(":") if isinstance(value, str) else value
         try:
-            start, end = ends
-            if isinstance(start, bool) or isinstance(end, bool):
-                raise TypeError(ends)
-            until = math.inf if end in (None, "") else float(end)
-            self.keep_sound.append((float(start), until))
+            self.keep_sound.append(read_span(value))
         except (TypeError, ValueError, OverflowError):
             raise ValueError(
                 f"`{place}` (={str(value)[:40]!r}) must be spans such as [0, 0.5], in "
@@ -108,7 +102,8 @@ async def read_body(
     """
     kind = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
-        fields, files = _from_json(read_json_body(await http.body()), takes)
+        body = parse_json(await http.body(), "the body", dict[str, Any])
+        fields, files = _from_json(body, takes)
     elif kind == "multipart/form-data":
         limits = {"max_files": _FILES, "max_fields": _FIELDS, "max_part_size": _FIELD}
         async with http.form(**limits) as form:

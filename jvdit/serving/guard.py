@@ -4,7 +4,6 @@ import asyncio
 import dataclasses
 import hmac
 import ipaddress
-import json
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -102,9 +101,8 @@ class Guard:
             await answer(scope, receive, sending)
             return
         self.large -= large
-        bounded = _Bounded(
-            receive, self.num_bytes, self.seconds, partial(self._free, large)
-        )
+        free = partial(self._free, large)
+        bounded = _Bounded(receive, self.num_bytes, self.seconds, free)
         try:
             await self.app(scope, bounded, sending)
         finally:
@@ -167,18 +165,3 @@ class _Bounded:
 def too_large(num_bytes: int) -> JSONResponse:
     """The answer to a body that is larger than is taken."""
     return refusal(413, f"a request may have {num_bytes >> 20} MB at most.")
-
-
-def read_json_body(body: bytes) -> dict[str, Any]:
-    """A body's JSON object.
-
-    Raises:
-        ValueError: it isn't one.
-    """
-    try:
-        found = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"the body isn't JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError("the body must be a JSON object.")
-    return found

@@ -109,13 +109,12 @@ class Jobs:
             if not (file := folder / _JOB).exists():  # it never came to be a job
                 shutil.rmtree(folder, ignore_errors=True)
                 continue
-            job = read_json(file, f"remove {file.parent}", VideoJob)
-            if not job.over:
-                made = (file.parent / CLIP).exists()
-                job.status, job.progress = (DONE, 100) if made else (WAITING, 0)
-                job.completed_at = (
-                    (file.parent / CLIP).stat().st_mtime if made else None
-                )
+            job = read_json(file, f"remove {folder}", VideoJob)
+            if not job.over and (clip := folder / CLIP).exists():
+                job.status, job.progress = DONE, 100
+                job.completed_at = clip.stat().st_mtime
+            elif not job.over:
+                job.status, job.progress, job.completed_at = WAITING, 0, None
             yield job
 
     def receive(self, uploads: Mapping[str, Sequence[bytes]]) -> tuple[str, Any]:

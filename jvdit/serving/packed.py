@@ -19,25 +19,15 @@ from jvdit.data.packing import unpack_rows
 from jvdit.data.patches import Size
 from jvdit.diffusion.noise_path import TimestepPolicy
 from jvdit.generation import restyle
-from jvdit.generation.batches import OTHER_NOISE
+from jvdit.generation.batches import noise_seeds
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request
 from jvdit.generation.results import Latents
 from jvdit.generation.settings import Settings
 from jvdit.machine.cluster import to_host
+from jvdit.serving import slots
 from jvdit.serving.row_programs import Denoising, begun, entered, sized, stepped
-from jvdit.serving.slots import (
-    BLOCK,
-    RowShape,
-    RowSlot,
-    blank_rows,
-    clear,
-    find_slot,
-    places,
-    put,
-    room_of_text,
-    soonest,
-)
+from jvdit.serving.slots import BLOCK, RowShape, RowSlot
 from jvdit.serving.token_counts import clip_tokens, picture_tokens
 from jvdit.sharding import platform, rows_sharding
 
@@ -101,17 +91,13 @@ class Packed:
             share = tokens / max(clip_tokens(model, *usual.size), 1)
             sounds = -(-int(heard * share) // unit) * unit
         channels = max(model.dit.in_channels, model.dit.sound_channels)
-        text = room_of_text(model.text_length), model.dit.text_width
+        text = slots.room_of_text(model.text_length), model.dit.text_width
         self.settings = Settings().complete(model.defaults)
-        ways = mesh.shape["data"] * mesh.shape["fsdp"]
-        if self.settings.guidance_scale != 1 and ways % 2 == 0:
-            ways //= 2  # guidance doubles the rows
-        cond = model.dit.cond_channels
-        self.shape = RowShape(
-            rows or ways, tokens, sounds, clips, *text, channels, cond
-        )
+        rows = rows or generator.ways(self.settings.guidance_scale != 1)
+        widths = channels, model.dit.cond_channels
+        self.shape = RowShape(rows, tokens, sounds, clips, *text, *widths)
         self.running: list[PackedClip] = []
-        self._arrays = blank_rows(self.shape)
+        self._arrays = slots.blank_rows(self.shape)
         self._placed: Any = None
         self._solution: Any = None
         self._seeds = np.zeros(self._level_shape, np.uint32)
@@ -143,13 +129,9 @@ class Packed:
         levels of their own can't; nor can guided ones where the model's own aren't.
         """
         model = self.generator.model
-        plain = dataclasses.replace(
-            settings,
-            steps=self.settings.steps,
-            guidance_scale=self.settings.guidance_scale,
-            guidance_scale_2=self.settings.guidance_scale_2,
-            strength=self.settings.strength,
-        )
+        each = "steps", "guidance_scale", "guidance_scale_2", "strength"
+        usual = {name: getattr(self.settings, name) for name in each}
+        plain = dataclasses.replace(settings, **usual)
         needed = any(CONDITIONS[name].needs for name in model.conditions)
         guides = self.settings.guidance_scale != 1 or settings.guidance_scale == 1
         return (
@@ -184,11 +166,11 @@ class Packed:
             taken: places of others; None: those of the clips that are denoised.
         """
         taken = [x.slot for x in self.running] if taken is None else taken
-        return find_slot(self.shape, taken, counts, closed)
+        return slots.find_slot(self.shape, taken, counts, closed)
 
     def soonest(self, counts: tuple[int, int]) -> int:
         """The row in which there will be room for so many tokens soonest."""
-        return soonest(self.shape, {x.slot: x.left for x in self.running}, counts)
+        return slots.soonest(self.shape, {x.slot: x.left for x in self.running}, counts)
 
     def enter(self, request: Request, settings: Settings, slot: RowSlot) -> PackedClip:
         """Puts a clip in a row.
@@ -209,7 +191,7 @@ class Packed:
                 f"a clip of {slot.counts[0]} tokens was expected, and it has "
                 f"{len(item.latents) - item.sounds}."
             )
-        put(self._arrays, self.shape, slot, item, null)
+        slots.put(self._arrays, self.shape, slot, item, null)
         if times is None:
             times = self._times_of(item, slot, settings.steps or 1)
         clip = PackedClip(request, slot, size, times, settings.guidance_scale or 1.0)
@@ -224,7 +206,7 @@ class Packed:
         generator, model = self.generator, self.generator.model
         if request.restyle is not None:
             how = settings.steps or 1, settings.strength
-            made = restyle.begun(model, generator.codec, [request], *how)
+            made = restyle.noised(model, generator.codec, [request], *how)
             times = np.array([*made["levels"], 0.0], np.float32)
             return made["noise"][0], np.stack([times, times], axis=1)
         if (mark := generator.watermark) is None:
@@ -259,16 +241,14 @@ class Packed:
         slot, levels = clip.slot, self.shape.levels
         fresh = np.zeros(self._arrays["segment"].shape, bool)
         drawn = fresh.copy()
-        for kind, place in enumerate(places(self.shape, slot)):
+        for kind, place in enumerate(slots.places(self.shape, slot)):
             at = slot.row, place
             fresh[at] = True
             if kind or not begun:
                 drawn[at] = self._arrays["level"][at] % levels > 0
-        fresh_level = np.zeros(self._level_shape, bool)
-        for level, other in zip(self._levels(slot), OTHER_NOISE, strict=False):
-            fresh_level[slot.row, level] = True
-            seed = (clip.request.seed ^ other) % (1 << 32)
-            self._seeds[slot.row, level] = seed
+        fresh_level, own = np.zeros(self._level_shape, bool), self._levels(slot)
+        fresh_level[slot.row, own] = True
+        self._seeds[slot.row, own] = noise_seeds(clip.request.seed, len(own))
         self._place()
         with jax.set_mesh(self.generator.mesh):
             placed = partial(jax.device_put, device=self._sharding)
@@ -328,7 +308,7 @@ class Packed:
             broken = to_host(broken)  # this also waits
         for clip in self.running:
             clip.index += 1
-            for place in places(self.shape, clip.slot):
+            for place in slots.places(self.shape, clip.slot):
                 clip.broken |= bool(broken[clip.slot.row, place].any())
         return [clip for clip in self.running if clip.broken or not clip.left]
 
@@ -350,7 +330,7 @@ class Packed:
     def _read(self, tokens: Array, clip: PackedClip) -> Latents:
         model, slot = self.generator.model, clip.slot
         row = to_host(tokens)[slot.row]
-        pictures, sounds = (row[place] for place in places(self.shape, slot))
+        pictures, sounds = (row[place] for place in slots.places(self.shape, slot))
         channels, patch = model.vae.latent_channels, model.patch_size
         ((picture,),) = unpack_rows(pictures[None], [[clip.size]], patch, channels)
         sound = sounds[:, : model.dit.sound_channels]
@@ -359,17 +339,15 @@ class Packed:
     def leave(self, clip: PackedClip) -> None:
         """Takes a clip out of its row."""
         self.running.remove(clip)
-        clear(self._arrays, self.shape, clip.slot)
-        for level in self._levels(clip.slot):
-            self._seeds[clip.slot.row, level] = 0
+        slots.clear(self._arrays, self.shape, clip.slot)
+        self._seeds[clip.slot.row, self._levels(clip.slot)] = 0
         self._place()
 
     def warm_up(self) -> bool:
         """Compiles the programs; whether bits don't depend on a clip's place here."""
         request = self.generator.complete(Request(""))
         settings = dataclasses.replace(self.settings, steps=2)
-        first = self.find(counts := self.counts(request))
-        if first is None:
+        if (first := self.find(counts := self.counts(request))) is None:
             request = dataclasses.replace(request, frames=1, sound=False)
             first = self.find(counts := self.counts(request))
         if first is None:

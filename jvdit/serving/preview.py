@@ -11,24 +11,22 @@ from PIL.ExifTags import Base
 
 from jvdit.generation.results import STATEMENT
 
+_SIDE = 256  # least pixels of the short side
 _SMOOTH = Image.Resampling.BICUBIC
 _SAMPLES = 6  # pictures of each sort from which colours are learned
 
 
 def webp(
-    frames: Sequence[UInt8[np.ndarray, "H W 3"]],
-    milliseconds: float = 125.0,
-    side: int = 256,
+    frames: Sequence[UInt8[np.ndarray, "H W 3"]], milliseconds: float = 125.0
 ) -> bytes:
-    """Frames as a picture, animated if there are several.
+    """Frames as a picture, animated if there are several; small ones are enlarged.
 
     Args:
         frames: of one size.
         milliseconds: how long each is seen.
-        side: smaller ones are enlarged until their short side has so many pixels.
     """
     pictures = [Image.fromarray(np.ascontiguousarray(frame)) for frame in frames]
-    scale = max(1.0, side / min(pictures[0].size))
+    scale = max(1.0, _SIDE / min(pictures[0].size))
     width, height = (round(n * scale) for n in pictures[0].size)
     pictures = [x.resize((width, height), _SMOOTH) for x in pictures]
     buffer = io.BytesIO()

@@ -9,11 +9,6 @@ from jvdit.generation.request import SEVERAL, Request
 from jvdit.generation.settings import Settings
 
 
-def given_names(request: Request) -> list[str]:
-    """The names of all that a request gives besides its prompt."""
-    return [*request.given, *["restyle"] * (request.restyle is not None)]
-
-
 def command_of(
     request: Request, settings: Settings, source: Mapping[str, str], sound: bool
 ) -> str:
@@ -29,7 +24,6 @@ def command_of(
     words += [f"--{name}={value}" for name, value in source.items()]
     words.append(f"--size={request.height}x{request.width}")
     for name, value in _fields(request, settings, sound).items():
-        name = {"last_image": "last"}.get(name, name)
         if isinstance(value, bool):
             words.append(f"--{'' if value else 'no'}{name}")
         elif isinstance(value, tuple):
@@ -89,7 +83,7 @@ def _fields(request: Request, settings: Settings, sound: bool) -> dict[str, Any]
         fields["sound"] = request.sound
     if request.restyle is not None:
         fields["strength"] = settings.strength
-    return fields | {name: _stand_in(request, name) for name in given_names(request)}
+    return fields | {name: _stand_in(request, name) for name in request.given}
 
 
 def _timed(part: Any) -> str:

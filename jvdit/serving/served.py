@@ -7,18 +7,17 @@ from typing import Any
 
 from jvdit.data.conditions import CONDITIONS
 from jvdit.generation.completion import size_like
+from jvdit.generation.footage import FOOTAGE
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import SEVERAL, Request
 from jvdit.generation.settings import Settings
-from jvdit.serving.recipe import command_of, given_names, python_of
+from jvdit.serving.recipe import command_of, python_of
 from jvdit.serving.slots import ALIGNED
 from jvdit.serving.token_counts import clip_tokens, picture_tokens, stills_of
 from jvdit.serving.video_request import VideoRequest
 
 # How a browser may choose a file for a condition; all others are pictures.
-_FILMS = "video", "mask", "from_video", "prefix", "suffix", "interpolate", "upscale"
-_FILMS += "edges", "guide", "restyle"
-_ACCEPTS = dict.fromkeys(_FILMS, "video/*")
+_ACCEPTS = dict.fromkeys(FOOTAGE, "video/*")
 _ACCEPTS |= {"from_sound": "audio/*", "mask": "image/*,video/*"}
 _ACCEPTS |= {"camera": "application/json", "keep_sound": "spans"}
 _NO_FILE = "tail"  # a condition that only films have
@@ -95,7 +94,7 @@ class Served:
         settings = asked.settings.complete(model.defaults)
         if (settings.steps or 1) > self.steps:
             raise ValueError(
-                f"`steps` (={settings.steps}) must be at most {self.steps} here."
+                f"`steps` (={settings.steps}) must be at most {self.steps}."
             )
         request = self.generator.complete(request)
         self.generator.check(request)
@@ -120,12 +119,10 @@ class Served:
         most = self._most_frames(request, stills)
         unit, share = self.generator.unit, self.tokens / count
         small = size_like((height, width), int(height * width * share), unit)
-        told = []
-        if most:
-            told.append(f"{most} frames of {width}x{height}")
+        told = [f"{most} frames of {width}x{height}"] if most else []
         if self._fits(request, (frames, *small), stills):
             told.append(f"{frames} frames of {small[1]}x{small[0]}")
-        given = [f"`{name}`" for name in given_names(request)]
+        given = [f"`{name}`" for name in request.given]
         beside = f" with {', '.join(given)}" if given else ""
         raise ValueError(
             f"`size` and `num_frames` ({frames} frames of {width}x{height}) make "
@@ -137,7 +134,7 @@ class Served:
         """The most frames of a request's size that fit; 0: not even one does."""
         model, (frames, *sides) = self.generator.model, request.size
         last = max((time for time, _ in request.keyframes), default=0.0)
-        least = 1 + round(last * (request.fps or 1.0))
+        least = 1 + round(last * request.frame_rate)
         most = 0
         for fewer in range(1, frames, model.vae.temporal_compression):
             size = fewer, sides[0], sides[1]
@@ -167,15 +164,10 @@ class Served:
         """
         frames, height, width = request.size
         fps = request.fps or 8.0
-        fields = {
-            "num_frames": frames,
-            "fps": fps,
-            "num_inference_steps": settings.steps,
-            "guidance_scale": settings.guidance_scale,
+        fields = _in_api(request, settings) | {
             "seed": request.seed,
-            "negative_prompt": request.negative_prompt or "",
             "sound": bool(request.sound),
-            "conditions": given_names(request),
+            "conditions": request.given,
         }
         if request.restyle is not None:
             fields["strength"] = settings.strength
@@ -226,14 +218,21 @@ class Served:
             "loras": [*self.loras],
             "defaults": {
                 "size": f"{suits.width}x{suits.height}",
-                "num_frames": suits.frames,
-                "fps": suits.fps,
-                "num_inference_steps": settings.steps,
-                "guidance_scale": settings.guidance_scale,
-                "negative_prompt": suits.negative_prompt or "",
                 "strength": settings.strength,
+                **_in_api(suits, settings),
             },
             "limits": {"tokens": self.tokens, "num_inference_steps": self.steps},
             "unit": self.generator.unit,
             "period": model.vae.temporal_compression,
         }
+
+
+def _in_api(request: Request, settings: Settings) -> dict[str, Any]:
+    """What every model lets a client choose, by its names in the API."""
+    return {
+        "num_frames": request.frames,
+        "fps": request.fps,
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.guidance_scale,
+        "negative_prompt": request.negative_prompt or "",
+    }

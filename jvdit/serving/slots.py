@@ -45,7 +45,7 @@ class RowShape:
     @property
     def kinds(self) -> tuple[int, ...]:
         """How many tokens of a row are of each kind; (): there is one."""
-        return (self.tokens, self.sounds) if self.sounds else ()
+        return self.budgets if self.sounds else ()
 
     @property
     def levels(self) -> int:
@@ -173,22 +173,18 @@ def find_slot(
             continue
         there = [slot for slot in taken if slot.row == row]
         numbers = {*range(shape.clips)} - {slot.number for slot in there}
-        starts: list[Any] = [
-            _gap(
-                [(x.starts[kind], x.counts[kind]) for x in there],
-                counts[kind],
-                shape.budgets[kind],
-            )
-            for kind in range(2)
-        ]
+        starts: list[Any] = [_gap(shape, there, k, n) for k, n in enumerate(counts)]
         if numbers and None not in starts:
             return RowSlot(row, min(numbers), (starts[0], starts[1]), counts)
     return None
 
 
-def _gap(spans: list[tuple[int, int]], count: int, budget: int) -> int | None:
-    """The first start of so many free tokens; None: there is none."""
-    for start in range(0, budget - count + 1, ALIGNED):
+def _gap(
+    shape: RowShape, there: Collection[RowSlot], kind: int, count: int
+) -> int | None:
+    """The first start of so many free tokens of a kind; None: there is none."""
+    spans = [(x.starts[kind], x.counts[kind]) for x in there]
+    for start in range(0, shape.budgets[kind] - count + 1, ALIGNED):
         within = start % BLOCK + count <= BLOCK or start % BLOCK == 0
         apart = all(start + count <= a or a + n <= start for a, n in spans if n)
         if within and apart:

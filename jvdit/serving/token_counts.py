@@ -58,7 +58,7 @@ def stills_of(model: Bundle, request: Request) -> int:
     """How many pictures of a clip's size are given beside it, each by itself."""
     ends = 1 if request.last_image is not None else 0
     if request.suffix is not None:
-        ends = footage_length(request.suffix, "suffix", float(request.fps or 1.0))
+        ends = footage_length(request.suffix, "suffix", request.frame_rate)
     many = {
         "suffix": ends,
         "keyframes": len(request.keyframes),

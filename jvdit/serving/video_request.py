@@ -1,5 +1,6 @@
 """Bodies of `POST /v1/videos`, in the shape of OpenAI's API, as requests of ours."""
 
+import dataclasses
 import math
 import re
 import secrets
@@ -103,9 +104,8 @@ class VideoRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             for name, paths in files.items()
         }
         if "keyframes" in fields:
-            fields["keyframes"] = (
-                *zip(self.keyframes, files["keyframes"], strict=True),
-            )
+            timed = zip(self.keyframes, files["keyframes"], strict=True)
+            fields["keyframes"] = (*timed,)
         if self.keep_sound:
             fields["keep_sound"] = self.keep_sound
         if self.size is not None:
@@ -115,15 +115,9 @@ class VideoRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                     "64x48."
                 )
             fields |= {"width": int(match[1]), "height": int(match[2])}
-        return Request(
-            self.prompt,
-            negative_prompt=self.negative_prompt,
-            frames=self._frames(self.fps or fps, period),
-            fps=self.fps,
-            seed=self.seed or 0,
-            sound=self.sound,
-            **fields,
-        )
+        fields |= {x: getattr(self, x) for x in ("negative_prompt", "fps", "sound")}
+        frames = self._frames(self.fps or fps, period)
+        return Request(self.prompt, frames=frames, seed=self.seed or 0, **fields)
 
     def _frames(self, fps: float, period: int) -> int | None:
         if self.seconds is None:
@@ -139,12 +133,10 @@ class VideoRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Raises:
             ValueError: a number is out of its range.
         """
-        strength = {} if self.strength is None else {"strength": self.strength}
-        return Settings(
-            steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
-            **strength,
-        )
+        found = Settings(self.num_inference_steps, guidance_scale=self.guidance_scale)
+        if self.strength is None:
+            return found
+        return dataclasses.replace(found, strength=self.strength)
 
 
 def in_api_words(message: str) -> tuple[str, str | None]:

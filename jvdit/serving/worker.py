@@ -125,7 +125,10 @@ class Worker(threading.Thread):
             self._warm_up()
             while self._goes_on():
                 self.jobs.expire()
-                self._drop_cancelled()
+                for entry in [*self._entries.values()]:
+                    if self.jobs.find(entry.job.id) is None:  # it was cancelled
+                        self._take_out(entry)
+                        self._entries.pop(entry.job.id, None)
                 self._admit()
                 if self._under_way():
                     self._step()
@@ -163,19 +166,10 @@ class Worker(threading.Thread):
         """Whether a packed clip was begun."""
         return any(entry.clip or entry.done for entry in self._entries.values())
 
-    def _drop_cancelled(self) -> None:
-        for entry in [*self._entries.values()]:
-            if self.jobs.find(entry.job.id) is None:
-                self._take_out(entry)
-                self._forget(entry)
-
     def _take_out(self, entry: PackedJob) -> None:
         if entry.clip is not None and self.packed is not None:
             self.packed.leave(entry.clip)
             entry.clip = None
-
-    def _forget(self, entry: PackedJob) -> None:
-        self._entries.pop(entry.job.id, None)
 
     def _admit(self) -> None:
         """Lets waiting clips into the rows, or makes one by itself."""
@@ -222,7 +216,7 @@ class Worker(threading.Thread):
     def _enter(self, entry: PackedJob, slot: Any) -> None:
         assert self.packed is not None
         if not entry.done and not self.jobs.begin(entry.job):
-            self._forget(entry)
+            self._entries.pop(entry.job.id, None)
             return
         entry.clip = self.packed.enter(entry.request, entry.settings, slot)
 
@@ -263,13 +257,12 @@ class Worker(threading.Thread):
             latents = self.packed.latents(entry.clip)
         finally:
             self._take_out(entry)
-        told = lambda *_: None  # noqa: E731
-        made = self.served.generator.decoded({0: latents}, [entry.request], told)
-        ((_, clip),) = made
+        codec, unheard = self.served.generator.codec, lambda *_: None
+        ((_, clip),) = codec.clips({0: latents}, [entry.request], unheard)
         try:
             entry.request = entry.passes.send(clip)
         except StopIteration as end:
-            self._forget(entry)
+            self._entries.pop(entry.job.id, None)
             self.finish(entry.job, end.value, entry.spend(self._meter.lap()))
             return
         entry.spend(self._meter.lap())

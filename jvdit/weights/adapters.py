@@ -178,8 +178,8 @@ class _Slot(NamedTuple):
     shape: Shape
 
 
-# Path of a leaf; number of the layer, and how many there are (`_Slot`).
-_Key = tuple[str, int | None, int]
+# The values of a parameter by the number of the layer, for each path and `_Slot.depth`.
+_Held = dict[tuple[str, int], dict[int | None, np.ndarray]]
 
 
 def _slots(
@@ -214,7 +214,7 @@ class _Reader:
     ):
         self.path, self.tensors, self.slots = path, tensors, slots
         self.alphas = Alphas(path, tensors)
-        self.found: dict[str, dict[_Key, np.ndarray]] = {}
+        self.found: dict[str, _Held] = {}
         self.left: dict[str, str] = {}
 
     def read(self, layer: str, names: Mapping[str, str]) -> None:
@@ -231,10 +231,9 @@ class _Reader:
         values = {part: self._value(name) for part, name in names.items()}
         rank = values["b"].shape[1] if "b" in values and values["b"].ndim > 1 else 0
         strength = self.alphas.of(layer, rank) / rank if rank else 1.0
-        if {"a", "b", "magnitude"} & names.keys():
-            why = self._factors(expert, plain, values, strength)
-            factors = ("a", "b", "magnitude") if why else ()
-            self.left |= {names[x]: why for x in factors if x in names}
+        factors = [x for x in ("a", "b", "magnitude") if x in names]
+        if factors and (why := self._factors(expert, plain, values, strength)):
+            self.left |= {names[x]: why for x in factors}
         for part in [x for x in _DIFFERENCES if x in values]:
             value = values[part] * (strength if part == "scaled_bias" else 1)
             if why := self._difference(expert, plain, _DIFFERENCES[part], value):
@@ -291,10 +290,10 @@ class _Reader:
         return "" if slots else _ABSENT
 
     def _put(self, expert: str, slot: _Slot, path: str, value: np.ndarray) -> None:
-        held, key = self.found.setdefault(expert, {}), (path, slot.layer, slot.depth)
-        if key in held:
+        held = self.found.setdefault(expert, {}).setdefault((path, slot.depth), {})
+        if slot.layer in held:
             raise ValueError(f"{self.path} changes {path} twice, under two names.")
-        held[key] = value
+        held[slot.layer] = value
 
 
 _ABSENT = "this network has no such layer"
@@ -307,23 +306,20 @@ def _along(magnitude: np.ndarray, shape: Shape) -> np.ndarray | None:
     return magnitude.reshape(-1, 1) if magnitude.size == shape[0] else None
 
 
-def _stacked(flat: Mapping[_Key, np.ndarray]) -> dict[str, Any]:
+def _stacked(held: _Held) -> dict[str, Any]:
     """Builds the tree of adapters, with layers stacked where the network's are.
 
     What is left out of a stack is zero; smaller ranks are padded with zeros.
     """
     joined: dict[str, Any] = {}
-    stacks: dict[tuple[str, int], dict[int, np.ndarray]] = {}
-    for (path, layer, depth), value in flat.items():
-        if layer is None:
-            joined[path] = value
-        else:
-            stacks.setdefault((path, depth), {})[layer] = value
-    for (path, depth), values in stacks.items():
-        shape = np.max([value.shape for value in values.values()], axis=0)
+    for (path, depth), layers in held.items():
+        if None in layers:  # it isn't stacked
+            joined[path] = layers[None]
+            continue
+        shape = np.max([value.shape for value in layers.values()], axis=0)
         joined[path] = np.zeros((depth, *shape), np.float32)
-        for number, value in values.items():
-            joined[path][(number, *map(slice, value.shape))] = value
+        for number, value in layers.items():
+            joined[path][number, *map(slice, value.shape)] = value
     return unflatten_dict(joined, sep="/")
 
 

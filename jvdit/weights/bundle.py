@@ -232,14 +232,12 @@ def read_bundle(folder: str | os.PathLike[str]) -> Bundle:
 
 def sources_of(folder: str | os.PathLike[str]) -> tuple[str, ...]:
     """Names of what the model of a training was trained on; none of other models."""
-    settings = _settings_of(folder)
-    return settings.sources if settings else ()
+    return getattr(_settings_of(folder), "sources", ())
 
 
 def conditions_of(folder: str | os.PathLike[str]) -> tuple[str, ...]:
     """The conditions of the model of a training; none of other models."""
-    settings = _settings_of(folder)
-    return tuple(settings.conditions) if settings else ()
+    return getattr(_settings_of(folder), "conditions", ())
 
 
 def _settings_of(folder: str | os.PathLike[str]) -> _ModelSettings | None:

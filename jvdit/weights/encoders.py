@@ -274,9 +274,7 @@ class ClipEncoder(_Divided):
             pieces = split(video, self.module.temporal_compression)
             pieces = (to_float(self._split(piece)) for piece in pieces)
             moments = [*encode_stream(self.module, self._placed, pieces)]
-            mean, logvar = (
-                jnp.concatenate(x, axis=1) for x in zip(*moments, strict=True)
-            )
+            mean, logvar = (jnp.concatenate(x, 1) for x in zip(*moments, strict=True))
             return mean, logvar
 
 
@@ -296,9 +294,7 @@ class SoundEncoder(_Divided):
         Args:
             audio: samples in [-1, 1].
         """
-        audio = np.concatenate(
-            [in_channels(x, self.module.channels)[None] for x in audio]
-        )
+        audio = np.stack([in_channels(x, self.module.channels) for x in audio])
         spare = -len(audio) % self._mesh.size
         audio = np.pad(audio, ((0, spare), (0, 0), (0, 0)))
         with jax.set_mesh(self._mesh):

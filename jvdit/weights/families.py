@@ -22,10 +22,7 @@ _FAMILIES = tuple(
         (r"(^|\.)(double_blocks|single_transformer_blocks)\.", "FLUX or HunyuanVideo"),
         (r"visual_transformer_blocks", "Kandinsky 5"),
         (r"(^|\.)fusion_blocks?\.|audio_model\.", "Ovi"),
-        (
-            r"input_blocks\.|down_blocks\.",
-            "Stable Diffusion, or an autoencoder",
-        ),
+        (r"input_blocks\.|down_blocks\.", "Stable Diffusion, or an autoencoder"),
         (r"patch_embed\.text_proj|transformer_blocks\.0\.norm1\.linear", "CogVideoX"),
         (r"self_attn\.\w_audio|_audio\.weight$", "NAVA"),
     )

@@ -5,7 +5,6 @@ one layer at a time is in the type of the computation. Norms, biases, embeddings
 stands before and after the blocks, and what control says to them stay as they are.
 """
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from functools import lru_cache, partial
@@ -22,23 +21,10 @@ from jax.sharding import NamedSharding, Sharding
 from jvdit.models.dense import SCALE
 from jvdit.sharding import replicated
 
-
-@dataclasses.dataclass(frozen=True)
-class Form:
-    """How kernels are held.
-
-    Attributes:
-        dtype: type of their values.
-        largest: what the largest weight of an output channel becomes.
-    """
-
-    dtype: Any
-    largest: float
-
-
-FORMS: Mapping[str, Form] = {
-    "int8": Form(np.int8, 127.0),
-    "fp8": Form(ml_dtypes.float8_e4m3fn, 448.0),
+# The type of the values, and what the largest weight of an output channel becomes.
+FORMS: Mapping[str, tuple[Any, float]] = {
+    "int8": (np.int8, 127.0),
+    "fp8": (ml_dtypes.float8_e4m3fn, 448.0),
 }
 NETWORKS = ("dit", "dit_low", "text_encoder")  # the others are small
 _KERNEL = re.compile(r"(block|control)s?(_\d+)?/(?!hint/).*kernel")
@@ -47,9 +33,7 @@ _KERNEL = re.compile(r"(block|control)s?(_\d+)?/(?!hint/).*kernel")
 def check_form(name: str) -> None:
     """Raises a ValueError unless this is a name in `FORMS`, or ""."""
     if name and name not in FORMS:
-        raise ValueError(
-            f"`quantize` (={name!r}) must be one of {', '.join(FORMS)}, or left out."
-        )
+        raise ValueError(f"`quantize` (={name!r}) must be one of {', '.join(FORMS)}.")
 
 
 def few_bits(params: Mapping[str, Any], form: str) -> Any:
@@ -97,7 +81,7 @@ def _rounded(form: str, kernel: Any) -> tuple[Any, Any]:
     One that isn't finite makes its scale so.
     """
     xp: Any = np if isinstance(kernel, np.ndarray) else jnp
-    dtype, largest = FORMS[form].dtype, FORMS[form].largest
+    dtype, largest = FORMS[form]
     kernel = kernel.astype(np.float32)
     scale = xp.abs(kernel).max(axis=-2) / np.float32(largest)
     with np.errstate(invalid="ignore"):

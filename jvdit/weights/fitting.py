@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jvdit.models.kinds import SUFFIXES
 from jvdit.models.layers import stack_of
+from jvdit.weights.rules import layers_of
 
 _SOUND = SUFFIXES[1]
 # Whether pictures are the same without it.
@@ -47,11 +48,15 @@ def fitted(
     places = {
         layer: (path, i)
         for path, leaf in theirs.items()
-        for i, layer in enumerate(_layers(path, leaf.shape))
+        for i, (_, layer) in enumerate(layers_of(path, leaf.shape))
     }
-    source = {path: _layers(path, leaf.shape) for path, leaf in ours.items()}
-    for layers in source.values():
-        layers[:] = [x if x in places else x.replace(_SOUND, "") for x in layers]
+    source = {
+        path: [
+            x if x in places else x.replace(_SOUND, "")
+            for _, x in layers_of(path, leaf.shape)
+        ]
+        for path, leaf in ours.items()
+    }
     found = dict(fresh([path for path, x in source.items() if not {*x} <= {*places}]))
     for path, layers in source.items():
         if path not in found:
@@ -79,12 +84,3 @@ def _joined(parts: Sequence[Any]) -> Any:
 
 def _is_stacked(path: str) -> bool:
     return stack_of(path.partition("/")[0]) is not None
-
-
-def _layers(path: str, shape: tuple[int, ...]) -> list[str]:
-    """The paths at which the layers of a stack would be by themselves."""
-    stack, _, rest = path.partition("/")
-    if (named := stack_of(stack)) is None:
-        return [path]
-    name, first = named
-    return [f"{name}_{i}/{rest}" for i in range(first, first + shape[0])]

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -27,19 +26,10 @@ from jvdit.models.text_encoder import TextEncoder
 from jvdit.models.video_vae import VideoVAE
 from jvdit.sharding import parameter_shardings
 from jvdit.weights import clip, kvae, umt5, wan, wan_vae
+from jvdit.weights import released_configs as configs
 from jvdit.weights.adapters import part_of
 from jvdit.weights.families import READ, family_of
 from jvdit.weights.parameters import Network
-from jvdit.weights.released_configs import (
-    AudioVAEConfig,
-    DiffusersDiT,
-    ImageConfig,
-    OriginalDiT,
-    TextConfig,
-    VAEConfig,
-    dit_fields,
-    patch_channels,
-)
 from jvdit.weights.rules import LAYOUTS, Rule, export, loader
 from jvdit.weights.tensors import PathLike, TensorFiles, write_tensors
 
@@ -87,10 +77,10 @@ def load_dit(
         config = _dit_config(where)
     for prefix in ("model.diffusion_model.", "diffusion_model."):
         tensors.within(prefix)
-    sizes = dit_fields(config, _ATTENDS in tensors)
-    module = MODELS["dit"].module(**sizes, **_types(dtype), **fields)
-    rules = partial(wan.dit_rules, channels=patch_channels(module))
-    return _load(_DIT, module, module.example_inputs(), tensors, rules, mesh, dtype)
+    sizes = configs.dit_fields(config, _ATTENDS in tensors) | fields
+    module = MODELS["dit"].module(**sizes, dtype=dtype, param_dtype=dtype)
+    rules = partial(wan.dit_rules, channels=configs.patch_channels(module))
+    return _load(_DIT, module, module.example_inputs(), tensors, rules, mesh)
 
 
 def lone(file: PathLike) -> str:
@@ -119,26 +109,20 @@ def save_dit(folder: PathLike, params: Any, module: Backbone, like: PathLike) ->
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     source, file = _part(like, "transformer")
-    original = file is None or isinstance(_dit_config(file), OriginalDiT)
+    original = file is None or isinstance(_dit_config(file), configs.OriginalDiT)
     layout = "original" if original else "diffusers"
-    tensors = export(wan.dit_rules(layout, patch_channels(module)), params)
+    tensors = export(wan.dit_rules(layout, configs.patch_channels(module)), params)
     write_tensors(folder / "diffusion_pytorch_model.safetensors", tensors)
     shutil.copy(source / "config.json", folder / "config.json")
 
 
-def load_vae(
-    folder: PathLike,
-    mesh: Mesh | None = None,
-    dtype: DTypeLike = jnp.float32,
-    variant: str = "",
-) -> Network:
+def load_vae(folder: PathLike, mesh: Mesh | None = None, variant: str = "") -> Network:
     """Opens the autoencoder of a Wan release; its parameters are read when needed.
 
     Args:
         folder: the pipeline, its `vae` folder, or the original release's file converted
             to safetensors.
         mesh: device mesh to shard the parameters over; None: all on the default device.
-        dtype: dtype of the parameters and of the computation.
         variant: version of the weights, see `TensorFiles`.
 
     Raises:
@@ -151,28 +135,20 @@ def load_vae(
         moments = tensors.shapes.get(_VAE, (0,))[0]
         sizes = video_vae.VARIANTS["wan2.2" if moments == 96 else "wan2.1"]
     else:
-        sizes = read_json(file, _REMEDY, VAEConfig).fields
-    module = VideoVAE(**sizes, **_types(dtype))
+        sizes = read_json(file, _REMEDY, configs.VAEConfig).fields
+    module = VideoVAE(**sizes)
     side = module.spatial_compression
     video = jnp.zeros((1, 1, side, side, 3))
     rules = partial(wan_vae.rules, module)
-    return _load(_VAE, module, (video,), tensors, rules, mesh, dtype)
+    return _load(_VAE, module, (video,), tensors, rules, mesh)
 
 
-def load_audio_vae(
-    folder: PathLike,
-    mesh: Mesh | None = None,
-    dtype: DTypeLike = jnp.float32,
-    variant: str = "",
-) -> Network:
+def load_audio_vae(folder: PathLike) -> Network:
     """Opens KVAE-Audio's autoencoder; its parameters are read when first needed.
 
     Args:
         folder: the folder that diffusers saves, a pipeline with it in `audio_vae`, or
             the safetensors file of the released sizes.
-        mesh: device mesh to shard the parameters over; None: all on the default device.
-        dtype: dtype of the parameters and of the computation.
-        variant: version of the weights, see `TensorFiles`.
 
     Raises:
         FileNotFoundError: a file is missing; says which.
@@ -181,12 +157,11 @@ def load_audio_vae(
     folder, file = _part(folder, "audio_vae")
     sizes = audio_vae.VARIANTS["kvae-audio"]
     if file is not None:
-        sizes = read_json(file, _AGAIN, AudioVAEConfig).fields
-    module = AudioVAE(**sizes, **_types(dtype))
+        sizes = read_json(file, _AGAIN, configs.AudioVAEConfig).fields
+    module = AudioVAE(**sizes)
     sound = jnp.zeros((1, module.hop, module.channels))
     rules = partial(kvae.rules, module)
-    tensors = TensorFiles(folder, variant)
-    return _load(_AUDIO, module, (sound,), tensors, rules, mesh, dtype)
+    return _load(_AUDIO, module, (sound,), TensorFiles(folder), rules)
 
 
 def load_text_encoder(
@@ -194,7 +169,6 @@ def load_text_encoder(
     mesh: Mesh | None = None,
     dtype: DTypeLike = jnp.bfloat16,
     variant: str = "",
-    **fields: Any,
 ) -> Network:
     """Opens the text encoder of a Wan release (UMT5), or a T5 v1.1.
 
@@ -206,7 +180,6 @@ def load_text_encoder(
         mesh: device mesh to shard the parameters over; None: all on the default device.
         dtype: dtype of the parameters and of the computation.
         variant: version of the weights, see `TensorFiles`.
-        **fields: fields of `TextEncoder` that the release doesn't set.
 
     Raises:
         FileNotFoundError: a file is missing; says which.
@@ -215,19 +188,16 @@ def load_text_encoder(
     folder, file = _part(folder, "text_encoder")
     sizes = text_encoder.VARIANTS["umt5-xxl"]
     if file is not None:
-        sizes = read_json(file, _REMEDY, TextConfig).fields
-    module = TextEncoder(**sizes, **_types(dtype), **fields)
+        sizes = read_json(file, _REMEDY, configs.TextConfig).fields
+    module = TextEncoder(**sizes, dtype=dtype, param_dtype=dtype)
     blank = jnp.zeros((1, 1), jnp.int32)
     rules = partial(umt5.rules, shared_bias=module.shared_bias)
     tensors = TensorFiles(folder, variant)
-    return _load(_TEXT, module, (blank, blank), tensors, rules, mesh, dtype)
+    return _load(_TEXT, module, (blank, blank), tensors, rules, mesh)
 
 
 def load_image_encoder(
-    folder: PathLike,
-    mesh: Mesh | None = None,
-    dtype: DTypeLike = jnp.float32,
-    variant: str = "",
+    folder: PathLike, mesh: Mesh | None = None, variant: str = ""
 ) -> Network:
     """Opens the image encoder of a Wan 2.1 I2V release (CLIP).
 
@@ -238,7 +208,6 @@ def load_image_encoder(
         folder: the pipeline, its `image_encoder` folder, or the original release's file
             converted to safetensors.
         mesh: device mesh to shard the parameters over; None: all on the default device.
-        dtype: dtype of the parameters and of the computation.
         variant: version of the weights, see `TensorFiles`.
 
     Raises:
@@ -248,12 +217,11 @@ def load_image_encoder(
     folder, file = _part(folder, "image_encoder")
     sizes = image_encoder.VARIANTS["clip-vit-h-14"]
     if file is not None:
-        sizes = read_json(file, _REMEDY, ImageConfig).fields
-    module = ImageEncoder(**sizes, **_types(dtype))
+        sizes = read_json(file, _REMEDY, configs.ImageConfig).fields
+    module = ImageEncoder(**sizes)
     images = jnp.zeros((1, module.image_size, module.image_size, 3))
-    rules = partial(clip.rules, module)
-    tensors = TensorFiles(folder, variant)
-    return _load(_IMAGE, module, (images,), tensors, rules, mesh, dtype)
+    tensors, rules = TensorFiles(folder, variant), partial(clip.rules, module)
+    return _load(_IMAGE, module, (images,), tensors, rules, mesh)
 
 
 def _part(folder: PathLike, name: str) -> tuple[pathlib.Path, pathlib.Path | None]:
@@ -273,12 +241,12 @@ def _part(folder: PathLike, name: str) -> tuple[pathlib.Path, pathlib.Path | Non
     return path, file
 
 
-def _dit_config(file: pathlib.Path) -> DiffusersDiT | OriginalDiT:
+def _dit_config(file: pathlib.Path) -> configs.DiffusersDiT | configs.OriginalDiT:
     held = read_json(file, _REMEDY, dict[str, Any])
     if "num_attention_heads" in held:
-        return read_json(file, _REMEDY, DiffusersDiT)
+        return read_json(file, _REMEDY, configs.DiffusersDiT)
     if "dim" in held:
-        return read_json(file, _REMEDY, OriginalDiT)
+        return read_json(file, _REMEDY, configs.OriginalDiT)
     kind = held.get("_class_name", "unknown")
     raise ValueError(
         f"{file}: a network of class {kind} is not one of Wan's; known are "
@@ -288,20 +256,15 @@ def _dit_config(file: pathlib.Path) -> DiffusersDiT | OriginalDiT:
 
 def _load(
     original: str,
-    module: nn.Module,
+    module: Any,
     inputs: tuple[Any, ...],
     tensors: TensorFiles,
     rules: Callable[..., list[Rule]],
-    mesh: Mesh | None,
-    dtype: DTypeLike,
+    mesh: Mesh | None = None,
 ) -> Network:
-    table = rules(layout=LAYOUTS[original in tensors])
+    table, dtype = rules(layout=LAYOUTS[original in tensors]), module.param_dtype
     shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
     places = None if mesh is None else parameter_shardings(shapes, mesh)
     bring = loader(table, tensors, shapes, places, dtype, os.fspath(tensors.path))
     held = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
     return Network(module, bring, held)
-
-
-def _types(dtype: DTypeLike) -> dict[str, Any]:
-    return {"dtype": dtype, "param_dtype": dtype}

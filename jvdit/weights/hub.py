@@ -11,14 +11,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from jvdit.weights import tensors
 from jvdit.weights.release import read_release
-from jvdit.weights.tensors import (
-    PathLike,
-    TensorFiles,
-    chosen_variant,
-    has_variant,
-    variant_of,
-)
+from jvdit.weights.tensors import PathLike, TensorFiles
 
 # owner/name, perhaps with a revision, and the path of a file.
 _ID = re.compile(
@@ -118,7 +113,7 @@ def _whole(folder: pathlib.Path, variant: str) -> bool:
         parts = read_release(folder).parts.values()
         for part in parts:
             TensorFiles(part, variant)
-        there = [has_variant(part, variant) for part in parts]
+        there = [tensors.has_variant(part, variant) for part in parts]
         # Some networks of a release may lack a variant, but never the plain weights.
         enough = any(there) if variant else all(there)
         return enough and all((part / "config.json").exists() for part in parts)
@@ -135,9 +130,9 @@ def _needed(name: PathLike, files: Sequence[str], variant: str) -> list[str]:
     found = [_INDEX]
     for folder in (*_FOLDERS, *_SMALL):
         inside = [x for x in files if x.rpartition("/")[0] == folder]
-        kinds = {x: variant_of(pathlib.Path(x)) for x in inside}
+        kinds = {x: tensors.variant_of(pathlib.Path(x)) for x in inside}
         kinds = {x: kind for x, kind in kinds.items() if kind is not None}
-        chosen = chosen_variant(kinds.values(), variant)
+        chosen = tensors.chosen_variant(kinds.values(), variant)
         found += [x for x, kind in kinds.items() if kind == chosen]
         small = (".json", ".model", ".txt")
         found += [x for x in inside if x.endswith(small) and x not in kinds]

@@ -54,10 +54,7 @@ def _names(vae: AudioVAE) -> Iterator[tuple[str, str]]:
     yield "in_proj", "quant_conv"
     yield "out_proj", "post_quant_conv"
     last = len(vae.strides) - 1
-    for half, sampler, way in (
-        ("encoder", "conv1", "down"),
-        ("decoder", "conv_t1", "up"),
-    ):
+    for half, sampler, way in _HALVES:
         yield f"{half}.conv1", f"{half}/conv_in"
         yield f"{half}.snake1", f"{half}/snake_out"
         yield f"{half}.conv2", f"{half}/conv_out"

@@ -24,11 +24,7 @@ from jvdit.weights.hub import adapter_file, release_folder
 from jvdit.weights.parameters import Network, module_fields
 from jvdit.weights.recipes import RECIPES, TEXT_LENGTH
 from jvdit.weights.release import Release, is_release, read_release
-from jvdit.weights.released_configs import (
-    PATCH_SIZE,
-    conditions_of,
-    patch_channels,
-)
+from jvdit.weights.released_configs import PATCH_SIZE, conditions_of, patch_channels
 from jvdit.weights.tensors import has_variant
 from jvdit.weights.wan import LAYOUTS, dit_rules
 
@@ -77,39 +73,36 @@ def open_bundle(
         raise ValueError(folders.lone(folder))
     if not is_release(folder):
         options = {"dtype": dtype, "shift": shift, "parts": parts, "variant": variant}
-        _check_own(folder, options | fields)
+        if given := [name for name, x in (options | fields).items() if x]:
+            told = " and ".join(given)
+            raise ValueError(f"{told} go with a released model, and {folder} is none.")
         return read_bundle(folder)
     release = read_release(folder)
     if variant and not any(has_variant(x, variant) for x in release.parts.values()):
-        raise ValueError(
-            f"no network of {folder} has a `variant` {variant!r}; leave it out."
-        )
-    networks = _networks(
-        release,
-        parts or {},
-        variant,
-        make_mesh() if mesh is None else mesh,
-        jnp.bfloat16 if dtype is None else dtype,
-        fields,
-    )
+        raise ValueError(f"{folder} has no `variant` {variant!r}; leave it out.")
+    where = {"mesh": make_mesh() if mesh is None else mesh, "variant": variant}
+    fields = {"scan_layers": platform() != "cpu"} | fields
+    networks = _networks(release, parts or {}, where, dtype or jnp.bfloat16, fields)
     return _released(release, networks, shift)
-
-
-def _check_own(folder: pathlib.Path, options: Mapping[str, Any]) -> None:
-    """Raises a ValueError if options of released models were given for another one."""
-    if given := [name for name, value in options.items() if value]:
-        told = " and ".join(given)
-        raise ValueError(f"{told} go with a released model, and {folder} is none.")
 
 
 def _released(
     release: Release, networks: dict[str, Network], shift: float | None
 ) -> Bundle:
-    """A released model, with the settings of its folder and its authors."""
+    """A released model, with the settings of its folder and its authors.
+
+    Logs scheduler settings that aren't followed, and a shift that differs from the
+    authors' recommendation.
+    """
     dit = networks["dit"].module
     recipe, scheduler = release.recipe(module_fields(dit)), release.scheduler
-    _tell(release, recipe, shift)
-    policy = scheduler.policy(recipe["shift"] if shift is None else shift)
+    for note in scheduler.notes:
+        logging.warning("%s: %s", release.folder, note)
+    advised, own = RECIPES.get(recipe.get("release", ""), recipe), recipe["shift"]
+    if shift is None and advised["shift"] != own:
+        told = "%s: its scheduler's shift of %g is taken; its authors advise %g."
+        logging.warning(told, release.folder, own, advised["shift"])
+    policy = scheduler.policy(own if shift is None else shift)
     return Bundle(
         networks=networks,
         tokenizer=release_tokenizer(release.tokenizer),
@@ -126,45 +119,21 @@ def _released(
     )
 
 
-def _tell(release: Release, recipe: Mapping[str, Any], shift: float | None) -> None:
-    """Logs scheduler settings that aren't followed, or that the authors advise against.
-
-    The latter is a shift that differs from the authors' recommendation.
-    """
-    for note in release.scheduler.notes:
-        logging.warning("%s: %s", release.folder, note)
-    advised = RECIPES.get(recipe.get("release", ""), recipe)["shift"]
-    if shift is None and advised != recipe["shift"]:
-        logging.warning(
-            "%s: its scheduler's shift of %g is taken; its authors advise %g.",
-            release.folder,
-            recipe["shift"],
-            advised,
-        )
-
-
 def _networks(
     release: Release,
     parts: Mapping[str, str | os.PathLike[str]],
-    variant: str,
-    mesh: Mesh,
+    where: Mapping[str, Any],
     dtype: DTypeLike,
     fields: Mapping[str, Any],
 ) -> dict[str, Network]:
     """Opens the networks of a release, without reading their parameters yet."""
     if unknown := set(parts) - set(release.parts):
         raise ValueError(f"{release.folder} has no {', '.join(unknown)} to replace.")
-    fields = {"scan_layers": platform() != "cpu"} | dict(fields)
     like = release.parts["dit"]
     dit = partial(folders.load_dit, dtype=dtype, like=like, **fields)
-    loaders = {
-        "dit": dit,
-        "dit_low": dit,
-        "text_encoder": partial(folders.load_text_encoder, dtype=dtype),
-        "vae": folders.load_vae,
-        "image_encoder": folders.load_image_encoder,
-    }
-    where = {"mesh": mesh, "variant": variant}
+    text = partial(folders.load_text_encoder, dtype=dtype)
+    loaders: dict[str, Any] = {"dit": dit, "dit_low": dit, "text_encoder": text}
+    loaders |= {"vae": folders.load_vae, "image_encoder": folders.load_image_encoder}
     paths = release.parts | {name: pathlib.Path(path) for name, path in parts.items()}
     found = {name: loaders[name](path, **where) for name, path in paths.items()}
     dit = found["dit"].module
@@ -203,9 +172,7 @@ def with_adapters(
     """
     networks = [name for name in networks if name in model.networks]
     if not networks:
-        raise ValueError(
-            "adapters for low noise were given; this model has one expert."
-        )
+        raise ValueError("adapters for low noise were given to a model of one expert.")
     held = {name: [tree] for name, tree in model.adapters.items()}
     changed = model.networks
     for file, factor in files:

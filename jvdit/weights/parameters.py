@@ -44,9 +44,8 @@ def json_field(name: str, value: Any) -> Any:
 
 def build(module: type, fields: dict[str, Any]) -> Any:
     """Builds a Linen module from its fields; lists, as JSON has them, become tuples."""
-    return module(
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    )
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    return module(**fields)
 
 
 def model_folder(folder: PathLike) -> pathlib.Path:
@@ -110,12 +109,10 @@ def weights_hash(params: Any) -> str:
     """
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        value = np.asarray(leaf)
+        name, value = jax.tree_util.keystr(path), np.asarray(leaf)
         if value.dtype == object:
-            raise TypeError(f"{jax.tree_util.keystr(path)} is no array but {leaf!r}.")
-        digest.update(
-            f"{jax.tree_util.keystr(path)} {value.shape} {value.dtype}".encode()
-        )
+            raise TypeError(f"{name} is no array but {leaf!r}.")
+        digest.update(f"{name} {value.shape} {value.dtype}".encode())
         digest.update(np.ascontiguousarray(value).tobytes())
     return digest.hexdigest()[:16]
 

@@ -24,50 +24,32 @@ TEXT_LENGTH = 512
 # timestep is 999, as in Wan.
 POLICY = {"shift_range": (1e-3, 1e3), "grid": (1 - 1e-6, 1 / TIMESTEPS)}
 
-_WAN = {
-    "steps": 50,
-    "shift": 5.0,
-    "guidance_scale": 5.0,
-    "boundary": 0.0,
-    "frames": 81,
-    "fps": 16.0,
-    "height": 720,
-    "width": 1280,
-    "solver": "unipc",
-    "negative_prompt": NEGATIVE_PROMPT,
-}
+
+def _wan(**changes: Any) -> dict[str, Any]:
+    """The settings that most releases share, but for some changes."""
+    how = {"steps": 50, "shift": 5.0, "guidance_scale": 5.0, "solver": "unipc"}
+    size = {"frames": 81, "fps": 16.0, "height": 720, "width": 1280}
+    shared = {"boundary": 0.0, "negative_prompt": NEGATIVE_PROMPT}
+    return how | shared | size | changes
+
+
 _480P = {"height": 480, "width": 832}
-_VACE = _WAN | {"shift": 16.0}
+_SHAKING, _CUTS = f"镜头晃动，{NEGATIVE_PROMPT}", f"镜头切换，{NEGATIVE_PROMPT}"
 # By name, as in `dit.VARIANTS`. For 720p, wan2.1-i2v-14b needs a shift of 5.
 RECIPES: dict[str, dict[str, Any]] = {
-    "wan2.1-t2v-1.3b": _WAN | _480P | {"shift": 8.0, "guidance_scale": 6.0},
-    "wan2.1-t2v-14b": _WAN,
-    "wan2.1-i2v-14b": {
-        **_WAN,
-        **_480P,
-        "steps": 40,
-        "shift": 3.0,
-        "negative_prompt": f"镜头晃动，{NEGATIVE_PROMPT}",
-    },
-    "wan2.1-flf2v-14b": {**_VACE, "negative_prompt": f"镜头切换，{NEGATIVE_PROMPT}"},
-    "wan2.1-vace-1.3b": _VACE | _480P,
-    "wan2.1-vace-14b": _VACE,
-    "wan2.2-t2v-a14b": {
-        **_WAN,
-        "steps": 40,
-        "shift": 12.0,
-        "guidance_scale": 4.0,
-        "guidance_scale_2": 3.0,
-        "boundary": 0.875,
-    },
-    "wan2.2-i2v-a14b": {
-        **_WAN,
-        "steps": 40,
-        "guidance_scale": 3.5,
-        "guidance_scale_2": 3.5,
-        "boundary": 0.9,
-    },
-    "wan2.2-ti2v-5b": {**_WAN, "frames": 121, "fps": 24.0, "height": 704},
+    "wan2.1-t2v-1.3b": _wan(shift=8.0, guidance_scale=6.0, **_480P),
+    "wan2.1-t2v-14b": _wan(),
+    "wan2.1-i2v-14b": _wan(steps=40, shift=3.0, negative_prompt=_SHAKING, **_480P),
+    "wan2.1-flf2v-14b": _wan(shift=16.0, negative_prompt=_CUTS),
+    "wan2.1-vace-1.3b": _wan(shift=16.0, **_480P),
+    "wan2.1-vace-14b": _wan(shift=16.0),
+    "wan2.2-t2v-a14b": _wan(
+        steps=40, shift=12.0, guidance_scale=4.0, guidance_scale_2=3.0, boundary=0.875
+    ),
+    "wan2.2-i2v-a14b": _wan(
+        steps=40, guidance_scale=3.5, guidance_scale_2=3.5, boundary=0.9
+    ),
+    "wan2.2-ti2v-5b": _wan(frames=121, fps=24.0, height=704),
 }
 
 

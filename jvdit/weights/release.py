@@ -261,14 +261,9 @@ def _diffusers(folder: pathlib.Path, index: _Pipeline) -> Release:
         settings["solver"] = scheduler.solver
     if scheduler.shift is not None:
         settings["shift"] = scheduler.shift
-    return Release(
-        folder,
-        {part: _there(folder / name) for part, name in names.items()},
-        _tokenizer(folder / "tokenizer"),
-        bool(index.expand_timesteps),
-        settings,
-        scheduler,
-    )
+    parts = {part: _there(folder / name) for part, name in names.items()}
+    tokenizer, clean = _tokenizer(folder / "tokenizer"), bool(index.expand_timesteps)
+    return Release(folder, parts, tokenizer, clean, settings, scheduler)
 
 
 def _original(folder: pathlib.Path) -> Release:
@@ -288,9 +283,8 @@ def _original(folder: pathlib.Path) -> Release:
                 f"{folder} has no {pattern}, of the original release; download it, or "
                 "give a folder as diffusers saves it."
             )
-    return Release(
-        folder, parts, _tokenizer(folder / "google/umt5-xxl"), kind == "ti2v", {}
-    )
+    tokenizer = _tokenizer(folder / "google/umt5-xxl")
+    return Release(folder, parts, tokenizer, kind == "ti2v", {})
 
 
 def _there(path: pathlib.Path) -> pathlib.Path:

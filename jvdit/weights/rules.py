@@ -8,10 +8,9 @@ straight onto the devices.
 """
 
 import dataclasses
-import functools
 import re
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple
 
 import einops
@@ -124,9 +123,7 @@ def assign(
         ValueError: a tensor has no place, a parameter no tensor, or two shapes differ;
             lists which.
     """
-    pieces = {
-        path: names_of(rules, path, shape, theirs) for path, shape in ours.items()
-    }
+    pieces = {x: names_of(rules, x, shape, theirs) for x, shape in ours.items()}
     used, unlike, unknown = set(), [], []
     for path, found in pieces.items():
         for name, rule, layer in found:
@@ -138,7 +135,7 @@ def assign(
         places = places_of(rules, name)
         if not any(rule.tied or not path for path, rule in places):
             unknown.append(name + "".join(f" (for {path})" for path, _ in places))
-    missing = [x for x in ours if len(pieces[x]) < len(_layers(x, ours[x]))]
+    missing = [x for x in ours if len(pieces[x]) < len(layers_of(x, ours[x]))]
     problems = [
         f"{len(names)} {kind}: {listed(names)}"
         for kind, names in (
@@ -170,7 +167,7 @@ def names_of(
     """
     found = []
     patterns = [(_regex(rule.ours), rule) for rule in rules]
-    for layer, place in _layers(path, shape):
+    for layer, place in layers_of(path, shape):
         matches = ((pattern.fullmatch(place), rule) for pattern, rule in patterns)
         named = [
             (rule.theirs.format(**m.groupdict()), rule) for m, rule in matches if m
@@ -182,7 +179,7 @@ def names_of(
     return found
 
 
-def _layers(path: str, shape: Shape) -> list[tuple[int | None, str]]:
+def layers_of(path: str, shape: Shape) -> list[tuple[int | None, str]]:
     """The number and the path of each layer that is stacked in a parameter, if any."""
     stack, _, rest = path.partition("/")
     if (found := stack_of(stack)) is None:
@@ -203,6 +200,7 @@ def layers(
     theirs: str = "",
     ours: str = "",
     layout: str = "o i -> i o",
+    norm: tuple[str, str] = ("weight", ""),
     **sizes: int,
 ) -> list[Rule]:
     """Rules for layers with a weight and an optional bias.
@@ -214,6 +212,7 @@ def layers(
         theirs: what their names begin with.
         ours: what our names begin with.
         layout: einops pattern of a kernel, from their layout to ours.
+        norm: what they call the scale of a norm, and the pattern of it.
         **sizes: sizes of the axes that the pattern merges.
     """
     found = []
@@ -221,7 +220,7 @@ def layers(
         name, own = f"{theirs}{row[which]}", f"{ours}{row[-1]}"
         weight = Rule(f"{name}.weight", f"{own}/kernel", layout, sizes)
         if "norm" in own.rpartition("/")[2]:
-            weight = Rule(f"{name}.weight", f"{own}/scale")
+            weight = Rule(f"{name}.{norm[0]}", f"{own}/scale", norm[1])
         found += [weight, Rule(f"{name}.bias", f"{own}/bias")]
     return found
 
@@ -232,7 +231,7 @@ def unread(*names: str) -> list[Rule]:
     return [Rule(name + end, "") for name in names for end in ends]
 
 
-@functools.cache
+@cache
 def _regex(pattern: str) -> re.Pattern[str]:
     """Compiles the pattern of a name; a number that occurs twice must be the same."""
     seen: set[str] = set()
@@ -244,15 +243,7 @@ def _regex(pattern: str) -> re.Pattern[str]:
         seen.add(name)
         return rf"(?P<{name}>\d+)"
 
-    parts = re.split(r"(\{\w\})", pattern)
-    return re.compile(
-        "".join(
-            re.sub(r"\{(\w)\}", number, part)
-            if part.startswith("{")
-            else re.escape(part)
-            for part in parts
-        )
-    )
+    return re.compile(re.sub(r"\\\{(\w)\\\}", number, re.escape(pattern)))
 
 
 def listed(names: Sequence[str]) -> str:

@@ -67,12 +67,9 @@ def finished_parameters(
         scan = "blocks" in shapes
         held = load_dit(parts[name], mesh, dtype, scan_layers=scan).params
         params[name] = _fitted(held, name, wanted, fresh)
-        _check_alike(
-            params[name],
-            shapes,
-            f"{parts[name]} is another network than this config's",
-            "take the sizes of its row of `dit.VARIANTS`",
-        )
+        other = f"{parts[name]} is another network than this config's"
+        remedy = "take the sizes of its row of `dit.VARIANTS`"
+        _check_alike(params[name], shapes, other, remedy)
     return params
 
 
@@ -91,12 +88,9 @@ def _own_parameters(
         places["dit_low"] = places["dit"]  # both experts begin as the one network
     params = {name: load_weights(place)[0] for name, place in places.items()}
     params = {name: _fitted(x, name, wanted, fresh) for name, x in params.items()}
-    _check_alike(
-        params,
-        dict(wanted),
-        f"{folder} holds other networks than this config's",
-        "change `start_from` or the sizes of the networks",
-    )
+    other = f"{folder} holds other networks than this config's"
+    remedy = "change `start_from` or the sizes of the networks"
+    _check_alike(params, dict(wanted), other, remedy)
     shardings = parameter_shardings(params, mesh)
     return jax.tree.map(_divided, params, shardings, dict(wanted))
 

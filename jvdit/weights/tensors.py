@@ -166,9 +166,7 @@ def _files(path: pathlib.Path, variant: str = "") -> list[pathlib.Path]:
             )
         return [path]
     if not path.is_dir():
-        raise FileNotFoundError(
-            f"{path} doesn't exist; give a file or folder of weights."
-        )
+        raise FileNotFoundError(f"{path} doesn't exist; give a file or a folder.")
     found = sorted(path.glob("*.safetensors"))
     several = sorted(path.glob("*.safetensors.index*.json"), reverse=True)
     indexes = {variant_of(x) or "": x for x in several}

@@ -6,16 +6,6 @@ The names are those of diffusers, or those of the original release
 
 from jvdit.weights.rules import LAYOUTS, Rule, layers, unread
 
-# What only sound goes through, in networks that were trained on with it: our names.
-_SOUND = tuple(
-    (f"{theirs}_sound", f"{original}_sound", f"self_attention/{ours}_sound")
-    for theirs, original, ours in (
-        ("attn1.to_q", "self_attn.q", "query"),
-        ("attn1.to_k", "self_attn.k", "key"),
-        ("attn1.to_v", "self_attn.v", "value"),
-        ("attn1.to_out.0", "self_attn.o", "out"),
-    )
-)
 # Layers of a block, and those before and after the blocks: diffusers' name, the
 # original name, and ours.
 _BLOCK = (
@@ -41,6 +31,8 @@ _BLOCK = (
     # The extra layer of control blocks (VACE).
     ("proj_out", "after_proj", "hint"),
 )
+# What only sound goes through, in networks that were trained on with it: our names.
+_SOUND = tuple(tuple(f"{name}_sound" for name in row) for row in _BLOCK[:4])
 _EMBEDDERS = (
     ("text_embedder.linear_1", "text_embedding.0", "text_embed/fc_in"),
     ("text_embedder.linear_2", "text_embedding.2", "text_embed/fc_out"),
@@ -56,8 +48,10 @@ _ENDS = (
     ("proj_out", "head.head", "head"),
     ("vace_blocks.0.proj_in", "vace_blocks.0.before_proj", "control_in"),
 )
+_CONTROL = (("vace_patch_embedding", "vace_patch_embedding", "control_embed"),)
 _BLOCKS = (("blocks.{i}.", "block_{i}/"), ("vace_blocks.{i}.", "control_{i}/"))
 _POSITIONS = ("condition_embedder.image_embedder.pos_embed", "img_emb.emb_pos")
+_WEIGHT = "patch_embedding.weight"
 _PATCH, _CELLS = "o c t h w -> (t h w c) o", {"t": 1, "h": 2, "w": 2}
 
 
@@ -74,26 +68,11 @@ def dit_rules(
     """
     which = LAYOUTS.index(layout)
     parts = ("patch_embed",) if channels is None else ("patch_embed", "cond_embed")
-    found = [
-        Rule(
-            "patch_embedding.weight",
-            f"{ours}/kernel",
-            _PATCH,
-            _CELLS,
-            part=(i, channels or 1),
-            axis=1,
-        )
-        for i, ours in enumerate(parts)
-    ]
-    found.append(Rule("patch_embedding.bias", "patch_embed/bias"))
-    found += layers(
-        [("vace_patch_embedding",) * 2 + ("control_embed",)],
-        which,
-        "",
-        "",
-        _PATCH,
-        **_CELLS,
-    )
+    found = [Rule("patch_embedding.bias", "patch_embed/bias")]
+    for i, ours in enumerate(parts):
+        part, kernel = (i, channels or 1), f"{ours}/kernel"
+        found.append(Rule(_WEIGHT, kernel, _PATCH, _CELLS, part, axis=1))
+    found += layers(_CONTROL, which, layout=_PATCH, **_CELLS)
     found += layers(_EMBEDDERS, which, ("condition_embedder.", "")[which])
     found += layers(_ENDS, which)
     tables = [

@@ -4,13 +4,17 @@ The released names number layers in ways that depend on the sizes, so the table 
 for a module: `rules(vae)`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 from jvdit.models.video_vae import VideoVAE
-from jvdit.weights.rules import LAYOUTS, Rule
+from jvdit.weights.rules import LAYOUTS, Rule, layers
 
-_VIDEO = "o i t h w -> t h w i o"
-_IMAGE = "o i h w -> h w i o"
+# They store the scales of norms with axes of size 1.
+_VIDEO: dict[str, Any] = {"layout": "o i t h w -> t h w i o"}
+_VIDEO["norm"] = "gamma", "c 1 1 1 -> c"
+_IMAGE: dict[str, Any] = {"layout": "o i h w -> h w i o"}
+_IMAGE["norm"] = "gamma", "c 1 1 -> c"
 # Layers, before, in and after the stages: diffusers' name, the original name, and ours.
 _QUANT = (
     ("quant_conv", "conv1", "quant_conv"),
@@ -44,17 +48,17 @@ def rules(vae: VideoVAE, layout: str = LAYOUTS[0]) -> list[Rule]:
         layout: whose tensor names the table reads, one of `LAYOUTS`.
     """
     which = LAYOUTS.index(layout)
-    found = [*_layers(_QUANT, which)]
+    found = layers(_QUANT, which, **_VIDEO)
     for half in ("encoder", "decoder"):
-        found += _layers(_ENDS, which, f"{half}.", f"{half}/")
+        found += layers(_ENDS, which, f"{half}.", f"{half}/", **_VIDEO)
     for theirs, ours in _blocks(vae, which):
         if ours.endswith("attention/"):
-            found += _layers(_ATTENTION, 0, theirs, ours, _IMAGE)
+            found += layers(_ATTENTION, 0, theirs, ours, **_IMAGE)
         elif ours.endswith("resample/"):
-            found += _layers([("resample.1", "conv")], 0, theirs, ours, _IMAGE)
-            found += _layers([("time_conv", "time_conv")], 0, theirs, ours)
+            found += layers([("resample.1", "conv")], 0, theirs, ours, **_IMAGE)
+            found += layers([("time_conv", "time_conv")], 0, theirs, ours, **_VIDEO)
         else:
-            found += _layers(_RES_BLOCK, which, theirs, ours)
+            found += layers(_RES_BLOCK, which, theirs, ours, **_VIDEO)
     return found
 
 
@@ -82,21 +86,3 @@ def _blocks(vae: VideoVAE, which: int) -> Iterator[tuple[str, str]]:
                     inner = f"{stage}.{name}"
                 ours = "resample" if block == blocks else f"res_{block}"
                 yield f"{base}.{inner}.", f"{place}/{ours}/"
-
-
-def _layers(
-    rows: Iterable[tuple[str, ...]],
-    which: int,
-    theirs: str = "",
-    ours: str = "",
-    layout: str = _VIDEO,
-) -> Iterator[Rule]:
-    """Rules of norms, whose scales they store with axes of size 1, and convolutions."""
-    for row in rows:
-        name, own = f"{theirs}{row[which]}", f"{ours}{row[-1]}"
-        if row[-1].startswith("norm"):
-            ones = "1 1 1" if layout == _VIDEO else "1 1"
-            yield Rule(f"{name}.gamma", f"{own}/scale", f"c {ones} -> c")
-        else:
-            yield Rule(f"{name}.weight", f"{own}/kernel", layout)
-            yield Rule(f"{name}.bias", f"{own}/bias")

@@ -12,9 +12,8 @@ from tiny_models import PROMPT, draw, pipeline
 
 from jvdit.diffusion.solvers import clip_noise
 from jvdit.generation.generator import Generator
-from jvdit.generation.presets import PRESETS
 from jvdit.generation.request import Request
-from jvdit.generation.settings import Settings
+from jvdit.generation.settings import PRESETS, Settings
 from jvdit.shapes import Tokens
 from jvdit.sharding import make_mesh
 from jvdit.weights.opening import open_bundle
