@@ -134,7 +134,7 @@ def test_an_engine_that_writes_elsewhere_is_told(videos, tmp_path):
 
     def whole(work, jobs):
         assert len(jobs) == 1  # the others are done
-        json.dumps([jobs[0].settings, jobs[0].shards])
+        json.dumps([jobs[0].plan.settings, jobs[0].plan.shards])
         work(jobs[0])
         work(jobs[0])
 

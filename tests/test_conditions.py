@@ -32,7 +32,7 @@ from jvdit.data.plan import PackPlan
 from jvdit.data.sources import open_source
 from jvdit.data.world import World
 from jvdit.diffusion.denoise import Guidance
-from jvdit.evaluation.giving_truth import GIVEN, Truth
+from jvdit.evaluation.giving_truth import GIVEN
 from jvdit.generation.generator import Generator
 from jvdit.generation.inputs import given_sound
 from jvdit.generation.request import Request
@@ -460,14 +460,24 @@ def test_fields_that_go_together(video):
 @pytest.mark.parametrize("name", GIVEN)
 def test_what_evaluation_gives_is_what_models_take(video, name):
     """And the pixels that it names are those that are given."""
-    row, clip = GIVEN[name], Truth(video, FPS, np.zeros((9_000, 1), np.float32))
-    size = {"frames": FRAMES, "height": SIDE, "width": SIDE, "fps": FPS}
-    request = Request("", **size, **row.fields(clip))
+    row, size = GIVEN[name], {"frames": FRAMES, "height": SIDE, "width": SIDE}
+    world = World("test", **size, fps=FPS, audio_rate=8_000)
+    (true,) = row.truths(world, np.arange(1))
+    request = Request("", fps=FPS, **size, **row.fields(true._replace(video=video)))
     taken = {field for x in CONDITIONS.values() for field in x.takes}
     assert set(request.given) <= taken
-    assert request.waveform(8_000, 1) is None or name == "sound"
-    if name != "sound":
+    heard = row.reads == "audio"
+    assert (request.waveform(8_000, 1) is not None) == heard == ("sound" in name)
+    assert heard or name == "nothing" or request.given
+    if not heard:
         request.read_given()
+    if name == "camera":
+        found = request.poses()
+        assert found == pytest.approx(world.cameras(world.scenes(np.arange(1)))[0])
+    if name == "guide":
+        np.testing.assert_array_equal(request.clip("guide"), true.guide)
+    if name == "inpaint_sound":
+        assert request.sound_spans() == ((0.0, FRAMES / FPS / 2),)
     where = row.where(video)
     assert where.shape == video.shape[:3]
     blank = request.kept(np.zeros_like(video), masked=True)

@@ -24,7 +24,7 @@ from jvdit.data.sheets import contact_sheet, write_png
 from jvdit.data.world import World
 from jvdit.evaluation import given as measures
 from jvdit.evaluation import oracle
-from jvdit.evaluation.giving_truth import GIVEN, Giving, Truth
+from jvdit.evaluation.giving_truth import GIVEN, Giving
 from jvdit.evaluation.oracle import laws
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request
@@ -109,16 +109,17 @@ def table(
     found = {"real": (scores(videos, true, everywhere, world), videos[0])}
     found["autoencoder"] = scores(whole, true, everywhere, world), whole[0]
     for name, (row, settings) in rows_of().items():
+        truths = row.truths(world, np.arange(count))
         requests = [
             Request(
                 caption,
                 fps=world.fps,
                 seed=i,
-                sound=False if name != "picture" else None,
+                sound=None if name == "picture" or row.reads == "audio" else False,
                 **size,
-                **row.fields(Truth(video, world.fps)),
+                **row.fields(truth),
             )
-            for i, (caption, video) in enumerate(zip(captions, videos, strict=True))
+            for i, (caption, truth) in enumerate(zip(captions, truths, strict=True))
         ]
         try:
             generator.check(requests[0])
@@ -141,7 +142,7 @@ def rows_of() -> dict[str, tuple[Giving, dict[str, Any]]]:
             f"restyle {x}": common | {"strength": float(x)} for x in _STRENGTH.value
         }
         return {name: (row, settings) for name, settings in made.items()}
-    names = _WHAT.value or [name for name in GIVEN if name != "sound"]
+    names = _WHAT.value or [k for k, row in GIVEN.items() if row.reads != "audio"]
     return {name: (GIVEN[name], common) for name in names}
 
 

@@ -102,10 +102,16 @@ class CameraPath(NamedTuple):
         self, frames: int, height: int, width: int, fps: float | int, start: float = 0.0
     ) -> "CameraPath":
         """The path of such a clip; arguments and errors as of `poses`."""
-        poses = self.poses(frames, height, width, fps, start).astype(np.float64)
+        poses = self.poses(frames, height, width, fps, start)
+        return CameraPath.of(poses, height, width, fps)
+
+    @classmethod
+    def of(cls, poses: Poses, height: int, width: int, fps: float) -> "CameraPath":
+        """The path of a clip of a size in pixels, whose cameras are known."""
+        poses = poses.astype(np.float64)
         sides = np.array([width, height] * 2)
         world = poses[:, :12].reshape(-1, 3, 4)
-        return CameraPath(world, poses[:, 12:] * sides, height, width, fps)
+        return cls(world, poses[:, 12:] * sides, height, width, fps)
 
     def json(self) -> str:
         """The text of its file."""

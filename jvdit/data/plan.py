@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from jaxtyping import Int
 
+from jvdit.data.clips import SIZE
 from jvdit.data.order import (
     Streams,
     evenly_dealt,
@@ -166,13 +167,17 @@ class PackPlan(StepPlan):
             tokens = tokens + index.get("given", 0) // math.prod(self.patch_size)
             text = np.maximum(np.asarray(index["text_length"], np.int64), 1)
             text = -(-text // TEXT_MULTIPLE) * TEXT_MULTIPLE
-            _check_budget(source, "token_budget", budgets[0], tokens)
-            _check_budget(source, "text_budget", budgets[1], text)
-            needs = [tokens, text]
+            needs = {"token_budget": tokens, "text_budget": text}
             if self.sound_budget:
-                needs.append(np.asarray(index["sounds"], np.int64))
-                _check_budget(source, "sound_budget", budgets[2], needs[2])
-            keys.append(np.stack(needs, axis=1))
+                needs["sound_budget"] = np.asarray(index["sounds"], np.int64)
+            for (name, need), budget in zip(needs.items(), budgets, strict=True):
+                if need.max() > budget:
+                    raise ValueError(
+                        f"Clip {need.argmax()} of source {source} needs {need.max()} "
+                        f"of `{name}` (={budget}); raise the budget to {need.max()} "
+                        "or use smaller clips."
+                    )
+            keys.append(np.stack([*needs.values()], axis=1))
         shape = (self.patch_size, *budgets, self.max_clips, self.rows_per_step)
         self._sort(indexes, keys, "pack", shape)
         self._pack()
@@ -312,9 +317,14 @@ class BucketPlan(StepPlan):
         self._sort(indexes, map(_clip_sizes, indexes), "bucket", shape)
         found, self._size_of = np.unique(self._streams.key, axis=0, return_inverse=True)
         self._sizes: list[Size] = [(f, h, w) for f, h, w in found.tolist()]
-        self._batch = np.array(
-            [_batch_size(x, pixels, multiple, self.unit) for x in self._sizes]
-        )
+        each = found.prod(axis=1)
+        self._batch = pixels // each // multiple * multiple
+        if not self._batch.all():
+            least, unit = multiple * each.max(), self.unit
+            raise ValueError(
+                f"{multiple} clips of {self._sizes[each.argmax()]} have {least} "
+                f"{unit}s, which exceeds `{unit}_budget` (={pixels}); raise it."
+            )
         self.batches = dict(zip(self._sizes, self._batch.tolist(), strict=True))
         self._schedule_sizes()
 
@@ -361,8 +371,7 @@ class BucketPlan(StepPlan):
 
 
 def _clip_sizes(index: Index) -> Int[np.ndarray, "k 3"]:
-    axes = ("frames", "height", "width")
-    return np.stack([np.asarray(index[axis], np.int64) for axis in axes], axis=1)
+    return np.stack([np.asarray(index[axis], np.int64) for axis in SIZE], axis=1)
 
 
 def _token_counts(
@@ -375,22 +384,3 @@ def _token_counts(
         except ValueError as error:
             raise ValueError(f"Clip {clip} of source {source}: {error}") from None
     return sizes.prod(axis=1) // math.prod(patch_size)
-
-
-def _check_budget(source: int, name: str, budget: int, needs: np.ndarray) -> None:
-    clip = int(np.argmax(needs))
-    if needs[clip] > budget:
-        raise ValueError(
-            f"Clip {clip} of source {source} needs {needs[clip]} of `{name}` "
-            f"(={budget}); raise the budget to {needs[clip]} or use smaller clips."
-        )
-
-
-def _batch_size(size: Size, pixel_budget: int, multiple: int, unit: str) -> int:
-    pixels = math.prod(size)
-    if count := pixel_budget // pixels // multiple * multiple:
-        return count
-    raise ValueError(
-        f"{multiple} clips of {size} have {multiple * pixels} {unit}s, which "
-        f"exceeds `{unit}_budget` (={pixel_budget}); raise it."
-    )

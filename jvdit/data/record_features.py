@@ -74,19 +74,6 @@ def latent_features(
     return _features(tensors, "text_length", *["sounds"] * sound)
 
 
-def tensor_spec(kind: str) -> tuple[np.dtype, int]:
-    """Returns the (dtype, rank) of a feature such as "bfloat16[f h w c]"."""
-    match = re.fullmatch(r"(\w+)\[([\w ]*)\]", kind)
-    if match is None:
-        known = ["text", "bytes", *SCALARS, "<dtype>[axes], e.g. bfloat16[f h w c]"]
-        raise ValueError(f"Unknown feature kind {kind!r}; known: {', '.join(known)}.")
-    try:
-        dtype = np.dtype(getattr(ml_dtypes, match[1], match[1]))
-    except TypeError as error:
-        raise ValueError(f"Unknown feature kind {kind!r}: {error}.") from None
-    return dtype, len(match[2].split())
-
-
 def tfds_features(features: Mapping[str, str]) -> tfds.features.FeaturesDict:
     """Translates a table of features into what TFDS calls by that name."""
 
@@ -97,13 +84,20 @@ def tfds_features(features: Mapping[str, str]) -> tfds.features.FeaturesDict:
             return tfds.features.Tensor(shape=(), dtype=np.object_)
         if kind in SCALARS:
             return tfds.features.Scalar(SCALARS[kind])
-        dtype, rank = tensor_spec(kind)
-        shape = (None,) * rank
-        return tfds.features.Tensor(shape=shape, dtype=dtype.type, encoding="bytes")
+        match = re.fullmatch(r"(\w+)\[([\w ]*)\]", kind)
+        if match is None:
+            known = ["text", "bytes", *SCALARS, "<dtype>[axes], e.g. bfloat16[f h w c]"]
+            raise ValueError(
+                f"Unknown feature kind {kind!r}; known: {', '.join(known)}."
+            )
+        try:
+            dtype = np.dtype(getattr(ml_dtypes, match[1], match[1])).type
+        except TypeError as error:
+            raise ValueError(f"Unknown feature kind {kind!r}: {error}.") from None
+        shape = (None,) * len(match[2].split())
+        return tfds.features.Tensor(shape=shape, dtype=dtype, encoding="bytes")
 
-    return tfds.features.FeaturesDict(
-        {n: feature(kind) for n, kind in features.items()}
-    )
+    return tfds.features.FeaturesDict({k: feature(x) for k, x in features.items()})
 
 
 def index_schema(features: Mapping[str, str]) -> pa.Schema:

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
+from jvdit.data.cameras import CameraPath, Poses
 from jvdit.data.conditions.beside import halved
+from jvdit.data.world import BESIDE, World
 
 Video = UInt8[np.ndarray, "T H W 3"]
 Where = Bool[np.ndarray, "T H W"]
@@ -23,11 +25,15 @@ class Truth(NamedTuple):
         video: RGB in [0, 255].
         fps: its frames per second.
         audio: its sound in [-1, 1], if there is any.
+        guide: its second video, if there is any.
+        camera: the camera of each frame, if that is known.
     """
 
     video: Video
     fps: float
     audio: Float[np.ndarray, "a e"] | None = None
+    guide: Video | None = None
+    camera: Poses | None = None
 
 
 class Giving(NamedTuple):
@@ -36,10 +42,22 @@ class Giving(NamedTuple):
     Attributes:
         fields: of a `Request`, as it takes them.
         where: which pixels of the clip they show.
+        reads: what they need of a `Truth` besides its video.
     """
 
     fields: Callable[[Truth], dict[str, Any]]
     where: Callable[[Video], Where]
+    reads: str = ""
+
+    def truths(self, world: World, ids: np.ndarray) -> list[Truth]:
+        """Clips of a world, with what is needed of them."""
+        beside = {self.reads}.intersection(BESIDE)
+        clips = world.clips(ids, audio=self.reads == "audio", beside=beside)
+        names = ("video", "audio", *beside)
+        return [
+            Truth(fps=world.fps, **{name: clips[name][i] for name in names})
+            for i in range(len(ids))
+        ]
 
 
 def _frames(*which: int | slice) -> Callable[[Video], Where]:
@@ -101,6 +119,20 @@ GIVEN: dict[str, Giving] = {
     ),
     "upscale": Giving(lambda x: {"upscale": halved(x.video)}, _ALL),
     "edges": Giving(lambda x: {"edges": x.video}, _NOTHING),
+    "guide": Giving(lambda x: {"guide": x.guide}, _NOTHING, "guide"),
+    "camera": Giving(
+        lambda x: {"camera": CameraPath.of(x.camera, *x.video.shape[1:3], x.fps)},
+        _NOTHING,
+        "camera",
+    ),
     "picture": Giving(lambda x: {"from_video": x.video}, _ALL),
-    "sound": Giving(lambda x: {"from_sound": x.audio}, _NOTHING),
+    "sound": Giving(lambda x: {"from_sound": x.audio}, _NOTHING, "audio"),
+    "inpaint_sound": Giving(  # all but the second half
+        lambda x: {
+            "from_sound": x.audio,
+            "keep_sound": ((0.0, len(x.video) / x.fps / 2),),
+        },
+        _NOTHING,
+        "audio",
+    ),
 }

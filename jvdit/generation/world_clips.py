@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jvdit.data.world import World
-from jvdit.evaluation.giving_truth import GIVEN, Truth
+from jvdit.evaluation.giving_truth import GIVEN
 from jvdit.evaluation.measuring import Shown, chunks
 from jvdit.generation.generator import Generator
 from jvdit.generation.request import Request
@@ -54,12 +54,8 @@ def requests_for(world: World, ids: np.ndarray, what: str) -> list[Request]:
     size = {name: getattr(world, name) for name in ("frames", "height", "width")}
     given: list[dict[str, Any]] = [{}] * len(ids)
     if what != "nothing":
-        clips = world.clips(ids, audio=what == "sound")
-        sounds = clips["audio"] if what == "sound" else [None] * len(ids)
-        given = [
-            GIVEN[what].fields(Truth(video, world.fps, audio))
-            for video, audio in zip(clips["video"], sounds, strict=True)
-        ]
+        row = GIVEN[what]
+        given = [row.fields(truth) for truth in row.truths(world, ids)]
     return [
         Request(prompt, "", fps=world.fps, seed=int(i), **size, **more)
         for i, prompt, more in zip(ids, world.captions(ids), given, strict=True)

@@ -87,8 +87,12 @@ def _beginning(video: np.ndarray, place: Place) -> Known:
     # Whole latent frames; what is left over at the end is generated anew.
     compression = place.temporal_compression
     kept = 1 + (len(video) - 1) // compression * compression
-    found = place.encode(to_pixels(video[:kept]))
-    latents = np.zeros((place.frames, *found.shape[1:]), np.float32)
+    return _first(place.encode(to_pixels(video[:kept])), place.frames)
+
+
+def _first(found: np.ndarray, frames: int) -> Known:
+    """The first latents of a clip of so many latent frames."""
+    latents = np.zeros((frames, *found.shape[1:]), np.float32)
     clean = np.zeros(latents.shape[:3], bool)
     latents[: len(found)], clean[: len(found)] = found, True
     return Known(latents=latents, clean=clean)
@@ -98,12 +102,8 @@ def tail(request: Asked, place: Place) -> Known:
     """Latents that the clip goes on from: it begins amid a longer one."""
     if (found := request.tail) is None:
         return Known()
-    picture = found.picture
-    latents = np.zeros((place.frames - 1, *picture.shape[1:]), np.float32)
-    clean = np.zeros(latents.shape[:3], bool)
-    latents[: len(picture)], clean[: len(picture)] = picture, True
-    known = Known(latents=latents, clean=clean, headless=True, late=found.late)
-    return known._replace(sound=found.sound)
+    known = _first(found.picture, place.frames - 1)
+    return known._replace(headless=True, late=found.late, sound=found.sound)
 
 
 # Masks

@@ -140,23 +140,16 @@ def decode_clip(
     clip = {"video": video, "fps": float(fps), "caption": "", "audio": None}
     clip |= {"audio_rate": audio_rate, "has_audio": False, "source": notes}
     if audio_rate:
-        size = round(frames / fps * audio_rate), channels
-        clip["audio"], state = _sound(source, start, size, audio_rate, deadline)
+        sound = start, (round(frames / fps * audio_rate), channels), audio_rate
+        state = "missing"
+        for seek in (True, False) if start > 1 else (False,):
+            if state in ("missing", "corrupt"):
+                with open_media(source) as container, media_errors():
+                    clip["audio"], state = decode_audio(
+                        container, *sound, deadline=deadline, seek=seek
+                    )
         clip["has_audio"], notes["audio"] = state == "whole", state
     return clip
-
-
-def _sound(source, start, size, rate, deadline) -> tuple[np.ndarray, str]:
-    """Returns a window's samples, of the given size, and what there was of them."""
-    samples, state = np.zeros(size, np.float32), "missing"
-    for seek in (True, False) if start > 1 else (False,):
-        with open_media(source) as container, media_errors():
-            samples, state = decode_audio(
-                container, start, size, rate, deadline=deadline, seek=seek
-            )
-        if state not in ("missing", "corrupt"):
-            break
-    return samples, state
 
 
 def _decode_window(

@@ -108,10 +108,13 @@ class ClipWriter:
         if metadata is not None:
             container.metadata["comment"] = json.dumps(metadata, sort_keys=True)
         self._rate = Fraction(fps).limit_denominator(100_000)
-        streams = [_video_stream(container, size, self._rate, crf, preset)]
+        video = _video_stream(container, size, self._rate, crf, preset)
+        streams: list[Any] = [video]
         if sound[0]:  # all streams before any packet
-            streams.append(_audio_stream(container, *sound))
-        self._streams: list[Any] = streams
+            streams.append(container.add_stream("aac", rate=sound[1]))
+            streams[1].layout = "mono" if sound[0] == 1 else "stereo"
+            streams[1].bit_rate = 96_000 * sound[0]
+        self._streams = streams
         self._waiting: list[av.Packet] = []
         self._samples = np.zeros((0, sound[0]), np.float32)
         self._frames, self._begun, self._sample_rate = 0, 0, sound[1]
@@ -192,14 +195,6 @@ def _check(video, fps, audio, audio_rate) -> None:
         )
     if audio is not None and audio_rate <= 0:
         raise ValueError(f"`audio_rate` (={audio_rate}) must be given with `audio`.")
-
-
-def _audio_stream(container, channels, rate):
-    """Adds the sound: AAC of 96 kbit/s for each channel."""
-    stream: Any = container.add_stream("aac", rate=rate)
-    stream.layout = "mono" if channels == 1 else "stereo"
-    stream.bit_rate = 96_000 * channels
-    return stream
 
 
 def _video_stream(container, size, rate, crf, preset):

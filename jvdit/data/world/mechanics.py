@@ -79,10 +79,7 @@ class Motion:
 
 
 def simulate(
-    scenes: Scenes,
-    duration: float,
-    *,
-    restitution: float | tuple[float, float] = 1.0,
+    scenes: Scenes, duration: float, *, restitution: float | tuple[float, float] = 1.0
 ) -> Motion:
     """Moves the scenes from time 0 on.
 

@@ -166,9 +166,8 @@ class Scenes:
 
     def choose(self, rows: slice | np.ndarray) -> "Scenes":
         """Selects some of the scenes, by a slice or by indices."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        shared = {"width", "height"}
-        return Scenes(**{k: v if k in shared else v[rows] for k, v in fields.items()})
+        fields = {k: x[rows] for k, x in vars(self).items() if np.ndim(x)}
+        return dataclasses.replace(self, **fields)
 
     @property
     def present(self) -> Bool[np.ndarray, "b o"]:
