@@ -226,7 +226,7 @@ def _clips(
         signed: signs the files.
     """
     file = asked.REUSE.value
-    reuse = file and Reuse.load(file, asked.THRESHOLD.value)
+    reuse = Reuse.load(file, asked.THRESHOLD.value) if file else None
     stages = _stages(generator)
     shares = Shares(meter := Meter())
     with _Shown(len(requests)) as watch:

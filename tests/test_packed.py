@@ -163,7 +163,7 @@ def test_what_cannot_be_packed_is_told_apart(packed):
 def test_passes_draw_a_picture_and_then_the_sound():
     request = Request(PROMPT, frames=9, height=32, width=32, fps=8.0, sound=True)
     steps = passes(request, draft=True, sound_after=True)
-    clip = type("Clip", (), {"video": np.zeros((9, 32, 32, 3), np.uint8)})
+    clip = GeneratedClip(np.zeros((9, 32, 32, 3), np.uint8), 8.0)
     asked = [next(steps), steps.send(clip), steps.send(clip)]
     assert [x.frames for x in asked] == [1, 9, 9]
     assert [bool(x.sound) for x in asked] == [False, False, True]

@@ -12,7 +12,6 @@ from jaxtyping import Float, UInt8
 from jvdit.generation.request import Request
 from jvdit.generation.results import GeneratedClip, Latents
 from jvdit.generation.room import Residence
-from jvdit.generation.sound_spans import blended
 from jvdit.machine.cluster import to_host
 from jvdit.machine.compilation import jit
 from jvdit.models import video_vae_chunked as chunked
@@ -69,12 +68,12 @@ class Codec:
         if sound is None:
             return clip
         vae = self.model.audio_vae
-        rate, given = vae.sample_rate, request.waveform(vae.sample_rate, vae.channels)
-        if given is not None and not request.keep_sound:
-            return clip._replace(audio=given, audio_rate=rate)
-        audio = self.decode_sound(sound, request.samples(rate))
-        if given is not None:
-            audio = blended(audio, given, request.sound_spans(), rate)
+        rate, audio = vae.sample_rate, None
+        if not request.keep_sound:
+            audio = request.waveform(rate, vae.channels)
+        if audio is None:
+            audio = self.decode_sound(sound, request.samples(rate))
+            audio = request.sound_kept(audio, rate)
         return clip._replace(audio=audio, audio_rate=rate)
 
     def decode(

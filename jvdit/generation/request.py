@@ -225,6 +225,20 @@ class Request:
         """
         return sound_spans.spans_within(self.keep_sound, self.size[0] / self.frame_rate)
 
+    def sound_kept(
+        self, made: Float[np.ndarray, "a e"], rate: int
+    ) -> Float[np.ndarray, "a e"]:
+        """A generated sound, in which the spans that were kept are as they were.
+
+        Args:
+            made: as long as the clip.
+            rate: samples per second.
+        """
+        audio = self.waveform(rate, made.shape[1]) if self.keep_sound else None
+        if audio is None:
+            return made
+        return sound_spans.blended(made, audio, self.sound_spans(), rate)
+
     def sound_of(self, name: str, rate: int, channels: int) -> np.ndarray | None:
         """The sound of footage that the clip begins with, as float32 `[a e]`.
 
