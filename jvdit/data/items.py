@@ -185,13 +185,11 @@ def _longer(
         **fields: of the item that is then made: how many tokens are of what.
     """
     count, width = len(latents), max(item.latents.shape[1], latents.shape[1])
-    levels = (
-        np.broadcast_to(x, n)
-        for x, n in ((item.level, len(item.latents)), (level, count))
-    )
+    before = np.broadcast_to(item.level, len(item.latents))
+    after = np.broadcast_to(level, count)
     fields["latents"] = _joined(item.latents, latents, width)
     fields["position"] = np.concatenate([item.position, position])
-    fields["level"] = np.concatenate([*levels]).astype(np.int32)
+    fields["level"] = np.concatenate([before, after]).astype(np.int32)
     if item.logvar is not None or isinstance(logvar, np.ndarray):
         parts = (
             np.full(x.shape, POINT_LOGVAR, np.float32)
@@ -237,9 +235,8 @@ class Statistics(NamedTuple):
     @classmethod
     def of(cls, vae: Any) -> "Statistics":
         """Those of a finished autoencoder of any kind."""
-        mean, std = (
-            np.asarray(x, np.float32) for x in (vae.latents_mean, vae.latents_std)
-        )
+        both = vae.latents_mean, vae.latents_std
+        mean, std = (np.asarray(x, np.float32) for x in both)
         return cls(mean, std, getattr(vae, "latent_rate", 0.0))
 
     def normalized(self, mean: Any, logvar: Any) -> tuple[np.ndarray, Any]:

@@ -252,9 +252,8 @@ def _lines(
     down = np.arange(height + 1) / scale
     inside = _coverage(down, low, high).astype(np.float32)
     odd = inside * _stripes(down).astype(np.float32)
-    _, first, line = np.unique(
-        inside + 1j * odd, return_index=True, return_inverse=True
-    )
+    both = inside + 1j * odd
+    _, first, line = np.unique(both, return_index=True, return_inverse=True)
     return inside[first, None], odd[first, None], line
 
 

@@ -36,9 +36,8 @@ def foretold(
         The share of each clip, NaN where nothing can be foretold.
     """
     error, known = errors(tracks, scenes, fps)
-    right = np.bincount(
-        tracks.clip, ((error < tolerance) & known).sum(1), len(scenes.ids)
-    )
+    right = ((error < tolerance) & known).sum(1)
+    right = np.bincount(tracks.clip, right, len(scenes.ids))
     total = np.bincount(tracks.clip, known.sum(1), len(scenes.ids))
     return np.where(total > 0, right / np.maximum(total, 1), np.nan)
 
@@ -80,9 +79,8 @@ def errors(
     bounced[row, motion.second[row, event]] = True
     row, event = np.nonzero(np.isfinite(motion.time) & (motion.kind == PAIR))
     met[row, motion.first[row, event]] = met[row, motion.second[row, event]] = True
-    bounced, met = (
-        x[:, :-1].reshape(clips, starts, MAX_OBJECTS) for x in (bounced, met)
-    )
+    shape = clips, starts, MAX_OBJECTS
+    bounced, met = (x[:, :-1].reshape(shape) for x in (bounced, met))
     error /= np.where(met, _COLLIDED, 1.0)
     known = np.isfinite(error) & ~unseen.any(-1)
     known[:, 1:] &= ~bounced[:, :-1]  # the interval of the speed holds a bounce

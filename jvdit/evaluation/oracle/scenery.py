@@ -73,9 +73,8 @@ def look(
     hidden = _bar_columns(scenes, video.shape[3], found.side)
     levels, left = _fit(grey, found.objects, hidden, scenes, shift, found.side)
     wall, arena = levels[..., 0], levels[..., 0] + levels[..., 1]
-    ratio = np.log(
-        np.maximum(np.median(arena, 1), 1) / np.maximum(np.median(wall, 1), 1)
-    )
+    inside, outside = (np.maximum(np.median(x, 1), 1) for x in (arena, wall))
+    ratio = np.log(inside / outside)
     known = np.log(TONE_LEVELS / WALL_LEVELS)
     tone = np.abs(ratio[:, None] - known).argmin(1)
     expected = np.stack([WALL_LEVELS[tone], TONE_LEVELS[tone]], -1)[:, None]

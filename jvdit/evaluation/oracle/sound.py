@@ -93,10 +93,8 @@ def synchrony(
         found, pairs = _agreement(heard, seen, span, 1 / fps)
         for name, value in found.items():
             scores[name][clip] = value
-        bangs += [
-            Bang(clip, heard[i], [tracks.slot[k] for k in by[j]], loud[j])
-            for i, j in pairs
-        ]
+        slots = [[tracks.slot[k] for k in bouncing] for bouncing in by]
+        bangs += [Bang(clip, heard[i], slots[j], loud[j]) for i, j in pairs]
     return scores | _timbre(padded, rate, bangs, scenes, scores["material"])
 
 

@@ -96,8 +96,7 @@ def _passage(tracks: Tracks, scenes: Scenes, i: int, end: float) -> float:
     usual = np.nanmedian(tracks.area[i, run])
     error = np.hypot(x - path_x, y - path_y)
     area = np.nan_to_num(tracks.area[i])
-    good = (error < 0.6 * tracks.radius[i] + _PIXEL) & (
-        np.abs(area / usual - 1) < _AREA_ERROR
-    )
+    good = error < 0.6 * tracks.radius[i] + _PIXEL
+    good &= np.abs(area / usual - 1) < _AREA_ERROR
     ghost = area > _GHOST * usual
     return float(good[out].mean() * (1 - ghost[hidden].mean()))

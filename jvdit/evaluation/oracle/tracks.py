@@ -244,8 +244,7 @@ def _steps(
         step = (path[track, short] - path[track, at]) / (short - at)[:, None]
         far = path[track, long, axis] - path[track, at, axis]
         reached = np.isfinite(far) & (long != at)
-        step[row, axis] = np.where(
-            reached, far / np.where(long != at, long - at, 1), step[row, axis]
-        )
+        far /= np.where(long != at, long - at, 1)
+        step[row, axis] = np.where(reached, far, step[row, axis])
         both.append(step)
     return both[0], both[1]
