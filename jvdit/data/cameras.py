@@ -167,13 +167,8 @@ def parse_camera(text: str, where: str) -> CameraPath:
             f"{where}: `intrinsics` is {[*inside.shape]}; give [fx, fy, cx, cy], or as "
             f"many of them as there are matrices ({len(world)})."
         )
-    path = CameraPath(
-        world,
-        np.broadcast_to(inside, (len(world), 4)),
-        file.height,
-        file.width,
-        file.fps,
-    )
+    inside = np.broadcast_to(inside, (len(world), 4))
+    path = CameraPath(world, inside, file.height, file.width, file.fps)
     _check(path, where)
     return path
 

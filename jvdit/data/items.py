@@ -110,27 +110,19 @@ def item_of(
         first: number of the first latent frame; 1 of a clip that begins amid another.
         **fields: of the `Item`: its text, its `clip_id`.
     """
-    size = latents.shape[:3]
     if known.clean is not None:
         clean = known.clean[..., None]
         latents = np.where(clean, known.latents, latents)
         logvar = None if logvar is None else np.where(clean, POINT_LOGVAR, logvar)
         clean = patchify(clean, patch_size).all(axis=-1)
         fields["level"] = 1 - clean.astype(np.int32)
-    for name, value in (
-        ("cond", known.cond),
-        ("control", known.control),
-        ("logvar", logvar),
-    ):
+    of_latents = {"cond": known.cond, "control": known.control, "logvar": logvar}
+    for name, value in of_latents.items():
         fields[name] = None if value is None else patchify(value, patch_size)
-    item = Item(
-        patchify(latents, patch_size).astype(np.float32),
-        positions(
-            size, patch_size, fps if seconds else None, temporal_compression, first
-        ),
-        image=known.image,
-        **fields,
-    )
+    clock = fps if seconds else None, temporal_compression, first
+    place = positions(latents.shape[:3], patch_size, *clock)
+    tokens = patchify(latents, patch_size).astype(np.float32)
+    item = Item(tokens, place, image=known.image, **fields)
     for part in known.parts:
         times = part.times
         if not seconds:

@@ -203,12 +203,9 @@ class PackedBatches(Builder):
             return item
         stored = clip["sound_mean"], clip.get("sound_logvar")
         mean, logvar = self.sounds.normalized(*stored)
-        place = sound_positions(
-            len(mean),
-            self.sounds.rate,
-            None if self.seconds else float(clip["fps"]),
-            self.temporal_compression,
-        )
+        fps = None if self.seconds else float(clip["fps"])
+        clock = self.sounds.rate, fps, self.temporal_compression
+        place = sound_positions(len(mean), *clock)
         given = False if known.sound_clean is None else known.sound_clean
         return with_sound(item, mean, place, given=given, logvar=logvar)
 

@@ -136,11 +136,7 @@ def given_sources(
             no clip of any source.
     """
     found: list[LatentSource | GivenSource] = [*sources]
-    changing = {
-        name: share
-        for name, share in shares.items()
-        if share and CONDITIONS[name].changes_clips
-    }
+    changing = {k: x for k, x in shares.items() if x and CONDITIONS[k].changes_clips}
     if not changing:
         return found, None if weights is None else [*weights]
     if sum(changing.values()) >= 1:

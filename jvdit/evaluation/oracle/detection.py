@@ -25,6 +25,8 @@ _REACH = 1.0  # of an object from its centre, squared, over area; a triangle's i
 # Index of the nearest color at each degree of hue.
 _NEAREST = np.abs((np.arange(360)[:, None] - HUES + 180) % 360 - 180).argmin(1)
 
+Video = UInt8[np.ndarray, "b T H W 3"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Detections:
@@ -55,7 +57,7 @@ class Detections:
         return min(self.objects.shape[2:])
 
 
-def detect(video: UInt8[np.ndarray, "b T H W 3"]) -> Detections:
+def detect(video: Video) -> Detections:
     """Finds the objects of each color in each frame.
 
     Args:

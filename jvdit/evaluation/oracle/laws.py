@@ -12,16 +12,14 @@ from jaxtyping import Bool, Float
 
 from jvdit.data.world.mechanics import PAIR, simulate
 from jvdit.data.world.scene import GRAVITY, MAX_OBJECTS, Scenes
-from jvdit.evaluation.oracle.tracks import Tracks
+from jvdit.evaluation.oracle.tracks import PerClip, Tracks
 
 _AHEAD = 2  # frames
 _COLLIDED = 3.0  # factor by which a collision magnifies errors
 _AWAY = -9.0  # where objects are put that aren't seen
 
 
-def foretold(
-    tracks: Tracks, scenes: Scenes, fps: float, tolerance: float
-) -> Float[np.ndarray, " b"]:
+def foretold(tracks: Tracks, scenes: Scenes, fps: float, tolerance: float) -> PerClip:
     """The share of the positions in clips that the world's laws foretell.
 
     Where an object has just bounced, its speed isn't known and nothing is foretold.

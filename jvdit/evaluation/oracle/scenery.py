@@ -20,7 +20,7 @@ from jvdit.data.world.render import (
     background_parts,
 )
 from jvdit.data.world.scene import PAN_REACH, RAMP_SECONDS, Scenes, light_course
-from jvdit.evaluation.oracle.detection import Detections
+from jvdit.evaluation.oracle.detection import Detections, Video
 
 _ENOUGH = 32  # pixels of the short side from which on not all are read
 _TOGETHER = 8  # clips that are fitted at once
@@ -53,7 +53,7 @@ class Scenery:
 
 
 def look(
-    video: UInt8[np.ndarray, "b T H W 3"],
+    video: Video,
     found: Detections,
     shift: Float[np.ndarray, "b T"],
     scenes: Scenes,
@@ -100,7 +100,7 @@ def look(
 
 
 def camera_shift(
-    video: UInt8[np.ndarray, "b T H W 3"], found: Detections, scenes: Scenes, fps: float
+    video: Video, found: Detections, scenes: Scenes, fps: float
 ) -> Float[np.ndarray, "b T"]:
     """Pixels by which the grey scenery of each frame has moved right since the first.
 

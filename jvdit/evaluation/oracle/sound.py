@@ -14,7 +14,7 @@ from numpy.fft import rfft
 from jvdit.data.onsets import APART, ROOM, cut, onsets_in, padded_sound
 from jvdit.data.world.impacts import bounce_tone, loudness
 from jvdit.data.world.scene import MATERIALS, SIZES, Scenes
-from jvdit.evaluation.oracle.tracks import Bounces, Tracks, median_by
+from jvdit.evaluation.oracle.tracks import Bounces, PerClip, Tracks, median_by
 
 _IN_STEP = 0.75  # least F1 of a clip whose sound is in sync with its video
 _PEAK = 0.012  # time in which a sound is at its loudest
@@ -53,7 +53,7 @@ def synchrony(
     bounces: Bounces,
     scenes: Scenes,
     fps: float,
-) -> dict[str, Float[np.ndarray, " b"]]:
+) -> dict[str, PerClip]:
     """Scores the synchrony of sounds with bounces.
 
     Of sound that was made for a given video it tells how the sound obeys, and of video
@@ -193,8 +193,8 @@ def _timbre(
     rate: int,
     bangs: list[Bang],
     scenes: Scenes,
-    material: Float[np.ndarray, " b"],
-) -> dict[str, Float[np.ndarray, " b"]]:
+    material: PerClip,
+) -> dict[str, PerClip]:
     """Whether bangs sound like what bounces: "material", "pitch", and "loudness".
 
     `material` is what the first is where there are none.
