@@ -26,13 +26,7 @@ from jvdit.data.world.scene import (
 from jvdit.evaluation.oracle.detection import Detections
 from jvdit.evaluation.oracle.outlines import shapes_of
 from jvdit.evaluation.oracle.scenery import Scenery
-from jvdit.evaluation.oracle.tracks import (
-    Bounces,
-    PerClip,
-    PerObject,
-    Tracks,
-    enough_frames,
-)
+from jvdit.evaluation.oracle.tracks import Bounces, Tracks, enough_frames
 
 _MOST_TURN = 30.0  # most degrees between the captioned and the measured direction
 _FLIGHT = 0.25  # seconds from the start in which the first velocity is measured
@@ -61,10 +55,10 @@ class Reading:
     found: Bool[np.ndarray, " n"]
     shape: Int[np.ndarray, " n"]
     size: Int[np.ndarray, " n"]
-    direction: PerObject
-    speed: PerObject
+    direction: Float[np.ndarray, " n"]
+    speed: Float[np.ndarray, " n"]
     count: Int[np.ndarray, " b"]
-    lasting: PerClip
+    lasting: Float[np.ndarray, " b"]
     falling: Bool[np.ndarray, " b"]
     scenery: Scenery
 
@@ -90,7 +84,7 @@ def read(
     found: Detections,
     tracks: Tracks,
     bounces: Bounces,
-    pull: PerObject,
+    pull: Float[np.ndarray, " n"],
     scenery: Scenery,
     scenes: Scenes,
     fps: float,
@@ -137,7 +131,9 @@ def compare(
     return {"color": reading.found} | found
 
 
-def adherence(reading: Reading, tracks: Tracks, scenes: Scenes) -> dict[str, PerClip]:
+def adherence(
+    reading: Reading, tracks: Tracks, scenes: Scenes
+) -> dict[str, Float[np.ndarray, " b"]]:
     """Scores clips against the scenes that their captions describe.
 
     Returns:
@@ -209,7 +205,7 @@ def confusions(
     return found
 
 
-def _binding(reading, compared, tracks, scenes) -> PerClip:
+def _binding(reading, compared, tracks, scenes) -> Float[np.ndarray, " b"]:
     """The share of objects with an attribute of another one in the place of theirs."""
     clip, slot = tracks.clip, tracks.slot
     swapped = np.zeros(len(clip), bool)
@@ -222,7 +218,7 @@ def _binding(reading, compared, tracks, scenes) -> PerClip:
     return np.where(scenes.count > 1, share, np.nan)
 
 
-def _lasting(found: Detections, scenes: Scenes) -> PerClip:
+def _lasting(found: Detections, scenes: Scenes) -> Float[np.ndarray, " b"]:
     """The share of frames that show just the captioned objects, one of each color.
 
     Behind a bar an object may be hidden.

@@ -4,19 +4,11 @@ Units are those of `world.scene`, dimension names those of `tracks`.
 """
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 
 from jvdit.data.world.scene import GRAVITY, HALF_EXTENTS, Scenes
 from jvdit.evaluation.oracle.laws import foretold
-from jvdit.evaluation.oracle.tracks import (
-    Bounces,
-    PerClip,
-    PerObject,
-    Tracks,
-    beat,
-    median_by,
-    quantile,
-)
+from jvdit.evaluation.oracle.tracks import Bounces, Tracks, beat, median_by, quantile
 
 _NEAR = 2 / 64  # most distance of a bounce from its wall
 _FIRM = 1.2 / 64  # short sides per frame: restitution isn't measured at lower speeds
@@ -30,11 +22,11 @@ _RIGHT = {"pace": (0.8, 1.3), "gravity": (0.7, 1.3), "moving": (1, 1)}
 def physics(
     tracks: Tracks,
     bounces: Bounces,
-    gravity: PerObject,
+    gravity: Float[np.ndarray, " n"],
     scenes: Scenes,
     fps: float,
     side: int,
-) -> dict[str, PerClip]:
+) -> dict[str, Float[np.ndarray, " b"]]:
     """Scores the motion in clips.
 
     Args:
@@ -101,7 +93,9 @@ def _at_walls(
     return walls | ((np.abs(along + reach[:, 1] - high) < _NEAR) & (change < 0))
 
 
-def _pace(tracks: Tracks, bounces: Bounces, scenes: Scenes, fps: float) -> PerClip:
+def _pace(
+    tracks: Tracks, bounces: Bounces, scenes: Scenes, fps: float
+) -> Float[np.ndarray, " b"]:
     """Speed in the last third of clips over what the energy of the first foretells.
 
     The energy is that of all objects together, for they pass it on. NaN where there is
