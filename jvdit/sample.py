@@ -28,9 +28,8 @@ from absl import flags
 
 from jvdit.data.sheets import contact_sheet, png
 from jvdit.diffusion.reuse import Reuse, save_ratios
-from jvdit.generation import model_flags, provenance_flags
 from jvdit.generation import sample_flags as asked
-from jvdit.generation.asked_model import asked_bundle, asked_generator, asked_mesh
+from jvdit.generation import shared_flags
 from jvdit.generation.calibration import calibrate
 from jvdit.generation.cascade import check_stage, refine
 from jvdit.generation.film_file import write_film
@@ -38,10 +37,10 @@ from jvdit.generation.films import Film, Scene, check_film
 from jvdit.generation.following import Followed, complete_window
 from jvdit.generation.generator import Generator
 from jvdit.generation.prompt_lines import read_prompts, read_request
-from jvdit.generation.provenance_flags import check_markable, provenance, watermark
 from jvdit.generation.request import Request
 from jvdit.generation.results import STATEMENT, viewing_scale
 from jvdit.generation.settings import Settings
+from jvdit.generation.shared_flags import check_markable, provenance, watermark
 from jvdit.machine import flag_parser
 from jvdit.machine.command import told_in_a_line
 from jvdit.machine.compilation import keep_compilations
@@ -55,8 +54,8 @@ from jvdit.weights.starting import model_hash
 if TYPE_CHECKING:
     from jvdit.generation.provenance import Provenance
 
-for _module in (asked, model_flags, provenance_flags):
-    flags.adopt_module_key_flags(_module)
+flags.adopt_module_key_flags(asked)
+flags.adopt_module_key_flags(shared_flags)
 
 _LETTERS, _BYTES = 80, 160  # of a prompt in a file's name, at the most
 
@@ -157,7 +156,7 @@ def sample(prompts: Sequence[tuple[str, str]]) -> Iterator[pathlib.Path]:
     settings, folder = asked.sampling_settings(), pathlib.Path(asked.OUT.value)
     if not asked.CALIBRATE.value:
         check_writable(folder)  # before anything is computed
-    generator = asked_generator(asked_mesh(len(prompts)))
+    generator = asked.named_generator(asked.named_mesh(len(prompts)))
     films = bool(asked.SECONDS.value or asked.EXTEND.value or asked.SCENE.value)
     check = partial(_film, generator) if films else partial(_checked, generator)
     checked, more = _sifted(parsed, lambda _, request: check(request))
@@ -340,7 +339,7 @@ def main(argv: list[str]) -> None:
     with told_in_a_line("stopped; the clips that were ready are written."):
         keep_compilations()
         if asked.CHECK_LORA.value is not None:
-            model = asked_bundle(make_mesh(devices=jax.devices()[:1]))
+            model = asked.named_bundle(make_mesh(devices=jax.devices()[:1]))
             print(report_adapters(model, asked.CHECK_LORA.value))
             return
         if asked.PROMPTS.value is not None:

@@ -18,10 +18,8 @@ from typing import Any
 
 from absl import flags
 
-from jvdit.generation import model_flags, provenance_flags
+from jvdit.generation import shared_flags as shared
 from jvdit.generation.generator import Generator
-from jvdit.generation.model_flags import LORA, PRETRAINED, QUANTIZE, WORKDIR
-from jvdit.generation.provenance_flags import check_markable, provenance, watermark
 from jvdit.generation.settings import Settings
 from jvdit.generation.watermark import Watermark
 from jvdit.machine import flag_parser
@@ -34,8 +32,7 @@ from jvdit.weights.adapters import strengths
 from jvdit.weights.opening import EXPERTS, with_adapters
 from jvdit.weights.starting import model_hash
 
-for _module in (model_flags, provenance_flags):
-    flags.adopt_module_key_flags(_module)
+flags.adopt_module_key_flags(shared)
 
 _OFFERED = flags.DEFINE_multi_string(
     "offer_lora",
@@ -125,17 +122,18 @@ def _socket() -> socket.socket:
 def _generator(mark: Watermark | None) -> tuple[Generator, dict[str, str]]:
     """The generator, and the flags that open its model; its clips may have a mark."""
     mesh = make_mesh(parse_mesh(_MESH.value) if _MESH.value else None)
-    model = model_flags.named_bundle(mesh)
-    if files := strengths(LORA.value):
+    model = shared.named_bundle(mesh)
+    if files := strengths(shared.LORA.value):
         model = with_adapters(model, files, EXPERTS)
     if mark is not None:
-        check_markable(Settings().complete(model.defaults).solver)
-    generator = Generator(model, mesh, quantize=QUANTIZE.value or "", watermark=mark)
+        shared.check_markable(Settings().complete(model.defaults).solver)
+    form = shared.QUANTIZE.value or ""
+    generator = Generator(model, mesh, quantize=form, watermark=mark)
     print(generator.room.told, flush=True)
-    flags_given = WORKDIR, PRETRAINED, QUANTIZE
+    flags_given = shared.WORKDIR, shared.PRETRAINED, shared.QUANTIZE
     source = {flag.name: flag.value for flag in flags_given if flag.value}
-    if LORA.value:
-        source["lora"] = ",".join(LORA.value)
+    if shared.LORA.value:
+        source["lora"] = ",".join(shared.LORA.value)
     if mark is not None:
         source["watermark"] = "your_key"
     return generator, source
@@ -168,7 +166,7 @@ def serve() -> None:
         raise ValueError(
             f"{error.name} is missing: pip install 'jvdit[serve]'."
         ) from None
-    signed, mark = provenance(), watermark()
+    signed, mark = shared.provenance(), shared.watermark()
     token, folder = _token(), pathlib.Path(_OUT.value)
     with contextlib.ExitStack() as held:
         listening = held.enter_context(_socket())
@@ -183,7 +181,7 @@ def serve() -> None:
         )
         queue = jobs.Jobs(folder, limits)
         generator, source = _generator(mark)
-        opened = PRETRAINED.value or WORKDIR.value or "jvdit-box"
+        opened = shared.PRETRAINED.value or shared.WORKDIR.value or "jvdit-box"
         name = _NAME.value or pathlib.Path(opened).name
         most, loras = (_TOKENS.value or 0, _STEPS.value), _offered(generator)
         model = served.Served(generator, name, *most, source, loras)

@@ -35,7 +35,7 @@ def command(name, *args):
     return Done(code, out.getvalue(), err.getvalue())
 
 
-_ADOPTED = ("jvdit.generation.model_flags", "jvdit.generation.provenance_flags")
+_SHARED = "jvdit.generation.shared_flags"
 
 
 @contextlib.contextmanager
@@ -48,10 +48,10 @@ def flags_of(door):
         if module.startswith("jvdit."):
             del held[name]
     try:
-        # Those of a module that several doors adopt are defined but once.
-        for shared in _ADOPTED if door in ("jvdit.sample", "jvdit.serve") else ():
-            importlib.import_module(shared)
-            held |= {x.name: x for x in flags.FLAGS.get_flags_for_module(shared)}
+        # Those of the module that both adopt are defined but once.
+        if door in ("jvdit.sample", "jvdit.serve"):
+            importlib.import_module(_SHARED)
+            held |= {x.name: x for x in flags.FLAGS.get_flags_for_module(_SHARED)}
         main = importlib.import_module(door).main
         for flag in flags.FLAGS.get_key_flags_for_module(door):
             flag.unparse()

@@ -11,7 +11,7 @@ from media_files import numbered, numbers
 
 from jvdit.data.cameras import CameraPath, plucker_rays
 from jvdit.data.media.writer import encode_clip
-from jvdit.generation.drift import Drift
+from jvdit.generation.film_file import Drift
 from jvdit.generation.films import Film, Scene, check_film, make_film
 from jvdit.generation.following import Followed, complete_window
 from jvdit.generation.generator import Generator

@@ -13,7 +13,7 @@ from packed_bits import PROMPT, order, rows, run
 from jvdit.data.sheets import png
 from jvdit.generation.draft import passes
 from jvdit.generation.request import Request
-from jvdit.generation.restyle import begun
+from jvdit.generation.restyle import noised
 from jvdit.generation.results import GeneratedClip
 from jvdit.generation.watermark import Watermark
 from jvdit.serving.jobs import Jobs
@@ -81,7 +81,7 @@ def test_a_packed_clip_is_what_the_generator_makes(packed):
 def test_footage_is_made_anew_in_a_row(packed):
     request, settings = order(packed, 7, 8, restyle=FILM)
     generator = packed.generator
-    how = begun(generator.model, generator.codec, [request], 8, settings.strength)
+    how = noised(generator.model, generator.codec, [request], 8, settings.strength)
     assert len(how["levels"]) == 5
     assert_as_alone(packed, [(request, settings)], **how)
 
@@ -230,5 +230,5 @@ def test_no_younger_clip_delays_the_oldest(packed, tmp_path, monkeypatch):
         for entry in [*worker._entries.values()]:
             if entry.clip is not None:
                 worker._take_out(entry)
-                worker._forget(entry)
+                worker._entries.pop(entry.job.id)
     assert seen == [[64], [112], [32, 64]]

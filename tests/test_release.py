@@ -20,8 +20,7 @@ from jvdit.data.tokenizer import (
 )
 from jvdit.generation.completion import size_like
 from jvdit.generation.request import Request
-from jvdit.generation.residence import Residence
-from jvdit.generation.room import Room
+from jvdit.generation.room import Residence, Room
 from jvdit.models.dit import VARIANTS
 from jvdit.sharding import make_mesh
 from jvdit.weights.bundle import Bundle

@@ -252,7 +252,7 @@ def clip_url(frames=9, side=32):
 
 
 CONDITIONS = {
-    "last frame": ({"last_image": PNG}, "last=your_last_image"),
+    "last frame": ({"last_image": PNG}, "last_image=your_last_image"),
     "suffix": ({"suffix": clip_url(3)}, "suffix=your_suffix"),
     "keyframes": (
         {"keyframes": [keyframe(0.5), keyframe("1")]},

@@ -63,7 +63,7 @@ def anew(stream, history, prompt):
         )
         for (text,) in texts
     )
-    seed = (CLIP.seed + streaming._NEXT * len(history)) % 2**32
+    seed = (CLIP.seed + streaming.NEXT * len(history)) % 2**32
     (batch,) = batches_of([item], [null], [seed], 1, 1, 1, model.text_length)
     start = stream._start._replace(given=True)
     with jax.set_mesh(generator.mesh):

@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
 from jvdit.generation.request import Request
-from jvdit.generation.residence import Residence
 from jvdit.generation.results import GeneratedClip, Latents
+from jvdit.generation.room import Residence
 from jvdit.generation.sound_spans import blended
 from jvdit.machine.cluster import to_host
 from jvdit.machine.compilation import jit

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jvdit.diffusion.denoise import Guidance
 from jvdit.diffusion.reuse import Reuse
 from jvdit.generation.batches import Chunk, texts_of
-from jvdit.generation.residence import Residence
+from jvdit.generation.room import Residence
 from jvdit.generation.sampling import OnStep, Start, Stepper, start_noise
 from jvdit.machine.cluster import to_host
 from jvdit.models.lora import A

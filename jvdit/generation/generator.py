@@ -25,10 +25,9 @@ from jvdit.generation.draft import DRAFTING, SHOWING, in_two_passes
 from jvdit.generation.experts import Experts, check_control, hint_scales
 from jvdit.generation.inputs import Inputs
 from jvdit.generation.request import Request
-from jvdit.generation.residence import Residence
 from jvdit.generation.restyle import noised
 from jvdit.generation.results import GeneratedClip, Latents
-from jvdit.generation.room import Room
+from jvdit.generation.room import Residence, Room
 from jvdit.generation.sampling import OnStep, Start, Stepper
 from jvdit.generation.settings import NAMES, Settings
 from jvdit.generation.watermark import Watermark

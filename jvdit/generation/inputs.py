@@ -18,7 +18,7 @@ from jvdit.data.patches import Size, sound_positions
 from jvdit.generation.codec import Codec
 from jvdit.generation.footage import for_encoder
 from jvdit.generation.request import Request
-from jvdit.generation.residence import Residence
+from jvdit.generation.room import Residence
 from jvdit.machine.cluster import to_host
 from jvdit.machine.compilation import jit
 from jvdit.models.image_encoder import ImageEncoder

@@ -1,17 +1,19 @@
-"""What the networks of a model take on the devices, told before one is read."""
+"""The networks of a model on the devices: what they take there, and which stay."""
 
 import dataclasses
 import math
 import os
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jvdit.sharding import shard_axes
-from jvdit.weights.few_bits import FORMS, NETWORKS
-from jvdit.weights.parameters import Network
+from jvdit.sharding import parameter_shardings, shard_axes
+from jvdit.weights.few_bits import FORMS, NETWORKS, few_bits
+from jvdit.weights.parameters import Network, Parameters
 
 _SHARE = 0.8  # share of memory that parameters may take; activations need the rest
 _CALLED = {
@@ -119,6 +121,46 @@ class Room:
         if kind == "CPU":
             return "this machine has"
         return f"this {kind} has" if self._ways == 1 else f"{self._ways} {kind}s have"
+
+
+@dataclasses.dataclass(eq=False)
+class Residence:
+    """Maps network names to parameters, placed on the mesh when they are looked up.
+
+    Attributes:
+        sources: for each network either a parameter tree, which stays on the mesh after
+            its first use, or a function that loads one onto the mesh, from files for
+            example.
+        mesh: the device mesh.
+        together: True keeps loaded parameters on the mesh; False frees those of the
+            other networks when one is looked up, so that one is there at a time.
+        form: in which `few_bits` holds the kernels of large networks; "": as they are.
+    """
+
+    sources: Mapping[str, Parameters]
+    mesh: Mesh
+    together: bool
+    form: str = ""
+    _placed: dict[str, Any] = dataclasses.field(default_factory=dict, init=False)
+
+    def __getitem__(self, name: str) -> Any:
+        if not self.together:
+            for other, source in self.sources.items():
+                if callable(source) and other != name:
+                    self._placed.pop(other, None)
+        if name not in self._placed:
+            source, form = self.sources[name], self.form * (name in NETWORKS)
+            if callable(source):
+                self._placed[name] = source(form) if form else source()
+            else:
+                source = few_bits(source, form)
+                places = parameter_shardings(source, self.mesh)
+                self._placed[name] = jax.device_put(source, places)
+        return self._placed[name]
+
+    def update(self, params: Mapping[str, Any]) -> None:
+        """Replaces the parameters of some networks by others already on the mesh."""
+        self._placed.update(params)
 
 
 def _size(num_bytes: int) -> str:

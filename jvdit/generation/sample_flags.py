@@ -1,21 +1,28 @@
-"""The flags of `python -m jvdit.sample`, and what they say of requests and settings."""
+"""The flags of `python -m jvdit.sample`: requests, settings and the model they name."""
 
 import dataclasses
 import re
+import sys
 from typing import Any
 
+import jax
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 
 from jvdit.diffusion.solvers import SOLVERS
-from jvdit.generation import completion, model_flags
+from jvdit.generation import completion, shared_flags
 from jvdit.generation.completion import size_fields
 from jvdit.generation.fields import described, plain
 from jvdit.generation.films import Film
+from jvdit.generation.generator import Generator
 from jvdit.generation.request import STATES, Request
 from jvdit.generation.settings import PRESETS, SUITS, Settings
 from jvdit.generation.sound_spans import read_span
+from jvdit.sharding import make_mesh, parse_mesh, sampling_sizes
+from jvdit.weights.adapters import strengths
 from jvdit.weights.bundle import Bundle
+from jvdit.weights.opening import EXPERTS, with_adapters
 
 # What the flag of a field says besides the field's description.
 _MORE = {
@@ -209,6 +216,55 @@ def told_settings(settings: Settings, model: Bundle) -> dict[str, Any]:
     if not model.has_sound:
         for name in [x for x in told if x.startswith(("sound_", "sync_"))]:
             told.pop(name)
-    files = model_flags.WORKDIR, model_flags.PRETRAINED, DIT, DIT_LOW
-    files += model_flags.LORA, LORA_HIGH, LORA_LOW, REUSE, model_flags.QUANTIZE
+    files = shared_flags.WORKDIR, shared_flags.PRETRAINED, DIT, DIT_LOW
+    files += shared_flags.LORA, LORA_HIGH, LORA_LOW, REUSE, shared_flags.QUANTIZE
     return told | {flag.name: flag.value for flag in files if flag.value}
+
+
+def named_mesh(prompts: int) -> Mesh:
+    """The devices: a row to each, and what is left over divides the tokens of rows.
+
+    Args:
+        prompts: how many clips are asked for.
+    """
+    if MESH.value is not None:
+        return make_mesh(parse_mesh(MESH.value))
+    settings = sampling_settings()
+    # Where one expert isn't guided, the other's pairs of rows follow one another.
+    scales = settings.guidance_scale, settings.guidance_scale_2
+    guided = 1 not in scales and not settings.preset
+    rows = min(prompts, ROWS.value) * (2 if guided else 1)
+    return make_mesh(sampling_sizes(rows, jax.device_count()))
+
+
+def named_generator(mesh: Mesh) -> Generator:
+    """The model that the flags name, with its adapters; says what room it takes.
+
+    Raises:
+        FileNotFoundError: the model or a part of it is missing.
+        ValueError: flags contradict each other, or the folder holds something else.
+    """
+    model = named_bundle(mesh)
+    for flag, networks in (
+        (shared_flags.LORA, EXPERTS),
+        (LORA_HIGH, EXPERTS[:1]),
+        (LORA_LOW, EXPERTS[1:]),
+    ):
+        if files := strengths(flag.value):
+            model = with_adapters(model, files, networks)
+    if SETTINGS["guidance_scale_2"].value is not None and not model.boundary:
+        raise ValueError("--guidance_scale_2 is for models of two experts.")
+    generator = Generator(model, mesh, quantize=shared_flags.QUANTIZE.value or "")
+    print(generator.room.told, file=sys.stderr)
+    return generator
+
+
+def named_bundle(mesh: Mesh) -> Bundle:
+    """The model that the flags name, without their adapters; see `named_generator`."""
+    if shared_flags.PRETRAINED.value is None:
+        for flag in (DIT, DIT_LOW, SHIFT, VARIANT):
+            if flag.value:
+                raise ValueError(f"--{flag.name} goes with --pretrained.")
+    parts = {x.name: x.value for x in (DIT, DIT_LOW) if x.value}
+    how = {x.name: x.value for x in (DTYPE, SHIFT, VARIANT)}
+    return shared_flags.named_bundle(mesh, parts=parts, **how)

@@ -132,8 +132,8 @@ def load_vae(folder: PathLike, mesh: Mesh | None = None, variant: str = "") -> N
     folder, file = _part(folder, "vae")
     tensors = TensorFiles(folder, variant)
     if file is None:
-        moments = tensors.shapes.get(_VAE, (0,))[0]
-        sizes = video_vae.VARIANTS["wan2.2" if moments == 96 else "wan2.1"]
+        larger = _VAE in tensors and len(tensors[_VAE]) == 96
+        sizes = video_vae.VARIANTS["wan2.2" if larger else "wan2.1"]
     else:
         sizes = read_json(file, _REMEDY, configs.VAEConfig).fields
     module = VideoVAE(**sizes)

@@ -89,20 +89,11 @@ def open_bundle(
 def _released(
     release: Release, networks: dict[str, Network], shift: float | None
 ) -> Bundle:
-    """A released model, with the settings of its folder and its authors.
-
-    Logs scheduler settings that aren't followed, and a shift that differs from the
-    authors' recommendation.
-    """
+    """A released model, with the settings of its folder and its authors."""
     dit = networks["dit"].module
     recipe, scheduler = release.recipe(module_fields(dit)), release.scheduler
-    for note in scheduler.notes:
-        logging.warning("%s: %s", release.folder, note)
-    advised, own = RECIPES.get(recipe.get("release", ""), recipe), recipe["shift"]
-    if shift is None and advised["shift"] != own:
-        told = "%s: its scheduler's shift of %g is taken; its authors advise %g."
-        logging.warning(told, release.folder, own, advised["shift"])
-    policy = scheduler.policy(own if shift is None else shift)
+    _tell(release, recipe, shift)
+    policy = scheduler.policy(recipe["shift"] if shift is None else shift)
     return Bundle(
         networks=networks,
         tokenizer=release_tokenizer(release.tokenizer),
@@ -117,6 +108,19 @@ def _released(
         defaults=recipe,
         text_release=str(release.folder.absolute()),
     )
+
+
+def _tell(release: Release, recipe: Mapping[str, Any], shift: float | None) -> None:
+    """Logs scheduler settings that aren't followed, or that the authors advise against.
+
+    The latter is a shift that differs from the authors' recommendation.
+    """
+    for note in release.scheduler.notes:
+        logging.warning("%s: %s", release.folder, note)
+    advised, own = RECIPES.get(recipe.get("release", ""), recipe), recipe["shift"]
+    if shift is None and advised["shift"] != own:
+        told = "%s: its scheduler's shift of %g is taken; its authors advise %g."
+        logging.warning(told, release.folder, own, advised["shift"])
 
 
 def _networks(

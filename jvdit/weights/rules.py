@@ -132,7 +132,8 @@ def assign(
             if (shape := rule.shape_of(theirs[name])) != wanted:
                 unlike.append(f"{name} {theirs[name]} is {shape} here, not {wanted}")
     for name in [x for x in theirs if x not in used]:
-        places = places_of(rules, name)
+        matches = ((_regex(rule.theirs).fullmatch(name), rule) for rule in rules)
+        places = [(rule.ours.format(**m.groupdict()), rule) for m, rule in matches if m]
         if not any(rule.tied or not path for path, rule in places):
             unknown.append(name + "".join(f" (for {path})" for path, _ in places))
     missing = [x for x in ours if len(pieces[x]) < len(layers_of(x, ours[x]))]
@@ -186,12 +187,6 @@ def layers_of(path: str, shape: Shape) -> list[tuple[int | None, str]]:
         return [(None, path)]
     name, first = found
     return [(i, f"{name}_{first + i}/{rest}") for i in range(shape[0])]
-
-
-def places_of(rules: Iterable[Rule], name: str) -> list[tuple[str, Rule]]:
-    """The paths that a released tensor fills, each with its rule; layers unstacked."""
-    found = [(_regex(rule.theirs).fullmatch(name), rule) for rule in rules]
-    return [(rule.ours.format(**m.groupdict()), rule) for m, rule in found if m]
 
 
 def layers(

@@ -128,11 +128,6 @@ class TensorFiles(dict[str, np.ndarray]):
             ones = (1,) * (weight.ndim - 1)
             self._scales[f"{stem}.weight"] = scale.astype(np.float32).reshape(-1, *ones)
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each tensor, by name."""
-        return {name: tensor.shape for name, tensor in self.items()}
-
     def _open(self, file: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
         try:
             with safe_open(file, "numpy") as opened:

@@ -1,17 +1,45 @@
-"""The flags of what signs and marks the clips of `jvdit.sample` and `jvdit.serve`."""
+"""The flags that `jvdit.sample` and `jvdit.serve` share: models, marks, signing."""
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
+from jax.sharding import Mesh
 
+from jvdit.box import FOLDER
 from jvdit.generation.watermark import STOCHASTIC, Watermark
 from jvdit.machine.files import config_folder
+from jvdit.weights.bundle import Bundle
+from jvdit.weights.few_bits import FORMS
+from jvdit.weights.opening import open_bundle
 
 if TYPE_CHECKING:
     from jvdit.generation.provenance import Provenance
 
+WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "Folder of a training run, or of its finished model (default: the small model in "
+    "the box).",
+)
+PRETRAINED = flags.DEFINE_string(
+    "pretrained",
+    None,
+    "Folder of a released Wan 2 model, or its id on the Hugging Face Hub, instead of "
+    "--workdir.",
+)
+LORA = flags.DEFINE_multi_string(
+    "lora",
+    [],
+    "Adapter files (LoRA and its kin), each perhaps with its strength: FILE:0.8,FILE.",
+)
+QUANTIZE = flags.DEFINE_enum(
+    "quantize",
+    None,
+    [*FORMS],
+    "Hold the weights of the DiT and of the text encoder in few bits.",
+)
 C2PA = flags.DEFINE_boolean(
     "c2pa",
     True,
@@ -24,13 +52,32 @@ C2PA_KEY = flags.DEFINE_string(
     "File of the private key that signs, in PEM (default: one made at first use, in "
     "~/.config/jvdit).",
 )
-C2PA_CERT = flags.DEFINE_string("c2pa_cert", None, "Certificates of that key, in PEM.")
+C2PA_CERT = flags.DEFINE_string("c2pa_cert", None, "Certificates of --c2pa_key (PEM).")
 WATERMARK = flags.DEFINE_string(
     "watermark",
     None,
     "File of a secret key, by which the clips' noise is marked; "
     "tools/detect_watermark.py finds the mark.",
 )
+
+
+def named_bundle(mesh: Mesh, **options: Any) -> Bundle:
+    """The model that the flags name, without adapters.
+
+    Args:
+        mesh: the device mesh.
+        **options: of `open_bundle`, for a released model.
+
+    Raises:
+        FileNotFoundError: the model or a part of it is missing.
+        ValueError: both flags are given, or the folder holds something else.
+    """
+    if WORKDIR.value is not None and PRETRAINED.value is not None:
+        raise ValueError("give one of --workdir and --pretrained, not both.")
+    if PRETRAINED.value is not None:
+        return open_bundle(PRETRAINED.value, mesh, **options)
+    # An absolute path, which is no id on the hub.
+    return open_bundle(Path(WORKDIR.value or FOLDER).absolute(), mesh)
 
 
 def watermark() -> Watermark | None:
