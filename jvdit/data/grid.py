@@ -31,10 +31,8 @@ class ClipGrid:
                 f"`frames` (={frames}) must be {self.first} plus a multiple of "
                 f"{self.period}; try {near}"
             )
-        for name, size, unit in (
-            ("height", height, self.height),
-            ("width", width, self.width),
-        ):
+        sides = ("height", height, self.height), ("width", width, self.width)
+        for name, size, unit in sides:
             if size % unit:
                 near = max(round(size / unit), 1) * unit
                 found.append(

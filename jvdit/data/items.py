@@ -110,27 +110,19 @@ def item_of(
         first: number of the first latent frame; 1 of a clip that begins amid another.
         **fields: of the `Item`: its text, its `clip_id`.
     """
-    size = latents.shape[:3]
     if known.clean is not None:
         clean = known.clean[..., None]
         latents = np.where(clean, known.latents, latents)
         logvar = None if logvar is None else np.where(clean, POINT_LOGVAR, logvar)
         clean = patchify(clean, patch_size).all(axis=-1)
         fields["level"] = 1 - clean.astype(np.int32)
-    for name, value in (
-        ("cond", known.cond),
-        ("control", known.control),
-        ("logvar", logvar),
-    ):
+    of_latents = {"cond": known.cond, "control": known.control, "logvar": logvar}
+    for name, value in of_latents.items():
         fields[name] = None if value is None else patchify(value, patch_size)
-    item = Item(
-        patchify(latents, patch_size).astype(np.float32),
-        positions(
-            size, patch_size, fps if seconds else None, temporal_compression, first
-        ),
-        image=known.image,
-        **fields,
-    )
+    clock = fps if seconds else None, temporal_compression, first
+    place = positions(latents.shape[:3], patch_size, *clock)
+    tokens = patchify(latents, patch_size).astype(np.float32)
+    item = Item(tokens, place, image=known.image, **fields)
     for part in known.parts:
         times = part.times
         if not seconds:
@@ -185,13 +177,11 @@ def _longer(
         **fields: of the item that is then made: how many tokens are of what.
     """
     count, width = len(latents), max(item.latents.shape[1], latents.shape[1])
-    levels = (
-        np.broadcast_to(x, n)
-        for x, n in ((item.level, len(item.latents)), (level, count))
-    )
+    before = np.broadcast_to(item.level, len(item.latents))
+    after = np.broadcast_to(level, count)
     fields["latents"] = _joined(item.latents, latents, width)
     fields["position"] = np.concatenate([item.position, position])
-    fields["level"] = np.concatenate([*levels]).astype(np.int32)
+    fields["level"] = np.concatenate([before, after]).astype(np.int32)
     if item.logvar is not None or isinstance(logvar, np.ndarray):
         parts = (
             np.full(x.shape, POINT_LOGVAR, np.float32)
@@ -237,9 +227,8 @@ class Statistics(NamedTuple):
     @classmethod
     def of(cls, vae: Any) -> "Statistics":
         """Those of a finished autoencoder of any kind."""
-        mean, std = (
-            np.asarray(x, np.float32) for x in (vae.latents_mean, vae.latents_std)
-        )
+        both = vae.latents_mean, vae.latents_std
+        mean, std = (np.asarray(x, np.float32) for x in both)
         return cls(mean, std, getattr(vae, "latent_rate", 0.0))
 
     def normalized(self, mean: Any, logvar: Any) -> tuple[np.ndarray, Any]:

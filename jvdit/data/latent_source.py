@@ -43,15 +43,15 @@ class LatentSource(Indexed):
         pad_text: bool = False,
         frames: int | None = None,
     ):
-        self._records = RecordDataset(path, split)
-        features, index = self._records.features, self._records.index
+        self._records = records = RecordDataset(path, split)
+        features, index = records.features, records.index
         if "mean" not in features:
             raise ValueError(
                 f"{path} holds {sorted(features)} and no latents; encode it first, or "
                 "read its videos with `RecordSource`."
             )
-        check_features(self._records, "text_length")
-        self.path, self.settings = self._records.path, self._records.settings
+        check_features(records, "text_length")
+        self.path, self.settings = records.path, records.settings
         self.views, self.view = tuple(x for x in VIEWS if x in features), ""
         text = index["text_length"]
         if not text.all():
@@ -70,11 +70,10 @@ class LatentSource(Indexed):
             most = 1 + (frames - 1) // each
             taken["frames"] = np.minimum(taken["frames"], most)
             taken["sounds"] = self._sounds(frames, taken)
-        self.index = make_index(len(self._records), text_length=text, **taken)
+        self.index = make_index(len(records), text_length=text, **taken)
         options = ("padded",) * pad_text + (f"frames {frames}",) * (frames is not None)
-        self.fingerprint = fingerprint(
-            "latents", self._records.fingerprint, max_text, *options
-        )
+        held = records.fingerprint, max_text
+        self.fingerprint = fingerprint("latents", *held, *options)
 
     @property
     def temporal_compression(self) -> int:

@@ -27,10 +27,8 @@ def dataset_directory(path: str | Path) -> Path:
     root = files.local_path(path)
     if is_version(root.name) or (root / "manifest.json").exists():
         return root
-    versions = [d.name for d in root.glob("*.*.*") if is_version(d.name)]
-    return root / max(
-        versions, key=lambda v: [int(x) for x in v.split(".")], default="1.0.0"
-    )
+    found = [x.name for x in root.glob("*.*.*") if is_version(x.name)]
+    return root / max(found, key=lambda v: [*map(int, v.split("."))], default="1.0.0")
 
 
 class Shard(msgspec.Struct, omit_defaults=True):

@@ -10,6 +10,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 APART = 0.040  # sounds that are closer count as one
 ROOM = 0.064  # silence before and after a padded sound
+Padded = Float[np.ndarray, "b p"]
 _WINDOW, _HOP = 0.016, 0.004
 _RISE = 0.003  # time over which the attack of a sound is measured
 
@@ -27,9 +28,7 @@ def onsets(audio: Float[np.ndarray, "b a"], rate: int) -> list[Float[np.ndarray,
     return onsets_in(padded_sound(audio, rate), rate)
 
 
-def padded_sound(
-    audio: Float[np.ndarray, "b a"], rate: int
-) -> Float[np.ndarray, "b p"]:
+def padded_sound(audio: Float[np.ndarray, "b a"], rate: int) -> Padded:
     """Sound between two stretches of silence, from which every window can be cut."""
     room = round(ROOM * rate)
     padded = np.zeros((len(audio), audio.shape[1] + 2 * room), np.float32)
@@ -44,9 +43,7 @@ def cut(
     return sliding_window_view(padded, samples, 1)[clip, start + round(ROOM * rate)]
 
 
-def onsets_in(
-    padded: Float[np.ndarray, "b p"], rate: int
-) -> list[Float[np.ndarray, " n"]]:
+def onsets_in(padded: Padded, rate: int) -> list[Float[np.ndarray, " n"]]:
     """The onsets, as of `onsets`, in sounds that `padded_sound` has padded."""
     window, hop = round(_WINDOW * rate), round(_HOP * rate)
     skipped = round(ROOM * rate) - window

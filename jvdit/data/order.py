@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+Weights = Sequence[float | int] | None  # of sources; None: as many clips as they have
 _VERSION = 1  # of the order; part of every fingerprint
 
 
@@ -77,12 +78,7 @@ class Streams:
         places: how many clips an epoch takes from it.
     """
 
-    def __init__(
-        self,
-        keys: Iterable[np.ndarray],
-        weights: Sequence[float | int] | None,
-        seed: int,
-    ):
+    def __init__(self, keys: Iterable[np.ndarray], weights: Weights, seed: int):
         self._seed = seed
         found, members = [], []
         for source, key in enumerate(keys):
@@ -109,9 +105,7 @@ class Streams:
         return self._members[self._start[stream] + place].astype(np.int64)
 
 
-def _places(
-    counts: Sequence[np.ndarray], weights: Sequence[float | int] | None
-) -> list[np.ndarray]:
+def _places(counts: Sequence[np.ndarray], weights: Weights) -> list[np.ndarray]:
     """Returns how many places of an epoch each size of each source gets.
 
     The epoch is as long as it takes to see the source that is seen least often once.

@@ -21,6 +21,7 @@ from jvdit.data.packing import pack_rows
 from jvdit.data.patches import sound_positions
 from jvdit.data.plan import PackPlan, Slot
 from jvdit.data.tokenizer import Tokenizer
+from jvdit.ranges import check_ranges
 
 _NAMES = {"mean": "latents", "logvar": "log variances"}
 _NAMES |= {f"sound_{name}": f"{what} of a sound" for name, what in _NAMES.items()}
@@ -85,10 +86,7 @@ class PackedBatches(Builder):
                 f"`sound_budget` (={self.plan.sound_budget}) of the plan and `sounds` "
                 f"(={self.sounds}) must be given together: sound or no sound."
             )
-        if not 0 <= self.caption_dropout <= 1:
-            raise ValueError(
-                f"`caption_dropout` (={self.caption_dropout}) must be from 0 to 1."
-            )
+        check_ranges({"caption_dropout": self.caption_dropout}, "data.")
         plan = self.plan
         plan.rows(0, self.host, self.hosts)  # raises if the hosts cannot share a step
         # Of a latent beside the noise, and of a token.
@@ -143,10 +141,8 @@ class PackedBatches(Builder):
         pieces = map(operator.floordiv, mean.shape, self.plan.patch_size)
         tokens = slot.tokens - self._beside(slot)
         if math.prod(pieces) != tokens or mean.shape[3] != channels:
-            return (
-                f"latents of {mean.shape}, planned as {tokens} tokens of "
-                f"{channels} channels"
-            )
+            planned = f"{tokens} tokens of {channels} channels"
+            return f"latents of {mean.shape}, planned as {planned}"
         if slot.sounds and len(clip.get("sound_mean", ())) != slot.sounds:
             return f"a sound of other than the {slot.sounds} latents that were planned"
         for name in ("mean", "logvar", "view", "sound_mean", "sound_logvar"):
@@ -207,12 +203,9 @@ class PackedBatches(Builder):
             return item
         stored = clip["sound_mean"], clip.get("sound_logvar")
         mean, logvar = self.sounds.normalized(*stored)
-        place = sound_positions(
-            len(mean),
-            self.sounds.rate,
-            None if self.seconds else float(clip["fps"]),
-            self.temporal_compression,
-        )
+        fps = None if self.seconds else float(clip["fps"])
+        clock = self.sounds.rate, fps, self.temporal_compression
+        place = sound_positions(len(mean), *clock)
         given = False if known.sound_clean is None else known.sound_clean
         return with_sound(item, mean, place, given=given, logvar=logvar)
 

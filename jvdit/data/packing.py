@@ -227,11 +227,9 @@ def unpack_sounds(
         sound_budget: of the batch.
         channels: of a latent.
     """
-    rows = []
-    first = tokens.shape[1] - sound_budget
-    for row, sizes in zip(
-        np.asarray(tokens)[:, first:, :channels], counts, strict=True
-    ):
+    rows, first = [], tokens.shape[1] - sound_budget
+    sounds = np.asarray(tokens)[:, first:, :channels]
+    for row, sizes in zip(sounds, counts, strict=True):
         ends = np.cumsum([0, *sizes])
         rows.append([row[a:b] for a, b in itertools.pairwise(ends)])
     return rows

@@ -8,6 +8,8 @@ from jaxtyping import Float, Shaped
 
 # Patch sizes and latent grids are (frames, height, width).
 Size = tuple[int, int, int]
+Latents = Shaped[np.ndarray, "f h w c"]
+Patches = Shaped[np.ndarray, "n p"]
 
 # Patches of pt x ph x pw latents, as einops has it.
 _LATENTS, _TOKENS = "(f pt) (h ph) (w pw) c", "(f h w) (pt ph pw c)"
@@ -19,9 +21,8 @@ def token_grid(latent_size: Size, patch_size: Size) -> Size:
     Raises:
         ValueError: a side is no positive multiple of its patch.
     """
-    for name, size, patch in zip(
-        ("frames", "height", "width"), latent_size, patch_size, strict=True
-    ):
+    sides = zip(("frames", "height", "width"), latent_size, patch_size, strict=True)
+    for name, size, patch in sides:
         if size < 1 or size % patch:
             near = max(patch, round(size / patch) * patch)
             raise ValueError(
@@ -32,9 +33,7 @@ def token_grid(latent_size: Size, patch_size: Size) -> Size:
     return f, h, w
 
 
-def patchify(
-    latents: Shaped[np.ndarray, "f h w c"], patch_size: Size
-) -> Shaped[np.ndarray, "n p"]:
+def patchify(latents: Latents, patch_size: Size) -> Patches:
     """Cuts the latents of one clip into patches; a patch is one token.
 
     Tokens are in the order of (frame, height, width), the last fastest. The channels of
@@ -46,9 +45,7 @@ def patchify(
     return rearrange(latents, f"{_LATENTS} -> {_TOKENS}", **patch)
 
 
-def unpatchify(
-    tokens: Shaped[np.ndarray, "n p"], latent_size: Size, patch_size: Size
-) -> Shaped[np.ndarray, "f h w c"]:
+def unpatchify(tokens: Patches, latent_size: Size, patch_size: Size) -> Latents:
     """Puts the patches of one clip together again; undoes `patchify`."""
     f, h, w = token_grid(latent_size, patch_size)
     if tokens.shape[0] != f * h * w:

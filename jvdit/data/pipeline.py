@@ -96,11 +96,8 @@ class Batches:
 
             if not flags.FLAGS.is_parsed():  # grain reads flags of its own
                 flags.FLAGS.mark_as_parsed()
-            iterator = iterator.mp_prefetch(
-                grain.MultiprocessingOptions(
-                    num_workers=self.num_workers, per_worker_buffer_size=1
-                )
-            )
+            how = {"num_workers": self.num_workers, "per_worker_buffer_size": 1}
+            iterator = iterator.mp_prefetch(grain.MultiprocessingOptions(**how))
         return iter(iterator)
 
     def __iter__(self) -> Iterator[Arrays]:

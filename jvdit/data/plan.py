@@ -320,9 +320,9 @@ class BucketPlan(StepPlan):
         each = found.prod(axis=1)
         self._batch = pixels // each // multiple * multiple
         if not self._batch.all():
-            least, unit = multiple * each.max(), self.unit
+            bad, unit = self._batch.argmin(), self.unit
             raise ValueError(
-                f"{multiple} clips of {self._sizes[each.argmax()]} have {least} "
+                f"{multiple} clips of {self._sizes[bad]} have {multiple * each[bad]} "
                 f"{unit}s, which exceeds `{unit}_budget` (={pixels}); raise it."
             )
         self.batches = dict(zip(self._sizes, self._batch.tolist(), strict=True))

@@ -258,11 +258,8 @@ class RecordWriter:
             pq.write_table(table, temporary)
 
     def _write_tfds(self, splits: Mapping[str, list[Shard]]) -> None:
-        template = tfds.core.ShardedFileTemplate(
-            epath.Path(self.path),
-            dataset_name=self.name,
-            filetype_suffix="array_record",
-        )
+        named = {"dataset_name": self.name, "filetype_suffix": "array_record"}
+        template = tfds.core.ShardedFileTemplate(epath.Path(self.path), **named)
         infos = [
             tfds.core.SplitInfo(
                 name=split,

@@ -106,21 +106,16 @@ class WorldSource(Indexed):
         self._audio, self.beside = audio, tuple(beside)
         columns = {name: getattr(world, name) for name in (*SIZE, "fps")}
         self.index = make_index(num_clips, has_audio=audio, **columns)
-        self.fingerprint = fingerprint(
-            "world", repr(world), num_clips, audio, *self.beside
-        )
+        self.fingerprint = fingerprint("world", repr(world), num_clips, audio, *beside)
 
     def read(self, ids: Ids) -> list[Clip | BadClip]:
         """Returns clips in the order asked for, rendered together."""
-        clips = self.world.clips(
-            np.asarray(ids, np.int64), audio=self._audio, beside=self.beside
-        )
+        ids = np.asarray(ids, np.int64)
+        clips = self.world.clips(ids, audio=self._audio, beside=self.beside)
         rate = self.world.audio_rate if self._audio else 0
         same = {"fps": float(self.world.fps), "audio_rate": rate}
         names = ("video", "caption", "audio", *self.beside)
-        return [
-            {name: clips[name][i] for name in names} | same for i in range(len(ids))
-        ]
+        return [{k: clips[k][i] for k in names} | same for i in range(len(ids))]
 
 
 _SIZE = r"(\d+)x(\d+)x(\d+)@([\d.]+)"

@@ -286,9 +286,8 @@ def _as_proto(settings: _TokenizerJson) -> Any:
     model = settings.model
     proto = _MESSAGES.ModelProto()
     kinds = proto.SentencePiece
-    special = dict.fromkeys(
-        [token.id for token in settings.added_tokens], kinds.CONTROL
-    )
+    added = (token.id for token in settings.added_tokens)
+    special = dict.fromkeys(added, kinds.CONTROL)
     special |= {PAD_ID: kinds.CONTROL, EOS_ID: kinds.CONTROL, UNK_ID: kinds.UNKNOWN}
     for number, (piece, score) in enumerate(model.vocab):
         is_byte = model.byte_fallback and re.fullmatch(r"<0x[0-9A-F]{2}>", piece)

@@ -120,20 +120,19 @@ class RecordSource(VideoWindows):
     """
 
     def __init__(self, path: str | Path, split: str = "train", **window: Any):
-        self._records = RecordDataset(path, split)
-        if self._records.features.get("video") != "bytes":
+        self._records = records = RecordDataset(path, split)
+        if records.features.get("video") != "bytes":
             raise ValueError(
-                f"{path} holds {sorted(self._records.features)} and no encoded videos; "
-                "read latents with `LatentSource`."
+                f"{path} holds {sorted(records.features)} and no encoded videos; read "
+                "latents with `LatentSource`."
             )
-        check_features(self._records)
+        check_features(records)
         for name in window.get("beside", ()):
-            if name not in self._records.features:
+            if name not in records.features:
                 raise ValueError(LACKS.format(path, name=name, suffix=SIDECARS[name]))
-        super().__init__(self._records.index, **window)
-        self.fingerprint = fingerprint(
-            "records", self._records.fingerprint, *self._settings
-        )
+        super().__init__(records.index, **window)
+        held = records.fingerprint
+        self.fingerprint = fingerprint("records", held, *self._settings)
 
     @property
     def captioned(self) -> bool:

@@ -134,10 +134,8 @@ def flags_of(clip: Mapping[str, Any]) -> list[str]:
 def _small(video: UInt8[np.ndarray, "T H W 3"]) -> Float[np.ndarray, "T _h _w 3"]:
     """Frames as `_SIDE` x `_SIDE + 1` means of their pixels."""
     _, height, width, _ = video.shape
-    rows, columns = (
-        np.linspace(0, n, k + 1).astype(int)[:-1]
-        for n, k in ((height, _SIDE), (width, _SIDE + 1))
-    )
+    sides = (height, _SIDE), (width, _SIDE + 1)
+    rows, columns = (np.linspace(0, n, k + 1).astype(int)[:-1] for n, k in sides)
     sums = np.add.reduceat(video.astype(np.float32), rows, axis=1)
     sums = np.add.reduceat(sums, columns, axis=2)
     counts = np.outer(np.diff([*rows, height]), np.diff([*columns, width]))

@@ -15,10 +15,8 @@ Parts = dict[str, dict[str, float]]
 
 def parts_of(scenes: Scenes) -> dict[str, Bool[np.ndarray, " b"]]:
     """Groups clips by their number of objects, and those of a single one by shape."""
-    parts = {
-        f"{n} object{'s' * (n > 1)}": scenes.count == n
-        for n in range(1, MAX_OBJECTS + 1)
-    }
+    counts = range(1, MAX_OBJECTS + 1)
+    parts = {f"{n} object{'s' * (n > 1)}": scenes.count == n for n in counts}
     alone = scenes.count == 1
     parts |= {f"a {s}": alone & (scenes.shape[:, 0] == i) for i, s in enumerate(SHAPES)}
     return {name: chosen for name, chosen in parts.items() if chosen.any()}
@@ -62,10 +60,8 @@ def composition(
         known: the same score of clips of split "test".
         known_scenes: their scenes.
     """
-    groups = [
-        np.stack([x.count, x.shape[:, 0], x.gravity, x.bar], 1)
-        for x in (scenes, known_scenes)
-    ]
+    both = scenes, known_scenes
+    groups = [np.stack([x.count, x.shape[:, 0], x.gravity, x.bar], 1) for x in both]
     total, weight = 0.0, 0
     for group in np.unique(groups[0], axis=0):
         one, two = ((x == group).all(1) for x in groups)

@@ -111,9 +111,8 @@ def random_features(clips: Clips, seed: int = 3) -> Features:
         seed: seed of the filters.
     """
     taps = int(np.prod(_KERNEL)) * 3
-    filters = np.random.Generator(np.random.Philox(seed)).standard_normal(
-        (taps, _FILTERS), np.float32
-    )
+    rng = np.random.Generator(np.random.Philox(seed))
+    filters = rng.standard_normal((taps, _FILTERS), np.float32)
     filters -= filters.mean(0)
     # Half of them see nothing but change, which is a small part of most clips.
     moving = filters.reshape(_KERNEL[0], -1, _FILTERS)[..., ::2]

@@ -77,9 +77,7 @@ def read_lists(paths: Iterable[str | os.PathLike[str]]) -> dict[str, tuple[str, 
                     "word or a phrase a line, and # before a comment."
                 )
         if not terms:
-            raise ValueError(
-                f"{path} lists no word; write one a line, or leave it out."
-            )
+            raise ValueError(f"{path} lists no word; write one a line, or omit it.")
         if path.stem in found:
             raise ValueError(
                 f"{path}: another list is called {path.stem!r}; rename it."
@@ -143,8 +141,5 @@ def _parts(text: str) -> tuple[str, ...]:
 
 def _phrases(words: Sequence[str], longest: int) -> set[tuple[str, ...]]:
     """All runs of words up to a length."""
-    return {
-        (*words[i : i + n],)
-        for n in range(1, longest + 1)
-        for i in range(len(words) - n + 1)
-    }
+    lengths = range(1, longest + 1)
+    return {(*words[i : i + n],) for n in lengths for i in range(len(words) - n + 1)}

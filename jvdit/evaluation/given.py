@@ -5,12 +5,12 @@ a scene whose exact continuation is known.
 """
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float
 
 from jvdit.data.world.mechanics import simulate
 from jvdit.data.world.scene import Scenes
-from jvdit.evaluation.oracle.detection import Detections
-from jvdit.evaluation.oracle.tracks import Tracks, largest_by
+from jvdit.evaluation.oracle.detection import Detections, Video
+from jvdit.evaluation.oracle.tracks import PerClip, PerObject, Tracks, largest_by
 
 
 def position_error(
@@ -36,9 +36,7 @@ def position_error(
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def velocity_jump(
-    tracks: Tracks, scenes: Scenes, fps: float, frame: int
-) -> Float[np.ndarray, " b"]:
+def velocity_jump(tracks: Tracks, scenes: Scenes, fps: float, frame: int) -> PerClip:
     """Largest error of the step that leads from the given frames into the others.
 
     In short sides per second; NaN where no object is seen on both sides.
@@ -56,10 +54,10 @@ def velocity_jump(
 
 
 def kept(
-    video: UInt8[np.ndarray, "b T H W 3"],
-    given: UInt8[np.ndarray, "b T H W 3"],
+    video: Video,
+    given: Video,
     where: Bool[np.ndarray, "b T H W"],
-) -> Float[np.ndarray, " b"]:
+) -> PerClip:
     """PSNR in dB of what was given: pixels, or whole frames; NaN where nothing was.
 
     Args:
@@ -74,9 +72,7 @@ def kept(
     return np.where(count > 0, psnr, np.nan)
 
 
-def path_error(
-    tracks: Tracks, paths: Float[np.ndarray, "n T 2"]
-) -> Float[np.ndarray, " n"]:
+def path_error(tracks: Tracks, paths: Float[np.ndarray, "n T 2"]) -> PerObject:
     """Mean distance of each object from the path that it was to follow, in radii.
 
     Args:
@@ -89,9 +85,7 @@ def path_error(
     return np.where(seen.any(1), mean / tracks.radius, np.nan)
 
 
-def mask_overlap(
-    found: Detections, masks: Bool[np.ndarray, "b T H W"]
-) -> Float[np.ndarray, " b"]:
+def mask_overlap(found: Detections, masks: Bool[np.ndarray, "b T H W"]) -> PerClip:
     """Intersection over union of all objects with the masks that they were to fill."""
     both = (found.objects & masks).sum((1, 2, 3))
     return both / np.maximum((found.objects | masks).sum((1, 2, 3)), 1)

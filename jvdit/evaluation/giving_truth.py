@@ -54,10 +54,8 @@ class Giving(NamedTuple):
         beside = {self.reads}.intersection(BESIDE)
         clips = world.clips(ids, audio=self.reads == "audio", beside=beside)
         names = ("video", "audio", *beside)
-        return [
-            Truth(fps=world.fps, **{name: clips[name][i] for name in names})
-            for i in range(len(ids))
-        ]
+        found = [{name: clips[name][i] for name in names} for i in range(len(ids))]
+        return [Truth(fps=world.fps, **fields) for fields in found]
 
 
 def _frames(*which: int | slice) -> Callable[[Video], Where]:

@@ -6,19 +6,18 @@ Units are those of `world.scene`, dimension names those of `tracks`.
 import dataclasses
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 
 from jvdit.data.world.scene import GRAVITY, PAN_REACH, Scenes
 from jvdit.evaluation import oracle
+from jvdit.evaluation.oracle.detection import Video
 from jvdit.evaluation.oracle.tracks import Tracks, largest_by
 
 WINDOW = 2.0  # seconds
 _OF_WINDOWS = ("count", "lasting", "color", "shape", "size", "physics", "foretold")
 
 
-def windows(
-    video: UInt8[np.ndarray, "b T H W 3"], scenes: Scenes, fps: float
-) -> list[oracle.Scores]:
+def windows(video: Video, scenes: Scenes, fps: float) -> list[oracle.Scores]:
     """Scores of each window of two seconds, by itself.
 
     Scores of how objects set out, and of light and camera, which come to rest within
@@ -40,7 +39,7 @@ def windows(
 
 
 def drifts(
-    video: UInt8[np.ndarray, "b T H W 3"],
+    video: Video,
     scenes: Scenes,
     fps: float,
     audio: Float[np.ndarray, "b a"] | None = None,

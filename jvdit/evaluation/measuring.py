@@ -13,6 +13,8 @@ from jvdit.data.world.scene import MATERIALS, Scenes
 from jvdit.evaluation import distance, oracle
 from jvdit.evaluation.oracle.adherence import confusions
 
+# Worlds that a model was trained on, and how many clips of each.
+Trained = Sequence[tuple[World, int]]
 LATE = 0.060  # seconds of a control
 CHUNK = 64  # clips that are measured at once
 # Real clips that generated ones are compared with.
@@ -148,9 +150,7 @@ def trained_on(sources: Sequence[str]) -> list[tuple[World, int]]:
     return list(dict.fromkeys(x for x in found if x is not None))
 
 
-def neighbours(
-    world: World, trained: Sequence[tuple[World, int]]
-) -> tuple[np.ndarray, np.ndarray]:
+def neighbours(world: World, trained: Trained) -> tuple[np.ndarray, np.ndarray]:
     """Thumbnails of training clips, and variants of those of held-out clips.
 
     Args:
@@ -175,9 +175,7 @@ def neighbours(
     return np.concatenate(train), np.concatenate(held_out)
 
 
-def met_in_training(
-    prompts: Sequence[str], trained: Sequence[tuple[World, int]]
-) -> np.ndarray:
+def met_in_training(prompts: Sequence[str], trained: Trained) -> np.ndarray:
     """Which prompts are captions of clips that the model was trained on."""
     known = {
         caption

@@ -32,9 +32,8 @@ def overlay(
     paint = [tuple(int(v) for v in np.rint(0.5 * color + 127)) for color in PALETTE]
     frames = []
     for t, picture in enumerate(video):
-        image = Image.fromarray(picture).resize(
-            (width, height), Image.Resampling.NEAREST
-        )
+        size = width, height
+        image = Image.fromarray(picture).resize(size, Image.Resampling.NEAREST)
         draw = ImageDraw.Draw(image)
         for k in range(len(COLORS)):
             path = centre[: t + 1, k][found.present[clip, : t + 1, k]]

@@ -102,10 +102,8 @@ def _as_sets(
 
     The latter have scenes that nobody was trained on and that nothing is compared with.
     """
-    count, world = len(bound.clips.videos), column.world
-    other = np.concatenate(
-        [world.videos(ids + _ASIDE) for ids in chunks(min(count, _REAL))]
-    )
+    count, world = min(len(bound.clips.videos), _REAL), column.world
+    other = np.concatenate([world.videos(ids + _ASIDE) for ids in chunks(count)])
     sets = {
         "clips": (column.measured.thumbnails, column.measured.features),
         "real": (distance.variants(other), distance.random_features(other)),

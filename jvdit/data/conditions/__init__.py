@@ -102,13 +102,11 @@ def known(conditions: Sequence[str], request: Asked, place: Place) -> Known:
         request: that `check_given` let pass.
         place: of the clip.
     """
-    parts = []
+    parts, each = [], (place.channels, place.temporal_compression)
     for name in conditions:
         found = CONDITIONS[name].known(request, place)
         if found.cond is not None and CONDITIONS[name].channels:
-            widths = channel_widths(
-                conditions, place.channels, place.temporal_compression
-            )
+            widths = channel_widths(conditions, *each)
             cond = side_by_side(found.cond, name, widths)
             found = found._replace(cond=cond)
         parts.append(found)

@@ -109,10 +109,7 @@ class GivenSource(Indexed):
         """Latents that each of several clips of a size is given; 0: it can't be."""
         row = CONDITIONS[self.condition]
         found = VIEWS[row.view].size(size, self._source.temporal_compression)
-        odd = found is None or any(
-            x % p for x, p in zip(found, patch_size, strict=True)
-        )
-        if found is None or odd or row.beside is None:
+        if found is None or np.mod(found, patch_size).any() or row.beside is None:
             return np.zeros(len(clips), np.int64)
         return row.beside.count(found[0], clips) * math.prod(found[1:])
 
@@ -139,11 +136,7 @@ def given_sources(
             no clip of any source.
     """
     found: list[LatentSource | GivenSource] = [*sources]
-    changing = {
-        name: share
-        for name, share in shares.items()
-        if share and CONDITIONS[name].changes_clips
-    }
+    changing = {k: x for k, x in shares.items() if x and CONDITIONS[k].changes_clips}
     if not changing:
         return found, None if weights is None else [*weights]
     if sum(changing.values()) >= 1:

@@ -37,9 +37,7 @@ def beam_engine(flags: Sequence[str]) -> Engine:
     for group in options.PipelineOptions.__subclasses__():
         group._add_argparse_args(parser)
     if unknown := parser.parse_known_args(list(flags))[1]:
-        raise ValueError(
-            f"{unknown[0]!r} is an option neither of prepare_clips nor of Beam."
-        )
+        raise ValueError(f"{unknown[0]!r} is no option of prepare_clips or of Beam.")
 
     def run(work: Callable[[Any], None], jobs: Sequence[Any]) -> None:
         try:

@@ -98,9 +98,7 @@ class Recipe:
     def __post_init__(self):
         for name, (low, high) in _RANGES.items():
             if not low <= (value := getattr(self, name)) <= high:
-                raise ValueError(
-                    f"`{name}` (={value}) must be in the range {low} to {high}."
-                )
+                raise ValueError(f"`{name}` (={value}) must be from {low} to {high}.")
         if self.preset not in PRESETS:
             near = nearest(self.preset, PRESETS)
             raise ValueError(

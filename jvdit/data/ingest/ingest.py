@@ -80,13 +80,9 @@ def ingest(
     shards = collections.Counter(split for split, _ in plan.shards)
     items = itertools.chain.from_iterable(plan.shards.values())
     beside = {name for item in items for name in item.beside}
-    writer = RecordWriter(
-        out,
-        clip_features(sorted(beside)),
-        shards=shards,
-        settings=settings,
-        overwrite=overwrite,
-    )
+    features = clip_features(sorted(beside))
+    made = {"shards": shards, "settings": settings, "overwrite": overwrite}
+    writer = RecordWriter(out, features, **made)
     if writer.finished:
         return Report.read(writer.path)
     prepare = functools.partial(work, recipe=recipe)

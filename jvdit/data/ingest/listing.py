@@ -23,6 +23,7 @@ from jvdit.machine.json_files import parse_json
 from jvdit.machine.text_files import check_text, printable, read_text
 
 _MEDIA = VIDEOS | PICTURES
+_BESIDE = {".guide": _MEDIA, ".camera": (".json",)}
 # What a folder's own list is called, the first one that is there.
 _LISTS = (*(f"metadata{x}" for x in TABLES), "videos.txt", "video.txt")
 
@@ -145,9 +146,7 @@ def _beside(files: Sequence[Path]) -> dict[Path, dict[str, str]]:
     for file in files:
         whole, suffix = file.with_suffix(""), file.suffix.lower()
         what = whole.suffix.lower()
-        fits = (what == ".guide" and suffix in _MEDIA) or (
-            what == ".camera" and suffix == ".json"
-        )
+        fits = suffix in _BESIDE.get(what, ())
         if fits and (owner := media.get(whole.with_suffix(""))):
             found.setdefault(owner, {})[what[1:]] = str(file)
     return found

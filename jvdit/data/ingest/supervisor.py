@@ -158,9 +158,8 @@ class _Worker:
     def __init__(self, work: Callable[[Any], Iterable[Any]]):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(
-            target=_serve, args=(theirs, work, os.getpid()), daemon=True
-        )
+        serving = theirs, work, os.getpid()
+        self.process = context.Process(target=_serve, args=serving, daemon=True)
         with _without_interruption():
             self.process.start()
         theirs.close()

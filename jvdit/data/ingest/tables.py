@@ -147,9 +147,8 @@ def _delimited(table: Path) -> _Rows:
     """Yields the rows of a csv or tsv file, refusing those of another length."""
     delimiter = "\t" if table.suffix.lower() == ".tsv" else ","
     text = io.StringIO(read_text(table, lenient=True), newline="")
-    reader = csv.reader(
-        text, delimiter=delimiter, skipinitialspace=delimiter == ",", strict=True
-    )
+    form = {"delimiter": delimiter, "skipinitialspace": delimiter == ","}
+    reader = csv.reader(text, strict=True, **form)
     like_a_row = re.compile(rf"\n[^\n]*\.({_SUFFIXES})\"?\s*{delimiter}", re.I)
     header: list[str] = []
     while True:

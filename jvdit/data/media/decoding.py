@@ -22,9 +22,10 @@ from av.container import InputContainer
 from jvdit.data.media.media_error import MediaError, media_errors
 
 # Titles that aren't UTF-8 are no reason to refuse a file; from PyAV 19 on they aren't.
-_LENIENT: dict[str, Any] = (
-    {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
-)
+_READING: dict[str, Any] = {"buffer_size": 2**18}
+if int(av.__version__.split(".")[0]) < 19:
+    _READING["metadata_errors"] = "ignore"
+_CLOSED = {"protocol_whitelist": "data"}
 _UNCONVERTED = {10: "BT.2020 of constant luminance", 14: "ICtCp", 15: "IPT"}
 Media = str | Path | bytes
 
@@ -59,13 +60,7 @@ def open_media(source: Media) -> Iterator[InputContainer]:
                 file = io.BytesIO(source)
             else:
                 file = stack.enter_context(open(source, "rb"))
-            container = av.open(
-                file,
-                "r",
-                **_LENIENT,
-                buffer_size=2**18,
-                options={"protocol_whitelist": "data"},
-            )
+            container = av.open(file, "r", options=_CLOSED, **_READING)
         yield stack.enter_context(container)
 
 

@@ -180,12 +180,11 @@ def _time(packet: Any) -> Fraction:
 
 def _check(video, fps, audio, audio_rate) -> None:
     """Raises ValueError if a clip is not one."""
-    if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3:
-        raise ValueError(
-            f"`video` must be uint8 [T H W 3], not {video.dtype} {list(video.shape)}."
-        )
-    if 0 in video.shape:
-        raise ValueError(f"`video` {list(video.shape)} is empty.")
+    shape = [*video.shape]
+    if video.dtype != np.uint8 or video.ndim != 4 or shape[-1] != 3:
+        raise ValueError(f"`video` must be uint8 [T H W 3], not {video.dtype} {shape}.")
+    if 0 in shape:
+        raise ValueError(f"`video` {shape} is empty.")
     if not (math.isfinite(fps) and fps > 0):
         raise ValueError(f"`fps` (={fps}) must be positive.")
     if audio is not None and (audio.ndim != 2 or audio.shape[1] not in (1, 2)):

@@ -139,9 +139,8 @@ def _wall_waits(position, velocity, pull, limits, present) -> np.ndarray:
     # Both roots in the forms that neither cancel nor need a case without gravity.
     energy, pull = velocity * velocity, 2 * pull
     root = np.sqrt(energy + pull * to_high)
-    falling = np.where(
-        velocity > 0, 2 * to_high / (velocity + root), (root - velocity) / (pull / 2)
-    )
+    downwards, upwards = 2 * to_high / (velocity + root), (root - velocity) / (pull / 2)
+    falling = np.where(velocity > 0, downwards, upwards)
     square = energy - pull * to_low
     rising = 2 * to_low / (np.sqrt(np.maximum(square, 0)) - velocity)
     rising[(velocity >= 0) | (square < 0)] = np.inf

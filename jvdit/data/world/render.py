@@ -26,6 +26,8 @@ from jvdit.data.world.scene import (
     Scenes,
 )
 
+Video = UInt8[np.ndarray, "b T H W 3"]
+
 
 def _palette() -> np.ndarray:
     """Pixel values of `COLORS`: HSV with the hues of `HUES` and the value 235."""
@@ -58,7 +60,7 @@ def render(
     fps: float,
     distance: Callable[..., np.ndarray] | None = None,
     half_extents: Float[np.ndarray, "shapes 2 2"] = HALF_EXTENTS,
-) -> UInt8[np.ndarray, "b T H W 3"]:
+) -> Video:
     """Draws each scene at times 0, 1 / fps, ... as RGB in [0, 255].
 
     Args:
@@ -88,7 +90,7 @@ def render(
 
 def classify(
     scenes: Scenes, motion: Motion, frames: int, height: int, width: int, fps: float
-) -> UInt8[np.ndarray, "b T H W 3"]:
+) -> Video:
     """Draws the objects alone, each in the colour of its shape, on black.
 
     A segmentation of what `render` shows, with the same arguments: where the camera
@@ -103,7 +105,7 @@ def classify(
 
 
 def _draw_all(
-    video: UInt8[np.ndarray, "b T H W 3"],
+    video: Video,
     scenes: Scenes,
     motion: Motion,
     times: Float[np.ndarray, " T"],
@@ -135,11 +137,7 @@ def _draw_all(
             )
 
 
-def _draw_bars(
-    video: UInt8[np.ndarray, "b T H W 3"],
-    scenes: Scenes,
-    level: Float[np.ndarray, "b T"],
-) -> None:
+def _draw_bars(video: Video, scenes: Scenes, level: Float[np.ndarray, "b T"]) -> None:
     """Draws the bar of each scene that has one over what is there, in grey."""
     scale = min(video.shape[2:4])
     for row in np.flatnonzero(scenes.bar):
@@ -212,11 +210,8 @@ def _draw_backgrounds(
     wall = WALL_LEVELS[scenes.tone]
     step = (TONE_LEVELS[scenes.tone] - wall)[:, None, None]
     gain = gain.astype(np.float32)[..., None, None]
-    panned = scenes.pan != 0
-    for rows, shown in (
-        (np.flatnonzero(~panned), slice(1)),
-        (np.flatnonzero(panned), slice(None)),
-    ):
+    still, panned = np.flatnonzero(scenes.pan == 0), np.flatnonzero(scenes.pan)
+    for rows, shown in ((still, slice(1)), (panned, slice(None))):
         across = np.arange(width + 1) / scale - offset[rows, shown, None]
         low, high = scenes.arena[rows, :, :1].swapaxes(0, 1)[..., None]
         inside, odd = _coverage(across, low, high), _stripes(across)
@@ -252,9 +247,8 @@ def _lines(
     down = np.arange(height + 1) / scale
     inside = _coverage(down, low, high).astype(np.float32)
     odd = inside * _stripes(down).astype(np.float32)
-    _, first, line = np.unique(
-        inside + 1j * odd, return_index=True, return_inverse=True
-    )
+    both = inside + 1j * odd
+    _, first, line = np.unique(both, return_index=True, return_inverse=True)
     return inside[first, None], odd[first, None], line
 
 
@@ -324,7 +318,7 @@ def _windows(
 
 
 def _draw_objects(
-    video: UInt8[np.ndarray, "b T H W 3"],
+    video: Video,
     rows: Int[np.ndarray, " n"],
     distance: Callable[..., np.ndarray],
     size: list[int],

@@ -9,17 +9,18 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 
 from jvdit.data.world.scene import Scenes
 from jvdit.evaluation.oracle.adherence import Reading, adherence, read
-from jvdit.evaluation.oracle.detection import Detections, detect
+from jvdit.evaluation.oracle.detection import Detections, Video, detect
 from jvdit.evaluation.oracle.physics import physics
 from jvdit.evaluation.oracle.scenery import camera_shift, look
 from jvdit.evaluation.oracle.sound import synchrony
 from jvdit.evaluation.oracle.stability import flicker, permanence
 from jvdit.evaluation.oracle.tracks import (
     Bounces,
+    PerClip,
     Tracks,
     falling,
     find_bounces,
@@ -29,7 +30,7 @@ from jvdit.evaluation.oracle.tracks import (
 _LEAST_MATERIAL = 0.5  # of a clip's sounds that are of what bounces
 _AT_ONCE = 64  # clips that are scored at once, to bound memory
 
-Scores = dict[str, Float[np.ndarray, " b"]]
+Scores = dict[str, PerClip]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Observed:
 
 
 def score(
-    video: UInt8[np.ndarray, "b T H W 3"],
+    video: Video,
     scenes: Scenes,
     fps: float,
     audio: Float[np.ndarray, "b a"] | None = None,
@@ -142,7 +143,7 @@ def score(
     return joined(parts)
 
 
-def joined(parts: Sequence[Scores]) -> Scores:
+def joined(parts: Sequence[Mapping[str, np.ndarray]]) -> Scores:
     """The scores of several batches, one after another."""
     return {name: np.concatenate([x[name] for x in parts]) for name in parts[0]}
 
@@ -156,9 +157,7 @@ def check_frames(frames: int) -> None:
         )
 
 
-def observe(
-    video: UInt8[np.ndarray, "b T H W 3"], scenes: Scenes, fps: float
-) -> Observed:
+def observe(video: Video, scenes: Scenes, fps: float) -> Observed:
     """Measures what clips show of the scenes that their captions describe."""
     found = detect(video)
     shift = camera_shift(video, found, scenes, fps)
@@ -175,7 +174,7 @@ def observe(
 
 def judge(
     seen: Observed,
-    video: UInt8[np.ndarray, "b T H W 3"],
+    video: Video,
     scenes: Scenes,
     fps: float,
     audio: Float[np.ndarray, "b a"] | None = None,
@@ -206,7 +205,7 @@ def listen(
 
 
 def mean_and_interval(
-    values: Float[np.ndarray, " b"], resamples: int = 1000
+    values: PerClip, resamples: int = 1000
 ) -> tuple[float, float, float]:
     """The mean of the values that aren't NaN, and its 95 % confidence interval.
 

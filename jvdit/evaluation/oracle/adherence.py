@@ -147,10 +147,8 @@ def adherence(
         everything is right.
     """
     seen, compared = reading.scenery, compare(reading, tracks, scenes)
-    scores = {
-        "count": reading.count == scenes.count,
-        "lasting": reading.lasting >= _LASTING,
-    }
+    scores = {"count": reading.count == scenes.count}
+    scores["lasting"] = reading.lasting >= _LASTING
     for name, right in compared.items():
         scores[name] = np.bincount(tracks.clip, right, len(scenes.ids)) / scenes.count
     scores |= {

@@ -23,9 +23,9 @@ ORDERS = (2, 3, 4, 5, 6)  # of the moments that tell an outline
 _MOST_SPREAD, _SURELY_ONE = 0.40, 0.24
 _REACH = 1.0  # of an object from its centre, squared, over area; a triangle's is 0.77
 # Index of the nearest color at each degree of hue.
-_NEAREST = np.abs((np.arange(360)[:, None] - np.array(HUES) + 180) % 360 - 180).argmin(
-    1
-)
+_NEAREST = np.abs((np.arange(360)[:, None] - HUES + 180) % 360 - 180).argmin(1)
+
+Video = UInt8[np.ndarray, "b T H W 3"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Detections:
         return min(self.objects.shape[2:])
 
 
-def detect(video: UInt8[np.ndarray, "b T H W 3"]) -> Detections:
+def detect(video: Video) -> Detections:
     """Finds the objects of each color in each frame.
 
     Args:
@@ -105,9 +105,8 @@ def _measure(
     split = (area > least) & (spread > _SURELY_ONE)
     if split.any():
         some = each(split)
-        pieces[split] = _pieces(
-            chosen[some], weight[some], key[some], objects.shape, least
-        )
+        pixels = (x[some] for x in (chosen, weight, key))
+        pieces[split] = _pieces(*pixels, objects.shape, least)
     # Two objects of one color aren't compact together, but are present.
     present = (area > least) & (spread < _MOST_SPREAD) | (pieces > 1)
     measured = {
@@ -135,9 +134,8 @@ def _colored_pixels(
         color), in order of which they come, its flat index and its chroma.
     """
     high, chroma = _high_and_chroma(clip)
-    mask = (chroma > _LEAST_CHROMA) & (
-        10 * chroma.astype(np.uint16) > np.uint16(3) * high
-    )
+    mask = 10 * chroma.astype(np.uint16) > np.uint16(3) * high
+    mask &= chroma > _LEAST_CHROMA
     # A pixel on its own, or with a few others, is noise.
     mask &= _around(mask) >= 4
     grey = ~mask
@@ -157,9 +155,8 @@ def _colored_pixels(
     color = _NEAREST[np.rint(60 * sixths).astype(int) % 360]
     key = chosen // objects[0].size * len(COLORS) + color
     # Short integers are sorted much faster.
-    order = np.argsort(
-        key.astype(np.min_scalar_type(key.max(initial=0))), kind="stable"
-    )
+    short = key.astype(np.min_scalar_type(key.max(initial=0)))
+    order = np.argsort(short, kind="stable")
     return key[order], chosen[order], value[order].astype(float)
 
 
@@ -202,9 +199,8 @@ def _pieces(chosen, weight, key, shape, least) -> np.ndarray:
         same = (second >= 0) & (key[first] == key[second])
         ends.append(np.stack([first[same], second[same]]))
     first, second = np.concatenate(ends, 1)
-    links = coo_array(
-        (np.ones(len(first), bool), (first, second)), shape=(len(chosen),) * 2
-    )
+    touching = np.ones(len(first), bool), (first, second)
+    links = coo_array(touching, shape=(len(chosen),) * 2)
     count, piece = connected_components(links, directed=False)
     large = np.bincount(piece, weight, count) > least
     group = np.zeros(count, np.int64)

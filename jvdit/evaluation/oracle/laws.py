@@ -12,16 +12,14 @@ from jaxtyping import Bool, Float
 
 from jvdit.data.world.mechanics import PAIR, simulate
 from jvdit.data.world.scene import GRAVITY, MAX_OBJECTS, Scenes
-from jvdit.evaluation.oracle.tracks import Tracks
+from jvdit.evaluation.oracle.tracks import PerClip, Tracks
 
 _AHEAD = 2  # frames
 _COLLIDED = 3.0  # factor by which a collision magnifies errors
 _AWAY = -9.0  # where objects are put that aren't seen
 
 
-def foretold(
-    tracks: Tracks, scenes: Scenes, fps: float, tolerance: float
-) -> Float[np.ndarray, " b"]:
+def foretold(tracks: Tracks, scenes: Scenes, fps: float, tolerance: float) -> PerClip:
     """The share of the positions in clips that the world's laws foretell.
 
     Where an object has just bounced, its speed isn't known and nothing is foretold.
@@ -36,9 +34,8 @@ def foretold(
         The share of each clip, NaN where nothing can be foretold.
     """
     error, known = errors(tracks, scenes, fps)
-    right = np.bincount(
-        tracks.clip, ((error < tolerance) & known).sum(1), len(scenes.ids)
-    )
+    right = ((error < tolerance) & known).sum(1)
+    right = np.bincount(tracks.clip, right, len(scenes.ids))
     total = np.bincount(tracks.clip, known.sum(1), len(scenes.ids))
     return np.where(total > 0, right / np.maximum(total, 1), np.nan)
 
@@ -80,9 +77,8 @@ def errors(
     bounced[row, motion.second[row, event]] = True
     row, event = np.nonzero(np.isfinite(motion.time) & (motion.kind == PAIR))
     met[row, motion.first[row, event]] = met[row, motion.second[row, event]] = True
-    bounced, met = (
-        x[:, :-1].reshape(clips, starts, MAX_OBJECTS) for x in (bounced, met)
-    )
+    shape = clips, starts, MAX_OBJECTS
+    bounced, met = (x[:, :-1].reshape(shape) for x in (bounced, met))
     error /= np.where(met, _COLLIDED, 1.0)
     known = np.isfinite(error) & ~unseen.any(-1)
     known[:, 1:] &= ~bounced[:, :-1]  # the interval of the speed holds a bounce

@@ -15,7 +15,7 @@ from jaxtyping import Complex, Float, Int
 from jvdit.data.world.render import signed_distance
 from jvdit.data.world.scene import SHAPES
 from jvdit.evaluation.oracle.detection import ORDERS, Detections
-from jvdit.evaluation.oracle.tracks import Tracks, quantile
+from jvdit.evaluation.oracle.tracks import PerObject, Tracks, quantile
 
 _RADII = 2.2 * 1.13 ** np.arange(18)  # pixels; larger objects look like the largest
 _BLURS = (0.0, 0.4, 0.6, 0.8, 1.0, 1.2, 1.5)  # standard deviations in pixels
@@ -50,13 +50,8 @@ def shapes_of(found: Detections, tracks: Tracks) -> Int[np.ndarray, " n"]:
     parts = [np.moveaxis(x, -1, 0) for x in (np.real(moments), np.imag(moments))]
     real, imaginary = (np.stack([middle(x) for x in part], -1) for part in parts)
     spread = middle(found.spread)
-    errors = np.stack(
-        [
-            _mismatch(i, real + 1j * imaginary, spread, typical)
-            for i in range(len(SHAPES))
-        ],
-        -1,
-    )
+    seen = real + 1j * imaginary, spread, typical
+    errors = np.stack([_mismatch(i, *seen) for i in range(len(SHAPES))], -1)
     errors = np.nan_to_num(errors, nan=np.inf)
     return np.where(errors.min(-1, initial=np.inf) < 1, errors.argmin(-1), -1)
 
@@ -64,9 +59,9 @@ def shapes_of(found: Detections, tracks: Tracks) -> Int[np.ndarray, " n"]:
 def _mismatch(
     shape: int,
     moments: Complex[np.ndarray, "n p"],
-    spread: Float[np.ndarray, " n"],
-    area: Float[np.ndarray, " n"],
-) -> Float[np.ndarray, " n"]:
+    spread: PerObject,
+    area: PerObject,
+) -> PerObject:
     """How far each object is from the nearest template of a shape; below 1 is one."""
     templates, spreads, areas = _templates(shape)
     small = 1 + _ENOUGH_PIXELS[:, None] / area

@@ -20,7 +20,7 @@ from jvdit.data.world.render import (
     background_parts,
 )
 from jvdit.data.world.scene import PAN_REACH, RAMP_SECONDS, Scenes, light_course
-from jvdit.evaluation.oracle.detection import Detections
+from jvdit.evaluation.oracle.detection import Detections, Video
 
 _ENOUGH = 32  # pixels of the short side from which on not all are read
 _TOGETHER = 8  # clips that are fitted at once
@@ -53,7 +53,7 @@ class Scenery:
 
 
 def look(
-    video: UInt8[np.ndarray, "b T H W 3"],
+    video: Video,
     found: Detections,
     shift: Float[np.ndarray, "b T"],
     scenes: Scenes,
@@ -73,9 +73,8 @@ def look(
     hidden = _bar_columns(scenes, video.shape[3], found.side)
     levels, left = _fit(grey, found.objects, hidden, scenes, shift, found.side)
     wall, arena = levels[..., 0], levels[..., 0] + levels[..., 1]
-    ratio = np.log(
-        np.maximum(np.median(arena, 1), 1) / np.maximum(np.median(wall, 1), 1)
-    )
+    inside, outside = (np.maximum(np.median(x, 1), 1) for x in (arena, wall))
+    ratio = np.log(inside / outside)
     known = np.log(TONE_LEVELS / WALL_LEVELS)
     tone = np.abs(ratio[:, None] - known).argmin(1)
     expected = np.stack([WALL_LEVELS[tone], TONE_LEVELS[tone]], -1)[:, None]
@@ -101,7 +100,7 @@ def look(
 
 
 def camera_shift(
-    video: UInt8[np.ndarray, "b T H W 3"], found: Detections, scenes: Scenes, fps: float
+    video: Video, found: Detections, scenes: Scenes, fps: float
 ) -> Float[np.ndarray, "b T"]:
     """Pixels by which the grey scenery of each frame has moved right since the first.
 

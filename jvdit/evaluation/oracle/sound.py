@@ -14,7 +14,7 @@ from numpy.fft import rfft
 from jvdit.data.onsets import APART, ROOM, cut, onsets_in, padded_sound
 from jvdit.data.world.impacts import bounce_tone, loudness
 from jvdit.data.world.scene import MATERIALS, SIZES, Scenes
-from jvdit.evaluation.oracle.tracks import Bounces, Tracks, median_by
+from jvdit.evaluation.oracle.tracks import Bounces, PerClip, Tracks, median_by
 
 _IN_STEP = 0.75  # least F1 of a clip whose sound is in sync with its video
 _PEAK = 0.012  # time in which a sound is at its loudest
@@ -53,7 +53,7 @@ def synchrony(
     bounces: Bounces,
     scenes: Scenes,
     fps: float,
-) -> dict[str, Float[np.ndarray, " b"]]:
+) -> dict[str, PerClip]:
     """Scores the synchrony of sounds with bounces.
 
     Of sound that was made for a given video it tells how the sound obeys, and of video
@@ -93,10 +93,8 @@ def synchrony(
         found, pairs = _agreement(heard, seen, span, 1 / fps)
         for name, value in found.items():
             scores[name][clip] = value
-        bangs += [
-            Bang(clip, heard[i], [tracks.slot[k] for k in by[j]], loud[j])
-            for i, j in pairs
-        ]
+        slots = [[tracks.slot[k] for k in bouncing] for bouncing in by]
+        bangs += [Bang(clip, heard[i], slots[j], loud[j]) for i, j in pairs]
     return scores | _timbre(padded, rate, bangs, scenes, scores["material"])
 
 
@@ -195,8 +193,8 @@ def _timbre(
     rate: int,
     bangs: list[Bang],
     scenes: Scenes,
-    material: Float[np.ndarray, " b"],
-) -> dict[str, Float[np.ndarray, " b"]]:
+    material: PerClip,
+) -> dict[str, PerClip]:
     """Whether bangs sound like what bounces: "material", "pitch", and "loudness".
 
     `material` is what the first is where there are none.

@@ -4,12 +4,11 @@ Units are those of `world.scene`.
 """
 
 import numpy as np
-from jaxtyping import Float, UInt8
 
 from jvdit.data.world.mechanics import simulate
 from jvdit.data.world.scene import HALF_EXTENTS, Scenes
-from jvdit.evaluation.oracle.detection import Detections
-from jvdit.evaluation.oracle.tracks import Tracks
+from jvdit.evaluation.oracle.detection import Detections, Video
+from jvdit.evaluation.oracle.tracks import PerClip, Tracks
 
 _LEAST_BACKGROUND = 0.05  # least share of the pixels that is background
 _PIXEL = 1 / 64
@@ -18,9 +17,7 @@ _LEAST_STEP = 0.2 / 64  # least step in a frame: slower objects never reach the 
 _AREA_ERROR, _GHOST = 0.25, 0.30  # shares of the object's area
 
 
-def flicker(
-    video: UInt8[np.ndarray, "b T H W 3"], found: Detections, scenes: Scenes
-) -> Float[np.ndarray, " b"]:
+def flicker(video: Video, found: Detections, scenes: Scenes) -> PerClip:
     """Mean absolute change of the background between frames; 1 is full brightness.
 
     Changes by a common factor are changes of the light, and don't count. A clip without
@@ -48,7 +45,7 @@ def flicker(
     return mean
 
 
-def permanence(tracks: Tracks, scenes: Scenes, fps: float) -> Float[np.ndarray, " b"]:
+def permanence(tracks: Tracks, scenes: Scenes, fps: float) -> PerClip:
     """Scores whether an object that passes behind a bar comes out as it should.
 
     Its path before the bar is extrapolated, with a bounce off the far wall if it
@@ -96,8 +93,7 @@ def _passage(tracks: Tracks, scenes: Scenes, i: int, end: float) -> float:
     usual = np.nanmedian(tracks.area[i, run])
     error = np.hypot(x - path_x, y - path_y)
     area = np.nan_to_num(tracks.area[i])
-    good = (error < 0.6 * tracks.radius[i] + _PIXEL) & (
-        np.abs(area / usual - 1) < _AREA_ERROR
-    )
+    good = error < 0.6 * tracks.radius[i] + _PIXEL
+    good &= np.abs(area / usual - 1) < _AREA_ERROR
     ghost = area > _GHOST * usual
     return float(good[out].mean() * (1 - ghost[hidden].mean()))

@@ -17,6 +17,9 @@ _FLIGHT = 2  # beats before and after a bounce in which its speeds are measured
 _SEEN, _SEEN_BEHIND_BAR = 0.60, 0.40  # least share of frames that show a found object
 _WHOLE = 0.93  # least share of its area that is visible of an object not behind a bar
 
+PerClip = Float[np.ndarray, " b"]
+PerObject = Float[np.ndarray, " n"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Tracks:
@@ -39,7 +42,7 @@ class Tracks:
     centre: Float[np.ndarray, "n T 2"]
     whole: Float[np.ndarray, "n T 2"]
     area: Float[np.ndarray, "n T"]
-    radius: Float[np.ndarray, " n"]
+    radius: PerObject
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Bounces:
     after: Float[np.ndarray, "m 2"]
 
 
-def quantile(x: Float[np.ndarray, "n *rest"], q: float) -> Float[np.ndarray, " n"]:
+def quantile(x: Float[np.ndarray, "n *rest"], q: float) -> PerObject:
     """The q-quantile of each row's numbers that aren't NaN; NaN if there are none."""
     ordered = np.sort(x.reshape(len(x), -1), axis=1)  # NaN come last
     last = np.maximum(np.isfinite(ordered).sum(1) - 1, 0)
@@ -75,7 +78,7 @@ def quantile(x: Float[np.ndarray, "n *rest"], q: float) -> Float[np.ndarray, " n
 
 
 def median_by(
-    group: Int[np.ndarray, " n"], value: Float[np.ndarray, " n"], count: int
+    group: Int[np.ndarray, " n"], value: PerObject, count: int
 ) -> Float[np.ndarray, " count"]:
     """The median of the values of each of `count` groups; NaN if there are none."""
     order = np.lexsort((value, group))
@@ -91,7 +94,7 @@ def median_by(
 
 
 def largest_by(
-    group: Int[np.ndarray, " n"], value: Float[np.ndarray, " n"], count: int
+    group: Int[np.ndarray, " n"], value: PerObject, count: int
 ) -> Float[np.ndarray, " count"]:
     """The largest value of each of `count` groups; NaN if all are NaN, or none is."""
     largest = np.full(count, -np.inf)
@@ -147,9 +150,7 @@ def beat(fps: float) -> int:
     return max(1, round(fps / 8))
 
 
-def falling(
-    tracks: Tracks, fps: float, bounces: Bounces | None = None
-) -> Float[np.ndarray, " n"]:
+def falling(tracks: Tracks, fps: float, bounces: Bounces | None = None) -> PerObject:
     """Measures each object's downward acceleration, in short sides per second squared.
 
     It is 0 for objects that are never seen.
@@ -176,9 +177,7 @@ def falling(
     return total / np.maximum(weight, 1) * fps**2
 
 
-def find_bounces(
-    tracks: Tracks, gravity: Float[np.ndarray, " n"], fps: float
-) -> Bounces:
+def find_bounces(tracks: Tracks, gravity: PerObject, fps: float) -> Bounces:
     """Finds sudden changes of velocity.
 
     Between two frames an object follows its old line up to the bounce and its new line
@@ -244,8 +243,7 @@ def _steps(
         step = (path[track, short] - path[track, at]) / (short - at)[:, None]
         far = path[track, long, axis] - path[track, at, axis]
         reached = np.isfinite(far) & (long != at)
-        step[row, axis] = np.where(
-            reached, far / np.where(long != at, long - at, 1), step[row, axis]
-        )
+        far /= np.where(long != at, long - at, 1)
+        step[row, axis] = np.where(reached, far, step[row, axis])
         both.append(step)
     return both[0], both[1]
