@@ -108,7 +108,7 @@ def read_features(folder: PathLike) -> dict[str, Any]:
         if not np.isfinite(value.astype(np.float32)).all():
             _refuse(folder, f"has `{name}` with numbers that aren't", "be finite")
     for name, asked in _layout(folder, tensors).items():
-        held = tensors.shapes.get(name)
+        held = tensors[name].shape if name in tensors else None
         if held != asked:
             told = f"lacks `{name}`" if held is None else f"has `{name}` of {held}"
             _refuse(folder, told, f"have it, of shape {asked}")
@@ -129,7 +129,7 @@ def _layout(folder: PathLike, tensors: TensorFiles) -> dict[str, tuple[int, ...]
     channels = 3
     for scale, conv in layers:
         name = f"scale_{scale}.conv_{conv}"
-        features = tensors.shapes.get(f"{name}.kernel", (0,))[-1]
+        features = tensors.get(f"{name}.kernel", np.zeros(0)).shape[-1]
         wanted |= {f"{name}.kernel": (3, 3, channels, features)}
         wanted |= {f"{name}.bias": (features,)}
         channels = features
