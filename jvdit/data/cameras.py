@@ -183,7 +183,9 @@ def _check(path: CameraPath, where: str) -> None:
     if not (np.isfinite(path.world_to_camera).all() and path.intrinsics.size):
         raise ValueError(f"{where}: the matrices hold numbers that aren't finite.")
     if not (np.isfinite(path.intrinsics).all() and (path.intrinsics[:, :2] > 0).all()):
-        raise ValueError(f"{where}: `intrinsics` must be finite, fx and fy above 0.")
+        raise ValueError(
+            f"{where}: `intrinsics` must be finite, and fx and fy of them above 0."
+        )
     turn = path.world_to_camera[..., :3]
     off = np.abs(turn @ turn.swapaxes(1, 2) - np.eye(3)).max((1, 2))
     if (off > _TURNED).any() or (np.linalg.det(turn) < 0).any():
