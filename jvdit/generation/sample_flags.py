@@ -49,7 +49,7 @@ def _defined(owner: type, *without: str) -> dict[str, flags.FlagHolder[Any]]:
         if (name := field.name) in without:
             continue
         more = f" ({_MORE[name]})" if name in _MORE else ""
-        text = re.sub("`([a-z_]+)`", r"--\1", texts[name].removesuffix("."))
+        text = re.sub("`([a-z_]+)`", r"--\1", texts.get(name, name).removesuffix("."))
         text = f"{text[:1].upper()}{text[1:]}{more}."
         kind, default = plain(field), field.default
         if kind is tuple and default is not None:
