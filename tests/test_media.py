@@ -277,7 +277,7 @@ def test_damaged_files_are_refused_and_never_crash(tmp_path):
 
 def test_a_mistake_in_our_own_call_is_not_blamed_on_the_file(monkeypatch):
     """PyAV 19 dropped an argument, and every clip was said to be damaged."""
-    monkeypatch.setattr("jvdit.data.media.decoding._LENIENT", {"no_such_argument": 1})
+    monkeypatch.setattr("jvdit.data.media.decoding._READING", {"no_such_argument": 1})
     with pytest.raises(TypeError, match="no_such_argument"):
         probe(mux(frames_of(grey(80, 4))))
 
