@@ -7,8 +7,12 @@ import pytest
 from doors import command
 
 from jvdit.box import FOLDER
+from jvdit.data.sources import ArraySource
 from jvdit.data.world import World
 from jvdit.evaluation.own_sound import Sounds, agreement, sound_distances
+from jvdit.generation import own_clips
+from jvdit.generation.generator import Generator
+from jvdit.generation.world_clips import Setting
 
 RATE = 16_000
 
@@ -60,3 +64,30 @@ def test_the_box_is_compared_with_clips_that_sound(tmp_path):
     assert "levels of the sound" in found["frechet_distance"]
     # Four figures: the clip, what is generated, and the clip with a sound made for it.
     assert (tmp_path / "report.html").read_text().count("<video class=heard") == 12
+
+
+def test_a_clip_without_sound_is_compared_by_its_picture_alone(monkeypatch):
+    world = World("single", 1, 9, 32, 32, fps=8.0, audio_rate=RATE)
+    clips, captions = world.clips(np.arange(2)), world.captions(np.arange(2))
+    sounds = [clips["audio"][0], None]
+    source = ArraySource(
+        [
+            {
+                "video": x,
+                "fps": 8.0,
+                "caption": c,
+                "audio": y,
+                "has_audio": y is not None,
+            }
+            for x, c, y in zip(clips["video"], captions, sounds, strict=True)
+        ]
+    )
+    monkeypatch.setattr(own_clips, "open_source", lambda name, audio_rate: source)
+    setting = Setting(1, 1.0, "euler", False)
+    pairs, made, heard = own_clips.counterparts(
+        Generator.load(FOLDER), "mine", 2, setting, 8
+    )
+    assert len(pairs.good) == len(made) == 2 and heard[1] is None
+    np.testing.assert_array_equal(heard[0].real, sounds[0])
+    for sound in heard[0][1:4]:
+        assert sound.shape == sounds[0].shape

@@ -7,13 +7,16 @@ A row for each row of `GIVEN` that the model takes: `kept`, PSNR in dB of what w
 the true one; and of the oracle's scores: `all`, `physics`, and the error of positions
 in the last frame, in radii. Nothing given, and the true clips, stand for comparison.
 
-With `--strength 0.1,0.2,0.4` the true clips are made anew from so much of their noise
-(`--restyle`) instead, which tells at what noise a model loses what: `wavers` is the
-median error, in pixels, of positions that the world's laws foretell from the two frames
-before; and `heard` is how well bounces agree with the clip's true sound, F1 at 40 ms.
+`wavers` is the median error, in pixels, of positions that the world's laws foretell
+from two frames that follow one another; and `heard` is how well the bounces that are
+seen agree with the true clip's sound, F1 at 40 ms.
+
+With `--strength 0.1,0.2,0.4` the true clips are made anew instead, by these shares of
+the steps (`jvdit.sample --restyle`), which tells at what noise a model loses what.
 """
 
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,8 +44,18 @@ _SEED = flags.DEFINE_integer("seed", 1, "World seed; training has 0.")
 _N = flags.DEFINE_integer("n", 64, "Clips of each row.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", None, "Solver steps.")
 _WHAT = flags.DEFINE_list("given", [], "Rows (default: all that the model takes).")
+flags.register_validator(
+    "given",
+    lambda names: {*names} <= {*GIVEN},
+    f"must be among: {', '.join(GIVEN)}",
+)
 _STRENGTH = flags.DEFINE_list(
     "strength", [], "Restyle the clips instead, by these strengths: 0.1,0.2,0.4."
+)
+flags.register_validator(
+    "strength",
+    lambda texts: all(re.fullmatch(r"0?\.\d+|1(\.0*)?", text) for text in texts),
+    "must be numbers over 0 and up to 1, with commas between them",
 )
 _GUIDANCE = flags.DEFINE_float("guidance_scale", None, "Guidance scale.")
 _SHEET = flags.DEFINE_string("sheet", None, "PNG file: the first clip of each row.")
